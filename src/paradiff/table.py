@@ -1,0 +1,194 @@
+"""The table of a sampler: every coefficient of the chain, known before the first network call.
+
+A sampler with N steps walks states x[0] (noise) ... x[N] (sample):
+
+    x[i+1] = sum_{j<P} ( a[i,j] x[i-j] + b[i,j] m[i-j] ) + c[i] z[i],      m[i] = M(scale[i] x[i], t[i])        (1)
+
+M is the network, z[i] the step's noise, P the band: 1 for one-step samplers, 2 for two-stage and two-step ones. Node i has
+signal level alpha[i] and noise level sigma[i], and the network's clean-data estimate there is D = p[i] x + q[i] m.
+
+Two conditions hold for every consistent table and are checked when one is made. A known clean datum stays on its ray
+(x = alpha x0 and the matching m give alpha' x0 at the node reached, alpha'), and variances add up (the deterministic part
+maps pure noise of level sigma to level u, and u^2 + c^2 = sigma'^2).
+
+Tables are made by the plain functions of samplers.py, or read off a diffusers scheduler by hub.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from paradiff.prediction import Prediction, clean_coefficients
+
+
+@dataclass(frozen=True)
+class Table:
+    """One sampler on one schedule at one number of steps: equation (1).
+
+    All tensors are float64 on the CPU. Shapes use N for the number of steps and P for the band.
+
+    Attributes:
+        name: The sampler's name, `ddpm` say.
+        prediction: What the network predicts.
+        t: `[N+1]` times handed to the network; the last belongs to the sample and is never evaluated.
+        alpha: `[N+1]` signal levels.
+        sigma: `[N+1]` noise levels.
+        a: `[N, P]` coefficients of the states x[i-j].
+        b: `[N, P]` coefficients of the outputs m[i-j].
+        c: `[N]` coefficients of the noises; all zero for a deterministic sampler.
+        scale: `[N]` factor on the state before the network sees it; ones by default.
+        start_scale: Standard deviation of x[0].
+        reached: `[N, 2]` signal and noise level that step i lands on, where these are not those of node i + 1 (diffusers'
+            DDIM on unevenly spaced times); by default those of node i + 1.
+        clip: Limit on the clean-data estimate (clipping.py), or None.
+        clip_weight: `[N]` weights w of the limit; 1/q by default.
+        exact_variance: False for samplers that add more noise than the process has (`fixed_large`), which are excused from
+            the second condition.
+
+    Raises:
+        ValueError: If shapes disagree, a value is not finite, or a consistency condition fails.
+    """
+
+    name: str
+    prediction: Prediction
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    scale: Tensor = None  # pyright: ignore[reportAssignmentType]  (filled in below)
+    start_scale: float = 1.0
+    reached: Tensor = None  # pyright: ignore[reportAssignmentType]  (filled in below)
+    clip: Callable[[Tensor], Tensor] | None = None
+    clip_weight: Tensor | None = None
+    exact_variance: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_shapes(self.steps)
+        if self.scale is None:
+            object.__setattr__(self, "scale", torch.ones(self.steps, dtype=torch.float64))
+        if self.reached is None:
+            object.__setattr__(self, "reached", torch.stack([self.alpha[1:], self.sigma[1:]], dim=1))
+        if self.clip is not None and self.clip_weight is None:
+            object.__setattr__(self, "clip_weight", 1 / self.q)
+        self._check_consistency()
+
+    def _check_shapes(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"table {self.name!r} has {len(self.t)} times; it needs at least two, for one step")
+        band = max(self.a.shape[1], 1) if self.a.ndim == 2 else 1
+        expected = {
+            "t": (steps + 1,),
+            "alpha": (steps + 1,),
+            "sigma": (steps + 1,),
+            "a": (steps, band),
+            "b": (steps, band),
+            "c": (steps,),
+            "scale": (steps,),
+            "reached": (steps, 2),
+            "clip_weight": (steps,),
+        }
+        expected = {field: shape for field, shape in expected.items() if getattr(self, field) is not None}
+        for field, shape in expected.items():
+            value = getattr(self, field)
+            if tuple(value.shape) != shape or value.dtype != torch.float64:
+                raise ValueError(
+                    f"table {self.name!r}: {field} has shape {tuple(value.shape)} and dtype {value.dtype}; with {steps} "
+                    f"steps it must be {shape}, float64"
+                )
+            if not torch.isfinite(value).all():
+                node = int((~torch.isfinite(value).reshape(len(value), -1).all(1)).nonzero()[0])
+                raise ValueError(
+                    f"table {self.name!r}: {field} is not finite at node {node} (alpha = {self.alpha[node]:.3g}, sigma = "
+                    f"{self.sigma[node]:.3g}, {self.prediction} prediction); a schedule that starts from pure noise "
+                    "needs sample, v or flow prediction"
+                )
+        for i in range(min(band - 1, steps)):
+            if self.a[i, i + 1 :].any() or self.b[i, i + 1 :].any():
+                raise ValueError(f"table {self.name!r}: step {i} refers to states before the first one")
+
+    def _check_consistency(self) -> None:
+        nodes = torch.arange(self.steps)
+        ray_state, noise_state = self.alpha[:-1], self.sigma[:-1]
+        ray_output, noise_output = (1 - self.p * ray_state) / self.q, -self.p * noise_state / self.q
+        ray, noise = torch.zeros(self.steps, dtype=torch.float64), torch.zeros(self.steps, dtype=torch.float64)
+        for j in range(self.band):
+            source = (nodes - j).clamp(min=0)
+            ray += self.a[:, j] * ray_state[source] + self.b[:, j] * ray_output[source]
+            noise += self.a[:, j] * noise_state[source] + self.b[:, j] * noise_output[source]
+        excess = {
+            "a known clean datum leaves its ray": (ray, self.reached[:, 0]),
+            "variances do not add up": (torch.hypot(noise, self.c), self.reached[:, 1]),
+        }
+        if not self.exact_variance:
+            del excess["variances do not add up"]
+        for complaint, (found, wanted) in excess.items():
+            gap = (found - wanted).abs() / (wanted.abs() + 1e-2)
+            worst = int(gap.argmax())
+            if not gap[worst] <= 1e-6:
+                raise ValueError(
+                    f"table {self.name!r}: {complaint} at step {worst}: level {found[worst]:.6g} where the schedule has "
+                    f"{wanted[worst]:.6g}; check the coefficients a, b, c of that step"
+                )
+
+    @property
+    def steps(self) -> int:
+        """N, the number of steps; nodes are 0 ... N."""
+        return len(self.t) - 1
+
+    @property
+    def band(self) -> int:
+        """P, the number of states that one step reads."""
+        return self.a.shape[1]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return bool(self.c.any())
+
+    @cached_property
+    def _clean(self) -> tuple[Tensor, Tensor]:
+        return clean_coefficients(self.prediction, self.alpha[:-1], self.sigma[:-1])
+
+    @property
+    def p(self) -> Tensor:
+        """`[N]` coefficient of the state in the clean-data estimate."""
+        return self._clean[0]
+
+    @property
+    def q(self) -> Tensor:
+        """`[N]` coefficient of the output in the clean-data estimate."""
+        return self._clean[1]
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """`[N]` variance of x[i+1] given x[i] and the clean datum, sigma'^2 (1 - snr/snr'): the DDPM step's own noise
+        (Ho et al. 2020, eq. 7), defined for deterministic samplers too, where it serves as the unit of tolerances."""
+        ratio = (self.alpha[:-1] * self.sigma[1:]) / (self.alpha[1:] * self.sigma[:-1])
+        return (self.sigma[1:] ** 2 * (1 - ratio**2)).clamp(min=0)
+
+    def convert(self, nodes: slice | Tensor, x: Tensor, m: Tensor) -> Tensor:
+        """The output that the linear step sees: `m` itself, or `m` with the clean-data limit folded in (clipping.py).
+
+        Args:
+            nodes: Slice or CPU integer tensor of the R nodes.
+            x: `[R, ...]` states there.
+            m: `[R, ...]` network outputs there.
+        """
+        if self.clip is None:
+            return m
+        assert self.clip_weight is not None
+        p, q, w = (column(v[nodes], x) for v in (self.p, self.q, self.clip_weight))
+        clean = p * x + q * m
+        return m + w * (self.clip(clean) - clean)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """`values` `[R]` on the device and in the dtype of `like` `[R, ...]`, shaped to multiply it."""
+    return values.to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.ndim - 1))
