@@ -1,0 +1,171 @@
+"""The noise of a chain: x[0] and z[0] ... z[N-1], fixed before the first sweep.
+
+A parallel solver visits nodes out of order and more than once, so the noise of a node may not depend on when it is asked
+for. Two sources:
+
+- `Keyed`: z is a pure function of (seed, sample, node), by the counter-based generator Philox (Salmon et al. 2011), and is
+  regenerated on demand. The same on every device.
+- `Recorded`: the exact draws that a sequential diffusers run makes with the same `torch.Generator`, one for the start and
+  one a step, replayed from saved generator states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Noise(Protocol):
+    """A source of standard normal noise.
+
+    Attributes:
+        shape: Shape of one sample.
+        samples: Number of samples B.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def samples(self) -> int: ...
+
+    def start(self, sample: int) -> Tensor:
+        """The standard normal draw behind x[0] of a sample, of shape `shape`."""
+        ...
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        """z at consecutive nodes of a sample, `[len(nodes), *shape]`."""
+        ...
+
+
+class Keyed:
+    """Noise as a pure function of (seed, sample, node).
+
+    The key of the Philox generator is (seed, sample); the node selects a block of 2^128 counters, block 0 being the start.
+    Draws are made on the CPU in float32.
+
+    Args:
+        shape: Shape of one sample.
+        seed: One seed, whose samples 0 ... `samples` - 1 are drawn, or a sequence of seeds, of each of which sample 0 is drawn.
+        samples: Number of samples, with one seed only.
+
+    Raises:
+        ValueError: If a seed is not in 0 ... 2^64 - 1, or `samples` is given beside several seeds or is below 1.
+    """
+
+    def __init__(self, shape: Sequence[int], seed: int | Sequence[int] = 0, samples: int | None = None) -> None:
+        if isinstance(seed, int):
+            count = 1 if samples is None else samples
+            self._keys = [(seed, k) for k in range(count)]
+        elif samples is not None:
+            raise ValueError(f"got {len(seed)} seeds and samples = {samples}; give several seeds or a count, not both")
+        else:
+            self._keys = [(s, 0) for s in seed]
+        if not self._keys:
+            raise ValueError("no sample was asked for; give at least one seed and a count of at least 1")
+        for s, _ in self._keys:
+            if not 0 <= s < 2**64:
+                raise ValueError(f"the seed is {s}; it must be in 0 ... 2^64 - 1")
+        self.shape = tuple(shape)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples B."""
+        return len(self._keys)
+
+    def _block(self, sample: int, block: int) -> np.ndarray:
+        bits = np.random.Philox(key=np.array(self._keys[sample], dtype=np.uint64), counter=[0, 0, block, 0])
+        return np.random.Generator(bits).standard_normal(math.prod(self.shape), dtype=np.float32)
+
+    def start(self, sample: int) -> Tensor:
+        """The standard normal draw behind x[0], of shape `shape`."""
+        return torch.from_numpy(self._block(sample, 0)).view(self.shape)
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        """z at consecutive nodes, `[len(nodes), *shape]`."""
+        blocks = [self._block(sample, node + 1) for node in nodes]
+        return torch.from_numpy(np.stack(blocks)).view(len(nodes), *self.shape)
+
+
+class Recorded:
+    """The draws of a sequential diffusers run: `randn_tensor` once for the latents and once in every step.
+
+    Generator states are saved every `SPACING` nodes, so that any node can be drawn again; a few drawn stretches are kept.
+    The user's generator is not advanced.
+
+    Args:
+        shape: Shape of one sample.
+        generator: One generator for the whole batch, or a sequence of one generator for each sample, as diffusers takes
+            them.
+        samples: Number of samples that one generator draws together.
+        dtype: Dtype in which the run draws (the pipeline's); it matters, since half-precision draws use other bits.
+
+    Raises:
+        ValueError: If `samples` is given beside a sequence, or is below 1.
+    """
+
+    SPACING = 16
+    STRETCHES = 16
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | Sequence[torch.Generator],
+        samples: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shared = isinstance(generator, torch.Generator)
+        if not shared and samples is not None:
+            raise ValueError(f"got {len(generator)} generators and samples = {samples}; give one of the two")
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        self.samples = (1 if samples is None else samples) if shared else len(generators)
+        if self.samples < 1:
+            raise ValueError("no sample was asked for; give at least one generator and a count of at least 1")
+        self.shape = tuple(shape)
+        self._dtype = dtype
+        self._group = self.samples if shared else 1
+        self._generators = [torch.Generator(device=g.device) for g in generators]
+        self._starts: list[Tensor] = []
+        self._states: list[list[Tensor]] = []
+        for own, given in zip(self._generators, generators, strict=True):
+            own.set_state(given.get_state())
+            self._starts.append(self._randn(own))
+            self._states.append([own.get_state()])
+        self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+
+    def _randn(self, generator: torch.Generator) -> Tensor:
+        return torch.randn((self._group, *self.shape), generator=generator, device=generator.device, dtype=self._dtype)
+
+    def _stretch(self, source: int, index: int) -> Tensor:
+        """Draws of nodes `index * SPACING` and on, `[SPACING, group, *shape]`."""
+        key = (source, index)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        states, generator = self._states[source], self._generators[source]
+        if index >= len(states):
+            self._stretch(source, index - 1)
+        generator.set_state(states[index])
+        drawn = torch.stack([self._randn(generator) for _ in range(self.SPACING)])
+        if len(states) == index + 1:
+            states.append(generator.get_state())
+        self._kept[key] = drawn
+        if len(self._kept) > self.STRETCHES * len(self._generators):
+            self._kept.popitem(last=False)
+        return drawn
+
+    def start(self, sample: int) -> Tensor:
+        """The standard normal draw behind x[0], of shape `shape`."""
+        source, place = (0, sample) if len(self._generators) == 1 else (sample, 0)
+        return self._starts[source][place]
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        """z at consecutive nodes, `[len(nodes), *shape]`."""
+        source, place = (0, sample) if len(self._generators) == 1 else (sample, 0)
+        return torch.stack([self._stretch(source, n // self.SPACING)[n % self.SPACING, place] for n in nodes])
