@@ -1,0 +1,101 @@
+"""The named methods: functions that return a `Method`.
+
+| method | slope G | nodes | start of new nodes | rule |
+|---|---|---|---|---|
+| `sequential` | any | all, window 1 | - | - |
+| `jacobi` | 0 | all | frozen clean data | error |
+| `paradigms` | identity | all | copy of the last state | change |
+| `parasolver` | identity | every S-th | frozen clean data | error or change |
+
+All of them solve the same equations and so, at tolerance 0, return the same sample: that of the sequential chain with the
+same noises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paradiff.method import Method, Rule
+from paradiff.slope import Slope, identity, zero
+
+
+def sequential() -> Method:
+    """The chain itself, one step a round: window 1. N rounds, N evaluations, whatever the tolerance."""
+    return Method("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
+
+
+def jacobi(window: int | None = None, tolerance: float = 4e-3) -> Method:
+    """Jacobi (fixed-point) iteration: every node takes its step from the last sweep's states.
+
+    Source: Song, Meng, Liao and Ermon, "Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving",
+    arXiv 2002.03629, algorithm 1. Information moves one node a sweep, so that a chain of N steps takes close to N sweeps: the
+    method to compare with.
+
+    Differs from the paper in: a window that slides; new nodes filled by frozen clean data; the error rule (certificate.py) in
+    place of a bound on the change.
+
+    Args:
+        window: Nodes solved at once; None for all.
+        tolerance: Root mean square error that the sample may have by estimate, in the data's units.
+    """
+    return Method("jacobi", slope=zero, window=window, tolerance=tolerance)
+
+
+def paradigms(window: int | None = None, tolerance: float = 0.1) -> Method:
+    """ParaDiGMS: Picard iteration over a sliding window.
+
+    Source: Shih, Belkhale, Ermon, Sadigh and Anari, "Parallel Sampling of Diffusion Models", arXiv 2305.16317, algorithm 1.
+    Every sweep adds up the drifts of all nodes from the window's first state; the window slides past the leading nodes whose
+    squared change, divided by the dimension, is at most tolerance^2 times the variance of the step's noise, and past the one
+    after them; new nodes copy the last state.
+
+    Differs from the paper in: nothing in exact arithmetic, but the noise variance of the last node, zero, where the paper's
+    rule divides by it: the last step's change is never tested, as its node is the sample itself. Each sample has a window of
+    its own, where the paper's code advances a batch by its slowest sample.
+
+    Args:
+        window: Nodes solved at once; None for all.
+        tolerance: In units of the standard deviation of a step's noise. The paper uses 0.1 for 1000 DDPM steps, and as
+            deterministic samplers of fewer steps have larger steps, they need less: 0.01 for 50 or 200 DDIM steps.
+    """
+    return Method("paradigms", slope=identity, window=window, start="copy", tolerance=tolerance, rule="change")
+
+
+def parasolver(
+    window: int | None = None,
+    tolerance: float | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    warmup: int = 1,
+    slope: Slope = identity,
+    rule: Rule = "error",
+) -> Method:
+    """ParaSolver: a hierarchical parallel integral solver.
+
+    Source: "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025. The chain is split into
+    sub-intervals of `stride` sequential steps. A sweep walks all sub-intervals of the window side by side, takes the residual
+    at their ends, and solves the banded system with unit diagonal that the slope makes of it: with the identity, a prefix
+    sum. The window starts, and its new nodes are filled, with the sampler's own steps and noises and the newest clean-data
+    estimate frozen, after `warmup` steps that are really taken (the paper's "preconditioning steps"; here a preconditioner
+    is G).
+
+    With stride S > 1 the reference is still the chain of all steps: at convergence the result does not depend on S. A
+    multistep sampler then reads, at the start of a sub-interval, the outputs that the neighbour's last sweep left there. To
+    restart its order instead, make the table do so (`dpmpp_2m(..., restarts=...)`): that chain is then the reference.
+
+    Differs from the paper in: one warm-up step by default (its quick start takes 5); the rule: `error` bounds the estimated
+    error of the sample, `change` is the paper's, ||change||^2/d <= tolerance^2 v with v the posterior variance between nodes;
+    each sample has a window of its own; the slope may be any.
+
+    Args:
+        window: Sub-intervals solved at once; None for all.
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 4e-3 by default. With
+            rule `change`, in units of the standard deviation of the noise between nodes, 0.1 by default.
+        stride: Steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
+        warmup: Steps taken one after the other before the window opens.
+        slope: How changes are carried (slope.py).
+        rule: `error` or `change`.
+    """
+    if tolerance is None:
+        tolerance = 0.1 if rule == "change" else 4e-3
+    return Method("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)

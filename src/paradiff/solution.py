@@ -1,0 +1,77 @@
+"""What a solver returns: the sample, what it cost, and how far to trust it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep of one sample's window.
+
+    Attributes:
+        round: The round at which the sweep ended, counted from 1.
+        sample: The sample.
+        first: The first node of the window, whose state is final.
+        change: Root mean square change of the nodes after it, one number a node.
+        passed: How many of these nodes became final.
+    """
+
+    round: int
+    sample: int
+    first: int
+    change: list[float]
+    passed: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far to trust one sample.
+
+    Attributes:
+        residual: The largest root mean square change that any node saw in the sweep that made it final.
+        estimated_error: Estimate of the root mean square difference to the sequential sample, in the data's units. An
+            estimate, not a bound: see docs/certificate.md.
+        rounds: Rounds in which the sample took part.
+        evaluations: Its rows.
+    """
+
+    residual: float
+    estimated_error: float
+    rounds: int
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of a run.
+
+    Attributes:
+        sample: `[B, ...]` samples.
+        status: A sentence.
+        rounds: Sequential batched network calls, start-up included.
+        evaluations: Rows.
+        seconds: The whole clock: noise, start-up and bookkeeping included.
+        certificates: One a sample.
+        history: One entry a sweep and sample, in order.
+    """
+
+    sample: Tensor
+    status: str
+    rounds: int
+    evaluations: int
+    seconds: float
+    certificates: list[Certificate]
+    history: list[Sweep]
+
+    @property
+    def residual(self) -> float:
+        """The largest residual of any sample."""
+        return max(c.residual for c in self.certificates)
+
+    @property
+    def estimated_error(self) -> float:
+        """The largest estimated error of any sample."""
+        return max(c.estimated_error for c in self.certificates)

@@ -1,0 +1,146 @@
+"""The window loop.
+
+A window of sub-intervals n = lo ... hi - 1 is solved at once. One sweep evaluates the network at every state of the window
+(S rounds for sub-intervals of S steps, each round one batch), takes the residual
+
+    r[n] = Phi_n(x) - x[n+1],                                                                                   (1)
+
+and updates all nodes by an approximate Newton step with the slope G (slope.py),
+
+    x[n+1] <- Phi_n(x) + sum_{k<n} L[n,k] r[k],        I + L = (I - G)^-1.                                      (2)
+
+Written so, a node whose predecessors do not change gets exactly Phi_n: after k sweeps the first k nodes of a window are
+exact, whatever G. Then the leading nodes whose change is within the tolerance pass, with the one after them, and the window
+slides; nodes that enter it are filled as the method's `start` says.
+
+A solver evaluates nothing itself. `solve` is a generator that yields a `Batch` and is sent the outputs; it returns a
+`Solution`. Each sample has a window of its own (window.py); one transfer a round, the changes of all windows together,
+waits for the device. Memory is O(window) states a sample, times the stride.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+
+import torch
+from torch import Tensor
+
+from paradiff.evaluate import Batch, Denoiser, Evaluator
+from paradiff.method import Method
+from paradiff.noise import Noise
+from paradiff.solution import Certificate, Solution, Sweep
+from paradiff.table import Table
+from paradiff.window import Plan, Window
+
+RULES = {
+    "error": "the estimated error of every sample is at most {:g}",
+    "change": "every node passed with a change of at most {:g} times its step's noise",
+}
+Progress = Callable[[list[Sweep]], None]
+
+
+@torch.inference_mode()
+def solve(
+    table: Table,
+    noise: Noise,
+    method: Method,
+    *,
+    start: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Generator[Batch, Tensor, Solution]:
+    """Solves all samples of `noise`; yields batches of rows and is sent the network's outputs.
+
+    Args:
+        table: The sampler.
+        noise: x[0] and the noises of every sample.
+        method: The method (methods.py).
+        start: `[B, ...]` states at node 0 to use instead of the noise's.
+        device: Where states live.
+        dtype: Dtype of states, float32 or float64.
+        progress: Called after each round with the sweeps that ended in it.
+
+    Returns:
+        The solution, as the generator's value.
+
+    Raises:
+        ValueError: If the method does not fit the table, `start` does not fit the noise, `dtype` is neither float32 nor
+            float64, or the model returns NaN or infinity where the sequential chain would meet it too.
+    """
+    begin = time.perf_counter()
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"states were asked for in {dtype}; they are kept in float32 or float64 (the network's own dtype is given to the "
+            "evaluator)"
+        )
+    expected = (noise.samples, *noise.shape)
+    if start is not None and tuple(start.shape) != expected:
+        raise ValueError(f"start has shape {tuple(start.shape)}; the noise has {expected}: samples, then one sample's shape")
+    plan = Plan(table, method, torch.device(device), dtype)
+    windows = [Window(plan, noise, k, None if start is None else start[k]) for k in range(noise.samples)]
+    history: list[Sweep] = []
+    rounds = evaluations = 0
+    while active := [w for w in windows if not w.done]:
+        asked = [w.rows() for w in active]
+        nodes = torch.cat([n for n, _ in asked])
+        samples = torch.cat([torch.full((len(n),), w.sample) for w, (n, _) in zip(active, asked, strict=True)])
+        x = asked[0][1] if len(asked) == 1 else torch.cat([x for _, x in asked])
+        outputs = yield Batch(x, plan.t[nodes], nodes, samples)
+        rounds += 1
+        evaluations += len(nodes)
+        parts = outputs.split([len(n) for n, _ in asked])
+        swept = [w for w, part in zip(active, parts, strict=True) if w.absorb(part)]
+        sweeps = []
+        if swept:
+            changes = torch.cat([w.change for w in swept]).tolist()  # the round's one wait for the device
+            for w in swept:
+                count = len(w.change)
+                sweeps.append(w.slide(changes[:count], rounds))
+                changes = changes[count:]
+        history += sweeps
+        if progress is not None:
+            progress(sweeps)
+    certificates = [Certificate(w.ledger.residual, w.ledger.estimated_error, w.rounds, w.evaluations) for w in windows]
+    sample = torch.stack([w.final for w in windows])
+    status = (
+        f"converged: {RULES[method.rule].format(method.tolerance)}"
+        if method.tolerance > 0 and plan.width > 1
+        else "exact: every node was reached by the chain's own steps"
+    )
+    return Solution(sample, status, rounds, evaluations, time.perf_counter() - begin, certificates, history)
+
+
+def sample(
+    denoiser: Denoiser | Evaluator,
+    table: Table,
+    noise: Noise,
+    method: Method,
+    *,
+    start: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Solution:
+    """Samples with one model on one device: drives `solve` with an evaluator.
+
+    Args:
+        denoiser: The model as a function `(x, t) -> m` of rows (evaluate.py), or an `Evaluator` that holds one.
+        table: The sampler.
+        noise: x[0] and the noises of every sample.
+        method: The method (methods.py).
+        start: `[B, ...]` states at node 0 to use instead of the noise's.
+        dtype: Dtype of states, float32 or float64.
+        progress: Called after each round with the sweeps that ended in it.
+
+    Raises:
+        ValueError: As `solve` and `Evaluator` do.
+    """
+    evaluator = denoiser if isinstance(denoiser, Evaluator) else Evaluator(denoiser)
+    solver = solve(table, noise, method, start=start, device=evaluator.device, dtype=dtype, progress=progress)
+    batch = next(solver)
+    while True:
+        try:
+            batch = solver.send(evaluator(batch))
+        except StopIteration as end:
+            return end.value

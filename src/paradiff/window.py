@@ -1,0 +1,274 @@
+"""One sample's window of states: what it asks for, what it makes of the answers, how it slides.
+
+Fine nodes are those of the table; sub-interval n runs from fine node edges[n] to edges[n+1]. The window holds the fine states
+from P - 1 nodes before its first edge (the history that a multistep sampler reads; zeros at the chain's start) to its last
+edge, the outputs at all of them but the last where the table reads earlier outputs, and the noises from its first edge on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from paradiff.certificate import Ledger, noise_units, sensitivity, slope_error
+from paradiff.method import Method
+from paradiff.noise import Noise
+from paradiff.slope import freeze_clean_data, inverse, over_intervals, resolve
+from paradiff.solution import Sweep
+from paradiff.table import Table, column
+
+FILL = 64  # nodes filled by one matrix product
+
+
+class Plan:
+    """What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
+
+    def __init__(self, table: Table, method: Method, device: torch.device, dtype: torch.dtype) -> None:
+        self.table, self.method, self.device, self.dtype = table, method, device, dtype
+        self.edges = method.edges(table)
+        self.intervals = len(self.edges) - 1
+        self.width = self.intervals if method.window is None else method.window
+        self.single = self.intervals == table.steps
+        self.history = table.band - 1
+        self.slope = over_intervals(resolve(method.slope, table), self.edges)
+        self.bound = (method.tolerance * noise_units(table, self.edges)).tolist()
+        error, factor = slope_error(table, self.slope, self.edges), sensitivity(table)[self.edges]
+        costs = torch.cat([torch.zeros(1), (error * factor[1:]).cumsum(0)])
+        self.slope_error, self.factor = error.tolist(), factor.tolist()
+        self.share = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
+        whole = bool((table.t == table.t.round()).all())
+        self.t = table.t.to(torch.int64) if whole else table.t
+        self.fill_slope = torch.zeros_like(table.a)
+        self.fill_clean = torch.zeros_like(table.c)
+        if method.start == "clean":
+            source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)
+            self.fill_slope = freeze_clean_data(table)
+            self.fill_clean = (table.b / table.q[source]).sum(1)
+        elif method.start == "linear":
+            self.fill_slope = table.a
+        else:
+            self.fill_slope[:, 0] = 1
+        self.fill_noise = table.stochastic and method.start != "copy"
+        self.scaled = bool((table.scale != 1).any())
+        self.a, self.b, self.c, self.scale = (self.move(v) for v in (table.a, table.b, table.c, table.scale))
+
+    def move(self, values: Tensor) -> Tensor:
+        """Values on the device, in the dtype of the states."""
+        return values.to(device=self.device, dtype=self.dtype)
+
+
+class Window:
+    """The window of one sample.
+
+    Attributes:
+        sample: The sample.
+        change: `[W]` mean square change of each node after the first in the last sweep, on the device.
+        ledger: The running account of the error let pass.
+        rounds: Rounds in which the sample took part.
+        evaluations: Its rows.
+    """
+
+    def __init__(self, plan: Plan, noise: Noise, sample: int, start: Tensor | None) -> None:
+        self.plan, self.noise, self.sample = plan, noise, sample
+        x0 = plan.move(noise.start(sample)) * plan.table.start_scale if start is None else plan.move(start)
+        past = torch.zeros_like(x0).expand(plan.history, *x0.shape)
+        self.x = torch.cat([past, x0[None]])
+        self.m = past.clone()
+        self.z = x0.new_empty(0, *x0.shape)
+        self.clean = torch.zeros_like(x0)
+        self.lo = self.hi = self.substep = 0
+        self.rounds = self.evaluations = 0
+        self.ledger = Ledger(plan.slope_error, plan.factor)
+        self.change = x0.new_empty(0)
+        self._open()
+
+    @property
+    def done(self) -> bool:
+        """Whether the window has passed the last node."""
+        return self.lo == self.plan.intervals
+
+    @property
+    def final(self) -> Tensor:
+        """The state at the window's first node, which is the sample once the window is done."""
+        return self.x[self.plan.history]
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
+        plan, h, first = self.plan, self.plan.history, self.plan.edges[self.lo]
+        if plan.single:
+            self.nodes = torch.arange(self.lo, self.hi)
+            self.at: slice | Tensor = slice(self.lo, self.hi)
+            self.places = [slice(h - j, h - j + len(self.nodes)) for j in range(plan.table.band)]
+            self.noise_place: slice | Tensor = slice(0, len(self.nodes))
+        else:
+            edges = plan.edges
+            self.running = [n for n in range(self.lo, self.hi) if edges[n] + self.substep < edges[n + 1]]
+            self.nodes = torch.tensor([edges[n] + self.substep for n in self.running])
+            self.at = self.nodes.to(plan.device)
+            self.noise_place = self.at - first
+            self.places = [self.noise_place + h - j for j in range(plan.table.band)]
+        self.state = self.x[self.places[0]]
+        if plan.scaled:
+            return self.nodes, self.state * column(plan.scale[self.at], self.state)
+        return self.nodes, self.state
+
+    def absorb(self, outputs: Tensor) -> bool:
+        """Takes the outputs of the rows last asked for; whether that ended a sweep, so that `change` is new."""
+        plan = self.plan
+        self.rounds += 1
+        self.evaluations += len(outputs)
+        m = plan.table.convert(self.nodes, self.state, outputs)
+        if plan.method.start == "clean" and (plan.single or self.running[-1] == self.hi - 1):
+            last = self.nodes[-1:]
+            self.clean = plan.table.p[last].item() * self.state[-1] + plan.table.q[last].item() * m[-1]
+        if plan.history:
+            self.m[self.places[0]] = m
+        phi = column(plan.a[self.at, 0], m) * self.state
+        phi.addcmul_(column(plan.b[self.at, 0], m), m)
+        for j in range(1, plan.table.band):
+            phi.addcmul_(column(plan.a[self.at, j], m), self.x[self.places[j]])
+            phi.addcmul_(column(plan.b[self.at, j], m), self.m[self.places[j]])
+        if plan.table.stochastic:
+            phi.addcmul_(column(plan.c[self.at], m), self.z[self.noise_place])
+        return self._sweep(phi) if plan.single else self._substep(phi)
+
+    def _substep(self, phi: Tensor) -> bool:
+        """Puts one fine step of every running sub-interval in its place; whether that was the last of the sweep."""
+        edges = self.plan.edges
+        self.substep += 1
+        going = [k for k, n in enumerate(self.running) if edges[n] + self.substep < edges[n + 1]]
+        ended = [k for k, n in enumerate(self.running) if edges[n] + self.substep == edges[n + 1]]
+        if self.substep == 1:
+            self.phi = torch.empty_like(self.x[: self.hi - self.lo])
+        if ended:
+            self.phi[[self.running[k] - self.lo for k in ended]] = phi[ended]
+        if going:
+            place = self.places[0]
+            assert isinstance(place, Tensor)
+            self.x[place[going] + 1] = phi[going]
+            return False
+        self.substep = 0
+        return self._sweep(self.phi)
+
+    def _sweep(self, phi: Tensor) -> bool:
+        """Updates all nodes of the window: equation (2) of solve.py."""
+        plan, count = self.plan, self.hi - self.lo
+        self.ends = self._places_of_edges()
+        old = self.x[self.ends]
+        self.phi = phi
+        if count > 1:
+            carried = plan.move(inverse(plan.slope[self.lo : self.hi]).tril(-1))
+            new = torch.addmm(phi.flatten(1), carried, (phi - old).flatten(1)).view_as(phi)
+        else:
+            new = phi
+        self.change = (new - old).flatten(1).square().mean(1)
+        self.x[self.ends] = new
+        return True
+
+    def _places_of_edges(self) -> slice | Tensor:
+        """Where the nodes after the first stand in `x`."""
+        plan, h = self.plan, self.plan.history
+        if plan.single:
+            return slice(h + 1, h + 1 + self.hi - self.lo)
+        edges = torch.tensor(plan.edges[self.lo : self.hi + 1])
+        return (edges[1:] - edges[0] + h).to(plan.device)
+
+    def slide(self, change: list[float], round: int) -> Sweep:
+        """Passes the leading nodes whose change is within the tolerance, and the one after them; fills what enters.
+
+        Args:
+            change: `change` on the host.
+            round: The round's number, for the record.
+
+        Raises:
+            ValueError: If the state after the first node is not finite.
+        """
+        plan = self.plan
+        first, count = self.lo, len(change)
+        if not all(map(math.isfinite, change)):
+            count = self._salvage()
+            change = change[:count]
+        rms = [math.sqrt(v) for v in change]
+        self.ledger.record(first, rms)
+        passed = 1
+        if plan.method.rule == "change":
+            while passed < count and rms[passed - 1] <= plan.bound[first + passed - 1]:
+                passed += 1
+        else:
+            while passed < count and self._affordable(passed + 1):
+                passed += 1
+        self.ledger.settle(passed)
+        shift = plan.edges[self.lo + passed] - plan.edges[self.lo]
+        self.x, self.z = self.x[shift:], self.z[shift:]
+        if plan.history:
+            self.m = self.m[shift:]
+        self.lo += passed
+        self._open()
+        return Sweep(round, self.sample, first, rms, passed)
+
+    def _affordable(self, passed: int) -> bool:
+        """Whether passing so many nodes keeps the estimated error under the chain's share of the tolerance up to there."""
+        plan = self.plan
+        return self.ledger.spent + self.ledger.cost(passed) <= plan.method.tolerance * plan.share[self.lo + passed]
+
+    def _salvage(self) -> int:
+        """Keeps the finite head of a window in which some state overflowed or some output was not finite; how many nodes that
+        is. The rest is filled afresh."""
+        plan = self.plan
+        finite = torch.isfinite(self.phi).flatten(1).all(1).tolist()
+        count = finite.index(False) if False in finite else len(finite)
+        if count == 0:
+            node = plan.edges[self.lo]
+            raise ValueError(
+                f"sample {self.sample} is not finite after node {node} (time {float(plan.table.t[node]):g}), whose own state "
+                "is that of the sequential chain: the model returned NaN or infinity, or overflowed its dtype; check its "
+                "weights, its dtype and the times it was trained on"
+            )
+        self.x[self.ends] = self.phi
+        self.hi = self.lo + count
+        keep = plan.edges[self.hi] - plan.edges[self.lo]
+        self.x, self.z = self.x[: plan.history + keep + 1], self.z[:keep]
+        if plan.history:
+            self.m = self.m[: plan.history + keep]
+        return count
+
+    def _open(self) -> None:
+        """Widens the window to its full width and fills the nodes that enter it."""
+        plan = self.plan
+        width = 1 if self.lo < plan.method.warmup else plan.width
+        hi = min(self.lo + width, plan.intervals)
+        first, last = plan.edges[self.hi], plan.edges[hi]
+        if plan.table.stochastic and last > first:
+            drawn = plan.move(self.noise.draw(self.sample, range(first, last)))
+            self.z = torch.cat([self.z, drawn])
+        for begin in range(first, last, FILL):
+            self._fill(slice(begin, min(begin + FILL, last)))
+        self.hi = hi
+
+    def _fill(self, steps: slice) -> None:
+        """Appends the states after some steps, by the linear recurrence x' = sum_j A_j x_j + B D + c z."""
+        plan, count, known = self.plan, steps.stop - steps.start, len(self.x) - 1
+        forcing = column(plan.move(plan.fill_clean[steps]), self.x) * self.clean
+        if plan.fill_noise:
+            place = steps.start - plan.edges[self.lo]
+            forcing.addcmul_(column(plan.c[steps], self.x), self.z[place : place + count])
+        for i in range(min(plan.table.band, count)):
+            for j in range(i, plan.table.band):
+                factor = plan.fill_slope[steps.start + i, j].item()
+                if factor:
+                    forcing[i].add_(self.x[known + i - j], alpha=factor)
+        carried = plan.move(inverse(plan.fill_slope[steps]))
+        new = (carried @ forcing.flatten(1)).view_as(forcing)
+        if plan.history:
+            self.m = torch.cat([self.m, self._fill_outputs(steps, torch.cat([self.x[-1:], new[:-1]]))])
+        self.x = torch.cat([self.x, new])
+
+    def _fill_outputs(self, steps: slice, states: Tensor) -> Tensor:
+        """Outputs that go with filled states, for multistep sub-intervals whose neighbour has not been evaluated yet."""
+        plan = self.plan
+        if plan.method.start == "clean":
+            p, q = (column(plan.move(v[steps]), states) for v in (plan.table.p, plan.table.q))
+            return (self.clean - p * states) / q
+        return torch.zeros_like(states)
