@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from paradiff.slope import freeze_clean_data, freeze_epsilon, over_intervals, resolve
+from paradiff.slope import carried, freeze_clean_data, freeze_epsilon, resolve
 from paradiff.table import Table
 
 DATA_VARIANCE = 0.4  # v of equation (2), for data in -1 ... 1
@@ -56,9 +56,11 @@ def sensitivity(table: Table) -> Tensor:
 
 
 def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:
-    """`[M]` h of equation (1), for a slope over the sub-intervals between `edges`."""
-    extremes = [over_intervals(resolve(s, table), edges) for s in (freeze_clean_data, freeze_epsilon)]
-    return torch.stack([(e - slope).abs().sum(1) for e in extremes]).amax(0)
+    """`[M]` h of equation (1), for a slope over the sub-intervals between `edges`. What the slope leaves out, the states
+    before a sub-interval's left edge, counts in full."""
+    extremes = [carried(resolve(s, table), edges) for s in (freeze_clean_data, freeze_epsilon)]
+    known = torch.nn.functional.pad(slope, (0, table.band - slope.shape[1]))
+    return torch.stack([(e - known).abs().sum(1) for e in extremes]).amax(0)
 
 
 class Ledger:
@@ -103,6 +105,10 @@ class Ledger:
         self.spent += self.cost(passed)
         self.residual = max([self.residual, *self._change[: passed - 1]])
         self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
+
+    def forget(self) -> None:
+        """A sweep overflowed: its one node that became final is exact, and nothing was observed."""
+        self._predicted = []
 
     @property
     def estimated_error(self) -> float:

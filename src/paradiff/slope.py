@@ -112,14 +112,21 @@ def over_intervals(slope: Tensor, edges: list[int]) -> Tensor:
     """
     if all(right - left == 1 for left, right in itertools.pairwise(edges)):
         return slope
+    return carried(slope, edges)[:, :1]
+
+
+def carried(slope: Tensor, edges: list[int]) -> Tensor:
+    """How changes of the P states up to the left edge of each sub-interval reach its right edge, `[M, P]`."""
     band = slope.shape[1]
-    carried = torch.empty(len(edges) - 1, 1, dtype=torch.float64)
+    rows = slope.tolist()
+    found = torch.empty(len(edges) - 1, band, dtype=torch.float64)
     for n, (left, right) in enumerate(itertools.pairwise(edges)):
-        recent = [1.0] + [0.0] * (band - 1)
-        for i in range(left, right):
-            recent = [sum(float(slope[i, j]) * recent[j] for j in range(band)), *recent[:-1]]
-        carried[n, 0] = recent[0]
-    return carried
+        for k in range(band):
+            recent = [float(j == k) for j in range(band)]
+            for i in range(left, right):
+                recent = [sum(rows[i][j] * recent[j] for j in range(band)), *recent[:-1]]
+            found[n, k] = recent[0]
+    return found
 
 
 def inverse(slope: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Window:
         old = self.x[self.ends]
         self.phi = phi
         if count > 1:
-            carried = plan.move(inverse(plan.slope[self.lo : self.hi]).tril(-1))
+            carried = plan.move(inverse(plan.slope[self.lo : self.hi]).fill_diagonal_(0))
             new = torch.addmm(phi.flatten(1), carried, (phi - old).flatten(1)).view_as(phi)
         else:
             new = phi
@@ -185,21 +185,16 @@ class Window:
         Raises:
             ValueError: If the state after the first node is not finite.
         """
-        plan = self.plan
-        first, count = self.lo, len(change)
-        if not all(map(math.isfinite, change)):
-            count = self._salvage()
-            change = change[:count]
-        rms = [math.sqrt(v) for v in change]
-        self.ledger.record(first, rms)
-        passed = 1
-        if plan.method.rule == "change":
-            while passed < count and rms[passed - 1] <= plan.bound[first + passed - 1]:
+        plan, first, passed = self.plan, self.lo, 1
+        if all(map(math.isfinite, change)):
+            rms = [math.sqrt(v) for v in change]
+            self.ledger.record(first, rms)
+            while passed < len(rms) and self._passes(passed, rms[passed - 1]):
                 passed += 1
+            self.ledger.settle(passed)
         else:
-            while passed < count and self._affordable(passed + 1):
-                passed += 1
-        self.ledger.settle(passed)
+            rms = [math.inf] * self._salvage()
+            self.ledger.forget()
         shift = plan.edges[self.lo + passed] - plan.edges[self.lo]
         self.x, self.z = self.x[shift:], self.z[shift:]
         if plan.history:
@@ -208,16 +203,18 @@ class Window:
         self._open()
         return Sweep(round, self.sample, first, rms, passed)
 
-    def _affordable(self, passed: int) -> bool:
-        """Whether passing so many nodes keeps the estimated error under the chain's share of the tolerance up to there."""
-        plan = self.plan
-        return self.ledger.spent + self.ledger.cost(passed) <= plan.method.tolerance * plan.share[self.lo + passed]
+    def _passes(self, node: int, rms: float) -> bool:
+        """Whether the window's node of that number, which changed by `rms`, may be passed over."""
+        plan, place = self.plan, self.lo + node
+        if plan.method.rule == "change":
+            return rms <= plan.bound[place - 1]
+        return self.ledger.spent + self.ledger.cost(node + 1) <= plan.method.tolerance * plan.share[place + 1]
 
     def _salvage(self) -> int:
         """Keeps the finite head of a window in which some state overflowed or some output was not finite; how many nodes that
-        is. The rest is filled afresh."""
+        is. The rest is filled afresh, from no clean-data estimate, as the newest one may have overflowed."""
         plan = self.plan
-        finite = torch.isfinite(self.phi).flatten(1).all(1).tolist()
+        finite = torch.isfinite(self.phi.flatten(1).square().mean(1)).tolist()
         count = finite.index(False) if False in finite else len(finite)
         if count == 0:
             node = plan.edges[self.lo]
@@ -227,6 +224,7 @@ class Window:
                 "weights, its dtype and the times it was trained on"
             )
         self.x[self.ends] = self.phi
+        self.clean = torch.zeros_like(self.clean)
         self.hi = self.lo + count
         keep = plan.edges[self.hi] - plan.edges[self.lo]
         self.x, self.z = self.x[: plan.history + keep + 1], self.z[:keep]

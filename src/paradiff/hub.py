@@ -1,0 +1,218 @@
+"""Models in diffusers' pipeline format: a bundled one by name, a folder, or a hub id.
+
+Here live unconditional pixel pipelines: a `UNet2DModel` and a scheduler config, as `DDPMPipeline` and `DDIMPipeline` save
+them. A model knows how to make the table that a diffusers scheduler class would walk with its config, so that the sequential
+chain is that of the plain pipeline call.
+
+Weights are read from safetensors only, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from paradiff import samplers
+from paradiff.clipping import Clip, DynamicThreshold
+from paradiff.prediction import Prediction
+from paradiff.schedule import Schedule, refuse_unknown
+from paradiff.table import Table
+
+BUNDLED = Path(__file__).parent / "models"
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
+SCHEDULERS: dict[str, Any] = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+}
+"""The sampler names, and the diffusers classes whose chains they are."""
+
+ONLY: dict[str, tuple[Any, ...]] = {
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "euler_at_final": (False,),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "variance_type": ("fixed_small", "fixed_large", None),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "algorithm_type": ("dpmsolver++",),
+    "lambda_min_clipped": (-float("inf"),),
+}
+"""Options of scheduler configs of which only these values have a table here."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network, its scheduler's config, and the shape of one sample.
+
+    Attributes:
+        name: As the user gave it.
+        unet: The network, in evaluation mode.
+        config: The config of the scheduler that came with it.
+    """
+
+    name: str
+    unet: UNet2DModel
+    config: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one sample: channels, height, width."""
+        size = self.unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config["in_channels"], height, width
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The denoiser: the network's output for states `[R, C, H, W]` at times `[R]`."""
+        return self.unet(x, t, return_dict=False)[0]
+
+    def table(self, sampler: str, steps: int, *, eta: float = 0.0) -> Table:
+        """The table of a sampler on this model's schedule, with every option of its config.
+
+        Args:
+            sampler: `ddpm`, `ddim`, `euler`, `euler_ancestral`, `heun` or `dpmpp_2m`.
+            steps: Number of steps.
+            eta: Share of the DDPM noise that `ddim` adds, 0 to 1.
+
+        Raises:
+            ValueError: If the sampler is unknown, the schedule cannot give the steps, or the config has an option that has
+                no table here.
+        """
+        return table_of(self.config, sampler, steps, eta=eta)
+
+
+def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float = 0.0) -> Table:
+    """The table that a diffusers scheduler class walks with a config: see `Model.table`."""
+    refuse_unknown("sampler", sampler, list(SCHEDULERS))
+    scheduler = SCHEDULERS[sampler].from_config(dict(config))
+    found = scheduler.config
+    for option, known in ONLY.items():
+        if option in found and found[option] not in known and option in SCHEDULERS[sampler]().config:
+            raise ValueError(
+                f"the scheduler's config has {option} = {found[option]!r}, which has no table here; {sampler} needs "
+                f"{' or '.join(repr(k) for k in known)}"
+            )
+    if found["prediction_type"] not in PREDICTIONS:
+        raise ValueError(
+            f"the scheduler's config has prediction_type = {found['prediction_type']!r}; it must be one of "
+            f"{', '.join(PREDICTIONS)}"
+        )
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta is {eta:g}, but sampler {sampler!r} has no eta; give it with sampler 'ddim'")
+    alpha_bar = scheduler.alphas_cumprod.double()  # the scheduler's own rounding: a chain is sensitive to it
+    schedule = Schedule(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
+    spacing = found["timestep_spacing"]
+    make: Callable[..., Table] = partial(
+        getattr(samplers, sampler),
+        schedule,
+        steps,
+        spacing=spacing,
+        offset=found["steps_offset"] if spacing == "leading" else 0,
+        prediction=PREDICTIONS[found["prediction_type"]],
+    )
+    clip = _clip_of(found)
+    karras = found.get("use_karras_sigmas", False)
+    final = found.get("final_sigmas_type", "zero")
+    if sampler == "ddpm":
+        return make(variance=found["variance_type"], clip=clip)
+    if sampler == "ddim":
+        return make(eta=eta, clip=clip, set_alpha_to_one=found["set_alpha_to_one"], landing="stride")
+    if sampler == "dpmpp_2m":
+        return make(karras=karras, final=final, lower_order_final=found["lower_order_final"], clip=clip)
+    if sampler == "heun":
+        return make(karras=karras, clip=clip)
+    return make(karras=karras, final=final) if sampler == "euler" else make()
+
+
+def _clip_of(config: Mapping[str, Any]) -> Clip | DynamicThreshold | None:
+    if config.get("thresholding"):
+        return DynamicThreshold(config["dynamic_thresholding_ratio"], config["sample_max_value"])
+    return Clip(config["clip_sample_range"]) if config.get("clip_sample") else None
+
+
+def load(model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Loads a model.
+
+    Args:
+        model: `digits`, a folder in diffusers' pipeline format, or a hub id.
+        device: Where the network goes.
+        dtype: The network's dtype.
+
+    Raises:
+        ValueError: If the folder is no pipeline, its weights are not safetensors, or the pipeline is of another kind.
+    """
+    folder = BUNDLED / model if (BUNDLED / model / "model_index.json").is_file() else Path(model)
+    local = folder.is_dir()
+    if local:
+        _check_folder(folder)
+    elif folder.exists() or model.count("/") != 1 or model.startswith((".", "~", "/")):
+        bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
+        raise ValueError(
+            f"{model!r} is no model: give a bundled one ({bundled}), a folder in diffusers' pipeline format, or a hub id "
+            "such as google/ddpm-church-256"
+        )
+    source = str(folder) if local else model
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        index = DiffusionPipeline.load_config(source)
+        kind = index.get("_class_name", "unknown") if isinstance(index, dict) else "unknown"
+        if not isinstance(index, dict) or (index.get("unet") or [None, None])[1] != "UNet2DModel" or "scheduler" not in index:
+            raise ValueError(
+                f"{model!r} holds a {kind}; this command samples unconditional pixel pipelines, made of a UNet2DModel and a "
+                "scheduler (DDPMPipeline, DDIMPipeline)"
+            )
+        config = DDPMScheduler.load_config(source, subfolder="scheduler")
+        unet = UNet2DModel.from_pretrained(
+            source, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype
+        )
+    except OSError as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{model!r} could not be loaded: {first}") from error
+    finally:
+        diffusers_logging.set_verbosity(level)
+    assert isinstance(config, dict)
+    torch.nn.Module.to(unet, torch.device(device))
+    return Model(model, unet.eval().requires_grad_(False), config)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"the folder {str(folder)!r} is no pipeline: it has no model_index.json; give a folder that a diffusers pipeline's "
+            "save_pretrained wrote"
+        )
+    if not list((folder / "unet").glob("*.safetensors")):
+        pickles = [p.name for p in (folder / "unet").glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        given = (
+            f"its weights are {pickles[0]}, a pickle, which can run code when it is read" if pickles else "it has no weights"
+        )
+        raise ValueError(
+            f"the folder {str(folder)!r} holds no safetensors weights in unet/: {given}; save the pipeline again with "
+            "safe_serialization=True"
+        )

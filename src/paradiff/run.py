@@ -1,0 +1,133 @@
+"""One run of the command line: its folder of results, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from paradiff.solution import Solution
+
+
+@contextmanager
+def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A scratch folder beside `path` whose files become `path`'s when the block ends well, and vanish when it does not.
+
+    With `overwrite` the files of the run replace those of the same name, one by one, each whole; others stay.
+
+    Raises:
+        ValueError: If `path` is a file, a folder that is not empty (without `overwrite`), or cannot be written.
+    """
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"the output {str(path)!r} is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"the output folder {str(path)!r} is not empty; give another one, or --overwrite to replace its files")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        os.chmod(scratch, 0o777 & ~_umask())
+    except OSError as error:
+        raise ValueError(f"the output {str(path)!r} cannot be written: {error.strerror}; give another folder") from error
+    try:
+        yield scratch
+        if path.is_dir() and any(path.iterdir()):
+            for file in scratch.iterdir():
+                os.replace(file, path / file.name)
+        else:
+            os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def report(
+    solution: Solution,
+    seconds: float,
+    seeds: list[int],
+    sequential: tuple[Solution, float] | None,
+    arguments: dict[str, Any],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """The contents of run.json (docs/run_json.md).
+
+    Args:
+        solution: The parallel run.
+        seconds: Its whole clock.
+        seeds: The seed of every sample.
+        sequential: The sequential run and its whole clock, or None.
+        arguments: What the user asked for, defaults included.
+        environment: From environment.py.
+    """
+    samples = []
+    for k, (seed, certificate) in enumerate(zip(seeds, solution.certificates, strict=True)):
+        error = None
+        if sequential is not None:
+            gap = difference(solution.sample[k], sequential[0].sample[k])
+            error = {"rms": gap.square().mean().sqrt().item(), "max": gap.max().item()}
+        samples.append(
+            {
+                "seed": seed,
+                "rounds": certificate.rounds,
+                "evaluations": certificate.evaluations,
+                "residual": certificate.residual,
+                "estimated_error": certificate.estimated_error,
+                "error": error,
+            }
+        )
+    result: dict[str, Any] = {
+        "arguments": arguments,
+        "environment": environment,
+        "rounds": solution.rounds,
+        "evaluations": solution.evaluations,
+        "seconds": seconds,
+        "status": solution.status,
+        "samples": samples,
+        "sequential": None,
+        "speedup": None,
+        "history": [
+            {
+                "round": s.round,
+                "seed": seeds[s.sample],
+                "first": s.first,
+                "passed": s.passed,
+                "change": [float(f"{c:.3g}") for c in s.change],
+            }
+            for s in solution.history
+        ],
+    }
+    if sequential is not None:
+        reference, clock = sequential
+        result["sequential"] = {"rounds": reference.rounds, "evaluations": reference.evaluations, "seconds": clock}
+        result["speedup"] = {"rounds": reference.rounds / solution.rounds, "seconds": clock / seconds}
+    return result
+
+
+def difference(sample: Tensor, reference: Tensor) -> Tensor:
+    """Absolute difference of two samples, in float64."""
+    return (sample.double() - reference.double()).abs().cpu()
+
+
+def write_json(contents: dict[str, Any], path: Path) -> None:
+    """Writes JSON; infinities become null."""
+    path.write_text(json.dumps(_finite(contents), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

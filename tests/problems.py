@@ -1,0 +1,190 @@
+"""What the tests of the solver share: tables, methods, networks and the plain loop.
+
+A new table joins `TABLES` and a new method `METHODS`, and each gets every test. Tables are short, since every property that is
+proved on them holds step by step; the long chains of the literature are run on closed-form data in test_certificate.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from paradiff import (
+    Clip,
+    Denoiser,
+    DynamicThreshold,
+    Keyed,
+    Method,
+    Noise,
+    Schedule,
+    Solution,
+    Table,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    euler,
+    euler_ancestral,
+    flow_euler,
+    freeze_clean_data,
+    freeze_epsilon,
+    heun,
+    identity,
+    jacobi,
+    paradigms,
+    parasolver,
+    sample,
+    sequential,
+    shifted,
+    zero,
+)
+from paradiff.window import Plan, Window
+
+SHAPE = (2, 3)
+STEPS = 12
+
+TABLES: dict[str, Table] = {
+    "ddim": ddim(Schedule.linear(), STEPS),
+    "ddim eta": ddim(Schedule.cosine(), STEPS, eta=1.0, prediction="v"),
+    "ddim pure noise": ddim(Schedule.linear(rescale_zero_snr=True), STEPS, spacing="trailing", prediction="v"),
+    "ddim clipped": ddim(Schedule.linear(), STEPS, clip=Clip(0.5)),
+    "ddpm": ddpm(Schedule.linear(), STEPS, prediction="sample"),
+    "ddpm large": ddpm(Schedule.scaled_linear(), STEPS, variance="fixed_large"),
+    "ddpm thresholded": ddpm(Schedule.linear(), STEPS, clip=DynamicThreshold(0.7, 1.5)),
+    "euler": euler(Schedule.scaled_linear(), STEPS),
+    "euler_ancestral": euler_ancestral(Schedule.scaled_linear(), STEPS, prediction="v"),
+    "heun": heun(Schedule.scaled_linear(), (STEPS + 1) // 2),
+    "dpmpp_2m": dpmpp_2m(Schedule.linear(), STEPS),
+    "dpmpp_2m restarted": dpmpp_2m(Schedule.linear(), STEPS, karras=True, restarts=range(3, STEPS, 3), clip=Clip(0.7)),
+    "flow_euler": flow_euler(STEPS, shift=3.0),
+}
+
+
+def arbitrary(table: Table) -> Tensor:
+    """A slope that knows nothing of the table: numbers in -1 ... 1."""
+    generator = torch.Generator().manual_seed(3)
+    return 2 * torch.rand(table.steps, table.band, generator=generator, dtype=torch.float64) - 1
+
+
+SLOPES: dict[str, Callable[[Table], Tensor]] = {
+    "zero": zero,
+    "identity": identity,
+    "freeze_epsilon": freeze_epsilon,
+    "freeze_clean_data": freeze_clean_data,
+    "shifted": shifted(0.4),
+    "arbitrary": arbitrary,
+}
+STARTS = ("copy", "linear", "clean")
+
+
+def uneven(table: Table, warmup: int) -> list[int]:
+    """Lengths 1, 4, 2, 3, 1, 4 ... that cover the chain after the warm-up."""
+    lengths, left = [], table.steps - warmup
+    while left:
+        lengths.append(min((1, 4, 2, 3)[len(lengths) % 4], left))
+        left -= lengths[-1]
+    return lengths
+
+
+# Every method at tolerance 0 and over the whole chain; `fitted` gives it another window. The strides of a list depend on the
+# table, so each is a function of it.
+METHODS: dict[str, Callable[[Table], Method]] = {
+    "sequential": lambda table: sequential(),
+    "jacobi": lambda table: jacobi(tolerance=0.0),
+    "paradigms": lambda table: paradigms(tolerance=0.0),
+    "parasolver": lambda table: parasolver(tolerance=0.0),
+    "parasolver, published rule": lambda table: parasolver(tolerance=0.0, rule="change"),
+    "parasolver, 5 warm-up steps": lambda table: parasolver(tolerance=0.0, warmup=5),
+    "parasolver, stride 3": lambda table: parasolver(tolerance=0.0, stride=3),
+    "parasolver, stride 3, no warm-up": lambda table: parasolver(tolerance=0.0, stride=3, warmup=0, slope=freeze_clean_data),
+    "parasolver, uneven strides": lambda table: parasolver(tolerance=0.0, stride=uneven(table, 1)),
+    "parasolver, uneven strides, 5 warm-up steps": lambda table: parasolver(
+        tolerance=0.0, stride=uneven(table, 5), warmup=5, slope=arbitrary
+    ),
+    "arbitrary slope, stride 3, linear": lambda table: Method("", arbitrary, None, 3, 0, "linear", 0.0),
+    "arbitrary slope, stride 4, copy": lambda table: Method("", arbitrary, None, 4, 1, "copy", 0.0),
+} | {
+    f"{slope} from {start}": lambda table, slope=slope, start=start: Method("", SLOPES[slope], start=start, tolerance=0.0)
+    for slope in SLOPES
+    for start in STARTS
+}
+WINDOWS = (1, 2, 5, STEPS, None)
+
+
+def fitted(method: Method, table: Table, window: int | None) -> Method:
+    """The method with a window, cut to the number of sub-intervals."""
+    most = len(dataclasses.replace(method, window=None).edges(table)) - 1
+    return dataclasses.replace(method, window=None if window is None else min(window, most))
+
+
+def network(x: Tensor, t: Tensor) -> Tensor:
+    """A nonlinear network, bounded, and entry by entry, so that no row can see another."""
+    t = t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return torch.tanh(0.7 * x + 0.1 * t / 1000) + 0.3 * torch.cos(t / 150) * torch.sin(x)
+
+
+def chain(denoiser: Denoiser, table: Table, noise: Noise, k: int = 0, start: Tensor | None = None, **rows: Tensor) -> Tensor:
+    """The plain loop of table.py's equation (1) for sample k, `[N+1, ...]` in float64: what every method must return."""
+    x = noise.start(k).double() * table.start_scale if start is None else start.double()
+    states, outputs = [x], []
+    for i in range(table.steps):
+        x = states[-1]
+        m = denoiser((table.scale[i] * x)[None], table.t[i : i + 1], **rows)[0]
+        if table.clip is not None:
+            clean = table.p[i] * x + table.q[i] * m
+            m = m + table.clip_weight[i] * (table.clip(clean[None])[0] - clean)
+        outputs.append(m)
+        new = table.c[i] * noise.draw(k, range(i, i + 1))[0].double()
+        for j in range(min(table.band, i + 1)):
+            new = new + table.a[i, j] * states[i - j] + table.b[i, j] * outputs[i - j]
+        states.append(new)
+    return torch.stack(states)
+
+
+def chains(denoiser: Denoiser, table: Table, noise: Noise) -> Tensor:
+    """The last states of the plain loop for all samples, `[B, ...]`."""
+    return torch.stack([chain(denoiser, table, noise, k)[-1] for k in range(noise.samples)])
+
+
+def gap(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference beside the largest entry of `wanted`, or beside 1; infinite if anything is not finite."""
+    assert found.shape == wanted.shape
+    size = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1))
+    return size if math.isfinite(size) else math.inf
+
+
+# The solver takes the same float64 steps as the plain loop, in other orders of summation, at up to 13 nodes whose coefficients
+# are up to 1e2; errors of a single rounding, 1e-16, stay below this.
+EXACT = 1e-12
+
+
+def run(
+    table: Table, method: Method, denoiser: Denoiser = network, samples: int = 1, seed: int = 0, **options: object
+) -> Solution:
+    """A run in float64 on keyed noise."""
+    return sample(denoiser, table, Keyed(SHAPE, seed, samples), method, **{"dtype": torch.float64, **options})
+
+
+def window_of(table: Table, method: Method, noise: Noise | None = None) -> Window:
+    """The window of sample 0, just opened, to be swept by hand."""
+    plan = Plan(table, method, torch.device("cpu"), torch.float64)
+    return Window(plan, noise or Keyed(SHAPE), 0, None)
+
+
+def sweep(window: Window, denoiser: Denoiser = network) -> int:
+    """One sweep by hand, without the slide; how many rounds it took."""
+    rounds = 1
+    while True:
+        nodes, x = window.rows()
+        if window.absorb(denoiser(x, window.plan.t[nodes])):
+            return rounds
+        rounds += 1
+
+
+def ends(window: Window) -> Tensor:
+    """The states at the ends of the window's sub-intervals, `[W, ...]`."""
+    edges = window.plan.edges
+    return window.x[[edge - edges[window.lo] + window.plan.history for edge in edges[window.lo + 1 : window.hi + 1]]]
