@@ -1,0 +1,31 @@
+# Everything below sets itself up: Python, git and make are all it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --seeds 0-15 \
+		--compare --trace --overwrite --out demo/sixteen
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --seeds 0 \
+		--compare --trace --overwrite --out demo/one
+	@echo "Look at demo/sixteen/samples.png and demo/one/trace.png"
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/rounds.py --json benchmarks/results/rounds.json
+
+clean:
+	rm -rf .venv demo
