@@ -9,13 +9,16 @@ the extremes being a frozen clean-data estimate and a frozen noise estimate (slo
 in the window is swept again, and the change it then sees is the error it had. A node that becomes final carries its error to
 the sample with a factor
 
-    s[n] = s0[n] (1 + 16 w (1 - w)),      w = alpha^2 v/(alpha^2 v + sigma^2)                                    (2)
+    s[n] = k max(s0[n] (1 + 4 w (1 - w)), 0.6),      w = alpha^2 v/(alpha^2 v + sigma^2)                         (2)
 
 where s0 is the factor for Gaussian data, (alpha^2 + sigma^2)^(-1/2) for deterministic chains (the probability-flow map) and
-alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state), and the second factor allows for
-what Gaussian data lack: about signal-to-noise ratio 1 (w = 1/2) the state decides which of several samples it becomes, and
-answers more strongly. Its height, 5, was measured on trained networks by perturbing states; single states exceed it. The
-estimated error of a sample is the sum of s e over the nodes at which its window came to begin. It is an estimate, not a bound.
+alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state). The rest, with k = 2 for stochastic
+chains, which forget, and 32 for deterministic ones, which do not, allows for what Gaussian data lack: a state that is about to
+decide which of several samples it becomes, most of all near signal-to-noise ratio 1 (w = 1/2), answers more strongly. On
+trained networks most states stay below (2), and single ones exceed it tenfold for a while; so the sum of s e over the nodes
+at which a sample's window came to begin is an estimate of its error, not a bound.
+
+With the rule `error` a sample may spend its tolerance along the chain in proportion to the sum of h s^(1/2) passed.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from torch import Tensor
 from paradiff.slope import carried, freeze_clean_data, freeze_epsilon, resolve
 from paradiff.table import Table
 
-DATA_VARIANCE = 0.4  # v of equation (2), for data in -1 ... 1
-LEAST_FACTOR = 0.05  # s is kept above this, since a large early change is no small perturbation
+DATA_VARIANCE = 0.5  # v, for data in -1 ... 1
+STOCHASTIC_CAUTION, DETERMINISTIC_CAUTION = 2.0, 32.0  # k
 LEAST_THETA = 0.02
+FIRST_THETA = 0.5
 FORGETTING = 0.7  # how much of theta survives a sweep that observed less
 
 
@@ -40,9 +44,8 @@ def noise_units(table: Table, edges: list[int]) -> Tensor:
     alpha, sigma = table.alpha[edges], table.sigma[edges]
     ratio = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1])
     found = sigma[1:] * (1 - ratio**2).clamp(min=0).sqrt()
-    for n in range(1, len(found) - 1):
-        if found[n] == 0:  # two nodes at one noise level: the stages of a two-stage sampler
-            found[n] = found[n - 1]
+    for n in (found[1:-1] == 0).nonzero()[:, 0].tolist():  # two nodes at one noise level: the stages of a two-stage sampler
+        found[n + 1] = found[n]
     return found
 
 
@@ -52,7 +55,8 @@ def sensitivity(table: Table) -> Tensor:
     weight = signal / (signal + table.sigma**2)
     square = table.alpha**2 + table.sigma**2
     gaussian = table.alpha / square if table.stochastic else square.rsqrt()
-    return (gaussian * (1 + 16 * weight * (1 - weight))).clamp(min=LEAST_FACTOR)
+    caution = STOCHASTIC_CAUTION if table.stochastic else DETERMINISTIC_CAUTION
+    return caution * (gaussian * (1 + 4 * weight * (1 - weight))).clamp(min=0.6)
 
 
 def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:
@@ -69,6 +73,8 @@ class Ledger:
     Args:
         error: `[M]` h of equation (1).
         factor: `[M+1]` s of equation (2) at the nodes.
+        least_theta: The smallest contraction believed: 1 for a method without a slope, whose sweeps leave all errors in place
+            but the first.
 
     Attributes:
         theta: The observed contraction.
@@ -76,10 +82,10 @@ class Ledger:
         residual: The largest root mean square change of a node that was passed over.
     """
 
-    def __init__(self, error: list[float], factor: list[float]) -> None:
-        self._error, self._factor = error, factor
+    def __init__(self, error: list[float], factor: list[float], least_theta: float = LEAST_THETA) -> None:
+        self._error, self._factor, self._least_theta = error, factor, least_theta
         self._predicted: list[float] = []
-        self.theta = 1.0
+        self.theta = max(FIRST_THETA, least_theta)
         self.spent = 0.0
         self.residual = 0.0
 
@@ -89,7 +95,7 @@ class Ledger:
         predicted = math.sqrt(sum(e * e for e, _ in seen))
         if predicted > 0:
             observed = math.sqrt(sum(d * d for _, d in seen)) / predicted
-            self.theta = max(observed, FORGETTING * self.theta, LEAST_THETA)
+            self.theta = max(observed, FORGETTING * self.theta, self._least_theta)
         self._errors, total = [0.0], 0.0
         for k, d in enumerate(change[:-1]):
             total += self._error[first + 1 + k] * d

@@ -63,7 +63,7 @@ def sample(
     ] = None,
     rule: Annotated[str | None, typer.Option(help="parasolver: `error` (default) or `change`, the published rule.")] = None,
     stride: Annotated[int | None, typer.Option(help="parasolver: sequential steps in a sub-interval; default 1.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="parasolver: steps really taken first; default 1.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="parasolver: steps really taken first; default 0.")] = None,
     slope: Annotated[str | None, typer.Option(help=f"parasolver: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, one sample each: 0-15, or 0,3,7-9.")] = "0",
     noise: Annotated[

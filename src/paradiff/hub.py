@@ -125,6 +125,8 @@ def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float 
     if eta and sampler != "ddim":
         raise ValueError(f"eta is {eta:g}, but sampler {sampler!r} has no eta; give it with sampler 'ddim'")
     alpha_bar = scheduler.alphas_cumprod.double()  # the scheduler's own rounding: a chain is sensitive to it
+    if found.get("rescale_betas_zero_snr"):
+        alpha_bar[-1] = 0  # some schedulers put 2^-24 there, as `Schedule.ratio` does
     schedule = Schedule(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
     spacing = found["timestep_spacing"]
     make: Callable[..., Table] = partial(
@@ -181,22 +183,28 @@ def load(model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
     diffusers_logging.set_verbosity_error()
     try:
         index = DiffusionPipeline.load_config(source)
-        kind = index.get("_class_name", "unknown") if isinstance(index, dict) else "unknown"
-        if not isinstance(index, dict) or (index.get("unet") or [None, None])[1] != "UNet2DModel" or "scheduler" not in index:
+        index = index if isinstance(index, dict) else {}
+        kind = index.get("_class_name", "unknown")
+        parts = {name: part[1] for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2 and part[1]}
+        if parts.get("unet") != "UNet2DModel" or set(parts) != {"unet", "scheduler"}:
             raise ValueError(
                 f"{model!r} holds a {kind}; this command samples unconditional pixel pipelines, made of a UNet2DModel and a "
                 "scheduler (DDPMPipeline, DDIMPipeline)"
             )
         config = DDPMScheduler.load_config(source, subfolder="scheduler")
+        if not isinstance(config, dict) or not {"beta_schedule", "trained_betas"} & set(config):
+            raise ValueError(
+                f"{model!r} has a {parts['scheduler']}, whose config has no betas; this command needs a scheduler on a "
+                "schedule of betas, such as DDPMScheduler or DDIMScheduler"
+            )
         unet = UNet2DModel.from_pretrained(
             source, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype
         )
-    except OSError as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, RuntimeError) as error:  # RuntimeError: weights that do not fit the network
+        first = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise ValueError(f"{model!r} could not be loaded: {first}") from error
     finally:
         diffusers_logging.set_verbosity(level)
-    assert isinstance(config, dict)
     torch.nn.Module.to(unet, torch.device(device))
     return Model(model, unet.eval().requires_grad_(False), config)
 

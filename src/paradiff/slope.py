@@ -110,14 +110,18 @@ def over_intervals(slope: Tensor, edges: list[int]) -> Tensor:
     With single-step intervals it is `slope` itself. For longer ones a change at the left edge is carried through the fine
     steps; earlier states count as unchanged, so P' = 1.
     """
-    if all(right - left == 1 for left, right in itertools.pairwise(edges)):
-        return slope
-    return carried(slope, edges)[:, :1]
+    return slope if _single(edges) else carried(slope, edges)[:, :1]
+
+
+def _single(edges: list[int]) -> bool:
+    return len(edges) == edges[-1] - edges[0] + 1
 
 
 def carried(slope: Tensor, edges: list[int]) -> Tensor:
     """How changes of the P states up to the left edge of each sub-interval reach its right edge, `[M, P]`."""
     band = slope.shape[1]
+    if _single(edges):
+        return slope
     rows = slope.tolist()
     found = torch.empty(len(edges) - 1, band, dtype=torch.float64)
     for n, (left, right) in enumerate(itertools.pairwise(edges)):

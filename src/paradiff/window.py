@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from paradiff.certificate import Ledger, noise_units, sensitivity, slope_error
+from paradiff.certificate import DATA_VARIANCE, LEAST_THETA, Ledger, noise_units, sensitivity, slope_error
 from paradiff.method import Method
 from paradiff.noise import Noise
 from paradiff.slope import freeze_clean_data, inverse, over_intervals, resolve
@@ -34,8 +34,10 @@ class Plan:
         self.history = table.band - 1
         self.slope = over_intervals(resolve(method.slope, table), self.edges)
         self.bound = (method.tolerance * noise_units(table, self.edges)).tolist()
+        self.sloped = bool(self.slope.any())
+        self.least_theta = LEAST_THETA if self.sloped else 1.0
         error, factor = slope_error(table, self.slope, self.edges), sensitivity(table)[self.edges]
-        costs = torch.cat([torch.zeros(1), (error * factor[1:]).cumsum(0)])
+        costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()
         self.share = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
         whole = bool((table.t == table.t.round()).all())
@@ -50,6 +52,8 @@ class Plan:
             self.fill_slope = table.a
         else:
             self.fill_slope[:, 0] = 1
+        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
+        self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
         self.fill_noise = table.stochastic and method.start != "copy"
         self.scaled = bool((table.scale != 1).any())
         self.a, self.b, self.c, self.scale = (self.move(v) for v in (table.a, table.b, table.c, table.scale))
@@ -80,7 +84,7 @@ class Window:
         self.clean = torch.zeros_like(x0)
         self.lo = self.hi = self.substep = 0
         self.rounds = self.evaluations = 0
-        self.ledger = Ledger(plan.slope_error, plan.factor)
+        self.ledger = Ledger(plan.slope_error, plan.factor, plan.least_theta)
         self.change = x0.new_empty(0)
         self._open()
 
@@ -153,17 +157,27 @@ class Window:
         return self._sweep(self.phi)
 
     def _sweep(self, phi: Tensor) -> bool:
-        """Updates all nodes of the window: equation (2) of solve.py."""
+        """Updates all nodes of the window: equation (2) of solve.py.
+
+        `change` is that of the update, which is the preconditioned residual; without a slope (Jacobi) the updates stay small
+        far from the solution, and the residuals are added up instead. The clean-data estimate that fills new nodes was made
+        from the last state before its update and follows it, as it would for Gaussian data.
+        """
         plan, count = self.plan, self.hi - self.lo
         self.ends = self._places_of_edges()
         old = self.x[self.ends]
         self.phi = phi
         if count > 1:
             carried = plan.move(inverse(plan.slope[self.lo : self.hi]).fill_diagonal_(0))
-            new = torch.addmm(phi.flatten(1), carried, (phi - old).flatten(1)).view_as(phi)
+            residual = (phi - old).flatten(1)
+            new = torch.addmm(phi.flatten(1), carried, residual).view_as(phi)
+            distance = new - old if plan.sloped else residual.cumsum(0)
+            if plan.single:
+                self.clean.add_(new[-2] - old[-2], alpha=plan.clean_slope[self.hi - 1])
         else:
             new = phi
-        self.change = (new - old).flatten(1).square().mean(1)
+            distance = new - old
+        self.change = distance.flatten(1).square().mean(1)
         self.x[self.ends] = new
         return True
 
