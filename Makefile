@@ -10,9 +10,9 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/.ready
-	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --seeds 0-15 \
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.028 --seeds 0-15 \
 		--compare --trace --overwrite --out demo/sixteen
-	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --seeds 0 \
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.028 --seeds 0 \
 		--compare --trace --overwrite --out demo/one
 	@echo "Look at demo/sixteen/samples.png and demo/one/trace.png"
 

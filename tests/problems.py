@@ -98,9 +98,9 @@ METHODS: dict[str, Callable[[Table], Method]] = {
     "parasolver": lambda table: parasolver(tolerance=0.0),
     "parasolver, published rule": lambda table: parasolver(tolerance=0.0, rule="change"),
     "parasolver, 5 warm-up steps": lambda table: parasolver(tolerance=0.0, warmup=5),
-    "parasolver, stride 3": lambda table: parasolver(tolerance=0.0, stride=3),
+    "parasolver, stride 3": lambda table: parasolver(tolerance=0.0, stride=3, warmup=1),
     "parasolver, stride 3, no warm-up": lambda table: parasolver(tolerance=0.0, stride=3, warmup=0, slope=freeze_clean_data),
-    "parasolver, uneven strides": lambda table: parasolver(tolerance=0.0, stride=uneven(table, 1)),
+    "parasolver, uneven strides": lambda table: parasolver(tolerance=0.0, stride=uneven(table, 1), warmup=1),
     "parasolver, uneven strides, 5 warm-up steps": lambda table: parasolver(
         tolerance=0.0, stride=uneven(table, 5), warmup=5, slope=arbitrary
     ),

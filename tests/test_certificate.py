@@ -15,6 +15,8 @@ from paradiff import (
     Table,
     ddim,
     ddpm,
+    euler,
+    euler_ancestral,
     flow_euler,
     freeze_clean_data,
     freeze_epsilon,
@@ -148,29 +150,40 @@ def test_two_nodes_of_one_level_share_the_unit_of_the_step_before() -> None:
 
 @pytest.mark.parametrize("make", [ddim, ddpm])
 def test_sensitivity_is_that_of_gaussian_data_at_both_ends(make: object) -> None:
-    # Equation (2): where the weight w is near 0 or 1 the factor for Gaussian data is left. Perturbing a state of a long
-    # deterministic chain of such data moves the sample by the probability-flow factor sqrt(v/(alpha^2 v + sigma^2)), which
-    # is (alpha^2 + sigma^2)^(-1/2) where v = 1.
+    # Equation (2): where the weight w is near 0 or 1 k times the factor for Gaussian data is left. Perturbing a state of a
+    # long deterministic chain of such data moves the sample by the probability-flow factor sqrt(v/(alpha^2 v + sigma^2)),
+    # which is (alpha^2 + sigma^2)^(-1/2) where v = 1.
     table = make(Schedule.linear(), 1000)
-    found = sensitivity(table)
-    assert found[-1] == pytest.approx(1, rel=1e-3)
+    found, k = sensitivity(table), 2 if make is ddpm else 32
+    assert found[-1] == pytest.approx(k, rel=1e-3)
     if make is ddpm:
-        assert found[0] == pytest.approx(0.05)
+        assert table.alpha[0] < 0.6
+        assert found[0] == pytest.approx(k * 0.6)
         return
     target = Gaussian(torch.zeros(1), torch.ones(1))
     state = torch.ones(1, 1, dtype=torch.float64)
     levels = (table.alpha[0], table.sigma[0]), (table.alpha[-1], table.sigma[-1])
     moved = float(target.flow(state + 1e-3, *levels) - target.flow(state, *levels)) / 1e-3
     assert moved == pytest.approx(1, rel=1e-6)
-    assert moved <= found[0] < 1.01
+    assert k * moved <= found[0] < 1.01 * k
 
 
 def test_sensitivity_is_largest_about_signal_to_noise_ratio_one() -> None:
     table = ddim(Schedule.linear(), 1000)
-    weight = 0.4 * table.alpha**2 / (0.4 * table.alpha**2 + table.sigma**2)
+    weight = 0.5 * table.alpha**2 / (0.5 * table.alpha**2 + table.sigma**2)
     peak = int(sensitivity(table).argmax())
     assert abs(weight[peak] - 0.5) < 0.01
-    assert sensitivity(table)[peak] == pytest.approx(5, rel=1e-3)
+    assert sensitivity(table)[peak] == pytest.approx(32 * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("make", "k"), [(ddpm, 2), (ddim, 32), (euler, 32), (euler_ancestral, 2)])
+def test_sensitivity_follows_its_equation(make: object, k: int) -> None:
+    table = make(Schedule.linear(), 50)
+    for n, found in enumerate(sensitivity(table).tolist()):
+        alpha, sigma = float(table.alpha[n]), float(table.sigma[n])
+        w = alpha**2 * 0.5 / (alpha**2 * 0.5 + sigma**2)
+        gaussian = alpha / (alpha**2 + sigma**2) if k == 2 else 1 / math.sqrt(alpha**2 + sigma**2)
+        assert found == pytest.approx(k * max(gaussian * (1 + 4 * w * (1 - w)), 0.6), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -199,22 +212,22 @@ def test_no_sub_interval_is_thought_to_be_without_error(name: str) -> None:
 def test_the_ledger_follows_its_equations() -> None:
     ledger = Ledger([1.0, 0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     ledger.record(0, [0.4, 0.2, 0.1, 0.08])
-    # e after one node is 0, then theta (= 1) times the sums of h |delta|.
-    assert [ledger.cost(k) for k in (1, 2, 3, 4)] == pytest.approx([0, 2 * 0.2, 3 * 0.3, 4 * 0.325])
+    # e after one node is 0, then theta (1/2 at first) times the sums of h |delta|.
+    assert [ledger.cost(k) for k in (1, 2, 3, 4)] == pytest.approx([0, 2 * 0.1, 3 * 0.15, 4 * 0.1625])
     ledger.settle(2)
-    assert (ledger.spent, ledger.residual) == (pytest.approx(0.4), 0.4)
+    assert (ledger.spent, ledger.residual) == (pytest.approx(0.2), 0.4)
     # What stays is predicted to change by 0.1 and 0.125, and changes by a tenth of that: theta falls, but no faster than
     # by its rate of forgetting.
     ledger.record(2, [0.01, 0.0125, 0.3])
-    assert ledger.theta == pytest.approx(0.7)
+    assert ledger.theta == pytest.approx(0.7 * 0.5)
     ledger.settle(1)
-    assert ledger.spent == pytest.approx(0.4)
+    assert ledger.spent == pytest.approx(0.2)
     # A larger change than predicted raises theta at once.
     predicted = [0.25 * 0.01, 0.25 * 0.01 + 0.25 * 0.0125]
     ledger.record(3, [3 * p for p in predicted])
     assert ledger.theta == pytest.approx(3)
     ledger.settle(2)
-    assert ledger.spent == pytest.approx(0.4 + 5 * 3 * 0.25 * 3 * predicted[0])
+    assert ledger.spent == pytest.approx(0.2 + 5 * 3 * 0.25 * 3 * predicted[0])
     assert ledger.estimated_error == ledger.spent
 
 
@@ -224,7 +237,7 @@ def test_the_ledger_forgets_a_sweep_that_overflowed() -> None:
     ledger.settle(1)
     ledger.forget()
     ledger.record(2, [1e6, 1e6])
-    assert ledger.theta == 1
+    assert ledger.theta == 0.5
 
 
 def test_an_estimate_that_is_no_number_is_infinite() -> None:
@@ -242,10 +255,26 @@ def test_the_estimate_covers_other_slopes_and_strides(slope: object, stride: int
         assert error <= certificate.estimated_error <= method.tolerance
 
 
-@pytest.mark.xfail(strict=True, reason="the change of one Jacobi sweep is a small part of the error left: a known gap")
-def test_the_estimate_covers_jacobi(monkeypatch: pytest.MonkeyPatch) -> None:
+# -- sixteen seeds, and where the estimate is known to fail ------------------------------------------------------------
+
+# An estimate, not a bound: one sample in sixteen, whose state was about to decide between two data, decided otherwise after
+# an error that (2) takes to be harmless.
+KNOWN = {("parasolver", "digits", "ddpm 1000")}
+DECIDES = pytest.mark.xfail(strict=True, reason="one seed of 16 ends at another datum: a known gap of the estimate")
+SIXTEEN = [
+    pytest.param(method, target, name, marks=DECIDES if (method, target, name) in KNOWN else (), id=f"{method}-{target}-{name}")
+    for method, target, name in [
+        *(("parasolver", target, name) for target in TARGETS for name in CHAINS),
+        *(("jacobi", target, name) for target in TARGETS for name in ("ddim 50", "flow 50")),
+    ]
+]
+
+
+@pytest.mark.parametrize(("method", "target", "name"), SIXTEEN)
+def test_the_estimate_covers_sixteen_seeds(method: str, target: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_certificate.SEEDS", 16)
-    problem = Problem("mixture", "ddim 50")
-    found = sample(problem.denoiser, problem.table, problem.noise, jacobi(), dtype=torch.float64)
+    problem = Problem(target, name)
+    made = parasolver(problem.window) if method == "parasolver" else jacobi(problem.window)
+    found = sample(problem.denoiser, problem.table, problem.noise, made, dtype=torch.float64)
     for certificate, error in zip(found.certificates, problem.errors(found.sample), strict=True):
-        assert error <= certificate.estimated_error
+        assert error <= certificate.estimated_error <= made.tolerance

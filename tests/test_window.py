@@ -170,9 +170,9 @@ def test_one_overflow_costs_a_few_rounds_and_no_certificate() -> None:
         calls.clear()
         return fails
 
-    plain = run(table, parasolver(20))
+    plain = run(table, parasolver(20, 4e-3))
     for bad in (torch.nan, torch.inf, 1e200):
-        found = run(table, parasolver(20), once(bad))
+        found = run(table, parasolver(20, 4e-3), once(bad))
         assert found.rounds <= plain.rounds + 4
         assert found.estimated_error <= 4e-3
         # The root mean square of the error is at most the tolerance; a single entry of six may hold all of it.

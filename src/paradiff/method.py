@@ -45,7 +45,7 @@ class Method:
     stride: int | Sequence[int] = 1
     warmup: int = 0
     start: Start = "clean"
-    tolerance: float = 3e-2
+    tolerance: float = 2.4e-2
     rule: Rule = "error"
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ def sequential() -> Method:
     return Method("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
 
 
-def jacobi(window: int | None = None, tolerance: float = 3e-2) -> Method:
+def jacobi(window: int | None = None, tolerance: float = 2.4e-2) -> Method:
     """Jacobi (fixed-point) iteration: every node takes its step from the last sweep's states.
 
     Source: Song, Meng, Liao and Ermon, "Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving",
@@ -90,7 +90,7 @@ def parasolver(
 
     Args:
         window: Sub-intervals solved at once; None for all.
-        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 3e-2 by default. With
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 2.4e-2 by default. With
             rule `change`, in units of the standard deviation of the noise between nodes, 0.1 by default.
         stride: Steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
         warmup: Steps taken one after the other before the window opens.
@@ -98,5 +98,5 @@ def parasolver(
         rule: `error` or `change`.
     """
     if tolerance is None:
-        tolerance = 0.1 if rule == "change" else 3e-2
+        tolerance = 0.1 if rule == "change" else 2.4e-2
     return Method("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)

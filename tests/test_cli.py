@@ -1,0 +1,258 @@
+"""The command line: what it writes, what stays as it was, and what is counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import Cli
+
+from paradiff import Keyed, methods, sample
+from paradiff.hub import load
+
+# diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "run_json.schema.json").read_text(encoding="utf-8"))
+SHORT = ("--sampler", "ddim", "--steps", 10, "--device", "cpu")
+
+
+def read(folder: Path) -> dict:
+    """run.json, checked."""
+    contents = json.loads((folder / "run.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    jsonschema.Draft202012Validator(SCHEMA).validate(contents)
+    return contents
+
+
+def pixels(path: Path) -> torch.Tensor:
+    with Image.open(path) as picture:
+        return torch.tensor(np.array(picture), dtype=torch.int64)
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_every_field_of_the_schema_is_explained() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "run_json.md").read_text(encoding="utf-8")
+    parts = [SCHEMA, SCHEMA["properties"]["environment"], SCHEMA["properties"]["sequential"], SCHEMA["properties"]["speedup"]]
+    parts += [SCHEMA["properties"][name]["items"] for name in ("samples", "history")]
+    for part in parts:
+        for field in part["properties"]:
+            assert f"`{field}`" in page or f".{field}`" in page, field
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_pictures_and_run_json(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    result = cli("sample", "digits", *SHORT, "--seeds", "3,5-6", "--trace", "--out", out)
+    assert result.code == 0
+    assert result.err == ""
+    assert str(out) in result.out
+    assert names(out) == {"samples.png", "seed-3.png", "seed-5.png", "seed-6.png", "run.json", "trace.png"}
+    assert names(out.parent) == {"b"}
+    assert pixels(out / "seed-5.png").shape == (8, 8)
+    contents = read(out)
+    assert [s["seed"] for s in contents["samples"]] == [3, 5, 6]
+    assert contents["arguments"]["seeds"] == "3,5-6"
+    assert contents["arguments"]["steps"] == 10
+    assert contents["arguments"]["tolerance"] is None
+    assert contents["status"].startswith("converged: ")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_only_compare_fills_what_a_sequential_run_measures(compare: bool, cli: Cli, tmp_path: Path) -> None:
+    steps = ("--sampler", "ddpm", "--steps", 30, "--device", "cpu")
+    result = cli("sample", "digits", *steps, "--seeds", "0-1", "--out", tmp_path / "out", *["--compare"] * compare)
+    contents = read(tmp_path / "out")
+    assert names(tmp_path / "out") == {"samples.png", "seed-0.png", "seed-1.png", "run.json"}
+    errors = [s["error"] for s in contents["samples"]]
+    if not compare:
+        assert (contents["sequential"], contents["speedup"], errors) == (None, None, [None, None])
+        assert "estimated" in result.out
+        return
+    assert (contents["sequential"]["rounds"], contents["sequential"]["evaluations"]) == (30, 60)
+    clock = contents["sequential"]["seconds"]
+    assert contents["speedup"]["rounds"] == pytest.approx(30 / contents["rounds"])
+    assert contents["speedup"]["seconds"] == pytest.approx(clock / contents["seconds"])
+    assert contents["speedup"]["rounds"] > 1
+    assert "RMS, worst" in result.out
+    for one in contents["samples"]:
+        assert 0 < one["error"]["rms"] <= one["error"]["max"] <= 8 * one["error"]["rms"]  # 64 entries.
+        assert one["error"]["rms"] < one["estimated_error"]
+
+
+def test_the_measured_error_is_that_of_the_samples(cli: Cli, tmp_path: Path) -> None:
+    cli("sample", "digits", *SHORT, "--noise", "keyed", "--tolerance", 0.2, "--seeds", 4, "--compare", "--out", tmp_path / "o")
+    model = load("digits")
+    runs = [
+        sample(model, model.table("ddim", 10), Keyed(model.shape, [4]), method)
+        for method in (methods.parasolver(tolerance=0.2), methods.sequential())
+    ]
+    gap = (runs[0].sample - runs[1].sample).double().abs()
+    error = read(tmp_path / "o")["samples"][0]["error"]
+    # Batches of other sizes round otherwise, by 1e-6.
+    assert error["rms"] == pytest.approx(float(gap.square().mean().sqrt()), abs=1e-5)
+    assert error["max"] == pytest.approx(float(gap.max()), abs=1e-5)
+    assert error["rms"] > 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "sequential"),
+        ("--method", "jacobi", "--window", 5),
+        ("--method", "paradigms", "--tolerance", 0.01, "--window", 4),
+        ("--rule", "change", "--slope", "freeze-clean-data", "--warmup", 0),
+        ("--stride", 3, "--slope", "shifted:0.5", "--max-rows", 2),
+        ("--sampler", "heun", "--noise", "keyed"),
+        ("--sampler", "dpmpp_2m", "--stride", 2),
+        ("--sampler", "ddpm", "--window", 1),
+        ("--sampler", "euler_ancestral", "--tolerance", 0),
+        ("--eta", 1, "--dtype", "bfloat16", "--tolerance", 0.1),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_the_counts_of_a_run_agree(options: tuple, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    assert cli("sample", tiny, *SHORT, "--seeds", "0-2", "--threads", 1, "--out", tmp_path / "out", *options).code == 0
+    contents = read(tmp_path / "out")
+    samples, history = contents["samples"], contents["history"]
+    assert contents["evaluations"] == sum(s["evaluations"] for s in samples)
+    assert contents["rounds"] == max(s["rounds"] for s in samples)
+    stride = contents["arguments"]["stride"] or 1
+    steps = 19 if "heun" in options else 10
+    nodes = steps if stride == 1 else -(-steps // stride)
+    for one in samples:
+        own = [h for h in history if h["seed"] == one["seed"]]
+        assert sum(h["passed"] for h in own) == nodes
+        assert own[-1]["round"] == one["rounds"]
+        if stride == 1:
+            assert sum(len(h["change"]) for h in own) == one["evaluations"]
+    if options[-1] == "sequential" or options[-2:] in (("--window", 1), ("--tolerance", 0)):
+        assert contents["status"].startswith("exact: ")
+        assert [s["estimated_error"] for s in samples] == [0, 0, 0]
+
+
+def test_a_picture_does_not_depend_on_the_other_seeds_or_the_method(cli: Cli, tmp_path: Path) -> None:
+    cli("sample", "digits", *SHORT, "--seeds", "0,7", "--tolerance", 1e-4, "--out", tmp_path / "two")
+    cli("sample", "digits", *SHORT, "--seeds", "7", "--method", "sequential", "--out", tmp_path / "one")
+    two, one = (pixels(tmp_path / folder / "seed-7.png") for folder in ("two", "one"))
+    assert (two - one).abs().max() <= 1  # A level may fall on the edge between two.
+    assert (one - pixels(tmp_path / "two" / "seed-0.png")).abs().max() > 50
+
+
+def test_the_models_folder_can_be_given(cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("sample", tiny, *SHORT).code == 0
+    assert read(tmp_path / "paradiff-out")["arguments"]["model"] == str(tiny)
+
+
+# -- the output folder -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_left_alone(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "is not empty; give another one, or --overwrite" in cli("sample", tiny, *SHORT, "--out", out).sentence
+    assert names(out) == {"notes.txt"}
+    assert names(tmp_path) == {"out"}
+
+
+def test_overwrite_replaces_its_own_files_only(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("sample", tiny, *SHORT, "--seeds", "0-1", "--out", out).code == 0
+    (out / "notes.txt").write_text("mine")
+    before = {name: (out / name).read_bytes() for name in names(out)}
+    assert cli("sample", tiny, *SHORT, "--steps", 12, "--seeds", "0", "--out", out, "--overwrite").code == 0
+    assert names(out) == set(before)
+    assert names(tmp_path) == {"out"}
+    for name in ("notes.txt", "seed-1.png"):
+        assert (out / name).read_bytes() == before[name]
+    for name in ("seed-0.png", "run.json"):
+        assert (out / name).read_bytes() != before[name]
+    assert read(out)["arguments"]["steps"] == 12
+
+
+def test_an_empty_folder_is_used(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    assert cli("sample", tiny, *SHORT, "--out", tmp_path).code == 0
+    assert "run.json" in names(tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_fails_leaves_nothing_behind(
+    overwrite: bool, cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "run.json").write_text("old")
+
+    def full(*_: object) -> None:
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr("paradiff.cli.write_json", full)
+    result = cli("sample", tiny, *SHORT, "--out", out, *["--overwrite"] * overwrite)
+    assert result.sentence == "the disk is full"
+    assert names(tmp_path) == ({"out"} if overwrite else set())
+    assert not overwrite or [p.read_text() for p in out.iterdir()] == ["old"]
+
+
+def test_an_output_that_is_a_file_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    for path in (tmp_path / "out", tmp_path / "out" / "below"):
+        for overwrite in ([], ["--overwrite"]):
+            found = cli("sample", tiny, *SHORT, "--out", path, *overwrite).sentence
+            assert "is a file; give a folder" in found or "cannot be written: " in found
+    assert (tmp_path / "out").read_text() == "mine"
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a place that nobody can write to")
+def test_an_output_that_cannot_be_written_is_refused(cli: Cli, tiny: Path) -> None:
+    found = cli("sample", tiny, *SHORT, "--out", "/proc/paradiff/out").sentence
+    assert found.startswith("the output '/proc/paradiff/out' cannot be written: ")
+
+
+# -- an interrupt ------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_a_run_with_one_sentence_and_no_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-c", "from paradiff.cli import main; main()", "sample", "digits"]
+    command += ["--method", "sequential", "--steps", "1000", "--seeds", "0-63", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert [p.name[:5] for p in tmp_path.iterdir()] == [".out-"]  # The run's scratch folder.
+            time.sleep(2)  # Into the chain, which takes far longer.
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130, err
+    assert err == "interrupted: nothing was written\n"
+    assert "Traceback" not in out
+    assert list(tmp_path.iterdir()) == []
