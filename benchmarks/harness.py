@@ -93,6 +93,7 @@ class Problem:
             "window": method.window or self.table.steps,
             "rule": method.rule,
             "tolerance": method.tolerance,
+            "warmup": method.warmup,
             "seeds": count,
             "rounds": sum(s.rounds for s, _ in found) / count,
             "rounds_max": max(s.rounds for s, _ in found),
@@ -107,7 +108,7 @@ class Problem:
 
 def finish(rows: list[dict[str, Any]], given: argparse.Namespace, extra: dict[str, Any] | None = None) -> None:
     """Prints the rows and writes the JSON."""
-    columns = ("problem", "sampler", "steps", "window", "method", "slope", "rule", "tolerance")
+    columns = ("problem", "sampler", "steps", "window", "method", "slope", "rule", "tolerance", "warmup")
     figures = ("rounds", "rounds_max", "evaluations", "error_max", "estimated_error_max", "seconds", "sequential_seconds")
     sheet = Sheet(*columns, *figures)
     for row in rows:

@@ -51,9 +51,9 @@ def methods(window: int | None, deterministic: bool) -> list[tuple[Method, str]]
     published = 0.02 if deterministic else 0.1
     rows = [(paradigms(window, published), "identity")]
     for name, slope in SLOPES.items():
-        rows.append((parasolver(window, published, slope=slope, rule="change"), name))
+        for warmup in (0, 1):
+            rows.append((parasolver(window, published, slope=slope, rule="change", warmup=warmup), name))
         rows.append((parasolver(window, slope=slope), name))
-        rows.append((parasolver(window, 0.02, slope=slope), name))
     return rows
 
 
@@ -78,7 +78,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         chosen = [
             r for r in rows if (r["problem"], r["sampler"], r["steps"], r["window"]) == key and r["method"] != "sequential"
         ]
-        labels = [f"{r['method']} {r['slope']} {r['rule']} {r['tolerance']:g}" for r in chosen]
+        labels = [f"{r['method']} {r['slope']} {r['rule']} {r['tolerance']:g} warmup {r['warmup']}" for r in chosen]
         colours = ["tab:green" if r["error_max"] < 4e-3 else "tab:red" for r in chosen]
         axes.barh(labels, [r["rounds"] for r in chosen], color=colours)
         axes.axvline(key[2] / key[3], color="black", lw=1)
