@@ -108,7 +108,7 @@ class Evaluator:
 
     def _call(self, batch: Batch, part: slice) -> Tensor:
         x = batch.x[part].to(device=self.device, dtype=self.dtype)
-        t = batch.t[part].to(self.device)
+        t = batch.t[part].to(self.device, non_blocking=True)
         rows = {name: value[batch.samples[part].to(value.device)] for name, value in self.conditioning.items()}
         m = self.denoiser(x, t, **rows)
         if not isinstance(m, Tensor):

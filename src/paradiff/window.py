@@ -59,8 +59,8 @@ class Plan:
         self.a, self.b, self.c, self.scale = (self.move(v) for v in (table.a, table.b, table.c, table.scale))
 
     def move(self, values: Tensor) -> Tensor:
-        """Values on the device, in the dtype of the states."""
-        return values.to(device=self.device, dtype=self.dtype)
+        """Values on the device, in the dtype of the states; from the host without waiting for the device's work."""
+        return values.to(device=self.device, dtype=self.dtype, non_blocking=values.device.type == "cpu")
 
 
 class Window:
