@@ -15,7 +15,7 @@ where s0 is the factor for Gaussian data, (alpha^2 + sigma^2)^(-1/2) for determi
 alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state). The rest, with k = 2 for stochastic
 chains, which forget, and 32 for deterministic ones, which do not, allows for what Gaussian data lack: a state that is about to
 decide which of several samples it becomes, most of all near signal-to-noise ratio 1 (w = 1/2), answers more strongly. On
-trained networks most states stay below (2), and single ones exceed it tenfold for a while; so the sum of s e over the nodes
+trained networks most states stay below (2), and single ones exceed it sixfold for a while; so the sum of s e over the nodes
 at which a sample's window came to begin is an estimate of its error, not a bound.
 
 With the rule `error` a sample may spend its tolerance along the chain in proportion to the sum of h s^(1/2) passed.

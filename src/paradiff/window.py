@@ -172,7 +172,7 @@ class Window:
             residual = (phi - old).flatten(1)
             new = torch.addmm(phi.flatten(1), carried, residual).view_as(phi)
             distance = new - old if plan.sloped else residual.cumsum(0)
-            if plan.single:
+            if plan.single and plan.method.start == "clean":
                 self.clean.add_(new[-2] - old[-2], alpha=plan.clean_slope[self.hi - 1])
         else:
             new = phi
