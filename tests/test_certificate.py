@@ -129,7 +129,7 @@ def test_the_solution_reports_its_worst_sample() -> None:
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim eta", "euler_ancestral", "dpmpp_2m", "flow_euler"])
 def test_the_unit_of_the_published_rules_is_the_posterior_noise(name: str) -> None:
     table = TABLES[name]
-    wanted = table.posterior_variance.sqrt()
+    wanted = table.posterior_variance().sqrt()
     torch.testing.assert_close(noise_units(table, list(range(table.steps + 1))), wanted, rtol=1e-9, atol=1e-12)
 
 

@@ -123,32 +123,32 @@ def test_epsilon_at_pure_noise_is_refused(sampler: Callable[..., Table]) -> None
 def test_posterior_variance_is_the_noise_of_ddpm(spacing: str) -> None:
     table = ddpm(Schedule.linear(), 50, spacing=spacing)
     # The floor of 1e-20 on the last step aside.
-    torch.testing.assert_close(table.posterior_variance, table.c**2, rtol=1e-9, atol=1e-19)
+    torch.testing.assert_close(table.posterior_variance(), table.c**2, rtol=1e-9, atol=1e-19)
     # DDIM at eta 0 adds none but has the same unit; at eta 1 it is this noise.
     still = ddim(Schedule.linear(), 50, spacing=spacing)
     assert not still.stochastic
-    torch.testing.assert_close(still.posterior_variance, table.posterior_variance)
+    torch.testing.assert_close(still.posterior_variance(), table.posterior_variance())
     full = ddim(Schedule.linear(), 50, spacing=spacing, eta=1.0)
-    torch.testing.assert_close(full.c**2, table.posterior_variance, rtol=1e-9, atol=1e-19)
+    torch.testing.assert_close(full.c**2, table.posterior_variance(), rtol=1e-9, atol=1e-19)
 
 
 def test_posterior_variance_of_euler_ancestral_is_its_noise() -> None:
     table = euler_ancestral(Schedule.linear(), 30)
-    torch.testing.assert_close(table.posterior_variance, table.c**2)
-    assert table.posterior_variance[-1] == 0
+    torch.testing.assert_close(table.posterior_variance(), table.c**2)
+    assert table.posterior_variance()[-1] == 0
 
 
 def test_posterior_variance_exists_from_pure_noise_to_data() -> None:
     table = ddim(Schedule.linear(rescale_zero_snr=True), 10, spacing="trailing", prediction="v")
     assert table.alpha[0] == 0
-    assert table.posterior_variance.isfinite().all()
-    torch.testing.assert_close(table.posterior_variance[0], table.sigma[1] ** 2)
+    assert table.posterior_variance().isfinite().all()
+    torch.testing.assert_close(table.posterior_variance()[0], table.sigma[1] ** 2)
 
 
 def test_a_level_that_two_nodes_share_has_no_posterior_variance() -> None:
     table = heun(Schedule.linear(), 10)
-    assert (table.posterior_variance[1::2] == 0).all()
-    assert (table.posterior_variance[0:-1:2] > 0).all()
+    assert (table.posterior_variance()[1::2] == 0).all()
+    assert (table.posterior_variance()[0:-1:2] > 0).all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v", "flow"])

@@ -41,9 +41,7 @@ FORGETTING = 0.7  # how much of theta survives a sweep that observed less
 def noise_units(table: Table, edges: list[int]) -> Tensor:
     """`[M]` standard deviation of the noise that one DDPM step from each node at `edges` `[M+1]` to the next would add: the
     unit of the published tolerances (arXiv 2305.16317, section 3; ParaSolver's error rule)."""
-    alpha, sigma = table.alpha[edges], table.sigma[edges]
-    ratio = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1])
-    found = sigma[1:] * (1 - ratio**2).clamp(min=0).sqrt()
+    found = table.posterior_variance(edges).sqrt()
     for n in (found[1:-1] == 0).nonzero()[:, 0].tolist():  # two nodes at one noise level: the stages of a two-stage sampler
         found[n + 1] = found[n]
     return found

@@ -166,12 +166,14 @@ class Table:
         """`[N]` coefficient of the output in the clean-data estimate."""
         return self._clean[1]
 
-    @cached_property
-    def posterior_variance(self) -> Tensor:
-        """`[N]` variance of x[i+1] given x[i] and the clean datum, sigma'^2 (1 - snr/snr'): the DDPM step's own noise
-        (Ho et al. 2020, eq. 7), defined for deterministic samplers too, where it serves as the unit of tolerances."""
-        ratio = (self.alpha[:-1] * self.sigma[1:]) / (self.alpha[1:] * self.sigma[:-1])
-        return (self.sigma[1:] ** 2 * (1 - ratio**2)).clamp(min=0)
+    def posterior_variance(self, edges: list[int] | None = None) -> Tensor:
+        """`[M]` variance of the state at each of the nodes `edges` `[M+1]` after the first, given the state at the one before
+        and the clean datum, sigma'^2 (1 - snr/snr'): a DDPM step's own noise (Ho et al. 2020, eq. 7), defined for
+        deterministic samplers too, where it serves as the unit of tolerances. All nodes by default."""
+        nodes = slice(None) if edges is None else edges
+        alpha, sigma = self.alpha[nodes], self.sigma[nodes]
+        ratio = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1])
+        return (sigma[1:] ** 2 * (1 - ratio**2)).clamp(min=0)
 
     def convert(self, nodes: slice | Tensor, x: Tensor, m: Tensor) -> Tensor:
         """The output that the linear step sees: `m` itself, or `m` with the clean-data limit folded in (clipping.py).
