@@ -47,14 +47,18 @@ def noise_units(table: Table, edges: list[int]) -> Tensor:
     return found
 
 
-def sensitivity(table: Table) -> Tensor:
-    """`[N+1]` factor by which a change of a node reaches the sample: equation (2)."""
+def response(table: Table) -> Tensor:
+    """`[N+1]` factor by which a change of a node reaches the sample on ordinary data: equation (2) with k = 1."""
     signal = table.alpha**2 * DATA_VARIANCE
     weight = signal / (signal + table.sigma**2)
     square = table.alpha**2 + table.sigma**2
     gaussian = table.alpha / square if table.stochastic else square.rsqrt()
-    caution = STOCHASTIC_CAUTION if table.stochastic else DETERMINISTIC_CAUTION
-    return caution * (gaussian * (1 + 4 * weight * (1 - weight))).clamp(min=0.6)
+    return (gaussian * (1 + 4 * weight * (1 - weight))).clamp(min=0.6)
+
+
+def sensitivity(table: Table) -> Tensor:
+    """`[N+1]` the same with the caution of equation (2)."""
+    return (STOCHASTIC_CAUTION if table.stochastic else DETERMINISTIC_CAUTION) * response(table)
 
 
 def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:

@@ -16,7 +16,8 @@ from paradiff.certificate import DATA_VARIANCE, LEAST_THETA, Ledger, noise_units
 from paradiff.method import Method
 from paradiff.noise import Noise
 from paradiff.slope import freeze_clean_data, inverse, over_intervals, resolve
-from paradiff.solution import Sweep
+from paradiff.solution import Certificate, Sweep
+from paradiff.step import Step
 from paradiff.table import Table, column
 
 FILL = 64  # nodes filled by one matrix product
@@ -40,8 +41,8 @@ class Plan:
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()
         self.share = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
-        whole = bool((table.t == table.t.round()).all())
-        self.t = table.t.to(torch.int64) if whole else table.t
+        self.step = Step(table, device, dtype)
+        self.t, self.move = self.step.t, self.step.move
         self.fill_slope = torch.zeros_like(table.a)
         self.fill_clean = torch.zeros_like(table.c)
         if method.start == "clean":
@@ -55,12 +56,6 @@ class Plan:
         alpha, sigma = table.alpha[:-1], table.sigma[:-1]
         self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
         self.fill_noise = table.stochastic and method.start != "copy"
-        self.scaled = bool((table.scale != 1).any())
-        self.a, self.b, self.c, self.scale = (self.move(v) for v in (table.a, table.b, table.c, table.scale))
-
-    def move(self, values: Tensor) -> Tensor:
-        """Values on the device, in the dtype of the states; from the host without waiting for the device's work."""
-        return values.to(device=self.device, dtype=self.dtype, non_blocking=values.device.type == "cpu")
 
 
 class Window:
@@ -98,6 +93,11 @@ class Window:
         """The state at the window's first node, which is the sample once the window is done."""
         return self.x[self.plan.history]
 
+    @property
+    def certificate(self) -> Certificate:
+        """How far to trust the sample."""
+        return Certificate(self.ledger.residual, self.ledger.estimated_error, self.rounds, self.evaluations)
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
         plan, h, first = self.plan, self.plan.history, self.plan.edges[self.lo]
@@ -114,9 +114,7 @@ class Window:
             self.noise_place = self.at - first
             self.places = [self.noise_place + h - j for j in range(plan.table.band)]
         self.state = self.x[self.places[0]]
-        if plan.scaled:
-            return self.nodes, self.state * column(plan.scale[self.at], self.state)
-        return self.nodes, self.state
+        return self.nodes, plan.step.seen(self.at, self.state)
 
     def absorb(self, outputs: Tensor) -> bool:
         """Takes the outputs of the rows last asked for; whether that ended a sweep, so that `change` is new."""
@@ -129,13 +127,10 @@ class Window:
             self.clean = plan.table.p[last].item() * self.state[-1] + plan.table.q[last].item() * m[-1]
         if plan.history:
             self.m[self.places[0]] = m
-        phi = column(plan.a[self.at, 0], m) * self.state
-        phi.addcmul_(column(plan.b[self.at, 0], m), m)
-        for j in range(1, plan.table.band):
-            phi.addcmul_(column(plan.a[self.at, j], m), self.x[self.places[j]])
-            phi.addcmul_(column(plan.b[self.at, j], m), self.m[self.places[j]])
-        if plan.table.stochastic:
-            phi.addcmul_(column(plan.c[self.at], m), self.z[self.noise_place])
+        states = [self.state, *(self.x[place] for place in self.places[1:])]
+        drives = [m, *(self.m[place] for place in self.places[1:])]
+        z = self.z[self.noise_place] if plan.table.stochastic else None
+        phi = plan.step(self.at, states, drives, z)
         return self._sweep(phi) if plan.single else self._substep(phi)
 
     def _substep(self, phi: Tensor) -> bool:
@@ -265,7 +260,7 @@ class Window:
         forcing = column(plan.move(plan.fill_clean[steps]), self.x) * self.clean
         if plan.fill_noise:
             place = steps.start - plan.edges[self.lo]
-            forcing.addcmul_(column(plan.c[steps], self.x), self.z[place : place + count])
+            forcing.addcmul_(column(plan.step.c[steps], self.x), self.z[place : place + count])
         for i in range(min(plan.table.band, count)):
             for j in range(i, plan.table.band):
                 factor = plan.fill_slope[steps.start + i, j].item()
