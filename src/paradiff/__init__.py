@@ -3,12 +3,13 @@
 from paradiff.clipping import Clip, DynamicThreshold
 from paradiff.evaluate import Batch, Denoiser, Evaluator
 from paradiff.method import Method
-from paradiff.methods import jacobi, paradigms, parasolver, sequential
+from paradiff.methods import jacobi, paradigms, parasolver, sequential, srds
 from paradiff.noise import Keyed, Noise, Recorded
+from paradiff.parareal import Parareal
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 from paradiff.schedule import Schedule
 from paradiff.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
-from paradiff.solution import Certificate, Solution, Sweep
+from paradiff.solution import Certificate, Solution, Sweep, Wave
 from paradiff.solve import sample, solve
 from paradiff.table import Table
 
@@ -22,11 +23,13 @@ __all__ = [
     "Keyed",
     "Method",
     "Noise",
+    "Parareal",
     "Recorded",
     "Schedule",
     "Solution",
     "Sweep",
     "Table",
+    "Wave",
     "ddim",
     "ddpm",
     "dpmpp_2m",
@@ -44,5 +47,6 @@ __all__ = [
     "sequential",
     "shifted",
     "solve",
+    "srds",
     "zero",
 ]

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from paradiff.method import Method
 from paradiff.noise import Keyed, Noise, Recorded
 from paradiff.run import output_folder, report, write_json
 from paradiff.schedule import refuse_unknown
-from paradiff.solution import Solution, Sweep
+from paradiff.solution import Record, Solution, Sweep
 from paradiff.solve import sample as run_solver
 from paradiff.table import Table
 
@@ -113,7 +113,9 @@ def sample(
         if trace:
             slowest = max(range(len(chosen)), key=lambda k: solution.certificates[k].rounds)
             title = f"{sampler}, {steps} steps, {method}: seed {chosen[slowest]}, the slowest of {len(chosen)}"
-            plots.save_trace(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
+            plots.save_trace(
+                [s for s in solution.history if isinstance(s, Sweep)], slowest, len(edges) - 1, folder / "trace.png", title
+            )
         write_json(result, folder / "run.json")
     show(console, result, method, f"{sampler}, {steps} steps, {len(chosen)} sample{'s' * (len(chosen) > 1)}")
     console.print(f"{solution.status}; written to {out}", soft_wrap=True)
@@ -216,7 +218,7 @@ def run_timed(
         bar = progress.add_task(label, total=total, rounds=0)
         rounds = 0
 
-        def on_round(sweeps: list[Sweep]) -> None:
+        def on_round(sweeps: Sequence[Record]) -> None:
             nonlocal rounds
             rounds += 1
             progress.update(bar, advance=sum(s.passed for s in sweeps), rounds=rounds)

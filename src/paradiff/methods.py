@@ -1,4 +1,4 @@
-"""The named methods: functions that return a `Method`.
+"""The named methods: functions that return a `Method`, or for SRDS a `Parareal`.
 
 | method | slope G | nodes | start of new nodes | rule |
 |---|---|---|---|---|
@@ -6,16 +6,19 @@
 | `jacobi` | 0 | all | frozen clean data | error |
 | `paradigms` | identity | all | copy of the last state | change |
 | `parasolver` | identity | every S-th | frozen clean data | error or change |
+| `srds` | a coarse propagator's own change | block edges | a coarse sweep | error, change, sample or image |
 
-All of them solve the same equations and so, at tolerance 0, return the same sample: that of the sequential chain with the
-same noises.
+All of them solve the same equations and so, run to the end (at tolerance 0, or SRDS with as many iterations as blocks), return
+the same sample: that of the sequential chain with the same noises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from paradiff.method import Method, Rule
+from paradiff.parareal import Choice, Parareal, Schedule, StopRule
 from paradiff.slope import Slope, identity, zero
 
 
@@ -100,3 +103,52 @@ def parasolver(
     if tolerance is None:
         tolerance = 0.1 if rule == "change" else 2.4e-2
     return Method("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)
+
+
+def srds(
+    blocks: int | Sequence[int] | None = None,
+    coarse: Choice = "one step",
+    schedule: Schedule = "pipelined",
+    tolerance: float | None = None,
+    *,
+    rule: StopRule = "error",
+    iterations: int | None = None,
+    window: int | None = None,
+    rows: int | None = None,
+) -> Parareal:
+    """SRDS: self-refining diffusion samplers, Parareal over blocks of the chain.
+
+    Source: Selvam, Merchant and Ermon, "Self-Refining Diffusion Samplers: Enabling Parallelization via Parareal Iterations",
+    NeurIPS 2024, arXiv 2412.08292, algorithm 1 and its pipelined form. From one coarse sweep the edges of the blocks are
+    refined by x[i+1] <- F(x[i]) + (G(x[i] new) - G(x[i])), with F the block's fine steps and G one coarse step (parareal.py).
+    After as many iterations as there are blocks the sample is that of the sequential chain; `pipelined` gets there in the
+    chain's own number of rounds, and never needs more.
+
+    A stochastic sampler works as a deterministic one does: noises are fixed beforehand, and a coarse step receives the exact
+    aggregate of its block's. A multistep sampler's history travels with the block edge, so that the reference is the true
+    chain; to restart its order instead, make the table do so (`dpmpp_2m(..., restarts=...)`).
+
+    Differs from the paper in: any number of blocks, of lengths that need not be equal; a coarse propagator may be more than
+    one step; convergence is judged for each sample by an estimate of its error that needs no further iteration (rule `error`),
+    where the paper waits until the sample stops changing (`sample`, `image`); blocks whose start is final stop.
+
+    Args:
+        blocks: Number of blocks B, balanced, or their edges as fine nodes, 0 and N included. None for the planner's number,
+            the nearest whole number to sqrt(K N) for N steps (to sqrt(N) if batched), K being `iterations` or 2.
+        coarse: `one step` (the paper); `two step`, which leads the clean-data estimate by its trend and is worth most on
+            deterministic chains; a number of steps a block; the fine nodes it visits, block edges included; a coarse table
+            whose nodes are fine nodes; or a slope (slope.py), which costs no network calls and makes the method ParaSolver's
+            over whole blocks.
+        schedule: `pipelined`, or `batched` with barriers between sweeps.
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 8e-3 by default. With
+            `change`, in units of the standard deviation of the noise of a step between block edges, 0.1 by default. With
+            `sample`, the root mean square change of the sample in its own units, 4e-3 by default; with `image`, the mean
+            change of the picture in grey levels of 0 ... 255, 0.1 by default (the threshold of a public implementation).
+        rule: `error`, `change` (edge by edge along the chain), `sample` or `image`.
+        iterations: Iterations to be made whatever the rule would say.
+        window: Blocks in flight; memory is then O(window) states instead of O(blocks).
+        rows: Most rows that one sample puts in one round: fewer evaluators than blocks.
+    """
+    if tolerance is None:
+        tolerance = {"error": 8e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
+    return Parareal("srds", blocks, coarse, schedule, tolerance, rule, iterations, window, rows)

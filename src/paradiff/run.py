@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from paradiff.solution import Solution
+from paradiff.solution import Record, Solution, Sweep
 
 
 @contextmanager
@@ -97,22 +97,22 @@ def report(
         "samples": samples,
         "sequential": None,
         "speedup": None,
-        "history": [
-            {
-                "round": s.round,
-                "seed": seeds[s.sample],
-                "first": s.first,
-                "passed": s.passed,
-                "change": [float(f"{c:.3g}") for c in s.change],
-            }
-            for s in solution.history
-        ],
+        "history": [_record(entry, seeds) for entry in solution.history],
     }
     if sequential is not None:
         reference, clock = sequential
         result["sequential"] = {"rounds": reference.rounds, "evaluations": reference.evaluations, "seconds": clock}
         result["speedup"] = {"rounds": reference.rounds / solution.rounds, "seconds": clock / seconds}
     return result
+
+
+def _record(entry: Record, seeds: list[int]) -> dict[str, Any]:
+    """One entry of the history: a sweep of a window, or a round of a wavefront."""
+    common = {"round": entry.round, "seed": seeds[entry.sample], "passed": entry.passed}
+    if isinstance(entry, Sweep):
+        return {**common, "first": entry.first, "change": [float(f"{c:.3g}") for c in entry.change]}
+    values = [[edge, iteration, float(f"{change:.3g}")] for edge, iteration, change in entry.values]
+    return {**common, "rows": [list(row) for row in entry.rows], "values": values}
 
 
 def difference(sample: Tensor, reference: Tensor) -> Tensor:

@@ -27,6 +27,29 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Wave:
+    """One round of one sample's wavefront (wavefront.py).
+
+    Attributes:
+        round: The round, counted from 1.
+        sample: The sample.
+        rows: Block and iteration of every row that the sample had evaluated.
+        values: Edge, iteration and root mean square change of every block edge that got a new value; the change is infinite
+            for an edge's first value.
+        passed: How many block edges became final.
+    """
+
+    round: int
+    sample: int
+    rows: list[tuple[int, int]]
+    values: list[tuple[int, int, float]]
+    passed: int
+
+
+Record = Sweep | Wave
+
+
+@dataclass(frozen=True)
 class Certificate:
     """How far to trust one sample.
 
@@ -55,7 +78,7 @@ class Solution:
         evaluations: Rows.
         seconds: The whole clock: noise, start-up and bookkeeping included.
         certificates: One a sample.
-        history: One entry a sweep and sample, in order.
+        history: One entry a sweep and sample, in order; for Parareal one a round and sample.
     """
 
     sample: Tensor
@@ -64,7 +87,7 @@ class Solution:
     evaluations: int
     seconds: float
     certificates: list[Certificate]
-    history: list[Sweep]
+    history: list[Record]
 
     @property
     def residual(self) -> float:

@@ -21,7 +21,7 @@ waits for the device. Memory is O(window) states a sample, times the stride.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,22 +29,27 @@ from torch import Tensor
 from paradiff.evaluate import Batch, Denoiser, Evaluator
 from paradiff.method import Method
 from paradiff.noise import Noise
-from paradiff.solution import Certificate, Solution, Sweep
+from paradiff.parareal import Parareal
+from paradiff.solution import Certificate, Record, Solution
 from paradiff.table import Table
+from paradiff.wavefront import Course, Wavefront
 from paradiff.window import Plan, Window
 
 RULES = {
     "error": "the estimated error of every sample is at most {:g}",
     "change": "every node passed with a change of at most {:g} times its step's noise",
+    "sample": "the last iteration changed every sample by at most {:g}, root mean square",
+    "image": "the last iteration changed every picture by at most {:g} grey levels, on average",
 }
-Progress = Callable[[list[Sweep]], None]
+EXACT = "exact: every node was reached by the chain's own steps"
+Progress = Callable[[Sequence[Record]], None]
 
 
 @torch.inference_mode()
 def solve(
     table: Table,
     noise: Noise,
-    method: Method,
+    method: Method | Parareal,
     *,
     start: Tensor | None = None,
     device: torch.device | str = "cpu",
@@ -78,9 +83,8 @@ def solve(
     expected = (noise.samples, *noise.shape)
     if start is not None and tuple(start.shape) != expected:
         raise ValueError(f"start has shape {tuple(start.shape)}; the noise has {expected}: samples, then one sample's shape")
-    plan = Plan(table, method, torch.device(device), dtype)
-    windows = [Window(plan, noise, k, None if start is None else start[k]) for k in range(noise.samples)]
-    history: list[Sweep] = []
+    plan, windows = _prepare(table, noise, method, start, torch.device(device), dtype)
+    history: list[Record] = []
     rounds = evaluations = 0
     while active := [w for w in windows if not w.done]:
         asked = [w.rows() for w in active]
@@ -92,7 +96,7 @@ def solve(
         evaluations += len(nodes)
         parts = outputs.split([len(n) for n, _ in asked])
         swept = [w for w, part in zip(active, parts, strict=True) if w.absorb(part)]
-        sweeps = []
+        sweeps: list[Record] = []
         if swept:
             changes = torch.cat([w.change for w in swept]).tolist()  # the round's one wait for the device
             for w in swept:
@@ -102,21 +106,42 @@ def solve(
         history += sweeps
         if progress is not None:
             progress(sweeps)
-    certificates = [Certificate(w.ledger.residual, w.ledger.estimated_error, w.rounds, w.evaluations) for w in windows]
+    certificates = [w.certificate for w in windows]
     sample = torch.stack([w.final for w in windows])
-    status = (
-        f"converged: {RULES[method.rule].format(method.tolerance)}"
-        if method.tolerance > 0 and plan.width > 1
-        else "exact: every node was reached by the chain's own steps"
-    )
+    status = _status(method, plan, certificates)
     return Solution(sample, status, rounds, evaluations, time.perf_counter() - begin, certificates, history)
+
+
+def _prepare(
+    table: Table, noise: Noise, method: Method | Parareal, start: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Plan | Course, Sequence[Window | Wavefront]]:
+    """What the samples share, and one window or wavefront for each."""
+    starts = [None if start is None else start[k] for k in range(noise.samples)]
+    if isinstance(method, Parareal):
+        method.check_shape(noise.shape)
+        course = Course(table, method, device, dtype)
+        return course, [Wavefront(course, noise, k, x) for k, x in enumerate(starts)]
+    plan = Plan(table, method, device, dtype)
+    return plan, [Window(plan, noise, k, x) for k, x in enumerate(starts)]
+
+
+def _status(method: Method | Parareal, plan: Plan | Course, certificates: list[Certificate]) -> str:
+    if isinstance(method, Method):
+        exact = method.tolerance == 0 or plan.width == 1
+    else:
+        exact = all(c.estimated_error == 0 for c in certificates)
+    if exact:
+        return EXACT
+    if isinstance(method, Parareal) and method.iterations is not None:
+        return f"stopped: {method.iterations} iterations were made, as asked"
+    return f"converged: {RULES[method.rule].format(method.tolerance)}"
 
 
 def sample(
     denoiser: Denoiser | Evaluator,
     table: Table,
     noise: Noise,
-    method: Method,
+    method: Method | Parareal,
     *,
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float32,

@@ -153,6 +153,18 @@ class Table:
         return bool(self.c.any())
 
     @cached_property
+    def restarts(self) -> list[int]:
+        """The nodes at which the chain starts afresh: all that follows depends on the state there alone. Every node of a
+        one-step sampler, every second one of a two-stage sampler; 0 and N always."""
+        nodes = list(range(self.steps + 1))
+        crossed = torch.zeros(self.steps + 1, dtype=torch.bool)
+        for j in range(1, self.band):
+            reads = (self.a[:, j] != 0) | (self.b[:, j] != 0)
+            for step in reads.nonzero()[:, 0].tolist():
+                crossed[step - j + 1 : step + 1] = True  # this step looks past these nodes, at one before them
+        return [n for n in nodes if n in (0, self.steps) or not crossed[n]]
+
+    @cached_property
     def _clean(self) -> tuple[Tensor, Tensor]:
         return clean_coefficients(self.prediction, self.alpha[:-1], self.sigma[:-1])
 
