@@ -6,7 +6,7 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,25 @@ class Problem:
         }
 
 
-def finish(rows: list[dict[str, Any]], given: argparse.Namespace, extra: dict[str, Any] | None = None) -> None:
-    """Prints the rows and writes the JSON."""
-    columns = ("problem", "sampler", "steps", "window", "method", "slope", "rule", "tolerance", "warmup")
-    figures = ("rounds", "rounds_max", "evaluations", "error_max", "estimated_error_max", "seconds", "sequential_seconds")
-    sheet = Sheet(*columns, *figures)
-    for row in rows:
-        sheet.add_row(*(str(row[c]) for c in columns), *(f"{row[f]:.4g}" for f in figures))
-    Console(width=220).print(sheet)
+COLUMNS = ("problem", "sampler", "steps", "window", "method", "slope", "rule", "tolerance", "warmup")
+FIGURES = ("rounds", "rounds_max", "evaluations", "error_max", "estimated_error_max", "seconds", "sequential_seconds")
+
+
+def finish(
+    rows: list[dict[str, Any]],
+    given: argparse.Namespace,
+    extra: dict[str, Any] | None = None,
+    *,
+    columns: Sequence[str] = COLUMNS,
+    figures: Sequence[str] = FIGURES,
+    show: bool = True,
+) -> None:
+    """Prints the rows (unless not to be shown) and writes them and `extra` as JSON."""
+    if show:
+        sheet = Sheet(*columns, *figures)
+        for row in rows:
+            sheet.add_row(*(str(row[c]) for c in columns), *(f"{row[f]:.4g}" for f in figures))
+        Console(width=220).print(sheet)
     if given.json:
         contents = {"environment": {**environment(), "commit": commit()}, "rows": rows, **(extra or {})}
         given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -18,8 +19,10 @@ import torch
 from PIL import Image
 from pipelines import Cli
 
-from paradiff import Keyed, methods, sample
+from paradiff import Keyed, Method, Parareal, Wave, methods, sample
+from paradiff.cli import widest
 from paradiff.hub import load
+from paradiff.plots import save_wavefront
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -51,10 +54,16 @@ def test_the_schema_is_one() -> None:
 def test_every_field_of_the_schema_is_explained() -> None:
     page = (Path(__file__).parent.parent / "docs" / "run_json.md").read_text(encoding="utf-8")
     parts = [SCHEMA, SCHEMA["properties"]["environment"], SCHEMA["properties"]["sequential"], SCHEMA["properties"]["speedup"]]
-    parts += [SCHEMA["properties"][name]["items"] for name in ("samples", "history")]
+    parts.append(SCHEMA["properties"]["samples"]["items"])
     for part in parts:
         for field in part["properties"]:
             assert f"`{field}`" in page or f".{field}`" in page, field
+    sweep, wave = page.split("## `history`")[1].split("For `srds`")
+    for name, text in {"sweep": sweep, "wave": wave}.items():
+        for field in SCHEMA["$defs"][name]["properties"]:
+            assert f"| `{field}` |" in text, (name, field)
+    for option in ("blocks", "coarse", "schedule", "iterations", "rows"):
+        assert f"`{option}`" in page.split("## `arguments`")[1].split("##")[0], option
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -165,6 +174,150 @@ def test_the_models_folder_can_be_given(cli: Cli, tiny: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     assert cli("sample", tiny, *SHORT).code == 0
     assert read(tmp_path / "paradiff-out")["arguments"]["model"] == str(tiny)
+
+
+# -- wavefronts --------------------------------------------------------------------------------------------------------
+
+WAVES: dict[str, tuple[int, str]] = {  # The number of blocks, and how the status begins.
+    "--tolerance 2": (4, "converged"),
+    "--blocks 3 --iterations 3": (3, "exact"),
+    "--schedule batched --tolerance 2": (3, "converged"),
+    "--schedule batched --blocks 3 --iterations 3": (3, "exact"),
+    "--coarse one-step --schedule pipelined --blocks 2 --sampler ddpm": (2, "exact"),
+    "--coarse two-step --tolerance 2": (4, "converged"),
+    "--steps 20 --blocks 3 --coarse 2 --iterations 1": (3, "stopped"),
+    "--coarse freeze-epsilon --blocks 3 --rule change --tolerance 1e-4": (3, "exact"),
+    "--coarse shifted:0.5 --tolerance 20": (4, "converged"),
+    "--rows 2 --blocks 3 --tolerance 2": (3, "converged"),
+    "--window 2 --steps 20 --blocks 5 --tolerance 20 --sampler euler_ancestral": (5, "converged"),
+    "--iterations 0": (3, "stopped"),
+    "--rule image --tolerance 200 --sampler dpmpp_2m --max-rows 3": (4, "converged"),
+    "--rule sample --sampler heun --noise keyed --blocks 3": (3, "converged"),
+}
+
+
+@pytest.mark.parametrize("line", WAVES)
+def test_the_counts_of_a_wavefront_agree(line: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    srds = (*SHORT, "--method", "srds", "--seeds", "0-2", "--threads", 1, *line.split())
+    result = cli("sample", tiny, *srds, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    blocks, status = WAVES[line]
+    assert f"{3 * blocks}/{3 * blocks} blocks" in result.out
+    contents = read(tmp_path / "out")
+    samples, history, asked = contents["samples"], contents["history"], contents["arguments"]
+    words = line.split()
+    for option, value in zip(words[::2], words[1::2], strict=True):
+        assert str(asked[option[2:].replace("-", "_")]) == str(float(value) if option == "--tolerance" else value)
+    assert contents["status"].startswith(f"{status}: ")
+    assert contents["evaluations"] == sum(s["evaluations"] for s in samples)
+    assert contents["rounds"] == max(s["rounds"] for s in samples)
+    for one in samples:
+        own = [h for h in history if h["seed"] == one["seed"]]
+        assert [h["round"] for h in own] == list(range(1, one["rounds"] + 1))
+        assert sum(h["passed"] for h in own) == blocks
+        assert sum(len(h["rows"]) for h in own) == one["evaluations"]
+        assert {block for h in own for block, _ in h["rows"]} == set(range(blocks))
+        assert max(len(h["rows"]) for h in own) <= (asked["rows"] or 100)
+        values = [value for h in own for value in h["values"]]
+        for edge in range(1, blocks + 1):
+            first, *later = [(iteration, change) for at, iteration, change in values if at == edge]
+            if asked["coarse"] in ("freeze-epsilon", "shifted:0.5"):  # Their first values cost no rows, and are not listed.
+                assert first[0] == 1
+                assert first[1] > 0
+            else:
+                assert first[1] is None
+                assert first[0] == 0 or asked["window"]  # Which opens with the newest value before it.
+            assert [iteration for iteration, _ in later] == sorted({iteration for iteration, _ in later} - {0})
+            assert all(change is not None for _, change in later)
+        if asked["iterations"] is not None:
+            assert [v[1] for v in values if v[0] == blocks][-1] == asked["iterations"]
+        if asked["iterations"] == 0:
+            assert (one["residual"], one["estimated_error"]) == (None, None)
+        if status == "exact":
+            assert one["estimated_error"] == 0
+
+
+def test_the_schema_refuses_what_is_no_wavefront(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    assert cli("sample", tiny, *SHORT, "--method", "srds", "--out", tmp_path / "wave").code == 0
+    assert cli("sample", tiny, *SHORT, "--out", tmp_path / "sweep").code == 0
+    contents, other = read(tmp_path / "wave"), read(tmp_path / "sweep")
+    schema = jsonschema.Draft202012Validator(SCHEMA)
+    for change in (
+        {"rows": []},
+        {"rows": [[0]]},
+        {"rows": [[0, 0, 0]]},
+        {"rows": [[-1, 0]]},
+        {"values": [[0, 0, None]]},
+        {"values": [[1, 0]]},
+        {"values": [[1, 0, -0.1]]},
+        {"passed": -1},
+        {"first": 0},
+    ):
+        wrong = copy.deepcopy(contents)
+        wrong["history"][0].update(change)
+        assert not schema.is_valid(wrong), change
+    assert not schema.is_valid({**contents, "history": [*contents["history"], *other["history"]]})
+
+
+SAME = {
+    "pipelined": ("--blocks", 4),
+    "batched": ("--blocks", 4, "--schedule", "batched"),
+    "two-step": ("--coarse", "two-step"),
+    "slope": ("--coarse", "freeze-clean-data"),
+    "window": ("--window", 2),
+    "all iterations": ("--blocks", 5, "--iterations", 5, "--sampler", "ddpm"),
+}
+
+
+@pytest.mark.parametrize("options", SAME.values(), ids=SAME)
+def test_a_wavefront_gives_the_sequential_picture(options: tuple, cli: Cli, tmp_path: Path) -> None:
+    srds = (*SHORT, "--method", "srds", "--tolerance", 2e-3, *options)
+    cli("sample", "digits", *srds, "--compare", "--out", tmp_path / "wave")
+    sampler = ("--sampler", read(tmp_path / "wave")["arguments"]["sampler"])
+    cli("sample", "digits", *SHORT, *sampler, "--method", "sequential", "--out", tmp_path / "chain")
+    wave, chain = (pixels(tmp_path / folder / "seed-0.png") for folder in ("wave", "chain"))
+    assert chain.max() - chain.min() > 100
+    assert (wave - chain).abs().max() <= 1  # A level may fall on the edge between two.
+    (one,) = read(tmp_path / "wave")["samples"]
+    # Batches of other sizes round otherwise, by 1e-6.
+    assert one["error"]["rms"] < (1e-5 if "--iterations" in options else 2e-3)
+
+
+def test_without_enough_iterations_the_picture_is_another(cli: Cli, tmp_path: Path) -> None:
+    cli("sample", "digits", *SHORT, "--method", "srds", "--iterations", 0, "--compare", "--out", tmp_path / "out")
+    contents = read(tmp_path / "out")
+    assert contents["status"] == "stopped: 0 iterations were made, as asked"
+    assert contents["samples"][0]["error"]["rms"] > 1e-2
+
+
+def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    srds = ("--method", "srds", "--blocks", 3, "--tolerance", 0.3, "--seeds", "3,0,4")
+    assert cli("sample", tiny, *SHORT, "--sampler", "ddpm", *srds, "--trace", "--out", tmp_path / "out").code == 0
+    contents = read(tmp_path / "out")
+    first, second, third = (s["rounds"] for s in contents["samples"])
+    assert max(first, third) < second
+    history = [
+        Wave(h["round"], 0, [tuple(row) for row in h["rows"]], [], h["passed"]) for h in contents["history"] if h["seed"] == 0
+    ]
+    save_wavefront(history, 0, 3, tmp_path / "wanted.png", "ddpm, 10 steps, srds: seed 0, the slowest of 3")
+    assert (tmp_path / "out" / "trace.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        (methods.parasolver(), 8),
+        (methods.parasolver(window=3), 3),
+        (methods.sequential(), 1),
+        (methods.srds(8), 8),
+        (methods.srds(8, window=3), 3),
+        (methods.srds(8, rows=2), 2),
+        (methods.srds(8, window=3, rows=2), 2),
+        (methods.srds(8, rows=20), 8),
+    ],
+)
+def test_the_widest_round_is_known_beforehand(method: Method | Parareal, rows: int) -> None:
+    assert widest(method, 8) == rows
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------

@@ -56,6 +56,39 @@ REFUSED: dict[str, str] = {
     "--start copy": "No such option",
     "--windw 5": "No such option",
     "more than one": "unexpected extra argument",
+    "--blocks 4": "--blocks was given, but method 'parasolver' has no such option; it takes --window, --tolerance, --stride",
+    "--method jacobi --coarse two-step": "--coarse was given, but method 'jacobi' has no such option",
+    "--method sequential --rows 2": "--rows was given, but method 'sequential' has no such option; it takes no options",
+    "--method srds --stride 2": "--stride was given, but method 'srds' has no such option; it takes --blocks, --coarse, "
+    "--schedule, --tolerance, --rule, --iterations, --window, --rows",
+    "--method srds --slope zero": "--slope was given, but method 'srds' has no such option",
+    "--rule image": "rule is 'image'; it must be one of error, change",
+    # Wavefronts.
+    "--method srd": "did you mean 'srds'?",
+    "--method srds --blocks 0": "blocks is 0; give at least 1 block",
+    "--method srds --steps 10 --blocks 11": "11 blocks were asked for; the chain has 10 steps: give at most 10",
+    "--method srds --blocks many": "Invalid value for '--blocks': ",
+    "--method srds --coarse 0": "coarse is 0 steps a block; it must be at least 1",
+    "--method srds --coarse -2": "coarse is -2 steps a block; it must be at least 1",
+    "--method srds --coarse 1.5": "coarse is '1.5'; it must be one of one-step, two-step, a number of steps a block, zero, "
+    "identity, freeze-epsilon, freeze-clean-data, shifted:VARIANCE",
+    "--method srds --coarse two-steps": "did you mean 'two-step'?",
+    "--method srds --coarse shifted": "did you mean 'shifted:VARIANCE'?",
+    "--method srds --coarse shifted:0": "shifted takes a positive data variance, such as shifted:0.5",
+    "--method srds --schedule pipeline": "schedule is 'pipeline'; it must be one of pipelined, batched",
+    "--method srds --rule images": "rule is 'images'; it must be one of error, change, sample, image",
+    "--method srds --tolerance 0": "the tolerance is 0.0; it must be positive and finite",
+    "--method srds --iterations -1": "iterations is -1; it must be at least 0",
+    "--method srds --steps 10 --blocks 4 --iterations 5": "5 iterations were asked for; 4 blocks are exact after 4",
+    "--method srds --rows 0": "rows is 0; it must be at least 1",
+    "--method srds --window 0": "window is 0; it must be at least 1",
+    "--method srds --steps 10 --blocks 4 --window 5": "the window is 5; there are 4 blocks: give at most that",
+    "--method srds --schedule batched --rows 2": "rows was given with the batched schedule, which has none",
+    "--method srds --schedule batched --window 2": "window was given with the batched schedule, which has none",
+    "--method srds --schedule batched --coarse zero": "the coarse propagator is a slope, which has no sweep to batch",
+    "--method srds --coarse identity --window 2": "window was given with a coarse propagator that is a slope",
+    "--method srds --window 2 --iterations 1": "window was given with iterations, which looks at the end of the chain",
+    "--method srds --window 2 --rule image": "window was given with rule 'image', which looks at the end of the chain",
     # Seeds.
     "--seeds 3-1": "seeds are '3-1', of which '3-1' is no seed; give whole numbers and rising ranges, such as 0-15 or 0,3,7-9",
     "--seeds a": "seeds are 'a', of which 'a' is no seed",
@@ -96,7 +129,7 @@ def test_no_arguments_show_the_help(cli: Cli) -> None:
 def test_help_names_every_option(cli: Cli) -> None:
     found = cli("sample", "--help")
     assert found.code == 0
-    for option in ("--sampler", "--tolerance", "--overwrite", "--compare", "--trace", "--seeds"):
+    for option in ("--sampler", "--tolerance", "--overwrite", "--compare", "--trace", "--seeds", "--blocks", "--coarse"):
         assert option in found.out
 
 

@@ -151,6 +151,23 @@ def test_a_level_that_two_nodes_share_has_no_posterior_variance() -> None:
     assert (table.posterior_variance()[0:-1:2] > 0).all()
 
 
+@pytest.mark.parametrize("name", [name for name in TABLES if TABLES[name].band == 1])
+def test_a_one_step_sampler_starts_afresh_at_every_node(name: str) -> None:
+    assert TABLES[name].restarts == list(range(21))
+
+
+def test_a_two_stage_sampler_starts_afresh_between_its_steps() -> None:
+    table = TABLES["heun"]
+    assert table.steps == 39
+    assert table.restarts == [*range(0, 39, 2), 39]
+
+
+def test_a_multistep_sampler_starts_afresh_where_its_order_restarts() -> None:
+    # Step 19, the last one, is of order one too.
+    assert TABLES["dpmpp_2m"].restarts == [0, 19, 20]
+    assert dpmpp_2m(Schedule.linear(), 20, restarts=[4, 5, 11]).restarts == [0, 4, 5, 11, 19, 20]
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v", "flow"])
 def test_convert_replaces_the_clean_estimate_by_its_limit(prediction: str) -> None:
     table = ddpm(Schedule.linear(), 10, prediction=prediction, clip=Clip(0.5))

@@ -22,17 +22,19 @@ from paradiff.evaluate import Batch, Evaluator
 from paradiff.hub import SCHEDULERS, Model, load
 from paradiff.method import Method
 from paradiff.noise import Keyed, Noise, Recorded
+from paradiff.parareal import Parareal
 from paradiff.run import output_folder, report, write_json
 from paradiff.schedule import refuse_unknown
-from paradiff.solution import Record, Solution, Sweep
+from paradiff.solution import Record, Solution, Sweep, Wave
 from paradiff.solve import sample as run_solver
 from paradiff.table import Table
 
-METHODS: dict[str, Callable[..., Method]] = {
+METHODS: dict[str, Callable[..., Method | Parareal]] = {
     "sequential": methods.sequential,
     "jacobi": methods.jacobi,
     "paradigms": methods.paradigms,
     "parasolver": methods.parasolver,
+    "srds": methods.srds,
 }
 SLOPES: dict[str, Any] = {
     "zero": slope.zero,
@@ -40,6 +42,7 @@ SLOPES: dict[str, Any] = {
     "freeze-epsilon": slope.freeze_epsilon,
     "freeze-clean-data": slope.freeze_clean_data,
 }
+COARSE = {"one-step": "one step", "two-step": "two step"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -57,21 +60,34 @@ def sample(
     steps: Annotated[int, typer.Option(help="Steps of the chain.")] = 1000,
     eta: Annotated[float, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1.")] = 0.0,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "parasolver",
-    window: Annotated[int | None, typer.Option(help="Nodes solved at once; the whole chain by default.")] = None,
+    window: Annotated[int | None, typer.Option(help="Nodes, or blocks, solved at once; the whole chain by default.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="See the method's documentation; its own default if left out.")
     ] = None,
-    rule: Annotated[str | None, typer.Option(help="parasolver: `error` (default) or `change`, the published rule.")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="parasolver: `error` (default) or `change`, the published rule; srds: also `sample` or `image`."),
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="parasolver: sequential steps in a sub-interval; default 1.")] = None,
     warmup: Annotated[int | None, typer.Option(help="parasolver: steps really taken first; default 0.")] = None,
     slope: Annotated[str | None, typer.Option(help=f"parasolver: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="srds: blocks of the chain; near sqrt(2 STEPS) by default.")] = None,
+    coarse: Annotated[
+        str | None,
+        typer.Option(help="srds: one-step (default), two-step, a number of steps a block, or what --slope takes."),
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="srds: `pipelined` (default) or `batched`.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="srds: iterations to be made whatever the rule would say.")] = None,
+    rows: Annotated[int | None, typer.Option(help="srds: most rows of one sample in one round; no bound by default.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, one sample each: 0-15, or 0,3,7-9.")] = "0",
     noise: Annotated[
         str, typer.Option(help="`recorded`: the draws of diffusers with each seed; `keyed`: device-free.")
     ] = "recorded",
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("paradiff-out"),
     compare: Annotated[bool, typer.Option("--compare", help="Also run the sequential chain, in the same process.")] = False,
-    trace: Annotated[bool, typer.Option("--trace", help="Draw trace.png: residual by node and round.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Draw trace.png: change by node, or iteration by block, and round.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files in an output folder that is not empty.")
     ] = False,
@@ -88,7 +104,8 @@ def sample(
     refuse_unknown("sampler", sampler, list(SCHEDULERS))
     refuse_unknown("dtype", dtype, list(DTYPES))
     refuse_unknown("noise", noise, ["recorded", "keyed"])
-    solver = make_method(method, window=window, tolerance=tolerance, rule=rule, stride=stride, warmup=warmup, slope=slope)
+    options = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
+    solver = make_method(method, **{option: arguments[option] for option in options})
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
@@ -99,9 +116,9 @@ def sample(
         table = loaded.table(sampler, steps, eta=eta)
         edges = solver.edges(table)
         evaluator = Evaluator(loaded, max_rows=max_rows, device=place, dtype=DTYPES[dtype])
-        warm_up(evaluator, loaded, table, len(chosen), solver.window or len(edges) - 1)
+        warm_up(evaluator, loaded, table, len(chosen), widest(solver, len(edges) - 1))
 
-        def timed(label: str, run: Method) -> tuple[Solution, float]:
+        def timed(label: str, run: Method | Parareal) -> tuple[Solution, float]:
             return run_timed(console, label, run, table, evaluator, loaded, chosen, noise)
 
         solution, seconds = timed(method, solver)
@@ -113,9 +130,12 @@ def sample(
         if trace:
             slowest = max(range(len(chosen)), key=lambda k: solution.certificates[k].rounds)
             title = f"{sampler}, {steps} steps, {method}: seed {chosen[slowest]}, the slowest of {len(chosen)}"
-            plots.save_trace(
-                [s for s in solution.history if isinstance(s, Sweep)], slowest, len(edges) - 1, folder / "trace.png", title
-            )
+            waves = [w for w in solution.history if isinstance(w, Wave)]
+            if waves:
+                plots.save_wavefront(waves, slowest, len(edges) - 1, folder / "trace.png", title)
+            else:
+                sweeps = [s for s in solution.history if isinstance(s, Sweep)]
+                plots.save_trace(sweeps, slowest, len(edges) - 1, folder / "trace.png", title)
         write_json(result, folder / "run.json")
     show(console, result, method, f"{sampler}, {steps} steps, {len(chosen)} sample{'s' * (len(chosen) > 1)}")
     console.print(f"{solution.status}; written to {out}", soft_wrap=True)
@@ -144,7 +164,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def make_method(name: str, **options: Any) -> Method:
+def make_method(name: str, **options: Any) -> Method | Parareal:
     """The method of a name with the options that were given.
 
     Raises:
@@ -159,6 +179,8 @@ def make_method(name: str, **options: Any) -> Method:
             raise ValueError(f"--{option} was given, but method {name!r} has no such option; it takes {takes}")
     if "slope" in given:
         given["slope"] = parse_slope(given["slope"])
+    if "coarse" in given:
+        given["coarse"] = parse_coarse(given["coarse"])
     return build(**given)
 
 
@@ -175,6 +197,20 @@ def parse_slope(text: str) -> slope.Slope:
     return SLOPES[text]
 
 
+def parse_coarse(text: str) -> str | int | slope.Slope:
+    """A coarse propagator: `one-step`, `two-step`, a number of steps a block, or a slope as `parse_slope` reads it.
+
+    Raises:
+        ValueError: If the text is none of these.
+    """
+    if re.fullmatch("-?[0-9]+", text):
+        return int(text)
+    if text.startswith("shifted:"):
+        return parse_slope(text)
+    refuse_unknown("coarse", text, [*COARSE, "a number of steps a block", *SLOPES, "shifted:VARIANCE"])
+    return COARSE[text] if text in COARSE else parse_slope(text)
+
+
 def choose_device(name: str) -> torch.device:
     """A device by name; `auto` is a GPU if there is one."""
     if name == "auto":
@@ -187,9 +223,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def warm_up(evaluator: Evaluator, model: Model, table: Table, samples: int, window: int) -> None:
-    """Evaluates a round of each size once, untimed, so that what a first call sets up is in nobody's clock."""
-    for rows in {samples, samples * window}:
+def widest(method: Method | Parareal, intervals: int) -> int:
+    """Rows of one sample in a round in which all that is solved at once takes part: of `intervals` sub-intervals or blocks."""
+    bounds = (method.window, method.rows) if isinstance(method, Parareal) else (method.window,)
+    return min(intervals if bound is None else bound for bound in (None, *bounds))
+
+
+def warm_up(evaluator: Evaluator, model: Model, table: Table, samples: int, width: int) -> None:
+    """Evaluates a round of one row a sample and one of `width`, untimed: what a first call sets up is in nobody's clock."""
+    for rows in {samples, samples * width}:
         x = torch.zeros(rows, *model.shape, device=evaluator.device)
         evaluator(Batch(x, table.t[:1].expand(rows), torch.zeros(rows).long(), torch.zeros(rows).long()))
 
@@ -197,7 +239,7 @@ def warm_up(evaluator: Evaluator, model: Model, table: Table, samples: int, wind
 def run_timed(
     console: Console,
     label: str,
-    method: Method,
+    method: Method | Parareal,
     table: Table,
     evaluator: Evaluator,
     model: Model,
@@ -206,10 +248,11 @@ def run_timed(
 ) -> tuple[Solution, float]:
     """Runs one method under a progress bar; the solution and its whole clock, noise included."""
     total = (len(method.edges(table)) - 1) * len(seeds)
+    unit = "blocks" if isinstance(method, Parareal) else "nodes"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} nodes  {task.fields[rounds]} rounds"),
+        TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}  {{task.fields[rounds]}} rounds"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

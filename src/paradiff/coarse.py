@@ -115,12 +115,18 @@ def of_table(table: Table, coarse: Table) -> Coarse:
     scaled to its own c.
 
     Raises:
-        ValueError: If a node of `coarse` is no node of the fine table, its band is not 1, or it adds noise in a gap where the
-            fine table adds none.
+        ValueError: If a node of `coarse` is no node of the fine table, it does not run from the first to the last of them, its
+            band is not 1, or it adds noise in a gap where the fine table adds none.
     """
     if coarse.band != 1:
         raise ValueError(f"the coarse table {coarse.name!r} has band {coarse.band}; a coarse propagator is a one-step sampler")
     nodes = [_node_of(table, coarse, k) for k in range(coarse.steps + 1)]
+    if nodes[0] != 0 or nodes[-1] != table.steps:
+        raise ValueError(
+            f"the coarse table {coarse.name!r} runs from fine node {nodes[0]} to {nodes[-1]}; it must run from 0 to "
+            f"{table.steps}, the whole chain (leading spacing begins at other times for other numbers of steps): give fine "
+            "nodes as indices instead"
+        )
     own = one_step(table, nodes)
     state, clean, weights = own.state.clone(), own.clean.clone(), own.weights.clone()
     state[:, 0] = coarse.a[:, 0] - coarse.b[:, 0] * coarse.p / coarse.q
@@ -140,7 +146,8 @@ def _node_of(table: Table, coarse: Table, k: int) -> int:
     """The fine node at the levels of the coarse table's node k."""
     alpha, sigma = coarse.alpha[k], coarse.sigma[k]
     gap = (table.alpha - alpha).abs() / alpha.clamp(min=1e-3) + (table.sigma - sigma).abs() / sigma.clamp(min=1e-3)
-    node = int(gap.argmin())
+    fits = (gap <= LEVELS).nonzero()[:, 0].tolist()  # two of a two-stage sampler, of which one lies within a step
+    node = next((n for n in fits if n in table.restarts), int(gap.argmin()))
     if k == coarse.steps and gap[-1] <= LEVELS:
         node = table.steps
     if gap[node] > LEVELS:
@@ -154,23 +161,33 @@ def _node_of(table: Table, coarse: Table, k: int) -> int:
 
 def defect(table: Table, coarse: Coarse, edges: Sequence[int]) -> Tensor:
     """`[B]` how far the derivative of the coarse propagator over a block may be from that of the fine one: the largest
-    difference over Gaussian data of every variance, along the deterministic chain between the same nodes.
+    difference over Gaussian data of every variance, along the deterministic chain between the same nodes. Zero where the
+    two are the same step.
 
     Stochastic chains are measured by the deterministic one too: for Gaussian data their steps compose exactly, and what real
     data add to the defect is of the same order.
     """
     variance = torch.logspace(-4, 2, 49, dtype=torch.float64)[:, None]
-    alpha, sigma = table.alpha, table.sigma
+    leads = bool(coarse.lead.any())
     found = []
     for left, right in itertools.pairwise(edges):
-        nodes = [n for n in coarse.nodes if left <= n <= right]
-        spread = (alpha[nodes] ** 2 * variance + sigma[nodes] ** 2).sqrt()
-        exact = spread[:, -1] / spread[:, 0]
+        if table.band == 1 and not leads:
+            fine = _derivative(table, range(left, right + 1), variance)
+        else:  # of higher order than its own nodes' Euler steps
+            spread = table.alpha[[left, right]] ** 2 * variance + table.sigma[[left, right]] ** 2
+            fine = (spread[:, 1] / spread[:, 0]).sqrt()
         if coarse.slope is not None:
-            found.append(float((exact - float(coarse.slope[coarse.nodes.index(left)])).abs().max()))
-            continue
-        shrink = sigma[nodes[1:]] / sigma[nodes[:-1]]
-        gain = alpha[nodes[1:]] - alpha[nodes[:-1]] * shrink
-        answer = alpha[nodes[:-1]] * variance / spread[:, :-1] ** 2
-        found.append(float((exact - (shrink + gain * answer).prod(1)).abs().max()))
+            other = coarse.slope[coarse.nodes.index(left)]
+        else:
+            other = _derivative(table, [n for n in coarse.nodes if left <= n <= right], variance)
+        found.append(float((fine - other).abs().max()))
     return torch.tensor(found, dtype=torch.float64)
+
+
+def _derivative(table: Table, nodes: Sequence[int], variance: Tensor) -> Tensor:
+    """`[V]` derivative of deterministic steps along `nodes`, for Gaussian data of variance `[V, 1]`."""
+    alpha, sigma = table.alpha[list(nodes)], table.sigma[list(nodes)]
+    shrink = sigma[1:] / sigma[:-1]
+    gain = alpha[1:] - alpha[:-1] * shrink
+    answer = alpha[:-1] * variance / (alpha[:-1] ** 2 * variance + sigma[:-1] ** 2)
+    return (shrink + gain * answer).prod(1)

@@ -140,7 +140,7 @@ def srds(
             whose nodes are fine nodes; or a slope (slope.py), which costs no network calls and makes the method ParaSolver's
             over whole blocks.
         schedule: `pipelined`, or `batched` with barriers between sweeps.
-        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 8e-3 by default. With
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 6e-3 by default. With
             `change`, in units of the standard deviation of the noise of a step between block edges, 0.1 by default. With
             `sample`, the root mean square change of the sample in its own units, 4e-3 by default; with `image`, the mean
             change of the picture in grey levels of 0 ... 255, 0.1 by default (the threshold of a public implementation).
@@ -150,5 +150,5 @@ def srds(
         rows: Most rows that one sample puts in one round: fewer evaluators than blocks.
     """
     if tolerance is None:
-        tolerance = {"error": 8e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
+        tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
     return Parareal("srds", blocks, coarse, schedule, tolerance, rule, iterations, window, rows)

@@ -110,8 +110,8 @@ class Recorded:
         ValueError: If `samples` is given beside a sequence, or is below 1.
     """
 
-    SPACING = 16
-    STRETCHES = 16
+    SPACING = 4
+    STRETCHES = 64
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ class Parareal:
     blocks: int | Sequence[int] | None = None
     coarse: Choice = "one step"
     schedule: Schedule = "pipelined"
-    tolerance: float = 8e-3
+    tolerance: float = 6e-3
     rule: StopRule = "error"
     iterations: int | None = None
     window: int | None = None
@@ -135,10 +135,12 @@ class Parareal:
             return of_table(table, self.coarse).nodes
         if self.blocks is None or isinstance(self.blocks, int):
             stops = table.restarts
+            if len(stops) < steps / table.band:  # a multistep sampler: its history travels with the edge
+                stops = list(range(steps + 1))
             count = self.planned(len(stops) - 1) if self.blocks is None else self.blocks
             if count > steps:
                 raise ValueError(f"{count} blocks were asked for; the chain has {steps} steps: give at most {steps}")
-            if count > len(stops) - 1 or (table.band > 1 and len(stops) < steps / table.band):
+            if count > len(stops) - 1:
                 stops = list(range(steps + 1))
             short, longer = divmod(len(stops) - 1, count)
             return [stops[n] for n in accumulate([0] + [short + 1] * longer + [short] * (count - longer))]

@@ -1,4 +1,4 @@
-"""Pictures: samples as PNG files, and the trace of a run."""
+"""Pictures: samples as PNG files, and the trace of a run: nodes of a window, or blocks of a wavefront, by round."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib import colormaps
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from paradiff.solution import Sweep
+from paradiff.solution import Sweep, Wave
 
 PIXELS = 96  # a small sample is enlarged to about this many pixels in the grid
+IDLE = "0.9"  # light grey, unlike any colour of viridis
 
 
 def to_image(sample: Tensor) -> Image.Image:
@@ -81,3 +86,66 @@ def save_trace(history: Sequence[Sweep], sample: int, nodes: int, path: Path, ti
     axes.legend(loc="upper left")
     figure.colorbar(picture, ax=axes, label="RMS change of the node in the round")
     figure.savefig(path, dpi=120, format="png")
+
+
+def save_wavefront(history: Sequence[Wave], sample: int, blocks: int, path: Path, title: str) -> None:
+    """Draws one sample's wavefront (`wavefront`) into a PNG file.
+
+    Args:
+        history: A solution's history.
+        sample: Which sample.
+        blocks: Number of blocks.
+        path: Where the PNG goes.
+        title: The figure's title.
+    """
+    wavefront([w for w in history if w.sample == sample], blocks, title).savefig(path, dpi=120, format="png")
+
+
+def wavefront(waves: Sequence[Wave], blocks: int, title: str) -> Figure:
+    """Which iteration every block worked at in every round, and the front of final edges.
+
+    A cell is a block in a round, coloured by iteration, or grey if the block had no row. Several rows of one block share its
+    cell as strips, later iterations above. Edge n, at the front, lies below block n.
+
+    Args:
+        waves: The rounds of one sample.
+        blocks: Number of blocks.
+        title: The figure's title.
+    """
+    rounds = waves[-1].round
+    working: dict[tuple[int, int], list[int]] = {}
+    front = np.zeros(rounds + 1)
+    for wave in waves:
+        for block, iteration in wave.rows:
+            working.setdefault((wave.round, block), []).append(iteration)
+        front[wave.round :] += wave.passed
+    strips, iterations = [], []
+    for (round, block), found in working.items():
+        strips += [_strip(round, block, k, len(found)) for k in range(len(found))]
+        iterations += sorted(found)
+    idle = [(round, block) for round in range(1, rounds + 1) for block in range(blocks) if (round, block) not in working]
+
+    last = max(iterations)
+    figure = Figure(figsize=(min(8 + rounds / 100, 14), min(3.5 + blocks / 12, 8)), layout="constrained")
+    axes = figure.add_subplot()
+    seam = 0.5 if rounds <= 150 else 0.0  # white lines between cells, where cells are wide enough
+    look = {"edgecolor": "white", "linewidth": seam, "antialiased": seam > 0}
+    axes.add_collection(PolyCollection([_strip(*cell, 0, 1) for cell in idle], facecolor=IDLE, **look))
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0.1, 1, last + 1)))
+    norm = BoundaryNorm(np.arange(-0.5, last + 1), last + 1)
+    rows = axes.add_collection(PolyCollection(strips, array=np.array(iterations), cmap=colours, norm=norm, **look))
+    (line,) = axes.step(np.arange(rounds + 1) + 0.5, front - 0.5, where="post", color="tab:red", linewidth=2, clip_on=False)
+    axes.set(xlim=(0.5, rounds + 0.5), ylim=(-0.5, blocks - 0.5), xlabel="round", ylabel="block (0 at the noise)", title=title)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    key = [Patch(facecolor=IDLE, edgecolor="0.7"), line]
+    figure.legend(key, ["idle", "final below"], loc="outside lower right", ncols=2, frameon=False)
+    ticks = range(0, last + 1, last // 10 + 1)
+    figure.colorbar(rows, ax=axes, label="iteration", ticks=ticks, format="%d").minorticks_off()
+    return figure
+
+
+def _strip(round: int, block: int, k: int, count: int) -> list[tuple[float, float]]:
+    """Corners of the k-th of `count` strips of a block's cell, from below."""
+    low, high = block - 0.5 + k / count, block - 0.5 + (k + 1) / count
+    return [(round - 0.5, low), (round + 0.5, low), (round + 0.5, high), (round - 0.5, high)]

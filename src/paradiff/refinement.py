@@ -1,10 +1,17 @@
 """Refinement: the values that Parareal gives to block edges, and how far each may be trusted.
 
-After iteration p the defect left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|, with h from `coarse.defect`. Carried along
-the chain as Gaussian data would carry it (f) it gives e, the error expected of the edge; carried to the sample by
-certificate.py's response s it gives the estimated error of the sample:
+After iteration p the defect left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|. Carried along the chain as Gaussian data
+would carry it (f) it gives e, the error expected of the edge; carried to the sample by certificate.py's response s it gives
+the estimated error of the sample, 7/4 theta times the sum of
 
-    e[n+1] = f[n] e[n] + h[n] |change n|,       estimate[n+1] = estimate[n] + 2 theta s[n+1] h[n] |change n|        (1)
+    e[n+1] = f[n] e[n] + h[n] |change n|,       estimate[n+1] = estimate[n] + s[n+1] h[n] |change n|                (1)
+
+    h[n] = h0[n] (0.3 + 4 k w (1 - w)),         w = alpha^2 v/(alpha^2 v + sigma^2)                                 (2)
+
+h0 is `coarse.defect`, that of Gaussian data. A state that is about to decide which of several samples it becomes, most of all
+near w = 1/2, has a derivative that Gaussian data lack: k = 2 for deterministic chains, and 6 for stochastic ones, whose noise
+keeps the question open. On a trained network the true error was 0.14 to 0.97 of the sum in (1) for nine samples in ten
+(DDIM and DDPM of 25 to 1000 steps, first to third iteration).
 
 theta is observed: the next change of an edge is the error that it had, so the ratio of the two calibrates h. All of this is
 known when the value itself is: no iteration is made only to see that nothing changes.
@@ -22,9 +29,10 @@ from paradiff.coarse import Coarse, defect
 from paradiff.parareal import Parareal
 from paradiff.table import Table
 
-CAUTION = 2.0
+CAUTION = 1.75
+LEAST_DEFECT, DETERMINISTIC_DECISION, STOCHASTIC_DECISION = 0.3, 2.0, 6.0  # equation (2)
 FIRST_THETA, LEAST_THETA, FORGETTING = 1.0, 0.5, 0.7
-EARLY = 0.1  # share of the tolerance that edges before the last may spend to settle early
+EARLY = 0.01  # share of the tolerance that edges before the last may spend to settle early
 
 
 @dataclass(eq=False)
@@ -97,8 +105,14 @@ class Judge:
     def __init__(self, table: Table, method: Parareal, edges: Sequence[int], coarse: Coarse) -> None:
         self._table, self._method, self._edges, self._blocks = table, method, edges, len(edges) - 1
         self._units = [0.0, *(method.tolerance * noise_units(table, list(edges))).tolist()]
+        if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
+            self._units[-1] = self._units[-2]
         self._response = response(table)[list(edges)].tolist()
-        self._defect = defect(table, coarse, edges).tolist()
+        signal = table.alpha[list(edges[:-1])] ** 2 * DATA_VARIANCE
+        weight = signal / (signal + table.sigma[list(edges[:-1])] ** 2)
+        decision = STOCHASTIC_DECISION if table.stochastic else DETERMINISTIC_DECISION
+        caution = LEAST_DEFECT + 4 * decision * weight * (1 - weight)
+        self._defect = (defect(table, coarse, edges) * caution).tolist()
         spread = (table.alpha[list(edges)] ** 2 * DATA_VARIANCE + table.sigma[list(edges)] ** 2).sqrt()
         self._carried = (spread[1:] / spread[:-1]).tolist()
 

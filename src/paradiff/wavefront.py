@@ -101,6 +101,7 @@ class Wavefront:
         self.pool[first.start, 0] = x0
         first.change = first.error = first.estimate = first.residual = 0.0
         self.result = first
+        self.judged: Solve | None = None
 
     @property
     def final(self) -> Tensor:
@@ -285,26 +286,32 @@ class Wavefront:
         return formed
 
     def _formable(self, n: int) -> Formed | None:
-        """The next value of edge n, if what it is made of is known."""
-        course, before = self.course, self.solves[n - 1]
-        newest = self.level[n - 1]
+        """The next value of edge n, if what it is made of is known.
+
+        With forced iterations every value of equation (1) is made, in order. Otherwise the chain's own steps come first,
+        where both are known in one round.
+        """
+        course, method, before = self.course, self.course.method, self.solves[n - 1]
+        newest, level = self.level[n - 1], self.level[n]
         if newest < 0:
             return None
-        batched = course.method.schedule == "batched"
-        known = self.solves[n].get(self.level[n])
-        source = before.get(newest)
-        if n - 1 == self.settled and not batched and source is not None and source.fine == self._length(source):
-            return Formed(self._new_solve(n, max(newest, self.level[n]) + 1), source, "exact", known)
-        if self.level[n] < 0:
-            if course.slope is None and source is not None and source.coarse == self._coarse_steps(source):
-                return Formed(self._new_solve(n, newest), source, "coarse")
-            return None
-        old, new = before.get(self.level[n]), before.get(self.level[n] + 1)
-        if old is None or new is None or old.fine < self._length(old):
-            return None
-        if course.slope is None and new.coarse < self._coarse_steps(new):
-            return None
-        return Formed(self._new_solve(n, self.level[n] + 1), new, "corrected", known)
+        known, source = self.solves[n].get(level), before.get(newest)
+        settled = n - 1 == self.settled and method.schedule == "pipelined"
+        exact = settled and source is not None and source.fine == self._length(source)
+        if source is not None and exact and method.iterations is None:
+            return Formed(self._new_solve(n, max(newest, level) + 1), source, "exact", known)
+        if level < 0 and course.slope is None:
+            first = before.get(newest if method.iterations is None else min(before, default=newest))
+            if first is not None and first.coarse == self._coarse_steps(first):
+                return Formed(self._new_solve(n, first.level), first, "coarse")
+        old, new = before.get(level), before.get(level + 1)
+        if level >= 0 and old is not None and new is not None:
+            coarse = course.slope is not None or new.coarse == self._coarse_steps(new)
+            if coarse and old.fine == self._length(old):
+                return Formed(self._new_solve(n, level + 1), new, "corrected", known)
+        if source is not None and exact:
+            return Formed(self._new_solve(n, max(newest, level) + 1), source, "exact", known)
+        return None
 
     def _assign(self, formed: Formed) -> None:
         """Puts the value where it belongs."""
@@ -375,11 +382,17 @@ class Wavefront:
                 self._settle(made.solve)
         while not self.done and (candidate := self._candidate()) is not None and judge.passes(candidate):
             self._settle(candidate)
-        if not self.done and self.formed and self.formed[-1].solve.block == course.intervals:
-            last = self.formed[-1].solve
+        last = self.solves[-1].get(self.level[-1])
+        if not self.done and last is not None and last is not self.judged:
+            self.judged = last
             known = [solves[last.level] for solves in self.solves if last.level in solves]
             if judge.converged(known):
                 self.result, self.done = last, True
+        if self.done and not torch.isfinite(self.final).all():
+            raise ValueError(
+                f"sample {self.sample} is not finite after {self.result.level} iterations: the model returned NaN or infinity, "
+                "or overflowed its dtype, on the chain itself or in a coarse step; method sequential tells which"
+            )
         for made in self.formed:
             self._forget(made)
         rows = [(row.solve.block, row.solve.level) for row in self.asked]
@@ -402,11 +415,13 @@ class Wavefront:
             self.result, self.done = solve, True
 
     def _forget(self, made: Formed) -> None:
-        """Of an edge whose block does not run, only the newest value is kept."""
-        n, course = made.solve.block, self.course
+        """Lets go of the value before: where the edge's block does not run, and where it has not begun to and a final value
+        has come."""
+        n, old, course = made.solve.block, made.previous, self.course
         idle = n == course.intervals or n >= self.settled + course.width
-        if idle and made.previous is not None:
-            self._drop(made.previous)
+        late = n == self.settled and course.method.iterations is None
+        if old is not None and (idle or (late and old.fine == old.coarse == 0)):
+            self._drop(old)
 
     def _new_solve(self, block: int, level: int) -> Solve:
         solve = Solve(block, level, self._slot())

@@ -1,0 +1,242 @@
+"""SRDS beside the window methods: rounds, evaluations and whole-clock seconds at equal measured error.
+
+For every problem (closed-form digits and trained digits; DDIM and DDPM; 25, 100, 961 and 1000 steps) each family of methods is
+swept over its settings, all seeds in one batch: a sample's rounds do not depend on its neighbours. Of the settings whose root
+mean square error to the sequential sample stays below 4e-3 for every seed, the one with the fewest rounds is then timed one
+seed at a time (batch 1), in turns with the sequential chain.
+
+Also measured: how the error falls with the iterations for each coarse propagator, and what the stop rules cost.
+
+    python benchmarks/srds.py [--quick] [--json FILE] [--threads N]
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Denoiser, arguments, finish
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from paradiff import (
+    Method,
+    Parareal,
+    Recorded,
+    Schedule,
+    Solution,
+    Table,
+    Wave,
+    ddim,
+    ddpm,
+    freeze_clean_data,
+    paradigms,
+    parasolver,
+    sample,
+    sequential,
+    srds,
+)
+from paradiff.hub import load
+from paradiff.slope import identity
+from paradiff.targets import digits
+
+EQUAL = 4e-3  # half a grey level of data in -1 ... 1
+SHAPE = (1, 8, 8)
+CLOCKED = 4  # seeds that are timed
+COLUMNS = ("problem", "sampler", "steps", "family", "setting", "seeds")
+FIGURES = ("rounds", "rounds_max", "widest", "evaluations", "error_max", "estimated_error_max", "seconds", "speedup")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of one family of methods."""
+
+    family: str
+    setting: str
+    method: Method | Parareal
+
+
+class Problem:
+    """A network, a table and seeds, with the sequential samples."""
+
+    def __init__(self, name: str, sampler: str, denoiser: Denoiser, table: Table, seeds: int) -> None:
+        self.name, self.sampler, self.denoiser, self.table, self.seeds = name, sampler, denoiser, table, seeds
+        self.reference = self.solve(sequential(), range(seeds))[0].sample
+
+    def solve(self, method: Method | Parareal, seeds: Iterable[int]) -> tuple[Solution, float]:
+        """The samples of some seeds in one batch, and the whole clock, noise included."""
+        begin = time.perf_counter()
+        noise = Recorded(SHAPE, [torch.Generator().manual_seed(seed) for seed in seeds])
+        solution = sample(self.denoiser, self.table, noise, method)
+        return solution, time.perf_counter() - begin
+
+    def row(self, candidate: Candidate) -> dict[str, Any]:
+        """All seeds in one batch: rounds, evaluations and errors."""
+        solution, _ = self.solve(candidate.method, range(self.seeds))
+        error = (solution.sample - self.reference).flatten(1).double().square().mean(1).sqrt()
+        found = solution.certificates
+        pairs = zip(found, error.tolist(), strict=True)
+        return {
+            "problem": self.name,
+            "sampler": self.sampler,
+            "steps": self.table.steps,
+            "family": candidate.family,
+            "setting": candidate.setting,
+            "seeds": self.seeds,
+            "rounds": sum(c.rounds for c in found) / self.seeds,
+            "rounds_max": max(c.rounds for c in found),
+            "widest": widest(solution),
+            "evaluations": sum(c.evaluations for c in found) / self.seeds,
+            "error_max": float(error.max()),
+            "errors": [float(f"{e:.3g}") for e in error.tolist()],
+            "estimated_error_max": solution.estimated_error,
+            "estimate_holds": sum(c.estimated_error >= e or e < 1e-6 for c, e in pairs),
+        }
+
+    def clock(self, methods: Sequence[Method | Parareal]) -> list[float]:
+        """Mean seconds of each method one seed at a time, in turns, so that what else the machine does falls on all alike."""
+        totals = [0.0] * len(methods)
+        for seed in range(min(self.seeds, CLOCKED)):
+            for k, method in enumerate(methods):
+                totals[k] += self.solve(method, [seed])[1]
+        return [total / min(self.seeds, CLOCKED) for total in totals]
+
+
+def widest(solution: Solution) -> int:
+    """The most rows that one sample put in one round."""
+    sizes = (len(entry.rows) if isinstance(entry, Wave) else len(entry.change) for entry in solution.history)
+    return max(sizes)
+
+
+def candidates(problem: Problem) -> Iterator[Candidate]:
+    """The settings that are swept."""
+    steps, smooth = problem.table.steps, problem.sampler == "ddim"
+    windows = [w for w in (None, 32, 200) if (w is None and steps <= 100) or (w is not None and w < steps)]
+    for window in windows:
+        for tolerance in (0.02, 0.005) if smooth else (0.1, 0.02):
+            yield Candidate("paradigms", f"window {window or steps}, tolerance {tolerance:g}", paradigms(window, tolerance))
+        for tolerance in (4.8e-2, 2.4e-2, 1.2e-2):
+            yield Candidate("parasolver", f"window {window or steps}, tolerance {tolerance:g}", parasolver(window, tolerance))
+    root = math.sqrt(steps)
+    for blocks in sorted({round(root), round(1.42 * root), round(2 * root)}):
+        for tolerance in (1.2e-2, 6e-3, 3e-3):
+            for coarse in ("one step", "two step") if smooth else ("one step",):
+                method = srds(blocks, coarse, tolerance=tolerance)
+                yield Candidate(f"srds, {coarse}", f"{blocks} blocks, tolerance {tolerance:g}", method)
+        method = srds(blocks, schedule="batched", tolerance=6e-3)
+        yield Candidate("srds, batched", f"{blocks} blocks, tolerance 0.006", method)
+        yield Candidate("srds, image rule", f"{blocks} blocks, 0.1 grey levels", srds(blocks, rule="image"))
+        method = srds(blocks, 2, tolerance=6e-3)
+        yield Candidate("srds, 2 coarse steps", f"{blocks} blocks, tolerance 0.006", method)
+    for length in (2, 5, 10):
+        for name, slope in (("freeze clean data", freeze_clean_data), ("identity", identity)):
+            blocks = max(1, steps // length)
+            if blocks > 200:
+                continue
+            for tolerance in (1.2e-2, 3e-3):
+                method = srds(blocks, slope, tolerance=tolerance)
+                yield Candidate(f"srds, slope {name}", f"{blocks} blocks, tolerance {tolerance:g}", method)
+
+
+def compare(problem: Problem, console: Console, quick: bool) -> tuple[list[dict[str, Any]], list[tuple[dict, Candidate]]]:
+    """Every setting once; which of them are to be timed: of every family the one of fewest rounds at equal error."""
+    rows: list[dict[str, Any]] = []
+    tried: dict[tuple[str, str], Candidate] = {}
+    for candidate in candidates(problem):
+        if quick and "tolerance 0.003" in candidate.setting:
+            continue
+        rows.append(problem.row(candidate))
+        tried[candidate.family, candidate.setting] = candidate
+    chosen = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        good = [row for row in rows if row["family"] == family and row["error_max"] < EQUAL]
+        label = f"{problem.name} {problem.sampler} {problem.table.steps}: {family}"
+        if not good:
+            console.print(f"{label}: no setting reaches {EQUAL:g}")
+            continue
+        best, cheapest = (min(good, key=lambda r: (r[k], r["evaluations"])) for k in ("rounds", "evaluations"))
+        best["fewest_rounds"] = cheapest["fewest_evaluations"] = True
+        chosen.append((best, tried[family, best["setting"]]))
+        console.print(f"{label}: {best['rounds']:.1f} rounds, {best['evaluations']:.0f} evaluations ({best['setting']})")
+    return rows, chosen
+
+
+def convergence(problem: Problem) -> list[dict[str, Any]]:
+    """Error after each forced number of iterations, by coarse propagator and number of blocks."""
+    root, smooth = math.sqrt(problem.table.steps), problem.sampler == "ddim"
+    rows = []
+    for blocks in sorted({round(root), round(2 * root)}):
+        for coarse in ("one step", "two step", 2) if smooth else ("one step", 2):
+            for iterations in range(4):
+                setting = f"{blocks} blocks, {iterations} iterations"
+                rows.append(problem.row(Candidate(f"srds, {coarse}", setting, srds(blocks, coarse, iterations=iterations))))
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Evaluations against rounds of every setting at equal error, one panel a problem."""
+    keys = list(dict.fromkeys((r["problem"], r["sampler"], r["steps"]) for r in rows))
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    lines = (len(keys) + 3) // 4
+    figure = Figure(figsize=(16, 3.6 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, 4, squeeze=False).flat)
+    for axes, key in zip(panels, keys, strict=False):
+        for number, family in enumerate(families):
+            chosen = [
+                r
+                for r in rows
+                if (r["problem"], r["sampler"], r["steps"]) == key and r["family"] == family and r["error_max"] < EQUAL
+            ]
+            marker = "o" if family.startswith("srds") else "s"
+            points = ([r["rounds"] for r in chosen], [r["evaluations"] for r in chosen])
+            axes.scatter(*points, s=18, marker=marker, color=f"C{number % 10}", label=family)
+        axes.axvline(key[2], color="black", lw=1)
+        axes.axhline(key[2], color="black", lw=1)
+        axes.set(xscale="log", yscale="log", title=f"{key[0]}, {key[1]} {key[2]}", xlabel="rounds", ylabel="evaluations")
+    panels[0].legend(fontsize=6)
+    for axes in panels[len(keys) :]:
+        axes.set_axis_off()
+    figure.suptitle(f"Settings with every seed's error below {EQUAL:g}; lines: the sequential chain")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    given = arguments(__doc__ or "")
+    console = Console(stderr=True, width=160)
+    schedule, target, trained = Schedule.linear(), digits(), load("digits")
+    lengths = (25, 100) if given.quick else (25, 100, 961, 1000)
+    rows: list[dict[str, Any]] = []
+    iterations: list[dict[str, Any]] = []
+    timed: list[tuple[Problem, list[tuple[dict, Candidate]]]] = []
+    for name in ("closed-form-digits", "digits"):
+        for sampler in ("ddim", "ddpm"):
+            for steps in lengths:
+                if name == "digits":
+                    table, denoiser = trained.table(sampler, steps), trained
+                else:
+                    table = ddpm(schedule, steps) if sampler == "ddpm" else ddim(schedule, steps)
+                    denoiser = target.denoiser(table)
+                problem = Problem(name, sampler, denoiser, table, 2 if given.quick else 8)
+                found, chosen = compare(problem, console, given.quick)
+                rows += found
+                timed.append((problem, chosen))
+                if steps != 961:
+                    iterations += convergence(problem)
+    for problem, chosen in timed:
+        sequence, *seconds = problem.clock([sequential(), *(candidate.method for _, candidate in chosen)])
+        for (row, _), found in zip(chosen, seconds, strict=True):
+            row["seconds"], row["sequential_seconds"], row["speedup"] = found, sequence, sequence / found
+    shown = [row for row in rows if "seconds" in row]
+    finish(shown, given, {"rows": rows, "iterations": iterations}, columns=COLUMNS, figures=FIGURES)
+    if given.json:
+        draw(rows, given.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
