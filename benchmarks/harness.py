@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """`--quick`, `--json FILE` and `--threads N`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """`--quick`, `--json FILE` and `--threads N`, added to those of `parser`."""
+    if parser is None:
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version, within a minute on two cores")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

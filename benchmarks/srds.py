@@ -7,11 +7,15 @@ seed at a time (batch 1), in turns with the sequential chain.
 
 Also measured: how the error falls with the iterations for each coarse propagator, and what the stop rules cost.
 
-    python benchmarks/srds.py [--quick] [--json FILE] [--threads N]
+    python benchmarks/srds.py [--quick] [--json FILE] [--threads N] [--only NAME,SAMPLER,STEPS ...] [--clock]
+
+With --only the other problems of the file are kept, so that the sweep can be made in parts; --clock then times them.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import sys
 import time
@@ -134,37 +138,40 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
         yield Candidate("srds, image rule", f"{blocks} blocks, 0.1 grey levels", srds(blocks, rule="image"))
         method = srds(blocks, 2, tolerance=6e-3)
         yield Candidate("srds, 2 coarse steps", f"{blocks} blocks, tolerance 0.006", method)
-    for length in (2, 5, 10):
+    for length in (2, 5):
         for name, slope in (("freeze clean data", freeze_clean_data), ("identity", identity)):
-            blocks = max(1, steps // length)
+            blocks = steps // length
             if blocks > 200:
                 continue
-            for tolerance in (1.2e-2, 3e-3):
+            for tolerance in (6e-3, 1.5e-3):
                 method = srds(blocks, slope, tolerance=tolerance)
                 yield Candidate(f"srds, slope {name}", f"{blocks} blocks, tolerance {tolerance:g}", method)
 
 
-def compare(problem: Problem, console: Console, quick: bool) -> tuple[list[dict[str, Any]], list[tuple[dict, Candidate]]]:
-    """Every setting once; which of them are to be timed: of every family the one of fewest rounds at equal error."""
-    rows: list[dict[str, Any]] = []
-    tried: dict[tuple[str, str], Candidate] = {}
+def compare(problem: Problem, console: Console) -> list[dict[str, Any]]:
+    """Every setting once; of every family the one of fewest rounds at equal error is marked."""
+    rows = []
     for candidate in candidates(problem):
-        if quick and "tolerance 0.003" in candidate.setting:
-            continue
         rows.append(problem.row(candidate))
-        tried[candidate.family, candidate.setting] = candidate
-    chosen = []
     for family in dict.fromkeys(row["family"] for row in rows):
         good = [row for row in rows if row["family"] == family and row["error_max"] < EQUAL]
         label = f"{problem.name} {problem.sampler} {problem.table.steps}: {family}"
         if not good:
             console.print(f"{label}: no setting reaches {EQUAL:g}")
             continue
-        best, cheapest = (min(good, key=lambda r: (r[k], r["evaluations"])) for k in ("rounds", "evaluations"))
-        best["fewest_rounds"] = cheapest["fewest_evaluations"] = True
-        chosen.append((best, tried[family, best["setting"]]))
+        best = min(good, key=lambda r: (r["rounds"], r["evaluations"]))
+        best["best"] = True
         console.print(f"{label}: {best['rounds']:.1f} rounds, {best['evaluations']:.0f} evaluations ({best['setting']})")
-    return rows, chosen
+    return rows
+
+
+def clock(problem: Problem, rows: list[dict[str, Any]]) -> None:
+    """Times the best of every family, in turns with the sequential chain."""
+    methods = {(c.family, c.setting): c.method for c in candidates(problem)}
+    chosen = [row for row in rows if row.get("best")]
+    sequence, *seconds = problem.clock([sequential(), *(methods[row["family"], row["setting"]] for row in chosen)])
+    for row, found in zip(chosen, seconds, strict=True):
+        row["seconds"], row["sequential_seconds"], row["speedup"] = found, sequence, sequence / found
 
 
 def convergence(problem: Problem) -> list[dict[str, Any]]:
@@ -206,36 +213,47 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def make(name: str, sampler: str, steps: int, seeds: int) -> Problem:
+    """A problem by name: `closed-form-digits` or `digits`."""
+    if name == "digits":
+        trained = load("digits")
+        return Problem(name, sampler, trained, trained.table(sampler, steps), seeds)
+    table = ddpm(Schedule.linear(), steps) if sampler == "ddpm" else ddim(Schedule.linear(), steps)
+    return Problem(name, sampler, digits().denoiser(table), table, seeds)
+
+
 def main() -> None:
-    given = arguments(__doc__ or "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", help="NAME,SAMPLER,STEPS: this problem alone; may be given again")
+    parser.add_argument("--clock", action="store_true", help="only time the best settings that the JSON file names")
+    given = arguments(__doc__ or "", parser)
     console = Console(stderr=True, width=160)
-    schedule, target, trained = Schedule.linear(), digits(), load("digits")
     lengths = (25, 100) if given.quick else (25, 100, 961, 1000)
-    rows: list[dict[str, Any]] = []
-    iterations: list[dict[str, Any]] = []
-    timed: list[tuple[Problem, list[tuple[dict, Candidate]]]] = []
-    for name in ("closed-form-digits", "digits"):
-        for sampler in ("ddim", "ddpm"):
-            for steps in lengths:
-                if name == "digits":
-                    table, denoiser = trained.table(sampler, steps), trained
-                else:
-                    table = ddpm(schedule, steps) if sampler == "ddpm" else ddim(schedule, steps)
-                    denoiser = target.denoiser(table)
-                problem = Problem(name, sampler, denoiser, table, 2 if given.quick else 8)
-                found, chosen = compare(problem, console, given.quick)
-                rows += found
-                timed.append((problem, chosen))
-                if steps != 961:
-                    iterations += convergence(problem)
-    for problem, chosen in timed:
-        sequence, *seconds = problem.clock([sequential(), *(candidate.method for _, candidate in chosen)])
-        for (row, _), found in zip(chosen, seconds, strict=True):
-            row["seconds"], row["sequential_seconds"], row["speedup"] = found, sequence, sequence / found
+    seeds = 2 if given.quick else 8
+    keys = [(n, a, k) for n in ("closed-form-digits", "digits") for a in ("ddim", "ddpm") for k in lengths]
+    if given.only:
+        parts = [text.split(",") for text in given.only]
+        keys = [(name, sampler, int(steps)) for name, sampler, steps in parts]
+    known = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.exists() else {}
+    rows, iterations = known.get("rows", []), known.get("iterations", [])
+    for key in keys:
+        problem = make(*key, seeds)
+        if not given.clock:
+            rows = [r for r in rows if identify(r) != key] + compare(problem, console)
+            if key[2] != 961:
+                iterations = [r for r in iterations if identify(r) != key] + convergence(problem)
+        if given.clock or not given.only:
+            clock(problem, [r for r in rows if identify(r) == key])
+        finish(rows, given, {"iterations": iterations}, show=False)
     shown = [row for row in rows if "seconds" in row]
-    finish(shown, given, {"rows": rows, "iterations": iterations}, columns=COLUMNS, figures=FIGURES)
+    finish(shown, argparse.Namespace(json=None), columns=COLUMNS, figures=FIGURES)
     if given.json:
         draw(rows, given.json.with_suffix(".png"))
+
+
+def identify(row: dict[str, Any]) -> tuple[str, str, int]:
+    """The problem that a row belongs to."""
+    return row["problem"], row["sampler"], row["steps"]
 
 
 if __name__ == "__main__":

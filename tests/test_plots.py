@@ -181,7 +181,7 @@ def test_the_wavefronts_drawn_hold_cells_of_one_row_of_two_and_of_more() -> None
                 rows = [iteration for at, iteration in wave.rows if at == block]
                 found[len(rows)].add(len(set(rows)))
     assert set(found) >= {0, 1, 2, 3}
-    assert found[0] == {0} and found[1] == {1} and found[2] == {1, 2}
+    assert (found[0], found[1], found[2]) == ({0}, {1}, {1, 2})
 
 
 @pytest.mark.parametrize("name", SRDS)
