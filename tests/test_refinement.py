@@ -34,7 +34,7 @@ from paradiff import (
 )
 from paradiff.certificate import noise_units, response
 from paradiff.coarse import defect
-from paradiff.hub import Model, load
+from paradiff.hub import SCHEDULERS, Model, load
 from paradiff.parareal import Schedule as Order
 from paradiff.parareal import StopRule
 from paradiff.refinement import CAUTION, Judge, Solve
@@ -323,9 +323,8 @@ def measured(target: str, name: str, method: Parareal) -> tuple[Solution, list[f
 @pytest.mark.parametrize(
     ("target", "name"),
     [
-        *itertools.product(["mixture"], CHAINS),
+        *itertools.product(["mixture", "digits"], CHAINS),
         *itertools.product(["gaussian"], ["ddim", "ddpm", "heun", "flow_euler"]),
-        *itertools.product(["digits"], ["ddim", "ddpm"]),
     ],
 )
 def test_the_estimate_covers_the_measured_error_at_the_default_tolerance(target: str, name: str) -> None:
@@ -356,10 +355,12 @@ def trained() -> Model:
     return load("digits")
 
 
+# diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @torch.inference_mode()
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_a_trained_models_samples_are_within_the_default_tolerance(sampler: str, trained: Model) -> None:
-    table, noise = trained.table(sampler, 100), Keyed(trained.shape, 0, 2)
+    table, noise = trained.table(sampler, 50 if sampler == "heun" else 100), Keyed(trained.shape, 0, 2)
     wanted = sample(trained, table, noise, sequential()).sample
     found = sample(trained, table, noise, srds())
     # Against the tolerance: the estimate of a single sample may be too small on a trained model.
