@@ -26,6 +26,7 @@ test: lint
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/rounds.py --json benchmarks/results/rounds.json
+	$(BIN)/python benchmarks/srds.py --json benchmarks/results/srds.json
 
 clean:
 	rm -rf .venv demo
