@@ -14,8 +14,9 @@ exact, whatever G. Then the leading nodes whose change is within the tolerance p
 slides; nodes that enter it are filled as the method's `start` says.
 
 A solver evaluates nothing itself. `solve` is a generator that yields a `Batch` and is sent the outputs; it returns a
-`Solution`. Each sample has a window of its own (window.py); one transfer a round, the changes of all windows together,
-waits for the device. Memory is O(window) states a sample, times the stride.
+`Solution`. Each sample has a window of its own (window.py); one transfer a round, the changes of all windows together, waits
+for the device (a wavefront's end waits once more, to see that its sample is finite). Memory is O(window) states a sample,
+times the stride.
 """
 
 from __future__ import annotations
