@@ -73,7 +73,7 @@ def test_a_wrong_coefficient_of_a_clean_datum_is_named() -> None:
         ({"c": torch.zeros(20)}, r"c has shape \(20,\) and dtype torch.float32; .* it must be \(20,\), float64"),
         ({"alpha": torch.ones(20, dtype=torch.float64)}, r"alpha has shape \(20,\) .* it must be \(21,\), float64"),
         ({"sigma": torch.ones(22, dtype=torch.float64)}, r"sigma has shape \(22,\)"),
-        ({"scale": torch.ones(21, dtype=torch.float64)}, r"scale has shape \(21,\) .* it must be \(20,\), float64"),
+        ({"scale": torch.ones(20, dtype=torch.float64)}, r"scale has shape \(20,\) .* it must be \(21,\), float64"),
         (
             {"reached": torch.ones(20, dtype=torch.float64)},
             r"reached has shape \(20,\) .* it must be \(20, 2\), float64",

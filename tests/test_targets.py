@@ -238,7 +238,7 @@ def test_samples_have_the_moments_of_the_density(target: Target) -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_denoiser_predicts_what_its_name_says(target: Target, prediction: Prediction) -> None:
     """The output by its definition, and the clean estimate back from it by the table's own p and q."""
-    scale = torch.linspace(0.5, 2, 20, dtype=torch.float64)
+    scale = torch.linspace(0.5, 2, 21, dtype=torch.float64)
     table = make_table(prediction, scale=scale)
     nodes = torch.tensor([7, 0, 19, 3, 3, 12])
     alpha, sigma = table.alpha[nodes], table.sigma[nodes]
@@ -331,11 +331,18 @@ def test_unknown_times_are_refused() -> None:
     table = make_table("epsilon")
     denoise = TARGETS["empirical"].denoiser(table)
     x = draw(2, 6)
-    for wrong in (float(table.t[4]) + 1e-9, -1.0, 7.0, float(table.t[-1]), float("nan")):
-        with pytest.raises(ValueError, match=r"the time \S+ matches 0 of the 20 times of table 'ddim'.*must match one"):
+    for wrong in (float(table.t[4]) + 1e-9, -1.0, 7.0, float("nan")):
+        with pytest.raises(ValueError, match=r"the time \S+ matches 0 of the 21 times of table 'ddim'.*must match one"):
             denoise(x, torch.tensor([float(table.t[0]), wrong], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"times have shape \(1,\); with 2 states it must be \(2,\)"):
         denoise(x, table.t[:1])
+
+
+def test_the_samples_own_time_is_known_where_noise_is_left_there() -> None:
+    table = make_table("epsilon")
+    x, t = draw(2, 6), table.t[-1:].expand(2)
+    expected = (x - table.alpha[-1] * TARGETS["gaussian"].clean(x, table.alpha[-1], table.sigma[-1])) / table.sigma[-1]
+    torch.testing.assert_close(TARGETS["gaussian"].denoiser(table)(x, t), expected, rtol=0, atol=1e-12)
 
 
 def test_whole_times_are_found_in_any_dtype_that_tells_them_apart() -> None:
@@ -345,7 +352,7 @@ def test_whole_times_are_found_in_any_dtype_that_tells_them_apart() -> None:
     expected = denoise(x, table.t[nodes])
     for dtype in (torch.int64, torch.int32, torch.float32, torch.float16):
         assert torch.equal(denoise(x, table.t[nodes].to(dtype)), expected)
-    with pytest.raises(ValueError, match=r"the time \d+ matches [2-9] of the 400 times"):
+    with pytest.raises(ValueError, match=r"the time \d+ matches [2-9] of the 401 times"):
         denoise(x, table.t[nodes].bfloat16())
 
 

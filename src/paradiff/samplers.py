@@ -10,7 +10,7 @@ lands on: alpha', sigma'. Two kinds of coordinates occur. Variance-preserving st
 `ddpm`, `dpmpp_2m`); variance-exploding ones have alpha = 1 and the noise ratio as sigma, and the network sees
 x/sqrt(sigma^2 + 1) (`euler`, `euler_ancestral`, `heun`). `flow_euler` lives on the line alpha + sigma = 1.
 
-The last node is the sample: its time is listed as 0 and never handed to the network. Times, levels and options are
+The last node is the sample: its time is listed as 0 and no chain hands it to the network. Times, levels and options are
 those of the diffusers scheduler that a docstring names; where they differ it says so.
 
 Arguments that several share and that are not explained again: `schedule`, of T training times; `steps`, N; `spacing`,
@@ -100,7 +100,7 @@ def ddim(
             )
         weight = alpha_to / (clean * clean_coefficients(prediction, alpha, sigma)[1])
     alpha, sigma = torch.cat([alpha, alpha_to[-1:]]), torch.cat([sigma, sigma_to[-1:]])
-    a, b = _in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
+    a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
     reached = torch.stack([alpha_to, sigma_to], dim=1)
     return Table("ddim", prediction, _with_end(times), alpha, sigma, a, b, c, reached=reached, clip=clip, clip_weight=weight)
 
@@ -139,7 +139,7 @@ def ddpm(
     clean = alpha[1:] * beta / sigma[:-1] ** 2
     small = (beta * (sigma[1:] / sigma[:-1]) ** 2).clamp(min=1e-20)
     c = torch.where(times > 0, small if variance == "fixed_small" else beta, 0.0).sqrt()
-    a, b = _in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
+    a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
     exact = variance == "fixed_small"
     return Table("ddpm", prediction, _with_end(times), alpha, sigma, a, b, c, clip=clip, exact_variance=exact)
 
@@ -305,7 +305,7 @@ def dpmpp_2m(
     slope = torch.zeros(steps, dtype=torch.float64)
     slope[second] = h[second] / (2 * h.roll(1)[second])
     clean[:, 0], clean[:, 1] = gain * (1 + slope), -gain * slope
-    a, b = _in_outputs(prediction, alpha, sigma, state, clean)
+    a, b = in_outputs(prediction, alpha, sigma, state, clean)
     return Table("dpmpp_2m", prediction, _with_end(times), alpha, sigma, a, b, torch.zeros_like(h), clip=clip)
 
 
@@ -373,10 +373,10 @@ def _exploding(
     """A table in variance-exploding coordinates. Its start has the deviation of pure noise at the first level, or with
     leading spacing that of noised data of variance one, as in diffusers."""
     alpha, root = torch.ones_like(sigma), (sigma**2 + 1).sqrt()
-    a, b = _in_outputs(prediction, alpha, sigma, state, clean)
+    a, b = in_outputs(prediction, alpha, sigma, state, clean)
     c = torch.zeros_like(sigma[1:]) if c is None else c
     start = float(root[0] if spacing == "leading" else sigma[0])
-    return Table(name, prediction, _with_end(times), alpha, sigma, a, b, c, scale=1 / root[:-1], start_scale=start, clip=clip)
+    return Table(name, prediction, _with_end(times), alpha, sigma, a, b, c, scale=1 / root, start_scale=start, clip=clip)
 
 
 def _with_end(times: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ def _with_end(times: Tensor) -> Tensor:
     return torch.cat([times.to(torch.float64), torch.zeros(1, dtype=torch.float64)])
 
 
-def _in_outputs(prediction: Prediction, alpha: Tensor, sigma: Tensor, state: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+def in_outputs(prediction: Prediction, alpha: Tensor, sigma: Tensor, state: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
     """The table's a and b, `[N, P]`, from A = `state` and B = `clean` of equation (1)."""
     p, q = clean_coefficients(prediction, alpha[:-1], sigma[:-1])
     source = (torch.arange(len(p))[:, None] - torch.arange(state.shape[1])).clamp(min=0)

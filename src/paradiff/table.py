@@ -35,13 +35,14 @@ class Table:
     Attributes:
         name: The sampler's name, `ddpm` say.
         prediction: What the network predicts.
-        t: `[N+1]` times handed to the network; the last belongs to the sample and is never evaluated.
+        t: `[N+1]` times handed to the network; the last belongs to the sample, whose chain never evaluates it (a corrector
+            may, where noise is left there).
         alpha: `[N+1]` signal levels.
         sigma: `[N+1]` noise levels.
         a: `[N, P]` coefficients of the states x[i-j].
         b: `[N, P]` coefficients of the outputs m[i-j].
         c: `[N]` coefficients of the noises; all zero for a deterministic sampler.
-        scale: `[N]` factor on the state before the network sees it; ones by default.
+        scale: `[N+1]` factor on the state before the network sees it; ones by default.
         start_scale: Standard deviation of x[0].
         reached: `[N, 2]` signal and noise level that step i lands on, where these are not those of node i + 1 (diffusers'
             DDIM on unevenly spaced times); by default those of node i + 1.
@@ -72,7 +73,7 @@ class Table:
     def __post_init__(self) -> None:
         self._check_shapes(self.steps)
         if self.scale is None:
-            object.__setattr__(self, "scale", torch.ones(self.steps, dtype=torch.float64))
+            object.__setattr__(self, "scale", torch.ones(self.steps + 1, dtype=torch.float64))
         if self.reached is None:
             object.__setattr__(self, "reached", torch.stack([self.alpha[1:], self.sigma[1:]], dim=1))
         if self.clip is not None and self.clip_weight is None:
@@ -90,7 +91,7 @@ class Table:
             "a": (steps, band),
             "b": (steps, band),
             "c": (steps,),
-            "scale": (steps,),
+            "scale": (steps + 1,),
             "reached": (steps, 2),
             "clip_weight": (steps,),
         }

@@ -43,6 +43,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from paradiff.prediction import clean_coefficients
 from paradiff.table import Table
 
 Level = Tensor | float
@@ -289,8 +290,8 @@ class Empirical:
 
         Returns:
             A function (x, t) -> m: x `[R, ...]` what the network sees, scale times the state; t `[R]` times, each one
-            of table.t[:-1] or its rounding to the dtype of t, else ValueError; m the output, the shape and dtype of x.
-            Where the times are on an accelerator, looking them up costs one synchronisation a call.
+            of the table's (its last too, where noise is left there) or its rounding to the dtype of t, else ValueError; m
+            the output, the shape and dtype of x. Where the times are on an accelerator, looking them up costs one synchronisation a call.
 
         Raises:
             ValueError: If two nodes share a time but not their levels, since the output is a function of the time.
@@ -355,9 +356,12 @@ def _denoiser(clean: Clean, table: Table) -> Callable[[Tensor, Tensor], Tensor]:
     """m = (D - p x)/q at the node of each row's time: see `Empirical.denoiser`."""
     assert table.scale is not None
     assert torch.isfinite(table.p / table.q).all(), "a table is refused where its prediction does not exist"
-    levels = torch.stack([table.alpha[:-1], table.sigma[:-1], table.scale, table.p, table.q])
-    times, place = torch.unique(table.t[:-1], return_inverse=True)
-    nodes = torch.empty(len(times), dtype=torch.long).scatter_(0, place, torch.arange(table.steps))
+    ended = bool(table.sigma[-1] == 0 or (table.t[:-1] == table.t[-1]).any())  # the sample's own time means nothing then
+    seen = slice(None, -1 if ended else None)
+    alpha, sigma = table.alpha[seen], table.sigma[seen]
+    levels = torch.stack([alpha, sigma, table.scale[seen], *clean_coefficients(table.prediction, alpha, sigma)])
+    times, place = torch.unique(table.t[seen], return_inverse=True)
+    nodes = torch.empty(len(times), dtype=torch.long).scatter_(0, place, torch.arange(len(place)))
     shared = levels[:, nodes]
     if len(apart := ((shared[:, place] - levels).abs() > 1e-9 * levels.abs()).any(0).nonzero()):
         node = int(apart[0])
