@@ -11,7 +11,7 @@ to u' and integrates the rest exactly. With r = sigma/alpha, primes at u', and t
     epsilon   z' = e^(h/2) z - (1 + v^2) alpha' (r - r') eps + v sqrt(e^h - 1) xi                                (3)
     clean     z' = A z + (alpha' - A alpha) D + sigma' sqrt(1 - (r'/r)^(2 v^2)) xi,   A = (sigma'/sigma) (r'/r)^(v^2)   (4)
 
-(2) is the paper's. (4) is DDPM's step at v = 1 and DDIM's at v = 0, where (3) is the same. They have one limit and different
+(2) is the paper's. (4) is DDPM's step at v = 1 and DDIM's at v = 0, where (3) is the same. All have one limit and different
 discretisation errors. In (2) and (3) the variance of a pure noise state is kept to second order in h only, in (4) exactly.
 """
 
@@ -115,17 +115,17 @@ def _check_levels(process: Process, grid: Grid, form: Form) -> None:
     first, last = float(grid.u[0]), float(grid.u[-1] if grid.u[-1] > 0 else grid.u[-2])
     if first == float("inf") and form != "clean":
         raise ValueError(
-            f"the grid begins at pure noise (alpha = 0), where the form {form!r} does not exist; use the form 'clean', or begin "
-            "at a finite level u"
+            f"the grid begins at pure noise (alpha = 0), where the form {form!r} does not exist; use the clean-data form, "
+            "form='clean', or begin at a finite level u"
         )
     slack = 1e-9
     if first > process.highest * (1 + slack):
         raise ValueError(
-            f"the grid begins at u = {first:.6g}, noisier than the process {process.name} ever is, u = {process.highest:.6g}; "
-            "begin there or below"
+            f"the grid begins at u = {first:.6g}, noisier than {process.name} ever is, u = {process.highest:.6g}; begin there "
+            "or below"
         )
     if last < process.lowest * (1 - slack):
         raise ValueError(
-            f"the grid stops at u = {last:.6g}, cleaner than the process {process.name} ever is, u = {process.lowest:.6g}; stop "
-            "there or above"
+            f"the grid stops at u = {last:.6g}, cleaner than {process.name} ever is, u = {process.lowest:.6g}; stop there "
+            "or above"
         )

@@ -41,7 +41,7 @@ class Grid:
         u = torch.as_tensor(self.u, dtype=torch.float64, device="cpu")
         object.__setattr__(self, "u", u)
         object.__setattr__(self, "edges", list(self.edges))
-        if u.ndim != 1 or len(u) < 2 or not (u[1:] < u[:-1]).all() or not 0 <= u[-1]:
+        if u.ndim != 1 or len(u) < 2 or not (u[1:] < u[:-1]).all() or u[-1] < 0:
             raise ValueError(
                 f"the grid has levels of shape {tuple(u.shape)}; it needs a row of at least two that fall from T to 0 or more"
             )
@@ -70,8 +70,8 @@ def _check_range(start: float, stop: float, **counts: int) -> None:
         raise ValueError(f"the grid begins at u = T = {start}; it must be positive and finite")
     if not 0 < stop < start:
         raise ValueError(
-            f"the early stop eta is {stop}; it must lie above 0 and below T = {start}: the score has no bound at 0 (a clean end "
-            "is asked for with clean=True)"
+            f"the early stop eta is {stop}; it must lie above 0 and below T = {start}, as the score has no bound at 0 (for "
+            "a clean end ask for clean=True)"
         )
     for name, count in counts.items():
         if count < 1:

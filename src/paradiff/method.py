@@ -11,11 +11,14 @@ from typing import Literal, get_args
 
 import torch
 
+from paradiff.blocks import Blocks
+from paradiff.corrector import Corrector
 from paradiff.slope import Slope, identity
 from paradiff.table import Table
 
 Start = Literal["copy", "linear", "clean"]
-Rule = Literal["error", "change"]
+Rule = Literal["error", "change", "sweeps"]
+Chains = Literal["any", "stochastic", "deterministic"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Method:
         rule: `error`: the tolerance is the root mean square error that the sample may have by estimate (certificate.py),
             spent along the chain as it accrues. `change`: a node passes when its root mean square change is at most
             `tolerance` times the standard deviation of the noise that a DDPM step would add there (the published rules).
+            `sweeps`: a node passes when it has been swept `sweeps` times.
+        sweeps: K of the rule `sweeps`.
+        blocks: Blocks that the window respects (blocks.py); None for a window that slides freely.
+        corrector: What follows every block (corrector.py), or None.
+        chains: Which chains the method is for.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -47,6 +55,10 @@ class Method:
     start: Start = "clean"
     tolerance: float = 2.4e-2
     rule: Rule = "error"
+    sweeps: int | None = None
+    blocks: Blocks | None = None
+    corrector: Corrector | None = None
+    chains: Chains = "any"
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -58,18 +70,39 @@ class Method:
             raise ValueError(f"warmup is {self.warmup}; it must be 0 or more steps")
         if not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"the tolerance is {self.tolerance}; it must be 0 or more, and finite")
-        for field, kind in (("start", Start), ("rule", Rule)):
+        for field, kind in (("start", Start), ("rule", Rule), ("chains", Chains)):
             if getattr(self, field) not in get_args(kind):
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(get_args(kind))}")
+        if (self.sweeps is not None) != (self.rule == "sweeps"):
+            raise ValueError(f"sweeps is {self.sweeps} with rule {self.rule!r}; the rule 'sweeps' needs it, no other takes it")
+        if self.sweeps is not None and self.sweeps < 1:
+            raise ValueError(f"sweeps is {self.sweeps}; a block must be swept at least once")
+        if self.blocks is not None and (self.stride != 1 or self.warmup):
+            raise ValueError(
+                f"blocks were given with a stride of {self.stride} and {self.warmup} warm-up steps; blocks are solved node by "
+                "node from the start: leave stride at 1 and warmup at 0"
+            )
+        if self.corrector is not None and (self.blocks is None or self.blocks.stagger is not None):
+            raise ValueError(
+                "a corrector was given to a method whose blocks do not end one after the other; it needs blocks in turn, "
+                "without a stagger"
+            )
 
     def edges(self, table: Table) -> list[int]:
         """The fine nodes at which sub-intervals begin and end, 0 and N included: single steps during the warm-up, then
         sub-intervals of `stride` steps, the last one shorter where they do not divide.
 
         Raises:
-            ValueError: If window, warm-up or stride do not fit the table.
+            ValueError: If window, warm-up, stride or blocks do not fit the table, or the method is not for such chains.
         """
         steps = table.steps
+        if self.chains != "any" and (self.chains == "stochastic") != table.stochastic:
+            raise ValueError(
+                f"{self.name} is for {self.chains} chains; table {table.name!r} is "
+                f"{'stochastic' if table.stochastic else 'deterministic'}: use the method's other form, or another sampler"
+            )
+        if self.blocks is not None:
+            self.blocks.edges(table)
         if self.warmup > steps:
             raise ValueError(f"warmup is {self.warmup} steps; the chain has {steps}: give at most {steps}")
         if isinstance(self.stride, int):

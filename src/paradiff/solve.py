@@ -128,6 +128,11 @@ def _prepare(
 
 def _status(method: Method | Parareal, plan: Plan | Course, certificates: list[Certificate]) -> str:
     if isinstance(method, Method):
+        assert isinstance(plan, Plan)
+        if method.sweeps is not None:
+            if method.sweeps >= min(plan.longest, plan.width):
+                return EXACT
+            return f"stopped: every node was swept {method.sweeps} times, as asked"
         exact = method.tolerance == 0 or plan.width == 1
     else:
         exact = all(c.estimated_error == 0 for c in certificates)

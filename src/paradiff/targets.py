@@ -291,7 +291,8 @@ class Empirical:
         Returns:
             A function (x, t) -> m: x `[R, ...]` what the network sees, scale times the state; t `[R]` times, each one
             of the table's (its last too, where noise is left there) or its rounding to the dtype of t, else ValueError; m
-            the output, the shape and dtype of x. Where the times are on an accelerator, looking them up costs one synchronisation a call.
+            the output, the shape and dtype of x. Where the times are on an accelerator, looking them up costs one
+            synchronisation a call.
 
         Raises:
             ValueError: If two nodes share a time but not their levels, since the output is a function of the time.

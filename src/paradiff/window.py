@@ -7,12 +7,14 @@ edge, the outputs at all of them but the last where the table reads earlier outp
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from paradiff.certificate import DATA_VARIANCE, LEAST_THETA, Ledger, noise_units, sensitivity, slope_error
+from paradiff.corrector import Correction
 from paradiff.method import Method
 from paradiff.noise import Noise
 from paradiff.slope import freeze_clean_data, inverse, over_intervals, resolve
@@ -21,6 +23,7 @@ from paradiff.step import Step
 from paradiff.table import Table, column
 
 FILL = 64  # nodes filled by one matrix product
+STRETCH = 256  # nodes swept by one matrix product
 
 
 class Plan:
@@ -33,7 +36,16 @@ class Plan:
         self.width = self.intervals if method.window is None else method.window
         self.single = self.intervals == table.steps
         self.history = table.band - 1
+        self.blocks = [0, self.intervals] if method.blocks is None else method.blocks.edges(table)
+        self.longest = max(b - a for a, b in itertools.pairwise(self.blocks))
+        if method.corrector is not None and method.corrector.lipschitz is None:
+            for edge in self.blocks[1:]:
+                if table.sigma[edge] > 0:
+                    method.corrector.parameters(float(table.sigma[edge]) ** -2)
         self.slope = over_intervals(resolve(method.slope, table), self.edges)
+        if method.blocks is not None and not method.blocks.carry:
+            self.slope = self.slope.clone()
+            self.slope[self.blocks[1:-1]] = 0
         self.bound = (method.tolerance * noise_units(table, self.edges)).tolist()
         self.sloped = bool(self.slope.any())
         self.least_theta = LEAST_THETA if self.sloped else 1.0
@@ -78,6 +90,9 @@ class Window:
         self.z = x0.new_empty(0, *x0.shape)
         self.clean = torch.zeros_like(x0)
         self.lo = self.hi = self.substep = 0
+        self.ages: list[int] = []  # sweeps that each node after the first has seen
+        self.block = 1  # the window may reach to this block edge
+        self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
         self.ledger = Ledger(plan.slope_error, plan.factor, plan.least_theta)
         self.change = x0.new_empty(0)
@@ -85,8 +100,8 @@ class Window:
 
     @property
     def done(self) -> bool:
-        """Whether the window has passed the last node."""
-        return self.lo == self.plan.intervals
+        """Whether the window has passed the last node, and any correction there is made."""
+        return self.lo == self.plan.intervals and self.correction is None
 
     @property
     def final(self) -> Tensor:
@@ -100,6 +115,8 @@ class Window:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
+        if self.correction is not None:
+            return self.correction.rows()
         plan, h, first = self.plan, self.plan.history, self.plan.edges[self.lo]
         if plan.single:
             self.nodes = torch.arange(self.lo, self.hi)
@@ -121,6 +138,10 @@ class Window:
         plan = self.plan
         self.rounds += 1
         self.evaluations += len(outputs)
+        if self.correction is not None:
+            finished = self.correction.absorb(outputs)
+            self.change = self.correction.change
+            return finished
         m = plan.table.convert(self.nodes, self.state, outputs)
         if plan.method.start == "clean" and (plan.single or self.running[-1] == self.hi - 1):
             last = self.nodes[-1:]
@@ -163,9 +184,8 @@ class Window:
         old = self.x[self.ends]
         self.phi = phi
         if count > 1:
-            carried = plan.move(inverse(plan.slope[self.lo : self.hi]).fill_diagonal_(0))
             residual = (phi - old).flatten(1)
-            new = torch.addmm(phi.flatten(1), carried, residual).view_as(phi)
+            new = self._carried(phi.flatten(1), residual).view_as(phi)
             distance = new - old if plan.sloped else residual.cumsum(0)
             if plan.single and plan.method.start == "clean":
                 self.clean.add_(new[-2] - old[-2], alpha=plan.clean_slope[self.hi - 1])
@@ -174,7 +194,28 @@ class Window:
             distance = new - old
         self.change = distance.flatten(1).square().mean(1)
         self.x[self.ends] = new
+        self.ages = [age + 1 for age in self.ages]
         return True
+
+    def _carried(self, phi: Tensor, residual: Tensor) -> Tensor:
+        """Phi plus the changes carried from the nodes before, `[W, d]`: stretch by stretch, so that a wide window needs no
+        matrix of its width squared."""
+        plan, parts = self.plan, []
+        change = residual[:0]
+        for begin in range(0, len(phi), STRETCH):
+            steps = plan.slope[self.lo + begin : min(self.lo + begin + STRETCH, self.hi)]
+            part = slice(begin, begin + len(steps))
+            entering = torch.zeros_like(residual[part][: steps.shape[1]])  # what the stretch before hands on
+            for i in range(len(entering) if begin else 0):
+                for j in range(i, steps.shape[1]):
+                    entering[i].add_(change[i - j - 1], alpha=steps[i, j].item())
+            forced = residual[part].clone() if begin else residual[part]
+            forced[: len(entering)] += entering
+            new = torch.addmm(phi[part], plan.move(inverse(steps).fill_diagonal_(0)), forced)
+            new[: len(entering)] += entering
+            change = new - phi[part] + residual[part]
+            parts.append(new)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _places_of_edges(self) -> slice | Tensor:
         """Where the nodes after the first stand in `x`."""
@@ -185,21 +226,27 @@ class Window:
         return (edges[1:] - edges[0] + h).to(plan.device)
 
     def slide(self, change: list[float], round: int) -> Sweep:
-        """Passes the leading nodes whose change is within the tolerance, and the one after them; fills what enters.
+        """Passes the leading nodes that the rule lets pass, one at least; fills what enters, or begins the correction of a
+        block that ended. After a correction it only fills.
 
         Args:
             change: `change` on the host.
             round: The round's number, for the record.
 
         Raises:
-            ValueError: If the state after the first node is not finite.
+            ValueError: If the state after the first node is not finite, or a state overflowed in a run of so many sweeps.
         """
         plan, first, passed = self.plan, self.lo, 1
+        if self.correction is not None:
+            return self._corrected(change, round)
         if all(map(math.isfinite, change)):
             rms = [math.sqrt(v) for v in change]
             self.ledger.record(first, rms)
-            while passed < len(rms) and self._passes(passed, rms[passed - 1]):
-                passed += 1
+            if plan.method.sweeps is None:
+                while passed < len(rms) and self._passes(passed, rms[passed - 1]):
+                    passed += 1
+            else:
+                passed = max(1, sum(age >= plan.method.sweeps for age in self.ages))  # ages fall along the window
             self.ledger.settle(passed)
         else:
             rms = [math.inf] * self._salvage()
@@ -209,8 +256,28 @@ class Window:
         if plan.history:
             self.m = self.m[shift:]
         self.lo += passed
-        self._open()
+        self.ages = self.ages[passed:]
+        if plan.method.corrector is not None and self.lo in plan.blocks and plan.table.sigma[self.lo] > 0:
+            place = plan.blocks.index(self.lo) - 1
+            state = (self.noise, self.sample, self.final)
+            self.correction = Correction(plan.step, plan.method.corrector, self.lo, place, *state)
+        else:
+            self._open()
         return Sweep(round, self.sample, first, rms, passed)
+
+    def _corrected(self, change: list[float], round: int) -> Sweep:
+        """Takes over the corrected state of a block's end."""
+        assert self.correction is not None
+        if not all(map(math.isfinite, change)):
+            raise ValueError(
+                f"sample {self.sample} is not finite after the correction at node {self.lo} (time "
+                f"{float(self.plan.table.t[self.lo]):g}): the model returned NaN or infinity, or the corrector's step is too "
+                "long for it; give its Lipschitz constant, or no corrector"
+            )
+        self.x[self.plan.history] = self.correction.state
+        self.correction = None
+        self._open()
+        return Sweep(round, self.sample, self.lo, [math.sqrt(change[0])], 0)
 
     def _passes(self, node: int, rms: float) -> bool:
         """Whether the window's node of that number, which changed by `rms`, may be passed over."""
@@ -232,9 +299,16 @@ class Window:
                 "is that of the sequential chain: the model returned NaN or infinity, or overflowed its dtype; check its "
                 "weights, its dtype and the times it was trained on"
             )
+        if plan.method.sweeps is not None:
+            raise ValueError(
+                f"sample {self.sample} overflowed {self.phi.dtype} at node {plan.edges[self.lo + count]}, "
+                f"{self.ages[0]} sweeps after its block began: sweeps with this linear part expand before they converge; use "
+                "shorter blocks, a slope that stays bounded (freeze_clean_data, shifted), or no fixed number of sweeps"
+            )
         self.x[self.ends] = self.phi
         self.clean = torch.zeros_like(self.clean)
         self.hi = self.lo + count
+        self.ages = self.ages[:count]
         keep = plan.edges[self.hi] - plan.edges[self.lo]
         self.x, self.z = self.x[: plan.history + keep + 1], self.z[:keep]
         if plan.history:
@@ -245,14 +319,25 @@ class Window:
         """Widens the window to its full width and fills the nodes that enter it."""
         plan = self.plan
         width = 1 if self.lo < plan.method.warmup else plan.width
-        hi = min(self.lo + width, plan.intervals)
+        hi = min(self.lo + width, self._reach())
         first, last = plan.edges[self.hi], plan.edges[hi]
         if plan.table.stochastic and last > first:
             drawn = plan.move(self.noise.draw(self.sample, range(first, last)))
             self.z = torch.cat([self.z, drawn])
         for begin in range(first, last, FILL):
             self._fill(slice(begin, min(begin + FILL, last)))
+        self.ages += [0] * (hi - self.hi)
         self.hi = hi
+
+    def _reach(self) -> int:
+        """The block edge to which the window may reach: one further once the newest block has passed, or been swept as often
+        as the stagger says."""
+        blocks = self.plan.method.blocks
+        if self.hi == self.plan.blocks[self.block] < self.plan.intervals:
+            stagger = None if blocks is None else blocks.stagger
+            if self.lo == self.hi or (stagger is not None and self.ages[-1] >= stagger):
+                self.block += 1
+        return self.plan.blocks[self.block]
 
     def _fill(self, steps: slice) -> None:
         """Appends the states after some steps, by the linear recurrence x' = sum_j A_j x_j + B D + c z."""
