@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from pipelines import Cli
 
-from paradiff import Keyed, Method, Parareal, Wave, methods, sample
+from paradiff import Keyed, Method, Parareal, Schedule, Wave, ddpm, methods, piadm_sde, sample
 from paradiff.cli import widest
 from paradiff.hub import load
 from paradiff.plots import save_wavefront
@@ -314,10 +314,13 @@ def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: 
         (methods.srds(8, rows=2), 2),
         (methods.srds(8, window=3, rows=2), 2),
         (methods.srds(8, rows=20), 8),
+        (piadm_sde([0, 3, 8]), 5),
+        (piadm_sde([0, 3, 8], window=2), 2),
+        (piadm_sde([0, 3, 8], stagger=1), 8),
     ],
 )
 def test_the_widest_round_is_known_beforehand(method: Method | Parareal, rows: int) -> None:
-    assert widest(method, 8) == rows
+    assert widest(method, ddpm(Schedule.linear(), 8)) == rows
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------

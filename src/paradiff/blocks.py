@@ -45,9 +45,7 @@ class Blocks:
                 "than a step"
             )
         if not self.carry and self.stagger is None:
-            raise ValueError(
-                "carry is False without a stagger; blocks in turn have no neighbour to carry to: leave it True"
-            )
+            raise ValueError("carry is False without a stagger; blocks in turn have no neighbour to carry to: leave it True")
         if self.stagger is not None and self.stagger < 1:
             raise ValueError(f"the stagger is {self.stagger} sweeps; it must be at least 1, or None for blocks in turn")
 
@@ -67,6 +65,8 @@ class Blocks:
                 f"{count} blocks were asked of a chain of {steps} steps; a block cannot be shorter than a step: give at most "
                 f"{steps}"
             )
+        if count == 1:
+            return [0, steps]
         level = torch.where((table.alpha > 0) & (table.sigma > 0), (table.alpha / table.sigma).log(), torch.nan)
         finite = (~level.isnan()).nonzero()[:, 0]
         wanted = torch.linspace(float(level[finite[0]]), float(level[finite[-1]]), count + 1, dtype=torch.float64)[1:-1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import itertools
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import torch
 import typer
@@ -16,10 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as Sheet
 
-from paradiff import methods, plots, slope
+from paradiff import methods, piadm, plots, slope
+from paradiff.corrector import Corrector, underdamped_langevin
 from paradiff.environment import environment
 from paradiff.evaluate import Batch, Evaluator
-from paradiff.hub import SCHEDULERS, Model, load
+from paradiff.exponential import Form
+from paradiff.hub import EXPONENTIAL, GRIDS, SCHEDULERS, Model, load
 from paradiff.method import Method
 from paradiff.noise import Keyed, Noise, Recorded
 from paradiff.parareal import Parareal
@@ -35,13 +39,18 @@ METHODS: dict[str, Callable[..., Method | Parareal]] = {
     "paradigms": methods.paradigms,
     "parasolver": methods.parasolver,
     "srds": methods.srds,
+    "piadm_sde": piadm.piadm_sde,
+    "piadm_ode": piadm.piadm_ode,
 }
+SAMPLERS = (*SCHEDULERS, *EXPONENTIAL)
 SLOPES: dict[str, Any] = {
     "zero": slope.zero,
     "identity": slope.identity,
     "freeze-epsilon": slope.freeze_epsilon,
     "freeze-clean-data": slope.freeze_clean_data,
 }
+OPTIONS = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
+OPTIONS += ("sweeps", "stagger", "corrector")
 COARSE = {"one-step": "one step", "two-step": "two step"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,9 +65,16 @@ def _paradiff() -> None:
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="`digits`, a folder in diffusers' pipeline format, or a hub id.")] = "digits",
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.")] = "ddpm",
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = "ddpm",
     steps: Annotated[int, typer.Option(help="Steps of the chain.")] = 1000,
     eta: Annotated[float, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1.")] = 0.0,
+    grid: Annotated[
+        str | None, typer.Option(help=f"exponential_sde and exponential_ode: levels, {' (default) or '.join(GRIDS)}.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="exponential_sde and exponential_ode: what a step freezes, clean (default), epsilon or score."),
+    ] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "parasolver",
     window: Annotated[int | None, typer.Option(help="Nodes, or blocks, solved at once; the whole chain by default.")] = None,
     tolerance: Annotated[
@@ -70,8 +86,15 @@ def sample(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="parasolver: sequential steps in a sub-interval; default 1.")] = None,
     warmup: Annotated[int | None, typer.Option(help="parasolver: steps really taken first; default 0.")] = None,
-    slope: Annotated[str | None, typer.Option(help=f"parasolver: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
-    blocks: Annotated[int | None, typer.Option(help="srds: blocks of the chain; near sqrt(2 STEPS) by default.")] = None,
+    slope: Annotated[str | None, typer.Option(help=f"parasolver, piadm: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="srds: blocks of the chain; near sqrt(2 STEPS) by default. piadm: has to be given.")
+    ] = None,
+    sweeps: Annotated[int | None, typer.Option(help="piadm: sweeps of every block; as the tolerance says by default.")] = None,
+    stagger: Annotated[int | None, typer.Option(help="piadm: sweeps after which the next block joins; else in turn.")] = None,
+    corrector: Annotated[
+        str | None, typer.Option(help="piadm_ode: underdamped Langevin after each block, STEPSxSWEEPS; none by default.")
+    ] = None,
     coarse: Annotated[
         str | None,
         typer.Option(help="srds: one-step (default), two-step, a number of steps a block, or what --slope takes."),
@@ -101,11 +124,10 @@ def sample(
     console = Console(highlight=False)
     chosen = parse_seeds(seeds)
     refuse_unknown("method", method, list(METHODS))
-    refuse_unknown("sampler", sampler, list(SCHEDULERS))
+    refuse_unknown("sampler", sampler, SAMPLERS)
     refuse_unknown("dtype", dtype, list(DTYPES))
     refuse_unknown("noise", noise, ["recorded", "keyed"])
-    options = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
-    solver = make_method(method, **{option: arguments[option] for option in options})
+    solver = make_method(method, **{option: arguments[option] for option in OPTIONS})
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
@@ -113,16 +135,16 @@ def sample(
     place = choose_device(device)
     with output_folder(out, overwrite) as folder:
         loaded = load(model, device=place, dtype=DTYPES[dtype])
-        table = loaded.table(sampler, steps, eta=eta)
+        table = make_table(loaded, sampler, steps, eta, grid, form)
         edges = solver.edges(table)
         evaluator = Evaluator(loaded, max_rows=max_rows, device=place, dtype=DTYPES[dtype])
-        warm_up(evaluator, loaded, table, len(chosen), widest(solver, len(edges) - 1))
+        warm_up(evaluator, loaded, table, len(chosen), widest(solver, table))
 
         def timed(label: str, run: Method | Parareal) -> tuple[Solution, float]:
             return run_timed(console, label, run, table, evaluator, loaded, chosen, noise)
 
         solution, seconds = timed(method, solver)
-        sequential = timed("sequential", methods.sequential()) if compare else None
+        sequential = timed("sequential", reference(solver)) if compare else None
         result = report(solution, seconds, chosen, sequential, arguments, environment(place))
         plots.grid(solution.sample).save(folder / "samples.png", format="PNG")
         for seed, x in zip(chosen, solution.sample, strict=True):
@@ -134,8 +156,8 @@ def sample(
             if waves:
                 plots.save_wavefront(waves, slowest, len(edges) - 1, folder / "trace.png", title)
             else:
-                sweeps = [s for s in solution.history if isinstance(s, Sweep)]
-                plots.save_trace(sweeps, slowest, len(edges) - 1, folder / "trace.png", title)
+                changes = [s for s in solution.history if isinstance(s, Sweep)]
+                plots.save_trace(changes, slowest, len(edges) - 1, folder / "trace.png", title)
         write_json(result, folder / "run.json")
     show(console, result, method, f"{sampler}, {steps} steps, {len(chosen)} sample{'s' * (len(chosen) > 1)}")
     console.print(f"{solution.status}; written to {out}", soft_wrap=True)
@@ -175,13 +197,56 @@ def make_method(name: str, **options: Any) -> Method | Parareal:
     given = {k: v for k, v in options.items() if v is not None}
     for option in given:
         if option not in known:
-            takes = ", ".join(f"--{k}" for k in known) or "no options"
+            takes = ", ".join(f"--{k}" for k in known if k in OPTIONS) or "no options"
             raise ValueError(f"--{option} was given, but method {name!r} has no such option; it takes {takes}")
     if "slope" in given:
         given["slope"] = parse_slope(given["slope"])
     if "coarse" in given:
         given["coarse"] = parse_coarse(given["coarse"])
+    if "corrector" in given:
+        given["corrector"] = parse_corrector(given["corrector"])
+    missing = next((k for k, v in known.items() if v.default is v.empty and k not in given), None)
+    if missing is not None:
+        raise ValueError(f"method {name!r} needs --{missing}; give a number of {missing}")
     return build(**given)
+
+
+def reference(method: Method | Parareal) -> Method:
+    """The sequential method whose sample a method solves for: the plain chain, with the corrector's steps if there are any."""
+    plain = methods.sequential()
+    if isinstance(method, Parareal) or method.corrector is None:
+        return plain
+    corrector = dataclasses.replace(method.corrector, sweeps=method.corrector.steps)
+    return dataclasses.replace(plain, blocks=method.blocks, corrector=corrector)
+
+
+def make_table(model: Model, sampler: str, steps: int, eta: float, grid: str | None, form: str | None) -> Table:
+    """The table of a sampler with the options that were given.
+
+    Raises:
+        ValueError: If an option is not one of the sampler's, or has a value it cannot take.
+    """
+    if sampler not in EXPONENTIAL:
+        for name, value in (("grid", grid), ("form", form)):
+            if value is not None:
+                raise ValueError(f"--{name} was given, but sampler {sampler!r} has none; {', '.join(EXPONENTIAL)} do")
+        return model.table(sampler, steps, eta=eta)
+    if eta:
+        raise ValueError(f"eta is {eta:g}, but sampler {sampler!r} has no eta; give it with sampler 'ddim'")
+    refuse_unknown("form", form or "clean", get_args(Form))
+    return model.exponential(sampler, steps, grid=grid or "log-snr", form=cast(Form, form or "clean"))
+
+
+def parse_corrector(text: str) -> Corrector:
+    """A corrector from STEPSxSWEEPS.
+
+    Raises:
+        ValueError: If the text is no such pair.
+    """
+    found = re.fullmatch("([0-9]+)x([0-9]+)", text)
+    if not found:
+        raise ValueError(f"the corrector is {text!r}; give steps and sweeps as STEPSxSWEEPS, such as 4x4")
+    return underdamped_langevin(int(found[1]), int(found[2]))
 
 
 def parse_slope(text: str) -> slope.Slope:
@@ -223,8 +288,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def widest(method: Method | Parareal, intervals: int) -> int:
-    """Rows of one sample in a round in which all that is solved at once takes part: of `intervals` sub-intervals or blocks."""
+def widest(method: Method | Parareal, table: Table) -> int:
+    """Rows of one sample in a round in which all that is solved at once takes part."""
+    edges = method.edges(table)
+    if isinstance(method, Method) and method.blocks is not None and method.blocks.stagger is None:
+        edges = method.blocks.edges(table)
+        intervals = max(b - a for a, b in itertools.pairwise(edges))
+    else:
+        intervals = len(edges) - 1
     bounds = (method.window, method.rows) if isinstance(method, Parareal) else (method.window,)
     return min(intervals if bound is None else bound for bound in (None, *bounds))
 

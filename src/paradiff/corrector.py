@@ -79,7 +79,7 @@ class Corrector:
             raise ValueError(
                 f"the corrector's friction {friction:.4g} and step {step:.4g} are unstable for the Lipschitz constant "
                 f"{lipschitz:.4g}: a step grows {radius:.3g} fold; give a step below about "
-                f"{1 / math.sqrt(lipschitz):.2g}, more friction, or leave both to their defaults"
+                f"{min(1 / math.sqrt(lipschitz), friction / lipschitz):.2g}, more friction, or leave both to their defaults"
             )
         return friction, step
 

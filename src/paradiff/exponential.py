@@ -78,6 +78,8 @@ def exponential_integrator(
         if not process.train_times:
             raise ValueError(f"nearest times were asked for, but the process {process.name} has no whole training times")
         t = t.round()
+    if not t[0].isfinite():
+        raise ValueError(f"the grid begins at pure noise, for which {process.name} has no time; begin at a finite level u")
     if grid.u[-1] == 0:
         t[-1], scale[-1] = 0.0, 1.0  # the sample's own, never looked at
     a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])

@@ -66,6 +66,9 @@ class Grid:
 
 
 def _check_range(start: float, stop: float, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}; a grid needs at least 1")
     if not 0 < start < math.inf:
         raise ValueError(f"the grid begins at u = T = {start}; it must be positive and finite")
     if not 0 < stop < start:
@@ -73,9 +76,6 @@ def _check_range(start: float, stop: float, **counts: int) -> None:
             f"the early stop eta is {stop}; it must lie above 0 and below T = {start}, as the score has no bound at 0 (for "
             "a clean end ask for clean=True)"
         )
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; a grid needs at least 1")
 
 
 def _ended(u: Tensor, edges: list[int], clean: bool) -> Grid:

@@ -31,8 +31,11 @@ from torch import Tensor
 
 from paradiff import samplers
 from paradiff.clipping import Clip, DynamicThreshold
+from paradiff.exponential import Form, exponential_integrator
+from paradiff.grid import log_snr_grid, uniform_grid
 from paradiff.prediction import Prediction
-from paradiff.schedule import Schedule, refuse_unknown
+from paradiff.process import Process, level_of, variance_preserving
+from paradiff.schedule import SMALLEST_ALPHA_BAR, Schedule, refuse_unknown
 from paradiff.table import Table
 
 BUNDLED = Path(__file__).parent / "models"
@@ -46,6 +49,11 @@ SCHEDULERS: dict[str, Any] = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
 }
 """The sampler names, and the diffusers classes whose chains they are."""
+
+EXPONENTIAL = {"exponential_sde": 1.0, "exponential_ode": 0.0}
+"""Exponential integrators (exponential.py) on the levels of a model's schedule, and their volatility."""
+
+GRIDS = {"log-snr": log_snr_grid, "uniform": uniform_grid}
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
@@ -105,6 +113,38 @@ class Model:
         """
         return table_of(self.config, sampler, steps, eta=eta)
 
+    def process(self) -> Process:
+        """The noising process that the network was trained on (process.py)."""
+        return variance_preserving(_schedule_of(SCHEDULERS["ddpm"].from_config(dict(self.config))))
+
+    def exponential(self, sampler: str, steps: int, *, grid: str = "log-snr", form: Form = "clean") -> Table:
+        """An exponential integrator from the model's noisiest level to its cleanest, and on to the clean-data estimate.
+
+        Args:
+            sampler: `exponential_sde` or `exponential_ode`.
+            steps: Number of steps, the last one included; at least 2.
+            grid: `log-snr` or `uniform` levels (grid.py).
+            form: What is frozen over a step (exponential.py).
+
+        Raises:
+            ValueError: If an option is unknown, or there are fewer than two steps.
+        """
+        refuse_unknown("sampler", sampler, list(EXPONENTIAL))
+        refuse_unknown("grid", grid, list(GRIDS))
+        if steps < 2:
+            raise ValueError(
+                f"{steps} steps were asked of {sampler}; it needs at least 2, the last being to the clean-data estimate"
+            )
+        config = SCHEDULERS["ddpm"].from_config(dict(self.config)).config
+        process = self.process()
+        start = min(process.highest, float(level_of(torch.tensor(1 / SMALLEST_ALPHA_BAR - 1).sqrt())))
+        levels = GRIDS[grid](start, process.lowest, 1, steps - 1, clean=True)
+        prediction = _prediction_of(config)
+        volatility = EXPONENTIAL[sampler]
+        return exponential_integrator(
+            process, levels, form=form, volatility=volatility, prediction=prediction, clip=_clip_of(config)
+        )
+
 
 def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float = 0.0) -> Table:
     """The table that a diffusers scheduler class walks with a config: see `Model.table`."""
@@ -117,17 +157,10 @@ def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float 
                 f"the scheduler's config has {option} = {found[option]!r}, which has no table here; {sampler} needs "
                 f"{' or '.join(repr(k) for k in known)}"
             )
-    if found["prediction_type"] not in PREDICTIONS:
-        raise ValueError(
-            f"the scheduler's config has prediction_type = {found['prediction_type']!r}; it must be one of "
-            f"{', '.join(PREDICTIONS)}"
-        )
+    prediction = _prediction_of(found)
     if eta and sampler != "ddim":
         raise ValueError(f"eta is {eta:g}, but sampler {sampler!r} has no eta; give it with sampler 'ddim'")
-    alpha_bar = scheduler.alphas_cumprod.double()  # the scheduler's own rounding: a chain is sensitive to it
-    if found.get("rescale_betas_zero_snr"):
-        alpha_bar[-1] = 0  # some schedulers put 2^-24 there, as `Schedule.ratio` does
-    schedule = Schedule(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
+    schedule = _schedule_of(scheduler)
     spacing = found["timestep_spacing"]
     make: Callable[..., Table] = partial(
         getattr(samplers, sampler),
@@ -135,7 +168,7 @@ def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float 
         steps,
         spacing=spacing,
         offset=found["steps_offset"] if spacing == "leading" else 0,
-        prediction=PREDICTIONS[found["prediction_type"]],
+        prediction=prediction,
     )
     clip = _clip_of(found)
     karras = found.get("use_karras_sigmas", False)
@@ -149,6 +182,22 @@ def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float 
     if sampler == "heun":
         return make(karras=karras, clip=clip)
     return make(karras=karras, final=final) if sampler == "euler" else make()
+
+
+def _schedule_of(scheduler: Any) -> Schedule:
+    alpha_bar = scheduler.alphas_cumprod.double()  # the scheduler's own rounding: a chain is sensitive to it
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        alpha_bar[-1] = 0  # some schedulers put 2^-24 there, as `Schedule.ratio` does
+    return Schedule(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
+
+
+def _prediction_of(config: Mapping[str, Any]) -> Prediction:
+    if config["prediction_type"] not in PREDICTIONS:
+        raise ValueError(
+            f"the scheduler's config has prediction_type = {config['prediction_type']!r}; it must be one of "
+            f"{', '.join(PREDICTIONS)}"
+        )
+    return PREDICTIONS[config["prediction_type"]]
 
 
 def _clip_of(config: Mapping[str, Any]) -> Clip | DynamicThreshold | None:

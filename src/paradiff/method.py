@@ -40,7 +40,8 @@ class Method:
             `sweeps`: a node passes when it has been swept `sweeps` times.
         sweeps: K of the rule `sweeps`.
         blocks: Blocks that the window respects (blocks.py); None for a window that slides freely.
-        corrector: What follows every block (corrector.py), or None.
+        corrector: What follows every block at whose end noise is left (corrector.py), or None. The sample is then that of
+            the sequential chain with the corrector's own steps taken one after the other: window 1, sweeps of all its steps.
         chains: Which chains the method is for.
 
     Raises:

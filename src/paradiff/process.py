@@ -79,9 +79,11 @@ def variance_preserving(schedule: Schedule) -> Process:
     """
     ratio = schedule.ratio
     pure = bool(schedule.alpha_bar[-1] == 0)
+    # The capped last ratio of such a schedule may lie below its neighbours: finite levels then belong to the times before it.
+    finite = Schedule(schedule.betas[:-1]) if ratio[-1] <= ratio[-2] else schedule
 
     def time(alpha: Tensor, sigma: Tensor) -> Tensor:
-        found = schedule.time_of(sigma / alpha.clamp(min=1e-12))
+        found = finite.time_of(sigma / alpha.clamp(min=1e-12))
         return torch.where(alpha > 0, found, float(schedule.train_steps - 1))
 
     lowest, highest = level_of(ratio[[0, -1]]).tolist()

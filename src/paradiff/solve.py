@@ -129,11 +129,10 @@ def _prepare(
 def _status(method: Method | Parareal, plan: Plan | Course, certificates: list[Certificate]) -> str:
     if isinstance(method, Method):
         assert isinstance(plan, Plan)
-        if method.sweeps is not None:
-            if method.sweeps >= min(plan.longest, plan.width):
-                return EXACT
+        corrected = method.corrector is None or method.corrector.sweeps >= method.corrector.steps
+        if method.sweeps is not None and (method.sweeps < min(plan.longest, plan.width) or not corrected):
             return f"stopped: every node was swept {method.sweeps} times, as asked"
-        exact = method.tolerance == 0 or plan.width == 1
+        exact = (method.tolerance == 0 or plan.width == 1) and corrected
     else:
         exact = all(c.estimated_error == 0 for c in certificates)
     if exact:

@@ -96,7 +96,9 @@ class Theory:
             middle = math.sqrt(low * high)
             fits = Theory(self.kind, self.dimension, middle, self.lipschitz, None, self.itemsize).bytes <= memory
             low, high = (low, middle) if fits else (middle, high)
-        return f"{said}: what would fit is an accuracy of {high:.3g}, {lengths}, or a window of {width} nodes"
+        unit = 10.0 ** (math.floor(math.log10(high)) - 2)
+        accuracy = math.ceil(high / unit) * unit  # three digits, rounded up, for a little less would not fit
+        return f"{said}: what would fit is an accuracy of {accuracy:.3g}, {lengths}, or a window of {width} nodes"
 
     @property
     def horizon(self) -> float:

@@ -37,7 +37,7 @@ class Plan:
         self.single = self.intervals == table.steps
         self.history = table.band - 1
         self.blocks = [0, self.intervals] if method.blocks is None else method.blocks.edges(table)
-        self.longest = max(b - a for a, b in itertools.pairwise(self.blocks))
+        self.longest = _exact_after(self.blocks, None if method.blocks is None else method.blocks.stagger)
         if method.corrector is not None and method.corrector.lipschitz is None:
             for edge in self.blocks[1:]:
                 if table.sigma[edge] > 0:
@@ -45,7 +45,9 @@ class Plan:
         self.slope = over_intervals(resolve(method.slope, table), self.edges)
         if method.blocks is not None and not method.blocks.carry:
             self.slope = self.slope.clone()
-            self.slope[self.blocks[1:-1]] = 0
+            for edge in self.blocks[1:-1]:
+                for j in range(table.band):
+                    self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
         self.bound = (method.tolerance * noise_units(table, self.edges)).tolist()
         self.sloped = bool(self.slope.any())
         self.least_theta = LEAST_THETA if self.sloped else 1.0
@@ -68,6 +70,16 @@ class Plan:
         alpha, sigma = table.alpha[:-1], table.sigma[:-1]
         self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
         self.fill_noise = table.stochastic and method.start != "copy"
+
+
+def _exact_after(blocks: list[int], stagger: int | None) -> int:
+    """Sweeps of every block after which all its nodes are exact, if the window is as wide as the blocks in flight: the length
+    of the longest in turn, and more with a stagger, where a block's first sweeps begin at a node that is not exact yet."""
+    begun = found = 0
+    for first, last in itertools.pairwise(blocks):
+        begun = first if stagger is None else min(begun + stagger, first)
+        found = max(found, last - begun)
+    return found
 
 
 class Window:
