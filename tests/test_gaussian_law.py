@@ -12,6 +12,7 @@ import torch
 
 from paradiff import gaussian_law as law
 from paradiff.gaussian_law import Array, LinearChain
+from paradiff.grid import paper_grid
 
 TOLERANCE = 1e-2
 END = 1e-3
@@ -62,8 +63,10 @@ def problem(dimension: int, stochastic: bool) -> tuple[LinearChain, tuple[int, .
     eigenvalues, count = law.log_uniform_spectrum(dimension)
     target = law.ou_variance(END, eigenvalues)
     for k in range(100):
-        levels, edges = law.ou_grid(start, END, math.ceil(start), 0.8**k)
-        chain = law.ou_chain(levels, eigenvalues, stochastic=stochastic)
+        blocks = math.ceil(start)
+        grid = paper_grid(blocks, min(0.8**k, start / blocks), END, length=start / blocks)
+        edges = tuple(grid.edges)
+        chain = law.ou_chain(grid.u.numpy(), eigenvalues, stochastic=stochastic)
         if law.kl(target, law.sample_variance(law.sequential_weights(chain)), count) <= TOLERANCE / 2:
             return chain, edges, target, count
     raise AssertionError("no steps were short enough")
@@ -185,15 +188,6 @@ def test_distances_are_those_of_the_definitions() -> None:
     assert law.wasserstein(target, variance, count) == pytest.approx(math.sqrt(count * squared), rel=1e-12)
 
 
-def test_grid_of_blocks() -> None:
-    levels, edges = law.ou_grid(3.0, 0.01, 3, 0.3)
-    assert edges == (0, 4, 8, 8 + math.ceil(math.log(100) / math.log(1.3)))
-    np.testing.assert_allclose(levels[[*edges]], [3, 2, 1, 0.01], rtol=LAST)
-    np.testing.assert_allclose(levels[8:-2] / levels[9:-1], 1.3, rtol=LAST)
-    assert 1 < levels[-2] / levels[-1] <= 1.3
-    assert law.ou_grid(1.0, 0.5, 1, 1.0)[1] == (0, 1)
-
-
 def test_spectrum() -> None:
     eigenvalues, count = law.log_uniform_spectrum(1024, 0.1, 4.0, grid=64)
     assert (eigenvalues.size, count) == (64, 16)
@@ -215,8 +209,6 @@ def test_refusals() -> None:
         law.ou_chain([1.0, 1.0], [1.0], stochastic=True)
     with pytest.raises(ValueError, match="a marginal has variance 0"):
         law.ou_chain([0.0, -1.0], [0.0], stochastic=True)
-    with pytest.raises(ValueError, match="no grid for 2 blocks"):
-        law.ou_grid(2.0, 1.0, 2, 0.1)
     with pytest.raises(ValueError, match="no spectrum of 0"):
         law.log_uniform_spectrum(0)
     with pytest.raises(ValueError, match="noise of shape"):

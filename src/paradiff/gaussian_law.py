@@ -94,7 +94,7 @@ def ou_chain(levels: ArrayLike, eigenvalues: ArrayLike, *, stochastic: bool, slo
     B = exp(e/2) - 1, c = 0 for the probability-flow equation.
 
     Args:
-        levels: u `[M + 1]`.
+        levels: u `[M + 1]`, such as those of a `Grid` (grid.py).
         eigenvalues: lambda `[E]`.
         stochastic: True for the stochastic equation.
         slope: g of (3), in units of the score's response.
@@ -111,42 +111,6 @@ def ou_chain(levels: ArrayLike, eigenvalues: ArrayLike, *, stochastic: bool, slo
         raise ValueError(f"a marginal has variance {variance.min():.3g}; the score needs a positive one")
     push = np.expm1(width / 2)
     return linear_chain(push + 1, (2 if stochastic else 1) * push, np.sqrt(np.expm1(width)) * stochastic, -1 / variance, slope)
-
-
-def ou_grid(start: float, end: float, blocks: int, width: float) -> tuple[Array, tuple[int, ...]]:
-    """The grid of PIADM: equal blocks of length h = start/blocks, the last one's steps shrinking toward the data.
-
-    All but the last block have ceil(h/width) equal steps. In the last the remaining level goes r -> r/(1 + width) from
-    h down to `end`, the final step cut to reach it.
-
-    Args:
-        start: Level u of the first node.
-        end: Level of the last node, positive and below h.
-        blocks: Number of blocks.
-        width: Length of a step; in the last block, relative to the level it ends on.
-
-    Returns:
-        Levels `[M + 1]`, and edges `[blocks + 1]`: block n has the steps edges[n] <= i < edges[n+1].
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-    if blocks < 1 or not width > 0 or not 0 < end < start / blocks:
-        raise ValueError(
-            f"no grid for {blocks} blocks from {start} to {end} with steps of {width}: blocks and width must be positive, "
-            "and the end positive and inside the last block"
-        )
-    length = start / blocks
-    equal = math.ceil(length / width - 1e-9)
-    shrinking = math.ceil(math.log(length / end) / math.log1p(width) - 1e-9)
-    levels = np.concatenate(
-        [
-            start - length / equal * np.arange((blocks - 1) * equal),
-            length * (1 + width) ** -np.arange(shrinking, dtype=np.float64),
-            [end],
-        ]
-    )
-    return levels, (*(n * equal for n in range(blocks)), levels.size - 1)
 
 
 def sequential_weights(chain: LinearChain) -> Array:
