@@ -353,12 +353,11 @@ def digit_candidates(table: Table) -> Iterator[Candidate]:
             for tolerance in (1e-1, 2.4e-2, 6e-3, 1.5e-3) if label != "score" else (2.4e-2,):
                 setting = f"{label}, {blocks} blocks, tolerance {tolerance:g}"
                 yield Candidate(f"{name}, in turn", setting, kind(blocks, slope=slope, tolerance=tolerance))
-                if label != "score" and blocks >= 4:
-                    for stagger in (1, 3):
-                        method = kind(blocks, slope=slope, tolerance=tolerance, stagger=stagger)
-                        yield Candidate(f"{name}, in flight", f"{setting}, stagger {stagger}", method)
+                if label != "score" and blocks >= 8:
+                    method = kind(blocks, slope=slope, tolerance=tolerance, stagger=2)
+                    yield Candidate(f"{name}, in flight", f"{setting}, stagger 2", method)
     for blocks in (4, 8, 16) if long else (2, 4, 8):
-        for sweeps in (4, 6, 8, 12, 16):
+        for sweeps in (6, 8, 12, 16):
             method = kind(blocks, sweeps)
             yield Candidate(f"{name}, paper mode", f"{blocks} blocks, {sweeps} sweeps", method)
     for window in (32, 200) if long else (None, 32):

@@ -28,19 +28,27 @@ from paradiff import (
     dpmpp_2m,
     euler,
     euler_ancestral,
+    exponential_integrator,
     flow_euler,
     freeze_clean_data,
     freeze_epsilon,
     heun,
     identity,
     jacobi,
+    log_snr_grid,
+    paper_grid,
     paradigms,
     parasolver,
+    piadm_ode,
+    piadm_sde,
+    rectified_flow,
     sample,
     sequential,
     shifted,
+    variance_preserving,
     zero,
 )
+from paradiff.piadm import PiadmOde, PiadmSde
 from paradiff.window import Plan, Window
 
 SHAPE = (2, 3)
@@ -60,6 +68,10 @@ TABLES: dict[str, Table] = {
     "dpmpp_2m": dpmpp_2m(Schedule.linear(), STEPS),
     "dpmpp_2m restarted": dpmpp_2m(Schedule.linear(), STEPS, karras=True, restarts=range(3, STEPS, 3), clip=Clip(0.7)),
     "flow_euler": flow_euler(STEPS, shift=3.0),
+    "exponential_sde": exponential_integrator(variance_preserving(Schedule.linear()), paper_grid(5, 0.5, 0.2)),
+    "exponential_ode": exponential_integrator(
+        rectified_flow(), log_snr_grid(6.0, 1e-2, 1, STEPS - 1, clean=True), form="clean", volatility=0.0, prediction="flow"
+    ),
 }
 
 
@@ -77,6 +89,13 @@ SLOPES: dict[str, Callable[[Table], Tensor]] = {
     "shifted": shifted(0.4),
     "arbitrary": arbitrary,
 }
+
+
+def piadm(table: Table) -> PiadmSde | PiadmOde:
+    """The one that is for such a chain."""
+    return piadm_sde if table.stochastic else piadm_ode
+
+
 STARTS = ("copy", "linear", "clean")
 
 
@@ -104,6 +123,10 @@ METHODS: dict[str, Callable[[Table], Method]] = {
     "parasolver, uneven strides, 5 warm-up steps": lambda table: parasolver(
         tolerance=0.0, stride=uneven(table, 5), warmup=5, slope=arbitrary
     ),
+    "piadm, 3 blocks in turn": lambda table: piadm(table)(3, tolerance=0.0),
+    "piadm, 3 blocks in flight": lambda table: piadm(table)(3, tolerance=0.0, stagger=1),
+    "piadm, 4 blocks, published diagonal": lambda table: piadm(table)(4, tolerance=0.0, stagger=2, carry=False),
+    "piadm, 2 blocks, as many sweeps as steps": lambda table: piadm(table)(2, table.steps),
     "arbitrary slope, stride 3, linear": lambda table: Method("", arbitrary, None, 3, 0, "linear", 0.0),
     "arbitrary slope, stride 4, copy": lambda table: Method("", arbitrary, None, 4, 1, "copy", 0.0),
 } | {
