@@ -56,7 +56,9 @@ from paradiff import (
 )
 from paradiff import gaussian_law as law
 from paradiff.environment import environment
+from paradiff.exponential import Form
 from paradiff.hub import load
+from paradiff.slope import Slope
 from paradiff.window import Plan, Window
 
 TOLERANCE, STOP = 1e-2, 1e-3
@@ -68,8 +70,8 @@ console = Console(stderr=True)
 
 
 def gaussian_chain(
-    dimension: int, stochastic: bool, grid: int
-) -> tuple[Callable[..., law.LinearChain], tuple[int, ...], Callable[..., Any]]:
+    dimension: int, stochastic: bool, grid: int, form: Form
+) -> tuple[Callable[[Slope], law.LinearChain], tuple[int, ...], Callable[..., Any]]:
     """The longest steps 0.8^k whose sequential chain spends half the tolerance; the chain for a slope, its blocks, and what
     measures a law."""
     start = math.log(dimension / TOLERANCE) + 2
@@ -83,9 +85,10 @@ def gaussian_chain(
 
     for k in range(200):
         found = paper_grid(blocks, min(0.8**k, start / blocks), STOP, length=start / blocks)
-        chain = law.ou_chain(found.u.numpy(), eigenvalues, stochastic=stochastic)
-        if distances(law.sequential_weights(chain))[0] <= TOLERANCE / 2:
-            return partial(law.ou_chain, found.u.numpy(), eigenvalues, stochastic=stochastic), tuple(found.edges), distances
+        table = exponential_integrator(ornstein_uhlenbeck(), found, form=form, volatility=float(stochastic))
+        chain_of = partial(law.table_chain, table, eigenvalues)
+        if distances(law.sequential_weights(chain_of(freeze_epsilon)))[0] <= TOLERANCE / 2:
+            return chain_of, tuple(found.edges), distances
     raise AssertionError("no step was short enough")
 
 
@@ -97,15 +100,17 @@ class Timetable:
         name: For the tables.
         stagger: Sweeps of a block before the next joins it; None in turn.
         carry: Whether changes cross block edges.
-        slope: 0 for the frozen score; -1 for the score of data of variance 1.
+        slope: Of the sweeps; `shifted(1)` is right for data of variance 1.
         whole: Whether the chain is one block.
+        form: What a step freezes; each form takes the steps that it needs.
     """
 
     name: str
     stagger: int | None = None
     carry: bool = True
-    slope: float = 0.0
+    slope: Slope = freeze_epsilon
     whole: bool = False
+    form: Form = "score"
 
 
 def timetables(stochastic: bool) -> list[Timetable]:
@@ -115,9 +120,10 @@ def timetables(stochastic: bool) -> list[Timetable]:
         Timetable("score, in turn (the paper)"),
         Timetable(f"score, published diagonal, stagger {ahead + 1}", ahead + 1, carry=False),
         Timetable(f"score, in flight, stagger {ahead}", ahead),
-        Timetable("shifted, in turn", slope=-1.0),
-        Timetable("shifted, in flight, stagger 1", 1, slope=-1.0),
-        Timetable("shifted, one block", slope=-1.0, whole=True),
+        Timetable("shifted, in turn", slope=shifted(1.0)),
+        Timetable("shifted, in flight, stagger 1", 1, slope=shifted(1.0)),
+        Timetable("shifted, one block", slope=shifted(1.0), whole=True),
+        Timetable("epsilon form, shifted, one block", slope=shifted(1.0), whole=True, form="epsilon"),
     ]
 
 
@@ -127,11 +133,14 @@ def gaussian(quick: bool) -> Iterator[dict[str, Any]]:
     for power in powers:
         dimension = 2**power
         for stochastic in (True, False):
-            chain_of, blocked, distances = gaussian_chain(dimension, stochastic, 256 if power <= 12 else 64)
-            steps = blocked[-1]
-            discretisation = distances(law.sequential_weights(chain_of()))
+            chains = {
+                form: gaussian_chain(dimension, stochastic, 256 if power <= 12 else 64, form) for form in ("score", "epsilon")
+            }
             for plan in timetables(stochastic):
-                chain, edges = chain_of(slope=plan.slope), (0, steps) if plan.whole else blocked
+                chain_of, blocked, distances = chains[plan.form]
+                steps = blocked[-1]
+                discretisation = distances(law.sequential_weights(chain_of(plan.slope)))
+                chain, edges = chain_of(plan.slope), (0, steps) if plan.whole else blocked
                 reached: dict[int, tuple[float, float]] = {}
                 first = None  # the fewest sweeps that will do; a few more tell whether more never spoil it
                 while first is None or len(reached) < first + 3:
@@ -190,7 +199,7 @@ def line(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"slope": float(slope), "intercept": float(intercept), "r2": float(1 - rest.var() / y.var())}
 
 
-STYLES = ("o-", "v:", "s--", "o:", "x--", "*-")
+STYLES = ("o-", "v:", "s--", "o:", "x--", "*-", "P-")
 
 
 def draw_gaussian(rows: list[dict[str, Any]], path: Path) -> None:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from paradiff import Schedule, exponential_integrator, freeze_epsilon, heun, ornstein_uhlenbeck, shifted
 from paradiff import gaussian_law as law
 from paradiff.gaussian_law import Array, LinearChain
 from paradiff.grid import paper_grid
+from paradiff.prediction import Prediction
 
 TOLERANCE = 1e-2
 END = 1e-3
@@ -186,6 +188,22 @@ def test_distances_are_those_of_the_definitions() -> None:
     assert law.kl(target, variance, count) == pytest.approx(count * expected, rel=1e-12)
     squared = (target + variance - 2 * np.sqrt(target * variance)).sum()
     assert law.wasserstein(target, variance, count) == pytest.approx(math.sqrt(count * squared), rel=1e-12)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v", "flow"])
+@pytest.mark.parametrize("volatility", [0.0, 1.0])
+def test_the_chain_of_a_table_is_the_chain_of_its_form(prediction: Prediction, volatility: float) -> None:
+    grid, eigenvalues = paper_grid(3, 0.2, 0.05), np.array([0.2, 1.0, 3.0])
+    table = exponential_integrator(ornstein_uhlenbeck(), grid, volatility=volatility, prediction=prediction)
+    found = law.table_chain(table, eigenvalues, freeze_epsilon)
+    wanted = law.ou_chain(grid.u.numpy(), eigenvalues, stochastic=bool(volatility))
+    for field in ("step", "sweep", "noise"):
+        np.testing.assert_allclose(getattr(found, field), getattr(wanted, field), rtol=1e-12, atol=1e-14)
+    shifted_chain = law.table_chain(table, eigenvalues, shifted(1.0))
+    wanted = law.ou_chain(grid.u.numpy(), eigenvalues, stochastic=bool(volatility), slope=-1.0)
+    np.testing.assert_allclose(shifted_chain.sweep, wanted.sweep, rtol=1e-12)
+    with pytest.raises(ValueError, match="reads 2 states a step"):
+        law.table_chain(heun(Schedule.linear(), 5), eigenvalues, shifted(1.0))
 
 
 def test_spectrum() -> None:

@@ -38,6 +38,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from paradiff.slope import Slope, resolve
+from paradiff.table import Table
+
 Array = NDArray[np.float64]
 
 
@@ -111,6 +114,38 @@ def ou_chain(levels: ArrayLike, eigenvalues: ArrayLike, *, stochastic: bool, slo
         raise ValueError(f"a marginal has variance {variance.min():.3g}; the score needs a positive one")
     push = np.expm1(width / 2)
     return linear_chain(push + 1, (2 if stochastic else 1) * push, np.sqrt(np.expm1(width)) * stochastic, -1 / variance, slope)
+
+
+def table_chain(table: Table, eigenvalues: ArrayLike, slope: Slope) -> LinearChain:
+    """The chain of any table of one-step steps, with a slope of the window loop (slope.py).
+
+    Args:
+        table: The table, in any coordinates, for data of mean 0.
+        eigenvalues: lambda `[E]`.
+        slope: The slope of the sweeps.
+
+    Raises:
+        ValueError: If a step of the table reads more than one state.
+    """
+    if table.band != 1:
+        raise ValueError(f"table {table.name!r} reads {table.band} states a step; the law is known for one")
+    alpha, sigma, p, q, a, b, c, g = (
+        v.numpy()[:, None]
+        for v in (
+            table.alpha[:-1],
+            table.sigma[:-1],
+            table.p,
+            table.q,
+            table.a[:, 0],
+            table.b[:, 0],
+            table.c,
+            resolve(slope, table)[:, 0],
+        )
+    )
+    data = np.asarray(eigenvalues, dtype=np.float64)
+    response = (alpha * data / (alpha**2 * data + sigma**2) - p) / q
+    shape = response.shape
+    return LinearChain(a + b * response, np.broadcast_to(g, shape), np.broadcast_to(c, shape))
 
 
 def sequential_weights(chain: LinearChain) -> Array:
