@@ -97,8 +97,8 @@ REFUSED: dict[str, str] = {
     "--method piadm_sde --blocks 2 --sweeps 0": "sweeps is 0; a block must be swept at least once",
     "--method piadm_sde --blocks 2 --sweeps 3 --tolerance 0.1": "a fixed number of sweeps heeds no tolerance: give one",
     "--method piadm_sde --blocks 2 --stagger 0": "the stagger is 0 sweeps; it must be at least 1",
-    "--method piadm_sde --blocks 2 --corrector 2x2": "--corrector was given, but method 'piadm_sde' has no such option; it takes "
-    "--blocks, --sweeps, --slope, --tolerance, --stagger, --window",
+    "--method piadm_sde --blocks 2 --corrector 2x2": "--corrector was given, but method 'piadm_sde' has no such option; it "
+    "takes --blocks, --sweeps, --slope, --tolerance, --stagger, --window",
     "--method piadm_ode --blocks 2 --sampler ddpm": "piadm_ode is for deterministic chains; table 'ddpm' is stochastic",
     "--method piadm_sde --blocks 2 --sampler ddim": "piadm_sde is for stochastic chains; table 'ddim' is deterministic",
     "--method piadm_ode --blocks 2 --corrector 2,2": "give steps and sweeps as STEPSxSWEEPS, such as 4x4",

@@ -150,3 +150,11 @@ def test_recorded_memory_is_bounded(kind: str) -> None:
 def test_bad_sources_are_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_node_far_ahead_is_drawn_at_once() -> None:
+    """Where nobody asked for the nodes before it: a corrector's first draw on a long deterministic chain."""
+    source, other = (Recorded((2,), torch.Generator().manual_seed(3)) for _ in range(2))
+    far = source.draw(0, range(20_000, 20_003))
+    assert torch.equal(torch.cat([other.draw(0, range(n, n + 1)) for n in range(20_003)])[-3:], far)
+    assert torch.equal(source.draw(0, range(1, 9)), other.draw(0, range(1, 9)))

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,9 +105,13 @@ def _coefficients(friction: float, step: float) -> tuple[float, float, float]:
 
 def noise_factors(friction: float, step: float) -> tuple[float, float, float]:
     """The Cholesky factor of the covariance in (2): xi_P = f z, xi_X = g z + h z' for independent standard normal z, z'."""
-    decay = math.exp(-friction * step)
     gone = -math.expm1(-friction * step)
-    position = 2 / friction * (step - 2 / friction * gone + (1 - decay**2) / (2 * friction))
+    if friction * step < 1:  # Var xi_X as the integral that it is, since the closed form cancels there
+        nodes, weights = np.polynomial.legendre.leggauss(16)
+        position = step / friction * float(weights @ np.expm1(-friction * step * (nodes + 1) / 2) ** 2)
+    else:
+        decay = math.exp(-friction * step)
+        position = 2 / friction * (step - 2 / friction * gone + (1 - decay**2) / (2 * friction))
     momentum = -math.expm1(-2 * friction * step)
     first = math.sqrt(momentum)
     second = gone**2 / friction / first

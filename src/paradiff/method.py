@@ -103,7 +103,14 @@ class Method:
                 f"{'stochastic' if table.stochastic else 'deterministic'}: use the method's other form, or another sampler"
             )
         if self.blocks is not None:
-            self.blocks.edges(table)
+            edges = self.blocks.edges(table)
+            crossed = [e for e in edges if e not in table.restarts]
+            if self.corrector is not None and crossed:
+                raise ValueError(
+                    f"a corrector was given, but table {table.name!r} reads past the block edge at node {crossed[0]}, to "
+                    "states from before the correction; give block edges at which it starts afresh (Table.restarts), or a "
+                    "one-step sampler"
+                )
         if self.warmup > steps:
             raise ValueError(f"warmup is {self.warmup} steps; the chain has {steps}: give at most {steps}")
         if isinstance(self.stride, int):

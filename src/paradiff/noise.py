@@ -149,9 +149,11 @@ class Recorded:
             self._kept.move_to_end(key)
             return self._kept[key]
         states, generator = self._states[source], self._generators[source]
-        if index >= len(states):
-            self._stretch(source, index - 1)
-        generator.set_state(states[index])
+        generator.set_state(states[min(index, len(states) - 1)])
+        for _ in range(len(states) - 1, index):  # stretches that nobody has asked for yet
+            for _ in range(self.SPACING):
+                self._randn(generator)
+            states.append(generator.get_state())
         drawn = torch.stack([self._randn(generator) for _ in range(self.SPACING)])
         if len(states) == index + 1:
             states.append(generator.get_state())

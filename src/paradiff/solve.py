@@ -130,7 +130,7 @@ def _status(method: Method | Parareal, plan: Plan | Course, certificates: list[C
     if isinstance(method, Method):
         assert isinstance(plan, Plan)
         corrected = method.corrector is None or method.corrector.sweeps >= method.corrector.steps
-        if method.sweeps is not None and (method.sweeps < min(plan.longest, plan.width) or not corrected):
+        if method.sweeps is not None and (method.sweeps < min(plan.exact_after, plan.width) or not corrected):
             return f"stopped: every node was swept {method.sweeps} times, as asked"
         exact = (method.tolerance == 0 or plan.width == 1) and corrected
     else:

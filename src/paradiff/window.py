@@ -37,7 +37,7 @@ class Plan:
         self.single = self.intervals == table.steps
         self.history = table.band - 1
         self.blocks = [0, self.intervals] if method.blocks is None else method.blocks.edges(table)
-        self.longest = _exact_after(self.blocks, None if method.blocks is None else method.blocks.stagger)
+        self.exact_after = _exact_after(self.blocks, None if method.blocks is None else method.blocks.stagger)
         if method.corrector is not None and method.corrector.lipschitz is None:
             for edge in self.blocks[1:]:
                 if table.sigma[edge] > 0:
