@@ -519,9 +519,9 @@ def test_the_two_modes_have_their_own_defaults() -> None:
     paper, ours = piadm_sde(4, 6), piadm_sde(4)
     assert (paper.slope, paper.start, paper.rule, paper.sweeps, paper.tolerance) == (freeze_epsilon, "copy", "sweeps", 6, 0)
     assert (ours.slope, ours.start, ours.rule, ours.sweeps, ours.tolerance) == (identity, "clean", "error", None, 2.4e-2)
-    table = TABLES["ddpm"]
-    assert callable(ours.slope)
-    assert torch.equal(ours.slope(table), shifted(0.5)(table))
+    table, smooth = TABLES["ddim"], piadm_ode(4).slope
+    assert callable(smooth)
+    assert torch.equal(smooth(table), shifted(0.5)(table))
     assert (paper.chains, piadm_ode(4).chains) == ("stochastic", "deterministic")
     assert piadm_sde(4, 6, slope=shifted(0.1), start="clean").start == "clean"
     assert piadm_ode(4, 6).corrector is None
