@@ -27,6 +27,8 @@ test: lint
 bench: .venv/.ready
 	$(BIN)/python benchmarks/rounds.py --json benchmarks/results/rounds.json
 	$(BIN)/python benchmarks/srds.py --json benchmarks/results/srds.json
+	$(BIN)/python benchmarks/polylog.py --json benchmarks/results/polylog.json
+	$(BIN)/python benchmarks/corrector.py --json benchmarks/results/corrector.json
 
 clean:
 	rm -rf .venv demo
