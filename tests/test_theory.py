@@ -48,7 +48,7 @@ def test_the_parameters_of_the_sde_are_those_computed_by_hand() -> None:
     assert found.early_stop == 0.125
     assert found.last_block == 15  # ln(h/0.125)/ln(1 + h/5) = 14.8
     assert found.steps == 7 * 5 + 15
-    assert found.bytes == 8 * 5 * 2 * 4
+    assert found.bytes == 10 * 5 * 2 * 4
     assert found.corrector is None
 
 
@@ -64,7 +64,7 @@ def test_the_parameters_of_the_ode_are_those_computed_by_hand() -> None:
     assert found.early_stop == pytest.approx(0.01 / 64)
     assert found.last_block == 4471  # ln(h/eta)/ln(1 + h/60) = 6.2932/0.0014076
     assert found.steps == 103 * 60 + 4471
-    assert found.bytes == 8 * 60 * 64 * 8
+    assert found.bytes == 10 * 60 * 64 * 8
     # Steps of 0.1/(8 sqrt(2)) for a length of 1/sqrt(2), ln(6400) sweeps, friction sqrt(8 L) = 4.
     corrector = found.corrector
     assert corrector is not None
