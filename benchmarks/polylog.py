@@ -204,7 +204,7 @@ STYLES = ("o-", "v:", "s--", "o:", "x--", "*-", "P-")
 
 def draw_gaussian(rows: list[dict[str, Any]], path: Path) -> None:
     """Rounds against log^2 d, and sequential steps against sqrt(d), side by side."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     colours = {"SDE": "tab:blue", "ODE": "tab:orange"}
     for equation, colour in colours.items():
@@ -226,9 +226,10 @@ def draw_gaussian(rows: list[dict[str, Any]], path: Path) -> None:
     right.set_title("sequential steps: √d (both axes logarithmic)", fontsize=10)
     right.set_xscale("log")
     right.set_yscale("log")
-    for axes in (left, right):
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
+    left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    right.legend(fontsize=7)
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

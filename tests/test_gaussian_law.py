@@ -13,7 +13,7 @@ import torch
 from paradiff import Schedule, exponential_integrator, freeze_epsilon, heun, ornstein_uhlenbeck, shifted
 from paradiff import gaussian_law as law
 from paradiff.gaussian_law import Array, LinearChain
-from paradiff.grid import paper_grid
+from paradiff.grid import Grid, paper_grid
 from paradiff.prediction import Prediction
 
 TOLERANCE = 1e-2
@@ -58,6 +58,10 @@ def dense(chain: LinearChain, edges: tuple[int, ...], sweeps: int, stagger: int,
     return np.stack(columns, 1)
 
 
+def grid_of(start: float, blocks: int, width: float) -> Grid:
+    return paper_grid(blocks, min(width, start / blocks), END, length=start / blocks)
+
+
 @cache
 def problem(dimension: int, stochastic: bool) -> tuple[LinearChain, tuple[int, ...], Array, float]:
     """The longest steps 0.8^k whose sequential law spends half the tolerance."""
@@ -66,7 +70,7 @@ def problem(dimension: int, stochastic: bool) -> tuple[LinearChain, tuple[int, .
     target = law.ou_variance(END, eigenvalues)
     for k in range(100):
         blocks = math.ceil(start)
-        grid = paper_grid(blocks, min(0.8**k, start / blocks), END, length=start / blocks)
+        grid = grid_of(start, blocks, 0.8**k)
         edges = tuple(grid.edges)
         chain = law.ou_chain(grid.u.numpy(), eigenvalues, stochastic=stochastic)
         if law.kl(target, law.sample_variance(law.sequential_weights(chain)), count) <= TOLERANCE / 2:
@@ -235,3 +239,20 @@ def test_refusals() -> None:
         law.linear_chain(np.ones(3), np.ones(3), np.ones(3), np.ones(3))
     with pytest.raises(ValueError, match="the smallest variance is 0"):
         law.kl([1.0], [0.0])
+
+
+@pytest.mark.parametrize(("stochastic", "sweeps"), [(True, 8), (False, 5)])
+def test_the_slope_of_unit_data_solves_4096_dimensions_as_one_block(stochastic: bool, sweeps: int) -> None:
+    """Eight sweeps, or five, are all the rounds there are; the score's own slope would not be near."""
+    _, edges, target, count = problem(4096, stochastic)
+    start = math.log(4096 / TOLERANCE) + 2
+    blocks, steps = math.ceil(start), edges[-1]
+    width = next(0.8**k for k in range(100) if grid_of(start, blocks, 0.8**k).steps == steps)
+    found = {}
+    for name, slope in (("shifted", -1.0), ("score", 0.0)):
+        chain = law.ou_chain(
+            grid_of(start, blocks, width).u.numpy(), law.log_uniform_spectrum(4096)[0], stochastic=stochastic, slope=slope
+        )
+        weights = law.picard_weights(chain, (0, steps), sweeps)
+        found[name] = law.kl(target, law.sample_variance(weights), count)
+    assert found["shifted"] <= TOLERANCE < 1 < found["score"]
