@@ -11,6 +11,7 @@ Parts, each written to the JSON as it ends:
   recognise the samples, and what the nearest whole times cost beside the real ones.
 
     python benchmarks/polylog.py [--quick] [--part NAME ...] [--json FILE]
+    python benchmarks/polylog.py --clock --json FILE             (adds seconds to the best settings of a former run)
 """
 
 from __future__ import annotations
@@ -458,6 +459,25 @@ def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def clock(contents: dict[str, Any]) -> None:
+    """Adds whole-clock seconds at batch 1, and the gain over the sequential chain of the same run, to the best settings."""
+    model = load("digits")
+    for chain in CHAINS:
+        if chain not in contents:
+            continue
+        sampler, steps = CHAINS[chain]
+        table = model.exponential(sampler, steps) if sampler.startswith("exp") else model.table(sampler, steps)
+        known = {(c.family, c.setting): c.method for c in digit_candidates(table)}
+        rows = contents[chain]["best"]
+        methods = [known[r["family"], r["setting"]] for r in rows]
+        problem = Problem("digits", sampler, model, table, 4)
+        plain, *seconds = problem.clock([sequential(), *methods])
+        for row, value in zip(rows, seconds, strict=True):
+            row |= {"seconds": value, "sequential_seconds": plain, "gain": plain / value}
+        contents[chain]["clocked"] = {**environment(), "commit": commit()}
+        show(rows, (*SHOWN[chain], "seconds", "gain"))
+
+
 # -- the script --------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
@@ -496,10 +516,15 @@ def show(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="which parts; all by default")
+    parser.add_argument("--clock", action="store_true", help="only time the best settings that the JSON file holds")
     given = arguments("", parser)
     contents: dict[str, Any] = {}
     if given.json and given.json.is_file():
         contents = json.loads(given.json.read_text(encoding="utf-8"))
+    if given.clock:
+        clock(contents)
+        given.json.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        return
     for part in given.part:
         rows = []
         for row in PARTS[part](given.quick):

@@ -16,7 +16,7 @@ class Sweep:
         sample: The sample.
         first: The first node of the window, whose state is final.
         change: Root mean square change of the nodes after it, one number a node.
-        passed: How many of these nodes became final.
+        passed: How many of these nodes became final; 0 for the last sweep of a corrector, which moved the node `first`.
     """
 
     round: int
