@@ -11,6 +11,7 @@ from problems import EXACT, METHODS, SHAPE, TABLES, arbitrary, chain, ends, gap,
 from torch import Tensor
 
 from paradiff import (
+    Blocks,
     Evaluator,
     Keyed,
     Method,
@@ -20,11 +21,13 @@ from paradiff import (
     ddpm,
     dpmpp_2m,
     euler,
+    freeze_epsilon,
     heun,
     identity,
     paradigms,
     parasolver,
     sample,
+    underdamped_langevin,
 )
 from paradiff.window import Window
 
@@ -67,10 +70,14 @@ def test_memory_is_of_the_size_of_the_window(make: object, stride: int, monkeypa
     assert len(noise._kept) <= noise.STRETCHES
 
 
+BLOCKED = [
+    Method("in turn", freeze_epsilon, blocks=Blocks(3), start="copy", rule="sweeps", sweeps=2),
+    Method("in flight", blocks=Blocks(4, stagger=1), tolerance=0.1),
+]
 READS = ["tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero"]
 
 
-@pytest.mark.parametrize("method", [paradigms(6), parasolver(6), parasolver(4, stride=3), parasolver(1)])
+@pytest.mark.parametrize("method", [paradigms(6), parasolver(6), parasolver(4, stride=3), parasolver(1), *BLOCKED])
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "heun", "euler", "ddim clipped"])
 def test_the_host_reads_the_states_once_a_round(name: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     # States are float32 here, tables float64 and indices integers, so a read of a float32 tensor is one that would wait for
@@ -92,6 +99,12 @@ def test_the_host_reads_the_states_once_a_round(name: str, method: Method, monke
     reads = +reads
     assert reads == {"tolist": len({s.round for s in found.history})}
     assert reads["tolist"] <= found.rounds
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler", "ddim clipped"])
+def test_so_it_does_with_a_corrector(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method("corrected", blocks=Blocks(3), tolerance=0.1, corrector=underdamped_langevin(3, 2))
+    test_the_host_reads_the_states_once_a_round(name, method, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["sequential", "paradigms", "parasolver", "parasolver, stride 3", "zero from linear"])

@@ -7,10 +7,11 @@
 | `paradigms` | identity | all | copy of the last state | change |
 | `parasolver` | identity | every S-th | frozen clean data | error or change |
 | `srds` | a coarse propagator's own change | block edges | a coarse sweep | error, change, sample or image |
-| `piadm_sde`, `piadm_ode` (piadm.py) | a[i] of the score form | all, block by block | copy of the block's start | sweeps or error |
+| `piadm_sde`, `piadm_ode` | a[i] of the score form | all, block by block | copy of the block's start | sweeps or error |
 
-All of them solve the same equations and so, run to the end (at tolerance 0, SRDS with as many iterations as blocks, PIADM with as
-many sweeps as steps), return the same sample: that of the sequential chain with the same noises.
+The last are in piadm.py. All of them solve the same equations and so, run to the end (at tolerance 0, SRDS with as many
+iterations as blocks, PIADM with as many sweeps as steps), return the same sample: that of the sequential chain with the same
+noises.
 """
 
 from __future__ import annotations

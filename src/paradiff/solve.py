@@ -11,8 +11,8 @@ and updates all nodes by an approximate Newton step with the slope G (slope.py),
 
 Written so, a node whose predecessors do not change gets exactly Phi_n: after k sweeps the first k nodes of a window are
 exact, whatever G. Then the leading nodes whose change is within the tolerance pass, with the one after them, and the window
-slides; nodes that enter it are filled as the method's `start` says. A method may cut the chain into blocks (blocks.py), which the
-window enters one after the other, and follow each by a corrector (corrector.py).
+slides; nodes that enter it are filled as the method's `start` says. A method may cut the chain into blocks (blocks.py), which
+the window enters one after the other, and follow each by a corrector (corrector.py).
 
 A solver evaluates nothing itself. `solve` is a generator that yields a `Batch` and is sent the outputs; it returns a
 `Solution`. Each sample has a window of its own (window.py); one transfer a round, the changes of all windows together, waits

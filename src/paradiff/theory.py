@@ -40,7 +40,8 @@ from paradiff.slope import freeze_epsilon
 
 HELD = 10
 """Arrays of a window's size that a run holds at its busiest moment, each M states of d numbers: states, noises, the network's
-rows and outputs, steps, residuals, updates, and what is being made of them. Measured: 8.7 to 9.9 for 10 to 40 million numbers."""
+rows and outputs, steps, residuals, updates, and what is being made of them. Measured: 8.7 to 9.9, for 10 to 40
+million numbers."""
 
 
 @dataclass(frozen=True)
