@@ -112,7 +112,8 @@ class PiadmSde:
 class PiadmOde:
     """PIADM-ODE (arXiv 2405.15986, algorithm 2), for deterministic chains. Call it for a `Method`.
 
-    Differs from the paper as `PiadmSde` does; and the corrector is off unless given: it never helped where the score was exact.
+    Differs from the paper as `PiadmSde` does; and the corrector is off unless given: at equal rounds the
+    SDE came nearer to the law in nearly every case measured (docs/piadm.md).
     """
 
     def __call__(
