@@ -263,6 +263,18 @@ def test_samples_have_the_exact_law(dimension: int, kind: str) -> None:
 
 
 # The variance within a mode is off by 1.9 % (SDE) and 1.5 % (ODE), in proportion to 1/N.
+@each_kind
+@pytest.mark.parametrize("dimension", [2, 8])
+def test_samples_have_the_law_of_the_data_themselves(dimension: int, kind: str) -> None:
+    """Where a chain goes down to a level that is no more than 0.5 % of a mode's variance."""
+    problem = dataclasses.replace(PROBLEMS[dimension], stop=1e-4, steps=400 if kind == "sde" else 240, window=16)
+    solution = drawn(problem, problem.table(kind), library(problem, kind, 1e-2))
+    data = dataclasses.replace(problem, stop=0.0)
+    found = solution.sample[0].double()
+    assert two_sample(data, found, data.draw(11)) == {}
+    moments_and_weights(data, found)
+
+
 @pytest.mark.parametrize(("kind", "steps", "blocks", "sweeps"), [("sde", 320, 8, 6), ("ode", 192, 4, 5)])
 def test_the_published_mode_has_the_exact_law(kind: str, steps: int, blocks: int, sweeps: int) -> None:
     problem = PROBLEMS[2]
