@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -211,3 +213,22 @@ def ends(window: Window) -> Tensor:
     """The states at the ends of the window's sub-intervals, `[W, ...]`."""
     edges = window.plan.edges
     return window.x[[edge - edges[window.lo] + window.plan.history for edge in edges[window.lo + 1 : window.hi + 1]]]
+
+
+def host_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts from now on, by name, the calls that read a float32 tensor from the host. States are float32 where this is used,
+    tables float64 and indices integers, so each is one that would wait for an accelerator."""
+    reads: Counter[str] = Counter()
+
+    def counting(read: str) -> None:
+        original = getattr(Tensor, read)
+
+        def counted(self: Tensor, *args: object, **options: object) -> object:
+            reads[read] += self.dtype == torch.float32
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(Tensor, read, counted)
+
+    for read in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero"):
+        counting(read)
+    return reads

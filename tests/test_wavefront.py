@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from problems import EXACT, SHAPE, STEPS, TABLES, chain, chains, gap, network
+from problems import EXACT, SHAPE, STEPS, TABLES, chain, chains, gap, host_reads, network
 from simulation import simulate
 from torch import Tensor
 
@@ -502,27 +502,10 @@ def test_float32_states_reach_the_sample_to_float32_accuracy(name: str, schedule
     assert gap(found.sample, chains(network, TABLES[name], Keyed(SHAPE, 0, 2))) < 1e-4
 
 
-READS = ["tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero"]
-
-
 @pytest.mark.parametrize("method", LOOSE)
 @pytest.mark.parametrize("name", ["ddpm thresholded", "dpmpp_2m", "heun"])
 def test_the_host_reads_the_states_at_most_once_a_round(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # States are float32 here, tables float64 and indices integers, so a read of a float32 tensor is one that would wait for
-    # an accelerator.
-    reads: Counter[str] = Counter()
-
-    def counting(read: str) -> None:
-        original = getattr(Tensor, read)
-
-        def counted(self: Tensor, *args: object, **options: object) -> object:
-            reads[read] += self.dtype == torch.float32
-            return original(self, *args, **options)
-
-        monkeypatch.setattr(Tensor, read, counted)
-
-    for read in READS:
-        counting(read)
+    reads = host_reads(monkeypatch)
     found = run(TABLES[name], LOOSE[method], samples=2, dtype=torch.float32)
     assert set(+reads) == {"tolist"}
     assert reads["tolist"] <= found.rounds

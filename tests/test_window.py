@@ -7,7 +7,22 @@ from collections import Counter
 
 import pytest
 import torch
-from problems import EXACT, METHODS, SHAPE, TABLES, arbitrary, chain, ends, gap, network, run, sweep, uneven, window_of
+from problems import (
+    EXACT,
+    METHODS,
+    SHAPE,
+    TABLES,
+    arbitrary,
+    chain,
+    ends,
+    gap,
+    host_reads,
+    network,
+    run,
+    sweep,
+    uneven,
+    window_of,
+)
 from torch import Tensor
 
 from paradiff import (
@@ -74,27 +89,12 @@ BLOCKED = [
     Method("in turn", freeze_epsilon, blocks=Blocks(3), start="copy", rule="sweeps", sweeps=2),
     Method("in flight", blocks=Blocks(4, stagger=1), tolerance=0.1),
 ]
-READS = ["tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero"]
 
 
 @pytest.mark.parametrize("method", [paradigms(6), parasolver(6), parasolver(4, stride=3), parasolver(1), *BLOCKED])
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "heun", "euler", "ddim clipped"])
 def test_the_host_reads_the_states_once_a_round(name: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    # States are float32 here, tables float64 and indices integers, so a read of a float32 tensor is one that would wait for
-    # an accelerator.
-    reads: Counter[str] = Counter()
-
-    def counting(read: str) -> None:
-        original = getattr(Tensor, read)
-
-        def counted(self: Tensor, *args: object, **options: object) -> object:
-            reads[read] += self.dtype == torch.float32
-            return original(self, *args, **options)
-
-        monkeypatch.setattr(Tensor, read, counted)
-
-    for read in READS:
-        counting(read)
+    reads = host_reads(monkeypatch)
     found = run(TABLES[name], method, samples=3, dtype=torch.float32)
     reads = +reads
     assert reads == {"tolist": len({s.round for s in found.history})}
