@@ -5,6 +5,7 @@ Parts, each written to the JSON as it ends:
 - gaussian: Gaussian data of dimension 2 ... 2^20, exactly (no sampling): the steps that bring the sequential chain to half of
   the tolerated Kullback-Leibler divergence, and the sweeps that bring PIADM to all of it, with blocks in turn and in flight
   together. Fits of rounds against log^2 d and log d, and of sequential steps against sqrt(d).
+- horizon: the same for the SDE in turn from a level one higher, in every power of two.
 - mixture: 8 Gaussians in 2048 dimensions: sweeps until the squared distance to the sequential sample is below 1e-2, for
   every linear part, and how large the iterates get on the way.
 - digits: the bundled network: rounds and evaluations at equal error beside `parasolver` and `srds`, whether two classifiers
@@ -71,11 +72,11 @@ console = Console(stderr=True)
 
 
 def gaussian_chain(
-    dimension: int, stochastic: bool, grid: int, form: Form
+    dimension: int, stochastic: bool, grid: int, form: Form, margin: float = 2.0
 ) -> tuple[Callable[[Slope], law.LinearChain], tuple[int, ...], Callable[..., Any]]:
     """The longest steps 0.8^k whose sequential chain spends half the tolerance; the chain for a slope, its blocks, and what
     measures a law."""
-    start = math.log(dimension / TOLERANCE) + 2
+    start = math.log(dimension / TOLERANCE) + margin
     blocks = math.ceil(start)
     eigenvalues, count = law.log_uniform_spectrum(dimension, grid=grid)
     target = law.ou_variance(STOP, eigenvalues)
@@ -170,6 +171,19 @@ def gaussian(quick: bool) -> Iterator[dict[str, Any]]:
                     "rounds_over_blocks_squared": rounds / (len(blocked) - 1) ** 2,
                     "evaluations": first * steps,
                 }
+
+
+def horizon(quick: bool) -> Iterator[dict[str, Any]]:
+    """The SDE in turn from T = ln(d/tol) + 3, where rounds/N^2 stays within 0.4 and 0.7 in every dimension."""
+    for power in range(1, 9 if quick else 21):
+        chain_of, edges, distances = gaussian_chain(2**power, True, 64, "score", 3.0)
+        chain, sweeps = chain_of(freeze_epsilon), 1
+        while distances(law.picard_weights(chain, edges, sweeps))[0] > TOLERANCE:
+            sweeps += 1
+        blocks, steps = len(edges) - 1, edges[-1]
+        counts = {"sweeps": sweeps, "rounds": blocks * sweeps, "evaluations": sweeps * steps}
+        row = {"dimension": 2**power, "blocks": blocks, "steps": steps, "rounds_over_blocks_squared": sweeps / blocks}
+        yield row | counts
 
 
 def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -482,6 +496,7 @@ def clock(contents: dict[str, Any]) -> None:
 
 PARTS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
     "gaussian": gaussian,
+    "horizon": horizon,
     "mixture": mixture,
     **{name: partial(digits, chain=name) for name in CHAINS},
     "recognised": recognised,
@@ -499,6 +514,7 @@ SHOWN = {
         "evaluations",
         "kl",
     ),
+    "horizon": ("dimension", "blocks", "steps", "sweeps", "rounds", "rounds_over_blocks_squared", "evaluations"),
     "mixture": ("equation", "blocks", "steps", "linear part", "rounds", "evaluations", "peak_mean_square", "float32"),
     **dict.fromkeys(CHAINS, ("sampler", "steps", "family", "setting", "rounds", "evaluations", "error_max")),
     "recognised": ("sampler", "steps", "method", "times", "agree", "error_to_real"),

@@ -256,3 +256,23 @@ def test_the_slope_of_unit_data_solves_4096_dimensions_as_one_block(stochastic: 
         weights = law.picard_weights(chain, (0, steps), sweeps)
         found[name] = law.kl(target, law.sample_variance(weights), count)
     assert found["shifted"] <= TOLERANCE < 1 < found["score"]
+
+
+@pytest.mark.parametrize("power", [1, 2, 3, 4, 6, 8, 10, 12])
+def test_rounds_of_the_sde_in_turn_grow_like_the_square_of_the_blocks(power: int) -> None:
+    """rounds/N^2 = K/N from a horizon of ln(d/tol) + 3, one grid of 64 eigenvalues for all dimensions."""
+    start = math.log(2**power / TOLERANCE) + 3
+    blocks = math.ceil(start)
+    eigenvalues, _ = law.log_uniform_spectrum(2**20, grid=64)
+    target, count = law.ou_variance(END, eigenvalues), 2**power / 64
+
+    def divergence_of(weights: Array) -> float:
+        return law.kl(target, law.sample_variance(weights), count)
+
+    for k in range(100):
+        grid = grid_of(start, blocks, 0.8**k)
+        chain = law.ou_chain(grid.u.numpy(), eigenvalues, stochastic=True)
+        if divergence_of(law.sequential_weights(chain)) <= TOLERANCE / 2:
+            break
+    reached = next(k for k in range(1, 20) if divergence_of(law.picard_weights(chain, tuple(grid.edges), k)) <= TOLERANCE)
+    assert 0.4 <= reached / blocks <= 0.7
