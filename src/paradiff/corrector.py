@@ -154,7 +154,6 @@ class Correction:
         self._x = x.expand(corrector.steps + 1, *x.shape).clone()
         self._score = torch.zeros_like(self._x[1:])
         self._known = 0  # points whose score is final
-        self._constant = True
         self.change = x.new_empty(0)
 
     @property
@@ -165,7 +164,7 @@ class Correction:
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows wanted now: nodes `[R]` and positions `[R, ...]` as the network expects them. One row in the first sweep, in
         which all positions are one; later those whose score is not final."""
-        self._asked = self._x[:1] if self._constant else self._x[self._known : -1]
+        self._asked = self._x[:1] if self._known == 0 else self._x[self._known : -1]
         nodes = torch.full((len(self._asked),), self.node)
         return nodes, self._step.seen(nodes.to(self._step.device), self._asked)
 
@@ -176,7 +175,6 @@ class Correction:
             clean = self._step.table.clip(clean)
         self._score[self._known :] = (self._alpha * clean - self._asked) / self._sigma**2
         self._known += 1
-        self._constant = False
         self._left -= 1
         last = self._x[-1].clone()
         x, momentum = self._x[0], self._momentum

@@ -140,7 +140,12 @@ def _status(method: Method | Parareal, plan: Plan | Course, certificates: list[C
         return EXACT
     if isinstance(method, Parareal) and method.iterations is not None:
         return f"stopped: {method.iterations} iterations were made, as asked"
-    return f"converged: {RULES[method.rule].format(method.tolerance)}"
+    beside = ""
+    if isinstance(method, Method) and method.corrector is not None and method.corrector.sweeps < method.corrector.steps:
+        beside = (
+            f"; not in it: the corrector's {method.corrector.steps} steps were swept {method.corrector.sweeps} times, as asked"
+        )
+    return f"converged: {RULES[method.rule].format(method.tolerance)}{beside}"
 
 
 def sample(

@@ -213,20 +213,23 @@ class Window:
         """Phi plus the changes carried from the nodes before, `[W, d]`: stretch by stretch, so that a wide window needs no
         matrix of its width squared."""
         plan, parts = self.plan, []
-        change = residual[:0]
         for begin in range(0, len(phi), STRETCH):
             steps = plan.slope[self.lo + begin : min(self.lo + begin + STRETCH, self.hi)]
             part = slice(begin, begin + len(steps))
+            carried = plan.move(inverse(steps).fill_diagonal_(0))
+            if not parts:
+                parts.append(torch.addmm(phi[part], carried, residual[part]))
+                continue
+            before = slice(begin - STRETCH, begin)
+            change = parts[-1] - phi[before] + residual[before]
             entering = torch.zeros_like(residual[part][: steps.shape[1]])  # what the stretch before hands on
-            for i in range(len(entering) if begin else 0):
+            for i in range(len(entering)):
                 for j in range(i, steps.shape[1]):
                     entering[i].add_(change[i - j - 1], alpha=steps[i, j].item())
-            forced = residual[part].clone() if begin else residual[part]
+            forced = residual[part].clone()
             forced[: len(entering)] += entering
-            new = torch.addmm(phi[part], plan.move(inverse(steps).fill_diagonal_(0)), forced)
-            new[: len(entering)] += entering
-            change = new - phi[part] + residual[part]
-            parts.append(new)
+            parts.append(torch.addmm(phi[part], carried, forced))
+            parts[-1][: len(entering)] += entering
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _places_of_edges(self) -> slice | Tensor:
