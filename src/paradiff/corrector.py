@@ -183,5 +183,5 @@ class Correction:
             x = x + self._reach * momentum + self._push * s + self._shift[m]
             momentum = self._decay * momentum + self._reach * s + self._kick[m]
             self._x[m + 1] = x
-        self.change = (x - last).square().mean()[None]
+        self.change = self._step.mean_square((x - last)[None])
         return self._left == 0

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from paradiff.parareal import Parareal
 from paradiff.solution import Certificate, Record, Solution
 from paradiff.table import Table
 from paradiff.wavefront import Course, Wavefront
-from paradiff.window import Plan, Window
+from paradiff.window import Plan, Settled, Window
 
 RULES = {
     "error": "the estimated error of every sample is at most {:g}",
@@ -45,6 +46,19 @@ RULES = {
 }
 EXACT = "exact: every node was reached by the chain's own steps"
 Progress = Callable[[Sequence[Record]], None]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What a solver is sent in place of plain outputs where its caller changed states before the network saw them (edits.py).
+
+    Attributes:
+        outputs: `[R, ...]` the network's outputs at the changed states.
+        states: `[R, ...]` the changed states, not scaled.
+    """
+
+    outputs: Tensor
+    states: Tensor
 
 
 @torch.inference_mode()
@@ -57,7 +71,9 @@ def solve(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
-) -> Generator[Batch, Tensor, Solution]:
+    members: bool = False,
+    settled: Settled | None = None,
+) -> Generator[Batch, Tensor | Edited, Solution]:
     """Solves all samples of `noise`; yields batches of rows and is sent the network's outputs.
 
     Args:
@@ -68,13 +84,18 @@ def solve(
         device: Where states live.
         dtype: Dtype of states, float32 or float64.
         progress: Called after each round with the sweeps that ended in it.
+        members: Each sample is a batch `[b, ...]` of members that share its window: a node changes as much as the member
+            that changes most, and errors are estimated for the worst member.
+        settled: Called with the states of every stretch of nodes that became final, in order, and the first of these nodes;
+            for one sample, and methods that keep the states of all nodes (not Parareal).
 
     Returns:
         The solution, as the generator's value.
 
     Raises:
         ValueError: If the method does not fit the table, `start` does not fit the noise, `dtype` is neither float32 nor
-            float64, or the model returns NaN or infinity where the sequential chain would meet it too.
+            float64, the model returns NaN or infinity where the sequential chain would meet it too, or states were changed
+            under a method that cannot follow that.
     """
     begin = time.perf_counter()
     if dtype not in (torch.float32, torch.float64):
@@ -85,7 +106,7 @@ def solve(
     expected = (noise.samples, *noise.shape)
     if start is not None and tuple(start.shape) != expected:
         raise ValueError(f"start has shape {tuple(start.shape)}; the noise has {expected}: samples, then one sample's shape")
-    plan, windows = _prepare(table, noise, method, start, torch.device(device), dtype)
+    plan, windows = _prepare(table, noise, method, start, torch.device(device), dtype, members, settled)
     history: list[Record] = []
     rounds = evaluations = 0
     while active := [w for w in windows if not w.done]:
@@ -93,11 +114,15 @@ def solve(
         nodes = torch.cat([n for n, _ in asked])
         samples = torch.cat([torch.full((len(n),), w.sample) for w, (n, _) in zip(active, asked, strict=True)])
         x = asked[0][1] if len(asked) == 1 else torch.cat([x for _, x in asked])
-        outputs = yield Batch(x, plan.t[nodes], nodes, samples)
+        answer = yield Batch(x, plan.t[nodes], nodes, samples)
         rounds += 1
         evaluations += len(nodes)
-        parts = outputs.split([len(n) for n, _ in asked])
-        swept = [w for w, part in zip(active, parts, strict=True) if w.absorb(part)]
+        counts = [len(n) for n, _ in asked]
+        if isinstance(answer, Edited):
+            answers = zip(active, answer.outputs.split(counts), answer.states.split(counts), strict=True)
+            swept = [w for w, outputs, states in answers if w.absorb(outputs, states)]
+        else:
+            swept = [w for w, outputs in zip(active, answer.split(counts), strict=True) if w.absorb(outputs)]
         sweeps: list[Record] = []
         if swept:
             changes = torch.cat([w.change for w in swept]).tolist()  # the round's one wait for the device
@@ -115,16 +140,27 @@ def solve(
 
 
 def _prepare(
-    table: Table, noise: Noise, method: Method | Parareal, start: Tensor | None, device: torch.device, dtype: torch.dtype
+    table: Table,
+    noise: Noise,
+    method: Method | Parareal,
+    start: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    members: bool,
+    settled: Settled | None,
 ) -> tuple[Plan | Course, Sequence[Window | Wavefront]]:
     """What the samples share, and one window or wavefront for each."""
     starts = [None if start is None else start[k] for k in range(noise.samples)]
     if isinstance(method, Parareal):
         method.check_shape(noise.shape)
-        course = Course(table, method, device, dtype)
+        if settled is not None:
+            raise ValueError(
+                f"{method.name} keeps the states at block edges only, and cannot tell those of every node; use parasolver"
+            )
+        course = Course(table, method, device, dtype, members)
         return course, [Wavefront(course, noise, k, x) for k, x in enumerate(starts)]
-    plan = Plan(table, method, device, dtype)
-    return plan, [Window(plan, noise, k, x) for k, x in enumerate(starts)]
+    plan = Plan(table, method, device, dtype, members)
+    return plan, [Window(plan, noise, k, x, settled) for k, x in enumerate(starts)]
 
 
 def _status(method: Method | Parareal, plan: Plan | Course, certificates: list[Certificate]) -> str:

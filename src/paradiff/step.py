@@ -20,13 +20,14 @@ class Step:
         table: The sampler.
         device: Where states live.
         dtype: Their dtype.
+        members: Whether a state is a batch `[b, ...]` of members, each of which is to come out right.
 
     Attributes:
         t: `[N+1]` times for the network, on the CPU; int64 where all are whole numbers.
     """
 
-    def __init__(self, table: Table, device: torch.device, dtype: torch.dtype) -> None:
-        self.table, self.device, self.dtype = table, device, dtype
+    def __init__(self, table: Table, device: torch.device, dtype: torch.dtype, members: bool = False) -> None:
+        self.table, self.device, self.dtype, self.members = table, device, dtype, members
         whole = bool((table.t == table.t.round()).all())
         self.t = table.t.to(torch.int64) if whole else table.t
         self._scaled = bool((table.scale != 1).any())
@@ -35,6 +36,12 @@ class Step:
     def move(self, values: Tensor) -> Tensor:
         """Values on the device, in the dtype of the states; from the host without waiting for the device's work."""
         return values.to(device=self.device, dtype=self.dtype, non_blocking=values.device.type == "cpu")
+
+    def mean_square(self, change: Tensor) -> Tensor:
+        """`[R]` mean square of changes `[R, ...]` of states; with members, that of the member which changed most."""
+        if self.members and change.ndim > 2:
+            return change.flatten(2).square().mean(2).amax(1)
+        return change.flatten(1).square().mean(1)
 
     def seen(self, at: slice | Tensor, x: Tensor) -> Tensor:
         """`[R, ...]` states as the network expects them, from states `x` at the nodes `at` (on the device)."""

@@ -36,7 +36,7 @@ GREY = 127.5  # grey levels in one unit of data in -1 ... 1
 class Course:
     """What all samples of a run share: edges, coarse propagator, bounds and coefficients."""
 
-    def __init__(self, table: Table, method: Parareal, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, table: Table, method: Parareal, device: torch.device, dtype: torch.dtype, members: bool = False) -> None:
         self.table, self.method, self.device = table, method, device
         self.edges = method.edges(table)
         self.intervals = len(self.edges) - 1
@@ -48,7 +48,7 @@ class Course:
         if method.window is not None and method.window > self.intervals:
             raise ValueError(f"the window is {method.window}; there are {self.intervals} blocks: give at most that, or None")
         self.width = self.intervals if method.window is None else method.window
-        self.step = Step(table, device, dtype)
+        self.step = Step(table, device, dtype, members)
         self.t, self.move = self.step.t, self.step.move
         self.coarse = method.propagator(table, self.edges)
         place = {node: k for k, node in enumerate(self.coarse.nodes)}
@@ -167,8 +167,17 @@ class Wavefront:
             return [self._row(next(s for s in solves if s.coarse < self._coarse_steps(s)), False, True)]
         return [self._row(s, True, False) for s in solves if s.fine < self._length(s)]
 
-    def absorb(self, outputs: Tensor) -> bool:
-        """Takes the outputs of the rows last asked for; True, as every round is recorded."""
+    def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
+        """Takes the outputs of the rows last asked for; True, as every round is recorded.
+
+        Raises:
+            ValueError: If the caller changed states before the network saw them.
+        """
+        if states is not None:
+            raise ValueError(
+                f"the states were changed between steps, and {self.course.method.name}'s coarse steps cannot follow that; use "
+                "parasolver"
+            )
         course, table = self.course, self.course.table
         self.rounds += 1
         self.evaluations += len(outputs)
@@ -353,10 +362,9 @@ class Wavefront:
             return self.pool.new_empty(0)
         new = self.pool[self._index([f.solve.start for f in formed]), 0]
         old = self.pool[self._index([(f.previous or f.solve).start for f in formed]), 0]
-        distance = (new - old).flatten(1)
-        found = distance.square().mean(1)
+        found = course.step.mean_square(new - old)
         if course.method.rule == "image" and formed[-1].solve.block == course.intervals:
-            found[-1] = (distance[-1].abs().mean() * GREY).square()
+            found[-1] = ((new - old)[-1].abs().mean() * GREY).square()
         # a value that is new to its edge has no change; its own size tells whether it is finite
         fresh = self._index([f.previous is None for f in formed])
         return torch.where(fresh, new.flatten(1).square().mean(1), found)

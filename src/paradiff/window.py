@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from paradiff.certificate import DATA_VARIANCE, LEAST_THETA, Ledger, noise_units, sensitivity, slope_error
 from paradiff.corrector import Correction
+from paradiff.edits import Edits
 from paradiff.method import Method
 from paradiff.noise import Noise
 from paradiff.slope import freeze_clean_data, inverse, over_intervals, resolve
@@ -25,11 +27,14 @@ from paradiff.table import Table, column
 FILL = 64  # nodes filled by one matrix product
 STRETCH = 256  # nodes swept by one matrix product
 
+Settled = Callable[[int, Tensor], None]
+"""Called with the states that became final, `[n, ...]`, and the fine node of the first of them."""
+
 
 class Plan:
     """What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
 
-    def __init__(self, table: Table, method: Method, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, table: Table, method: Method, device: torch.device, dtype: torch.dtype, members: bool = False) -> None:
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
         self.edges = method.edges(table)
         self.intervals = len(self.edges) - 1
@@ -55,7 +60,7 @@ class Plan:
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()
         self.share = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
-        self.step = Step(table, device, dtype)
+        self.step = Step(table, device, dtype, members)
         self.t, self.move = self.step.t, self.step.move
         self.fill_slope = torch.zeros_like(table.a)
         self.fill_clean = torch.zeros_like(table.c)
@@ -93,8 +98,8 @@ class Window:
         evaluations: Its rows.
     """
 
-    def __init__(self, plan: Plan, noise: Noise, sample: int, start: Tensor | None) -> None:
-        self.plan, self.noise, self.sample = plan, noise, sample
+    def __init__(self, plan: Plan, noise: Noise, sample: int, start: Tensor | None, settled: Settled | None = None) -> None:
+        self.plan, self.noise, self.sample, self.settled = plan, noise, sample, settled
         x0 = plan.move(noise.start(sample)) * plan.table.start_scale if start is None else plan.move(start)
         past = torch.zeros_like(x0).expand(plan.history, *x0.shape)
         self.x = torch.cat([past, x0[None]])
@@ -105,6 +110,7 @@ class Window:
         self.ages: list[int] = []  # sweeps that each node after the first has seen
         self.block = 1  # the window may reach to this block edge
         self.correction: Correction | None = None
+        self.edits: Edits | None = None
         self.rounds = self.evaluations = 0
         self.ledger = Ledger(plan.slope_error, plan.factor, plan.least_theta)
         self.change = x0.new_empty(0)
@@ -145,26 +151,51 @@ class Window:
         self.state = self.x[self.places[0]]
         return self.nodes, plan.step.seen(self.at, self.state)
 
-    def absorb(self, outputs: Tensor) -> bool:
-        """Takes the outputs of the rows last asked for; whether that ended a sweep, so that `change` is new."""
+    def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
+        """Takes the outputs of the rows last asked for; whether that ended a sweep, so that `change` is new.
+
+        Args:
+            outputs: `[R, ...]` outputs.
+            states: `[R, ...]` the states as the caller changed them before the network saw them, not scaled; None where it
+                left them alone.
+
+        Raises:
+            ValueError: If states were changed and the method solves sub-intervals of several steps.
+        """
         plan = self.plan
         self.rounds += 1
         self.evaluations += len(outputs)
         if self.correction is not None:
+            assert states is None
             finished = self.correction.absorb(outputs)
             self.change = self.correction.change
             return finished
+        if states is not None:
+            self._edit(states)
         m = plan.table.convert(self.nodes, self.state, outputs)
         if plan.method.start == "clean" and (plan.single or self.running[-1] == self.hi - 1):
             last = self.nodes[-1:]
             self.clean = plan.table.p[last].item() * self.state[-1] + plan.table.q[last].item() * m[-1]
         if plan.history:
             self.m[self.places[0]] = m
-        states = [self.state, *(self.x[place] for place in self.places[1:])]
+        read = [self.state, *(self.x[place] for place in self.places[1:])]
         drives = [m, *(self.m[place] for place in self.places[1:])]
         z = self.z[self.noise_place] if plan.table.stochastic else None
-        phi = plan.step(self.at, states, drives, z)
+        phi = plan.step(self.at, read, drives, z)
         return self._sweep(phi) if plan.single else self._substep(phi)
+
+    def _edit(self, states: Tensor) -> None:
+        """Takes over the states as the caller changed them (edits.py); steps are taken from them."""
+        if not self.plan.single:
+            raise ValueError(
+                f"the states of a window were changed between steps, and {self.plan.method.name} solves sub-intervals of "
+                f"{self.plan.method.stride} steps, of which only the ends would be seen; give it a stride of 1"
+            )
+        if self.edits is None:
+            self.edits = Edits()
+        self.edits.take(self.lo, self.state, states, self.x[self._places_of_edges()])
+        self.state = states
+        self.x[self.places[0]] = states
 
     def _substep(self, phi: Tensor) -> bool:
         """Puts one fine step of every running sub-interval in its place; whether that was the last of the sweep."""
@@ -193,18 +224,22 @@ class Window:
         """
         plan, count = self.plan, self.hi - self.lo
         self.ends = self._places_of_edges()
-        old = self.x[self.ends]
+        old = self.x[self.ends] if self.edits is None else self.edits.handed
         self.phi = phi
         if count > 1:
             residual = (phi - old).flatten(1)
             new = self._carried(phi.flatten(1), residual).view_as(phi)
-            distance = new - old if plan.sloped else residual.cumsum(0)
+            if self.edits is not None:
+                new = self.edits.spare(new, phi)
+            distance = new - old if plan.sloped else residual.cumsum(0).view_as(phi)
+            if self.edits is not None:
+                distance = self.edits.spare(distance, torch.zeros_like(distance))
             if plan.single and plan.method.start == "clean":
                 self.clean.add_(new[-2] - old[-2], alpha=plan.clean_slope[self.hi - 1])
         else:
             new = phi
             distance = new - old
-        self.change = distance.flatten(1).square().mean(1)
+        self.change = plan.step.mean_square(distance)
         self.x[self.ends] = new
         self.ages = [age + 1 for age in self.ages]
         return True
@@ -267,6 +302,10 @@ class Window:
             rms = [math.inf] * self._salvage()
             self.ledger.forget()
         shift = plan.edges[self.lo + passed] - plan.edges[self.lo]
+        if self.settled is not None:
+            self.settled(plan.edges[self.lo] + 1, self.x[plan.history + 1 : plan.history + 1 + shift])
+        if self.edits is not None:
+            self.edits.pass_over(passed, self.x[plan.history :])
         self.x, self.z = self.x[shift:], self.z[shift:]
         if plan.history:
             self.m = self.m[shift:]

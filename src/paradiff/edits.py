@@ -1,0 +1,69 @@
+"""Edits: what a caller does to states between two steps, after the step that made them and before the network sees them.
+
+The chain is then x[i+1] = E_i(Phi_i(x)), as where a pipeline puts the known part of a picture back after every step
+(inpainting). A solver hands out y[i+1], an iterate for Phi_i(x), and is shown x[i+1] = E_i(y[i+1]). It compares y with y:
+
+    r[i] = Phi_i(x) - y[i+1]                                                                                   (1)
+
+Elements that an edit overwrites do not carry on the change of the node before: they are left out of the slope's part of the
+update and of the size of changes. An element is taken for one if, since the last sweep, it stayed as it was at some node
+where another value was handed out, it is edited at all nodes of the window, and it stayed as it was at all that were shown
+before. Anything else that an edit does (blending, adding) is corrected sweep by sweep.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Edits:
+    """The edits seen in one sample's window.
+
+    Attributes:
+        handed: `[W, ...]` what was handed out at the nodes after the first.
+        overwritten: `[...]` which elements are overwritten at every node, or None before any was shown twice.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[Tensor, Tensor] | None = None  # handed and shown at the last sweep, from the first node on
+        self.handed = torch.empty(0)
+        self.overwritten: Tensor | None = None
+
+    def take(self, first: int, handed: Tensor, shown: Tensor, after: Tensor) -> None:
+        """Takes what was shown at the window's nodes from `first` on.
+
+        Args:
+            first: The window's first node.
+            handed: `[W, ...]` what was handed out at nodes `first` ... `first` + W - 1.
+            shown: `[W, ...]` what came of it.
+            after: `[W, ...]` what was handed out at the nodes after the first.
+        """
+        self.handed = after.clone()
+        edited = shown != handed
+        begin = 1 if first == 0 else 0  # the start of the chain is no step's result
+        self.overwritten = None
+        if self._before is not None:
+            handed_before, shown_before = (v[: len(shown)] for v in self._before)
+            stayed = shown[: len(shown_before)] == shown_before
+            moved = handed[: len(handed_before)] != handed_before
+            self.overwritten = (stayed & moved)[begin:].any(0) & stayed[begin:].all(0) & edited[begin:].all(0)
+        self._before = handed.clone(), shown
+
+    def spare(self, values: Tensor, instead: Tensor) -> Tensor:
+        """`values` `[W, ...]`, with those of `instead` where elements are overwritten."""
+        return values if self.overwritten is None else torch.where(self.overwritten, instead, values)
+
+    def pass_over(self, passed: int, states: Tensor) -> None:
+        """The window slides by so many nodes.
+
+        Args:
+            passed: How many.
+            states: `[.., ...]` states from the window's first node on; those passed over, which a multistep sampler still
+                reads, are put as they would be shown.
+        """
+        if self._before is not None:
+            handed, shown = self._before
+            for n in range(1, min(passed, len(shown))):
+                states[n] = self.spare(states[n], shown[n])
+            self._before = handed[passed:], shown[passed:]
