@@ -11,7 +11,9 @@ Two conditions hold for every consistent table and are checked when one is made.
 (x = alpha x0 and the matching m give alpha' x0 at the node reached, alpha'), and variances add up (the deterministic part
 maps pure noise of level sigma to level u, and u^2 + c^2 = sigma'^2).
 
-Tables are made by the plain functions of samplers.py, or read off a diffusers scheduler by hub.py.
+Tables are made by the plain functions of samplers.py, or read off any diffusers scheduler (`Table.from_scheduler`). Those
+read off have exact coefficients a, b, c, while their levels are found separately and may be a guide only: they serve slopes,
+fills and certificates, and no state of a finished chain depends on them.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paradiff.prediction import Prediction, clean_coefficients
+
+CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
+ROUNDING = 1e-4  # what float32 arithmetic in a scheduler can explain
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class Table:
         clip_weight: `[N]` weights w of the limit; 1/q by default.
         exact_variance: False for samplers that add more noise than the process has (`fixed_large`), which are excused from
             the second condition.
+        clean: `[N, 2]` p and q, where they are not those of `prediction` (a network behind EDM's preconditioning).
+        exact_levels: False for coefficients that are exact while the levels are a guide: excused from both conditions, by
+            `mismatch`.
 
     Raises:
         ValueError: If shapes disagree, a value is not finite, or a consistency condition fails.
@@ -69,6 +78,31 @@ class Table:
     clip: Callable[[Tensor], Tensor] | None = None
     clip_weight: Tensor | None = None
     exact_variance: bool = True
+    clean: Tensor | None = None
+    exact_levels: bool = True
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, timesteps: Tensor | None = None, **step_kwargs: Any) -> Table:
+        """The chain that a diffusers scheduler walks, read off its own `step` (pipelines/probe.py).
+
+        Args:
+            scheduler: The scheduler, whose `set_timesteps` was called. It is not changed.
+            timesteps: Those that the loop walks, a stretch of the scheduler's own; all of them by default.
+            step_kwargs: What the loop hands to `step` beside output, time and state: `eta`, say.
+
+        Returns:
+            The table, the same object for the same scheduler state.
+
+        Raises:
+            ValueError: If the step has no table: it is not linear, takes other arguments, or its times are not known.
+        """
+        from paradiff.pipelines.probe import per_sample
+        from paradiff.pipelines.refusal import Refusal
+
+        try:
+            return per_sample(scheduler, timesteps, step_kwargs)
+        except Refusal as refusal:
+            raise ValueError(str(refusal)) from refusal
 
     def __post_init__(self) -> None:
         self._check_shapes(self.steps)
@@ -94,6 +128,7 @@ class Table:
             "scale": (steps + 1,),
             "reached": (steps, 2),
             "clip_weight": (steps,),
+            "clean": (steps, 2),
         }
         expected = {field: shape for field, shape in expected.items() if getattr(self, field) is not None}
         for field, shape in expected.items():
@@ -115,28 +150,43 @@ class Table:
                 raise ValueError(f"table {self.name!r}: step {i} refers to states before the first one")
 
     def _check_consistency(self) -> None:
-        nodes = torch.arange(self.steps)
-        ray_state, noise_state = self.alpha[:-1], self.sigma[:-1]
-        ray_output, noise_output = (1 - self.p * ray_state) / self.q, -self.p * noise_state / self.q
-        ray, noise = torch.zeros(self.steps, dtype=torch.float64), torch.zeros(self.steps, dtype=torch.float64)
-        for j in range(self.band):
-            source = (nodes - j).clamp(min=0)
-            ray += self.a[:, j] * ray_state[source] + self.b[:, j] * ray_output[source]
-            noise += self.a[:, j] * noise_state[source] + self.b[:, j] * noise_output[source]
-        excess = {
-            "a known clean datum leaves its ray": (ray, self.reached[:, 0]),
-            "variances do not add up": (torch.hypot(noise, self.c), self.reached[:, 1]),
-        }
-        if not self.exact_variance:
-            del excess["variances do not add up"]
-        for complaint, (found, wanted) in excess.items():
-            gap = (found - wanted).abs() / (wanted.abs() + 1e-2)
+        if not self.exact_levels:
+            return
+        complaints = ["a known clean datum leaves its ray"]
+        if self.exact_variance:
+            complaints.append("variances do not add up")
+        for complaint, found, gap, wanted in zip(complaints, self._landed.T, self.gaps.T, self.reached.T, strict=False):
             worst = int(gap.argmax())
-            if not gap[worst] <= 1e-6:
+            if not gap[worst] <= CONSISTENT:
                 raise ValueError(
                     f"table {self.name!r}: {complaint} at step {worst}: level {found[worst]:.6g} where the schedule has "
                     f"{wanted[worst]:.6g}; check the coefficients a, b, c of that step"
                 )
+
+    @cached_property
+    def _landed(self) -> Tensor:
+        return landed(self.a, self.b, self.c, self.alpha, self.sigma, self.p, self.q)
+
+    @property
+    def gaps(self) -> Tensor:
+        """`[N, 2]` how far the signal and the noise level that each step lands on are from `reached`, beside the level."""
+        return (self._landed - self.reached).abs() / (self.reached.abs() + 1e-2)
+
+    @property
+    def mismatch(self) -> float:
+        """The largest of `gaps`, those of the conditions that this table is not excused from."""
+        return float(self.gaps[:, : 2 if self.exact_variance else 1].amax())
+
+    @property
+    def about_levels(self) -> str:
+        """A sentence: how far the levels may be trusted."""
+        if self.exact_levels:
+            return "levels and coefficients agree"
+        size = "within rounding" if self.mismatch < ROUNDING else "in part"
+        return (
+            f"levels and coefficients agree {size} (largest difference {self.mismatch:.1e}): the coefficients are exact, the "
+            "levels serve slopes, first guesses and error estimates"
+        )
 
     @property
     def steps(self) -> int:
@@ -167,6 +217,8 @@ class Table:
 
     @cached_property
     def _clean(self) -> tuple[Tensor, Tensor]:
+        if self.clean is not None:
+            return self.clean[:, 0], self.clean[:, 1]
         return clean_coefficients(self.prediction, self.alpha[:-1], self.sigma[:-1])
 
     @property
@@ -202,6 +254,29 @@ class Table:
         p, q, w = (column(v[nodes], x) for v in (self.p, self.q, self.clip_weight))
         clean = p * x + q * m
         return m + w * (self.clip(clean) - clean)
+
+
+def landed(a: Tensor, b: Tensor, c: Tensor, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """`[N, 2]` signal and noise level that each step lands on from nodes at their levels, with the clean datum known.
+
+    Args:
+        a: `[N, P]` coefficients of equation (1); `b` and `c` `[N]` likewise.
+        b: See `a`.
+        c: See `a`.
+        alpha: `[N+1]` levels.
+        sigma: See `alpha`.
+        p: `[N]` coefficients of the clean-data estimate.
+        q: See `p`.
+    """
+    steps, band = a.shape
+    source = torch.arange(steps)
+    ray_output, noise_output = (1 - p * alpha[:-1]) / q, -p * sigma[:-1] / q
+    ray, noise = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+    for j in range(band):
+        at = (source - j).clamp(min=0)
+        ray += a[:, j] * alpha[at] + b[:, j] * ray_output[at]
+        noise += a[:, j] * sigma[at] + b[:, j] * noise_output[at]
+    return torch.stack([ray, torch.hypot(noise, c)], dim=1)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
