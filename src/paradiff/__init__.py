@@ -11,6 +11,7 @@ from paradiff.methods import jacobi, paradigms, parasolver, sequential, srds
 from paradiff.noise import Keyed, Noise, Recorded
 from paradiff.parareal import Parareal
 from paradiff.piadm import piadm_ode, piadm_sde
+from paradiff.pipelines import explain, parallelize
 from paradiff.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 from paradiff.schedule import Schedule
@@ -47,6 +48,7 @@ __all__ = [
     "dpmpp_2m",
     "euler",
     "euler_ancestral",
+    "explain",
     "exponential_integrator",
     "flow_euler",
     "freeze_clean_data",
@@ -58,6 +60,7 @@ __all__ = [
     "ornstein_uhlenbeck",
     "paper_grid",
     "paradigms",
+    "parallelize",
     "parasolver",
     "piadm_ode",
     "piadm_sde",

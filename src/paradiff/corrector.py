@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from paradiff.noise import Noise
-from paradiff.prediction import clean_coefficients
 from paradiff.step import Step
 
 
@@ -141,7 +140,7 @@ class Correction:
         self._left = min(corrector.sweeps, corrector.steps)
         self.node = node
         self._alpha, self._sigma = float(table.alpha[node]), float(table.sigma[node])
-        self._p, self._q = (float(v) for v in clean_coefficients(table.prediction, table.alpha[node], table.sigma[node]))
+        self._p, self._q = (float(v) for v in table.clean_at(node))
         lipschitz = self._sigma**-2 if corrector.lipschitz is None else corrector.lipschitz
         friction, length = corrector.parameters(lipschitz)
         self._decay, self._reach, self._push = _coefficients(friction, length)

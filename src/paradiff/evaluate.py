@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,65 @@ class Batch:
     t: Tensor
     nodes: Tensor
     samples: Tensor
+
+
+Part = TypeVar("Part")
+
+
+class RowBound:
+    """Keeps network calls to a number of rows that the device has memory for.
+
+    Args:
+        max_rows: Largest number of rows in one network call; None for no bound.
+
+    Attributes:
+        max_rows: The bound now: smaller than the given one after a call ran out of memory.
+
+    Raises:
+        ValueError: If `max_rows` is below 1.
+    """
+
+    def __init__(self, max_rows: int | None = None) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}; a network call needs at least 1 row, or None for no bound")
+        self.max_rows = max_rows
+
+    def parts(
+        self, count: int, call: Callable[[slice], Part], device: torch.device, *, rows: int = 1, width: int | None = None
+    ) -> list[Part]:
+        """`call(part)` for the consecutive parts of `range(count)`, in order.
+
+        Where a call runs out of memory, the bound is halved and kept, and the part is called again.
+
+        Args:
+            count: Number of items.
+            call: The network call for the items of a slice. Its stop may lie beyond `count` by what `width` asks for.
+            device: Where the network lives.
+            rows: Rows of one item; an item of more rows than the bound is called alone.
+            width: Items in each call where the bound allows for them; None for all.
+
+        Raises:
+            torch.OutOfMemoryError: If one item alone does not fit.
+        """
+        width = count if width is None else width
+        size = width if self.max_rows is None else min(width, max(1, self.max_rows // rows))
+        done: list[Part] = []
+        first = 0
+        while first < count:
+            try:
+                done.append(call(slice(first, first + size)))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = (size + 1) // 2
+                self.max_rows = size * rows
+            else:
+                first += size
+                continue
+            # Outside of the handler, since the error's traceback holds the tensors of the failed call.
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return done
 
 
 class Evaluator:
@@ -67,16 +127,19 @@ class Evaluator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}; a network call needs at least 1 row, or None for no bound")
+        self.bound = RowBound(max_rows)
         self.denoiser = denoiser
         self.conditioning = dict(conditioning or {})
-        self.max_rows = max_rows
         self.device = torch.device(device)
         self.dtype = dtype
         self.rounds = 0
         self.evaluations = 0
         self.seconds = 0.0
+
+    @property
+    def max_rows(self) -> int | None:
+        """Largest number of rows in one network call now; None for no bound."""
+        return self.bound.max_rows
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
@@ -87,20 +150,7 @@ class Evaluator:
         """
         begin = time.perf_counter()
         rows = len(batch.x)
-        bound = rows if self.max_rows is None else min(self.max_rows, rows)
-        outputs: list[Tensor] = []
-        first = 0
-        while first < rows:
-            try:
-                outputs.append(self._call(batch, slice(first, first + bound)))
-            except torch.OutOfMemoryError:
-                if bound == 1:
-                    raise
-                bound = self.max_rows = (bound + 1) // 2
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            first += bound
+        outputs = self.bound.parts(rows, lambda part: self._call(batch, part), self.device)
         self.rounds += 1
         self.evaluations += rows
         self.seconds += time.perf_counter() - begin

@@ -221,6 +221,22 @@ class Table:
             return self.clean[:, 0], self.clean[:, 1]
         return clean_coefficients(self.prediction, self.alpha[:-1], self.sigma[:-1])
 
+    def clean_at(self, nodes: slice | int) -> tuple[Tensor, Tensor]:
+        """p and q at nodes, among which the last may be: where there is no step, by what the network predicts.
+
+        Raises:
+            ValueError: If they are asked for at the last node of a table that states its own.
+        """
+        asked = torch.arange(self.steps + 1)[nodes]
+        if int(asked.max()) < self.steps:
+            return self.p[asked], self.q[asked]
+        if self.clean is not None:
+            raise ValueError(
+                f"table {self.name!r} says nothing of the clean data at its last node, which its chain never evaluates; end the "
+                "correction, or the chain, before it"
+            )
+        return clean_coefficients(self.prediction, self.alpha[nodes], self.sigma[nodes])
+
     @property
     def p(self) -> Tensor:
         """`[N]` coefficient of the state in the clean-data estimate."""

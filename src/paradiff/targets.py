@@ -43,7 +43,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from paradiff.prediction import clean_coefficients
 from paradiff.table import Table
 
 Level = Tensor | float
@@ -360,7 +359,7 @@ def _denoiser(clean: Clean, table: Table) -> Callable[[Tensor, Tensor], Tensor]:
     ended = bool(table.sigma[-1] == 0 or (table.t[:-1] == table.t[-1]).any())  # the sample's own time means nothing then
     seen = slice(None, -1 if ended else None)
     alpha, sigma = table.alpha[seen], table.sigma[seen]
-    levels = torch.stack([alpha, sigma, table.scale[seen], *clean_coefficients(table.prediction, alpha, sigma)])
+    levels = torch.stack([alpha, sigma, table.scale[seen], *table.clean_at(seen)])
     times, place = torch.unique(table.t[seen], return_inverse=True)
     nodes = torch.empty(len(times), dtype=torch.long).scatter_(0, place, torch.arange(len(place)))
     shared = levels[:, nodes]

@@ -1,0 +1,88 @@
+"""`callback_on_step_end` in a parallel run: called in order, once a step, with states that are final.
+
+A callback that only looks (previews, logging, progress) sees what it would see in the plain call, several steps at a time. One
+that changes the course of the loop cannot be honoured, since later steps have been swept already, and is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback"
+
+
+class Callback:
+    """A user's callback and the steps it has been told of.
+
+    Args:
+        pipeline: The pipeline it is called with.
+        function: `function(pipeline, step, time, {"latents": ...})`.
+
+    Attributes:
+        timesteps: `[N]` the loop's times; set before the first state.
+        dtype: The loop's dtype.
+    """
+
+    timesteps: Tensor
+    dtype: torch.dtype
+
+    def __init__(self, pipeline: Any, function: Any) -> None:
+        self._pipeline, self._function = pipeline, function
+
+    @classmethod
+    def of(cls, pipeline: Any, arguments: Mapping[str, Any]) -> Callback | None:
+        """The callback among a call's arguments.
+
+        Raises:
+            ValueError: If it asks for more than the latents, or is of the old form.
+        """
+        if arguments.get(LEGACY) is not None:
+            raise ValueError(
+                f"{LEGACY}= was given, which may read anything of the loop while it runs; a parallel run tells of final "
+                f"states: use {CALLBACK}=, or leave it out"
+            )
+        function = arguments.get(CALLBACK)
+        if function is None:
+            return None
+        wanted = arguments.get(INPUTS) or getattr(function, "tensor_inputs", None) or ["latents"]
+        more = [name for name in wanted if name != "latents"]
+        if more:
+            raise ValueError(
+                f"{CALLBACK} asks for {', '.join(more)}, by which it could change later steps; a parallel run has swept those "
+                "already and can only tell of the latents: ask for these alone, or call the pipeline outside of parallelize"
+            )
+        return cls(pipeline, function)
+
+    @staticmethod
+    def without(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments for the loop itself."""
+        return {name: value for name, value in arguments.items() if name not in (CALLBACK, INPUTS)}
+
+    def settled(self, first: int, states: Tensor) -> None:
+        """Tells of the states `[n, ...]` from node `first` on, which are final.
+
+        Raises:
+            ValueError: If the callback changes the latents or the pipeline.
+        """
+        for k, state in enumerate(states):
+            latents = state.to(self.dtype, copy=True)
+            given, before = latents.clone(), _simple(self._pipeline)
+            step = first - 1 + k
+            answer = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
+            back = answer.get("latents", latents) if isinstance(answer, Mapping) else latents
+            extra = [k for k in answer if k != "latents"] if isinstance(answer, Mapping) else []
+            changed = [name for name, value in _simple(self._pipeline).items() if before.get(name, value) != value]
+            what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
+            if what:
+                raise ValueError(
+                    f"{CALLBACK} changed {what} after step {step}; a parallel run has swept later steps already and cannot "
+                    "follow that: leave the change out, or call the pipeline outside of parallelize"
+                )
+
+
+def _simple(pipeline: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(pipeline).items() if isinstance(v, bool | int | float | str | None)}

@@ -1,0 +1,30 @@
+"""The random states that a pipeline call starts from, so that it can start again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class Snapshot:
+    """The states of the generators among a call's arguments, alone or in lists, and of torch's global ones.
+
+    Args:
+        arguments: The call's arguments.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        found = [g for value in arguments.values() for g in (value if isinstance(value, list | tuple) else [value])]
+        self._states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+        self._host = torch.get_rng_state()
+        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Puts all of them back."""
+        for generator, state in self._states:
+            generator.set_state(state)
+        torch.set_rng_state(self._host)
+        if self._devices:
+            torch.cuda.set_rng_state_all(self._devices)

@@ -1,0 +1,47 @@
+"""What torch keeps for each thread, kept for each lane: gradient mode, inference mode, autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The modes at one moment."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[bool, torch.dtype], ...]
+
+    @staticmethod
+    def now() -> Modes:
+        """The modes in force."""
+        autocast = tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES)
+        return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+    @staticmethod
+    def exact() -> Modes:
+        """Those for a solver's arithmetic: no gradients, and no autocast, which would compute in half precision."""
+        return Modes(False, torch.is_inference_mode_enabled(), tuple((False, dtype) for _, dtype in Modes.now().autocast))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Sets these modes; at the end those of before are in force, whatever was left behind within."""
+        before = Modes.now()
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+            self._autocast()
+            try:
+                yield
+            finally:
+                before._autocast()
+
+    def _autocast(self) -> None:
+        for device, (enabled, dtype) in zip(DEVICES, self.autocast, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)

@@ -1,0 +1,83 @@
+"""Every kind of pipeline, run in parallel over time by its own call, against the plain call with the same seed.
+
+A result that agrees does not prove that states were batched rightly: the first state of every window is right whatever happens
+to the others, and after as many rounds as steps so is the sample. So rounds must be fewer than steps, and every row of every
+batched network call is compared with a call of its own (`check="every"`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import CASES, Case
+
+from paradiff import Method, freeze_clean_data, freeze_epsilon, parallelize, parasolver, shifted
+from paradiff.pipelines.report import Report
+
+BOUND = 1e-5
+"""Of the largest value of the plain call's result: float32, whose rounding differs with the rows of a network call."""
+
+NOISY = {"stable_audio": 1e-4}
+"""This chain starts at noise of standard deviation 500, where neighbouring float32 numbers are 3e-5 apart, and ends at data of
+size 3: the plain call's own rounding is above the bound."""
+
+SATURATED = ("ddpm_clip", "ddpm_threshold", "ddim_clip")
+"""Random networks whose clean-data estimate lies at its limit nearly everywhere jump with their state: such a chain takes all
+its rounds. test_trained_pixels.py has the same schedulers on a trained network."""
+
+FLOW = ("sd3", "flux", "sana", "qwen", "z_image", "wan", "cogvideox", "ltx", "hunyuan", "stable_audio")
+"""Their random networks answer to their state so strongly that ten steps take ten rounds; they are given twenty."""
+
+LANES = {
+    "sd_inpaint4",
+    "sd_inpaint9",
+    "sd_controlnet",
+    "sd_controlnet_half",
+    "sd3",
+    "sd3_without_t5",
+    "sd3_skip_layers",
+    "z_image",
+    "z_image_truncated",
+    "wan",
+    "wan_euler",
+    "wan22",
+    "wan22_expand_timesteps",
+    "cogvideox",
+    "cogvideox_dynamic_cfg",
+    "ltx_image_to_video",
+}
+"""Cases whose loop reads its step number, or mixes states of two rounds."""
+
+
+def arguments(case: Case) -> tuple[Method, dict[str, Any]]:
+    """A method that suits the case's network, and its number of steps."""
+    if case.name.startswith(FLOW):
+        return parasolver(tolerance=1e-5, rule="change", slope=shifted(0.5)), {"num_inference_steps": 20}
+    tolerance = 5e-6 if case.name.startswith(("ddpm", "ddim")) else 1e-4  # pictures in -1 ... 1; latents of size 20 to 100
+    return parasolver(tolerance=tolerance, slope=freeze_clean_data if case.name in SATURATED else freeze_epsilon), {}
+
+
+def compare(case: Case, method: Method, *, seed: int = 3, **options: Any) -> tuple[float, Report]:
+    """Largest difference of the parallel call to the plain one, in units of the largest value, and the report."""
+    plain = case.run(case.make(), seed, **options)
+    pipe = case.make()
+    kind, scheduler = type(pipe), pipe.scheduler
+    with parallelize(pipe, method, check="every") as run:
+        found = case.run(pipe, seed, **options)
+    assert type(pipe) is kind
+    assert pipe.scheduler is scheduler
+    assert all("forward" not in vars(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module))
+    return float((found.double() - plain.double()).abs().max() / plain.double().abs().max()), run.report
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gives_the_plain_calls_result_in_fewer_rounds(name: str) -> None:
+    case = CASES[name]
+    method, options = arguments(case)
+    error, report = compare(case, method, **options)
+    assert error < NOISY.get(name, BOUND)
+    assert report.executor == ("lanes" if name in LANES else "vector")
+    assert report.steps == options.get("num_inference_steps", case.steps)
+    assert report.rounds < report.steps or name in SATURATED
