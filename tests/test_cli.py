@@ -55,6 +55,8 @@ def test_every_field_of_the_schema_is_explained() -> None:
     page = (Path(__file__).parent.parent / "docs" / "run_json.md").read_text(encoding="utf-8")
     parts = [SCHEMA, SCHEMA["properties"]["environment"], SCHEMA["properties"]["sequential"], SCHEMA["properties"]["speedup"]]
     parts.append(SCHEMA["properties"]["samples"]["items"])
+    pipeline = SCHEMA["properties"]["pipeline"]
+    parts += [pipeline, pipeline["properties"]["calls"]["items"]]
     for part in parts:
         for field in part["properties"]:
             assert f"`{field}`" in page or f".{field}`" in page, field
@@ -62,7 +64,7 @@ def test_every_field_of_the_schema_is_explained() -> None:
     for name, text in {"sweep": sweep, "wave": wave}.items():
         for field in SCHEMA["$defs"][name]["properties"]:
             assert f"| `{field}` |" in text, (name, field)
-    for option in ("blocks", "coarse", "schedule", "iterations", "rows"):
+    for option in ("blocks", "coarse", "schedule", "iterations", "rows", "prompt", "negative_prompt", "guidance", "argument"):
         assert f"`{option}`" in page.split("## `arguments`")[1].split("##")[0], option
 
 

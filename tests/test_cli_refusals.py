@@ -10,6 +10,8 @@ import pytest
 import torch
 from pipelines import Cli, save_pipeline, tiny_unet
 
+from paradiff.hub import BUNDLED, load
+
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
@@ -151,7 +153,17 @@ def test_no_arguments_show_the_help(cli: Cli) -> None:
 def test_help_names_every_option(cli: Cli) -> None:
     found = cli("sample", "--help")
     assert found.code == 0
-    for option in ("--sampler", "--tolerance", "--overwrite", "--compare", "--trace", "--seeds", "--blocks", "--coarse"):
+    for option in (
+        "--sampler",
+        "--tolerance",
+        "--overwrite",
+        "--compare",
+        "--trace",
+        "--seeds",
+        "--blocks",
+        "--coarse",
+        "--prompt",
+    ):
         assert option in found.out
 
 
@@ -174,7 +186,9 @@ def test_a_folder_that_is_no_pipeline_is_refused(cli: Cli, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model", ["digit", "./nowhere", "/nowhere/at/all", "~/model", "a/b/c"])
 def test_a_model_that_is_not_there_is_refused(model: str, cli: Cli, tmp_path: Path) -> None:
-    assert f"{model!r} is no model: give a bundled one (digits), a folder" in refused(cli, model, tmp_path)
+    bundled = ", ".join(sorted(folder.name for folder in BUNDLED.iterdir()))
+    assert "digits" in bundled
+    assert f"{model!r} is no model: give a bundled one ({bundled}), a folder" in refused(cli, model, tmp_path)
 
 
 def test_a_pickle_is_refused_and_not_opened(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -201,25 +215,31 @@ TEXT = {
     "scheduler": ["diffusers", "PNDMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
 }
-OTHERS = {
-    "text": TEXT,
-    "latent": {
-        "_class_name": "LDMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "vqvae": ["diffusers", "VQModel"],
-    },
-    "no scheduler": {"_class_name": "UnknownPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": [None, None]},
-    "no unet": {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]},
+LATENT = {
+    "_class_name": "LDMPipeline",
+    "unet": ["diffusers", "UNet2DModel"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "vqvae": ["diffusers", "VQModel"],
+}
+UNKNOWN = {"_class_name": "UnknownPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": [None, None]}
+DIT = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+OTHERS: dict[str, tuple[dict, str]] = {  # Each with what is wrong with the folder for the command line, which takes them.
+    "text": (TEXT, "has no text_encoder/, of which its model_index.json says that it holds a CLIPTextModel"),
+    "latent": (LATENT, "has no vqvae/, of which its model_index.json says that it holds a VQModel"),
+    "no scheduler": (UNKNOWN, "holds a UnknownPipeline, which diffusers"),
+    "no unet": (DIT, "has no transformer/, of which its model_index.json says that it holds a DiTTransformer2DModel"),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_pipeline_of_another_kind_is_refused(kind: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_a_pipeline_of_another_kind_is_no_pixel_model(kind: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "model")
-    (tmp_path / "model" / "model_index.json").write_text(json.dumps(OTHERS[kind]))
-    found = refused(cli, tmp_path / "model", tmp_path)
-    assert f"holds a {OTHERS[kind]['_class_name']}; this command samples unconditional pixel pipelines" in found
+    index, wrong = OTHERS[kind]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    assert wrong in refused(cli, tmp_path / "model", tmp_path)
+    sentence = f"holds a {index['_class_name']}; this command samples unconditional pixel pipelines"
+    with pytest.raises(ValueError, match=sentence):
+        load(str(tmp_path / "model"))
 
 
 def test_a_scheduler_without_betas_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pipelines import DIGITS, save_pipeline, tiny_unet
 from test_samplers_diffusers import gap_to_scheduler
 
 from paradiff import Recorded, methods, sample
-from paradiff.hub import SCHEDULERS, Model, load, table_of
+from paradiff.hub import SCHEDULERS, Model, is_pixel, load, locate, table_of
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -59,6 +59,29 @@ def test_a_failed_load_leaves_the_verbosity_of_diffusers(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="could not be loaded"):
         load(str(tmp_path))
     assert logging.get_verbosity() == level
+
+
+def test_a_model_is_a_bundled_one_a_folder_or_a_hub_id(tiny: Path) -> None:
+    assert locate("digits") == (str(DIGITS), True)
+    assert locate(str(tiny)) == (str(tiny), True)
+    assert locate("google/ddpm-church-256") == ("google/ddpm-church-256", False)
+
+
+UNET, SCHEDULER = ["diffusers", "UNet2DModel"], ["diffusers", "DDIMScheduler"]
+INDEXES: dict[str, tuple[bool, dict[str, object]]] = {
+    "pixels": (True, {"unet": UNET, "scheduler": SCHEDULER}),
+    "with a component that is null": (True, {"unet": UNET, "scheduler": SCHEDULER, "vae": [None, None]}),
+    "with an autoencoder": (False, {"unet": UNET, "scheduler": SCHEDULER, "vqvae": ["diffusers", "VQModel"]}),
+    "conditioned": (False, {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": SCHEDULER}),
+    "without a scheduler": (False, {"unet": UNET, "scheduler": [None, None]}),
+    "empty": (False, {}),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_pixel_pipeline_is_known_by_its_components(name: str) -> None:
+    wanted, index = INDEXES[name]
+    assert is_pixel({"_class_name": "DDPMPipeline", "_diffusers_version": "0.32.0"} | index) is wanted
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,12 @@
-"""The command line: `paradiff sample`."""
+"""The command line: `paradiff sample` and `paradiff explain`."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -18,40 +16,27 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as Sheet
 
-from paradiff import methods, piadm, plots, slope
-from paradiff.corrector import Corrector, underdamped_langevin
+from paradiff import cli_pipeline, methods, plots
+from paradiff.cli_options import METHODS, OPTIONS, SLOPES, make_method, parse_seeds
 from paradiff.environment import environment
 from paradiff.evaluate import Batch, Evaluator
 from paradiff.exponential import Form
-from paradiff.hub import EXPONENTIAL, GRIDS, SCHEDULERS, Model, load
+from paradiff.hub import EXPONENTIAL, GRIDS, SCHEDULERS, Model, is_pixel, load, read_index
 from paradiff.method import Method
 from paradiff.noise import Keyed, Noise, Recorded
 from paradiff.parareal import Parareal
-from paradiff.run import output_folder, report, write_json
+from paradiff.pipelines import explain as explain_pipeline
+from paradiff.pipelines.calls import call_each
+from paradiff.pipelines.load import load_pipeline, set_sampler
+from paradiff.run import output_folder, pipeline_report, report, write_json
 from paradiff.schedule import refuse_unknown
 from paradiff.solution import Record, Solution, Sweep, Wave
 from paradiff.solve import sample as run_solver
 from paradiff.table import Table
 
-METHODS: dict[str, Callable[..., Method | Parareal]] = {
-    "sequential": methods.sequential,
-    "jacobi": methods.jacobi,
-    "paradigms": methods.paradigms,
-    "parasolver": methods.parasolver,
-    "srds": methods.srds,
-    "piadm_sde": piadm.piadm_sde,
-    "piadm_ode": piadm.piadm_ode,
-}
 SAMPLERS = (*SCHEDULERS, *EXPONENTIAL)
-SLOPES: dict[str, Any] = {
-    "zero": slope.zero,
-    "identity": slope.identity,
-    "freeze-epsilon": slope.freeze_epsilon,
-    "freeze-clean-data": slope.freeze_clean_data,
-}
-OPTIONS = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
-OPTIONS += ("sweeps", "stagger", "corrector")
-COARSE = {"one-step": "one step", "two-step": "two step"}
+SAMPLER_HELP = f"Pixel models: one of {', '.join(SAMPLERS)}; ddpm by default. Pipelines: one of {', '.join(SCHEDULERS)} or a "
+SAMPLER_HELP += "scheduler class of diffusers; their own by default."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -64,10 +49,22 @@ def _paradiff() -> None:
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="`digits`, a folder in diffusers' pipeline format, or a hub id.")] = "digits",
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = "ddpm",
-    steps: Annotated[int, typer.Option(help="Steps of the chain.")] = 1000,
-    eta: Annotated[float, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1.")] = 0.0,
+    model: Annotated[
+        str, typer.Argument(help="A bundled model such as `digits`, a folder in diffusers' pipeline format, or a hub id.")
+    ] = "digits",
+    prompt: Annotated[str | None, typer.Option(help="pipelines: the text to follow.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="pipelines: the text to keep away from.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="pipelines: guidance_scale; their own by default.")] = None,
+    size: Annotated[str | None, typer.Option(help="pipelines: WIDTHxHEIGHT in pixels; their own by default.")] = None,
+    argument: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="pipelines: any other argument of their call, JSON or text; repeatable."),
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help=SAMPLER_HELP)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the chain; 1000 for a pixel model, a pipeline's own number by default.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1; default 0.")] = None,
     grid: Annotated[
         str | None, typer.Option(help=f"exponential_sde and exponential_ode: levels, {' (default) or '.join(GRIDS)}.")
     ] = None,
@@ -104,8 +101,9 @@ def sample(
     rows: Annotated[int | None, typer.Option(help="srds: most rows of one sample in one round; no bound by default.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, one sample each: 0-15, or 0,3,7-9.")] = "0",
     noise: Annotated[
-        str, typer.Option(help="`recorded`: the draws of diffusers with each seed; `keyed`: device-free.")
-    ] = "recorded",
+        str | None,
+        typer.Option(help="`recorded` (default): the draws of diffusers with each seed; pixel models: `keyed`: device-free."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("paradiff-out"),
     compare: Annotated[bool, typer.Option("--compare", help="Also run the sequential chain, in the same process.")] = False,
     trace: Annotated[
@@ -118,97 +116,142 @@ def sample(
     dtype: Annotated[str, typer.Option(help=f"The network's dtype: {', '.join(DTYPES)}; states are float32.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads; all cores by default.")] = None,
     max_rows: Annotated[int | None, typer.Option(help="Most rows in one network call; no bound by default.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="pipelines: run Python code that comes with the model.")
+    ] = False,
 ) -> None:
-    """Sample an unconditional pixel model in parallel over time; write pictures, run.json and, if asked, a trace."""
+    """Sample a model or call a pipeline in parallel over time; write pictures, run.json and, if asked, a trace."""
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     console = Console(highlight=False)
-    chosen = parse_seeds(seeds)
+    arguments["noise"] = noise or "recorded"
     refuse_unknown("method", method, list(METHODS))
-    refuse_unknown("sampler", sampler, SAMPLERS)
     refuse_unknown("dtype", dtype, list(DTYPES))
-    refuse_unknown("noise", noise, ["recorded", "keyed"])
-    solver = make_method(method, **{option: arguments[option] for option in OPTIONS})
+    refuse_unknown("noise", arguments["noise"], ["recorded", "keyed"])
+    chosen, solver = parse_seeds(seeds), make_method(method, **{option: arguments[option] for option in OPTIONS})
+    use_threads(threads)
+    place = choose_device(device)
+    if is_pixel(read_index(model)):
+        cli_pipeline.refuse_pixel_options(model, arguments)
+        arguments |= {"sampler": sampler or "ddpm", "steps": 1000 if steps is None else steps, "eta": eta or 0.0}
+        refuse_unknown("sampler", arguments["sampler"], SAMPLERS)
+        run_it = sample_pixels
+    else:
+        cli_pipeline.refuse_pipeline_options(model, arguments)
+        run_it = sample_pipeline
+    with output_folder(out, overwrite) as folder:
+        result, title = run_it(console, folder, solver, chosen, place, arguments)
+        write_json(result, folder / "run.json")
+    show(console, result, method, title)
+    console.print(f"{result['status']}; written to {out}", soft_wrap=True)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A bundled model, a folder in diffusers' pipeline format, or a hub id.")],
+    sampler: Annotated[str | None, typer.Option(help=SAMPLER_HELP)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the chain; the pipeline's own number by default.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1.")] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "parasolver",
+    window: Annotated[int | None, typer.Option(help="Nodes, or blocks, solved at once; the whole chain by default.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="The method's own if left out.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="srds, piadm: blocks of the chain.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Say what a parallel run of a pipeline would do, without calling its networks."""
+    refuse_unknown("method", method, list(METHODS))
+    solver = make_method(method, window=window, tolerance=tolerance, blocks=blocks)
+    cli_pipeline.refuse_no_steps(steps)
+    pipeline = load_pipeline(model, trust_remote_code=trust_remote_code)
+    if sampler is not None:
+        set_sampler(pipeline, sampler)
+    options = {} if eta is None else {"eta": eta}
+    if options:
+        cli_pipeline.refuse_eta(cast(Any, pipeline).scheduler)
+    print(explain_pipeline(pipeline, solver, num_inference_steps=steps, **options))
+
+
+def sample_pixels(
+    console: Console,
+    folder: Path,
+    solver: Method | Parareal,
+    seeds: list[int],
+    device: torch.device,
+    arguments: dict[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """Samples an unconditional pixel model into a folder, all seeds in one batch; the contents of run.json, and a title."""
+    dtype, max_rows = DTYPES[arguments["dtype"]], arguments["max_rows"]
+    sampler, steps, method, noise = (arguments[name] for name in ("sampler", "steps", "method", "noise"))
+    loaded = load(arguments["model"], device=device, dtype=dtype)
+    table = make_table(loaded, sampler, steps, arguments["eta"], arguments["grid"], arguments["form"])
+    edges = solver.edges(table)
+    evaluator = Evaluator(loaded, max_rows=max_rows, device=device, dtype=dtype)
+    warm_up(evaluator, loaded, table, len(seeds), widest(solver, table))
+
+    def timed(label: str, run: Method | Parareal) -> tuple[Solution, float]:
+        return run_timed(console, label, run, table, evaluator, loaded, seeds, noise)
+
+    solution, seconds = timed(method, solver)
+    sequential = timed("sequential", reference(solver)) if arguments["compare"] else None
+    result = report(solution, seconds, seeds, sequential, arguments, environment(device))
+    plots.grid(solution.sample).save(folder / "samples.png", format="PNG")
+    for seed, x in zip(seeds, solution.sample, strict=True):
+        plots.to_image(x).save(folder / f"seed-{seed}.png", format="PNG")
+    if arguments["trace"]:
+        slowest = max(range(len(seeds)), key=lambda k: solution.certificates[k].rounds)
+        title = f"{sampler}, {steps} steps, {method}: seed {seeds[slowest]}, the slowest of {len(seeds)}"
+        waves = [w for w in solution.history if isinstance(w, Wave)]
+        if waves:
+            plots.save_wavefront(waves, slowest, len(edges) - 1, folder / "trace.png", title)
+        else:
+            changes = [s for s in solution.history if isinstance(s, Sweep)]
+            plots.save_trace(changes, slowest, len(edges) - 1, folder / "trace.png", title)
+    return result, f"{sampler}, {steps} steps, {counted(seeds)}"
+
+
+def sample_pipeline(
+    console: Console,
+    folder: Path,
+    solver: Method | Parareal,
+    seeds: list[int],
+    device: torch.device,
+    arguments: dict[str, Any],
+) -> tuple[dict[str, Any], str]:
+    """Calls a pipeline into a folder, once for each seed; the contents of run.json, and a title."""
+    dtype, trust = DTYPES[arguments["dtype"]], arguments["trust_remote_code"]
+    pipeline = load_pipeline(arguments["model"], device=device, dtype=dtype, trust_remote_code=trust)
+    if arguments["sampler"] is not None:
+        set_sampler(pipeline, arguments["sampler"])
+    given = cli_pipeline.call_arguments(pipeline, arguments)
+    calls = call_each(pipeline, solver, given, seeds, max_rows=arguments["max_rows"], compare=arguments["compare"])
+    cli_pipeline.save(calls, folder)
+    for warning in dict.fromkeys(text for call in calls for text in call.report.warnings):
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+    if arguments["trace"] and not cli_pipeline.save_trace(calls, folder / "trace.png"):
+        console.print("warning: no trace was drawn, since no call ran in parallel", soft_wrap=True)
+    kind, report = type(pipeline).__name__, calls[0].report
+    steps = "" if report.steps is None else f"{report.steps} steps, "
+    return pipeline_report(kind, calls, given, arguments, environment(device)), (
+        f"{kind}, {report.scheduler}, {steps}{counted(seeds)}"
+    )
+
+
+def counted(seeds: Sequence[int]) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{len(seeds)} sample{'s' * (len(seeds) > 1)}"
+
+
+def use_threads(threads: int | None) -> None:
+    """Bounds the CPU's threads.
+
+    Raises:
+        ValueError: If the bound is below 1.
+    """
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
-    place = choose_device(device)
-    with output_folder(out, overwrite) as folder:
-        loaded = load(model, device=place, dtype=DTYPES[dtype])
-        table = make_table(loaded, sampler, steps, eta, grid, form)
-        edges = solver.edges(table)
-        evaluator = Evaluator(loaded, max_rows=max_rows, device=place, dtype=DTYPES[dtype])
-        warm_up(evaluator, loaded, table, len(chosen), widest(solver, table))
-
-        def timed(label: str, run: Method | Parareal) -> tuple[Solution, float]:
-            return run_timed(console, label, run, table, evaluator, loaded, chosen, noise)
-
-        solution, seconds = timed(method, solver)
-        sequential = timed("sequential", reference(solver)) if compare else None
-        result = report(solution, seconds, chosen, sequential, arguments, environment(place))
-        plots.grid(solution.sample).save(folder / "samples.png", format="PNG")
-        for seed, x in zip(chosen, solution.sample, strict=True):
-            plots.to_image(x).save(folder / f"seed-{seed}.png", format="PNG")
-        if trace:
-            slowest = max(range(len(chosen)), key=lambda k: solution.certificates[k].rounds)
-            title = f"{sampler}, {steps} steps, {method}: seed {chosen[slowest]}, the slowest of {len(chosen)}"
-            waves = [w for w in solution.history if isinstance(w, Wave)]
-            if waves:
-                plots.save_wavefront(waves, slowest, len(edges) - 1, folder / "trace.png", title)
-            else:
-                changes = [s for s in solution.history if isinstance(s, Sweep)]
-                plots.save_trace(changes, slowest, len(edges) - 1, folder / "trace.png", title)
-        write_json(result, folder / "run.json")
-    show(console, result, method, f"{sampler}, {steps} steps, {len(chosen)} sample{'s' * (len(chosen) > 1)}")
-    console.print(f"{solution.status}; written to {out}", soft_wrap=True)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds from `0-15` or `0,3,7-9`.
-
-    Raises:
-        ValueError: If the text is no list of seeds, or names one twice.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not found or (found[2] and int(found[2]) < int(found[1])):
-            raise ValueError(
-                f"seeds are {text!r}, of which {part.strip()!r} is no seed; give whole numbers and rising ranges, such as "
-                "0-15 or 0,3,7-9"
-            )
-        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
-    twice = next((s for s in seeds if seeds.count(s) > 1), None)
-    if twice is not None:
-        raise ValueError(f"seeds are {text!r}, which names seed {twice} twice; name each once")
-    if max(seeds) >= 2**63:
-        raise ValueError(f"the seed {max(seeds)} is too large; seeds are below 2^63")
-    return seeds
-
-
-def make_method(name: str, **options: Any) -> Method | Parareal:
-    """The method of a name with the options that were given.
-
-    Raises:
-        ValueError: If an option is not one of the method's, or has a value it cannot take.
-    """
-    build = METHODS[name]
-    known = inspect.signature(build).parameters
-    given = {k: v for k, v in options.items() if v is not None}
-    for option in given:
-        if option not in known:
-            takes = ", ".join(f"--{k}" for k in known if k in OPTIONS) or "no options"
-            raise ValueError(f"--{option} was given, but method {name!r} has no such option; it takes {takes}")
-    if "slope" in given:
-        given["slope"] = parse_slope(given["slope"])
-    if "coarse" in given:
-        given["coarse"] = parse_coarse(given["coarse"])
-    if "corrector" in given:
-        given["corrector"] = parse_corrector(given["corrector"])
-    missing = next((k for k, v in known.items() if v.default is v.empty and k not in given), None)
-    if missing is not None:
-        raise ValueError(f"method {name!r} needs --{missing}; give a number of {missing}")
-    return build(**given)
 
 
 def reference(method: Method | Parareal) -> Method:
@@ -235,45 +278,6 @@ def make_table(model: Model, sampler: str, steps: int, eta: float, grid: str | N
         raise ValueError(f"eta is {eta:g}, but sampler {sampler!r} has no eta; give it with sampler 'ddim'")
     refuse_unknown("form", form or "clean", get_args(Form))
     return model.exponential(sampler, steps, grid=grid or "log-snr", form=cast(Form, form or "clean"))
-
-
-def parse_corrector(text: str) -> Corrector:
-    """A corrector from STEPSxSWEEPS.
-
-    Raises:
-        ValueError: If the text is no such pair.
-    """
-    found = re.fullmatch("([0-9]+)x([0-9]+)", text)
-    if not found:
-        raise ValueError(f"the corrector is {text!r}; give steps and sweeps as STEPSxSWEEPS, such as 4x4")
-    return underdamped_langevin(int(found[1]), int(found[2]))
-
-
-def parse_slope(text: str) -> slope.Slope:
-    """A slope by name; `shifted:V` for data of variance V."""
-    if text.startswith("shifted:"):
-        try:
-            return slope.shifted(float(text.removeprefix("shifted:")))
-        except ValueError as error:
-            raise ValueError(f"the slope is {text!r}; shifted takes a positive data variance, such as shifted:0.5") from error
-    refuse_unknown("slope", text, [*SLOPES, "shifted:VARIANCE"])
-    if text not in SLOPES:
-        raise ValueError(f"the slope is {text!r}; give a data variance, such as shifted:0.5")
-    return SLOPES[text]
-
-
-def parse_coarse(text: str) -> str | int | slope.Slope:
-    """A coarse propagator: `one-step`, `two-step`, a number of steps a block, or a slope as `parse_slope` reads it.
-
-    Raises:
-        ValueError: If the text is none of these.
-    """
-    if re.fullmatch("-?[0-9]+", text):
-        return int(text)
-    if text.startswith("shifted:"):
-        return parse_slope(text)
-    refuse_unknown("coarse", text, [*COARSE, "a number of steps a block", *SLOPES, "shifted:VARIANCE"])
-    return COARSE[text] if text in COARSE else parse_slope(text)
 
 
 def choose_device(name: str) -> torch.device:
@@ -361,7 +365,8 @@ def show(console: Console, result: dict[str, Any], method: str, title: str) -> N
     error = (
         f"{max(errors):.1e} RMS, worst" if errors else f"{max(s['estimated_error'] for s in result['samples']):.1e} estimated"
     )
-    sheet.add_row(method, str(result["rounds"]), str(result["evaluations"]), f"{result['seconds']:.2f}", speedup, error)
+    rounds, evaluations = ("-" if result[k] is None else str(result[k]) for k in ("rounds", "evaluations"))
+    sheet.add_row(method, rounds, evaluations, f"{result['seconds']:.2f}", speedup, error)
     if result["sequential"]:
         reference = result["sequential"]
         counts = (str(reference["rounds"]), str(reference["evaluations"]), f"{reference['seconds']:.2f}")

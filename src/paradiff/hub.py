@@ -1,15 +1,16 @@
 """Models in diffusers' pipeline format: a bundled one by name, a folder, or a hub id.
 
-Here live unconditional pixel pipelines: a `UNet2DModel` and a scheduler config, as `DDPMPipeline` and `DDIMPipeline` save
-them. A model knows how to make the table that a diffusers scheduler class would walk with its config, so that the sequential
-chain is that of the plain pipeline call.
+`load` reads unconditional pixel pipelines, a `UNet2DModel` and a scheduler config, as `DDPMPipeline` and `DDIMPipeline` save
+them; pipelines/load.py reads all others. A model knows how to make the table that a diffusers scheduler class would walk with
+its config, so that the sequential chain is that of the plain pipeline call.
 
 Weights are read from safetensors only, and no code that comes with a model is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from paradiff.schedule import SMALLEST_ALPHA_BAR, Schedule, refuse_unknown
 from paradiff.table import Table
 
 BUNDLED = Path(__file__).parent / "models"
+INDEX = "model_index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
@@ -217,25 +220,14 @@ def load(model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
     Raises:
         ValueError: If the folder is no pipeline, its weights are not safetensors, or the pipeline is of another kind.
     """
-    folder = BUNDLED / model if (BUNDLED / model / "model_index.json").is_file() else Path(model)
-    local = folder.is_dir()
+    source, local = locate(model)
     if local:
-        _check_folder(folder)
-    elif folder.exists() or model.count("/") != 1 or model.startswith((".", "~", "/")):
-        bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
-        raise ValueError(
-            f"{model!r} is no model: give a bundled one ({bundled}), a folder in diffusers' pipeline format, or a hub id "
-            "such as google/ddpm-church-256"
-        )
-    source = str(folder) if local else model
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
+        check_weights(Path(source), "unet")
+    with loading(model):
         index = DiffusionPipeline.load_config(source)
         index = index if isinstance(index, dict) else {}
-        kind = index.get("_class_name", "unknown")
-        parts = {name: part[1] for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2 and part[1]}
-        if parts.get("unet") != "UNet2DModel" or set(parts) != {"unet", "scheduler"}:
+        kind, parts = index.get("_class_name", "unknown"), components(index)
+        if not is_pixel(index):
             raise ValueError(
                 f"{model!r} holds a {kind}; this command samples unconditional pixel pipelines, made of a UNet2DModel and a "
                 "scheduler (DDPMPipeline, DDIMPipeline)"
@@ -243,33 +235,94 @@ def load(model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
         config = DDPMScheduler.load_config(source, subfolder="scheduler")
         if not isinstance(config, dict) or not {"beta_schedule", "trained_betas"} & set(config):
             raise ValueError(
-                f"{model!r} has a {parts['scheduler']}, whose config has no betas; this command needs a scheduler on a "
+                f"{model!r} has a {parts['scheduler'][1]}, whose config has no betas; this command needs a scheduler on a "
                 "schedule of betas, such as DDPMScheduler or DDIMScheduler"
             )
         unet = UNet2DModel.from_pretrained(
             source, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype
         )
+    torch.nn.Module.to(unet, torch.device(device))
+    return Model(model, unet.eval().requires_grad_(False), config)
+
+
+def locate(model: str) -> tuple[str, bool]:
+    """Where a model is: its folder or its hub id, and whether it is a folder.
+
+    Raises:
+        ValueError: If it is neither the name of a bundled model, nor a pipeline's folder, nor of the form of a hub id.
+    """
+    folder = BUNDLED / model if (BUNDLED / model / INDEX).is_file() else Path(model)
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            raise ValueError(
+                f"the folder {str(folder)!r} is no pipeline: it has no {INDEX}; give a folder that a diffusers pipeline's "
+                "save_pretrained wrote"
+            )
+        return str(folder), True
+    if folder.exists() or model.count("/") != 1 or model.startswith((".", "~", "/")):
+        bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
+        raise ValueError(
+            f"{model!r} is no model: give a bundled one ({bundled}), a folder in diffusers' pipeline format, or a hub id "
+            "such as google/ddpm-church-256"
+        )
+    return model, False
+
+
+def read_index(model: str) -> dict[str, Any]:
+    """What a model's `model_index.json` says: the pipeline's class, and library and class of every component.
+
+    Raises:
+        ValueError: If there is no such model, or its index cannot be read.
+    """
+    source, _ = locate(model)
+    with loading(model):
+        index = DiffusionPipeline.load_config(source)
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ValueError(f"{model!r} could not be loaded: its {INDEX} names no pipeline class; save the pipeline again")
+    return index
+
+
+def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Library and class of every component that an index names; those that are null are left out."""
+    pairs = {k: part for k, part in index.items() if isinstance(part, list | tuple) and len(part) == 2 and k[0] != "_"}
+    return {name: (str(part[0]), str(part[1])) for name, part in pairs.items() if part[1]}
+
+
+def is_pixel(index: Mapping[str, Any]) -> bool:
+    """Whether an index is that of an unconditional pixel pipeline, made of a `UNet2DModel` and a scheduler."""
+    parts = components(index)
+    return set(parts) == {"unet", "scheduler"} and parts["unet"][1] == "UNet2DModel"
+
+
+def check_weights(folder: Path, part: str) -> None:
+    """Refuses a component whose weights are not safetensors.
+
+    Raises:
+        ValueError: If there are none in `folder/part`.
+    """
+    if list((folder / part).glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for p in (folder / part).glob("*") if p.suffix in PICKLES)
+    given = f"its weights are {pickles[0]}, a pickle, which can run code when it is read" if pickles else "it has no weights"
+    raise ValueError(
+        f"the folder {str(folder)!r} holds no safetensors weights in {part}/: {given}; save the pipeline again with "
+        "safe_serialization=True"
+    )
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Keeps diffusers quiet, and makes one sentence of what cannot be read.
+
+    Raises:
+        ValueError: If something within cannot be loaded.
+    """
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # RuntimeError: weights that do not fit the network
         first = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise ValueError(f"{model!r} could not be loaded: {first}") from error
     finally:
         diffusers_logging.set_verbosity(level)
-    torch.nn.Module.to(unet, torch.device(device))
-    return Model(model, unet.eval().requires_grad_(False), config)
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"the folder {str(folder)!r} is no pipeline: it has no model_index.json; give a folder that a diffusers pipeline's "
-            "save_pretrained wrote"
-        )
-    if not list((folder / "unet").glob("*.safetensors")):
-        pickles = [p.name for p in (folder / "unet").glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-        given = (
-            f"its weights are {pickles[0]}, a pickle, which can run code when it is read" if pickles else "it has no weights"
-        )
-        raise ValueError(
-            f"the folder {str(folder)!r} holds no safetensors weights in unet/: {given}; save the pipeline again with "
-            "safe_serialization=True"
-        )

@@ -6,14 +6,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from paradiff.pipelines.calls import Call
 from paradiff.solution import Record, Solution, Sweep
+
+TRUST = ("sequential", "stopped", "converged", "exact")
+"""How a status begins, the worst first: a run's is that of its worst seed."""
 
 
 @contextmanager
@@ -98,12 +102,95 @@ def report(
         "sequential": None,
         "speedup": None,
         "history": [_record(entry, seeds) for entry in solution.history],
+        "pipeline": None,
     }
     if sequential is not None:
         reference, clock = sequential
         result["sequential"] = {"rounds": reference.rounds, "evaluations": reference.evaluations, "seconds": clock}
         result["speedup"] = {"rounds": reference.rounds / solution.rounds, "seconds": clock / seconds}
     return result
+
+
+def pipeline_report(
+    pipeline: str,
+    calls: Sequence[Call],
+    given: Mapping[str, Any],
+    arguments: dict[str, Any],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """The contents of run.json for a pipeline, whose seeds are calls one after the other: rounds, rows and seconds add up.
+
+    Args:
+        pipeline: Its class's name.
+        calls: One a seed.
+        given: The arguments of its call.
+        arguments: What the user asked for, defaults included.
+        environment: From environment.py.
+    """
+    samples, plain = [], [call.plain for call in calls if call.plain is not None]
+    for call in calls:
+        certificate, steps = call.report.certificate, None if call.plain is None else call.plain.steps or None
+        error = None
+        if call.plain is not None:
+            gap = difference(call.output.data, call.plain.output.data)
+            error = {"rms": gap.square().mean().sqrt().item(), "max": gap.max().item()}
+        samples.append(
+            {
+                "seed": call.seed,
+                "rounds": steps if certificate is None else call.report.rounds,
+                "evaluations": steps if certificate is None else call.report.rows,
+                "residual": 0.0 if certificate is None else certificate.residual,
+                "estimated_error": 0.0 if certificate is None else certificate.estimated_error,
+                "error": error,
+            }
+        )
+    seconds = sum(call.seconds for call in calls)
+    result: dict[str, Any] = {
+        "arguments": arguments,
+        "environment": environment,
+        "rounds": _total(samples, "rounds"),
+        "evaluations": _total(samples, "evaluations"),
+        "seconds": seconds,
+        "status": min((_status(call) for call in calls), key=lambda text: TRUST.index(text.split(":")[0])),
+        "samples": samples,
+        "sequential": None,
+        "speedup": None,
+        "history": [_record(entry, [call.seed]) for call in calls for entry in call.report.history],
+        "pipeline": {
+            "class": pipeline,
+            "scheduler": calls[0].report.scheduler,
+            "arguments": dict(given),
+            "calls": [
+                {
+                    "seed": call.seed,
+                    "executor": call.report.executor,
+                    "steps": call.report.steps,
+                    "network_rows": call.report.network_rows,
+                    "seconds": call.seconds,
+                    "network_seconds": call.report.network_seconds,
+                    "status": _status(call),
+                    "warnings": call.report.warnings,
+                }
+                for call in calls
+            ],
+        },
+    }
+    if plain:
+        steps, clock = sum(p.steps for p in plain) or None, sum(p.seconds for p in plain)
+        result["sequential"] = {"rounds": steps, "evaluations": steps, "seconds": clock}
+        gain = steps / result["rounds"] if steps and result["rounds"] else None
+        result["speedup"] = {"rounds": gain, "seconds": clock / seconds}
+    return result
+
+
+def _status(call: Call) -> str:
+    return f"sequential: {call.report.status}" if call.report.certificate is None else call.report.status
+
+
+def _total(samples: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    """The sum over the samples, if it is known of all of them."""
+    counts = [one[name] for one in samples]
+    return None if None in counts else sum(counts)
 
 
 def _record(entry: Record, seeds: list[int]) -> dict[str, Any]:
