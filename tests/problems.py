@@ -43,6 +43,7 @@ from paradiff import (
     parasolver,
     piadm_ode,
     piadm_sde,
+    quasi_newton,
     rectified_flow,
     sample,
     sequential,
@@ -125,6 +126,8 @@ METHODS: dict[str, Callable[[Table], Method]] = {
     "parasolver, uneven strides, 5 warm-up steps": lambda table: parasolver(
         tolerance=0.0, stride=uneven(table, 5), warmup=5, slope=arbitrary
     ),
+    "quasi-Newton": lambda table: quasi_newton(tolerance=0.0),
+    "quasi-Newton, 1 pair, a slope that knows nothing": lambda table: quasi_newton(tolerance=0.0, secants=1, slope=arbitrary),
     "piadm, 3 blocks in turn": lambda table: piadm(table)(3, tolerance=0.0),
     "piadm, 3 blocks in flight": lambda table: piadm(table)(3, tolerance=0.0, stagger=1),
     "piadm, 4 blocks, published diagonal": lambda table: piadm(table)(4, tolerance=0.0, stagger=2, carry=False),

@@ -7,7 +7,7 @@ from paradiff.evaluate import Batch, Denoiser, Evaluator
 from paradiff.exponential import exponential_integrator
 from paradiff.grid import Grid, log_snr_grid, paper_grid, uniform_grid
 from paradiff.method import Method
-from paradiff.methods import jacobi, paradigms, parasolver, sequential, srds
+from paradiff.methods import jacobi, paradigms, parasolver, quasi_newton, sequential, srds
 from paradiff.noise import Keyed, Noise, Recorded
 from paradiff.parareal import Parareal
 from paradiff.piadm import piadm_ode, piadm_sde
@@ -64,6 +64,7 @@ __all__ = [
     "parasolver",
     "piadm_ode",
     "piadm_sde",
+    "quasi_newton",
     "rectified_flow",
     "sample",
     "sequential",

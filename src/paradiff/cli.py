@@ -82,8 +82,11 @@ def sample(
         typer.Option(help="parasolver: `error` (default) or `change`, the published rule; srds: also `sample` or `image`."),
     ] = None,
     stride: Annotated[int | None, typer.Option(help="parasolver: sequential steps in a sub-interval; default 1.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="parasolver: steps really taken first; default 0.")] = None,
-    slope: Annotated[str | None, typer.Option(help=f"parasolver, piadm: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="parasolver, quasi_newton: steps really taken first; default 0.")] = None,
+    slope: Annotated[str | None, typer.Option(help=f"All but srds: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
+    secants: Annotated[
+        int | None, typer.Option(help="quasi_newton: pairs of earlier sweeps that correct the slope at each node; default 3.")
+    ] = None,
     blocks: Annotated[
         int | None, typer.Option(help="srds: blocks of the chain; near sqrt(2 STEPS) by default. piadm: has to be given.")
     ] = None,

@@ -18,6 +18,7 @@ METHODS: dict[str, Callable[..., Method | Parareal]] = {
     "jacobi": methods.jacobi,
     "paradigms": methods.paradigms,
     "parasolver": methods.parasolver,
+    "quasi_newton": methods.quasi_newton,
     "srds": methods.srds,
     "piadm_sde": piadm.piadm_sde,
     "piadm_ode": piadm.piadm_ode,
@@ -29,7 +30,7 @@ SLOPES: dict[str, Any] = {
     "freeze-clean-data": slope.freeze_clean_data,
 }
 OPTIONS = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
-OPTIONS += ("sweeps", "stagger", "corrector")
+OPTIONS += ("secants", "sweeps", "stagger", "corrector")
 COARSE = {"one-step": "one step", "two-step": "two step"}
 
 

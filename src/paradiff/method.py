@@ -43,6 +43,7 @@ class Method:
         corrector: What follows every block at whose end noise is left (corrector.py), or None. The sample is then that of
             the sequential chain with the corrector's own steps taken one after the other: window 1, sweeps of all its steps.
         chains: Which chains the method is for.
+        secants: Pairs of earlier sweeps that correct the slope at each node (secant.py); 0 for the slope alone.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -60,6 +61,7 @@ class Method:
     blocks: Blocks | None = None
     corrector: Corrector | None = None
     chains: Chains = "any"
+    secants: int = 0
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -82,6 +84,11 @@ class Method:
             raise ValueError(
                 f"blocks were given with a stride of {self.stride} and {self.warmup} warm-up steps; blocks are solved node by "
                 "node from the start: leave stride at 1 and warmup at 0"
+            )
+        if self.secants < 0 or (self.secants and self.stride != 1):
+            raise ValueError(
+                f"secants is {self.secants} with a stride of {self.stride}; it must be 0 or more pairs, and 0 where "
+                "sub-intervals have several steps, of which only the ends are swept again"
             )
         if self.corrector is not None and (self.blocks is None or self.blocks.stagger is not None):
             raise ValueError(

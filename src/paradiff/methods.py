@@ -6,6 +6,7 @@
 | `jacobi` | 0 | all | frozen clean data | error |
 | `paradigms` | identity | all | copy of the last state | change |
 | `parasolver` | identity | every S-th | frozen clean data | error or change |
+| `quasi_newton` | Gaussian, corrected by secants | all | frozen clean data | error |
 | `srds` | a coarse propagator's own change | block edges | a coarse sweep | error, change, sample or image |
 | `piadm_sde`, `piadm_ode` | a[i] of the score form | all, block by block | copy of the block's start | sweeps or error |
 
@@ -21,7 +22,7 @@ from typing import get_args
 
 from paradiff.method import Method, Rule
 from paradiff.parareal import Choice, Parareal, Schedule, StopRule
-from paradiff.slope import Slope, identity, zero
+from paradiff.slope import Slope, identity, shifted, zero
 
 
 def sequential() -> Method:
@@ -105,6 +106,35 @@ def parasolver(
     if tolerance is None:
         tolerance = 0.1 if rule == "change" else 2.4e-2
     return Method("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)
+
+
+def quasi_newton(
+    window: int | None = None,
+    tolerance: float = 2.4e-2,
+    *,
+    secants: int = 3,
+    slope: Slope | None = None,
+    warmup: int = 0,
+) -> Method:
+    """ParaSolver's window with a slope that learns: multisecant quasi-Newton sweeps.
+
+    Every sweep evaluates the network again at nodes that it has evaluated before. What the outputs did while the states moved
+    corrects the slope at each node, in the directions in which its state has been moving (secant.py). This pays where the
+    network answers to its state more strongly than any slope says, most of all with guidance; it costs 2 k + 2 states of
+    memory a node and one batched product of the pairs with each other a sweep.
+
+    Our own. Near it: Broyden's method; ParaTAA's triangular Anderson mixing (arXiv 2402.09970), which mixes whole iterates
+    with coefficients that all nodes share.
+
+    Args:
+        window: Nodes solved at once; None for all.
+        tolerance: Root mean square error that the sample may have by estimate, in the data's units.
+        secants: Pairs kept for each node, k.
+        slope: The slope that is corrected; that of Gaussian data of variance 1/4 by default.
+        warmup: Steps taken one after the other before the window opens.
+    """
+    slope = shifted(0.25) if slope is None else slope
+    return Method("quasi_newton", slope, window, warmup=warmup, tolerance=tolerance, secants=secants)
 
 
 def srds(

@@ -73,6 +73,7 @@ def solve(
     progress: Progress | None = None,
     members: bool = False,
     settled: Settled | None = None,
+    resolution: float | None = None,
 ) -> Generator[Batch, Tensor | Edited, Solution]:
     """Solves all samples of `noise`; yields batches of rows and is sent the network's outputs.
 
@@ -88,6 +89,7 @@ def solve(
             that changes most, and errors are estimated for the worst member.
         settled: Called with the states of every stretch of nodes that became final, in order, and the first of these nodes;
             for one sample, and methods that keep the states of all nodes (not Parareal).
+        resolution: Relative precision of the network's outputs, for methods with secants; that of the states by default.
 
     Returns:
         The solution, as the generator's value.
@@ -106,7 +108,7 @@ def solve(
     expected = (noise.samples, *noise.shape)
     if start is not None and tuple(start.shape) != expected:
         raise ValueError(f"start has shape {tuple(start.shape)}; the noise has {expected}: samples, then one sample's shape")
-    plan, windows = _prepare(table, noise, method, start, torch.device(device), dtype, members, settled)
+    plan, windows = _prepare(table, noise, method, start, torch.device(device), dtype, members, settled, resolution)
     history: list[Record] = []
     rounds = evaluations = 0
     while active := [w for w in windows if not w.done]:
@@ -148,6 +150,7 @@ def _prepare(
     dtype: torch.dtype,
     members: bool,
     settled: Settled | None,
+    resolution: float | None,
 ) -> tuple[Plan | Course, Sequence[Window | Wavefront]]:
     """What the samples share, and one window or wavefront for each."""
     starts = [None if start is None else start[k] for k in range(noise.samples)]
@@ -159,7 +162,7 @@ def _prepare(
             )
         course = Course(table, method, device, dtype, members)
         return course, [Wavefront(course, noise, k, x) for k, x in enumerate(starts)]
-    plan = Plan(table, method, device, dtype, members)
+    plan = Plan(table, method, device, dtype, members, resolution)
     return plan, [Window(plan, noise, k, x, settled) for k, x in enumerate(starts)]
 
 
@@ -209,7 +212,10 @@ def sample(
         ValueError: As `solve` and `Evaluator` do.
     """
     evaluator = denoiser if isinstance(denoiser, Evaluator) else Evaluator(denoiser)
-    solver = solve(table, noise, method, start=start, device=evaluator.device, dtype=dtype, progress=progress)
+    resolution = None if evaluator.dtype is None else torch.finfo(evaluator.dtype).eps
+    solver = solve(
+        table, noise, method, start=start, device=evaluator.device, dtype=dtype, progress=progress, resolution=resolution
+    )
     batch = next(solver)
     while True:
         try:

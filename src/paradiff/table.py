@@ -232,8 +232,8 @@ class Table:
             return self.p[asked], self.q[asked]
         if self.clean is not None:
             raise ValueError(
-                f"table {self.name!r} says nothing of the clean data at its last node, which its chain never evaluates; end the "
-                "correction, or the chain, before it"
+                f"table {self.name!r} says nothing of the clean data at its last node, which its chain never evaluates; end "
+                "the correction, or the chain, before it"
             )
         return clean_coefficients(self.prediction, self.alpha[nodes], self.sigma[nodes])
 

@@ -19,6 +19,7 @@ from paradiff.corrector import Correction
 from paradiff.edits import Edits
 from paradiff.method import Method
 from paradiff.noise import Noise
+from paradiff.secant import Secants
 from paradiff.slope import freeze_clean_data, inverse, over_intervals, resolve
 from paradiff.solution import Certificate, Sweep
 from paradiff.step import Step
@@ -34,8 +35,17 @@ Settled = Callable[[int, Tensor], None]
 class Plan:
     """What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
 
-    def __init__(self, table: Table, method: Method, device: torch.device, dtype: torch.dtype, members: bool = False) -> None:
+    def __init__(
+        self,
+        table: Table,
+        method: Method,
+        device: torch.device,
+        dtype: torch.dtype,
+        members: bool = False,
+        resolution: float | None = None,
+    ) -> None:
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
+        self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
         self.edges = method.edges(table)
         self.intervals = len(self.edges) - 1
         self.width = self.intervals if method.window is None else method.window
@@ -111,6 +121,7 @@ class Window:
         self.block = 1  # the window may reach to this block edge
         self.correction: Correction | None = None
         self.edits: Edits | None = None
+        self.secants: Secants | None = None
         self.rounds = self.evaluations = 0
         self.ledger = Ledger(plan.slope_error, plan.factor, plan.least_theta)
         self.change = x0.new_empty(0)
@@ -178,6 +189,10 @@ class Window:
             self.clean = plan.table.p[last].item() * self.state[-1] + plan.table.q[last].item() * m[-1]
         if plan.history:
             self.m[self.places[0]] = m
+        if plan.method.secants:
+            if self.secants is None:
+                self.secants = Secants(plan.method.secants, plan.resolution, plan.step.members)
+            self.secants.observe(self.state, m)
         read = [self.state, *(self.x[place] for place in self.places[1:])]
         drives = [m, *(self.m[place] for place in self.places[1:])]
         z = self.z[self.noise_place] if plan.table.stochastic else None
@@ -229,9 +244,11 @@ class Window:
         if count > 1:
             residual = (phi - old).flatten(1)
             new = self._carried(phi.flatten(1), residual).view_as(phi)
+            if self.secants is not None:
+                new = new + self.secants.correction(new - old, *self._reach_of_pairs())
             if self.edits is not None:
                 new = self.edits.spare(new, phi)
-            distance = new - old if plan.sloped else residual.cumsum(0).view_as(phi)
+            distance = new - old if plan.sloped or self.secants is not None else residual.cumsum(0).view_as(phi)
             if self.edits is not None:
                 distance = self.edits.spare(distance, torch.zeros_like(distance))
             if plan.single and plan.method.start == "clean":
@@ -266,6 +283,18 @@ class Window:
             parts.append(torch.addmm(phi[part], carried, forced))
             parts[-1][: len(entering)] += entering
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _reach_of_pairs(self) -> tuple[Tensor, Tensor]:
+        """L (a - G) and L b of equation (2) of secant.py, `[W, W]`, on the device."""
+        plan, rows, width = self.plan, slice(self.lo, self.hi), self.hi - self.lo
+        slope, table = plan.slope[rows], plan.table
+        parts = [torch.zeros(width, width, dtype=torch.float64) for _ in range(2)]
+        for part, values in zip(parts, (table.a[rows] - slope, table.b[rows]), strict=True):
+            for j in range(min(table.band, width)):
+                part.diagonal(-j).copy_(values[j:, j])
+        carry = inverse(slope)
+        first, second = (plan.move(carry @ part) for part in parts)
+        return first, second
 
     def _places_of_edges(self) -> slice | Tensor:
         """Where the nodes after the first stand in `x`."""
@@ -306,6 +335,8 @@ class Window:
             self.settled(plan.edges[self.lo] + 1, self.x[plan.history + 1 : plan.history + 1 + shift])
         if self.edits is not None:
             self.edits.pass_over(passed, self.x[plan.history :])
+        if self.secants is not None:
+            self.secants.slide(passed)
         self.x, self.z = self.x[shift:], self.z[shift:]
         if plan.history:
             self.m = self.m[shift:]
@@ -360,6 +391,7 @@ class Window:
                 "shorter blocks, a slope that stays bounded (freeze_clean_data, shifted), or no fixed number of sweeps"
             )
         self.x[self.ends] = self.phi
+        self.secants = None
         self.clean = torch.zeros_like(self.clean)
         self.hi = self.lo + count
         self.ages = self.ages[:count]

@@ -98,6 +98,7 @@ class Drive:
             device=sample.device,
             dtype=self._dtype,
             members=True,
+            resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
             settled=None if self._callback is None else self._callback.settled,
         )
         self.started = True

@@ -19,7 +19,8 @@ class Report:
         steps: Steps of the chain; None where the call ran sequentially.
         rounds: Sequential batched passes of the loop body, the first one included.
         rows: States that the network was evaluated at.
-        network_rows: Rows that the networks saw in the loop after its first pass: several a state with guidance or several images.
+        network_rows: Rows that the networks saw in the loop after its first pass: several a state with guidance or several
+            images.
         seconds: The whole call: text encoders, solver, decoding.
         network_seconds: Of these, within network calls of the loop, as seen from the host.
         status: A sentence.

@@ -1,0 +1,111 @@
+"""Secants: what earlier sweeps tell of the network's derivative.
+
+A sweep evaluates the network again at nodes that it evaluated before, at other states. Between two sweeps the state of node n
+changed by dx[n] and its output by dm[n], so the output's true derivative J[n] satisfies J dx = dm. The slope G (slope.py) is
+one number a node; a few such pairs correct it where the states have really been moving. With the pairs of node n as columns of
+DX[n] and DM[n], the model of its output is
+
+    dm = s d + (DM - s DX) K DX^T d,      K = (DX^T DX + lambda diag(DX^T DX))^-1,                             (1)
+
+a multisecant quasi-Newton model (Broyden's second method on k pairs, damped), with s the slope implied by G. Put into equation
+(1) of slope.py, and with L = (I - G)^-1, the changes d of the window's states satisfy
+
+    d = L r + L (a - G) DX y + L b DM y,      y[n] = K[n] DX[n]^T d[n].                                         (2)
+
+Since y[n] acts on later nodes only, the inner products c[n] = DX[n]^T d[n] solve a triangular system of W k unknowns,
+
+    c[n] = DX[n]^T (L r)[n] + sum_{q<n} ( (L(a-G))[n,q] DX[n]^T DX[q] + (Lb)[n,q] DX[n]^T DM[q] ) K[q] c[q],    (3)
+
+whose matrix is one batched product of all pairs with each other. Nothing here loops over nodes or waits for the device.
+
+A node whose predecessors do not change gets exactly its step, as with a slope alone. Images that share a window have pairs of
+their own. Memory: 2 k + 2 states a node of the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-2  # lambda: pairs that point the same way are no evidence twice
+
+
+class Secants:
+    """The pairs of one sample's window.
+
+    Args:
+        pairs: Pairs kept for each node, k; the newest.
+        resolution: Relative precision of the network's outputs: smaller changes of a state tell nothing.
+        members: Whether a state is a batch `[b, ...]` of members with pairs of their own.
+    """
+
+    def __init__(self, pairs: int, resolution: float, members: bool) -> None:
+        self._pairs, self._least, self._members = pairs, 64 * resolution, members
+        self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
+
+    def observe(self, states: Tensor, outputs: Tensor) -> None:
+        """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
+        x, m = self._split(states), self._split(outputs)
+        width, b, d = x.shape
+        if self._seen is None:
+            self._seen = x[:0], m[:0]
+            self._dx = self._dm = x.new_zeros(0, self._pairs, b, d)
+        known = min(len(self._seen[0]), width)
+        missing = x.new_zeros(width - len(self._dx), self._pairs, b, d) if width > len(self._dx) else self._dx[:0]
+        dx, dm = (torch.cat([v[:width], missing]) for v in (self._dx, self._dm))
+        moved = x[:known] - self._seen[0][:known]
+        told = m[:known] - self._seen[1][:known]
+        large = moved.square().sum(2) > self._least**2 * x[:known].square().sum(2)
+        for kept, fresh in ((dx, moved), (dm, told)):
+            pushed = torch.cat([fresh[:, None], kept[:known, :-1]], dim=1)
+            kept[:known] = torch.where(large[:, None, :, None], pushed, kept[:known])
+        self._dx, self._dm = dx, dm
+        self._seen = x.clone(), m.clone()
+
+    def correction(self, change: Tensor, state_part: Tensor, output_part: Tensor) -> Tensor:
+        """What the pairs add to the changes of the nodes after the first, `[W, ...]`.
+
+        Args:
+            change: `[W, ...]` their changes by the slope alone, L r.
+            state_part: `[W, W]` L (a - G): how a change of the state at a node of the window, beyond what the slope says,
+                reaches the nodes after the first.
+            output_part: `[W, W]` L b: the same for its output.
+        """
+        width = len(change)
+        d = self._split(change)
+        dx, dm = (v.permute(2, 0, 1, 3) for v in (self._dx, self._dm))  # [b, W, k, d]
+        b, _, k, size = dx.shape
+        flat_x, flat_m = dx.reshape(b, width * k, size), dm.reshape(b, width * k, size)
+        before = torch.cat([torch.zeros_like(d[:1]), d[:-1]]).permute(1, 0, 2)  # [b, W, d] changes of the nodes from the first
+        own = torch.einsum("bwkd,bwld->bwkl", dx, dx)
+        diagonal = own.diagonal(dim1=2, dim2=3)
+        damped = own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
+        inverse = torch.linalg.inv(damped)
+        reach_x, reach_m = (  # from node q to node n, both counted from the first: a row of zeros above
+            torch.cat([torch.zeros_like(part[:1]), part[:-1]]).repeat_interleave(k, 0).repeat_interleave(k, 1)
+            for part in (state_part, output_part)
+        )
+        cross = reach_x * (flat_x @ flat_x.mT) + reach_m * (flat_x @ flat_m.mT)
+        cross = _times(cross, inverse)
+        right = torch.einsum("bwkd,bwd->bwk", dx, before).reshape(b, width * k, 1)
+        system = torch.eye(width * k, dtype=d.dtype, device=d.device) - cross
+        c = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).view(b, width, k, 1)
+        y = inverse @ c
+        of_states, of_outputs = ((v * y).sum(2).permute(1, 0, 2).flatten(1) for v in (dx, dm))  # [W, b d]
+        return (state_part @ of_states + output_part @ of_outputs).view_as(change)
+
+    def slide(self, passed: int) -> None:
+        """The window moves on by so many nodes."""
+        if self._seen is not None:
+            self._seen = self._seen[0][passed:], self._seen[1][passed:]
+            self._dx, self._dm = self._dx[passed:], self._dm[passed:]
+
+    def _split(self, values: Tensor) -> Tensor:
+        """`[W, b, d]`."""
+        return values.flatten(2) if self._members and values.ndim > 2 else values.flatten(1)[:, None]
+
+
+def _times(cross: Tensor, inverse: Tensor) -> Tensor:
+    """`cross` `[b, W k, W k]` times the block diagonal of `inverse` `[b, W, k, k]`."""
+    b, width, k, _ = inverse.shape
+    return torch.einsum("brql,bqlm->brqm", cross.view(b, width * k, width, k), inverse).reshape(b, width * k, width * k)
