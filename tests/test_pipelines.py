@@ -25,7 +25,7 @@ size 3: the plain call's own rounding is above the bound."""
 
 SATURATED = ("ddpm_clip", "ddpm_threshold", "ddim_clip")
 """Random networks whose clean-data estimate lies at its limit nearly everywhere jump with their state: such a chain takes all
-its rounds. test_trained_pixels.py has the same schedulers on a trained network."""
+its rounds. test_trained_pipelines.py has the same schedulers on a trained network."""
 
 FLOW = ("sd3", "flux", "sana", "qwen", "z_image", "wan", "cogvideox", "ltx", "hunyuan", "stable_audio")
 """Their random networks answer to their state so strongly that ten steps take ten rounds; they are given twenty."""

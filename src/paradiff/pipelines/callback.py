@@ -32,6 +32,7 @@ class Callback:
 
     def __init__(self, pipeline: Any, function: Any) -> None:
         self._pipeline, self._function = pipeline, function
+        self._own: frozenset[str] | None = None  # the pipeline's attributes before the callback could add any
 
     @classmethod
     def of(cls, pipeline: Any, arguments: Mapping[str, Any]) -> Callback | None:
@@ -48,7 +49,7 @@ class Callback:
         function = arguments.get(CALLBACK)
         if function is None:
             return None
-        wanted = arguments.get(INPUTS) or getattr(function, "tensor_inputs", None) or ["latents"]
+        wanted = getattr(function, "tensor_inputs", None) or arguments.get(INPUTS) or ["latents"]
         more = [name for name in wanted if name != "latents"]
         if more:
             raise ValueError(
@@ -68,6 +69,8 @@ class Callback:
         Raises:
             ValueError: If the callback changes the latents or the pipeline.
         """
+        if self._own is None:
+            self._own = frozenset(vars(self._pipeline))
         for k, state in enumerate(states):
             latents = state.to(self.dtype, copy=True)
             given, before = latents.clone(), _simple(self._pipeline)
@@ -75,7 +78,8 @@ class Callback:
             answer = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
             back = answer.get("latents", latents) if isinstance(answer, Mapping) else latents
             extra = [k for k in answer if k != "latents"] if isinstance(answer, Mapping) else []
-            changed = [name for name, value in _simple(self._pipeline).items() if before.get(name, value) != value]
+            after = _simple(self._pipeline).items()
+            changed = [name for name, value in after if name in self._own and before.get(name, value) != value]
             what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
             if what:
                 raise ValueError(

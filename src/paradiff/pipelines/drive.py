@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiff.certificate import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
 from paradiff.evaluate import Batch
 from paradiff.method import Method
 from paradiff.parareal import Parareal
@@ -25,8 +26,7 @@ from paradiff.solution import Solution
 from paradiff.solve import Edited, solve
 
 GIVEN_NOISE = "variance_noise"
-RESOLVED = {torch.float16: 8.0, torch.bfloat16: 8.0}
-"""How many times the spacing of numbers near 1 a tolerance has to be, for a network of that dtype."""
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Drive:
@@ -190,8 +190,9 @@ class Drive:
         changes: dict[str, Any] = {}
         if isinstance(method, Method) and method.blocks is None and method.window != 1:
             changes["warmup"] = min(max(method.warmup, 1), self.table.steps)
-        if dtype in RESOLVED and method.rule == "error":
-            least = RESOLVED[dtype] * torch.finfo(dtype).eps
+        if dtype in HALF and method.rule == "error":
+            # rounding moves outputs by eps, and the estimate counts it with the caution of its kind of chain (certificate.py)
+            least = (STOCHASTIC_CAUTION if self.table.stochastic else DETERMINISTIC_CAUTION) * torch.finfo(dtype).eps
             if 0 < method.tolerance < least:
                 changes["tolerance"] = self.raised_tolerance = least
         return dataclasses.replace(method, **changes)

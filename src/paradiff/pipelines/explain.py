@@ -60,7 +60,8 @@ class Explanation:
         if self.table is not None:
             reads = "one step" if self.table.band == 1 else f"up to {self.table.band} steps"
             kind = "stochastic" if self.table.stochastic else "deterministic"
-            lines.append(f"chain: {self.table.steps} network calls, {kind}, linear in state and output, reads {reads} back")
+            linear = "linear in state and output" + ("" if self.table.clip is None else " but for a limit on the clean data")
+            lines.append(f"chain: {self.table.steps} network calls, {kind}, {linear}, reads {reads} back")
         lines.append(f"executor: {self.executor}")
         if self.expected is not None and self.table is not None:
             lines.append(
@@ -90,6 +91,8 @@ def explain(
     scheduler = copy.deepcopy(pipeline.scheduler)
     refused, notes = [], []
     steps = _default_steps(pipeline) if num_inference_steps is None else num_inference_steps
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_inference_steps is {steps!r}; it must be a whole number of at least 1 step")
     _set_timesteps(scheduler, steps, notes)
     table = None
     try:
@@ -100,7 +103,7 @@ def explain(
         notes.append(table.about_levels)
     executor = _executor(run, type(pipeline), refused, notes)
     expected = None if table is None else _tried(table, method)
-    if expected is not None and table is not None:
+    if expected is not None and table is not None and not refused:
         _will_it_pay(pipeline, table, expected, notes)
     kind = type(pipeline).__name__
     return Explanation(
