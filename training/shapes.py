@@ -9,9 +9,8 @@ exponential moving average of the weights is the result. Times are stratified ov
 training/captions.py first; text starts from the latter.
 
 So it learns what things look like, but not which of two is on the left: that is settled at the noisiest times, where a wrong
-guess of z0 hardly shows in eps. Therefore a second stage follows. Half the batch has times uniform on `NOISY` ... 999, and its
-squared errors count 1 / alpha[t]^2 times, which makes them the loss of v-prediction (Salimans and Ho, 2022, "SNR + 1"
-weighting); after `LOUD_STEPS` steps a fifth of that. The held-out losses in training.json are those of the plain loss.
+guess of z0 hardly shows in eps. The order of two things in its pictures is therefore up to the seed; `shapes-flow` has learnt
+it.
 
     python training/shapes.py                        # resumes from training/checkpoints/shapes.pt if it is there
     python training/shapes.py --steps 20 --out /tmp/shapes   # a short trial
@@ -30,9 +29,6 @@ from latents import encode, held_out_pictures, load_autoencoder, training_latent
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 from words import build_tokenizer, drop, encoder_config, make_portable, token_ids
-
-NOISY = 900
-LOUD_STEPS = 1000
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -76,38 +72,27 @@ def main() -> None:
     held = autoencoder.config["scaling_factor"] * encode(autoencoder, pictures)[0]
     held_ids = token_ids(tokenizer, held_captions)
 
-    signal = scheduler.alphas_cumprod
-
     def errors(parts: dict[str, nn.Module], z0: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         eps = torch.randn_like(z0)
         context = parts["text_encoder"](tokens).last_hidden_state
         output = parts["unet"](scheduler.add_noise(z0, eps, cast(Any, t)), t, context).sample
         return (output - eps).square().mean((1, 2, 3))
 
-    def times(n: int, first: int = 0) -> Tensor:
-        return (first + (torch.randperm(n) + torch.rand(n)) / n * (1000 - first)).long().clamp(max=999)
+    def times(n: int) -> Tensor:
+        return ((torch.randperm(n) + torch.rand(n)) / n * 1000).long().clamp(max=999)
 
     def batch_of(batch: int) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(means), (batch,))
         return means[chosen] + deviations[chosen] * torch.randn(batch, *means.shape[1:]), drop(ids[chosen], empty)
 
-    def plain_loss(parts: dict[str, nn.Module], batch: int, _: int) -> Tensor:
+    def loss(parts: dict[str, nn.Module], batch: int, _: int) -> Tensor:
         z0, tokens = batch_of(batch)
         return errors(parts, z0, times(batch), tokens).mean()
-
-    def order_loss(parts: dict[str, nn.Module], batch: int, step: int) -> Tensor:
-        z0, tokens = batch_of(batch)
-        t = torch.cat([times(batch // 2), times(batch - batch // 2, NOISY)])
-        weight = (1.0 if step < LOUD_STEPS else 0.2) / signal[t]
-        weight[: batch // 2] = 1.0
-        return (weight * errors(parts, z0, t, tokens)).mean()
 
     @torch.no_grad()
     def held_out_loss(parts: dict[str, nn.Module], half: slice) -> float:
         torch.manual_seed(0)
         return sum(errors(parts, held[half], times(512), held_ids[half]).mean().item() for _ in range(4)) / 4
-
-    stages: dict[str, Any] = {}
 
     def export(parts: dict[str, nn.Module], record: dict[str, Any]) -> None:
         losses = {
@@ -129,17 +114,14 @@ def main() -> None:
         def write(folder: Path) -> None:
             pipe.save_pretrained(folder, safe_serialization=True)
             make_portable(folder)
-            write_record(folder, "training/shapes.py", record, **losses, earlier_stages=stages)
+            write_record(folder, "training/shapes.py", record, **losses)
 
         replace_folder(arguments.out, write)
 
     text_encoder = CLIPTextModel(encoder_config(tokenizer))
     text_encoder.load_state_dict(load_text_model())
     parts: dict[str, nn.Module] = {"unet": build_unet(), "text_encoder": text_encoder}
-    stages["plain"] = fit(parts, plain_loss, arguments, export)
-    arguments.checkpoint = arguments.checkpoint.with_stem(arguments.checkpoint.stem + "-order")
-    arguments.minutes, arguments.rate = 0.6 * arguments.minutes, 2e-3
-    fit(parts, order_loss, arguments, export)
+    fit(parts, loss, arguments, export)
 
 
 if __name__ == "__main__":
