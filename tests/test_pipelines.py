@@ -19,13 +19,10 @@ from paradiff.pipelines.report import Report
 BOUND = 1e-5
 """Of the largest value of the plain call's result: float32, whose rounding differs with the rows of a network call."""
 
-NOISY = {"stable_audio": 1e-4}
-"""This chain starts at noise of standard deviation 500, where neighbouring float32 numbers are 3e-5 apart, and ends at data of
-size 3: the plain call's own rounding is above the bound."""
-
-SATURATED = ("ddpm_clip", "ddpm_threshold", "ddim_clip")
-"""Random networks whose clean-data estimate lies at its limit nearly everywhere jump with their state: such a chain takes all
-its rounds. test_trained_pipelines.py has the same schedulers on a trained network."""
+SATURATED = ("ddim_clip",)
+"""This random network's clean-data estimate lies at its limit nearly everywhere, and diffusers' DDIM then keeps the raw noise
+estimate: no slope says how such a step answers to its state, and the chain takes all its rounds. test_trained_pipelines.py has
+the same scheduler on a trained network."""
 
 FLOW = ("sd3", "flux", "sana", "qwen", "z_image", "wan", "cogvideox", "ltx", "hunyuan", "stable_audio")
 """Their random networks answer to their state so strongly that ten steps take ten rounds; they are given twenty."""
@@ -53,6 +50,8 @@ LANES = {
 
 def arguments(case: Case) -> tuple[Method, dict[str, Any]]:
     """A method that suits the case's network, and its number of steps."""
+    if case.name in ("ddpm_clip", "ddpm_threshold"):
+        return parasolver(tolerance=2e-6), {"num_inference_steps": 20}
     if case.name.startswith(FLOW):
         return parasolver(tolerance=1e-5, rule="change", slope=shifted(0.5)), {"num_inference_steps": 20}
     tolerance = 5e-6 if case.name.startswith(("ddpm", "ddim")) else 1e-4  # pictures in -1 ... 1; latents of size 20 to 100
@@ -77,7 +76,7 @@ def test_gives_the_plain_calls_result_in_fewer_rounds(name: str) -> None:
     case = CASES[name]
     method, options = arguments(case)
     error, report = compare(case, method, **options)
-    assert error < NOISY.get(name, BOUND)
+    assert error < BOUND
     assert report.executor == ("lanes" if name in LANES else "vector")
     assert report.steps == options.get("num_inference_steps", case.steps)
     assert report.rounds < report.steps or name in SATURATED

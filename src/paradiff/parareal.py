@@ -151,7 +151,7 @@ class Parareal:
         if short < table.band - 1:
             raise ValueError(
                 f"the block edges are {edges}, with a block of {short} steps; table {table.name!r} reads {table.band} states "
-                f"and needs blocks of at least {table.band - 1} steps"
+                f"and needs blocks of at least {table.band - 1} steps: give longer ones, or use parasolver, which needs none"
             )
         return edges
 

@@ -42,6 +42,7 @@ def stable_audio() -> Any:
     )
     return assemble(
         diffusers.StableAudioPipeline,
+        gains={"transformer": 0.7},  # at 1 this chain turns rounding of 1e-7 into differences of 1e-5
         transformer=network,
         vae=vae,
         projection_model=projection,

@@ -28,11 +28,15 @@ def unet() -> diffusers.UNet2DModel:
 
 
 def ddpm(**options: Any) -> Any:
-    return assemble(diffusers.DDPMPipeline, unet=unet(), scheduler=diffusers.DDPMScheduler(**SHORT, **options))
+    return assemble(
+        diffusers.DDPMPipeline, gains={"unet": 0.6}, unet=unet(), scheduler=diffusers.DDPMScheduler(**SHORT, **options)
+    )
 
 
 def ddim(**options: Any) -> Any:
-    return assemble(diffusers.DDIMPipeline, unet=unet(), scheduler=diffusers.DDIMScheduler(**SHORT, **options))
+    return assemble(
+        diffusers.DDIMPipeline, gains={"unet": 0.6}, unet=unet(), scheduler=diffusers.DDIMScheduler(**SHORT, **options)
+    )
 
 
 def dit() -> Any:
