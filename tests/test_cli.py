@@ -22,7 +22,7 @@ from pipelines import Cli
 from paradiff import Keyed, Method, Parareal, Schedule, Wave, ddpm, methods, piadm_sde, sample
 from paradiff.cli import widest
 from paradiff.hub import load
-from paradiff.plots import save_wavefront
+from paradiff.plots import save_history
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -319,7 +319,7 @@ def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: 
     history = [
         Wave(h["round"], 0, [tuple(row) for row in h["rows"]], [], h["passed"]) for h in contents["history"] if h["seed"] == 0
     ]
-    save_wavefront(history, 0, 3, tmp_path / "wanted.png", "ddpm, 10 steps, srds: seed 0, the slowest of 3")
+    save_history(history, 0, 3, tmp_path / "wanted.png", "ddpm, 10 steps, srds: seed 0, the slowest of 3")
     assert (tmp_path / "out" / "trace.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
 
 

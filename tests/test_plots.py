@@ -17,7 +17,7 @@ from problems import SHAPE, TABLES, network, run
 
 import paradiff
 from paradiff import Keyed, Solution, Sweep, Wave, jacobi, paradigms, parasolver, sequential, srds
-from paradiff.plots import PIXELS, grid, save_trace, save_wavefront, to_image, wavefront
+from paradiff.plots import PIXELS, grid, save_history, save_trace, to_image, wavefront
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -212,8 +212,8 @@ def test_the_wavefronts_file_holds_the_asked_sample_only(tmp_path: Path) -> None
         Wave(2, 1, [(0, 1)], [], 2),
     ]
     for one in (0, 1):
-        save_wavefront(history, one, 2, tmp_path / f"{one}.png", "")
-    save_wavefront(history[1::2], 1, 2, tmp_path / "alone.png", "")
+        save_history(history, one, 2, tmp_path / f"{one}.png", "")
+    save_history(history[1::2], 1, 2, tmp_path / "alone.png", "")
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "1.png").read_bytes()
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
     with Image.open(tmp_path / "0.png") as picture:

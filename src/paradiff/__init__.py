@@ -2,12 +2,13 @@
 
 from paradiff.blocks import Blocks
 from paradiff.clipping import Clip, DynamicThreshold
+from paradiff.collocation import Collocation
 from paradiff.corrector import Corrector, underdamped_langevin
 from paradiff.evaluate import Batch, Denoiser, Evaluator
 from paradiff.exponential import exponential_integrator
 from paradiff.grid import Grid, log_snr_grid, paper_grid, uniform_grid
 from paradiff.method import Method
-from paradiff.methods import jacobi, paradigms, parasolver, quasi_newton, sequential, srds
+from paradiff.methods import collocation, jacobi, paradigms, parasolver, quasi_newton, sequential, srds
 from paradiff.noise import Keyed, Noise, Recorded
 from paradiff.parareal import Parareal
 from paradiff.piadm import piadm_ode, piadm_sde
@@ -16,7 +17,7 @@ from paradiff.process import Process, ornstein_uhlenbeck, rectified_flow, varian
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 from paradiff.schedule import Schedule
 from paradiff.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
-from paradiff.solution import Certificate, Solution, Sweep, Wave
+from paradiff.solution import Certificate, Solution, Sweep, Visit, Wave
 from paradiff.solve import sample, solve
 from paradiff.table import Table
 from paradiff.theory import Theory
@@ -26,6 +27,7 @@ __all__ = [
     "Blocks",
     "Certificate",
     "Clip",
+    "Collocation",
     "Corrector",
     "Denoiser",
     "DynamicThreshold",
@@ -42,7 +44,9 @@ __all__ = [
     "Sweep",
     "Table",
     "Theory",
+    "Visit",
     "Wave",
+    "collocation",
     "ddim",
     "ddpm",
     "dpmpp_2m",

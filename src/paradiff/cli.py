@@ -18,11 +18,13 @@ from rich.table import Table as Sheet
 
 from paradiff import cli_pipeline, methods, plots
 from paradiff.cli_options import METHODS, OPTIONS, SLOPES, make_method, parse_seeds
+from paradiff.collocation import Collocation
 from paradiff.environment import environment
 from paradiff.evaluate import Batch, Evaluator
 from paradiff.exponential import Form
 from paradiff.hub import EXPONENTIAL, GRIDS, SCHEDULERS, Model, is_pixel, load, read_index
 from paradiff.method import Method
+from paradiff.methods import AnyMethod
 from paradiff.noise import Keyed, Noise, Recorded
 from paradiff.parareal import Parareal
 from paradiff.pipelines import explain as explain_pipeline
@@ -30,7 +32,7 @@ from paradiff.pipelines.calls import call_each
 from paradiff.pipelines.load import load_pipeline, set_sampler
 from paradiff.run import output_folder, pipeline_report, report, write_json
 from paradiff.schedule import refuse_unknown
-from paradiff.solution import Record, Solution, Sweep, Wave
+from paradiff.solution import Record, Solution
 from paradiff.solve import sample as run_solver
 from paradiff.table import Table
 
@@ -85,8 +87,18 @@ def sample(
     warmup: Annotated[int | None, typer.Option(help="parasolver, quasi_newton: steps really taken first; default 0.")] = None,
     slope: Annotated[str | None, typer.Option(help=f"All but srds: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
     secants: Annotated[
-        int | None, typer.Option(help="quasi_newton: pairs of earlier sweeps that correct the slope at each node; default 3.")
+        int | None, typer.Option(help="quasi_newton, collocation: pairs of earlier sweeps kept for each node; default 3, 6.")
     ] = None,
+    nodes: Annotated[int | None, typer.Option(help="collocation: nodes to begin with; by the tolerance if left out.")] = None,
+    max_nodes: Annotated[int | None, typer.Option(help="collocation: most nodes of a sample; the whole chain's.")] = None,
+    order: Annotated[
+        int | None, typer.Option(help="collocation: degree of the interpolation; default 0 with noise, else 3.")
+    ] = None,
+    shift: Annotated[float | None, typer.Option(help="collocation: variance of the data; estimated by default.")] = None,
+    exact: Annotated[
+        bool | None, typer.Option("--exact", help="collocation: verify the sample over all nodes of the chain.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="collocation: `chain` (default), `ode` or `sde`.")] = None,
     blocks: Annotated[
         int | None, typer.Option(help="srds: blocks of the chain; near sqrt(2 STEPS) by default. piadm: has to be given.")
     ] = None,
@@ -178,7 +190,7 @@ def explain(
 def sample_pixels(
     console: Console,
     folder: Path,
-    solver: Method | Parareal,
+    solver: AnyMethod,
     seeds: list[int],
     device: torch.device,
     arguments: dict[str, Any],
@@ -192,7 +204,7 @@ def sample_pixels(
     evaluator = Evaluator(loaded, max_rows=max_rows, device=device, dtype=dtype)
     warm_up(evaluator, loaded, table, len(seeds), widest(solver, table))
 
-    def timed(label: str, run: Method | Parareal) -> tuple[Solution, float]:
+    def timed(label: str, run: AnyMethod) -> tuple[Solution, float]:
         return run_timed(console, label, run, table, evaluator, loaded, seeds, noise)
 
     solution, seconds = timed(method, solver)
@@ -204,19 +216,14 @@ def sample_pixels(
     if arguments["trace"]:
         slowest = max(range(len(seeds)), key=lambda k: solution.certificates[k].rounds)
         title = f"{sampler}, {steps} steps, {method}: seed {seeds[slowest]}, the slowest of {len(seeds)}"
-        waves = [w for w in solution.history if isinstance(w, Wave)]
-        if waves:
-            plots.save_wavefront(waves, slowest, len(edges) - 1, folder / "trace.png", title)
-        else:
-            changes = [s for s in solution.history if isinstance(s, Sweep)]
-            plots.save_trace(changes, slowest, len(edges) - 1, folder / "trace.png", title)
+        plots.save_history(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
     return result, f"{sampler}, {steps} steps, {counted(seeds)}"
 
 
 def sample_pipeline(
     console: Console,
     folder: Path,
-    solver: Method | Parareal,
+    solver: AnyMethod,
     seeds: list[int],
     device: torch.device,
     arguments: dict[str, Any],
@@ -257,10 +264,10 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def reference(method: Method | Parareal) -> Method:
+def reference(method: AnyMethod) -> Method:
     """The sequential method whose sample a method solves for: the plain chain, with the corrector's steps if there are any."""
     plain = methods.sequential()
-    if isinstance(method, Parareal) or method.corrector is None:
+    if not isinstance(method, Method) or method.corrector is None:
         return plain
     corrector = dataclasses.replace(method.corrector, sweeps=method.corrector.steps)
     return dataclasses.replace(plain, blocks=method.blocks, corrector=corrector)
@@ -295,7 +302,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def widest(method: Method | Parareal, table: Table) -> int:
+def widest(method: AnyMethod, table: Table) -> int:
     """Rows of one sample in a round in which all that is solved at once takes part."""
     edges = method.edges(table)
     if isinstance(method, Method) and method.blocks is not None and method.blocks.stagger is None:
@@ -317,7 +324,7 @@ def warm_up(evaluator: Evaluator, model: Model, table: Table, samples: int, widt
 def run_timed(
     console: Console,
     label: str,
-    method: Method | Parareal,
+    method: AnyMethod,
     table: Table,
     evaluator: Evaluator,
     model: Model,
@@ -327,6 +334,8 @@ def run_timed(
     """Runs one method under a progress bar; the solution and its whole clock, noise included."""
     total = (len(method.edges(table)) - 1) * len(seeds)
     unit = "blocks" if isinstance(method, Parareal) else "nodes"
+    if isinstance(method, Collocation):
+        total, unit = len(seeds), "samples"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -9,17 +9,17 @@ from typing import Any
 
 from paradiff import methods, piadm, slope
 from paradiff.corrector import Corrector, underdamped_langevin
-from paradiff.method import Method
-from paradiff.parareal import Parareal
+from paradiff.methods import AnyMethod
 from paradiff.schedule import refuse_unknown
 
-METHODS: dict[str, Callable[..., Method | Parareal]] = {
+METHODS: dict[str, Callable[..., AnyMethod]] = {
     "sequential": methods.sequential,
     "jacobi": methods.jacobi,
     "paradigms": methods.paradigms,
     "parasolver": methods.parasolver,
     "quasi_newton": methods.quasi_newton,
     "srds": methods.srds,
+    "collocation": methods.collocation,
     "piadm_sde": piadm.piadm_sde,
     "piadm_ode": piadm.piadm_ode,
 }
@@ -30,7 +30,7 @@ SLOPES: dict[str, Any] = {
     "freeze-clean-data": slope.freeze_clean_data,
 }
 OPTIONS = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
-OPTIONS += ("secants", "sweeps", "stagger", "corrector")
+OPTIONS += ("secants", "sweeps", "stagger", "corrector", "nodes", "max_nodes", "order", "shift", "exact", "target")
 COARSE = {"one-step": "one step", "two-step": "two step"}
 
 
@@ -57,7 +57,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def make_method(name: str, **options: Any) -> Method | Parareal:
+def make_method(name: str, **options: Any) -> AnyMethod:
     """The method of a name with the options that were given.
 
     Raises:
@@ -68,8 +68,10 @@ def make_method(name: str, **options: Any) -> Method | Parareal:
     given = {k: v for k, v in options.items() if v is not None}
     for option in given:
         if option not in known:
-            takes = ", ".join(f"--{k}" for k in known if k in OPTIONS) or "no options"
-            raise ValueError(f"--{option} was given, but method {name!r} has no such option; it takes {takes}")
+            takes = ", ".join(f"--{k.replace('_', '-')}" for k in known if k in OPTIONS) or "no options"
+            raise ValueError(
+                f"--{option.replace('_', '-')} was given, but method {name!r} has no such option; it takes {takes}"
+            )
     if "slope" in given:
         given["slope"] = parse_slope(given["slope"])
     if "coarse" in given:

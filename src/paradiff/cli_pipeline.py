@@ -15,7 +15,6 @@ from torch import Tensor
 
 from paradiff import plots
 from paradiff.pipelines.calls import Call
-from paradiff.solution import Sweep, Wave
 
 PIXEL = ("grid", "form")
 """Options of unconditional pixel models alone."""
@@ -183,11 +182,7 @@ def save_trace(calls: Sequence[Call], path: Path) -> bool:
     report = slowest.report
     title = f"{report.scheduler}, {report.steps} steps, {report.method}: seed {slowest.seed}, the slowest of {len(calls)}"
     total = sum(record.passed for record in report.history)
-    waves = [record for record in report.history if isinstance(record, Wave)]
-    if waves:
-        plots.save_wavefront(waves, 0, total, path, title)
-    else:
-        plots.save_trace([record for record in report.history if isinstance(record, Sweep)], 0, total, path, title)
+    plots.save_history(report.history, 0, total, path, title)
     return True
 
 

@@ -1,4 +1,4 @@
-"""The named methods: functions that return a `Method`, or for SRDS a `Parareal`.
+"""The named methods: functions that return a `Method`, for SRDS a `Parareal`, for sparse nodes a `Collocation`.
 
 | method | slope G | nodes | start of new nodes | rule |
 |---|---|---|---|---|
@@ -8,21 +8,25 @@
 | `parasolver` | identity | every S-th | frozen clean data | error or change |
 | `quasi_newton` | Gaussian, corrected by secants | all | frozen clean data | error |
 | `srds` | a coarse propagator's own change | block edges | a coarse sweep | error, change, sample or image |
+| `collocation` | Gaussian, corrected by secants | a few, of the method's own choice | nearest drive | error |
 | `piadm_sde`, `piadm_ode` | a[i] of the score form | all, block by block | copy of the block's start | sweeps or error |
 
-The last are in piadm.py. All of them solve the same equations and so, run to the end (at tolerance 0, SRDS with as many
-iterations as blocks, PIADM with as many sweeps as steps), return the same sample: that of the sequential chain with the same
-noises.
+The last are in piadm.py. All but `collocation` solve the same equations and so, run to the end (at tolerance 0, SRDS with as
+many iterations as blocks, PIADM with as many sweeps as steps), return the same sample: that of the sequential chain with the
+same noises. `collocation` estimates how far from that its sample is, and with `exact=True` goes on until it is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Literal, get_args
 
+from paradiff.collocation import DEFAULT_TOLERANCE, Collocation, Target
 from paradiff.method import Method, Rule
 from paradiff.parareal import Choice, Parareal, Schedule, StopRule
 from paradiff.slope import Slope, identity, shifted, zero
+
+AnyMethod = Method | Parareal | Collocation
 
 
 def sequential() -> Method:
@@ -184,3 +188,44 @@ def srds(
     if tolerance is None:
         tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
     return Parareal("srds", blocks, coarse, schedule, tolerance, rule, iterations, window, rows)
+
+
+def collocation(
+    nodes: int | Sequence[int] | Literal["auto"] = "auto",
+    *,
+    window: int | None = None,
+    tolerance: float = DEFAULT_TOLERANCE,
+    order: int | None = None,
+    shift: float | Literal["auto"] = "auto",
+    secants: int = 6,
+    max_nodes: int | None = None,
+    exact: bool = False,
+    target: Target = "chain",
+) -> Collocation:
+    """Sparse nodes: the sample of a long chain from fewer evaluations than the chain has steps.
+
+    The network is evaluated at a few states only. What it says there is interpolated, and the fine chain's own coefficients
+    and noises carry it through the gaps between, exactly (gap.py, sparse.py). All nodes are iterated to self-consistency by
+    quasi-Newton sweeps (implicit.py); then the interpolation error is estimated, and nodes are added where it is too large
+    (defect.py). It pays on long chains; on a chain of few steps there is nothing to leave out.
+
+    Our own. Near it: exponential collocation; Lagrange interpolation in Picard blocks (arXiv 2510.18242); collocation of low
+    degree (arXiv 2601.10708); schemes of strong order 1.5 for the averaged states of stochastic chains.
+
+    Args:
+        nodes: Number of nodes to begin with, the fine nodes themselves (0 first), or `auto`: by the tolerance.
+        window: Most rows that a sample puts in one round; None for no bound. A small window costs few rounds more and saves
+            evaluations.
+        tolerance: Root mean square error to the target that the sample may have by estimate, in the data's units.
+        order: Degree of the interpolation in log(alpha^2/sigma^2) between nodes; 0 takes constants at averaged states. None
+            for 0 on stochastic chains and 3 on deterministic ones.
+        shift: Variance of the data, whose answer to the state is taken out of what is interpolated; `auto` begins with 1/4
+            and corrects it after the first sweep if that finds it far off.
+        secants: Pairs of earlier sweeps kept for each node; 0 for plain Picard sweeps.
+        max_nodes: Most nodes that a sample may have; as many as the chain has by default.
+        exact: Goes on over all nodes of the chain, from what was found, until the window loop's own estimate (that of
+            quasi_newton) is within the tolerance.
+        target: `chain`: the sequential chain's sample. `ode` or `sde`: that of the equation which the chain discretizes, on
+            its range of levels, from the same start (continuum.py).
+    """
+    return Collocation("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target)

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from paradiff.solution import Sweep, Wave
+from paradiff.solution import Record, Sweep, Visit, Wave
 
 PIXELS = 96  # a small sample is enlarged to about this many pixels in the grid
 IDLE = "0.9"  # light grey, unlike any colour of viridis
@@ -48,6 +48,53 @@ def grid(samples: Tensor) -> Image.Image:
         place = (gap + (k % columns) * (width + gap), gap + (k // columns) * (height + gap))
         sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), place)
     return sheet
+
+
+def save_history(history: Sequence[Record], sample: int, parts: int, path: Path, title: str) -> None:
+    """Draws one sample's run into a PNG file, in the way of its method.
+
+    Args:
+        history: A solution's history.
+        sample: Which sample.
+        parts: Number of sub-intervals or blocks.
+        path: Where the PNG goes.
+        title: The figure's title.
+    """
+    own = [entry for entry in history if entry.sample == sample]
+    waves = [entry for entry in own if isinstance(entry, Wave)]
+    visits = [entry for entry in own if isinstance(entry, Visit)]
+    if waves:
+        wavefront(waves, parts, title).savefig(path, dpi=120, format="png")
+    elif visits:
+        visited(visits, title).savefig(path, dpi=120, format="png")
+    else:
+        save_trace([entry for entry in own if isinstance(entry, Sweep)], sample, parts, path, title)
+
+
+def visited(visits: Sequence[Visit], title: str) -> Figure:
+    """Which nodes of the chain a sparse system had evaluated in every round, and how its sample and estimates moved.
+
+    Args:
+        visits: The rounds of one sample.
+        title: The figure's title.
+    """
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    rounds = [visit.round for visit in visits for _ in visit.nodes]
+    nodes = [node for visit in visits for node in visit.nodes]
+    above.scatter(rounds, nodes, s=9, marker="s", color="tab:blue", linewidths=0)
+    above.set(ylabel="fine node (0 noise)", title=title)
+    for label, values in (
+        ("change of the sample", [visit.change for visit in visits]),
+        ("estimated error of the gaps", [visit.gap_error for visit in visits]),
+        ("estimated error of the sweeps", [visit.sweep_error for visit in visits]),
+    ):
+        shown = [(visit.round, v) for visit, v in zip(visits, values, strict=True) if 0 < v < float("inf")]
+        below.plot([r for r, _ in shown], [v for _, v in shown], marker=".", label=label)
+    below.set(xlabel="round", ylabel="RMS", yscale="log")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    below.legend(loc="upper right", fontsize="small")
+    return figure
 
 
 def save_trace(history: Sequence[Sweep], sample: int, nodes: int, path: Path, title: str) -> None:
@@ -86,19 +133,6 @@ def save_trace(history: Sequence[Sweep], sample: int, nodes: int, path: Path, ti
     axes.legend(loc="upper left")
     figure.colorbar(picture, ax=axes, label="RMS change of the node in the round")
     figure.savefig(path, dpi=120, format="png")
-
-
-def save_wavefront(history: Sequence[Wave], sample: int, blocks: int, path: Path, title: str) -> None:
-    """Draws one sample's wavefront (`wavefront`) into a PNG file.
-
-    Args:
-        history: A solution's history.
-        sample: Which sample.
-        blocks: Number of blocks.
-        path: Where the PNG goes.
-        title: The figure's title.
-    """
-    wavefront([w for w in history if w.sample == sample], blocks, title).savefig(path, dpi=120, format="png")
 
 
 def wavefront(waves: Sequence[Wave], blocks: int, title: str) -> Figure:

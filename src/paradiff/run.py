@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from paradiff.pipelines.calls import Call
-from paradiff.solution import Record, Solution, Sweep
+from paradiff.solution import Record, Solution, Sweep, Visit
 
 TRUST = ("sequential", "stopped", "converged", "exact")
 """How a status begins, the worst first: a run's is that of its worst seed."""
@@ -88,6 +88,7 @@ def report(
                 "evaluations": certificate.evaluations,
                 "residual": certificate.residual,
                 "estimated_error": certificate.estimated_error,
+                "gap_error": certificate.gap_error,
                 "error": error,
             }
         )
@@ -141,6 +142,7 @@ def pipeline_report(
                 "evaluations": steps if certificate is None else call.report.rows,
                 "residual": 0.0 if certificate is None else certificate.residual,
                 "estimated_error": 0.0 if certificate is None else certificate.estimated_error,
+                "gap_error": 0.0 if certificate is None else certificate.gap_error,
                 "error": error,
             }
         )
@@ -194,10 +196,13 @@ def _total(samples: Sequence[Mapping[str, Any]], name: str) -> int | None:
 
 
 def _record(entry: Record, seeds: list[int]) -> dict[str, Any]:
-    """One entry of the history: a sweep of a window, or a round of a wavefront."""
+    """One entry of the history: a sweep of a window, a round of a wavefront, or one of a sparse system."""
     common = {"round": entry.round, "seed": seeds[entry.sample], "passed": entry.passed}
     if isinstance(entry, Sweep):
         return {**common, "first": entry.first, "change": [float(f"{c:.3g}") for c in entry.change]}
+    if isinstance(entry, Visit):
+        errors = {"gap_error": entry.gap_error, "sweep_error": entry.sweep_error}
+        return {**common, "visited": entry.nodes, "of": entry.of, "change": float(f"{entry.change:.3g}"), **errors}
     values = [[edge, iteration, float(f"{change:.3g}")] for edge, iteration, change in entry.values]
     return {**common, "rows": [list(row) for row in entry.rows], "values": values}
 

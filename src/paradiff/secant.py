@@ -24,6 +24,8 @@ their own. Memory: 2 k + 2 states a node of the window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,27 +73,13 @@ class Secants:
                 reaches the nodes after the first.
             output_part: `[W, W]` L b: the same for its output.
         """
-        width = len(change)
         d = self._split(change)
-        dx, dm = (v.permute(2, 0, 1, 3) for v in (self._dx, self._dm))  # [b, W, k, d]
-        b, _, k, size = dx.shape
-        flat_x, flat_m = dx.reshape(b, width * k, size), dm.reshape(b, width * k, size)
-        before = torch.cat([torch.zeros_like(d[:1]), d[:-1]]).permute(1, 0, 2)  # [b, W, d] changes of the nodes from the first
-        own = torch.einsum("bwkd,bwld->bwkl", dx, dx)
-        diagonal = own.diagonal(dim1=2, dim2=3)
-        damped = own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
-        inverse = torch.linalg.inv(damped)
-        reach_x, reach_m = (  # from node q to node n, both counted from the first: a row of zeros above
-            torch.cat([torch.zeros_like(part[:1]), part[:-1]]).repeat_interleave(k, 0).repeat_interleave(k, 1)
-            for part in (state_part, output_part)
+        before = torch.cat([torch.zeros_like(d[:1]), d[:-1]])  # [W, b, d] changes of the nodes from the first
+        to_states, to_outputs = (  # from node q to node n, both counted from the first: a row of zeros above
+            torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part)
         )
-        cross = reach_x * (flat_x @ flat_x.mT) + reach_m * (flat_x @ flat_m.mT)
-        cross = _times(cross, inverse)
-        right = torch.einsum("bwkd,bwd->bwk", dx, before).reshape(b, width * k, 1)
-        system = torch.eye(width * k, dtype=d.dtype, device=d.device) - cross
-        c = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).view(b, width, k, 1)
-        y = inverse @ c
-        of_states, of_outputs = ((v * y).sum(2).permute(1, 0, 2).flatten(1) for v in (dx, dm))  # [W, b d]
+        y = Model(self._dx, [(to_states, self._dx), (to_outputs, self._dm)], causal=True)(before)
+        of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (self._dx, self._dm))  # [W, b d]
         return (state_part @ of_states + output_part @ of_outputs).view_as(change)
 
     def slide(self, passed: int) -> None:
@@ -103,6 +91,45 @@ class Secants:
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""
         return values.flatten(2) if self._members and values.ndim > 2 else values.flatten(1)[:, None]
+
+
+class Model:
+    """What pairs know of how a set of states answers to changes: equation (2), for any reach.
+
+    Args:
+        dx: `[n, k, b, d]` differences of states, k pairs at each of n nodes; zeros where there is none.
+        terms: Reach `[n, n]` and values `[n, k, b, d]`: node i's state changes by sum_j reach[i,j] sum_k values[j,k] y[j,k],
+            y being how much of pair k the change of state j holds.
+        causal: Whether every reach is strictly lower triangular.
+    """
+
+    def __init__(self, dx: Tensor, terms: Sequence[tuple[Tensor, Tensor]], *, causal: bool = False) -> None:
+        n, k, b, size = dx.shape
+        self._x, self._causal = dx.permute(2, 0, 1, 3), causal  # [b, n, k, d]
+        own = self._x @ self._x.mT
+        diagonal = own.diagonal(dim1=2, dim2=3)
+        damped = own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
+        self._inverse = torch.linalg.inv(damped)
+        flat = self._x.reshape(b, n * k, size)
+        cross = flat.new_zeros(b, n * k, n * k)
+        for reach, values in terms:
+            wide = reach.repeat_interleave(k, 0).repeat_interleave(k, 1)
+            cross = cross + wide * (flat @ values.permute(2, 0, 1, 3).reshape(b, n * k, size).mT)
+        self._system = torch.eye(n * k, dtype=dx.dtype, device=dx.device) - _times(cross, self._inverse)
+
+    def __call__(self, before: Tensor) -> Tensor:
+        """`[n, k, b, 1]` y for changes of the states `[n, b, d]` as far as no pair has a part in them."""
+        onto = self._x @ before.transpose(0, 1)[..., None]
+        return self.solve(onto).permute(1, 2, 0, 3)
+
+    def solve(self, onto: Tensor) -> Tensor:
+        """`[b, n, k, J]` y for J such changes, given by their products with each pair's `dx`, `[b, n, k, J]`."""
+        right = onto.flatten(1, 2)
+        if self._causal:
+            c = torch.linalg.solve_triangular(self._system, right, upper=False, unitriangular=True)
+        else:
+            c = torch.linalg.solve(self._system, right)
+        return self._inverse @ c.view_as(onto)
 
 
 def _times(cross: Tensor, inverse: Tensor) -> Tensor:

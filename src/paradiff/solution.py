@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,7 +47,32 @@ class Wave:
     passed: int
 
 
-Record = Sweep | Wave
+@dataclass(frozen=True)
+class Visit:
+    """One round of one sample's sparse system (implicit.py).
+
+    Attributes:
+        round: The round, counted from 1.
+        sample: The sample.
+        nodes: The fine nodes at which the sample had the network evaluated.
+        of: How many nodes it has now.
+        change: Root mean square change of the sample.
+        gap_error: Estimated error from interpolation; infinite before it was estimated.
+        sweep_error: Estimated error from sweeps not made.
+        passed: 1 if this made the sample final.
+    """
+
+    round: int
+    sample: int
+    nodes: list[int]
+    of: int
+    change: float
+    gap_error: float
+    sweep_error: float
+    passed: int = 0
+
+
+Record = Sweep | Wave | Visit
 
 
 @dataclass(frozen=True)
@@ -59,12 +85,22 @@ class Certificate:
             estimate, not a bound: see docs/certificate.md.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
+        gap_error: The part of the estimated error that comes from interpolation between nodes; 0 for methods that evaluate
+            every node.
     """
 
     residual: float
     estimated_error: float
     rounds: int
     evaluations: int
+    gap_error: float = 0.0
+
+    @property
+    def sweep_error(self) -> float:
+        """The part of the estimated error that comes from sweeps not made; the two parts are independent."""
+        if math.isinf(self.estimated_error):
+            return math.inf
+        return math.sqrt(max(self.estimated_error**2 - self.gap_error**2, 0.0))
 
 
 @dataclass(frozen=True)

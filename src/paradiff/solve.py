@@ -29,8 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paradiff.collocation import Collocation
 from paradiff.evaluate import Batch, Denoiser, Evaluator
+from paradiff.implicit import Ground, Implicit
 from paradiff.method import Method
+from paradiff.methods import AnyMethod
 from paradiff.noise import Noise
 from paradiff.parareal import Parareal
 from paradiff.solution import Certificate, Record, Solution
@@ -65,7 +68,7 @@ class Edited:
 def solve(
     table: Table,
     noise: Noise,
-    method: Method | Parareal,
+    method: AnyMethod,
     *,
     start: Tensor | None = None,
     device: torch.device | str = "cpu",
@@ -144,29 +147,40 @@ def solve(
 def _prepare(
     table: Table,
     noise: Noise,
-    method: Method | Parareal,
+    method: AnyMethod,
     start: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
     members: bool,
     settled: Settled | None,
     resolution: float | None,
-) -> tuple[Plan | Course, Sequence[Window | Wavefront]]:
+) -> tuple[Plan | Course | Ground, Sequence[Window | Wavefront | Implicit]]:
     """What the samples share, and one window or wavefront for each."""
     starts = [None if start is None else start[k] for k in range(noise.samples)]
+    if settled is not None and not isinstance(method, Method):
+        raise ValueError(
+            f"{method.name} keeps the states at a few nodes only, and cannot tell those of every node; use parasolver"
+        )
+    if isinstance(method, Collocation):
+        ground = Ground(table, method, device, dtype, members, resolution)
+        return ground, [Implicit(ground, noise, k, x) for k, x in enumerate(starts)]
     if isinstance(method, Parareal):
         method.check_shape(noise.shape)
-        if settled is not None:
-            raise ValueError(
-                f"{method.name} keeps the states at block edges only, and cannot tell those of every node; use parasolver"
-            )
         course = Course(table, method, device, dtype, members)
         return course, [Wavefront(course, noise, k, x) for k, x in enumerate(starts)]
     plan = Plan(table, method, device, dtype, members, resolution)
     return plan, [Window(plan, noise, k, x, settled) for k, x in enumerate(starts)]
 
 
-def _status(method: Method | Parareal, plan: Plan | Course, certificates: list[Certificate]) -> str:
+def _status(method: AnyMethod, plan: Plan | Course | Ground, certificates: list[Certificate]) -> str:
+    if isinstance(method, Collocation):
+        worst = max(c.estimated_error for c in certificates)
+        if worst > method.tolerance:
+            return (
+                f"stopped: an estimated error of {worst:.2g} was reached with the most nodes that a sample may have, where "
+                f"{method.tolerance:g} was asked for"
+            )
+        return f"converged: {RULES['error'].format(method.tolerance)}"
     if isinstance(method, Method):
         assert isinstance(plan, Plan)
         corrected = method.corrector is None or method.corrector.sweeps >= method.corrector.steps
@@ -191,7 +205,7 @@ def sample(
     denoiser: Denoiser | Evaluator,
     table: Table,
     noise: Noise,
-    method: Method | Parareal,
+    method: AnyMethod,
     *,
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float32,

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch import Tensor
 from paradiff.prediction import Prediction, clean_coefficients
 
 CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
+Derived = TypeVar("Derived")
 ROUNDING = 1e-4  # what float32 arithmetic in a scheduler can explain
 
 
@@ -214,6 +215,13 @@ class Table:
             for step in reads.nonzero()[:, 0].tolist():
                 crossed[step - j + 1 : step + 1] = True  # this step looks past these nodes, at one before them
         return [n for n in nodes if n in (0, self.steps) or not crossed[n]]
+
+    def derived(self, key: tuple[Any, ...], make: Callable[[], Derived]) -> Derived:
+        """What `make` returns, made at the first call with a key and kept as long as the table."""
+        kept = self.__dict__.setdefault("_derived", {})
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
 
     @cached_property
     def _clean(self) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,10 @@ STRETCH = 256  # nodes swept by one matrix product
 Settled = Callable[[int, Tensor], None]
 """Called with the states that became final, `[n, ...]`, and the fine node of the first of them."""
 
+Guide = Callable[[slice], tuple[Tensor, Tensor]]
+"""What nodes that enter the window are filled with instead of the method's start: for some steps, the states after them and
+the outputs where they begin, each `[n, ...]`."""
+
 
 class Plan:
     """What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
@@ -108,8 +112,16 @@ class Window:
         evaluations: Its rows.
     """
 
-    def __init__(self, plan: Plan, noise: Noise, sample: int, start: Tensor | None, settled: Settled | None = None) -> None:
-        self.plan, self.noise, self.sample, self.settled = plan, noise, sample, settled
+    def __init__(
+        self,
+        plan: Plan,
+        noise: Noise,
+        sample: int,
+        start: Tensor | None,
+        settled: Settled | None = None,
+        guide: Guide | None = None,
+    ) -> None:
+        self.plan, self.noise, self.sample, self.settled, self.guide = plan, noise, sample, settled, guide
         x0 = plan.move(noise.start(sample)) * plan.table.start_scale if start is None else plan.move(start)
         past = torch.zeros_like(x0).expand(plan.history, *x0.shape)
         self.x = torch.cat([past, x0[None]])
@@ -428,6 +440,12 @@ class Window:
     def _fill(self, steps: slice) -> None:
         """Appends the states after some steps, by the linear recurrence x' = sum_j A_j x_j + B D + c z."""
         plan, count, known = self.plan, steps.stop - steps.start, len(self.x) - 1
+        if self.guide is not None:
+            states, outputs = self.guide(steps)
+            self.x = torch.cat([self.x, states])
+            if plan.history:
+                self.m = torch.cat([self.m, outputs])
+            return
         forcing = column(plan.move(plan.fill_clean[steps]), self.x) * self.clean
         if plan.fill_noise:
             place = steps.start - plan.edges[self.lo]

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from paradiff.method import Method
-from paradiff.parareal import Parareal
+from paradiff.methods import AnyMethod
 from paradiff.pipelines.output import Output, read_output
 from paradiff.pipelines.parallelize import parallelize
 from paradiff.pipelines.report import Report
@@ -47,7 +46,7 @@ class Call:
 
 def call_each(
     pipeline: Any,
-    method: Method | Parareal,
+    method: AnyMethod,
     arguments: Mapping[str, Any],
     seeds: Sequence[int],
     *,

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from paradiff.certificate import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
+from paradiff.collocation import Collocation
 from paradiff.evaluate import Batch
 from paradiff.method import Method
-from paradiff.parareal import Parareal
+from paradiff.methods import AnyMethod
 from paradiff.pipelines.callback import Callback
 from paradiff.pipelines.probe import Increments, probe
 from paradiff.pipelines.refusal import Refusal
@@ -53,7 +54,7 @@ class Drive:
 
     def __init__(
         self,
-        method: Method | Parareal,
+        method: AnyMethod,
         *,
         dtype: torch.dtype = torch.float32,
         callback: Callback | None = None,
@@ -178,7 +179,7 @@ class Drive:
         if not torch.isfinite(output).all():
             raise ValueError("the network's output at the first time is not finite; check its weights, dtype and inputs")
 
-    def _fitted(self, dtype: torch.dtype) -> Method | Parareal:
+    def _fitted(self, dtype: torch.dtype) -> AnyMethod:
         """The method for this call: with a tolerance that a network of that dtype resolves; its first step alone, where a
         window slides freely, as the loop's first pass takes just that."""
         method = self.method
@@ -190,7 +191,7 @@ class Drive:
         changes: dict[str, Any] = {}
         if isinstance(method, Method) and method.blocks is None and method.window != 1:
             changes["warmup"] = min(max(method.warmup, 1), self.table.steps)
-        if dtype in HALF and method.rule == "error":
+        if dtype in HALF and (isinstance(method, Collocation) or method.rule == "error"):
             # rounding moves outputs by eps, and the estimate counts it with the caution of its kind of chain (certificate.py)
             least = (STOCHASTIC_CAUTION if self.table.stochastic else DETERMINISTIC_CAUTION) * torch.finfo(dtype).eps
             if 0 < method.tolerance < least:

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paradiff.method import Method
-from paradiff.methods import parasolver
+from paradiff.methods import AnyMethod, parasolver
 from paradiff.noise import Keyed
-from paradiff.parareal import Parareal
 from paradiff.pipelines.parallelize import Run, parallelize
 from paradiff.pipelines.probe import probe
 from paradiff.pipelines.refusal import Refusal
@@ -72,7 +70,7 @@ class Explanation:
 
 
 def explain(
-    pipeline: Any, method: Method | Parareal | None = None, *, num_inference_steps: int | None = None, **step_options: Any
+    pipeline: Any, method: AnyMethod | None = None, *, num_inference_steps: int | None = None, **step_options: Any
 ) -> Explanation:
     """Says what a parallel run of a pipeline would do: is its scheduler linear, which executor, what is refused, will it pay.
 
@@ -151,7 +149,7 @@ def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str
     return "vector" if read == [] else "lanes"
 
 
-def _tried(table: Table, method: Method | Parareal) -> Solution:
+def _tried(table: Table, method: AnyMethod) -> Solution:
     """The method on a mixture of Gaussians with this chain."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(CLUSTERS, DIMENSION, generator=generator, dtype=torch.float64).clamp(-1, 1)

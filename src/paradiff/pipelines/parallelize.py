@@ -20,9 +20,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from paradiff.method import Method
-from paradiff.methods import parasolver
-from paradiff.parareal import Parareal
+from paradiff.collocation import Collocation
+from paradiff.methods import AnyMethod, parasolver
 from paradiff.pipelines import boundary
 from paradiff.pipelines.callback import Callback
 from paradiff.pipelines.drive import Drive
@@ -39,7 +38,7 @@ Executor = Literal["auto", "vector", "lanes", "sequential"]
 
 def parallelize(
     pipeline: DiffusionPipeline,
-    method: Method | Parareal | None = None,
+    method: AnyMethod | None = None,
     *,
     executor: Executor = "auto",
     max_rows: int | None = None,
@@ -88,7 +87,12 @@ def parallelize(
     for name, value, known in (("executor", executor, get_args(Executor)), ("check", check, get_args(Check))):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-    if method is not None and not isinstance(method, Method | Parareal):
+    if isinstance(method, Collocation) and method.target != "chain":
+        raise ValueError(
+            f"collocation was given target={method.target!r}, whose times lie between those of the pipeline's loop; leave the "
+            "target at 'chain', or sample the network itself with paradiff.sample"
+        )
+    if method is not None and not isinstance(method, AnyMethod):
         raise ValueError(f"method is a {type(method).__name__}; give one of paradiff's, such as paradiff.parasolver(window=16)")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the solver's states were asked for in {dtype}; they are kept in float32 or float64")
@@ -112,7 +116,7 @@ class Run:
     def __init__(
         self,
         pipeline: DiffusionPipeline,
-        method: Method | Parareal,
+        method: AnyMethod,
         executor: Executor,
         max_rows: int | None,
         pad: bool,
