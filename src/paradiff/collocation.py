@@ -14,6 +14,7 @@ from paradiff.table import Table
 Target = Literal["chain", "ode", "sde"]
 STOCHASTIC_NODES, DETERMINISTIC_NODES = 56, 20  # at the default tolerance
 DEFAULT_TOLERANCE = 4e-3
+LEAST_SHARE = 0.75  # of these nodes, at any tolerance: fewer would have to be cut
 DETERMINISTIC_ORDER = 3
 VARIANCE = 0.25  # of data in -1 ... 1
 
@@ -108,7 +109,8 @@ class Collocation:
             if isinstance(self.nodes, str):
                 base = STOCHASTIC_NODES if order == 0 else DETERMINISTIC_NODES
                 power = 2 / 3 if order == 0 else 1 / 3
-                count = max(round(base * (DEFAULT_TOLERANCE / self.tolerance) ** power), order + 1, 8)
+                share = max((DEFAULT_TOLERANCE / self.tolerance) ** power, LEAST_SHARE)
+                count = max(round(base * share), order + 1)
                 count = min(count, table.steps, self.max_nodes or table.steps)
             else:
                 count = self.nodes

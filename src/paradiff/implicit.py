@@ -42,9 +42,14 @@ from paradiff.window import Plan, Window
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
 VERIFY_SECANTS = 1
 ACTIVE = 0.06  # share of the tolerance, over the root of the nodes, that a node may hold back without being evaluated again
+CLOSED = 0.5  # share of the tolerance that the closing sweep may move the sample
+CLOSING = 30.0  # a node that holds back so much less than what makes it active is not asked again at the close
+STRICTER = 4.0
 REST = 0.3  # share of the tolerance that sweeps may leave
 GAPS = 0.3  # share of the tolerance to which gaps are cut when they must be
 LEAST_THETA, MOST_THETA = 0.3, 0.9
+MOST_SWEEPS = 100  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
+MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
 MOST_PARTS = 4  # into which a gap is cut at once
 FAR = 4.0  # factor by which the data's variance may be off
 
@@ -125,6 +130,8 @@ class Implicit:
         self.final = x0
         self.gap_error = self.sweep_error = math.inf
         self.residual = math.inf
+        self._closing: list[int] | None = None  # nodes that the closing sweep still has to evaluate
+        self._mark, self._strictness = x0, 1.0
         self._recurrence, self._settled_shift = ground.recurrence, ground.method.shift != "auto"
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._merged: list[Merged] | None = None  # asked for now
@@ -166,6 +173,7 @@ class Implicit:
         span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
         self._effect = (sparse.reach[-1].abs() * rec.nu[nodes] * span).tolist()
         self._totals: list[float] = []
+        self._closing = None
         self.active = list(range(len(sparse.gaps)))
 
     def _draw_gap(self, gap: Gap) -> tuple[Tensor, Tensor]:
@@ -176,8 +184,10 @@ class Implicit:
         """All states anew, from drives and pairs: equation (1)."""
         base = self._start[:, None, None] * self._x0 + self._share + self._times(self._reach, self._u)
         if self._dx.shape[1]:
-            self._model = Model(self._dx, [(self._reach[:-1], self._dm)])
-            base = base + self._times(self._reach, (self._dm * self._model(base[:-1] - self._y)).sum(1))
+            self._pairs = slice(max(1, min(self._dx.shape[1], MOST_PAIRS // len(self._u))))
+            dx, dm = self._dx[:, self._pairs], self._dm[:, self._pairs]
+            self._model = Model(dx, [(self._reach[:-1], dm)])
+            base = base + self._times(self._reach, (dm * self._model(base[:-1] - self._y)).sum(1))
         self._states, before = base[:-1], self.final
         self.final = base[-1].view(self.shape)
         self._moved = self.ground.step.mean_square((self.final - before)[None])
@@ -234,7 +244,7 @@ class Implicit:
             self._window.absorb(outputs)
             self.change = self._window.change
             return True
-        m = self.ground.table.convert(self.nodes, self._handed.view(-1, *self.shape), outputs).view_as(self._handed)
+        m = self.ground.table.convert(self.nodes, self._handed.view(-1, *self.shape), outputs).reshape(self._handed.shape)
         if self._merged is not None:
             return self._absorb_merged(m)
         at, y = self._at, self._handed
@@ -247,7 +257,8 @@ class Implicit:
         clean = (
             m[-1] * self.ground.table.q[self.nodes[-1]].item() + y[-1] * self.ground.table.p[self.nodes[-1]].item()
         ).square()
-        self.change = torch.cat([away, self._moved, clean.mean()[None], finite.prod()[None]])
+        since = self.ground.step.mean_square((self.final - self._mark)[None])
+        self.change = torch.cat([away, self._moved, since, clean.mean()[None], finite.prod()[None]])
         return True
 
     def _observe(self, at: Tensor, y: Tensor, u: Tensor) -> None:
@@ -296,7 +307,7 @@ class Implicit:
                 self._merged = None
                 self._judge(change, groups)
             return self._visit(round, visited, 0.0)
-        *away, total, clean, finite = change
+        *away, total, since, clean, finite = change
         if not finite or not all(map(math.isfinite, (*away, total))):
             raise ValueError(
                 f"sample {self.sample} is not finite after round {round} (times {float(self.ground.table.t[visited[0]]):g} "
@@ -307,7 +318,7 @@ class Implicit:
         total = math.sqrt(total)
         self._totals.append(total)
         method = self.ground.method
-        limit = ACTIVE * method.tolerance / math.sqrt(len(away))
+        limit = self._strictness * ACTIVE * method.tolerance / math.sqrt(len(away))
         effects = [e * math.sqrt(v) for e, v in zip(self._effect, away, strict=True)]
         unseen = [n for n, known in enumerate(self._known) if not known]
         self.active = [n for n, e in enumerate(effects) if not self._known[n] or e > limit]
@@ -316,13 +327,39 @@ class Implicit:
             theta = min(max(total / self._totals[-2], LEAST_THETA), MOST_THETA)
         self.sweep_error = total * theta / (1 - theta)
         self.residual = max(map(math.sqrt, away))
-        if not unseen and self._shift_wanted(clean):
+        if len(self._totals) > MOST_SWEEPS * (1 + len(away) // (method.window or len(away))):
+            self._finish()  # the certificate says that it did not come to rest
+        elif self._closing is not None:
+            self._close(math.sqrt(since))
+        elif unseen:
+            pass
+        elif self._shift_wanted(clean):
             self._reshift(clean)
-        elif not unseen and (self.sweep_error <= REST * method.tolerance or not self.active):
-            self._rest()
-        elif not self.active:
-            self.active = [max(range(len(effects)), key=effects.__getitem__)]
+        elif not self.active or (self.sweep_error <= REST * method.tolerance and set(self.active) <= set(self._chosen)):
+            self._closing = [n for n, e in enumerate(effects) if e > limit / CLOSING]
+            self._mark = self.final
+            if self._closing:
+                self.active = self._closing
+            else:
+                self._rest()
         return self._visit(round, visited, total)
+
+    def _close(self, moved: float) -> None:
+        """Goes on with the closing sweep, which evaluates once more what was held back, however little it seemed to matter: a
+        sample about to decide what it will be tells more of it than any estimate knows. If it moved, sweeps go on, and hold
+        back less."""
+        assert self._closing is not None
+        self._closing = [n for n in self._closing if n not in self._chosen]
+        if self._closing:
+            self.active = self._closing
+            return
+        self._closing = None
+        self.sweep_error = moved
+        if moved <= CLOSED * self.ground.method.tolerance:
+            self._rest()
+        else:
+            self._strictness /= STRICTER
+            self.active = self.active or self._chosen
 
     def _visit(self, round: int, visited: list[int], total: float) -> Visit:
         count = len(self.sparse.gaps)
@@ -338,6 +375,10 @@ class Implicit:
             if not self._merged:
                 self._merged, self.gap_error = None, 0.0
                 self._finish()
+            return
+        if all(gap.right - gap.left == 1 for gap in self.sparse.gaps):
+            self.gap_error = 0.0
+            self._finish()
             return
         gone, weights = left_out(self.sparse)
         if not gone:
@@ -390,9 +431,9 @@ class Implicit:
         """`[J]` mean square effect on the sample of each of J defects `[J, b, d]`, which reach the states by `[M+1, J]`."""
         effects = reach[-1][:, None, None] * defects
         if self._dx.shape[1]:
-            onto = torch.einsum("nkbd,jbd->bnkj", self._dx, defects) * reach[:-1, None]
+            onto = torch.einsum("nkbd,jbd->bnkj", self._dx[:, self._pairs], defects) * reach[:-1, None]
             y = self._model.solve(onto)
-            effects = effects + torch.einsum("n,nkbd,bnkj->jbd", self._reach[-1], self._dm, y)
+            effects = effects + torch.einsum("n,nkbd,bnkj->jbd", self._reach[-1], self._dm[:, self._pairs], y)
         return self.ground.step.mean_square(effects.view(-1, *self.shape))
 
     def _judge(self, effects: list[float], groups: list[tuple[int, ...]]) -> None:
@@ -429,7 +470,9 @@ class Implicit:
             left = math.sqrt(sum((e / n**1.5) ** 2 for e, n in zip(shares, parts, strict=True)))
             low, high = (level, high) if left <= wanted else (low, level)
         level = low if low > 0 else high
-        while True:
+        if math.isinf(max(shares)):
+            shares, level = [1.0 if math.isinf(e) else e for e in shares], 0.2
+        while level <= max(shares) * 1.01:
             cuts = [1] * len(self.sparse.gaps)
             for share, group in zip(shares, groups, strict=True):
                 for n in group:
@@ -441,7 +484,8 @@ class Implicit:
             ]
             if len(edges) <= self.ground.most_nodes:
                 return [*edges, self.ground.table.steps]
-            level *= 1.1
+            level *= 1.3
+        return self.sparse.edges
 
     def _regrid(self, new: Sparse) -> None:
         """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
