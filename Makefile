@@ -29,6 +29,8 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/srds.py --json benchmarks/results/srds.json
 	$(BIN)/python benchmarks/polylog.py --json benchmarks/results/polylog.json
 	$(BIN)/python benchmarks/corrector.py --json benchmarks/results/corrector.json
+	$(BIN)/python benchmarks/pipelines.py --json benchmarks/results/pipelines.json
+	$(BIN)/python benchmarks/sparse.py --json benchmarks/results/sparse.json
 
 clean:
 	rm -rf .venv demo

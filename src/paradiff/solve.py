@@ -177,8 +177,8 @@ def _status(method: AnyMethod, plan: Plan | Course | Ground, certificates: list[
         worst = max(c.estimated_error for c in certificates)
         if worst > method.tolerance:
             return (
-                f"stopped: an estimated error of {worst:.2g} was reached with the most nodes that a sample may have, where "
-                f"{method.tolerance:g} was asked for"
+                f"stopped: an estimated error of {worst:.2g} was reached, where {method.tolerance:g} was asked for; give more "
+                "nodes (max_nodes), or let the window loop go on (exact=True)"
             )
         return f"converged: {RULES['error'].format(method.tolerance)}"
     if isinstance(method, Method):
