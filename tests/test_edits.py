@@ -140,7 +140,7 @@ def test_settled_states_come_in_order_and_once() -> None:
     for _, x in seen[:-1]:
         batch = one.send(model(batch.x, batch.t))
         torch.testing.assert_close(batch.x[0] / table.scale[batch.nodes[0]], x, rtol=1e-10, atol=1e-10)
-    with pytest.raises(ValueError, match="srds keeps the states at block edges only"):
+    with pytest.raises(ValueError, match="srds keeps the states of a few nodes only"):
         next(solve(table, noise, srds(4), settled=lambda first, states: None))
 
 

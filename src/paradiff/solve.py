@@ -159,7 +159,7 @@ def _prepare(
     starts = [None if start is None else start[k] for k in range(noise.samples)]
     if settled is not None and not isinstance(method, Method):
         raise ValueError(
-            f"{method.name} keeps the states at a few nodes only, and cannot tell those of every node; use parasolver"
+            f"{method.name} keeps the states of a few nodes only, and cannot tell those of every node; use parasolver"
         )
     if isinstance(method, Collocation):
         ground = Ground(table, method, device, dtype, members, resolution)
