@@ -311,8 +311,8 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
     assert max(v.of for v in visits) <= 14
     assert found.estimated_error > 1e-3
     assert found.status == (
-        f"stopped: an estimated error of {found.estimated_error:.2g} was reached with the most nodes that a sample may have, "
-        "where 0.001 was asked for"
+        f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.001 was asked for; give more nodes "
+        "(max_nodes), or let the window loop go on (exact=True)"
     )
 
 
@@ -487,5 +487,5 @@ def test_edited_states_are_refused() -> None:
 
 
 def test_the_states_of_every_node_are_not_to_be_had() -> None:
-    with pytest.raises(ValueError, match=r"collocation keeps the states at a few nodes only"):
+    with pytest.raises(ValueError, match=r"collocation keeps the states of a few nodes only"):
         next(solve(TABLES["ddim"](40), Keyed((2,)), collocation(), settled=lambda x, n: None))

@@ -12,7 +12,7 @@ from tiny.case import quiet, tensor
 from torch import Tensor
 
 import paradiff
-from paradiff import Method, parallelize, parasolver, quasi_newton
+from paradiff import Collocation, Method, collocation, parallelize, parasolver, quasi_newton
 from paradiff.pipelines import Report
 
 MODELS = Path(paradiff.__file__).parent / "models"
@@ -46,7 +46,7 @@ def digits(kind: Any, scheduler: Any, **options: Any) -> Any:
     return pipe
 
 
-def both(pipe: Any, method: Method, seed: int, **call: Any) -> tuple[Tensor, Tensor, Report]:
+def both(pipe: Any, method: Method | Collocation, seed: int, **call: Any) -> tuple[Tensor, Tensor, Report]:
     """The samples of the plain and of the parallel call, and the latter's report."""
 
     def sampled() -> Tensor:
@@ -102,3 +102,30 @@ def test_a_limit_on_the_clean_data_is_followed(kind: Any, scheduler: Any, method
     free = digits(kind, scheduler, clip_sample=False)
     unlimited = tensor(free(**call, generator=torch.Generator().manual_seed(seed))[0])
     assert error(unlimited, plain) > 4e-3  # the limit is met, so that it would be missed
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sparse_nodes_follow_a_long_guided_chain(shapes: Any, seed: int) -> None:
+    call: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 200, "guidance_scale": 4.0, "output_type": "latent"}
+    plain, found, report = both(shapes, collocation(window=16), seed, **call)
+    assert report.executor == "vector"
+    assert report.rounds <= 60
+    assert report.certificate is not None
+    assert 0 < report.certificate.gap_error <= report.certificate.estimated_error <= 4e-3
+    assert error(found, plain) < 1e-2 * float(plain.std())
+    assert report.warnings == []
+
+
+@pytest.mark.parametrize("seed", [0, 2])  # others run along a decision, and take many times as many
+def test_sparse_nodes_take_fewer_rows_than_a_long_stochastic_chain_has_steps(seed: int) -> None:
+    pipe = digits(diffusers.DDPMPipeline, diffusers.DDPMScheduler)
+    plain, found, report = both(pipe, collocation(window=16), seed, num_inference_steps=500, output_type="np")
+    assert report.executor == "vector"
+    assert report.rounds <= 40
+    assert report.rows < 500
+    assert error(found, plain) < 4e-3  # of pixels in 0 ... 1
+
+
+def test_sparse_nodes_between_a_loops_times_are_refused(shapes: Any) -> None:
+    with pytest.raises(ValueError, match="whose times lie between those of the pipeline's loop"):
+        parallelize(shapes, collocation(target="ode"))
