@@ -19,7 +19,7 @@ On a stochastic chain the states of a gap scatter about their trend with the noi
 is the drive's average, weighted as in (3); to first order that is the drive at the averaged state. In the coordinate
 s = alpha x/sigma^2 a fluctuation of the state changes D by the posterior covariance times it, so the average is taken there:
 
-    s = sum_i w[i] s[i],      w proportional to the weights of (3),                                               (4)
+    s = sum_i w[i] s[i],      w proportional to nu times those of (3),                                             (4)
 
 with D held fixed inside the gap. The averaged state is a noisy datum like any other, but it has less noise than the states it
 averages: its variance of noise N, in units where a state of the chain has alpha^2/sigma^2 of both, is that of an earlier node.

@@ -328,7 +328,8 @@ class Implicit:
         self.sweep_error = total * theta / (1 - theta)
         self.residual = max(map(math.sqrt, away))
         if len(self._totals) > MOST_SWEEPS * (1 + len(away) // (method.window or len(away))):
-            self._finish()  # the certificate says that it did not come to rest
+            self.sweep_error = math.inf  # it did not come to rest
+            self._finish()
         elif self._closing is not None:
             self._close(math.sqrt(since))
         elif unseen:

@@ -49,7 +49,7 @@ class Sparse:
         interpolation: `[N, M]` weights of the drives u[k] in the drive at each fine node.
 
     Raises:
-        ValueError: If edges are out of range, not increasing, or too few for the order.
+        ValueError: If the edges are too few for the order.
     """
 
     def __init__(self, recurrence: Recurrence, edges: Sequence[int], order: int) -> None:
