@@ -277,12 +277,13 @@ class Implicit:
 
     def _fill(self) -> None:
         """Nodes of which nothing is known yet get the drive of the last one before them that was evaluated."""
-        unknown = [n for n, guessed in enumerate(self._guessed) if not guessed]
+        unknown, source, last = [], [], self._chosen[0]
+        for n, (known, guessed) in enumerate(zip(self._known, self._guessed, strict=True)):
+            last = n if known else last
+            if not guessed:
+                unknown.append(n)
+                source.append(last)
         if unknown:
-            source = []
-            for n in unknown:
-                before = [k for k in range(n) if self._known[k]]
-                source.append(before[-1] if before else self._chosen[0])
             self._u[unknown] = self._u[source]
             self._y[unknown] = self._states[unknown]
 
