@@ -80,8 +80,9 @@ class Ground:
             coarse = table
             table = coarse.derived(("continuum", kind), lambda: continuum(coarse, kind))
         self.table, self.method, self.device, self.dtype, self.members = table, method, device, dtype, members
+        work = dtype if device.type == "mps" else torch.float64  # a step with nearly parallel pairs loses digits
         self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
-        self.step = Step(table, device, dtype, members)
+        self.step = Step(table, device, work, members)
         self.t, self.move = self.step.t, self.step.move
         self.order = method.degree(table)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
@@ -113,7 +114,6 @@ class Implicit:
         sample: The sample.
         change: What `slide` wants to know of the last round, on the device: mean squares.
         done: Whether the sample is found.
-        final: The sample as far as it is known.
         gap_error: Estimated root mean square error from interpolation; infinite before it was estimated.
         sweep_error: That from sweeps not made.
         rounds: Rounds in which the sample took part.
@@ -127,7 +127,7 @@ class Implicit:
         self._x0 = x0.reshape(x0.shape[0], -1) if ground.members and x0.ndim > 1 else x0.reshape(1, -1)
         self.rounds = self.evaluations = 0
         self.done = False
-        self.final = x0
+        self._final = x0
         self.gap_error = self.sweep_error = math.inf
         self.residual = math.inf
         self._closing: list[int] | None = None  # nodes that the closing sweep still has to evaluate
@@ -188,15 +188,20 @@ class Implicit:
             dx, dm = self._dx[:, self._pairs], self._dm[:, self._pairs]
             self._model = Model(dx, [(self._reach[:-1], dm)])
             base = base + self._times(self._reach, (dm * self._model(base[:-1] - self._y)).sum(1))
-        self._states, before = base[:-1], self.final
-        self.final = base[-1].view(self.shape)
-        self._moved = self.ground.step.mean_square((self.final - before)[None])
+        self._states, before = base[:-1], self._final
+        self._final = base[-1].view(self.shape)
+        self._moved = self.ground.step.mean_square((self._final - before)[None])
 
     @staticmethod
     def _times(matrix: Tensor, values: Tensor) -> Tensor:
         return (matrix @ values.flatten(1)).view(-1, *values.shape[1:])
 
     # -- the solver's protocol ----------------------------------------------------------------------------------------
+
+    @property
+    def final(self) -> Tensor:
+        """The sample as far as it is known."""
+        return self._final.to(self.ground.dtype) if self._window is None else self._window.final
 
     @property
     def certificate(self) -> Certificate:
@@ -215,13 +220,14 @@ class Implicit:
         if self._merged is not None:
             self._asked = self._merged[len(self._found) :][: ground.method.window]
             self.nodes = torch.tensor([m.gap.node for m in self._asked])
-            self._handed = torch.stack([self._merged_state(m) for m in self._asked])
+            states = torch.stack([self._merged_state(m) for m in self._asked])
         else:
             self._chosen = self.active[: ground.method.window]
             self._at = torch.tensor(self._chosen, device=ground.device)
             self.nodes = self.sparse.nodes[self._chosen]
-            self._handed = self._states[self._at]
-        return self.nodes, ground.step.seen(self.nodes.to(ground.device), self._handed.view(-1, *self.shape))
+            states = self._states[self._at]
+        self._handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
+        return self.nodes, ground.step.seen(self.nodes.to(ground.device), self._handed.view(-1, *self.shape)).to(ground.dtype)
 
     def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
         """Takes the outputs of the rows last asked for; whether `change` is new.
@@ -244,6 +250,7 @@ class Implicit:
             self._window.absorb(outputs)
             self.change = self._window.change
             return True
+        outputs = outputs.to(self._handed.dtype)
         m = self.ground.table.convert(self.nodes, self._handed.view(-1, *self.shape), outputs).reshape(self._handed.shape)
         if self._merged is not None:
             return self._absorb_merged(m)
@@ -257,7 +264,7 @@ class Implicit:
         clean = (
             m[-1] * self.ground.table.q[self.nodes[-1]].item() + y[-1] * self.ground.table.p[self.nodes[-1]].item()
         ).square()
-        since = self.ground.step.mean_square((self.final - self._mark)[None])
+        since = self.ground.step.mean_square((self._final - self._mark)[None])
         self.change = torch.cat([away, self._moved, since, clean.mean()[None], finite.prod()[None]])
         return True
 
@@ -299,7 +306,7 @@ class Implicit:
         """
         if self._window is not None:
             sweep = self._window.slide(change, round)
-            self.done, self.final = self._window.done, self._window.final
+            self.done = self._window.done
             return dataclasses.replace(sweep, passed=int(self.done))
         visited = self.nodes.tolist()
         if self._merged is not None:
@@ -339,7 +346,7 @@ class Implicit:
             self._reshift(clean)
         elif not self.active or (self.sweep_error <= REST * method.tolerance and set(self.active) <= set(self._chosen)):
             self._closing = [n for n, e in enumerate(effects) if e > limit / CLOSING]
-            self._mark = self.final
+            self._mark = self._final
             if self._closing:
                 self.active = self._closing
             else:
@@ -448,10 +455,10 @@ class Implicit:
         tolerance = self.ground.method.tolerance
         shares = [CAUTION * math.sqrt(e) / REDUCTION[self.sparse.averaged] for e in effects]
         if self._rested is not None:
-            moved = math.sqrt(float(self.ground.step.mean_square((self.final - self._rested)[None])))
+            moved = math.sqrt(float(self.ground.step.mean_square((self._final - self._rested)[None])))
             self._amplified = max(self._amplified, moved / self.gap_error)
         shares = [self._amplified * e for e in shares]
-        self._rested = self.final
+        self._rested = self._final
         self.gap_error = math.sqrt(sum(e * e for e in shares))
         if math.hypot(self.gap_error, self.sweep_error) <= tolerance:
             self._finish()
@@ -544,7 +551,7 @@ class Implicit:
         states = self._at_edges().view(len(self.sparse.gaps), -1, *self.shape)
         drives = self._u.view(-1, *self.shape)
         guide = Trajectory(self.sparse, drives, states, self.noise, self.sample, self.ground.move)
-        x0 = self._x0.view(self.shape)
+        x0 = self._x0.view(self.shape).to(self.ground.dtype)
         self._window = Window(self.ground.verify, self.noise, self.sample, x0, guide=guide)
 
 

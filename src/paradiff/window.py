@@ -441,7 +441,7 @@ class Window:
         """Appends the states after some steps, by the linear recurrence x' = sum_j A_j x_j + B D + c z."""
         plan, count, known = self.plan, steps.stop - steps.start, len(self.x) - 1
         if self.guide is not None:
-            states, outputs = self.guide(steps)
+            states, outputs = (v.to(self.x) for v in self.guide(steps))
             self.x = torch.cat([self.x, states])
             if plan.history:
                 self.m = torch.cat([self.m, outputs])
