@@ -137,7 +137,8 @@ def test_on_gaussian_data_of_the_shifts_variance_few_nodes_give_the_chains_sampl
     found = run(table, data, collocation(8, shift=variance), noise)
     assert (found.sample - wanted_of(name, table, data, noise)).abs().max() < 1e-5
     assert found.evaluations <= 2 * 25
-    assert found.estimated_error < 1e-5
+    assert max(c.gap_error for c in found.certificates) < 1e-5
+    assert found.estimated_error < 4e-4  # a bound of what the nodes hold back
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "heun"])
@@ -295,7 +296,7 @@ def test_a_tighter_tolerance_costs_more_and_errs_less_and_the_estimate_is_of_the
         for c in found.certificates:
             assert c.estimated_error <= tolerance
             assert c.estimated_error == pytest.approx(math.hypot(c.gap_error, c.sweep_error))
-            assert 0 < c.gap_error < tolerance
+            assert 0 <= c.gap_error < tolerance
             assert c.sweep_error < tolerance
     assert costs == sorted(set(costs))
     assert errors[2] < errors[0] / 2

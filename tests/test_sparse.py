@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Table, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
-from paradiff.defect import left_out, merged
+from paradiff.defect import Doubled, directions, left_out
 from paradiff.gap import Recurrence
-from paradiff.sparse import Sparse, draw
+from paradiff.sparse import Sparse, draw, spread
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 40),
@@ -128,17 +128,44 @@ def test_a_gaps_noise_does_not_depend_on_what_was_drawn_before() -> None:
     assert not torch.equal(before[0], other[0])
 
 
-def test_merged_gaps_weigh_drives_as_the_chain_does() -> None:
+def test_gaps_of_twice_the_length_weigh_drives_as_the_chain_does() -> None:
     table, sparse = TABLES["ddpm"], sparse_of("ddpm", 0)
-    pairs = merged(sparse)
-    assert [p.first for p in pairs] == [0, 2, 4, 6]
-    for pair in pairs:
-        left, right = sparse.gaps[pair.first], sparse.gaps[pair.first + 1]
-        assert (pair.gap.left, pair.gap.right) == (left.left, right.right)
+    doubled = Doubled(sparse)
+    assert doubled.first == [0, 2, 4, 6]
+    for j, n in enumerate(doubled.first):
+        assert (doubled.gaps[j].left, doubled.gaps[j].right) == (sparse.gaps[n].left, sparse.gaps[n + 1].right)
         # A drive that is the same in both gaps leaves no defect.
-        assert sum(pair.weights) == pytest.approx(pair.weight, rel=1e-10)
-    everywhere = Sparse(Recurrence(table, VARIANCE), list(range(table.steps + 1)), 0)
-    assert merged(everywhere) == []
+        assert float(doubled.weights[j].sum()) == pytest.approx(float(doubled.weight[j]), rel=1e-10)
+    assert Doubled(Sparse(Recurrence(table, VARIANCE), list(range(table.steps + 1)), 0)).first == []
+
+
+def test_the_averaged_states_of_doubled_gaps_are_those_of_the_coarser_table() -> None:
+    sparse, noise = sparse_of("ddpm", 0), Keyed((3,), 4)
+    doubled = Doubled(sparse)
+    left = [gap.left for gap in doubled.gaps]
+    coarse = Sparse(sparse.recurrence, [*left, TABLES["ddpm"].steps], 0)
+    assert coarse.nodes.tolist() == doubled.nodes.tolist()
+    generator = torch.Generator().manual_seed(1)
+    x0, drives = noise.start(0).double(), torch.randn(4, 3, generator=generator, dtype=torch.float64)
+
+    def states(table: Sparse, drives: Tensor) -> Tensor:
+        return table.start[:, None] * x0 + table.reach @ drives + table.noises([draw(gap, noise, 0) for gap in table.gaps])
+
+    # With the same drive in both halves of every gap the two tables are one chain.
+    fine = drives.repeat_interleave(2, 0)
+    share = doubled.own(noise, 0) + spread(doubled.spread, [draw(gap, noise, 0) for gap in sparse.gaps])
+    found = doubled.start[:, None] * x0 + doubled.reach @ fine + share
+    torch.testing.assert_close(found, states(coarse, drives)[:-1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(states(sparse, fine)[-1], states(coarse, drives)[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_defect_is_carried_in_its_neighbours_directions_at_its_own_size() -> None:
+    defects = torch.eye(6, dtype=torch.float64)[:, None] * torch.arange(1.0, 7.0, dtype=torch.float64)[:, None, None]
+    several = directions(defects)
+    assert torch.equal(several[2], defects)
+    for found in several:
+        torch.testing.assert_close(found.norm(dim=2), defects.norm(dim=2))
+    assert several[3][2].argmax() == 3
 
 
 @pytest.mark.parametrize("order", [1, 3])

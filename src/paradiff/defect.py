@@ -3,8 +3,7 @@
 The drives found are compared with those of a coarser interpolation, made of the same nodes:
 
 - order 0: two neighbouring gaps make one gap of twice the length, with an averaged state of its own. The network is asked
-  there, in one further round of half as many rows as there are gaps. What the one gap makes of its drive is compared with
-  what the two make of theirs.
+  there: half as many rows as there are gaps. What the one gap makes of its drive is compared with what the two make of theirs.
 - order q >= 1: every second node is left out, and its drive is compared with what the others interpolate there. No further
   evaluation.
 
@@ -16,52 +15,69 @@ length leaves out less by
     2 sqrt(2) for order 0: a gap's own defect is of second order in its noise;      2 for orders from 1,             (1)
 
 where a smooth drive would allow 2^(q+1), but trained networks are not smooth in time at the scale of 20 nodes.
+
+A defect of order 0 is random, and what grows of it is its part along one or two directions: a single number, which is small
+by chance as often as not. So each is carried in the directions of its neighbours' defects too, and the mean square is taken.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from paradiff.gap import Gap
-from paradiff.sparse import Sparse
+from paradiff.noise import Noise
+from paradiff.sparse import Sparse, draw
 
 REDUCTION = {True: 2 * 2**0.5, False: 2.0}  # equation (1), by whether states are averaged
 CAUTION = 1.5
+NEIGHBOURS = 2  # on either side, whose directions a defect is carried in
 
 
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """Two neighbouring gaps of a sparse table of order 0 as one.
+class Doubled:
+    """Neighbouring gaps of a sparse table of order 0 two by two, as J gaps of twice the length: from the first on, and without
+    those of single steps, which leave nothing out.
+
+    Args:
+        sparse: The sparse table, with M gaps.
 
     Attributes:
-        first: Number of the first of the two gaps.
-        gap: The one gap.
-        weight: Of its drive, in the state at its end.
-        weights: Of the two drives there.
+        first: Number of the first of each two gaps.
+        gaps: The gaps of twice the length.
+        nodes: `[J]` fine nodes at whose times the network is asked.
+        start: `[J]` f of equation (1) of sparse.py for their averaged states.
+        reach: `[J, M]` their R.
+        spread: `[J, M, P]` their weights of what is added at each gap's end.
+        weight: `[J]` of a gap's own drive in the state at its end.
+        weights: `[J, M]` of the drives of the two.
+        effect: `[M+1, J]` weights of the defects in the states.
     """
 
-    first: int
-    gap: Gap
-    weight: float
-    weights: tuple[float, float]
+    def __init__(self, sparse: Sparse) -> None:
+        self.first, n = list[int](), 0
+        while n + 1 < len(sparse.gaps):
+            single = sparse.gaps[n + 1].right - sparse.gaps[n].left == 2
+            if not single:
+                self.first.append(n)
+            n += 1 if single else 2
+        pairs = [(n, sparse.gaps[n], sparse.gaps[n + 1]) for n in self.first]
+        self.gaps: list[Gap] = [sparse.recurrence.gap(left.left, right.right) for _, left, right in pairs]
+        self.nodes = torch.tensor([gap.node for gap in self.gaps], dtype=torch.int64)
+        count, band = len(sparse.gaps), sparse.recurrence.table.band
+        self.start = torch.zeros(len(pairs), dtype=torch.float64)
+        self.reach, self.weights = (torch.zeros(len(pairs), count, dtype=torch.float64) for _ in range(2))
+        self.spread = torch.zeros(len(pairs), count, band, dtype=torch.float64)
+        self.weight = torch.tensor([float(gap.drive[0].sum()) for gap in self.gaps], dtype=torch.float64)
+        for j, ((n, left, right), gap) in enumerate(zip(pairs, self.gaps, strict=True)):
+            self.weights[j, n] = (right.carry[0] * left.drive.sum(1)).sum()
+            self.weights[j, n + 1] = right.drive[0].sum()
+            self.start[j], self.reach[j], self.spread[j] = sparse.carried(gap, n)
+            self.reach[j] += gap.state_drive * self.weights[j] / self.weights[j].sum()
+        self.effect = sparse.spread[:, [n + 1 for n in self.first], 0]
 
-
-def merged(sparse: Sparse) -> list[Merged]:
-    """Neighbouring gaps two by two, from the first; those of single steps, which leave nothing out, stay alone."""
-    found, n = [], 0
-    while n + 1 < len(sparse.gaps):
-        left, right = sparse.gaps[n], sparse.gaps[n + 1]
-        if right.right - left.left == 2:
-            n += 1
-            continue
-        gap = sparse.recurrence.gap(left.left, right.right)
-        carried = float((right.carry[0] * left.drive.sum(1)).sum())
-        found.append(Merged(n, gap, float(gap.drive[0].sum()), (carried, float(right.drive[0].sum()))))
-        n += 2
-    return found
+    def own(self, noise: Noise, sample: int) -> Tensor:
+        """`[J, ...]` a sample's own noises in the averaged states."""
+        return torch.stack([draw(gap, noise, sample)[1] for gap in self.gaps])
 
 
 def left_out(sparse: Sparse) -> tuple[list[int], Tensor]:
@@ -76,3 +92,13 @@ def left_out(sparse: Sparse) -> tuple[list[int], Tensor]:
     weights[:, kept] = -coarse.interpolation[sparse.nodes[gone]]
     weights[torch.arange(len(gone)), gone] = 1
     return gone, weights
+
+
+def directions(defects: Tensor) -> list[Tensor]:
+    """Defects `[J, b, d]`, and as many others of the same size in the directions of their neighbours'."""
+    count, size = len(defects), defects.square().sum(2, keepdim=True).sqrt()
+    found = []
+    for step in range(-NEIGHBOURS, NEIGHBOURS + 1):
+        at = (torch.arange(count, device=defects.device) + step).clamp(0, count - 1)
+        found.append(defects[at] * torch.where(size[at] > 0, size / size[at].clamp(min=1e-300), 0.0))
+    return found

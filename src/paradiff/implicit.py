@@ -10,9 +10,15 @@ equation (1) of sparse.py,
 with the pairs DX, DU of earlier rounds as a model of the drive's derivative (secant.py). What the pairs do not know is small
 already, since the drive is what answers least to the state (gap.py).
 
-When a sample has come to rest, its interpolation error is estimated (defect.py). If both errors together exceed the tolerance,
-the gaps that matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on. Memory
-is O(nodes) states.
+What a node **holds back** is the most that its drive can have changed since it was evaluated: its state's change, times the
+range that the derivative of a clean-data estimate has. It is carried to the sample by equation (1), pairs included. Where the
+sample is about to decide what it will be, the pairs know, and a change that the chain's linear part would forget is seen to
+grow. When what all nodes hold back is small enough, the sample is at rest.
+
+Then its interpolation error is estimated (defect.py), with the same propagation. If both errors together exceed the tolerance,
+the gaps that matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on. A sample
+that would need a good part of the chain's own nodes is handed to the window loop, which goes on from what was found. Memory is
+O(nodes) states.
 """
 
 from __future__ import annotations
@@ -24,87 +30,26 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from paradiff.collocation import VARIANCE, Collocation, placement_on
-from paradiff.continuum import continuum
-from paradiff.defect import CAUTION, REDUCTION, Merged, left_out, merged
-from paradiff.gap import Gap, Recurrence
-from paradiff.method import Method
+from paradiff.defect import CAUTION, REDUCTION, Doubled, directions, left_out
+from paradiff.ground import Ground
 from paradiff.noise import Noise
-from paradiff.secant import Model
-from paradiff.slope import shifted
+from paradiff.response import Response
 from paradiff.solution import Certificate, Sweep, Visit
-from paradiff.sparse import Sparse, draw
-from paradiff.step import Step
-from paradiff.table import Table
+from paradiff.sparse import Sparse, draw, spread
 from paradiff.trajectory import Trajectory
-from paradiff.window import Plan, Window
+from paradiff.window import Window
 
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
-VERIFY_SECANTS = 1
-ACTIVE = 0.06  # share of the tolerance, over the root of the nodes, that a node may hold back without being evaluated again
-CLOSED = 0.5  # share of the tolerance that the closing sweep may move the sample
-CLOSING = 30.0  # a node that holds back so much less than what makes it active is not asked again at the close
-STRICTER = 4.0
+SWEEPS = 5.0  # times what nodes hold back, in squares, that the sample may move
 REST = 0.3  # share of the tolerance that sweeps may leave
 GAPS = 0.3  # share of the tolerance to which gaps are cut when they must be
-LEAST_THETA, MOST_THETA = 0.3, 0.9
-MOST_SWEEPS = 100  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
+HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes, by whether states are averaged: a sample that needs more is
+# the window loop's
+MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
+NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
+MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
 MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
-MOST_PARTS = 4  # into which a gap is cut at once
 FAR = 4.0  # factor by which the data's variance may be off
-
-
-class Ground:
-    """What all samples of a run share.
-
-    Args:
-        table: The sampler.
-        method: The method.
-        device: Where states live.
-        dtype: Their dtype.
-        members: Whether a state is a batch of members (solve.py).
-        resolution: Relative precision of the network's outputs.
-    """
-
-    def __init__(
-        self,
-        table: Table,
-        method: Collocation,
-        device: torch.device,
-        dtype: torch.dtype,
-        members: bool = False,
-        resolution: float | None = None,
-    ) -> None:
-        if method.target != "chain":
-            kind = method.target
-            coarse = table
-            table = coarse.derived(("continuum", kind), lambda: continuum(coarse, kind))
-        self.table, self.method, self.device, self.dtype, self.members = table, method, device, dtype, members
-        work = dtype if device.type == "mps" else torch.float64  # a step with nearly parallel pairs loses digits
-        self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
-        self.step = Step(table, device, work, members)
-        self.t, self.move = self.step.t, self.step.move
-        self.order = method.degree(table)
-        self.most_nodes = min(method.max_nodes or table.steps, table.steps)
-        self.recurrence = self.recurrence_of(VARIANCE if method.shift == "auto" else float(method.shift))
-        self.verify = None
-        if method.exact:
-            slope = shifted(self.recurrence.variance)
-            loop = Method("collocation", slope, method.window, tolerance=method.tolerance, secants=VERIFY_SECANTS)
-            self.verify = Plan(table, loop, device, dtype, members, resolution)
-        self.placement = placement_on(table)
-        self.edges = method.edges(table)
-
-    def recurrence_of(self, variance: float) -> Recurrence:
-        """The fine chain's recurrence with a data variance; made once for a table."""
-        return self.table.derived(("recurrence", variance), lambda: Recurrence(self.table, variance))
-
-    def sparse(self, recurrence: Recurrence, edges: list[int]) -> Sparse:
-        """The sparse table with such edges; those to begin with are made once for a table."""
-        if edges != self.edges:
-            return Sparse(recurrence, edges, self.order)
-        key = ("sparse", recurrence.variance, self.order, tuple(edges))
-        return self.table.derived(key, lambda: Sparse(recurrence, edges, self.order))
 
 
 class Implicit:
@@ -128,22 +73,19 @@ class Implicit:
         self.rounds = self.evaluations = 0
         self.done = False
         self._final = x0
-        self.gap_error = self.sweep_error = math.inf
-        self.residual = math.inf
-        self._closing: list[int] | None = None  # nodes that the closing sweep still has to evaluate
-        self._mark, self._strictness = x0, 1.0
+        self.gap_error = self.sweep_error = self.residual = math.inf
         self._recurrence, self._settled_shift = ground.recurrence, ground.method.shift != "auto"
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._merged: list[Merged] | None = None  # asked for now
-        self._window: Window | None = None  # verifies
+        self._window: Window | None = None
+        self._first: Response | None = None  # at the first rest
         self._rested: Tensor | None = None
-        self._amplified = 1.0
+        self._amplified = self._growth = 1.0
         self._begin(ground.sparse(ground.recurrence, ground.edges))
         count = len(self.sparse.gaps)
         self._u = self._x0.new_zeros(count, *self._x0.shape)
         self._y = self._u.clone()
         self._dx = self._x0.new_zeros(count, ground.method.secants, *self._x0.shape)
-        self._dm = self._dx.clone()
+        self._du = self._dx.clone()
         self._known, self._guessed = [False] * count, [False] * count
         self._solve()
 
@@ -155,46 +97,50 @@ class Implicit:
         self.sparse = sparse
         nodes = sparse.nodes
         self._reach, self._start = ground.move(sparse.reach), ground.move(sparse.start)
-        of_state, of_output = rec.nu * (table.p - rec.g), rec.nu * table.q
-        self._of_state, self._of_output = (ground.move(v[nodes])[:, None, None] for v in (of_state, of_output))
+        self._of_state, self._of_output = self._in_drive(sparse, nodes)
         if table.stochastic:
-            kept = self._drawn
-            self._drawn = {}
+            kept, self._drawn = self._drawn, {}
             for gap in sparse.gaps:
                 place = (gap.left, gap.right)
-                self._drawn[place] = kept[place] if place in kept else self._draw_gap(gap)
-            drawn = [self._drawn[gap.left, gap.right] for gap in sparse.gaps]
-            self._share = sparse.noises(drawn).view(-1, *self._x0.shape)
+                self._drawn[place] = kept[place] if place in kept else draw(gap, self.noise, self.sample)
+            self._share = self._moved(sparse.noises([*self._drawn.values()]))
         else:
             self._share = self._x0.new_zeros(1)
         steep = torch.minimum(
             1 / table.alpha[nodes].clamp(min=1e-12), STEEPEST * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2
         )
         span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
-        self._effect = (sparse.reach[-1].abs() * rec.nu[nodes] * span).tolist()
-        self._totals: list[float] = []
-        self._closing = None
+        self._span = ground.move(rec.nu[nodes] * span)[:, None, None]
+        self._doubled: Doubled | None = None
+        self._defects: dict[int, Tensor] = {}
+        self._sweeps = 0
         self.active = list(range(len(sparse.gaps)))
 
-    def _draw_gap(self, gap: Gap) -> tuple[Tensor, Tensor]:
-        ends, own = draw(gap, self.noise, self.sample)
-        return self.ground.move(ends), self.ground.move(own)
+    def _in_drive(self, sparse: Sparse, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights `[R, 1, 1]` of states and outputs at fine nodes in the drives: equation (1) of gap.py."""
+        rec, table, move = sparse.recurrence, self.ground.table, self.ground.move
+        of_state, of_output = (rec.nu * (table.p - rec.g))[nodes], (rec.nu * table.q)[nodes]
+        return move(of_state)[:, None, None], move(of_output)[:, None, None]
+
+    def _moved(self, noises: Tensor) -> Tensor:
+        """Noises as states."""
+        return self.ground.move(noises).view(-1, *self._x0.shape)
 
     def _solve(self) -> None:
         """All states anew, from drives and pairs: equation (1)."""
         base = self._start[:, None, None] * self._x0 + self._share + self._times(self._reach, self._u)
-        if self._dx.shape[1]:
-            self._pairs = slice(max(1, min(self._dx.shape[1], MOST_PAIRS // len(self._u))))
-            dx, dm = self._dx[:, self._pairs], self._dm[:, self._pairs]
-            self._model = Model(dx, [(self._reach[:-1], dm)])
-            base = base + self._times(self._reach, (dm * self._model(base[:-1] - self._y)).sum(1))
-        self._states, before = base[:-1], self._final
-        self._final = base[-1].view(self.shape)
-        self._moved = self.ground.step.mean_square((self._final - before)[None])
+        kept = max(1, MOST_PAIRS // len(self._u))
+        self._response = Response(self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept])
+        base = self._response.states(base, self._y)
+        self._states, self._final = base[:-1], base[-1].view(self.shape)
 
     @staticmethod
     def _times(matrix: Tensor, values: Tensor) -> Tensor:
         return (matrix @ values.flatten(1)).view(-1, *values.shape[1:])
+
+    def _mean_squares(self, changes: Tensor) -> Tensor:
+        """`[J]` of changes `[J, b, d]` of the sample."""
+        return self.ground.step.mean_square(changes.view(-1, *self.shape))
 
     # -- the solver's protocol ----------------------------------------------------------------------------------------
 
@@ -217,17 +163,35 @@ class Implicit:
         ground = self.ground
         if self._window is not None:
             return self._window.rows()
-        if self._merged is not None:
-            self._asked = self._merged[len(self._found) :][: ground.method.window]
-            self.nodes = torch.tensor([m.gap.node for m in self._asked])
-            states = torch.stack([self._merged_state(m) for m in self._asked])
-        else:
-            self._chosen = self.active[: ground.method.window]
-            self._at = torch.tensor(self._chosen, device=ground.device)
-            self.nodes = self.sparse.nodes[self._chosen]
-            states = self._states[self._at]
+        window = ground.method.window or len(self.sparse.gaps) * 2
+        self._chosen = self.active[:window]
+        self._pairs = self._ready()[: window - len(self._chosen)]
+        self.nodes, states = self.sparse.nodes[self._chosen], self._states[self._chosen]
+        if self._pairs:
+            assert self._doubled is not None
+            self.nodes = torch.cat([self.nodes, self._doubled.nodes[self._pairs]])
+            states = torch.cat([states, self._doubled_states(self._doubled, self._pairs)])
         self._handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
         return self.nodes, ground.step.seen(self.nodes.to(ground.device), self._handed.view(-1, *self.shape)).to(ground.dtype)
+
+    def _ready(self) -> list[int]:
+        """Gaps of twice the length that are to be asked still, as far as the nodes are settled; none before the first sweep
+        has settled the shift."""
+        if not (self.sparse.averaged and self._settled_shift):
+            return []
+        if self._doubled is None:
+            self._doubled = self.ground.doubled(self.sparse)
+            if self.ground.table.stochastic and self._doubled.first:
+                own = self._doubled.own(self.noise, self.sample)
+                self._own = self._moved(own + spread(self._doubled.spread, [*self._drawn.values()]))
+        first = min(self.active, default=len(self._known))
+        return [j for j, n in enumerate(self._doubled.first) if j not in self._defects and n + 1 < first]
+
+    def _doubled_states(self, doubled: Doubled, pairs: list[int]) -> Tensor:
+        """The averaged states of gaps of twice the length."""
+        start, reach = (self.ground.move(v[pairs]) for v in (doubled.start, doubled.reach))
+        found = start[:, None, None] * self._x0 + self._times(reach, self._u)
+        return found + self._own[pairs] if self.ground.table.stochastic else found
 
     def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
         """Takes the outputs of the rows last asked for; whether `change` is new.
@@ -250,23 +214,32 @@ class Implicit:
             self._window.absorb(outputs)
             self.change = self._window.change
             return True
-        outputs = outputs.to(self._handed.dtype)
-        m = self.ground.table.convert(self.nodes, self._handed.view(-1, *self.shape), outputs).reshape(self._handed.shape)
-        if self._merged is not None:
-            return self._absorb_merged(m)
-        at, y = self._at, self._handed
-        u = self._of_state[at] * y + self._of_output[at] * m
-        self._observe(at, y, u)
-        self._fill()
-        self._solve()
-        away = self.ground.step.mean_square((self._states - self._y).view(-1, *self.shape))
-        finite = torch.isfinite(m).flatten(1).all(1).to(away.dtype)
-        clean = (
-            m[-1] * self.ground.table.q[self.nodes[-1]].item() + y[-1] * self.ground.table.p[self.nodes[-1]].item()
-        ).square()
-        since = self.ground.step.mean_square((self._final - self._mark)[None])
-        self.change = torch.cat([away, self._moved, since, clean.mean()[None], finite.prod()[None]])
+        table, y, before = self.ground.table, self._handed, self._final
+        m = table.convert(self.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
+        of_state, of_output = self._in_drive(self.sparse, self.nodes)
+        u = of_state * y + of_output * m
+        count = len(self._chosen)
+        if self._pairs:
+            self._defect(u[count:])
+        if count:
+            self._observe(torch.tensor(self._chosen, device=y.device), y[:count], u[:count])
+            self._fill()
+            self._solve()
+        at = self.nodes[count - 1]
+        clean = float(table.p[at]) * y[count - 1] + float(table.q[at]) * m[count - 1]
+        held = self._mean_squares(self._response.on_sample(self._span * (self._states - self._y), self._reach))
+        away = self.ground.step.mean_square((self._states - self._y).view(-1, *self.shape)).amax()
+        moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
+        finite = torch.isfinite(m).all().to(held.dtype)
+        self.change = torch.cat([held, torch.stack([away, moved, clean.square().mean(), finite])])
         return True
+
+    def _defect(self, u: Tensor) -> None:
+        """Takes the drives `[R, b, d]` of gaps of twice the length."""
+        assert self._doubled is not None
+        weight, weights = (self.ground.move(v[self._pairs]) for v in (self._doubled.weight, self._doubled.weights))
+        defects = weight[:, None, None] * u - self._times(weights, self._u)
+        self._defects.update(zip(self._pairs, defects, strict=True))
 
     def _observe(self, at: Tensor, y: Tensor, u: Tensor) -> None:
         """Keeps what the nodes `at` answered, and what changed since they were last evaluated."""
@@ -275,7 +248,7 @@ class Implicit:
             moved, told = y - self._y[at], u - self._u[at]
             large = moved.square().sum(2) > (64 * self.ground.resolution) ** 2 * y.square().sum(2)
             large = (large & old)[:, None, :, None]
-            for kept, fresh in ((self._dx, moved), (self._dm, told)):
+            for kept, fresh in ((self._dx, moved), (self._du, told)):
                 pushed = torch.cat([fresh[:, None], kept[at, :-1]], dim=1)
                 kept[at] = torch.where(large, pushed, kept[at])
         self._y[at], self._u[at] = y, u
@@ -308,193 +281,90 @@ class Implicit:
             sweep = self._window.slide(change, round)
             self.done = self._window.done
             return dataclasses.replace(sweep, passed=int(self.done))
-        visited = self.nodes.tolist()
-        if self._merged is not None:
-            if len(self._found) == len(self._merged):
-                groups = [(pair.first, pair.first + 1) for pair in self._merged]
-                self._merged = None
-                self._judge(change, groups)
-            return self._visit(round, visited, 0.0)
-        *away, total, since, clean, finite = change
-        if not finite or not all(map(math.isfinite, (*away, total))):
+        *held, away, moved, clean, finite = change
+        visited, count = self.nodes.tolist(), len(held)
+        if not finite or not all(map(math.isfinite, (*held, away))):
             raise ValueError(
                 f"sample {self.sample} is not finite after round {round} (times {float(self.ground.table.t[visited[0]]):g} "
                 f"to {float(self.ground.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
                 "dtype; check its weights, its dtype and the times it was trained on, or use quasi_newton, which takes the "
                 "chain's own steps"
             )
-        total = math.sqrt(total)
-        self._totals.append(total)
         method = self.ground.method
-        limit = self._strictness * ACTIVE * method.tolerance / math.sqrt(len(away))
-        effects = [e * math.sqrt(v) for e, v in zip(self._effect, away, strict=True)]
-        unseen = [n for n, known in enumerate(self._known) if not known]
-        self.active = [n for n, e in enumerate(effects) if not self._known[n] or e > limit]
-        theta = MOST_THETA
-        if len(self._totals) > 1 and self._totals[-2] > 0:
-            theta = min(max(total / self._totals[-2], LEAST_THETA), MOST_THETA)
-        self.sweep_error = total * theta / (1 - theta)
-        self.residual = max(map(math.sqrt, away))
-        if len(self._totals) > MOST_SWEEPS * (1 + len(away) // (method.window or len(away))):
-            self.sweep_error = math.inf  # it did not come to rest
-            self._finish()
-        elif self._closing is not None:
-            self._close(math.sqrt(since))
-        elif unseen:
+        rest = REST * method.tolerance
+        limit = (rest / SWEEPS) ** 2 / count
+        self._sweeps += 1
+        self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
+        self.sweep_error, self.residual = SWEEPS * math.sqrt(sum(held)), math.sqrt(away)
+        if not all(self._known):
             pass
         elif self._shift_wanted(clean):
             self._reshift(clean)
-        elif not self.active or (self.sweep_error <= REST * method.tolerance and set(self.active) <= set(self._chosen)):
-            self._closing = [n for n, e in enumerate(effects) if e > limit / CLOSING]
-            self._mark = self._final
-            if self._closing:
-                self.active = self._closing
-            else:
-                self._rest()
-        return self._visit(round, visited, total)
-
-    def _close(self, moved: float) -> None:
-        """Goes on with the closing sweep, which evaluates once more what was held back, however little it seemed to matter: a
-        sample about to decide what it will be tells more of it than any estimate knows. If it moved, sweeps go on, and hold
-        back less."""
-        assert self._closing is not None
-        self._closing = [n for n in self._closing if n not in self._chosen]
-        if self._closing:
-            self.active = self._closing
-            return
-        self._closing = None
-        self.sweep_error = moved
-        if moved <= CLOSED * self.ground.method.tolerance:
-            self._rest()
-        else:
-            self._strictness /= STRICTER
-            self.active = self.active or self._chosen
-
-    def _visit(self, round: int, visited: list[int], total: float) -> Visit:
-        count = len(self.sparse.gaps)
-        return Visit(round, self.sample, visited, count, total, self.gap_error, self.sweep_error, int(self.done))
+        elif self.sweep_error <= rest:
+            self.active = []
+            if not self._ready():
+                self._judge()
+        elif self._sweeps > MOST_SWEEPS * (1 + count // (method.window or count)):
+            self._give_up()
+        return Visit(round, self.sample, visited, count, math.sqrt(moved), self.gap_error, self.sweep_error, int(self.done))
 
     # -- the interpolation error --------------------------------------------------------------------------------------
 
-    def _rest(self) -> None:
-        """The sweeps are at rest: begins the estimate of what the gaps leave out."""
-        if self.sparse.averaged:
-            self._merged, self._found = merged(self.sparse), []
-            self._edge_states = self._at_edges()
-            if not self._merged:
-                self._merged, self.gap_error = None, 0.0
-                self._finish()
-            return
-        if all(gap.right - gap.left == 1 for gap in self.sparse.gaps):
-            self.gap_error = 0.0
-            self._finish()
-            return
-        gone, weights = left_out(self.sparse)
-        if not gone:
-            self._judge([math.inf], [tuple(range(len(self.sparse.gaps)))])
-            return
-        defects = self._times(self.ground.move(weights), self._u)
-        effects = self._effects(defects, self._reach[:, gone]).tolist()
-        self._judge(effects, [(n - 1, n) for n in gone])
-
-    def _at_edges(self) -> Tensor:
-        """`[M, P, b, d]` states at the left edge of every gap and at the nodes before it that the chain reads."""
-        table, sparse = self.ground.table, self.sparse
-        state = torch.cat([self._x0[None], self._x0.new_zeros(table.band - 1, *self._x0.shape)])
-        found = []
-        for gap in sparse.gaps:
-            found.append(state)
-            first = max(gap.left - table.band + 1, 0)
-            drives = gap.drive[:, -(gap.right - first) :] @ sparse.interpolation[first : gap.right]
-            state = self._times(self.ground.move(gap.carry), state) + self._times(self.ground.move(drives), self._u)
-            if table.stochastic:
-                state = state + self._drawn[gap.left, gap.right][0].view(-1, *self._x0.shape)
-        return torch.stack(found)
-
-    def _merged_state(self, pair: Merged) -> Tensor:
-        """The averaged state of two gaps as one, with their mean drive."""
-        n, gap, (first, second) = pair.first, pair.gap, pair.weights
-        drive = (first * self._u[n] + second * self._u[n + 1]) / (first + second)
-        own = self._draw_gap(gap)[1].view(self._x0.shape)
-        carried = self._times(self.ground.move(gap.state_carry)[None], self._edge_states[n])[0]
-        return carried + gap.state_drive * drive + own
-
-    def _absorb_merged(self, m: Tensor) -> bool:
-        """Takes the outputs at merged states: the defects of gaps of twice the length."""
-        rec, table, move = self._recurrence, self.ground.table, self.ground.move
-        of_state, of_output = (move(v[self.nodes])[:, None, None] for v in (rec.nu * (table.p - rec.g), rec.nu * table.q))
-        u = of_state * self._handed + of_output * m
-        for pair, drive in zip(self._asked, u, strict=True):
-            n, (first, second) = pair.first, pair.weights
-            self._found.append(pair.weight * drive - first * self._u[n] - second * self._u[n + 1])
-        assert self._merged is not None
-        if len(self._found) == len(self._merged):
-            ends = [pair.first + 1 for pair in self._merged]
-            spread = move(self.sparse.spread[:, ends, 0])
-            self.change = self._effects(torch.stack(self._found), spread)
-        else:
-            self.change = self._x0.new_zeros(1)
-        return True
-
-    def _effects(self, defects: Tensor, reach: Tensor) -> Tensor:
-        """`[J]` mean square effect on the sample of each of J defects `[J, b, d]`, which reach the states by `[M+1, J]`."""
-        effects = reach[-1][:, None, None] * defects
-        if self._dx.shape[1]:
-            onto = torch.einsum("nkbd,jbd->bnkj", self._dx[:, self._pairs], defects) * reach[:-1, None]
-            y = self._model.solve(onto)
-            effects = effects + torch.einsum("n,nkbd,bnkj->jbd", self._reach[-1], self._dm[:, self._pairs], y)
-        return self.ground.step.mean_square(effects.view(-1, *self.shape))
-
-    def _judge(self, effects: list[float], groups: list[tuple[int, ...]]) -> None:
-        """Ends the sample, or cuts the gaps that leave out too much.
-
-        Args:
-            effects: Mean square effect on the sample of the defect of each group of gaps, had they been one gap.
-            groups: The numbers of the gaps of each group.
-        """
-        tolerance = self.ground.method.tolerance
-        shares = [CAUTION * math.sqrt(e) / REDUCTION[self.sparse.averaged] for e in effects]
+    def _judge(self) -> None:
+        """At rest: ends the sample, or cuts the gaps that leave out too much."""
+        method, sparse, placement = self.ground.method, self.sparse, self.ground.placement
+        shares, groups = self._left_out()
         if self._rested is not None:
-            moved = math.sqrt(float(self.ground.step.mean_square((self._final - self._rested)[None])))
+            moved = math.sqrt(float(self._mean_squares((self._final - self._rested).view(1, *self._x0.shape))))
             self._amplified = max(self._amplified, moved / self.gap_error)
         shares = [self._amplified * e for e in shares]
-        self._rested = self._final
+        self._rested, self._first = self._final, self._first or self._response
         self.gap_error = math.sqrt(sum(e * e for e in shares))
-        if math.hypot(self.gap_error, self.sweep_error) <= tolerance:
-            self._finish()
+        if method.exact or math.hypot(self.gap_error, self.sweep_error) <= method.tolerance:
+            self._finish(method.exact)
             return
-        edges = self._cut(shares, groups, GAPS * tolerance)
-        if edges == self.sparse.edges:  # nothing is left to cut, or no node to spare
-            self._finish()
-            return
-        self._regrid(self.ground.sparse(self._recurrence, edges))
+        most = self.ground.most_nodes
+        edges = placement.cut(sparse.edges, shares, groups, GAPS * method.tolerance, most, MOST_PARTS[sparse.averaged])
+        if edges == sparse.edges:  # nothing is left to cut, or no node to spare
+            self._finish(False)
+        elif (
+            method.max_nodes is None
+            and len(edges) - 1 > HANDED_OVER[sparse.averaged] * len(placement.candidates)
+            and method.target == "chain"
+        ):
+            self._finish(True)
+        else:
+            self._regrid(self.ground.sparse(self._recurrence, edges))
 
-    def _cut(self, shares: list[float], groups: list[tuple[int, ...]], wanted: float) -> list[int]:
-        """The edges with the gaps cut as they need it: into n parts of which each leaves out 1/n^2 as much, so that n goes as
-        the root of a group's share, and errors in sum are as wanted. Fewer where nodes run out."""
-        low, high = 0.0, max(min(max(shares), 1e6), 1e-30)
-        for _ in range(40):  # the level to which all shares are brought: the highest that suffices
-            level = (low + high) / 2
-            parts = [_parts(e, level) for e in shares]
-            left = math.sqrt(sum((e / n**1.5) ** 2 for e, n in zip(shares, parts, strict=True)))
-            low, high = (level, high) if left <= wanted else (low, level)
-        level = low if low > 0 else high
-        if math.isinf(max(shares)):
-            shares, level = [1.0 if math.isinf(e) else e for e in shares], 0.2
-        while level <= max(shares) * 1.01:
-            cuts = [1] * len(self.sparse.gaps)
-            for share, group in zip(shares, groups, strict=True):
-                for n in group:
-                    cuts[n] = max(cuts[n], _parts(share, level))
-            edges = [
-                edge
-                for gap, parts in zip(self.sparse.gaps, cuts, strict=True)
-                for edge in self.ground.placement.split(gap.left, gap.right, parts)
-            ]
-            if len(edges) <= self.ground.most_nodes:
-                return [*edges, self.ground.table.steps]
-            level *= 1.3
-        return self.sparse.edges
+    def _left_out(self) -> tuple[list[float], list[tuple[int, ...]]]:
+        """What each group of gaps leaves out of the sample, by estimate (defect.py), and the numbers of its gaps."""
+        sparse, move = self.sparse, self.ground.move
+        if sparse.averaged:
+            assert self._doubled is not None
+            groups: list[tuple[int, ...]] = [(n, n + 1) for n in self._doubled.first]
+            if not groups:
+                return [0.0], [(0,)]
+            defects = torch.stack([self._defects[j] for j in range(len(groups))])
+            reach, several = move(self._doubled.effect), directions(defects)
+        elif all(gap.right - gap.left == 1 for gap in sparse.gaps):
+            return [0.0], [(0,)]
+        else:
+            gone, weights = left_out(sparse)
+            if not gone:
+                return [math.inf], [tuple(range(len(sparse.gaps)))]
+            groups = [(n - 1, n) for n in gone]
+            reach, several = self._reach[:, gone], [self._times(move(weights), self._u)]
+        found = self._mean_over(self._response, several, reach)
+        if self._first is not None:  # later rounds move the states little, and show less of what grows
+            near = torch.searchsorted(sparse.nodes, self._first.nodes).clamp(max=len(sparse.nodes) - 1)
+            found = torch.maximum(found, self._mean_over(self._first, several, reach[[*near.tolist(), -1]]))
+        alone = float(self._mean_squares(reach[-1][:, None, None] * several[len(several) // 2]).sum())
+        self._growth = max(self._growth, math.sqrt(float(found.sum()) / max(alone, 1e-300)))
+        return [CAUTION * math.sqrt(e) / REDUCTION[sparse.averaged] for e in found.tolist()], groups
+
+    def _mean_over(self, response: Response, several: list[Tensor], reach: Tensor) -> Tensor:
+        """`[J]` mean square effects on the sample, the mean over several sets of J changes."""
+        return torch.stack([self._mean_squares(response.on_sample(d, reach)) for d in several]).mean(0)
 
     def _regrid(self, new: Sparse) -> None:
         """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
@@ -512,7 +382,7 @@ class Implicit:
             near.append(k)
             ratio.append(1.0 if same or not 0 < level < math.inf else float(level))
         at, factor = torch.tensor(near, device=self.ground.device), self.ground.move(torch.tensor(ratio))[:, None, None]
-        self._y, self._dx, self._dm = self._y[at] * factor, self._dx[at] * factor[:, None], self._dm[at].clone()
+        self._y, self._dx, self._du = self._y[at] * factor, self._dx[at] * factor[:, None], self._du[at].clone()
         self._u = self._u[at] if new.averaged else self._times(self.ground.move(old.interpolation[new.nodes]), self._u)
         self._known, self._guessed = known, [True] * count
         self._begin(new)
@@ -540,20 +410,34 @@ class Implicit:
         self._begin(self.ground.sparse(self._recurrence, self.sparse.edges))
         nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
         self._u = nu * (clean - g * self._y)
-        self._dx, self._dm = torch.zeros_like(self._dx), torch.zeros_like(self._dm)
+        self._dx, self._du = torch.zeros_like(self._dx), torch.zeros_like(self._du)
         self._solve()
 
-    def _finish(self) -> None:
+    def _give_up(self) -> None:
+        """It did not come to rest."""
+        self.sweep_error = math.inf
+        self._finish(self.ground.method.target == "chain" and self.ground.method.max_nodes is None)
+
+    def _finish(self, verify: bool) -> None:
         """The sample is found; or the window loop begins to verify it, from the states that were found."""
-        if self.ground.verify is None:
+        if not verify:
             self.done = True
             return
-        states = self._at_edges().view(len(self.sparse.gaps), -1, *self.shape)
-        drives = self._u.view(-1, *self.shape)
-        guide = Trajectory(self.sparse, drives, states, self.noise, self.sample, self.ground.move)
-        x0 = self._x0.view(self.shape).to(self.ground.dtype)
-        self._window = Window(self.ground.verify, self.noise, self.sample, x0, guide=guide)
+        ground, method = self.ground, self.ground.method
+        near = math.hypot(self.gap_error, self.sweep_error) <= NEAR * method.tolerance
+        x0 = self._x0.view(self.shape).to(ground.dtype)
+        guide = self._trajectory() if near else None  # far off, what was found misleads
+        self._window = Window(ground.verify(self._growth), self.noise, self.sample, x0, guide=guide)
 
-
-def _parts(share: float, level: float) -> int:
-    return MOST_PARTS if share == math.inf else max(1, min(MOST_PARTS, math.ceil(math.sqrt(share / level) - 1e-9)))
+    def _trajectory(self) -> Trajectory:
+        """The states of all nodes of the chain, as far as they are known."""
+        ground, sparse = self.ground, self.sparse
+        start, reach = ground.move(sparse.edge_start[:-1]), ground.move(sparse.edge_reach[:-1])
+        states = start[..., None, None] * self._x0 + self._times(reach.flatten(0, 1), self._u).view(
+            *start.shape, *self._x0.shape
+        )
+        if ground.table.stochastic:
+            noises = spread(sparse.edge_spread[:-1].flatten(0, 1), [*self._drawn.values()])
+            states = states + self._moved(noises).view_as(states)
+        states, drives = states.view(*start.shape, *self.shape), self._u.view(-1, *self.shape)
+        return Trajectory(sparse, drives, states, self.noise, self.sample, ground.move)

@@ -1,4 +1,4 @@
-"""Where nodes go: the edges of a sparse table, before anything is known of the sample.
+"""Where nodes go: the edges of a sparse table, before anything is known of the sample, and after.
 
 On a stochastic chain what a gap leaves out grows with the square of its length in log(alpha^2/sigma^2), and matters most
 where the sample decides what it will be. Edges are placed so that the gaps of an ordinary sample contribute about equally:
@@ -6,9 +6,16 @@ with a density that is highest about the level at which the data's standard devi
 quickly towards pure noise, and stays until the noise is invisible. The shape was measured on the bundled digits network.
 
 On a deterministic chain edges are even in log(alpha^2/sigma^2).
+
+Once it is known what the gaps of a sample leave out, those that matter are cut: into n parts of which each leaves out 1/n^2 as
+much, so that n goes as the root of a gap's share.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +25,7 @@ from paradiff.table import Table
 
 PLATEAU, DECISION = 1.0, 2.0  # heights of the density's two parts
 DECISION_AT, DECISION_WIDTH = -1.2, 1.5
+UNKNOWN = 2  # parts of a gap of which nothing is known
 NOISE_SIDE, DATA_SIDE = (-0.6, 1.3, 1.8), (5.0, 2.5, 2.0)  # where the density begins to fall off, how far, which power
 
 
@@ -73,6 +81,60 @@ class Placement:
                 if node > found[-1]:
                     found.append(node)
         return found
+
+    def cut(
+        self,
+        edges: Sequence[int],
+        shares: Sequence[float],
+        groups: Sequence[Sequence[int]],
+        wanted: float,
+        most: int,
+        most_parts: int,
+    ) -> list[int]:
+        """The edges with the gaps cut as they need it.
+
+        Args:
+            edges: As they are.
+            shares: What each group of gaps leaves out of the sample; infinite where that is not known.
+            groups: The numbers of the gaps of each group.
+            wanted: What all of them, in squares, may leave out.
+            most: Most gaps; where they do not suffice, all parts are longer.
+            most_parts: Most parts that a gap is cut into.
+        """
+        room = [min(1 + sum(left < n < right for n in self.candidates), most_parts) for left, right in pairwise(edges)]
+        if math.inf in shares:
+            shares, level = [float(math.isinf(e)) for e in shares], UNKNOWN**-2
+        else:
+            level = self._level(shares, [max(room[n] for n in group) for group in groups], wanted)
+        while level <= max(shares) * 1.01:
+            cuts = [1] * len(room)
+            for share, group in zip(shares, groups, strict=True):
+                for n in group:
+                    cuts[n] = max(cuts[n], min(_parts(share, level), room[n]))
+            found = [
+                edge
+                for (left, right), parts in zip(pairwise(edges), cuts, strict=True)
+                for edge in self.split(left, right, parts)
+            ]
+            if len(found) <= most:
+                return [*found, self._steps]
+            level *= 1.3
+        return list(edges)
+
+    @staticmethod
+    def _level(shares: Sequence[float], room: Sequence[int], wanted: float) -> float:
+        """To which all shares are brought: the highest that suffices."""
+        low, high = 1e-6 * max(shares), max(shares)
+        for _ in range(40):
+            level = (low + high) / 2
+            parts = [_parts(e, level) for e in shares]
+            left = sum((e / n**1.5) ** 2 for e, n, most in zip(shares, parts, room, strict=True) if n < most)
+            low, high = (level, high) if left <= wanted**2 else (low, level)
+        return low
+
+
+def _parts(share: float, level: float) -> int:
+    return max(1, math.ceil(math.sqrt(share / level) - 1e-9))
 
 
 def density(log_snr: Tensor) -> Tensor:

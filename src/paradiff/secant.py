@@ -105,7 +105,7 @@ class Model:
 
     def __init__(self, dx: Tensor, terms: Sequence[tuple[Tensor, Tensor]], *, causal: bool = False) -> None:
         n, k, b, size = dx.shape
-        self._x, self._causal = dx.permute(2, 0, 1, 3), causal  # [b, n, k, d]
+        self._x = dx.permute(2, 0, 1, 3)  # [b, n, k, d]
         own = self._x @ self._x.mT
         diagonal = own.diagonal(dim1=2, dim2=3)
         damped = own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
@@ -115,7 +115,8 @@ class Model:
         for reach, values in terms:
             wide = reach.repeat_interleave(k, 0).repeat_interleave(k, 1)
             cross = cross + wide * (flat @ values.permute(2, 0, 1, 3).reshape(b, n * k, size).mT)
-        self._system = torch.eye(n * k, dtype=dx.dtype, device=dx.device) - _times(cross, self._inverse)
+        system = torch.eye(n * k, dtype=dx.dtype, device=dx.device) - _times(cross, self._inverse)
+        self._system, self._pivots = (system, None) if causal else torch.linalg.lu_factor(system)
 
     def __call__(self, before: Tensor) -> Tensor:
         """`[n, k, b, 1]` y for changes of the states `[n, b, d]` as far as no pair has a part in them."""
@@ -125,10 +126,10 @@ class Model:
     def solve(self, onto: Tensor) -> Tensor:
         """`[b, n, k, J]` y for J such changes, given by their products with each pair's `dx`, `[b, n, k, J]`."""
         right = onto.flatten(1, 2)
-        if self._causal:
+        if self._pivots is None:
             c = torch.linalg.solve_triangular(self._system, right, upper=False, unitriangular=True)
         else:
-            c = torch.linalg.solve(self._system, right)
+            c = torch.linalg.lu_solve(self._system, self._pivots, right)
         return self._inverse @ c.view_as(onto)
 
 

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from paradiff.collocation import Collocation
 from paradiff.evaluate import Batch, Denoiser, Evaluator
-from paradiff.implicit import Ground, Implicit
+from paradiff.ground import Ground
+from paradiff.implicit import Implicit
 from paradiff.method import Method
 from paradiff.methods import AnyMethod
 from paradiff.noise import Noise

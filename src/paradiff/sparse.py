@@ -45,7 +45,10 @@ class Sparse:
         nodes: `[M]` fine nodes at whose times the network is asked.
         start: `[M+1]` f.
         reach: `[M+1, M]` R.
-        spread: `[M+1, M, P]` weights of the noises that end in each gap's end states.
+        spread: `[M+1, M, P]` weights in (1) of what is added to the states at each gap's end, such as its own noises.
+        edge_start: `[M+1, P]` f of the states at the edges, and at the P - 1 fine nodes before each.
+        edge_reach: `[M+1, P, M]` their R.
+        edge_spread: `[M+1, P, M, P]` their weights of what is added at each gap's end.
         interpolation: `[N, M]` weights of the drives u[k] in the drive at each fine node.
 
     Raises:
@@ -65,28 +68,28 @@ class Sparse:
         self.averaged = order == 0
         self.nodes = torch.tensor([g.node if self.averaged else g.left for g in self.gaps])
         self.interpolation = self._interpolation(steps)
-        self.start = torch.zeros(count + 1, dtype=torch.float64)
-        self.reach = torch.zeros(count + 1, count, dtype=torch.float64)
-        self.spread = torch.zeros(count + 1, count, band, dtype=torch.float64)  # of the gaps' noises
-        of_start = torch.zeros(band, dtype=torch.float64)
-        of_start[0] = 1
-        of_drives = torch.zeros(band, count, dtype=torch.float64)
-        of_noises = torch.zeros(band, count, band, dtype=torch.float64)
+        self.edge_start = torch.zeros(count + 1, band, dtype=torch.float64)
+        self.edge_reach = torch.zeros(count + 1, band, count, dtype=torch.float64)
+        self.edge_spread = torch.zeros(count + 1, band, count, band, dtype=torch.float64)
+        self.edge_start[0, 0] = 1
         for k, gap in enumerate(self.gaps):
-            if self.averaged:
-                self.start[k] = gap.state_carry @ of_start
-                self.reach[k] = gap.state_carry @ of_drives
-                self.reach[k, k] += gap.state_drive
-                self.spread[k] = torch.einsum("p,pkq->kq", gap.state_carry, of_noises)
-            else:
-                self.start[k], self.reach[k], self.spread[k] = of_start[0], of_drives[0], of_noises[0]
             first = max(gap.left - band + 1, 0)
             drives = self.interpolation[first : gap.right]
-            of_start = gap.carry @ of_start
-            of_drives = gap.carry @ of_drives + gap.drive[:, gap.drive.shape[1] - len(drives) :] @ drives
-            of_noises = torch.einsum("pr,rkq->pkq", gap.carry, of_noises)
-            of_noises[torch.arange(band), k, torch.arange(band)] += 1
-        self.start[count], self.reach[count], self.spread[count] = of_start[0], of_drives[0], of_noises[0]
+            self.edge_start[k + 1] = gap.carry @ self.edge_start[k]
+            self.edge_reach[k + 1] = gap.carry @ self.edge_reach[k] + gap.drive[:, gap.drive.shape[1] - len(drives) :] @ drives
+            self.edge_spread[k + 1] = torch.einsum("pr,rkq->pkq", gap.carry, self.edge_spread[k])
+            self.edge_spread[k + 1, range(band), k, range(band)] += 1
+        self.start, self.reach, self.spread = (v[:, 0].clone() for v in (self.edge_start, self.edge_reach, self.edge_spread))
+        if self.averaged:
+            for k, gap in enumerate(self.gaps):
+                self.start[k], self.reach[k], self.spread[k] = self.carried(gap, k)
+                self.reach[k, k] += gap.state_drive
+
+    def carried(self, gap: Gap, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """f, R `[M]` and spread `[M, P]` of the averaged state of a gap from edge k on, but for its own drive."""
+        weights = gap.state_carry
+        spread = torch.einsum("p,pkq->kq", weights, self.edge_spread[k])
+        return weights @ self.edge_start[k], weights @ self.edge_reach[k], spread
 
     def _interpolation(self, steps: int) -> Tensor:
         count, order = len(self.gaps), self.order
@@ -103,17 +106,22 @@ class Sparse:
 
     def noises(self, drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """`[M+1, ...]` n of equation (1), from those of the gaps (`draw`)."""
-        aggregate = torch.stack([z for z, _ in drawn])  # [M, P, ...]
-        spread = self.spread.to(device=aggregate.device, dtype=aggregate.dtype)
-        found = torch.einsum("mkp,kpd->md", spread, aggregate.flatten(2)).view(-1, *aggregate.shape[2:])
+        found = spread(self.spread, drawn)
         if self.averaged:
             found[:-1] += torch.stack([own for _, own in drawn])
         return found
 
 
+def spread(weights: Tensor, drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`[K, ...]` what the noises of M gaps (`draw`) are in K states, by weights `[K, M, P]`."""
+    aggregate = torch.stack([z for z, _ in drawn])  # [M, P, ...]
+    weights = weights.to(device=aggregate.device, dtype=aggregate.dtype)
+    return torch.einsum("mkp,kpd->md", weights, aggregate.flatten(2)).view(-1, *aggregate.shape[2:])
+
+
 def draw(gap: Gap, noise: Noise, sample: int) -> tuple[Tensor, Tensor]:
     """The aggregates of a gap's noises: `[P, ...]` in its end states, and `[...]` in its averaged state."""
     z = noise.draw(sample, range(gap.left, gap.right))
-    weights = torch.cat([gap.noise, gap.state_noise[None]]).to(z)
-    found = (weights @ z.flatten(1)).view(-1, *z.shape[1:])
+    weights = torch.cat([gap.noise, gap.state_noise[None]]).to(z.device)
+    found = (weights @ z.double().flatten(1)).view(-1, *z.shape[1:])
     return found[:-1], found[-1]

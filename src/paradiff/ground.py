@@ -1,0 +1,93 @@
+"""What all samples of a run with sparse nodes share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from paradiff.collocation import VARIANCE, Collocation, placement_on
+from paradiff.continuum import continuum
+from paradiff.defect import Doubled
+from paradiff.gap import Recurrence
+from paradiff.method import Method
+from paradiff.slope import shifted
+from paradiff.sparse import Sparse
+from paradiff.step import Step
+from paradiff.table import Table
+from paradiff.window import Plan
+
+VERIFY_SECANTS = 1
+VERIFY_WINDOW = 32  # where the method has no bound of its own: over the whole chain, every sweep would ask for every node
+
+
+class Ground:
+    """Tables, bounds and coefficients on the device.
+
+    Args:
+        table: The sampler.
+        method: The method.
+        device: Where states live.
+        dtype: That in which the network is asked; the system is solved in float64 where the device has it, since a step with
+            nearly parallel pairs loses digits.
+        members: Whether a state is a batch of members (solve.py).
+        resolution: Relative precision of the network's outputs.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        method: Collocation,
+        device: torch.device,
+        dtype: torch.dtype,
+        members: bool = False,
+        resolution: float | None = None,
+    ) -> None:
+        if method.target != "chain":
+            kind = method.target
+            coarse = table
+            table = coarse.derived(("continuum", kind), lambda: continuum(coarse, kind))
+        self.table, self.method, self.device, self.dtype, self.members = table, method, device, dtype, members
+        self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
+        self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, members)
+        self.t, self.move = self.step.t, self.step.move
+        self.order = method.degree(table)
+        self.placement = placement_on(table)
+        self.most_nodes = min(method.max_nodes or table.steps, table.steps)
+        self.recurrence = self.recurrence_of(VARIANCE if method.shift == "auto" else float(method.shift))
+        self.edges = method.edges(table)
+        self._plans: dict[int, Plan] = {}
+
+    def verify(self, growth: float) -> Plan:
+        """The window loop over all nodes of the chain.
+
+        Args:
+            growth: How much more the sample answers to early errors than the loop's own estimate allows for: its tolerance is
+                so much smaller, in powers of 2.
+        """
+        strict = max(0, math.ceil(math.log2(growth)))
+        if strict not in self._plans:
+            method = self.method
+            width = min(method.window or VERIFY_WINDOW, self.table.steps)
+            slope, tolerance = shifted(self.recurrence.variance), method.tolerance / 2**strict
+            loop = Method("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
+            self._plans[strict] = Plan(self.table, loop, self.device, self.dtype, self.members, self.resolution)
+        return self._plans[strict]
+
+    def recurrence_of(self, variance: float) -> Recurrence:
+        """The fine chain's recurrence with a data variance; made once for a table."""
+        return self.table.derived(("recurrence", variance), lambda: Recurrence(self.table, variance))
+
+    def sparse(self, recurrence: Recurrence, edges: list[int]) -> Sparse:
+        """The sparse table with such edges; those to begin with are made once for a table."""
+        if edges != self.edges:
+            return Sparse(recurrence, edges, self.order)
+        key = ("sparse", recurrence.variance, self.order, tuple(edges))
+        return self.table.derived(key, lambda: Sparse(recurrence, edges, self.order))
+
+    def doubled(self, sparse: Sparse) -> Doubled:
+        """Its gaps two by two; those to begin with are made once for a table."""
+        if sparse.edges != self.edges:
+            return Doubled(sparse)
+        key = ("doubled", sparse.recurrence.variance, tuple(sparse.edges))
+        return self.table.derived(key, lambda: Doubled(sparse))
