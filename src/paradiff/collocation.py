@@ -12,7 +12,7 @@ from paradiff.placement import Placement
 from paradiff.table import Table
 
 Target = Literal["chain", "ode", "sde"]
-STOCHASTIC_NODES, DETERMINISTIC_NODES = 56, 20  # at the default tolerance
+STOCHASTIC_NODES, DETERMINISTIC_NODES = 56, 32  # at the default tolerance
 DEFAULT_TOLERANCE = 4e-3
 LEAST_SHARE = 0.75  # of these nodes, at any tolerance: fewer would have to be cut
 DETERMINISTIC_ORDER = 3
@@ -47,7 +47,7 @@ class Collocation:
     shift: float | Literal["auto"] = "auto"
     window: int | None = None
     tolerance: float = DEFAULT_TOLERANCE
-    secants: int = 6
+    secants: int = 4
     max_nodes: int | None = None
     exact: bool = False
     target: Target = "chain"

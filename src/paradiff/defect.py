@@ -12,9 +12,10 @@ sparse table and by what the pairs know of the network's derivative (secant.py),
 will be shows that it is: there, early defects grow. Defects are independent, so their squares add up; and a gap of half the
 length leaves out less by
 
-    2 sqrt(2) for order 0: a gap's own defect is of second order in its noise;      2 for orders from 1,             (1)
+    2 sqrt(2) for order 0: a gap's own defect is of second order in its noise;      r for orders from 1,             (1)
 
-where a smooth drive would allow 2^(q+1), but trained networks are not smooth in time at the scale of 20 nodes.
+where a smooth drive would allow r = 2^(q+1), but trained networks are not smooth in time at the scale of 20 nodes. So r is
+observed: three nodes of four are left out too, and r is how much more that does, divided by 1.5 and between 1.2 and 3.
 
 A defect of order 0 is random, and what grows of it is its part along one or two directions: a single number, which is small
 by chance as often as not. So each is carried in the directions of its neighbours' defects too, and the mean square is taken.
@@ -29,7 +30,8 @@ from paradiff.gap import Gap
 from paradiff.noise import Noise
 from paradiff.sparse import Sparse, draw
 
-REDUCTION = {True: 2 * 2**0.5, False: 2.0}  # equation (1), by whether states are averaged
+REDUCTION = 2 * 2**0.5  # equation (1), order 0
+LEAST_REDUCTION, MOST_REDUCTION, SLOWER = 1.2, 3.0, 1.5  # orders from 1
 CAUTION = 1.5
 NEIGHBOURS = 2  # on either side, whose directions a defect is carried in
 
@@ -80,10 +82,11 @@ class Doubled:
         return torch.stack([draw(gap, noise, sample)[1] for gap in self.gaps])
 
 
-def left_out(sparse: Sparse) -> tuple[list[int], Tensor]:
-    """Every second node, and the weights `[J, M]` of all drives in the defects of these: minus what the others interpolate."""
+def left_out(sparse: Sparse, every: int = 2) -> tuple[list[int], Tensor]:
+    """The nodes but for every second or so, and the weights `[J, M]` of all drives in their defects: minus what the others
+    interpolate there. None where too few are left for the order."""
     count = len(sparse.gaps)
-    kept = [n for n in range(count) if n % 2 == 0 or n == count - 1]
+    kept = [n for n in range(count) if n % every == 0 or n == count - 1]
     gone = [n for n in range(count) if n not in kept]
     if len(kept) < sparse.order + 1:
         return [], torch.zeros(0, count, dtype=torch.float64)
@@ -92,6 +95,17 @@ def left_out(sparse: Sparse) -> tuple[list[int], Tensor]:
     weights[:, kept] = -coarse.interpolation[sparse.nodes[gone]]
     weights[torch.arange(len(gone)), gone] = 1
     return gone, weights
+
+
+def reduction(second: float, fourth: float | None) -> float:
+    """r of equation (1).
+
+    Args:
+        second: What the sample makes of every second node left out.
+        fourth: What it makes of three of four left out; None where too few nodes are left.
+    """
+    rate = 0.0 if fourth is None else fourth / max(second, 1e-300)
+    return min(max(rate / SLOWER, LEAST_REDUCTION), MOST_REDUCTION)
 
 
 def directions(defects: Tensor) -> list[Tensor]:

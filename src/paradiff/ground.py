@@ -56,20 +56,21 @@ class Ground:
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
         self.recurrence = self.recurrence_of(VARIANCE if method.shift == "auto" else float(method.shift))
         self.edges = method.edges(table)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[float, Plan] = {}
+
+    @staticmethod
+    def strictness(growth: float) -> float:
+        """By how much the window loop's tolerance is smaller, a power of 2, where the sample answers so much more to early
+        errors than the chain's linear part does; what that loop estimates is multiplied by it."""
+        return 2.0 ** max(0, math.ceil(math.log2(growth)))
 
     def verify(self, growth: float) -> Plan:
-        """The window loop over all nodes of the chain.
-
-        Args:
-            growth: How much more the sample answers to early errors than the loop's own estimate allows for: its tolerance is
-                so much smaller, in powers of 2.
-        """
-        strict = max(0, math.ceil(math.log2(growth)))
+        """The window loop over all nodes of the chain, for such a growth."""
+        strict = self.strictness(growth)
         if strict not in self._plans:
             method = self.method
             width = min(method.window or VERIFY_WINDOW, self.table.steps)
-            slope, tolerance = shifted(self.recurrence.variance), method.tolerance / 2**strict
+            slope, tolerance = shifted(self.recurrence.variance), method.tolerance / strict
             loop = Method("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
             self._plans[strict] = Plan(self.table, loop, self.device, self.dtype, self.members, self.resolution)
         return self._plans[strict]

@@ -30,7 +30,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from paradiff.defect import CAUTION, REDUCTION, Doubled, directions, left_out
+from paradiff.defect import CAUTION, REDUCTION, Doubled, directions, left_out, reduction
 from paradiff.ground import Ground
 from paradiff.noise import Noise
 from paradiff.response import Response
@@ -42,6 +42,7 @@ from paradiff.window import Window
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
 SWEEPS = 5.0  # times what nodes hold back, in squares, that the sample may move
 REST = 0.3  # share of the tolerance that sweeps may leave
+TAIL = 0.5
 GAPS = 0.3  # share of the tolerance to which gaps are cut when they must be
 HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes, by whether states are averaged: a sample that needs more is
 # the window loop's
@@ -153,8 +154,9 @@ class Implicit:
     def certificate(self) -> Certificate:
         """How far to trust the sample."""
         if self._window is not None:
-            verified = self._window.certificate
-            return dataclasses.replace(verified, rounds=self.rounds, evaluations=self.evaluations)
+            verified, allowed = self._window.certificate, self.ground.strictness(self._growth)
+            error = verified.estimated_error * allowed
+            return dataclasses.replace(verified, estimated_error=error, rounds=self.rounds, evaluations=self.evaluations)
         total = math.hypot(self.gap_error, self.sweep_error)
         return Certificate(self.residual, total, self.rounds, self.evaluations, self.gap_error)
 
@@ -227,7 +229,9 @@ class Implicit:
             self._solve()
         at = self.nodes[count - 1]
         clean = float(table.p[at]) * y[count - 1] + float(table.q[at]) * m[count - 1]
-        held = self._mean_squares(self._response.on_sample(self._span * (self._states - self._y), self._reach))
+        held = self._mean_squares(
+            self._response.on_sample(self._span * self._response.unknown(self._states - self._y), self._reach)
+        )
         away = self.ground.step.mean_square((self._states - self._y).view(-1, *self.shape)).amax()
         moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
         finite = torch.isfinite(m).all().to(held.dtype)
@@ -339,28 +343,39 @@ class Implicit:
     def _left_out(self) -> tuple[list[float], list[tuple[int, ...]]]:
         """What each group of gaps leaves out of the sample, by estimate (defect.py), and the numbers of its gaps."""
         sparse, move = self.sparse, self.ground.move
+        if all(gap.right - gap.left == 1 for gap in sparse.gaps):
+            return [0.0], [(0,)]
         if sparse.averaged:
             assert self._doubled is not None
             groups: list[tuple[int, ...]] = [(n, n + 1) for n in self._doubled.first]
             if not groups:
                 return [0.0], [(0,)]
             defects = torch.stack([self._defects[j] for j in range(len(groups))])
-            reach, several = move(self._doubled.effect), directions(defects)
-        elif all(gap.right - gap.left == 1 for gap in sparse.gaps):
-            return [0.0], [(0,)]
-        else:
-            gone, weights = left_out(sparse)
-            if not gone:
-                return [math.inf], [tuple(range(len(sparse.gaps)))]
-            groups = [(n - 1, n) for n in gone]
-            reach, several = self._reach[:, gone], [self._times(move(weights), self._u)]
+            found = self._reaching(directions(defects), move(self._doubled.effect))
+            return [self._caution / REDUCTION * math.sqrt(e) for e in found.tolist()], groups
+        gone, weights = left_out(sparse)
+        if not gone:
+            return [math.inf], [tuple(range(len(sparse.gaps)))]
+        found = self._reaching(directions(self._times(move(weights), self._u)), self._reach[:, gone])
+        more, weights = left_out(sparse, 4)
+        fourth = self._reaching([self._times(move(weights), self._u)], self._reach[:, more]) if more else None
+        rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
+        return [self._caution / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
+
+    @property
+    def _caution(self) -> float:
+        """More where defects grow: what grows of them is a single number, and chance has more of a hand in it."""
+        return CAUTION * (1 + TAIL * (1 - self._growth**-2))
+
+    def _reaching(self, several: list[Tensor], reach: Tensor) -> Tensor:
+        """`[J]` mean square effects on the sample of J defects, the mean over several sets of them."""
         found = self._mean_over(self._response, several, reach)
         if self._first is not None:  # later rounds move the states little, and show less of what grows
-            near = torch.searchsorted(sparse.nodes, self._first.nodes).clamp(max=len(sparse.nodes) - 1)
+            near = torch.searchsorted(self.sparse.nodes, self._first.nodes).clamp(max=len(self.sparse.nodes) - 1)
             found = torch.maximum(found, self._mean_over(self._first, several, reach[[*near.tolist(), -1]]))
         alone = float(self._mean_squares(reach[-1][:, None, None] * several[len(several) // 2]).sum())
         self._growth = max(self._growth, math.sqrt(float(found.sum()) / max(alone, 1e-300)))
-        return [CAUTION * math.sqrt(e) / REDUCTION[sparse.averaged] for e in found.tolist()], groups
+        return found
 
     def _mean_over(self, response: Response, several: list[Tensor], reach: Tensor) -> Tensor:
         """`[J]` mean square effects on the sample, the mean over several sets of J changes."""

@@ -197,7 +197,7 @@ def collocation(
     tolerance: float = DEFAULT_TOLERANCE,
     order: int | None = None,
     shift: float | Literal["auto"] = "auto",
-    secants: int = 6,
+    secants: int = 4,
     max_nodes: int | None = None,
     exact: bool = False,
     target: Target = "chain",

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from paradiff.secant import Model
 
+KNOWN = 0.25  # how much less is known of a drive where pairs have seen its state move: not nothing, since it bends
+
 
 class Response:
     """Equation (1) of sparse.py, linearized at the drives found: its own reach, and the drives' derivatives as far as pairs of
@@ -34,6 +36,10 @@ class Response:
             return base
         follow = (self._du * self._model(base[:-1] - known)).sum(1)
         return base + (self._reach @ follow.flatten(1)).view_as(base)
+
+    def unknown(self, changes: Tensor) -> Tensor:
+        """`[M, b, d]` changes of the states, with the part along what the pairs have seen made smaller."""
+        return changes if self._model is None else changes - (1 - KNOWN) * (self._dx * self._model.own(changes)).sum(1)
 
     def on_sample(self, changes: Tensor, reach: Tensor) -> Tensor:
         """`[J, b, d]` change of the sample by each of J changes.

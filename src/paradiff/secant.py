@@ -123,6 +123,10 @@ class Model:
         onto = self._x @ before.transpose(0, 1)[..., None]
         return self.solve(onto).permute(1, 2, 0, 3)
 
+    def own(self, changes: Tensor) -> Tensor:
+        """`[n, k, b, 1]` y for changes of the states `[n, b, d]` that are known as a whole."""
+        return (self._inverse @ (self._x @ changes.transpose(0, 1)[..., None])).permute(1, 2, 0, 3)
+
     def solve(self, onto: Tensor) -> Tensor:
         """`[b, n, k, J]` y for J such changes, given by their products with each pair's `dx`, `[b, n, k, J]`."""
         right = onto.flatten(1, 2)
