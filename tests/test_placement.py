@@ -49,12 +49,14 @@ def test_gaps_of_a_two_stage_sampler_begin_where_it_starts_afresh() -> None:
     assert set(Placement(table).candidates) <= set(table.restarts)
 
 
-def test_deterministic_edges_are_even_in_log_snr() -> None:
+def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
     table = TABLES["ddim"]
     place = finite_log_snr(table)
-    wide = place[Placement(table).edges(12)[1:-2]].diff()  # node 0 is far off already
-    step = float(place.diff()[20:-3].max())
-    assert wide.max() - wide.min() < 2 * step
+    edges = place[Placement(table).edges(16)[1:-2]]  # node 0 is far off already
+    step, wide, middle = float(place.diff()[20:-3].max()), edges.diff(), (edges[1:] + edges[:-1]) / 2
+    tails = wide[(middle + 0.3).abs() > 4]
+    assert tails.max() - tails.min() < 2 * step
+    assert wide[(middle + 0.3).abs() < 1].max() < 0.5 * tails.min()
 
 
 def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:

@@ -84,10 +84,11 @@ class Doubled:
 
 def left_out(sparse: Sparse, every: int = 2) -> tuple[list[int], Tensor]:
     """The nodes but for every second or so, and the weights `[J, M]` of all drives in their defects: minus what the others
-    interpolate there. None where too few are left for the order."""
+    interpolate there. Without those between single steps, which leave nothing out; none where too few are left for the
+    order."""
     count = len(sparse.gaps)
     kept = [n for n in range(count) if n % every == 0 or n == count - 1]
-    gone = [n for n in range(count) if n not in kept]
+    gone = [n for n in range(count) if n not in kept and sparse.edges[n + 1] - sparse.edges[n - 1] > 2]
     if len(kept) < sparse.order + 1:
         return [], torch.zeros(0, count, dtype=torch.float64)
     coarse = Sparse(sparse.recurrence, [*(sparse.edges[n] for n in kept), sparse.edges[-1]], sparse.order)
