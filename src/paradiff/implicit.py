@@ -11,9 +11,9 @@ with the pairs DX, DU of earlier rounds as a model of the drive's derivative (se
 already, since the drive is what answers least to the state (gap.py).
 
 What a node **holds back** is the most that its drive can have changed since it was evaluated: its state's change, times the
-range that the derivative of a clean-data estimate has. It is carried to the sample by equation (1), pairs included. Where the
-sample is about to decide what it will be, the pairs know, and a change that the chain's linear part would forget is seen to
-grow. When what all nodes hold back is small enough, the sample is at rest.
+steepest answer that the node has given so far, or that a clean-data estimate would. It is carried to the sample by equation
+(1), pairs included. Where the sample is about to decide what it will be, the pairs know, and a change that the chain's linear
+part would forget is seen to grow. When what all nodes hold back is small enough, the sample is at rest.
 
 Then its interpolation error is estimated (defect.py), with the same propagation. If both errors together exceed the tolerance,
 the gaps that matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on. A sample
@@ -40,10 +40,11 @@ from paradiff.trajectory import Trajectory
 from paradiff.window import Window
 
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
-SWEEPS = 5.0  # times what nodes hold back, in squares, that the sample may move
+SWEEPS = 0.7  # times what nodes hold back, in squares and times the root of their number, since neighbours agree, that the
+# sample may move
 REST = 0.3  # share of the tolerance that sweeps may leave
-TAIL = 0.5
-GAPS = 0.3  # share of the tolerance to which gaps are cut when they must be
+TAIL = 0.5  # how much more caution where defects grow
+GAPS = {True: 0.3, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by whether states are averaged
 HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes, by whether states are averaged: a sample that needs more is
 # the window loop's
 MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
@@ -111,7 +112,7 @@ class Implicit:
             1 / table.alpha[nodes].clamp(min=1e-12), STEEPEST * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2
         )
         span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
-        self._span = ground.move(rec.nu[nodes] * span)[:, None, None]
+        self._span = ground.move(rec.nu[nodes] * span)[:, None, None]  # at least; and what was seen
         self._doubled: Doubled | None = None
         self._defects: dict[int, Tensor] = {}
         self._sweeps = 0
@@ -251,7 +252,11 @@ class Implicit:
             old = torch.tensor([self._known[n] for n in self._chosen], device=y.device)[:, None]
             moved, told = y - self._y[at], u - self._u[at]
             large = moved.square().sum(2) > (64 * self.ground.resolution) ** 2 * y.square().sum(2)
-            large = (large & old)[:, None, :, None]
+            large = large & old
+            answer = told.square().sum(2) / moved.square().sum(2).clamp(min=1e-300)
+            seen = torch.where(large, answer, 0.0).amax(1).sqrt()[:, None, None]
+            self._span[at] = torch.maximum(self._span[at], seen)
+            large = large[:, None, :, None]
             for kept, fresh in ((self._dx, moved), (self._du, told)):
                 pushed = torch.cat([fresh[:, None], kept[at, :-1]], dim=1)
                 kept[at] = torch.where(large, pushed, kept[at])
@@ -296,10 +301,10 @@ class Implicit:
             )
         method = self.ground.method
         rest = REST * method.tolerance
-        limit = (rest / SWEEPS) ** 2 / count
+        limit = (rest / SWEEPS / count) ** 2
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
-        self.sweep_error, self.residual = SWEEPS * math.sqrt(sum(held)), math.sqrt(away)
+        self.sweep_error, self.residual = SWEEPS * math.sqrt(count * sum(held)), math.sqrt(away)
         if not all(self._known):
             pass
         elif self._shift_wanted(clean):
@@ -328,7 +333,9 @@ class Implicit:
             self._finish(method.exact)
             return
         most = self.ground.most_nodes
-        edges = placement.cut(sparse.edges, shares, groups, GAPS * method.tolerance, most, MOST_PARTS[sparse.averaged])
+        edges = placement.cut(
+            sparse.edges, shares, groups, GAPS[sparse.averaged] * method.tolerance, most, MOST_PARTS[sparse.averaged]
+        )
         if edges == sparse.edges:  # nothing is left to cut, or no node to spare
             self._finish(False)
         elif (
@@ -352,7 +359,8 @@ class Implicit:
                 return [0.0], [(0,)]
             defects = torch.stack([self._defects[j] for j in range(len(groups))])
             found = self._reaching(directions(defects), move(self._doubled.effect))
-            return [self._caution / REDUCTION * math.sqrt(e) for e in found.tolist()], groups
+            tail = 1 + TAIL * (1 - self._growth**-2)  # what grows is a single number, and chance has more of a hand in it
+            return [CAUTION * tail / REDUCTION * math.sqrt(e) for e in found.tolist()], groups
         gone, weights = left_out(sparse)
         if not gone:
             return [math.inf], [tuple(range(len(sparse.gaps)))]
@@ -360,12 +368,7 @@ class Implicit:
         more, weights = left_out(sparse, 4)
         fourth = self._reaching([self._times(move(weights), self._u)], self._reach[:, more]) if more else None
         rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
-        return [self._caution / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
-
-    @property
-    def _caution(self) -> float:
-        """More where defects grow: what grows of them is a single number, and chance has more of a hand in it."""
-        return CAUTION * (1 + TAIL * (1 - self._growth**-2))
+        return [CAUTION / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
 
     def _reaching(self, several: list[Tensor], reach: Tensor) -> Tensor:
         """`[J]` mean square effects on the sample of J defects, the mean over several sets of them."""
@@ -398,9 +401,11 @@ class Implicit:
             ratio.append(1.0 if same or not 0 < level < math.inf else float(level))
         at, factor = torch.tensor(near, device=self.ground.device), self.ground.move(torch.tensor(ratio))[:, None, None]
         self._y, self._dx, self._du = self._y[at] * factor, self._dx[at] * factor[:, None], self._du[at].clone()
+        seen = self._span[at] / factor
         self._u = self._u[at] if new.averaged else self._times(self.ground.move(old.interpolation[new.nodes]), self._u)
         self._known, self._guessed = known, [True] * count
         self._begin(new)
+        self._span = torch.maximum(self._span, seen)
         if not new.averaged:  # guessed drives go with the states that they give
             base = self._start[:, None, None] * self._x0 + self._share + self._times(self._reach, self._u)
             guessed = [n for n, k in enumerate(known) if not k]
