@@ -32,6 +32,7 @@ from paradiff import (
     solve,
 )
 from paradiff.collocation import Collocation
+from paradiff.ground import Ground
 from paradiff.solve import Edited
 from paradiff.targets import Gaussian, Mixture
 
@@ -315,6 +316,29 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
         f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.001 was asked for; give more nodes "
         "(max_nodes), or let the window loop go on (exact=True)"
     )
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: str) -> None:
+    table, noise = TABLES[name](60), Keyed((2,), 0, 4)
+    found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4), noise)
+    assert found.status == "converged: the estimated error of every sample is at most 0.0002"
+    assert rms(found.sample, wanted_of(name, table, PLANE, noise)).max() < 4e-4
+    handed = {v.sample for v in found.history if isinstance(v, Sweep)}
+    assert handed
+    for k, c in enumerate(found.certificates):
+        assert (k in handed) == (c.gap_error == 0)
+        assert k not in handed or c.evaluations > table.steps
+        assert c.estimated_error <= 2e-4
+    within = run(table, PLANE, collocation(12, window=8, tolerance=2e-4, max_nodes=60), noise)
+    assert not any(isinstance(v, Sweep) for v in within.history)  # nodes are bounded: so is what is held
+
+
+def test_the_window_loop_is_stricter_with_a_sample_that_amplifies() -> None:
+    ground = Ground(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
+    assert [ground.strictness(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
+    assert ground.verify(9.0).method.tolerance == 4e-3 / 16
+    assert ground.verify(9.0) is ground.verify(12.0)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])

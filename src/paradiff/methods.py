@@ -207,7 +207,8 @@ def collocation(
     The network is evaluated at a few states only. What it says there is interpolated, and the fine chain's own coefficients
     and noises carry it through the gaps between, exactly (gap.py, sparse.py). All nodes are iterated to self-consistency by
     quasi-Newton sweeps (implicit.py); then the interpolation error is estimated, and nodes are added where it is too large
-    (defect.py). It pays on long chains; on a chain of few steps there is nothing to leave out.
+    (defect.py). A sample that would need a good part of the chain is handed to the window loop over all of it. It pays on long
+    chains; on a chain of few steps there is nothing to leave out.
 
     Our own. Near it: exponential collocation; Lagrange interpolation in Picard blocks (arXiv 2510.18242); collocation of low
     degree (arXiv 2601.10708); schemes of strong order 1.5 for the averaged states of stochastic chains.
@@ -224,7 +225,7 @@ def collocation(
         secants: Pairs of earlier sweeps kept for each node; 0 for plain Picard sweeps.
         max_nodes: Most nodes that a sample may have; as many as the chain has by default.
         exact: Goes on over all nodes of the chain, from what was found, until the window loop's own estimate (that of
-            quasi_newton) is within the tolerance.
+            quasi_newton), made stricter where the sample was seen to amplify early errors, is within the tolerance.
         target: `chain`: the sequential chain's sample. `ode` or `sde`: that of the equation which the chain discretizes, on
             its range of levels, from the same start (continuum.py).
     """
