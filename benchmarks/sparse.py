@@ -3,6 +3,7 @@
 Parts, each written to the JSON as it ends; root mean square errors to the sequential sample of the same noises:
 
 - digits: the trained network, DDPM and DDIM of 1000 steps, one seed at a time, beside the window methods.
+- many: the same network and DDPM, 64 more seeds in one batch: how often samples are dear, and how often estimates hold.
 - clock: whole-clock seconds beside the sequential chain of the same run, one sample and a batch, two threads.
 - rivals: how many steps in turn a sequential solver of higher order takes to be as near. Deterministic: diffusers' solvers, at
   the times that they round to and at the real ones of their levels. Stochastic: long steps on the chain's own Brownian path.
@@ -61,6 +62,7 @@ TOLERANCES = (4e-3, 1e-2, 2e-3)
 WINDOWS = {"ddpm": (16, 32), "ddim": (24,)}
 DIMENSIONS = (2, 64, 1024)
 BATCH, MOST_ROWS = 64, 256
+MANY = range(8, 72)
 RIVAL_STEPS = (10, 15, 20, 25, 30, 40, 50)
 LONG_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500)
 SPACINGS = ("linspace", "leading", "trailing")
@@ -70,7 +72,7 @@ SHIFTS = (0.05, 0.1, 0.25, 0.5, 1.0)
 ORDERS = {"ddpm": (0, 1), "ddim": (1, 3, 5)}
 TIGHT = 1e-4
 FLOW = "flow Euler"
-CHAINS = (("DDIM", 200), (FLOW, 200), ("DDIM", 1000), (FLOW, 1000), ("DDPM", 1000))
+CHAINS = (("DDIM", 200), (FLOW, 200), ("DDIM", 500), (FLOW, 500), ("DDPM", 500))
 IMAGES = 4
 
 Row = dict[str, Any]
@@ -234,6 +236,13 @@ def part_digits(seeds: Sequence[int]) -> Iterator[Row]:
             methods = [collocation(window=window, tolerance=tolerance) for tolerance in TOLERANCES]
             for method in (*methods, quasi_newton(window), parasolver(window)):
                 yield problem.measure("digits", method, seeds, reference=reference)
+
+
+def part_many(seeds: Sequence[int]) -> Iterator[Row]:
+    """Seeds that no other part has."""
+    problem, more = trained("ddpm"), MANY if len(seeds) >= 8 else MANY[:8]
+    for method in (collocation(window=16), quasi_newton(16), parasolver(16)):
+        yield problem.measure("many", method, more, alone=False)
 
 
 def part_clock(seeds: Sequence[int]) -> Iterator[Row]:
@@ -745,6 +754,7 @@ def draw_scatter(rows: list[Row], path: Path) -> None:
 
 PARTS: dict[str, Callable[[Sequence[int]], Iterator[Row]]] = {
     "digits": part_digits,
+    "many": part_many,
     "clock": part_clock,
     "rivals": part_rivals,
     "closed": part_closed,
