@@ -15,6 +15,7 @@ from paradiff import (
     Clip,
     Evaluator,
     Keyed,
+    Recorded,
     Schedule,
     Solution,
     Sweep,
@@ -33,6 +34,7 @@ from paradiff import (
 )
 from paradiff.collocation import Collocation
 from paradiff.ground import Ground
+from paradiff.hub import load
 from paradiff.solve import Edited
 from paradiff.targets import Gaussian, Mixture
 
@@ -316,6 +318,15 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
         f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.001 was asked for; give more nodes "
         "(max_nodes), or let the window loop go on (exact=True)"
     )
+
+
+def test_a_network_of_low_precision_comes_to_rest() -> None:
+    model = load("digits")
+    low = Evaluator(lambda x, t: model(x.float(), t).bfloat16(), dtype=torch.bfloat16)
+    noise = Recorded(model.shape, torch.Generator().manual_seed(0))
+    found = sample(low, model.table("ddpm", 1000), noise, collocation(window=16))
+    assert found.status.startswith("converged")
+    assert found.rounds < 60  # and does not chase its own rounding
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])

@@ -17,8 +17,8 @@ part would forget is seen to grow. When what all nodes hold back is small enough
 
 Then its interpolation error is estimated (defect.py), with the same propagation. If both errors together exceed the tolerance,
 the gaps that matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on. A sample
-that would need a good part of the chain's own nodes is handed to the window loop, which goes on from what was found. Memory is
-O(nodes) states.
+that would need a good part of the chain's own nodes is handed to the window loop, which begins with what was found if that is
+near. Memory is O(nodes) states.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes, by whether 
 MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
 NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
 MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
+TOLD = 0.125  # of the network's relative precision: of smaller changes of a state its outputs tell rounding only
 MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
 FAR = 4.0  # factor by which the data's variance may be off
 
@@ -99,7 +100,6 @@ class Implicit:
         self.sparse = sparse
         nodes = sparse.nodes
         self._reach, self._start = ground.move(sparse.reach), ground.move(sparse.start)
-        self._of_state, self._of_output = self._in_drive(sparse, nodes)
         if table.stochastic:
             kept, self._drawn = self._drawn, {}
             for gap in sparse.gaps:
@@ -230,10 +230,12 @@ class Implicit:
             self._solve()
         at = self.nodes[count - 1]
         clean = float(table.p[at]) * y[count - 1] + float(table.q[at]) * m[count - 1]
-        held = self._mean_squares(
-            self._response.on_sample(self._span * self._response.unknown(self._states - self._y), self._reach)
-        )
-        away = self.ground.step.mean_square((self._states - self._y).view(-1, *self.shape)).amax()
+        changes = self._states - self._y
+        least = (TOLD * self.ground.resolution) ** 2 * self._y.square().sum(2)
+        told = changes.square().sum(2) > least
+        unknown = torch.where(told[..., None], self._response.unknown(changes), 0.0)
+        held = self._mean_squares(self._response.on_sample(self._span * unknown, self._reach))
+        away = self.ground.step.mean_square(changes.view(-1, *self.shape)).amax()
         moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
         finite = torch.isfinite(m).all().to(held.dtype)
         self.change = torch.cat([held, torch.stack([away, moved, clean.square().mean(), finite])])
