@@ -307,15 +307,14 @@ class Implicit:
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
         self.sweep_error, self.residual = SWEEPS * math.sqrt(count * sum(held)), math.sqrt(away)
-        if not all(self._known):
-            pass
-        elif self._shift_wanted(clean):
+        seen = all(self._known)
+        if seen and self._shift_wanted(clean):
             self._reshift(clean)
-        elif self.sweep_error <= rest:
+        elif seen and self.sweep_error <= rest:
             self.active = []
             if not self._ready():
                 self._judge()
-        elif self._sweeps > MOST_SWEEPS * (1 + count // (method.window or count)):
+        elif self._sweeps > MOST_SWEEPS * (1 + count // (method.window or count)):  # even if a few nodes keep the others unseen
             self._give_up()
         return Visit(round, self.sample, visited, count, math.sqrt(moved), self.gap_error, self.sweep_error, int(self.done))
 
