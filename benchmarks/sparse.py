@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ import numpy as np
 import torch
 from harness import Denoiser, arguments, finish
 from matplotlib.figure import Figure
-from pipelines import GUIDANCE, PROMPTS, SCHEDULERS
-from pipelines import load as load_text
+from pipelines import GUIDANCE, Bench
 from rich.console import Console
 from rich.table import Table as Sheet
 from torch import Tensor
@@ -563,81 +562,47 @@ def mixture(size: int) -> Mixture:
 # -- pipelines ----------------------------------------------------------------------------------------------------------------
 
 
-class Guided:
-    """One bundled pipeline with one scheduler at one number of steps; the plain calls are made once.
-
-    Args:
-        chain: A key of `SCHEDULERS`.
-        steps: Number of steps.
-        images: How many prompts and seeds.
-    """
-
-    def __init__(self, chain: str, steps: int, images: int) -> None:
-        self.chain, self.steps, self.images = chain, steps, images
-        self.model, make = SCHEDULERS[chain]
-        self.pipe = load_text(self.model)
-        self.pipe.scheduler = make(self.pipe.scheduler.config)
-        self.call(0, 5)  # the first call of a network sets itself up
-
-    def call(self, image: int, steps: int | None = None) -> tuple[Tensor, float]:
-        """One image's latents, and the seconds of the whole call."""
-        begin = time.perf_counter()
-        found = self.pipe(
-            PROMPTS[image % len(PROMPTS)],
-            num_inference_steps=self.steps if steps is None else steps,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(image),
-            output_type="latent",
-        ).images
-        return found, time.perf_counter() - begin
-
-    @cached_property
-    def plain(self) -> list[tuple[Tensor, float]]:
-        """The plain calls."""
-        return [self.call(image) for image in range(self.images)]
-
-    def measure(self, method: Any) -> Row:
-        """The same calls in parallel."""
-        spread = float(torch.stack([latents for latents, _ in self.plain]).std())
-        samples, seconds, executor = [], [], ""
-        with parallelize(self.pipe, method) as run:
-            for image, (latents, _) in enumerate(self.plain):
-                found, clock = self.call(image)
-                seconds.append(clock)
-                report = run.report
-                executor, c = report.executor, report.certificate
-                assert c is not None, f"the call ran sequentially: {report.warnings}"
-                samples.append(
-                    {
-                        "seed": image,
-                        "rounds": report.rounds,
-                        "evaluations": report.rows,
-                        "error": rms((found - latents)[None])[0] / spread,
-                        "estimated": c.estimated_error / spread,
-                        "gap_error": c.gap_error / spread,
-                        "sweep_error": c.sweep_error / spread,
-                        "nodes": nodes_of(report.history).get(0),
-                    }
-                )
-        return row(
-            "pipelines",
-            (f"{self.model}, guidance {GUIDANCE:g}", self.chain, self.steps),
-            method,
-            samples,
-            executor=executor,
-            spread=spread,
-            seconds=statistics.mean(seconds),
-            sequential_seconds=statistics.mean(clock for _, clock in self.plain),
-        )
+def guided(bench: Bench, method: Any) -> Row:
+    """The row of a pipeline's calls in parallel."""
+    samples, seconds, executor = [], [], ""
+    with parallelize(bench.pipe, method) as run:
+        for image, latents in enumerate(bench.references):
+            found, clock = bench.call(bench.pipe, image)
+            seconds.append(clock)
+            report = run.report
+            executor, c = report.executor, report.certificate
+            assert c is not None, f"the call ran sequentially: {report.warnings}"
+            samples.append(
+                {
+                    "seed": image,
+                    "rounds": report.rounds,
+                    "evaluations": report.rows,
+                    "error": rms(found - latents)[0] / bench.spread,
+                    "estimated": c.estimated_error / bench.spread,
+                    "gap_error": c.gap_error / bench.spread,
+                    "sweep_error": c.sweep_error / bench.spread,
+                    "nodes": nodes_of(report.history).get(0),
+                }
+            )
+    return row(
+        "pipelines",
+        (f"{bench.model}, guidance {GUIDANCE:g}", bench.chain, bench.steps),
+        method,
+        samples,
+        executor=executor,
+        spread=bench.spread,
+        seconds=statistics.mean(seconds),
+        sequential_seconds=bench.sequential_seconds,
+    )
 
 
 def part_pipelines(seeds: Sequence[int]) -> Iterator[Row]:
     """Guided calls, one image each."""
     quick = len(seeds) < 8
     for chain, steps in CHAINS[:2] if quick else CHAINS:
-        bench = Guided(chain, steps, len(seeds) if quick else IMAGES)
+        bench = Bench(chain, steps, len(seeds) if quick else IMAGES)
         for tolerance in (4e-3,) if chain == FLOW else (4e-3, 1e-3):
-            yield bench.measure(collocation(window=16, tolerance=tolerance))
+            yield guided(bench, collocation(window=16, tolerance=tolerance))
 
 
 # -- fixed --------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ class Recurrence:
         g: `[N]` derivative of the clean-data estimate.
         nu: `[N]` scale of the drive.
         evidence: `[N]` alpha/sigma^2.
+        of_state: `[N]` weight of the state in the drive, equation (1).
+        of_output: `[N]` that of the network's output.
         shifted: `[N][P]` G of equation (2).
         driven: `[N][P]` weights of the drives in equation (2).
         log_snr: `[N]` log(alpha^2/sigma^2), made finite and increasing where the table starts from pure noise.
@@ -91,6 +93,7 @@ class Recurrence:
         alpha, sigma = table.alpha[:-1], table.sigma[:-1]
         total = alpha**2 * variance + sigma**2
         self.g, self.nu, self.evidence = alpha * variance / total, total / sigma**2, alpha / sigma**2
+        self.of_state, self.of_output = self.nu * (table.p - self.g), self.nu * table.q
         self.snr = (alpha / sigma) ** 2
         self.log_snr = finite_log_snr(table)
         source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)

@@ -118,12 +118,6 @@ class Implicit:
         self._sweeps = 0
         self.active = list(range(len(sparse.gaps)))
 
-    def _in_drive(self, sparse: Sparse, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights `[R, 1, 1]` of states and outputs at fine nodes in the drives: equation (1) of gap.py."""
-        rec, table, move = sparse.recurrence, self.ground.table, self.ground.move
-        of_state, of_output = (rec.nu * (table.p - rec.g))[nodes], (rec.nu * table.q)[nodes]
-        return move(of_state)[:, None, None], move(of_output)[:, None, None]
-
     def _moved(self, noises: Tensor) -> Tensor:
         """Noises as states."""
         return self.ground.move(noises).view(-1, *self._x0.shape)
@@ -219,7 +213,8 @@ class Implicit:
             return True
         table, y, before = self.ground.table, self._handed, self._final
         m = table.convert(self.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
-        of_state, of_output = self._in_drive(self.sparse, self.nodes)
+        rec, move = self.sparse.recurrence, self.ground.move
+        of_state, of_output = (move(v[self.nodes])[:, None, None] for v in (rec.of_state, rec.of_output))
         u = of_state * y + of_output * m
         count = len(self._chosen)
         if self._pairs:
