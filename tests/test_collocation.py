@@ -402,6 +402,14 @@ def test_a_variance_that_is_far_off_is_corrected(variance: float) -> None:
     assert rms(found.sample, wanted_of("ddpm", table, data, noise)).max() < 4e-3 * variance**0.5
 
 
+def test_a_corrected_variance_spares_rounds_and_keeps_the_chains_noises() -> None:
+    table, noise = TABLES["ddpm"](200), Keyed((6,), 3)
+    data = Gaussian(torch.full((6,), 0.9), torch.full((6,), 9.0))
+    found, kept = (run(table, data, collocation(tolerance=0.012, shift=shift), noise) for shift in ("auto", 0.25))
+    assert found.rounds < 0.75 * kept.rounds
+    assert rms(found.sample, wanted_of("ddpm", table, data, noise)).max() < 0.012
+
+
 # -- the equation that a chain discretizes ----------------------------------------------------------------------------
 
 
@@ -467,6 +475,7 @@ def off_grid(table: Table, data: Gaussian, x: Tensor, t: Tensor) -> Tensor:
         ({"nodes": 10, "max_nodes": 9}, r"max_nodes is 9, below the 10 nodes to begin with"),
         ({"nodes": [0, 4, 9], "max_nodes": 2}, r"max_nodes is 2, below the 3 nodes to begin with"),
         ({"max_nodes": 1}, r"max_nodes is 1, below the 2 nodes to begin with"),
+        ({"memory": "nodes.json", "nodes": 20}, r"memory was given with nodes=20; it says where nodes go itself"),
         ({"target": "flow"}, r"the target is 'flow'; it must be one of chain, ode, sde"),
         ({"target": "ode", "exact": True}, r"exact=True was given with target='ode'; only the chain's own sample"),
     ],

@@ -87,7 +87,7 @@ def sample(
     warmup: Annotated[int | None, typer.Option(help="parasolver, quasi_newton: steps really taken first; default 0.")] = None,
     slope: Annotated[str | None, typer.Option(help=f"All but srds: {', '.join(SLOPES)} or shifted:VARIANCE.")] = None,
     secants: Annotated[
-        int | None, typer.Option(help="quasi_newton, collocation: pairs of earlier sweeps kept for each node; default 3, 6.")
+        int | None, typer.Option(help="quasi_newton, collocation: pairs of earlier sweeps kept for each node; default 3, 4.")
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="collocation: nodes to begin with; by the tolerance if left out.")] = None,
     max_nodes: Annotated[int | None, typer.Option(help="collocation: most nodes of a sample; the whole chain's.")] = None,
@@ -99,6 +99,9 @@ def sample(
         bool | None, typer.Option("--exact", help="collocation: verify the sample over all nodes of the chain.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="collocation: `chain` (default), `ode` or `sde`.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="FILE", help="collocation: remember in a file where this model's samples need nodes.")
+    ] = None,
     blocks: Annotated[
         int | None, typer.Option(help="srds: blocks of the chain; near sqrt(2 STEPS) by default. piadm: has to be given.")
     ] = None,

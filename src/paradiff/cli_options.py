@@ -30,7 +30,7 @@ SLOPES: dict[str, Any] = {
     "freeze-clean-data": slope.freeze_clean_data,
 }
 OPTIONS = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
-OPTIONS += ("secants", "sweeps", "stagger", "corrector", "nodes", "max_nodes", "order", "shift", "exact", "target")
+OPTIONS += ("secants", "sweeps", "stagger", "corrector", "nodes", "max_nodes", "order", "shift", "exact", "target", "memory")
 COARSE = {"one-step": "one step", "two-step": "two step"}
 
 

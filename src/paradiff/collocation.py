@@ -6,8 +6,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
+from paradiff.memory import Memory, Remembered
 from paradiff.placement import Placement
 from paradiff.table import Table
 
@@ -29,13 +31,14 @@ class Collocation:
         order: Degree of the interpolation between nodes; None for 0 on stochastic chains, at averaged states, and for 3 on
             deterministic ones.
         shift: Variance of the data, whose answer to the state is taken out of what is interpolated; or `auto`: 1/4, corrected
-            by the first sweep if that finds it far off.
+            when the sample is at rest, if that finds it far off.
         window: Most rows that a sample puts in one round; None for no bound.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
         secants: Pairs of earlier sweeps kept for each node (secant.py).
         max_nodes: Most nodes that a sample may have; None for as many as the chain has.
         exact: Whether the window loop verifies the sample over all nodes of the chain.
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
+        memory: File in which is remembered where the samples of this model needed their nodes (memory.py); None for no file.
 
     Raises:
         ValueError: If a value is out of its range, or two of them contradict each other.
@@ -51,6 +54,7 @@ class Collocation:
     max_nodes: int | None = None
     exact: bool = False
     target: Target = "chain"
+    memory: str | Path | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.nodes, str):
@@ -83,6 +87,11 @@ class Collocation:
                 f"exact=True was given with target={self.target!r}; only the chain's own sample can be verified step by step"
             )
 
+        if self.memory is not None and self.nodes != "auto":
+            raise ValueError(
+                f"memory was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
+            )
+
     def _check_places(self, places: list[int]) -> None:
         if not places or places[0] != 0:
             raise ValueError(f"the nodes begin with {places[:1]}; the first must be node 0, where the chain starts")
@@ -98,19 +107,38 @@ class Collocation:
             return self.order
         return 0 if table.stochastic else min(DETERMINISTIC_ORDER, len(placement_on(table).candidates) - 1)
 
-    def edges(self, table: Table) -> list[int]:
+    def relative(self, table: Table) -> float:
+        """How many times as many nodes this tolerance needs as the default one."""
+        return (DEFAULT_TOLERANCE / self.tolerance) ** (2 / 3 if self.degree(table) == 0 else 1 / 3)
+
+    def usual(self, table: Table) -> int:
+        """How many nodes a sample of an unknown model begins with at the default tolerance."""
+        return STOCHASTIC_NODES if self.degree(table) == 0 else DETERMINISTIC_NODES
+
+    def remember(self, table: Table) -> Memory | None:
+        """What is remembered of the table, if anything shall be.
+
+        Raises:
+            ValueError: If the file is something else.
+        """
+        return None if self.memory is None else Memory(Path(self.memory), table, self.degree(table), self.target)
+
+    def edges(self, table: Table, remembered: Remembered | None = None) -> list[int]:
         """The edges to begin with, 0 and N included.
+
+        Args:
+            table: The sampler.
+            remembered: What is remembered of it.
 
         Raises:
             ValueError: If nodes are out of range, not such at which a gap may begin, or too few for the order.
         """
-        order, placement = self.degree(table), placement_on(table)
+        order, placement = self.degree(table), placement_on(table, remembered)
         if isinstance(self.nodes, int | str):
             if isinstance(self.nodes, str):
-                base = STOCHASTIC_NODES if order == 0 else DETERMINISTIC_NODES
-                power = 2 / 3 if order == 0 else 1 / 3
-                share = max((DEFAULT_TOLERANCE / self.tolerance) ** power, LEAST_SHARE)
-                count = max(round(base * share), order + 1)
+                share = max(self.relative(table), LEAST_SHARE)
+                count = self.usual(table) if remembered is None else sum(remembered.nodes)
+                count = max(round(count * share), order + 1)
                 count = min(count, table.steps, self.max_nodes or table.steps)
             else:
                 count = self.nodes
@@ -136,6 +164,7 @@ class Collocation:
         return edges
 
 
-def placement_on(table: Table) -> Placement:
+def placement_on(table: Table, remembered: Remembered | None = None) -> Placement:
     """Where nodes go on a chain; made once for a table."""
-    return table.derived(("placement",), lambda: Placement(table))
+    nodes = None if remembered is None else remembered.nodes
+    return table.derived(("placement", nodes), lambda: Placement(table, nodes))

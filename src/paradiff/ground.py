@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +11,9 @@ from paradiff.collocation import VARIANCE, Collocation, placement_on
 from paradiff.continuum import continuum
 from paradiff.defect import Doubled
 from paradiff.gap import Recurrence
+from paradiff.memory import AIM, needed
 from paradiff.method import Method
+from paradiff.placement import BINS
 from paradiff.slope import shifted
 from paradiff.sparse import Sparse
 from paradiff.step import Step
@@ -52,11 +55,38 @@ class Ground:
         self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, members)
         self.t, self.move = self.step.t, self.step.move
         self.order = method.degree(table)
-        self.placement = placement_on(table)
+        self.memory = method.remember(table)
+        remembered = None if self.memory is None else self.memory.found
+        self.placement = placement_on(table, remembered)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
-        self.recurrence = self.recurrence_of(VARIANCE if method.shift == "auto" else float(method.shift))
-        self.edges = method.edges(table)
+        usual = VARIANCE if remembered is None else remembered.variance
+        self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
+        self.settled_shift = method.shift != "auto" or remembered is not None
+        self.edges = method.edges(table, remembered)
         self._plans: dict[float, Plan] = {}
+
+    def note(self, edges: Sequence[int], shares: Sequence[float], groups: Sequence[Sequence[int]], variance: float) -> None:
+        """Remembers what a sample needs, if anything shall be remembered.
+
+        Args:
+            edges: Of the sample's gaps.
+            shares: What each group of gaps leaves out of the sample.
+            groups: The numbers of the gaps of each group.
+            variance: The data's.
+        """
+        if self.memory is None or not all(map(math.isfinite, shares)) or max(shares) == 0:
+            return
+        nodes, relative = torch.zeros(BINS, dtype=torch.float64), self.method.relative(self.table)
+        counts = needed(shares, AIM[self.order == 0] * self.method.tolerance)
+        for count, group in zip(counts, groups, strict=True):
+            nodes += count * len(group) / relative * self.placement.in_bins(edges[group[0]], edges[group[-1] + 1])
+        self.memory.note(nodes.tolist(), variance)
+
+    def keep(self) -> None:
+        """Writes what was remembered."""
+        if self.memory is not None:
+            prior = self.method.usual(self.table) * placement_on(self.table).in_bins()
+            self.memory.keep(prior.tolist())
 
     @staticmethod
     def strictness(growth: float) -> float:

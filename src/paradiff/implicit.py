@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ SWEEPS = 0.7  # times what nodes hold back, in squares and times the root of the
 # sample may move
 REST = 0.3  # share of the tolerance that sweeps may leave
 TAIL = 0.5  # how much more caution where defects grow
+CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
+MOST_EASED = 0.4  # times the estimate, at least
 GAPS = {True: 0.3, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by whether states are averaged
 HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes, by whether states are averaged: a sample that needs more is
 # the window loop's
@@ -52,7 +55,7 @@ NEAR = 4.0  # times the tolerance that the estimated error may be for the window
 MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
 TOLD = 0.125  # of the network's relative precision: of smaller changes of a state its outputs tell rounding only
 MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
-FAR = 4.0  # factor by which the data's variance may be off
+FAR = 16.0  # factor by which the data's variance may be off
 
 
 class Implicit:
@@ -77,12 +80,13 @@ class Implicit:
         self.done = False
         self._final = x0
         self.gap_error = self.sweep_error = self.residual = math.inf
-        self._recurrence, self._settled_shift = ground.recurrence, ground.method.shift != "auto"
+        self._recurrence, self._settled_shift = ground.recurrence, ground.settled_shift
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._window: Window | None = None
         self._first: Response | None = None  # at the first rest
         self._rested: Tensor | None = None
         self._amplified = self._growth = 1.0
+        self._foretold = math.inf  # what the last cut was to leave out
         self._begin(ground.sparse(ground.recurrence, ground.edges))
         count = len(self.sparse.gaps)
         self._u = self._x0.new_zeros(count, *self._x0.shape)
@@ -172,9 +176,8 @@ class Implicit:
         return self.nodes, ground.step.seen(self.nodes.to(ground.device), self._handed.view(-1, *self.shape)).to(ground.dtype)
 
     def _ready(self) -> list[int]:
-        """Gaps of twice the length that are to be asked still, as far as the nodes are settled; none before the first sweep
-        has settled the shift."""
-        if not (self.sparse.averaged and self._settled_shift):
+        """Gaps of twice the length that are to be asked still, as far as the nodes are settled."""
+        if not self.sparse.averaged:
             return []
         if self._doubled is None:
             self._doubled = self.ground.doubled(self.sparse)
@@ -223,8 +226,6 @@ class Implicit:
             self._observe(torch.tensor(self._chosen, device=y.device), y[:count], u[:count])
             self._fill()
             self._solve()
-        at = self.nodes[count - 1]
-        clean = float(table.p[at]) * y[count - 1] + float(table.q[at]) * m[count - 1]
         changes = self._states - self._y
         least = (TOLD * self.ground.resolution) ** 2 * self._y.square().sum(2)
         told = changes.square().sum(2) > least
@@ -233,7 +234,7 @@ class Implicit:
         away = self.ground.step.mean_square(changes.view(-1, *self.shape)).amax()
         moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
         finite = torch.isfinite(m).all().to(held.dtype)
-        self.change = torch.cat([held, torch.stack([away, moved, clean.square().mean(), finite])])
+        self.change = torch.cat([held, torch.stack([away, moved, self._final.square().mean(), finite])])
         return True
 
     def _defect(self, u: Tensor) -> None:
@@ -287,7 +288,7 @@ class Implicit:
             sweep = self._window.slide(change, round)
             self.done = self._window.done
             return dataclasses.replace(sweep, passed=int(self.done))
-        *held, away, moved, clean, finite = change
+        *held, away, moved, size, finite = change
         visited, count = self.nodes.tolist(), len(held)
         if not finite or not all(map(math.isfinite, (*held, away))):
             raise ValueError(
@@ -303,11 +304,11 @@ class Implicit:
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
         self.sweep_error, self.residual = SWEEPS * math.sqrt(count * sum(held)), math.sqrt(away)
         seen = all(self._known)
-        if seen and self._shift_wanted(clean):
-            self._reshift(clean)
-        elif seen and self.sweep_error <= rest:
+        if seen and self.sweep_error <= rest:
             self.active = []
-            if not self._ready():
+            if self._shift_wanted(size):
+                self._reshift(size)
+            elif not self._ready():
                 self._judge()
         elif self._sweeps > MOST_SWEEPS * (1 + count // (method.window or count)):  # even if a few nodes keep the others unseen
             self._give_up()
@@ -319,13 +320,18 @@ class Implicit:
         """At rest: ends the sample, or cuts the gaps that leave out too much."""
         method, sparse, placement = self.ground.method, self.sparse, self.ground.placement
         shares, groups = self._left_out()
-        if self._rested is not None:
+        if self._rested is not None and math.isfinite(self.gap_error):
             moved = math.sqrt(float(self._mean_squares((self._final - self._rested).view(1, *self._x0.shape))))
             self._amplified = max(self._amplified, moved / self.gap_error)
+            foretold = CAUTION * self._foretold * moved / self.gap_error
+            if self._growth < CALM and self._amplified == 1:  # the move is no single number then, and small by no chance
+                eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
+                shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
         shares = [self._amplified * e for e in shares]
         self._rested, self._first = self._final, self._first or self._response
         self.gap_error = math.sqrt(sum(e * e for e in shares))
         if method.exact or math.hypot(self.gap_error, self.sweep_error) <= method.tolerance:
+            self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
             self._finish(method.exact)
             return
         most = self.ground.most_nodes
@@ -341,6 +347,9 @@ class Implicit:
         ):
             self._finish(True)
         else:
+            parts = [bisect_left(edges, right) - bisect_left(edges, left) for left, right in pairwise(sparse.edges)]
+            fewer = (e / min(parts[n] for n in group) ** 1.5 for e, group in zip(shares, groups, strict=True))
+            self._foretold = math.sqrt(sum(e * e for e in fewer))
             self._regrid(self.ground.sparse(self._recurrence, edges))
 
     def _left_out(self) -> tuple[list[float], list[tuple[int, ...]]]:
@@ -409,12 +418,12 @@ class Implicit:
         self._solve()
         self.active = [n for n, k in enumerate(known) if not k]
 
-    def _shift_wanted(self, clean: float) -> bool:
-        """Whether the data's variance, from the first clean-data estimate of the whole chain, is far from the one assumed."""
+    def _shift_wanted(self, size: float) -> bool:
+        """Whether the data's variance, as the first sample at rest has it, is far from the one assumed."""
         if self._settled_shift:
             return False
         self._settled_shift = True
-        return clean > 0 and not 1 / FAR <= clean / self._recurrence.variance <= FAR
+        return size > 0 and not 1 / FAR <= size / self._recurrence.variance <= FAR
 
     def _reshift(self, variance: float) -> None:
         """Begins anew with another variance; what was evaluated is kept."""
@@ -423,6 +432,7 @@ class Implicit:
         nodes = self.sparse.nodes
         nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (before.nu, before.g))
         clean = self._u / nu + g * self._y
+        self._drawn = {}  # their weights depend on the variance
         self._begin(self.ground.sparse(self._recurrence, self.sparse.edges))
         nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
         self._u = nu * (clean - g * self._y)

@@ -19,6 +19,7 @@ same noises. `collocation` estimates how far from that its sample is, and with `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.collocation import DEFAULT_TOLERANCE, Collocation, Target
@@ -201,6 +202,7 @@ def collocation(
     max_nodes: int | None = None,
     exact: bool = False,
     target: Target = "chain",
+    memory: str | Path | None = None,
 ) -> Collocation:
     """Sparse nodes: the sample of a long chain from fewer evaluations than the chain has steps.
 
@@ -221,12 +223,14 @@ def collocation(
         order: Degree of the interpolation in log(alpha^2/sigma^2) between nodes; 0 takes constants at averaged states. None
             for 0 on stochastic chains and 3 on deterministic ones.
         shift: Variance of the data, whose answer to the state is taken out of what is interpolated; `auto` begins with 1/4
-            and corrects it after the first sweep if that finds it far off.
+            and corrects it when the sample is at rest, if that finds it far off.
         secants: Pairs of earlier sweeps kept for each node; 0 for plain Picard sweeps.
         max_nodes: Most nodes that a sample may have; as many as the chain has by default.
         exact: Goes on over all nodes of the chain, from what was found, until the window loop's own estimate (that of
             quasi_newton), made stricter where the sample was seen to amplify early errors, is within the tolerance.
         target: `chain`: the sequential chain's sample. `ode` or `sde`: that of the equation which the chain discretizes, on
             its range of levels, from the same start (continuum.py).
+        memory: File in which is remembered where the samples of this model needed their nodes, so that later ones begin with
+            nodes there (memory.py); made when it is not there.
     """
-    return Collocation("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target)
+    return Collocation("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target, memory)

@@ -26,6 +26,7 @@ from paradiff.table import Table
 
 PLATEAU, DECISION = 1.0, 2.0  # heights of the density's parts
 DECISION_AT, DECISION_WIDTH = {True: -1.2, False: -0.3}, 1.5  # of stochastic and of deterministic chains
+BINS = 12  # of the range of log(alpha^2/sigma^2), for which numbers are remembered (memory.py)
 UNKNOWN = 2  # parts of a gap of which nothing is known
 NOISE_SIDE, DATA_SIDE = (-0.6, 1.3, 1.8), (5.0, 2.5, 2.0)  # where the density begins to fall off, how far, which power
 
@@ -35,20 +36,22 @@ class Placement:
 
     Args:
         table: The sampler.
+        nodes: How many gaps each of `BINS` equal parts of the range of log(alpha^2/sigma^2) needs (memory.py), in any unit,
+            in place of `density`.
 
     Attributes:
         candidates: Fine nodes at which a gap may begin: those at which the chain starts afresh, or all where there are hardly
             any such, and of several at one level the last.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, nodes: Sequence[float] | None = None) -> None:
         place = finite_log_snr(table)
         afresh = table.restarts[:-1]
-        nodes = afresh if 4 * len(afresh) >= table.steps else list(range(table.steps))
+        begins = afresh if 4 * len(afresh) >= table.steps else list(range(table.steps))
         self.candidates: list[int] = []
         highest = -float("inf")
-        for i, node in enumerate(nodes):
-            after = float(place[nodes[i + 1]]) if i + 1 < len(nodes) else float("inf")
+        for i, node in enumerate(begins):
+            after = float(place[begins[i + 1]]) if i + 1 < len(begins) else float("inf")
             if float(place[node]) > highest and after > float(place[node]) + 1e-6:
                 self.candidates.append(node)
                 highest = float(place[node])
@@ -56,8 +59,17 @@ class Placement:
             self.candidates = [0, *self.candidates]
         self._steps = table.steps
         length = (place[1:] - place[:-1]).clamp(min=0)
-        weight = density((place[1:] + place[:-1]) / 2, table.stochastic)
+        middle = (place[1:] + place[:-1]) / 2
+        self._bin = bins(middle, place)
+        weight = density(middle, table.stochastic) if nodes is None else torch.tensor(nodes, dtype=torch.float64)[self._bin]
         self._amount = torch.cat([torch.zeros(1, dtype=torch.float64), (weight * length).cumsum(0)])
+
+    def in_bins(self, left: int = 0, right: int | None = None) -> Tensor:
+        """`[BINS]` the share of a gap, or of the whole chain, that lies in each of the equal parts of the range."""
+        inside = slice(left, right)
+        amount = self._amount.diff()[inside]
+        found = torch.zeros(BINS, dtype=torch.float64).index_add(0, self._bin[inside], amount)
+        return found / found.sum() if found.sum() > 0 else found
 
     def edges(self, count: int) -> list[int]:
         """At most `count` gaps from node 0 to the end; the last begins at the last candidate, so that the step that lands on
@@ -132,6 +144,11 @@ class Placement:
             left = sum((e / n**1.5) ** 2 for e, n, most in zip(shares, parts, room, strict=True) if n < most)
             low, high = (level, high) if left <= wanted**2 else (low, level)
         return low
+
+
+def bins(values: Tensor, place: Tensor) -> Tensor:
+    """In which of `BINS` equal parts of the range of `place` values lie."""
+    return ((values - place[0]) / (place[-1] - place[0]).clamp(min=1e-300) * BINS).long().clamp(0, BINS - 1)
 
 
 def _parts(share: float, level: float) -> int:

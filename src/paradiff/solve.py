@@ -139,6 +139,8 @@ def solve(
         history += sweeps
         if progress is not None:
             progress(sweeps)
+    if isinstance(plan, Ground):
+        plan.keep()
     certificates = [w.certificate for w in windows]
     sample = torch.stack([w.final for w in windows])
     status = _status(method, plan, certificates)
