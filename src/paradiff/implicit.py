@@ -44,6 +44,7 @@ STEEPEST = 4.0  # the clean-data estimate answers at most so many times as stron
 SWEEPS = 0.7  # times what nodes hold back, in squares and times the root of their number, since neighbours agree, that the
 # sample may move
 REST = 0.3  # share of the tolerance that sweeps may leave
+CLOSING = 1.0  # times the tolerance that a state may have moved since its node was evaluated, when the sample is to end
 TAIL = 0.5  # how much more caution where defects grow
 CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
 MOST_EASED = 0.4  # times the estimate, at least
@@ -119,7 +120,7 @@ class Implicit:
         self._span = ground.move(rec.nu[nodes] * span)[:, None, None]  # at least; and what was seen
         self._doubled: Doubled | None = None
         self._defects: dict[int, Tensor] = {}
-        self._sweeps = 0
+        self._sweeps, self._closed = 0, False
         self.active = list(range(len(sparse.gaps)))
 
     def _moved(self, noises: Tensor) -> Tensor:
@@ -231,10 +232,10 @@ class Implicit:
         told = changes.square().sum(2) > least
         unknown = torch.where(told[..., None], self._response.unknown(changes), 0.0)
         held = self._mean_squares(self._response.on_sample(self._span * unknown, self._reach))
-        away = self.ground.step.mean_square(changes.view(-1, *self.shape)).amax()
+        away = self.ground.step.mean_square(changes.view(-1, *self.shape))
         moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
         finite = torch.isfinite(m).all().to(held.dtype)
-        self.change = torch.cat([held, torch.stack([away, moved, self._final.square().mean(), finite])])
+        self.change = torch.cat([held, away, torch.stack([moved, self._final.square().mean(), finite])])
         return True
 
     def _defect(self, u: Tensor) -> None:
@@ -288,9 +289,10 @@ class Implicit:
             sweep = self._window.slide(change, round)
             self.done = self._window.done
             return dataclasses.replace(sweep, passed=int(self.done))
-        *held, away, moved, size, finite = change
-        visited, count = self.nodes.tolist(), len(held)
-        if not finite or not all(map(math.isfinite, (*held, away))):
+        *nodes, moved, size, finite = change
+        visited, count = self.nodes.tolist(), len(nodes) // 2
+        held, away = nodes[:count], nodes[count:]
+        if not finite or not all(map(math.isfinite, nodes)):
             raise ValueError(
                 f"sample {self.sample} is not finite after round {round} (times {float(self.ground.table.t[visited[0]]):g} "
                 f"to {float(self.ground.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
@@ -302,13 +304,16 @@ class Implicit:
         limit = (rest / SWEEPS / count) ** 2
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
-        self.sweep_error, self.residual = SWEEPS * math.sqrt(count * sum(held)), math.sqrt(away)
+        self.sweep_error, self.residual = SWEEPS * math.sqrt(count * sum(held)), math.sqrt(max(away))
         seen = all(self._known)
         if seen and self.sweep_error <= rest:
             self.active = []
             if self._shift_wanted(size):
                 self._reshift(size)
-            elif not self._ready():
+            elif not self._closed:  # pairs of early rounds, when states moved far, may not tell what small moves do
+                self._closed = True
+                self.active = [n for n, e in enumerate(away) if e > (CLOSING * method.tolerance) ** 2]
+            if not self.active and not self._ready():
                 self._judge()
         elif self._sweeps > MOST_SWEEPS * (1 + count // (method.window or count)):  # even if a few nodes keep the others unseen
             self._give_up()
