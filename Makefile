@@ -31,6 +31,7 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/corrector.py --json benchmarks/results/corrector.json
 	$(BIN)/python benchmarks/pipelines.py --json benchmarks/results/pipelines.json
 	$(BIN)/python benchmarks/sparse.py --json benchmarks/results/sparse.json
+	$(BIN)/python benchmarks/shift.py --json benchmarks/results/shift.json
 
 clean:
 	rm -rf .venv demo
