@@ -44,7 +44,7 @@ STEEPEST = 4.0  # the clean-data estimate answers at most so many times as stron
 SWEEPS = 0.7  # times what nodes hold back, in squares and times the root of their number, since neighbours agree, that the
 # sample may move
 REST = 0.3  # share of the tolerance that sweeps may leave
-CLOSING = 1.0  # times the tolerance that a state may have moved since its node was evaluated, when the sample is to end
+CLOSING = 1.0  # times the tolerance that a state may have moved since its remembered node was evaluated, at the end
 TAIL = 0.5  # how much more caution where defects grow
 CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
 MOST_EASED = 0.4  # times the estimate, at least
@@ -120,7 +120,7 @@ class Implicit:
         self._span = ground.move(rec.nu[nodes] * span)[:, None, None]  # at least; and what was seen
         self._doubled: Doubled | None = None
         self._defects: dict[int, Tensor] = {}
-        self._sweeps, self._closed = 0, False
+        self._sweeps, self._closed = 0, not ground.remembers
         self.active = list(range(len(sparse.gaps)))
 
     def _moved(self, noises: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ class Implicit:
             self.active = []
             if self._shift_wanted(size):
                 self._reshift(size)
-            elif not self._closed:  # pairs of early rounds, when states moved far, may not tell what small moves do
+            elif not self._closed:  # no cut has asked again, and pairs of far moves may not tell what small ones do
                 self._closed = True
                 self.active = [n for n, e in enumerate(away) if e > (CLOSING * method.tolerance) ** 2]
             if not self.active and not self._ready():
