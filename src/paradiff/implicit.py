@@ -56,7 +56,7 @@ NEAR = 4.0  # times the tolerance that the estimated error may be for the window
 MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
 TOLD = 0.125  # of the network's relative precision: of smaller changes of a state its outputs tell rounding only
 MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
-FAR = 16.0  # factor by which the data's variance may be off
+FAR = 4.0  # factor by which the data's variance may be off
 
 
 class Implicit:
