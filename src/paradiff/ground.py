@@ -57,7 +57,6 @@ class Ground:
         self.order = method.degree(table)
         self.memory = method.remember(table)
         remembered = None if self.memory is None else self.memory.found
-        self.remembers = remembered is not None
         self.placement = placement_on(table, remembered)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
         usual = VARIANCE if remembered is None else remembered.variance

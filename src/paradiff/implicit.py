@@ -11,14 +11,18 @@ with the pairs DX, DU of earlier rounds as a model of the drive's derivative (se
 already, since the drive is what answers least to the state (gap.py).
 
 What a node **holds back** is the most that its drive can have changed since it was evaluated: its state's change, times the
-steepest answer that the node has given so far, or that a clean-data estimate would. It is carried to the sample by equation
-(1), pairs included. Where the sample is about to decide what it will be, the pairs know, and a change that the chain's linear
-part would forget is seen to grow. When what all nodes hold back is small enough, the sample is at rest.
+steepest answer that the node has given so far, or that a clean-data estimate would. A node that was evaluated once has shown
+no answer, and its neighbours stand for it: in units of the network's output the answer changes little from a node to the next,
+and at the noisy end a trained network's can be far above any clean-data estimate's. What is held back is carried to the sample
+by equation (1), pairs included. Where the sample is about to decide what it will be, the pairs know, and a change that the
+chain's linear part would forget is seen to grow. Carried together, the changes of all nodes tell how far the sample may move
+still; when that is small enough, the sample is at rest.
 
-Then its interpolation error is estimated (defect.py), with the same propagation. If both errors together exceed the tolerance,
-the gaps that matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on. A sample
-that would need a good part of the chain's own nodes is handed to the window loop, which begins with what was found if that is
-near. Memory is O(nodes) states.
+The interpolation error is estimated (defect.py) with the same propagation, as soon as what the sweeps leave does not hide it.
+If both errors together are below the tolerance, the sample is found. If the interpolation error alone exceeds it, the gaps that
+matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on; to bring the nodes to
+rest before would be lost work. A sample that would need a good part of the chain's own nodes is handed to the window loop,
+which begins with what was found if that is near. Memory is O(nodes) states.
 """
 
 from __future__ import annotations
@@ -41,14 +45,16 @@ from paradiff.trajectory import Trajectory
 from paradiff.window import Window
 
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
-SWEEPS = 0.7  # times what nodes hold back, in squares and times the root of their number, since neighbours agree, that the
-# sample may move
 REST = 0.3  # share of the tolerance that sweeps may leave
-CLOSING = 1.0  # times the tolerance that a state may have moved since its remembered node was evaluated, at the end
+EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
+QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
 TAIL = 0.5  # how much more caution where defects grow
 CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
 MOST_EASED = 0.4  # times the estimate, at least
-GAPS = {True: 0.3, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by whether states are averaged
+GAPS = {
+    True: 0.25,
+    False: 0.5,
+}  # share of the tolerance to which gaps are cut when they must be, by whether states are averaged
 HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes, by whether states are averaged: a sample that needs more is
 # the window loop's
 MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
@@ -56,7 +62,7 @@ NEAR = 4.0  # times the tolerance that the estimated error may be for the window
 MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
 TOLD = 0.125  # of the network's relative precision: of smaller changes of a state its outputs tell rounding only
 MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
-FAR = 4.0  # factor by which the data's variance may be off
+FAR = 16.0  # factor by which the data's variance may be off
 
 
 class Implicit:
@@ -85,7 +91,8 @@ class Implicit:
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._window: Window | None = None
         self._first: Response | None = None  # at the first rest
-        self._rested: Tensor | None = None
+        self._rested: Tensor | None = None  # the sample as it was when last judged
+        self._rested_error = 0.0
         self._amplified = self._growth = 1.0
         self._foretold = math.inf  # what the last cut was to leave out
         self._begin(ground.sparse(ground.recurrence, ground.edges))
@@ -117,10 +124,12 @@ class Implicit:
             1 / table.alpha[nodes].clamp(min=1e-12), STEEPEST * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2
         )
         span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
-        self._span = ground.move(rec.nu[nodes] * span)[:, None, None]  # at least; and what was seen
+        self._least = ground.move(rec.nu[nodes] * span)  # that a drive answers to its state; and what was seen
+        self._seen = torch.zeros_like(self._least)
+        self._of_output = ground.move(rec.of_output[nodes].abs().clamp(min=1e-300))
         self._doubled: Doubled | None = None
         self._defects: dict[int, Tensor] = {}
-        self._sweeps, self._closed = 0, not ground.remembers
+        self._sweeps = 0
         self.active = list(range(len(sparse.gaps)))
 
     def _moved(self, noises: Tensor) -> Tensor:
@@ -231,12 +240,25 @@ class Implicit:
         least = (TOLD * self.ground.resolution) ** 2 * self._y.square().sum(2)
         told = changes.square().sum(2) > least
         unknown = torch.where(told[..., None], self._response.unknown(changes), 0.0)
-        held = self._mean_squares(self._response.on_sample(self._span * unknown, self._reach))
+        on_sample = self._response.on_sample(self._steepness() * unknown, self._reach)
+        held, together = self._mean_squares(on_sample), self._mean_squares(on_sample.sum(0, keepdim=True))
         away = self.ground.step.mean_square(changes.view(-1, *self.shape))
         moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
         finite = torch.isfinite(m).all().to(held.dtype)
-        self.change = torch.cat([held, away, torch.stack([moved, self._final.square().mean(), finite])])
+        self.change = torch.cat([held, away, together, torch.stack([moved, self._final.square().mean(), finite])])
         return True
+
+    def _steepness(self) -> Tensor:
+        """`[M, 1, 1]`: how strongly drives may answer to their states; nodes evaluated again speak for the others."""
+        count, asked = len(self._seen), self._seen > 0
+        index = torch.arange(count, device=self._seen.device)
+        before = torch.where(asked, index, -1).cummax(0).values
+        after = count - 1 - torch.where(asked.flip(0), index, -1).cummax(0).values.flip(0)
+        answers = torch.cat(
+            [self._seen / self._of_output, self._seen.new_zeros(1)]
+        )  # of the network itself; none beyond the ends
+        near = torch.maximum(answers[torch.where(before < 0, count, before)], answers[after])
+        return torch.maximum(self._least, near * self._of_output)[:, None, None]
 
     def _defect(self, u: Tensor) -> None:
         """Takes the drives `[R, b, d]` of gaps of twice the length."""
@@ -253,8 +275,8 @@ class Implicit:
             large = moved.square().sum(2) > (64 * self.ground.resolution) ** 2 * y.square().sum(2)
             large = large & old
             answer = told.square().sum(2) / moved.square().sum(2).clamp(min=1e-300)
-            seen = torch.where(large, answer, 0.0).amax(1).sqrt()[:, None, None]
-            self._span[at] = torch.maximum(self._span[at], seen)
+            seen = torch.where(large, answer, 0.0).amax(1).sqrt()
+            self._seen[at] = torch.maximum(self._seen[at], seen)
             large = large[:, None, :, None]
             for kept, fresh in ((self._dx, moved), (self._du, told)):
                 pushed = torch.cat([fresh[:, None], kept[at, :-1]], dim=1)
@@ -289,7 +311,7 @@ class Implicit:
             sweep = self._window.slide(change, round)
             self.done = self._window.done
             return dataclasses.replace(sweep, passed=int(self.done))
-        *nodes, moved, size, finite = change
+        *nodes, together, moved, size, finite = change
         visited, count = self.nodes.tolist(), len(nodes) // 2
         held, away = nodes[:count], nodes[count:]
         if not finite or not all(map(math.isfinite, nodes)):
@@ -299,63 +321,78 @@ class Implicit:
                 "dtype; check its weights, its dtype and the times it was trained on, or use quasi_newton, which takes the "
                 "chain's own steps"
             )
-        method = self.ground.method
-        rest = REST * method.tolerance
-        limit = (rest / SWEEPS / count) ** 2
+        tolerance = self.ground.method.tolerance
+        limit = (QUIET * REST * tolerance / count) ** 2
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
-        self.sweep_error, self.residual = SWEEPS * math.sqrt(count * sum(held)), math.sqrt(max(away))
-        seen = all(self._known)
-        if seen and self.sweep_error <= rest:
+        self.sweep_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
+        most = MOST_SWEEPS * (1 + count // (self.ground.method.window or count))  # even if a few nodes keep the others unseen
+        near = all(self._known) and self.sweep_error <= EARLY * tolerance
+        at_rest = near and self.sweep_error <= REST * tolerance
+        if at_rest:
             self.active = []
-            if self._shift_wanted(size):
-                self._reshift(size)
-            elif not self._closed:  # no cut has asked again, and pairs of far moves may not tell what small ones do
-                self._closed = True
-                self.active = [n for n, e in enumerate(away) if e > (CLOSING * method.tolerance) ** 2]
-            if not self.active and not self._ready():
-                self._judge()
-        elif self._sweeps > MOST_SWEEPS * (1 + count // (method.window or count)):  # even if a few nodes keep the others unseen
+        if near and self._shift_wanted(size):
+            self._reshift(size)
+        elif at_rest and self._ready():
+            pass
+        elif not (near and self._judge(at_rest)) and self._sweeps > most:
             self._give_up()
         return Visit(round, self.sample, visited, count, math.sqrt(moved), self.gap_error, self.sweep_error, int(self.done))
 
     # -- the interpolation error --------------------------------------------------------------------------------------
 
-    def _judge(self) -> None:
-        """At rest: ends the sample, or cuts the gaps that leave out too much."""
+    def _judge(self, at_rest: bool) -> bool:
+        """Ends the sample, or cuts the gaps that leave out too much; whether it could tell."""
         method, sparse, placement = self.ground.method, self.sparse, self.ground.placement
-        shares, groups = self._left_out()
-        if self._rested is not None and math.isfinite(self.gap_error):
-            moved = math.sqrt(float(self._mean_squares((self._final - self._rested).view(1, *self._x0.shape))))
-            self._amplified = max(self._amplified, moved / self.gap_error)
-            foretold = CAUTION * self._foretold * moved / self.gap_error
-            if self._growth < CALM and self._amplified == 1:  # the move is no single number then, and small by no chance
-                eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
-                shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
-        shares = [self._amplified * e for e in shares]
-        self._rested, self._first = self._final, self._first or self._response
-        self.gap_error = math.sqrt(sum(e * e for e in shares))
-        if method.exact or math.hypot(self.gap_error, self.sweep_error) <= method.tolerance:
-            self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
-            self._finish(method.exact)
-            return
-        most = self.ground.most_nodes
-        edges = placement.cut(
-            sparse.edges, shares, groups, GAPS[sparse.averaged] * method.tolerance, most, MOST_PARTS[sparse.averaged]
-        )
-        if edges == sparse.edges:  # nothing is left to cut, or no node to spare
-            self._finish(False)
-        elif (
+        if not at_rest and (method.exact or not self._defects_known()):
+            return False
+        shares, groups, amplified = self._expected()
+        gap_error = math.sqrt(sum(e * e for e in shares))
+        enough = method.exact or math.hypot(gap_error, self.sweep_error) <= method.tolerance
+        if not at_rest and not enough and gap_error <= max(self.sweep_error, method.tolerance):
+            return False
+        edges = sparse.edges
+        if not enough:
+            share = GAPS[sparse.averaged] * method.tolerance
+            edges = placement.cut(edges, shares, groups, share, self.ground.most_nodes, MOST_PARTS[sparse.averaged])
+        too_many = (
             method.max_nodes is None
             and len(edges) - 1 > HANDED_OVER[sparse.averaged] * len(placement.candidates)
             and method.target == "chain"
-        ):
-            self._finish(True)
+        )
+        stuck = not enough and (edges == sparse.edges or too_many)
+        if stuck and not at_rest:
+            return False
+        self._rested, self._rested_error, self._first = self._final, self.sweep_error, self._first or self._response
+        self.gap_error, self._amplified = gap_error, amplified
+        if enough:
+            self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
+            self._finish(method.exact)
+        elif stuck:
+            self._finish(edges != sparse.edges)  # else nothing is left to cut, or no node to spare
         else:
             parts = [bisect_left(edges, right) - bisect_left(edges, left) for left, right in pairwise(sparse.edges)]
             fewer = (e / min(parts[n] for n in group) ** 1.5 for e, group in zip(shares, groups, strict=True))
             self._foretold = math.sqrt(sum(e * e for e in fewer))
             self._regrid(self.ground.sparse(self._recurrence, edges))
+        return True
+
+    def _defects_known(self) -> bool:
+        """Whether the interpolation error can be estimated now."""
+        return not self.sparse.averaged or (self._doubled is not None and len(self._defects) == len(self._doubled.first))
+
+    def _expected(self) -> tuple[list[float], list[tuple[int, ...]], float]:
+        """What each group of gaps leaves out, with what the last cut taught of such estimates; and by how much it was more."""
+        shares, groups = self._left_out()
+        amplified = self._amplified
+        if self._rested is not None and math.isfinite(self.gap_error):
+            moved = math.sqrt(float(self._mean_squares((self._final - self._rested).view(1, *self._x0.shape))))
+            amplified = max(amplified, moved / math.hypot(self.gap_error, self._rested_error))
+            foretold = CAUTION * self._foretold * moved / self.gap_error
+            if self._growth < CALM and amplified == 1:  # the move is no single number then, and small by no chance
+                eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
+                shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
+        return [amplified * e for e in shares], groups, amplified
 
     def _left_out(self) -> tuple[list[float], list[tuple[int, ...]]]:
         """What each group of gaps leaves out of the sample, by estimate (defect.py), and the numbers of its gaps."""
@@ -411,11 +448,11 @@ class Implicit:
             ratio.append(1.0 if same or not 0 < level < math.inf else float(level))
         at, factor = torch.tensor(near, device=self.ground.device), self.ground.move(torch.tensor(ratio))[:, None, None]
         self._y, self._dx, self._du = self._y[at] * factor, self._dx[at] * factor[:, None], self._du[at].clone()
-        seen = self._span[at] / factor
+        seen = self._seen[at] / factor[:, 0, 0]
         self._u = self._u[at] if new.averaged else self._times(self.ground.move(old.interpolation[new.nodes]), self._u)
         self._known, self._guessed = known, [True] * count
         self._begin(new)
-        self._span = torch.maximum(self._span, seen)
+        self._seen = seen
         if not new.averaged:  # guessed drives go with the states that they give
             base = self._start[:, None, None] * self._x0 + self._share + self._times(self._reach, self._u)
             guessed = [n for n, k in enumerate(known) if not k]
