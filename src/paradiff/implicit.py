@@ -45,18 +45,14 @@ from paradiff.trajectory import Trajectory
 from paradiff.window import Window
 
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
-REST = 0.3  # share of the tolerance that sweeps may leave
+REST = {True: 0.2, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
 EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
 QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
 TAIL = 0.5  # how much more caution where defects grow
 CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
 MOST_EASED = 0.4  # times the estimate, at least
-GAPS = {
-    True: 0.25,
-    False: 0.5,
-}  # share of the tolerance to which gaps are cut when they must be, by whether states are averaged
-HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes, by whether states are averaged: a sample that needs more is
-# the window loop's
+GAPS = {True: 0.3, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
+HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
 MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
 NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
 MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
@@ -254,9 +250,7 @@ class Implicit:
         index = torch.arange(count, device=self._seen.device)
         before = torch.where(asked, index, -1).cummax(0).values
         after = count - 1 - torch.where(asked.flip(0), index, -1).cummax(0).values.flip(0)
-        answers = torch.cat(
-            [self._seen / self._of_output, self._seen.new_zeros(1)]
-        )  # of the network itself; none beyond the ends
+        answers = torch.cat([self._seen / self._of_output, self._seen.new_zeros(1)])  # the network's; none beyond the ends
         near = torch.maximum(answers[torch.where(before < 0, count, before)], answers[after])
         return torch.maximum(self._least, near * self._of_output)[:, None, None]
 
@@ -322,13 +316,14 @@ class Implicit:
                 "chain's own steps"
             )
         tolerance = self.ground.method.tolerance
-        limit = (QUIET * REST * tolerance / count) ** 2
+        rest = REST[self.sparse.averaged] * tolerance
+        limit = (QUIET * rest / count) ** 2
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
         self.sweep_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
         most = MOST_SWEEPS * (1 + count // (self.ground.method.window or count))  # even if a few nodes keep the others unseen
         near = all(self._known) and self.sweep_error <= EARLY * tolerance
-        at_rest = near and self.sweep_error <= REST * tolerance
+        at_rest = near and self.sweep_error <= rest
         if at_rest:
             self.active = []
         if near and self._shift_wanted(size):
