@@ -35,6 +35,7 @@ from paradiff import (
 from paradiff.collocation import Collocation
 from paradiff.ground import Ground
 from paradiff.hub import load
+from paradiff.implicit import Implicit
 from paradiff.solve import Edited
 from paradiff.targets import Gaussian, Mixture
 
@@ -318,6 +319,52 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
         f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.001 was asked for; give more nodes "
         "(max_nodes), or let the window loop go on (exact=True)"
     )
+
+
+def trained(sampler: str, nodes: Any, **options: Any) -> Solution:
+    """A sample of a trained network and 1000 steps."""
+    model = load("digits")
+    noise = Recorded(model.shape, torch.Generator().manual_seed(1))
+    return sample(model, model.table(sampler, 1000), noise, collocation(nodes, **{"window": 24, **options}))
+
+
+def test_gaps_that_leave_out_too_much_are_cut_before_the_sweeps_come_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    early = trained("ddim", 12)
+    cut = next(a for a, b in itertools.pairwise(early.history) if isinstance(b, Visit) and isinstance(a, Visit) and b.of > a.of)
+    assert 0.3 * 4e-3 < cut.sweep_error <= 10 * 4e-3
+    monkeypatch.setattr("paradiff.implicit.EARLY", 0.0)
+    late = trained("ddim", 12)
+    assert early.rounds < late.rounds
+    assert early.estimated_error <= 4e-3
+    assert late.estimated_error <= 4e-3
+
+
+def test_a_sample_with_no_node_worth_asking_again_is_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiff.implicit.QUIET", 30.0)  # all nodes together hold back more than is at rest
+    monkeypatch.setattr("paradiff.implicit.EARLY", 0.0)
+    assert trained("ddim", 40, max_nodes=40).rounds < trained("ddim", 40, max_nodes=40, exact=True).rounds
+
+
+def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
+    found = trained("ddpm", 24, max_nodes=30)
+    assert found.status.startswith("stopped")
+    assert 4e-3 < found.certificates[0].gap_error < math.inf
+    assert found.certificates[0].sweep_error <= 0.2 * 4e-3
+
+
+def test_nodes_asked_once_answer_as_steeply_as_their_neighbours() -> None:
+    model = load("digits")
+    table = model.table("ddpm", 1000)
+    ground = Ground(table, collocation(12), torch.device("cpu"), torch.float32)
+    solver = Implicit(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
+    least = solver._steepness().flatten()
+    scale = ground.recurrence.of_output[solver.sparse.nodes].abs()
+    solver._seen[3], solver._seen[8] = 1e3 * float(scale[3]), 1e6 * float(scale[8])  # in units of the output: 1e3 and 1e6
+    answers = (solver._steepness().flatten() / scale).tolist()
+    above = (least / scale).tolist()
+    assert answers == pytest.approx([max(a, 1e3 if n <= 3 else 1e6) for n, a in enumerate(above)])
+    assert max(above[:4]) < 1e3  # so that this can fail
+    assert max(above[4:]) < 1e6
 
 
 def test_a_network_of_low_precision_comes_to_rest() -> None:

@@ -322,8 +322,9 @@ class Implicit:
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
         self.sweep_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
         most = MOST_SWEEPS * (1 + count // (self.ground.method.window or count))  # even if a few nodes keep the others unseen
-        near = all(self._known) and self.sweep_error <= EARLY * tolerance
-        at_rest = near and self.sweep_error <= rest
+        known = all(self._known)
+        at_rest = known and (self.sweep_error <= rest or not self.active)  # nothing is worth asking again
+        near = at_rest or (known and self.sweep_error <= EARLY * tolerance)
         if at_rest:
             self.active = []
         if near and self._shift_wanted(size):
