@@ -33,6 +33,7 @@ from paradiff import (
     solve,
 )
 from paradiff.collocation import Collocation
+from paradiff.defect import Doubled
 from paradiff.ground import Ground
 from paradiff.hub import load
 from paradiff.implicit import Implicit
@@ -127,7 +128,7 @@ def rms(found: Tensor, wanted: Tensor) -> Tensor:
 @pytest.fixture
 def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaps count as leaving nothing out, so that nodes stay as they are."""
-    monkeypatch.setattr("paradiff.implicit.CAUTION", 0.0)
+    monkeypatch.setattr("paradiff.implicit.CAUTION", {True: 0.0, False: 0.0})
 
 
 # -- the chain's sample -----------------------------------------------------------------------------------------------
@@ -350,6 +351,33 @@ def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
     assert found.status.startswith("stopped")
     assert 4e-3 < found.certificates[0].gap_error < math.inf
     assert found.certificates[0].sweep_error <= 0.2 * 4e-3
+
+
+def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained("ddpm", 40)
+    nodes = [v.of for v in found.history if isinstance(v, Visit)]
+    assert nodes[0] < nodes[-1] < 80  # a cut, of some gaps
+    monkeypatch.setattr(Doubled, "places", property(lambda self: [(-1, -1, -1) for _ in self.first]))
+    forgetful = trained("ddpm", 40)
+    assert found.evaluations < forgetful.evaluations
+    assert found.estimated_error <= 4e-3
+
+
+def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("digits")
+    ground = Ground(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
+    solver = Implicit(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
+    monkeypatch.setattr(solver, "_left_out", lambda: ([3e-3, 4e-3], [(0, 1), (2, 3)]))
+    assert solver._expected() == ([3e-3, 4e-3], [(0, 1), (2, 3)], 1.0)  # no cut yet
+    solver._rested, solver._final = torch.zeros(model.shape), torch.full(model.shape, 0.06)
+    solver.gap_error = 0.01
+    assert solver._expected()[2] == pytest.approx(6.0)
+    solver._growth, solver._rested_growth = 4.0, 2.0  # the pairs have seen half of it since
+    shares, _, amplified = solver._expected()
+    assert amplified == pytest.approx(3.0)
+    assert shares == pytest.approx([9e-3, 12e-3])
+    solver._amplified, solver.gap_error = 9.0, 1.0  # at a later cut the sample hardly moved
+    assert solver._expected()[2] == pytest.approx(3.0)
 
 
 def test_nodes_asked_once_answer_as_steeply_as_their_neighbours() -> None:

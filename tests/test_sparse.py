@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Table, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
-from paradiff.defect import Doubled, directions, left_out
+from paradiff.defect import Doubled, answer, directions, left_out
 from paradiff.gap import Recurrence
 from paradiff.sparse import Sparse, draw, spread
 
@@ -136,6 +136,7 @@ def test_gaps_of_twice_the_length_weigh_drives_as_the_chain_does() -> None:
         assert (doubled.gaps[j].left, doubled.gaps[j].right) == (sparse.gaps[n].left, sparse.gaps[n + 1].right)
         # A drive that is the same in both gaps leaves no defect.
         assert float(doubled.weights[j].sum()) == pytest.approx(float(doubled.weight[j]), rel=1e-10)
+        assert doubled.places[j] == tuple(sparse.edges[n : n + 3])
     assert Doubled(Sparse(Recurrence(table, VARIANCE), list(range(table.steps + 1)), 0)).first == []
 
 
@@ -157,6 +158,16 @@ def test_the_averaged_states_of_doubled_gaps_are_those_of_the_coarser_table() ->
     found = doubled.start[:, None] * x0 + doubled.reach @ fine + share
     torch.testing.assert_close(found, states(coarse, drives)[:-1], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(states(sparse, fine)[-1], states(coarse, drives)[-1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_sample_answers_to_defects_more_strongly_before_it_is_decided_than_after() -> None:
+    found = answer(torch.tensor([-20.0, -2.0, 0.1, 2.0, 20.0], dtype=torch.float64)).tolist()
+    assert found == sorted(found, reverse=True)
+    assert (found[0], found[2], found[4]) == pytest.approx((3.8, 2.1, 0.4))
+    doubled = Doubled(sparse_of("ddpm", 0))
+    middles = [middle for _, middle, _ in doubled.places]
+    place = Recurrence(TABLES["ddpm"], VARIANCE).log_snr
+    assert doubled.answer.tolist() == pytest.approx(answer(place[middles]).tolist())
 
 
 def test_a_defect_is_carried_in_its_neighbours_directions_at_its_own_size() -> None:

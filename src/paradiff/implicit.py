@@ -48,10 +48,10 @@ STEEPEST = 4.0  # the clean-data estimate answers at most so many times as stron
 REST = {True: 0.2, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
 EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
 QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
-TAIL = 0.5  # how much more caution where defects grow
+TAIL = 1.0  # how much more caution where defects grow
 CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
 MOST_EASED = 0.4  # times the estimate, at least
-GAPS = {True: 0.3, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
+GAPS = {True: 0.75, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
 HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
 MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
 NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
@@ -88,8 +88,9 @@ class Implicit:
         self._window: Window | None = None
         self._first: Response | None = None  # at the first rest
         self._rested: Tensor | None = None  # the sample as it was when last judged
-        self._rested_error = 0.0
+        self._rested_error, self._rested_growth = 0.0, 1.0
         self._amplified = self._growth = 1.0
+        self._earlier: dict[tuple[int, int, int], Tensor] = {}  # defects of gaps that a cut left alone, by their edges
         self._foretold = math.inf  # what the last cut was to leave out
         self._begin(ground.sparse(ground.recurrence, ground.edges))
         count = len(self.sparse.gaps)
@@ -124,7 +125,7 @@ class Implicit:
         self._seen = torch.zeros_like(self._least)
         self._of_output = ground.move(rec.of_output[nodes].abs().clamp(min=1e-300))
         self._doubled: Doubled | None = None
-        self._defects: dict[int, Tensor] = {}
+        self._defects: dict[int, Tensor] = {}  # of the gaps of twice the length
         self._sweeps = 0
         self.active = list(range(len(sparse.gaps)))
 
@@ -187,6 +188,8 @@ class Implicit:
             return []
         if self._doubled is None:
             self._doubled = self.ground.doubled(self.sparse)
+            places = self._doubled.places
+            self._defects = {j: self._earlier[place] for j, place in enumerate(places) if place in self._earlier}
             if self.ground.table.stochastic and self._doubled.first:
                 own = self._doubled.own(self.noise, self.sample)
                 self._own = self._moved(own + spread(self._doubled.spread, [*self._drawn.values()]))
@@ -359,7 +362,8 @@ class Implicit:
         stuck = not enough and (edges == sparse.edges or too_many)
         if stuck and not at_rest:
             return False
-        self._rested, self._rested_error, self._first = self._final, self.sweep_error, self._first or self._response
+        self._rested, self._rested_error, self._rested_growth = self._final, self.sweep_error, self._growth
+        self._first = self._first or self._response
         self.gap_error, self._amplified = gap_error, amplified
         if enough:
             self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
@@ -383,9 +387,11 @@ class Implicit:
         amplified = self._amplified
         if self._rested is not None and math.isfinite(self.gap_error):
             moved = math.sqrt(float(self._mean_squares((self._final - self._rested).view(1, *self._x0.shape))))
-            amplified = max(amplified, moved / math.hypot(self.gap_error, self._rested_error))
-            foretold = CAUTION * self._foretold * moved / self.gap_error
-            if self._growth < CALM and amplified == 1:  # the move is no single number then, and small by no chance
+            foreseen = self.gap_error * self._growth / self._rested_growth  # had that much growth been seen then
+            amplified = max(math.sqrt(amplified), moved / math.hypot(foreseen, self._rested_error))
+            foretold = CAUTION[self.sparse.averaged] * self._foretold * moved / self.gap_error
+            calm = not self.sparse.averaged and self._growth < CALM and amplified == 1
+            if calm:  # the move is no single number then, and small by no chance
                 eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
                 shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
         return [amplified * e for e in shares], groups, amplified
@@ -403,7 +409,8 @@ class Implicit:
             defects = torch.stack([self._defects[j] for j in range(len(groups))])
             found = self._reaching(directions(defects), move(self._doubled.effect))
             tail = 1 + TAIL * (1 - self._growth**-2)  # what grows is a single number, and chance has more of a hand in it
-            return [CAUTION * tail / REDUCTION * math.sqrt(e) for e in found.tolist()], groups
+            caution = CAUTION[True] * tail / REDUCTION * self._doubled.answer
+            return (caution * found.sqrt().cpu()).tolist(), groups
         gone, weights = left_out(sparse)
         if not gone:
             return [math.inf], [tuple(range(len(sparse.gaps)))]
@@ -411,7 +418,7 @@ class Implicit:
         more, weights = left_out(sparse, 4)
         fourth = self._reaching([self._times(move(weights), self._u)], self._reach[:, more]) if more else None
         rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
-        return [CAUTION / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
+        return [CAUTION[False] / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
 
     def _reaching(self, several: list[Tensor], reach: Tensor) -> Tensor:
         """`[J]` mean square effects on the sample of J defects, the mean over several sets of them."""
@@ -430,6 +437,8 @@ class Implicit:
     def _regrid(self, new: Sparse) -> None:
         """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
         old, rec, count = self.sparse, self._recurrence, len(new.gaps)
+        if self._doubled is not None:
+            self._earlier = {self._doubled.places[j]: defect for j, defect in self._defects.items()}
         known, near, ratio = [], [], []
         for n, gap in enumerate(new.gaps):
             if new.averaged:
@@ -470,7 +479,7 @@ class Implicit:
         nodes = self.sparse.nodes
         nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (before.nu, before.g))
         clean = self._u / nu + g * self._y
-        self._drawn = {}  # their weights depend on the variance
+        self._drawn, self._earlier = {}, {}  # their weights depend on the variance
         self._begin(self.ground.sparse(self._recurrence, self.sparse.edges))
         nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
         self._u = nu * (clean - g * self._y)
