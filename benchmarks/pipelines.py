@@ -52,6 +52,14 @@ SCHEDULERS: dict[str, tuple[str, Make]] = {
     "Euler ancestral": ("shapes", diffusers.EulerAncestralDiscreteScheduler.from_config),
     "UniPC": ("shapes", diffusers.UniPCMultistepScheduler.from_config),
     "DDPM": ("shapes", lambda config: diffusers.DDPMScheduler.from_config(config, clip_sample=False)),
+    "DDIM, trailing": (  # the spacing that has a place for as many steps as the network was trained on
+        "shapes",
+        lambda config: diffusers.DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True),
+    ),
+    "DDPM, trailing": (
+        "shapes",
+        lambda config: diffusers.DDPMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False),
+    ),
     "flow Euler": ("shapes-flow", diffusers.FlowMatchEulerDiscreteScheduler.from_config),
 }
 CHAINS = (

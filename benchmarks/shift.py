@@ -114,6 +114,7 @@ class Chain:
     def __init__(self, model: str, sampler: str, steps: int) -> None:
         self.model, self.sampler, self.steps = model, sampler, steps
         self.rows: dict[str, Tensor] = {}  # what the network is told of every prompt
+        self.config: dict[str, Any] = {}  # of its scheduler
         self.network: Call
         if model == "digits":
             network = load(model)
@@ -128,6 +129,7 @@ class Chain:
         pipe = load_bundled(self.model)
         pipe.scheduler = SCHEDULERS[self.sampler][1](pipe.scheduler.config)
         pipe.scheduler.set_timesteps(self.steps)
+        self.config = dict(pipe.scheduler.config)
         self.table, prompts = Table.from_scheduler(pipe.scheduler), list(PROMPTS)
         with torch.inference_mode():
             if self.model == "shapes":
@@ -159,6 +161,10 @@ class Chain:
     def told(self, prompts: Sequence[int]) -> dict[str, Tensor]:
         """What the network is told in every row."""
         return {name: value[list(prompts)] for name, value in self.rows.items()}
+
+    def of_seeds(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """What the network is told for some seeds, which take the prompts in turn."""
+        return self.told([seed % len(PROMPTS) for seed in seeds])
 
     @torch.inference_mode()
     def clean(self, x: Tensor, node: int, prompts: Sequence[int]) -> Tensor:

@@ -350,7 +350,7 @@ def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
     found = trained("ddpm", 24, max_nodes=30)
     assert found.status.startswith("stopped")
     assert 4e-3 < found.certificates[0].gap_error < math.inf
-    assert found.certificates[0].sweep_error <= 0.2 * 4e-3
+    assert found.certificates[0].sweep_error <= 0.25 * 4e-3
 
 
 def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:

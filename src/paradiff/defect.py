@@ -23,11 +23,13 @@ and 3.
 The sparse table answers to a defect as Gaussian data would, and the pairs know the few directions only in which the sweeps have
 moved a state. A defect of order 0 lies along what the data vary in, and there a sample answers otherwise: more strongly
 while the noise hides it, since the data vary more in such directions than on average, and less in the end, when it is decided.
-With l = log(alpha^2/sigma^2),
+With l = log(alpha^2/sigma^2), on the digits network, by restarting chains from states that were changed by their own defects:
+4 times as strongly at l = -2, twice at 0, and 0.4 times from 3 on. In a plane, where no direction is left to choose, it is as
+strongly in the end as with Gaussian data. Between these,
 
-    0.4 + 3.4/(1 + exp((l - 0.1)/0.8))                                                                              (2)
+    0.7 + 2.7/(1 + exp(l/0.8))                                                                                      (2)
 
-times as strongly, measured on the digits network by restarting chains from states that were changed by their own defects.
+times as strongly is taken for granted.
 
 A defect of order 0 is random, and what grows of it is its part along one or two directions: a single number, which is small
 by chance as often as not. So each is carried in the directions of its neighbours' defects too, and the mean square is taken.
@@ -45,7 +47,7 @@ from paradiff.sparse import Sparse, draw
 REDUCTION = 2.2  # equation (1), order 0
 LEAST_REDUCTION, MOST_REDUCTION, SLOWER = 1.2, 3.0, 1.5  # orders from 1
 CAUTION = {True: 1.0, False: 1.5}  # by whether states are averaged
-ANSWER, MORE, DECIDED_AT, DECIDED_OVER = 0.4, 3.4, 0.1, 0.8  # equation (2)
+ANSWER, MORE, DECIDED_OVER = 0.7, 2.7, 0.8  # equation (2)
 NEIGHBOURS = 2  # on either side, whose directions a defect is carried in
 
 
@@ -105,7 +107,7 @@ class Doubled:
 
 def answer(log_snr: Tensor) -> Tensor:
     """How many times as strongly as with Gaussian data a sample answers to a defect at such levels: equation (2)."""
-    return ANSWER + MORE * torch.sigmoid((DECIDED_AT - log_snr) / DECIDED_OVER)
+    return ANSWER + MORE * torch.sigmoid(-log_snr / DECIDED_OVER)
 
 
 def left_out(sparse: Sparse, every: int = 2) -> tuple[list[int], Tensor]:

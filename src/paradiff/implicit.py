@@ -45,10 +45,10 @@ from paradiff.trajectory import Trajectory
 from paradiff.window import Window
 
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
-REST = {True: 0.2, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
+REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
 EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
 QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
-TAIL = 1.0  # how much more caution where defects grow
+TAIL = 0.8  # how much more caution where defects grow
 CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
 MOST_EASED = 0.4  # times the estimate, at least
 GAPS = {True: 0.75, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
