@@ -53,7 +53,7 @@ SHIFTS = (0.05, 0.1, 0.25, 0.5, 1.0)
 ORDERS = {"ddpm": (0, 1), "ddim": (1, 3, 5)}
 TIGHT = 1e-4
 FLOW = "flow Euler"
-CHAINS = (("DDIM", 200), (FLOW, 200), ("DDIM", 500), (FLOW, 500), ("DDPM", 500))
+CHAINS = (("DDIM", 200), (FLOW, 200), ("DDIM, trailing", 1000), (FLOW, 500), ("DDPM, trailing", 1000))
 IMAGES = 4
 REMEMBERED = 6  # calls
 
@@ -221,9 +221,11 @@ def part_pipelines(seeds: Sequence[int]) -> Iterator[Row]:
     quick = len(seeds) < 8
     for chain, steps in CHAINS[:2] if quick else CHAINS:
         bench = Bench(chain, steps, len(seeds) if quick else IMAGES)
-        for tolerance in (4e-3,) if chain == FLOW else (4e-3, 1e-3):
-            yield guided(bench, collocation(window=16, tolerance=tolerance))
-        if chain in (FLOW, "DDIM"):
+        stochastic = chain.startswith("DDPM")
+        window, more = 32 if stochastic else 16, {FLOW: ()}.get(chain, (1e-2,) if stochastic else (1e-3,))
+        for tolerance in (4e-3, *more):
+            yield guided(bench, collocation(window=window, tolerance=tolerance))
+        if not stochastic:
             with tempfile.TemporaryDirectory() as folder:
                 yield remembered(bench, Path(folder))
 
@@ -287,7 +289,7 @@ def pairs_of(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for r in rows:
         if r["method"] == "collocation" and "samples" in r:
-            kind = "stochastic" if r["table"].lower() == "ddpm" else "deterministic"
+            kind = "stochastic" if r["table"].lower().startswith("ddpm") else "deterministic"
             kept = [(s["estimated"], s["error"]) for s in r["samples"] if s["estimated"] is not None]
             found.setdefault(f"{r['part']}, {kind}", []).extend(kept)
     return found
