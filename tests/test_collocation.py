@@ -128,7 +128,7 @@ def rms(found: Tensor, wanted: Tensor) -> Tensor:
 @pytest.fixture
 def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaps count as leaving nothing out, so that nodes stay as they are."""
-    monkeypatch.setattr("paradiff.implicit.CAUTION", {True: 0.0, False: 0.0})
+    monkeypatch.setattr("paradiff.estimate.CAUTION", {True: 0.0, False: 0.0})
 
 
 # -- the chain's sample -----------------------------------------------------------------------------------------------
@@ -366,18 +366,20 @@ def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest
 def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("digits")
     ground = Ground(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
-    solver = Implicit(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
-    monkeypatch.setattr(solver, "_left_out", lambda: ([3e-3, 4e-3], [(0, 1), (2, 3)]))
-    assert solver._expected() == ([3e-3, 4e-3], [(0, 1), (2, 3)], 1.0)  # no cut yet
-    solver._rested, solver._final = torch.zeros(model.shape), torch.full(model.shape, 0.06)
-    solver.gap_error = 0.01
-    assert solver._expected()[2] == pytest.approx(6.0)
-    solver._growth, solver._rested_growth = 4.0, 2.0  # the pairs have seen half of it since
-    shares, _, amplified = solver._expected()
+    estimate = Implicit(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None).estimate
+    monkeypatch.setattr(estimate, "_left_out", lambda *_: ([3e-3, 4e-3], [(0, 1), (2, 3)]))
+    monkeypatch.setattr(estimate, "_first", object())
+    none, before, now = torch.zeros(0), torch.zeros(model.shape), torch.full(model.shape, 0.06)
+    response: Any = None
+    assert estimate.shares(response, none, none, now) == (([3e-3, 4e-3], [(0, 1), (2, 3)]), 1.0)  # no cut yet
+    estimate.judge(0.01, 1.0, response, before, 0.0)
+    assert estimate.shares(response, none, none, now)[1] == pytest.approx(6.0)
+    estimate.growth = 2.0  # the pairs have seen some of it since
+    (shares, _), amplified = estimate.shares(response, none, none, now)
     assert amplified == pytest.approx(3.0)
     assert shares == pytest.approx([9e-3, 12e-3])
-    solver._amplified, solver.gap_error = 9.0, 1.0  # at a later cut the sample hardly moved
-    assert solver._expected()[2] == pytest.approx(3.0)
+    estimate.judge(1.0, 9.0, response, before, 0.0)  # at a later cut the sample hardly moves
+    assert estimate.shares(response, none, none, now)[1] == pytest.approx(3.0)
 
 
 def test_nodes_asked_once_answer_as_steeply_as_their_neighbours() -> None:

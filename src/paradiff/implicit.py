@@ -18,7 +18,7 @@ by equation (1), pairs included. Where the sample is about to decide what it wil
 chain's linear part would forget is seen to grow. Carried together, the changes of all nodes tell how far the sample may move
 still; when that is small enough, the sample is at rest.
 
-The interpolation error is estimated (defect.py) with the same propagation, as soon as what the sweeps leave does not hide it.
+The interpolation error is estimated (estimate.py) with the same propagation, as soon as what the sweeps leave does not hide it.
 If both errors together are below the tolerance, the sample is found. If the interpolation error alone exceeds it, the gaps that
 matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on; to bring the nodes to
 rest before would be lost work. A sample that would need a good part of the chain's own nodes is handed to the window loop,
@@ -35,7 +35,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from paradiff.defect import CAUTION, REDUCTION, Doubled, directions, left_out, reduction
+from paradiff.estimate import Estimate
 from paradiff.ground import Ground
 from paradiff.noise import Noise
 from paradiff.response import Response
@@ -48,9 +48,6 @@ STEEPEST = 4.0  # the clean-data estimate answers at most so many times as stron
 REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
 EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
 QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
-TAIL = 0.8  # how much more caution where defects grow
-CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
-MOST_EASED = 0.4  # times the estimate, at least
 GAPS = {True: 0.75, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
 HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
 MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
@@ -68,7 +65,7 @@ class Implicit:
         sample: The sample.
         change: What `slide` wants to know of the last round, on the device: mean squares.
         done: Whether the sample is found.
-        gap_error: Estimated root mean square error from interpolation; infinite before it was estimated.
+        estimate: Of the root mean square error from interpolation.
         sweep_error: That from sweeps not made.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
@@ -82,16 +79,11 @@ class Implicit:
         self.rounds = self.evaluations = 0
         self.done = False
         self._final = x0
-        self.gap_error = self.sweep_error = self.residual = math.inf
+        self.sweep_error = self.residual = math.inf
         self._recurrence, self._settled_shift = ground.recurrence, ground.settled_shift
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._window: Window | None = None
-        self._first: Response | None = None  # at the first rest
-        self._rested: Tensor | None = None  # the sample as it was when last judged
-        self._rested_error, self._rested_growth = 0.0, 1.0
-        self._amplified = self._growth = 1.0
-        self._earlier: dict[tuple[int, int, int], Tensor] = {}  # defects of gaps that a cut left alone, by their edges
-        self._foretold = math.inf  # what the last cut was to leave out
+        self.estimate = Estimate(ground, noise, sample, self._x0, self.shape)
         self._begin(ground.sparse(ground.recurrence, ground.edges))
         count = len(self.sparse.gaps)
         self._u = self._x0.new_zeros(count, *self._x0.shape)
@@ -124,8 +116,7 @@ class Implicit:
         self._least = ground.move(rec.nu[nodes] * span)  # that a drive answers to its state; and what was seen
         self._seen = torch.zeros_like(self._least)
         self._of_output = ground.move(rec.of_output[nodes].abs().clamp(min=1e-300))
-        self._doubled: Doubled | None = None
-        self._defects: dict[int, Tensor] = {}  # of the gaps of twice the length
+        self.estimate.begin(sparse)
         self._sweeps = 0
         self.active = list(range(len(sparse.gaps)))
 
@@ -160,11 +151,12 @@ class Implicit:
     def certificate(self) -> Certificate:
         """How far to trust the sample."""
         if self._window is not None:
-            verified, allowed = self._window.certificate, self.ground.strictness(self._growth)
+            verified, allowed = self._window.certificate, self.ground.strictness(self.estimate.growth)
             error = verified.estimated_error * allowed
             return dataclasses.replace(verified, estimated_error=error, rounds=self.rounds, evaluations=self.evaluations)
-        total = math.hypot(self.gap_error, self.sweep_error)
-        return Certificate(self.residual, total, self.rounds, self.evaluations, self.gap_error)
+        gap_error = self.estimate.gap_error
+        total = math.hypot(gap_error, self.sweep_error)
+        return Certificate(self.residual, total, self.rounds, self.evaluations, gap_error)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
@@ -176,31 +168,14 @@ class Implicit:
         self._pairs = self._ready()[: window - len(self._chosen)]
         self.nodes, states = self.sparse.nodes[self._chosen], self._states[self._chosen]
         if self._pairs:
-            assert self._doubled is not None
-            self.nodes = torch.cat([self.nodes, self._doubled.nodes[self._pairs]])
-            states = torch.cat([states, self._doubled_states(self._doubled, self._pairs)])
+            more = self.estimate.asked(self._pairs, self._u)
+            self.nodes, states = torch.cat([self.nodes, more[0]]), torch.cat([states, more[1]])
         self._handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
         return self.nodes, ground.step.seen(self.nodes.to(ground.device), self._handed.view(-1, *self.shape)).to(ground.dtype)
 
     def _ready(self) -> list[int]:
         """Gaps of twice the length that are to be asked still, as far as the nodes are settled."""
-        if not self.sparse.averaged:
-            return []
-        if self._doubled is None:
-            self._doubled = self.ground.doubled(self.sparse)
-            places = self._doubled.places
-            self._defects = {j: self._earlier[place] for j, place in enumerate(places) if place in self._earlier}
-            if self.ground.table.stochastic and self._doubled.first:
-                own = self._doubled.own(self.noise, self.sample)
-                self._own = self._moved(own + spread(self._doubled.spread, [*self._drawn.values()]))
-        first = min(self.active, default=len(self._known))
-        return [j for j, n in enumerate(self._doubled.first) if j not in self._defects and n + 1 < first]
-
-    def _doubled_states(self, doubled: Doubled, pairs: list[int]) -> Tensor:
-        """The averaged states of gaps of twice the length."""
-        start, reach = (self.ground.move(v[pairs]) for v in (doubled.start, doubled.reach))
-        found = start[:, None, None] * self._x0 + self._times(reach, self._u)
-        return found + self._own[pairs] if self.ground.table.stochastic else found
+        return self.estimate.wanted(min(self.active, default=len(self._known)), [*self._drawn.values()])
 
     def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
         """Takes the outputs of the rows last asked for; whether `change` is new.
@@ -230,7 +205,7 @@ class Implicit:
         u = of_state * y + of_output * m
         count = len(self._chosen)
         if self._pairs:
-            self._defect(u[count:])
+            self.estimate.take(self._pairs, u[count:], self._u)
         if count:
             self._observe(torch.tensor(self._chosen, device=y.device), y[:count], u[:count])
             self._fill()
@@ -256,13 +231,6 @@ class Implicit:
         answers = torch.cat([self._seen / self._of_output, self._seen.new_zeros(1)])  # the network's; none beyond the ends
         near = torch.maximum(answers[torch.where(before < 0, count, before)], answers[after])
         return torch.maximum(self._least, near * self._of_output)[:, None, None]
-
-    def _defect(self, u: Tensor) -> None:
-        """Takes the drives `[R, b, d]` of gaps of twice the length."""
-        assert self._doubled is not None
-        weight, weights = (self.ground.move(v[self._pairs]) for v in (self._doubled.weight, self._doubled.weights))
-        defects = weight[:, None, None] * u - self._times(weights, self._u)
-        self._defects.update(zip(self._pairs, defects, strict=True))
 
     def _observe(self, at: Tensor, y: Tensor, u: Tensor) -> None:
         """Keeps what the nodes `at` answered, and what changed since they were last evaluated."""
@@ -336,16 +304,18 @@ class Implicit:
             pass
         elif not (near and self._judge(at_rest)) and self._sweeps > most:
             self._give_up()
-        return Visit(round, self.sample, visited, count, math.sqrt(moved), self.gap_error, self.sweep_error, int(self.done))
+        return Visit(
+            round, self.sample, visited, count, math.sqrt(moved), self.estimate.gap_error, self.sweep_error, int(self.done)
+        )
 
     # -- the interpolation error --------------------------------------------------------------------------------------
 
     def _judge(self, at_rest: bool) -> bool:
         """Ends the sample, or cuts the gaps that leave out too much; whether it could tell."""
-        method, sparse, placement = self.ground.method, self.sparse, self.ground.placement
-        if not at_rest and (method.exact or not self._defects_known()):
+        method, sparse, placement, estimate = self.ground.method, self.sparse, self.ground.placement, self.estimate
+        if not at_rest and (method.exact or not estimate.ready):
             return False
-        shares, groups, amplified = self._expected()
+        (shares, groups), amplified = estimate.shares(self._response, self._reach, self._u, self._final)
         gap_error = math.sqrt(sum(e * e for e in shares))
         enough = method.exact or math.hypot(gap_error, self.sweep_error) <= method.tolerance
         if not at_rest and not enough and gap_error <= max(self.sweep_error, method.tolerance):
@@ -362,9 +332,7 @@ class Implicit:
         stuck = not enough and (edges == sparse.edges or too_many)
         if stuck and not at_rest:
             return False
-        self._rested, self._rested_error, self._rested_growth = self._final, self.sweep_error, self._growth
-        self._first = self._first or self._response
-        self.gap_error, self._amplified = gap_error, amplified
+        estimate.judge(gap_error, amplified, self._response, self._final, self.sweep_error)
         if enough:
             self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
             self._finish(method.exact)
@@ -372,73 +340,13 @@ class Implicit:
             self._finish(edges != sparse.edges)  # else nothing is left to cut, or no node to spare
         else:
             parts = [bisect_left(edges, right) - bisect_left(edges, left) for left, right in pairwise(sparse.edges)]
-            fewer = (e / min(parts[n] for n in group) ** 1.5 for e, group in zip(shares, groups, strict=True))
-            self._foretold = math.sqrt(sum(e * e for e in fewer))
+            estimate.cut((shares, groups), parts)
             self._regrid(self.ground.sparse(self._recurrence, edges))
         return True
-
-    def _defects_known(self) -> bool:
-        """Whether the interpolation error can be estimated now."""
-        return not self.sparse.averaged or (self._doubled is not None and len(self._defects) == len(self._doubled.first))
-
-    def _expected(self) -> tuple[list[float], list[tuple[int, ...]], float]:
-        """What each group of gaps leaves out, with what the last cut taught of such estimates; and by how much it was more."""
-        shares, groups = self._left_out()
-        amplified = self._amplified
-        if self._rested is not None and math.isfinite(self.gap_error):
-            moved = math.sqrt(float(self._mean_squares((self._final - self._rested).view(1, *self._x0.shape))))
-            foreseen = self.gap_error * self._growth / self._rested_growth  # had that much growth been seen then
-            amplified = max(math.sqrt(amplified), moved / math.hypot(foreseen, self._rested_error))
-            foretold = CAUTION[self.sparse.averaged] * self._foretold * moved / self.gap_error
-            calm = not self.sparse.averaged and self._growth < CALM and amplified == 1
-            if calm:  # the move is no single number then, and small by no chance
-                eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
-                shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
-        return [amplified * e for e in shares], groups, amplified
-
-    def _left_out(self) -> tuple[list[float], list[tuple[int, ...]]]:
-        """What each group of gaps leaves out of the sample, by estimate (defect.py), and the numbers of its gaps."""
-        sparse, move = self.sparse, self.ground.move
-        if all(gap.right - gap.left == 1 for gap in sparse.gaps):
-            return [0.0], [(0,)]
-        if sparse.averaged:
-            assert self._doubled is not None
-            groups: list[tuple[int, ...]] = [(n, n + 1) for n in self._doubled.first]
-            if not groups:
-                return [0.0], [(0,)]
-            defects = torch.stack([self._defects[j] for j in range(len(groups))])
-            found = self._reaching(directions(defects), move(self._doubled.effect))
-            tail = 1 + TAIL * (1 - self._growth**-2)  # what grows is a single number, and chance has more of a hand in it
-            caution = CAUTION[True] * tail / REDUCTION * self._doubled.answer
-            return (caution * found.sqrt().cpu()).tolist(), groups
-        gone, weights = left_out(sparse)
-        if not gone:
-            return [math.inf], [tuple(range(len(sparse.gaps)))]
-        found = self._reaching(directions(self._times(move(weights), self._u)), self._reach[:, gone])
-        more, weights = left_out(sparse, 4)
-        fourth = self._reaching([self._times(move(weights), self._u)], self._reach[:, more]) if more else None
-        rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
-        return [CAUTION[False] / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
-
-    def _reaching(self, several: list[Tensor], reach: Tensor) -> Tensor:
-        """`[J]` mean square effects on the sample of J defects, the mean over several sets of them."""
-        found = self._mean_over(self._response, several, reach)
-        if self._first is not None:  # later rounds move the states little, and show less of what grows
-            near = torch.searchsorted(self.sparse.nodes, self._first.nodes).clamp(max=len(self.sparse.nodes) - 1)
-            found = torch.maximum(found, self._mean_over(self._first, several, reach[[*near.tolist(), -1]]))
-        alone = float(self._mean_squares(reach[-1][:, None, None] * several[len(several) // 2]).sum())
-        self._growth = max(self._growth, math.sqrt(float(found.sum()) / max(alone, 1e-300)))
-        return found
-
-    def _mean_over(self, response: Response, several: list[Tensor], reach: Tensor) -> Tensor:
-        """`[J]` mean square effects on the sample, the mean over several sets of J changes."""
-        return torch.stack([self._mean_squares(response.on_sample(d, reach)) for d in several]).mean(0)
 
     def _regrid(self, new: Sparse) -> None:
         """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
         old, rec, count = self.sparse, self._recurrence, len(new.gaps)
-        if self._doubled is not None:
-            self._earlier = {self._doubled.places[j]: defect for j, defect in self._defects.items()}
         known, near, ratio = [], [], []
         for n, gap in enumerate(new.gaps):
             if new.averaged:
@@ -479,7 +387,8 @@ class Implicit:
         nodes = self.sparse.nodes
         nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (before.nu, before.g))
         clean = self._u / nu + g * self._y
-        self._drawn, self._earlier = {}, {}  # their weights depend on the variance
+        self._drawn = {}  # their weights depend on the variance
+        self.estimate.forget()
         self._begin(self.ground.sparse(self._recurrence, self.sparse.edges))
         nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
         self._u = nu * (clean - g * self._y)
@@ -497,10 +406,10 @@ class Implicit:
             self.done = True
             return
         ground, method = self.ground, self.ground.method
-        near = math.hypot(self.gap_error, self.sweep_error) <= NEAR * method.tolerance
+        near = math.hypot(self.estimate.gap_error, self.sweep_error) <= NEAR * method.tolerance
         x0 = self._x0.view(self.shape).to(ground.dtype)
         guide = self._trajectory() if near else None  # far off, what was found misleads
-        self._window = Window(ground.verify(self._growth), self.noise, self.sample, x0, guide=guide)
+        self._window = Window(ground.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
 
     def _trajectory(self) -> Trajectory:
         """The states of all nodes of the chain, as far as they are known."""
