@@ -363,6 +363,16 @@ def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest
     assert found.estimated_error <= 4e-3
 
 
+def test_defects_count_as_much_as_samples_answer_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = trained("ddpm", 24, max_nodes=24).certificates[0].gap_error
+    monkeypatch.setattr("paradiff.defect.ANSWER", 1.4)
+    monkeypatch.setattr("paradiff.defect.MORE", 5.4)
+    twice = trained("ddpm", 24, max_nodes=24).certificates[0].gap_error
+    monkeypatch.setattr("paradiff.estimate.REDUCTION", 4.4)
+    again = trained("ddpm", 24, max_nodes=24).certificates[0].gap_error
+    assert (twice, again) == pytest.approx((2 * once, once), rel=1e-9)
+
+
 def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("digits")
     ground = Ground(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
