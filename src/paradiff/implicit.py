@@ -49,7 +49,8 @@ REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave,
 EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
 QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
 GAPS = {True: 0.75, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
-HANDED_OVER = {True: 0.3, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
+FLATTER = {True: 0.15, False: 0.0}  # and further where the tolerance is far: power of how many times off it is
+HANDED_OVER = {True: 0.35, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
 MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
 NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
 MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
@@ -322,7 +323,8 @@ class Implicit:
             return False
         edges = sparse.edges
         if not enough:
-            share = GAPS[sparse.averaged] * method.tolerance
+            far = max(gap_error, method.tolerance) / method.tolerance
+            share = GAPS[sparse.averaged] * method.tolerance / far ** FLATTER[sparse.averaged]
             edges = placement.cut(edges, shares, groups, share, self.ground.most_nodes, MOST_PARTS[sparse.averaged])
         too_many = (
             method.max_nodes is None
