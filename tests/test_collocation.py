@@ -357,7 +357,8 @@ def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest
     found = trained("ddpm", 40)
     nodes = [v.of for v in found.history if isinstance(v, Visit)]
     assert nodes[0] < nodes[-1] < 80  # a cut, of some gaps
-    monkeypatch.setattr(Doubled, "places", property(lambda self: [(-1, -1, -1) for _ in self.first]))
+    fresh = itertools.count()  # no place is ever met again
+    monkeypatch.setattr(Doubled, "places", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
     forgetful = trained("ddpm", 40)
     assert found.evaluations < forgetful.evaluations
     assert found.estimated_error <= 4e-3
