@@ -95,14 +95,14 @@ class Estimate:
         """Fine nodes `[R]` and averaged states `[R, b, d]` of gaps of twice the length, by the drives `[M, b, d]`."""
         assert self._doubled is not None
         start, reach = (self._ground.move(v[pairs]) for v in (self._doubled.start, self._doubled.reach))
-        found = start[:, None, None] * self._x0 + _times(reach, drives)
+        found = start[:, None, None] * self._x0 + times(reach, drives)
         return self._doubled.nodes[pairs], found + self._own[pairs] if self._ground.table.stochastic else found
 
     def take(self, pairs: list[int], found: Tensor, drives: Tensor) -> None:
         """Takes the drives `[R, b, d]` of gaps of twice the length, beside those of all gaps."""
         assert self._doubled is not None
         weight, weights = (self._ground.move(v[pairs]) for v in (self._doubled.weight, self._doubled.weights))
-        defects = weight[:, None, None] * found - _times(weights, drives)
+        defects = weight[:, None, None] * found - times(weights, drives)
         self._defects.update(zip(pairs, defects, strict=True))
 
     @property
@@ -162,9 +162,9 @@ class Estimate:
         gone, weights = left_out(sparse)
         if not gone:
             return [math.inf], [tuple(range(len(sparse.gaps)))]
-        found = self._reaching(response, directions(_times(move(weights), drives)), reach[:, gone])
+        found = self._reaching(response, directions(times(move(weights), drives)), reach[:, gone])
         more, weights = left_out(sparse, 4)
-        fourth = self._reaching(response, [_times(move(weights), drives)], reach[:, more]) if more else None
+        fourth = self._reaching(response, [times(move(weights), drives)], reach[:, more]) if more else None
         rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
         return [CAUTION[False] / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
 
@@ -188,5 +188,6 @@ class Estimate:
         return self._ground.step.mean_square(changes.view(-1, *self._shape))
 
 
-def _times(matrix: Tensor, values: Tensor) -> Tensor:
+def times(matrix: Tensor, values: Tensor) -> Tensor:
+    """`[K, b, d]` by weights `[K, M]` of values `[M, b, d]`."""
     return (matrix @ values.flatten(1)).view(-1, *values.shape[1:])

@@ -35,7 +35,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from paradiff.estimate import Estimate
+from paradiff.estimate import Estimate, times
 from paradiff.ground import Ground
 from paradiff.noise import Noise
 from paradiff.response import Response
@@ -127,15 +127,11 @@ class Implicit:
 
     def _solve(self) -> None:
         """All states anew, from drives and pairs: equation (1)."""
-        base = self._start[:, None, None] * self._x0 + self._share + self._times(self._reach, self._u)
+        base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
         kept = max(1, MOST_PAIRS // len(self._u))
         self._response = Response(self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept])
         base = self._response.states(base, self._y)
         self._states, self._final = base[:-1], base[-1].view(self.shape)
-
-    @staticmethod
-    def _times(matrix: Tensor, values: Tensor) -> Tensor:
-        return (matrix @ values.flatten(1)).view(-1, *values.shape[1:])
 
     def _mean_squares(self, changes: Tensor) -> Tensor:
         """`[J]` of changes `[J, b, d]` of the sample."""
@@ -364,12 +360,12 @@ class Implicit:
         at, factor = torch.tensor(near, device=self.ground.device), self.ground.move(torch.tensor(ratio))[:, None, None]
         self._y, self._dx, self._du = self._y[at] * factor, self._dx[at] * factor[:, None], self._du[at].clone()
         seen = self._seen[at] / factor[:, 0, 0]
-        self._u = self._u[at] if new.averaged else self._times(self.ground.move(old.interpolation[new.nodes]), self._u)
+        self._u = self._u[at] if new.averaged else times(self.ground.move(old.interpolation[new.nodes]), self._u)
         self._known, self._guessed = known, [True] * count
         self._begin(new)
         self._seen = seen
         if not new.averaged:  # guessed drives go with the states that they give
-            base = self._start[:, None, None] * self._x0 + self._share + self._times(self._reach, self._u)
+            base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
             guessed = [n for n, k in enumerate(known) if not k]
             self._y[guessed] = base[guessed]
         self._solve()
@@ -417,9 +413,7 @@ class Implicit:
         """The states of all nodes of the chain, as far as they are known."""
         ground, sparse = self.ground, self.sparse
         start, reach = ground.move(sparse.edge_start[:-1]), ground.move(sparse.edge_reach[:-1])
-        states = start[..., None, None] * self._x0 + self._times(reach.flatten(0, 1), self._u).view(
-            *start.shape, *self._x0.shape
-        )
+        states = start[..., None, None] * self._x0 + times(reach.flatten(0, 1), self._u).view(*start.shape, *self._x0.shape)
         if ground.table.stochastic:
             noises = spread(sparse.edge_spread[:-1].flatten(0, 1), [*self._drawn.values()])
             states = states + self._moved(noises).view_as(states)
