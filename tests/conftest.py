@@ -1,14 +1,28 @@
-"""One thread: the tests' tensors are small, and sums over several threads could differ between runs."""
+"""One thread, unless OMP_NUM_THREADS asks for others: the tests' tensors are small, and sums over several threads could differ
+between runs."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from pipelines import Cli, make_cli, save_pipeline
 
-torch.set_num_threads(1)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def whichever_tests_ran_before() -> Iterator[None]:
+    """Gives each test the same numbers from torch's global generator, and leaves the number of threads as it was."""
+    torch.manual_seed(0)
+    yield
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

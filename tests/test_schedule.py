@@ -22,8 +22,6 @@ from paradiff.schedule import (
     zero_snr_betas,
 )
 
-torch.set_num_threads(1)
-
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
