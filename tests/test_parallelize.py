@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
 from typing import Any
@@ -24,6 +25,16 @@ def difference(found: Tensor, plain: Tensor) -> float:
     return float((found.double() - plain.double()).abs().max() / plain.double().abs().max())
 
 
+@functools.cache
+def kept(name: str, seed: int) -> Tensor:
+    return CASES[name].run(CASES[name].make(), seed)
+
+
+def plain_of(name: str, seed: int = 3) -> Tensor:
+    """What the plain call of a fresh pipeline gives, which is called once for all tests."""
+    return kept(name, seed).clone()
+
+
 def both(
     name: str,
     method: Method = METHOD,
@@ -35,7 +46,7 @@ def both(
 ) -> Report:
     """The report of a parallel call, which is compared with the plain one."""
     case = CASES[name]
-    plain = case.run(case.make(), seed, **copy.deepcopy(call))
+    plain = case.run(case.make(), seed, **copy.deepcopy(call)) if call else plain_of(name, seed)
     pipe = case.make()
     with parallelize(pipe, method, check="every", **(options or {})) as run:
         found = case.run(pipe, seed, **copy.deepcopy(call))
@@ -233,12 +244,12 @@ def test_is_restored_after_an_exception(name: str, error: type[BaseException]) -
     assert (type(pipe), pipe.scheduler) == before
     assert torch.is_grad_enabled() == grad
     assert all("forward" not in vars(m) for m in pipe.components.values() if isinstance(m, torch.nn.Module))
-    assert difference(case.run(pipe), case.run(case.make())) < BOUND
+    assert difference(case.run(pipe), plain_of(name, 0)) < BOUND
 
 
 def test_two_pipelines_nested_and_in_threads() -> None:
     names = ("sd", "sd_dpmpp_2m", "sd_controlnet", "sdxl")
-    plain = {name: CASES[name].run(CASES[name].make(), 3) for name in names}
+    plain = {name: plain_of(name) for name in names}
     pipes = {name: CASES[name].make() for name in names}
     with parallelize(pipes["sd"], METHOD) as outer, parallelize(pipes["sdxl"], METHOD) as inner:
         for name in ("sd", "sdxl", "sd"):
@@ -267,7 +278,7 @@ def test_two_pipelines_nested_and_in_threads() -> None:
 
 def test_two_pipelines_may_share_their_networks() -> None:
     case = CASES["sd"]
-    plain = case.run(case.make(), 3)
+    plain = plain_of("sd")
     pipe = case.make()
     other = with_scheduler(type(pipe)(**pipe.components, requires_safety_checker=False), "euler")
     other.set_progress_bar_config(disable=True)
@@ -288,7 +299,7 @@ def test_adapters_are_honoured() -> None:
         pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
         return pipe
 
-    plain, bare = case.run(adapted(), 3), case.run(case.make(), 3)
+    plain, bare = case.run(adapted(), 3), plain_of("sd")
     assert difference(bare, plain) > 1e-3  # the adapter does something
     with parallelize(pipe := adapted(), METHOD, check="every") as run:
         assert difference(case.run(pipe, 3), plain) < BOUND
@@ -307,7 +318,7 @@ def test_accelerates_hooks_are_honoured_and_left_in_place() -> None:
             return args, kwargs
 
     case = CASES["sd"]
-    plain = case.run(case.make(), 3)
+    plain = plain_of("sd")
     pipe, spy = case.make(), Spy()
     add_hook_to_module(pipe.unet, spy)
     forward = pipe.unet.forward
@@ -356,7 +367,7 @@ def test_autocast_is_for_the_networks_alone(executor: Any) -> None:
 
 def test_the_sequential_call_is_the_last_resort_and_says_why() -> None:
     case = CASES["sd"]
-    plain = case.run(case.make(), 3)
+    plain = plain_of("sd")
     pipe = case.make()
     pipe.unet.train()
     torch.nn.Module.train(pipe.unet)
@@ -382,7 +393,7 @@ def test_the_sequential_call_is_the_last_resort_and_says_why() -> None:
 
 def test_a_network_with_a_cache_across_steps_is_called_sequentially() -> None:
     case = CASES["flux"]
-    plain = case.run(case.make(), 3)
+    plain = plain_of("flux")
     pipe = case.make()
     type(pipe.transformer).is_cache_enabled = property(lambda self: True)  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -394,7 +405,7 @@ def test_a_network_with_a_cache_across_steps_is_called_sequentially() -> None:
 
 def test_rows_that_influence_each_other_are_noticed() -> None:
     case = CASES["sd"]
-    plain = case.run(case.make(), 3)
+    plain = plain_of("sd")
     pipe = case.make()
     forward = pipe.unet.forward
 
@@ -453,10 +464,11 @@ def test_a_second_parallelize_on_the_same_pipeline_is_named() -> None:
 )
 def test_impossible_calls_are_named(method: Any, call: dict[str, Any], complaint: str) -> None:
     call = dict(call)
-    case = CASES[call.pop("name", "sd")]
+    name = call.pop("name", "sd")
+    case = CASES[name]
     with parallelize(pipe := case.make(), method), pytest.raises(ValueError, match=complaint):
         case.run(pipe, **call)
-    assert difference(case.run(pipe), case.run(case.make())) < BOUND
+    assert difference(case.run(pipe), plain_of(name, 0)) < BOUND
 
 
 def test_report_reads_as_sentences() -> None:
