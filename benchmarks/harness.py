@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table as Sheet
 
 from paradiff import Evaluator, Method, Recorded, Solution, Table, sample, sequential
-from paradiff.environment import environment
+from paradiff.app.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -26,7 +26,7 @@ from harness import arguments, finish
 from torch import Tensor
 
 from paradiff import freeze_clean_data, identity, paradigms, parallelize, parasolver, quasi_newton, shifted, srds
-from paradiff.pipelines.load import load_pipeline
+from paradiff.models.pipeline import load_pipeline
 
 PROMPTS = (
     "a red circle left of a blue square",

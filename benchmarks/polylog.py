@@ -56,12 +56,12 @@ from paradiff import (
     shifted,
     srds,
 )
-from paradiff import gaussian_law as law
-from paradiff.environment import environment
-from paradiff.exponential import Form
-from paradiff.hub import load
-from paradiff.slope import Slope
-from paradiff.window import Plan, Window
+from paradiff.app.environment import environment
+from paradiff.chain.slope import Slope
+from paradiff.methods.window.solver import Plan, Window
+from paradiff.models.pixel import load
+from paradiff.planning import gaussian_law as law
+from paradiff.samplers.exponential import Form
 
 TOLERANCE, STOP = 1e-2, 1e-3
 EQUAL = 4e-3

@@ -13,9 +13,9 @@ from harness import Denoiser
 from torch import Tensor
 
 from paradiff import Evaluator, Recorded, Solution, Table, Visit, sample, sequential
-from paradiff.hub import load
-from paradiff.methods import AnyMethod
-from paradiff.targets import Mixture
+from paradiff.methods.presets import AnyMethod
+from paradiff.models.exact import Mixture
+from paradiff.models.pixel import load
 
 EQUAL = 4e-3  # half a grey level of data in -1 ... 1
 STEPS = 1000

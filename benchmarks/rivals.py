@@ -24,16 +24,16 @@ from shift import Chain
 from torch import Tensor
 
 from paradiff import Recorded, Schedule, Table, ddim, ddpm
-from paradiff.coarse import Coarse, of_table, one_step, two_step
-from paradiff.collocation import VARIANCE, placement_on
-from paradiff.continuum import continuum
-from paradiff.exponential import exponential_integrator
-from paradiff.gap import Recurrence
-from paradiff.grid import Grid
-from paradiff.hub import load
-from paradiff.methods import collocation
-from paradiff.sparse import Sparse, draw
-from paradiff.targets import digits
+from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.method import VARIANCE, placement_on
+from paradiff.methods.collocation.system import Sparse, draw
+from paradiff.methods.parareal.coarse import Coarse, of_table, one_step, two_step
+from paradiff.methods.presets import collocation
+from paradiff.models.exact import digits
+from paradiff.models.pixel import load
+from paradiff.samplers.continuum import continuum
+from paradiff.samplers.exponential import exponential_integrator
+from paradiff.samplers.grid import Grid
 
 RIVAL_STEPS = (10, 15, 20, 25, 30, 40, 50)
 LONG_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500)
@@ -349,7 +349,8 @@ class Brownian:
                 y = float(sparse.start[k]) * x0 + share[k] + torch.tensordot(sparse.reach[k, : k + 1], drives[: k + 1], 1)
                 m = self.network(y, node)
                 drives[k] = float(rec.nu[node]) * (
-                    float(table.p[node] - rec.g[node]) * y + float(table.q[node]) * m  # the drive: gap.py
+                    float(table.p[node] - rec.g[node]) * y
+                    + float(table.q[node]) * m  # the drive: methods/collocation/interval.py
                 )
         return float(sparse.start[-1]) * x0 + share[-1] + torch.tensordot(sparse.reach[-1], drives, 1)
 

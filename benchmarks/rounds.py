@@ -35,8 +35,8 @@ from paradiff import (
     sequential,
     shifted,
 )
-from paradiff.hub import load
-from paradiff.targets import digits
+from paradiff.models.exact import digits
+from paradiff.models.pixel import load
 
 SLOPES = {
     "identity": identity,

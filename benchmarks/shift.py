@@ -1,6 +1,7 @@
 """The shift of `collocation`: would more than one data variance make the drive flatter, so that fewer nodes suffice?
 
-What is interpolated is the drive, equation (1) of src/paradiff/gap.py, which knows the data by one variance v, 1/4 by default.
+What is interpolated is the drive, equation (1) of methods/collocation/interval.py, which knows the data by one
+variance v, 1/4 by default.
 In an orthogonal basis the chain's noises remain white, so every coordinate may have a variance of its own. Kinds:
 
 - 1/4: the default; and other numbers.
@@ -18,7 +19,8 @@ about the mean of each prompt. Variances are rounded to powers of 2^(1/2), but f
 the drive free of drift, whatever the state. All kinds have the same edges, and ask at the same fine nodes. The guided networks
 have too few samples for axes, and digits have one channel.
 
-Measured is the fixed point: the sample of the sparse system (src/paradiff/sparse.py), swept from the drives of the sequential
+Measured is the fixed point: the sample of the sparse system (methods/collocation/system.py), swept from the drives of the
+sequential
 chain until it is at rest, minus the sequential chain's sample; root mean square, in units of the sequential samples' standard
 deviation. `median_beside` is the median over seeds of the ratio to 1/4, `worst_beside` the ratio of the worst; `rest` the last
 change of the worst seed's sample. Before all that, with as many nodes as steps, the error must be rounding.
@@ -52,11 +54,11 @@ from scipy.fft import dct
 from torch import Tensor
 
 from paradiff import Evaluator, Recorded, Table, sample, sequential
-from paradiff.gap import Recurrence
-from paradiff.hub import load
-from paradiff.placement import Placement
-from paradiff.sparse import Sparse
-from paradiff.targets import digits
+from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.mesh import Placement
+from paradiff.methods.collocation.system import Sparse
+from paradiff.models.exact import digits
+from paradiff.models.pixel import load
 
 DEFAULT, OTHERS = 0.25, {"1/16": 0.0625, "1": 1.0, "4": 4.0}
 CHAINS = (

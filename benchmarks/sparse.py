@@ -40,10 +40,10 @@ from rich.table import Table as Sheet
 from rivals import part_rivals, smallest
 
 from paradiff import Schedule, ddim, ddpm, parallelize, sequential
-from paradiff.collocation import VARIANCE
-from paradiff.hub import load
-from paradiff.methods import AnyMethod, collocation, parasolver, quasi_newton
-from paradiff.targets import digits
+from paradiff.methods.collocation.method import VARIANCE
+from paradiff.methods.presets import AnyMethod, collocation, parasolver, quasi_newton
+from paradiff.models.exact import digits
+from paradiff.models.pixel import load
 
 TOLERANCES = (4e-3, 1e-2, 2e-3)
 BATCH, MOST_ROWS = 64, 256

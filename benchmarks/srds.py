@@ -46,9 +46,9 @@ from paradiff import (
     sequential,
     srds,
 )
-from paradiff.hub import load
-from paradiff.slope import identity
-from paradiff.targets import digits
+from paradiff.chain.slope import identity
+from paradiff.models.exact import digits
+from paradiff.models.pixel import load
 
 EQUAL = 4e-3  # half a grey level of data in -1 ... 1
 SHAPE = (1, 8, 8)

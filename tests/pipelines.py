@@ -11,9 +11,10 @@ import diffusers
 import pytest
 import torch
 
-from paradiff import cli
+import paradiff
+from paradiff.app import cli
 
-DIGITS = Path(cli.__file__).parent / "models" / "digits"
+DIGITS = Path(paradiff.__file__).parent / "models/bundled/digits"
 
 
 def tiny_unet(channels: int = 1, **options: object) -> diffusers.UNet2DModel:

@@ -51,8 +51,9 @@ from paradiff import (
     variance_preserving,
     zero,
 )
-from paradiff.piadm import PiadmOde, PiadmSde
-from paradiff.window import Plan, Window
+from paradiff.methods.piadm import PiadmOde, PiadmSde
+from paradiff.methods.window.solver import Plan, Window
+from paradiff.models.exact import Mixture
 
 SHAPE = (2, 3)
 STEPS = 12
@@ -154,8 +155,15 @@ def network(x: Tensor, t: Tensor) -> Tensor:
     return torch.tanh(0.7 * x + 0.1 * t / 1000) + 0.3 * torch.cos(t / 150) * torch.sin(x)
 
 
+def mixture() -> Mixture:
+    """Three lumps in 16 dimensions, of the size of images, -1 ... 1. Unlike the digits it has width, so that errors of states
+    reach the sample."""
+    means = 0.7 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    return Mixture(torch.tensor([0.4, 0.35, 0.25]), means, torch.tensor([0.05, 0.1, 0.02]))
+
+
 def chain(denoiser: Denoiser, table: Table, noise: Noise, k: int = 0, start: Tensor | None = None, **rows: Tensor) -> Tensor:
-    """The plain loop of table.py's equation (1) for sample k, `[N+1, ...]` in float64: what every method must return."""
+    """The plain loop of chain/table.py's equation (1) for sample k, `[N+1, ...]` in float64: what every method must return."""
     x = noise.start(k).double() * table.start_scale if start is None else start.double()
     states, outputs = [x], []
     for i in range(table.steps):

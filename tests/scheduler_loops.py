@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paradiff import Table
-from paradiff.pipelines.probe import Increments
+from paradiff.samplers.scheduler.probe import Increments
 
 SHAPE = (2, 3, 4, 4)
 
@@ -41,7 +41,7 @@ def walk_scheduler(
 
 
 def walk_table(table: Table, x: Tensor, noise: Increments) -> list[Tensor]:
-    """All states of equation (1) of table.py, in float64."""
+    """All states of equation (1) of chain/table.py, in float64."""
     states, outputs = [x.double()], []
     for i in range(table.steps):
         m = network(states[i] * table.scale[i], table.t[i])

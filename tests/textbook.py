@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paradiff.schedule import Schedule
-from paradiff.table import Table
+from paradiff.chain.table import Table
+from paradiff.samplers.schedule import Schedule
 
 SHAPE = (3, 4, 4)
 BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
@@ -70,7 +70,7 @@ def start_and_noise(steps: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
 
 
 def walk(table: Table, x: Tensor, noise: list[Tensor], net: Callable[[Tensor, float], Tensor] = network) -> list[Tensor]:
-    """The states of table.py's equation (1), one after another."""
+    """The states of chain/table.py's equation (1), one after another."""
     states, outputs = [x], []
     for i in range(table.steps):
         raw = net(states[i] * table.scale[i], float(table.t[i]))

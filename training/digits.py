@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "training/checkpoints/digits.pt")
-    parser.add_argument("--out", type=Path, default=ROOT / "src/paradiff/models/digits")
+    parser.add_argument("--out", type=Path, default=ROOT / "src/paradiff/models/bundled/digits")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)

@@ -226,7 +226,7 @@ def print_report(report: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "src/paradiff/models/digits", help="pipeline folder")
+    parser.add_argument("--model", type=Path, default=ROOT / "src/paradiff/models/bundled/digits", help="pipeline folder")
     parser.add_argument("--samples", type=int, default=360)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -39,7 +39,7 @@ def options(description: str | None, name: str, steps: int, minutes: float, batc
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINTS / f"{name}.pt")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="minutes between two checkpoints")
-    parser.add_argument("--out", type=Path, default=ROOT / "src/paradiff/models" / name)
+    parser.add_argument("--out", type=Path, default=ROOT / "src/paradiff/models/bundled" / name)
     return parser.parse_args()
 
 

@@ -76,7 +76,9 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     absent = {"text_encoder_3": None, "tokenizer_3": None} if arguments.model == "shapes-flow" else {}
-    pipe = DiffusionPipeline.from_pretrained(arguments.folder or ROOT / "src/paradiff/models" / arguments.model, **absent)
+    pipe = DiffusionPipeline.from_pretrained(
+        arguments.folder or ROOT / "src/paradiff/models/bundled" / arguments.model, **absent
+    )
     pipe.set_progress_bar_config(disable=True)
     kinds = {"one thing": single_scenes(), "two things, shown": shown(), "two things, held out": held_out()}
     figures: dict[str, Any] = {"model": arguments.model, "steps": arguments.steps, "guidance": arguments.guidance}

@@ -1,26 +1,26 @@
 """Parallel-in-time sampling for diffusion and flow models."""
 
-from paradiff.blocks import Blocks
-from paradiff.clipping import Clip, DynamicThreshold
-from paradiff.collocation import Collocation
-from paradiff.corrector import Corrector, underdamped_langevin
-from paradiff.evaluate import Batch, Denoiser, Evaluator
-from paradiff.exponential import exponential_integrator
-from paradiff.grid import Grid, log_snr_grid, paper_grid, uniform_grid
-from paradiff.method import Method
-from paradiff.methods import collocation, jacobi, paradigms, parasolver, quasi_newton, sequential, srds
-from paradiff.noise import Keyed, Noise, Recorded
-from paradiff.parareal import Parareal
-from paradiff.piadm import piadm_ode, piadm_sde
+from paradiff.chain.clipping import Clip, DynamicThreshold
+from paradiff.chain.noise import Keyed, Noise, Recorded
+from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
+from paradiff.chain.table import Table
+from paradiff.methods.collocation.method import Collocation
+from paradiff.methods.parareal.method import Parareal
+from paradiff.methods.piadm import piadm_ode, piadm_sde
+from paradiff.methods.presets import collocation, jacobi, paradigms, parasolver, quasi_newton, sequential, srds
+from paradiff.methods.window.blocks import Blocks
+from paradiff.methods.window.corrector import Corrector, underdamped_langevin
+from paradiff.methods.window.method import Method
 from paradiff.pipelines import explain, parallelize
-from paradiff.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
-from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
-from paradiff.schedule import Schedule
-from paradiff.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
-from paradiff.solution import Certificate, Solution, Sweep, Visit, Wave
-from paradiff.solve import sample, solve
-from paradiff.table import Table
-from paradiff.theory import Theory
+from paradiff.planning.theory import Theory
+from paradiff.samplers.exponential import exponential_integrator
+from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
+from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
+from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
+from paradiff.samplers.schedule import Schedule
+from paradiff.solver.evaluator import Batch, Denoiser, Evaluator
+from paradiff.solver.loop import sample, solve
+from paradiff.solver.solution import Certificate, Solution, Sweep, Visit, Wave
 
 __all__ = [
     "Batch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from paradiff.solution import Certificate, Record
+from paradiff.solver.solution import Certificate, Record
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""A pipeline called once for each seed, in parallel over time and, to compare, as it is.
+
+Each call has a generator of its own on the CPU, as `pipe(..., generator=torch.Generator().manual_seed(seed))` has.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paradiff.app.media import Output, read_output
+from paradiff.methods.presets import AnyMethod
+from paradiff.pipelines.loop.source import reads_index
+from paradiff.pipelines.report import Report
+from paradiff.pipelines.run import parallelize
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A seed's plain call: what it gave, its steps and its whole clock."""
+
+    output: Output
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """A seed's parallel call: what it gave, what the library reports of it, its whole clock; and the plain call, if any."""
+
+    seed: int
+    output: Output
+    report: Report
+    seconds: float
+    plain: Plain | None = None
+
+
+def call_each(
+    pipeline: Any,
+    method: AnyMethod,
+    arguments: Mapping[str, Any],
+    seeds: Sequence[int],
+    *,
+    max_rows: int | None = None,
+    compare: bool = False,
+) -> list[Call]:
+    """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
+
+    The parallel calls come first. On an accelerator whose clocks are to be compared, an untimed call precedes them.
+
+    Args:
+        pipeline: The pipeline.
+        method: The method.
+        arguments: The call's arguments, without the generator.
+        seeds: The seeds.
+        max_rows: Most rows in one network call.
+        compare: Whether plain calls follow.
+
+    Raises:
+        ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
+    """
+    calls = []
+    context = parallelize(pipeline, method, max_rows=max_rows)
+    quiet = not sys.stderr.isatty()
+    vector = reads_index(type(pipeline)) == []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* was called sequentially", RuntimeWarning)  # told at the end
+        with context:
+            if compare and pipeline.device.type != "cpu":
+                pipeline.set_progress_bar_config(disable=True)
+                _timed(pipeline, arguments, seeds[0])
+            for seed in seeds:
+                # Lanes are many loops, each with a bar of its own.
+                pipeline.set_progress_bar_config(disable=quiet or not vector, desc=f"seed {seed}", unit="round")
+                output, seconds = _timed(pipeline, arguments, seed)
+                calls.append(Call(seed, output, context.report, seconds))
+    if not compare:
+        return calls
+    compared = []
+    for call in calls:
+        pipeline.set_progress_bar_config(disable=quiet, desc=f"seed {call.seed}, sequential", unit="step")
+        with counted_steps(pipeline.scheduler) as count:
+            output, seconds = _timed(pipeline, arguments, call.seed)
+        plain = Plain(output, count[0], seconds)
+        compared.append(Call(call.seed, call.output, call.report, call.seconds, plain))
+    return compared
+
+
+def _timed(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> tuple[Output, float]:
+    """One call, and its whole clock."""
+    given = copy.deepcopy(dict(arguments))  # some pipelines write into their arguments
+    generator = torch.Generator().manual_seed(seed)
+    begin = time.perf_counter()
+    try:
+        result = pipeline(**given, generator=generator)
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        text = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ValueError(f"the {type(pipeline).__name__} failed with these arguments: {text}") from error
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.device)
+    seconds = time.perf_counter() - begin
+    return read_output(result, pipeline), seconds
+
+
+@contextmanager
+def counted_steps(scheduler: Any) -> Iterator[list[int]]:
+    """Counts the steps of a scheduler's class, copies of the scheduler included."""
+    kind = type(scheduler)
+    own, step, count = "step" in vars(kind), kind.step, [0]
+
+    @functools.wraps(step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return step(*args, **kwargs)
+
+    kind.step = counted
+    try:
+        yield count
+    finally:
+        if own:
+            kind.step = step
+        else:
+            del kind.step

@@ -1,0 +1,225 @@
+"""One run of the command line: its folder of results, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from paradiff.app.calls import Call
+from paradiff.solver.solution import Record, Solution, Sweep, Visit
+
+TRUST = ("sequential", "stopped", "converged", "exact")
+"""How a status begins, the worst first: a run's is that of its worst seed."""
+
+
+@contextmanager
+def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A scratch folder beside `path` whose files become `path`'s when the block ends well, and vanish when it does not.
+
+    With `overwrite` the files of the run replace those of the same name, one by one, each whole; others stay.
+
+    Raises:
+        ValueError: If `path` is a file, a folder that is not empty (without `overwrite`), or cannot be written.
+    """
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"the output {str(path)!r} is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"the output folder {str(path)!r} is not empty; give another one, or --overwrite to replace its files")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        os.chmod(scratch, 0o777 & ~_umask())
+    except OSError as error:
+        raise ValueError(f"the output {str(path)!r} cannot be written: {error.strerror}; give another folder") from error
+    try:
+        yield scratch
+        if path.is_dir() and any(path.iterdir()):
+            for file in scratch.iterdir():
+                os.replace(file, path / file.name)
+        else:
+            os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def report(
+    solution: Solution,
+    seconds: float,
+    seeds: list[int],
+    sequential: tuple[Solution, float] | None,
+    arguments: dict[str, Any],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """The contents of run.json (docs/run_json.md).
+
+    Args:
+        solution: The parallel run.
+        seconds: Its whole clock.
+        seeds: The seed of every sample.
+        sequential: The sequential run and its whole clock, or None.
+        arguments: What the user asked for, defaults included.
+        environment: From environment.py.
+    """
+    samples = []
+    for k, (seed, certificate) in enumerate(zip(seeds, solution.certificates, strict=True)):
+        error = None
+        if sequential is not None:
+            gap = difference(solution.sample[k], sequential[0].sample[k])
+            error = {"rms": gap.square().mean().sqrt().item(), "max": gap.max().item()}
+        samples.append(
+            {
+                "seed": seed,
+                "rounds": certificate.rounds,
+                "evaluations": certificate.evaluations,
+                "residual": certificate.residual,
+                "estimated_error": certificate.estimated_error,
+                "gap_error": certificate.gap_error,
+                "error": error,
+            }
+        )
+    result: dict[str, Any] = {
+        "arguments": arguments,
+        "environment": environment,
+        "rounds": solution.rounds,
+        "evaluations": solution.evaluations,
+        "seconds": seconds,
+        "status": solution.status,
+        "samples": samples,
+        "sequential": None,
+        "speedup": None,
+        "history": [_record(entry, seeds) for entry in solution.history],
+        "pipeline": None,
+    }
+    if sequential is not None:
+        reference, clock = sequential
+        result["sequential"] = {"rounds": reference.rounds, "evaluations": reference.evaluations, "seconds": clock}
+        result["speedup"] = {"rounds": reference.rounds / solution.rounds, "seconds": clock / seconds}
+    return result
+
+
+def pipeline_report(
+    pipeline: str,
+    calls: Sequence[Call],
+    given: Mapping[str, Any],
+    arguments: dict[str, Any],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """The contents of run.json for a pipeline, whose seeds are calls one after the other: rounds, rows and seconds add up.
+
+    Args:
+        pipeline: Its class's name.
+        calls: One a seed.
+        given: The arguments of its call.
+        arguments: What the user asked for, defaults included.
+        environment: From environment.py.
+    """
+    samples, plain = [], [call.plain for call in calls if call.plain is not None]
+    for call in calls:
+        certificate, steps = call.report.certificate, None if call.plain is None else call.plain.steps or None
+        error = None
+        if call.plain is not None:
+            gap = difference(call.output.data, call.plain.output.data)
+            error = {"rms": gap.square().mean().sqrt().item(), "max": gap.max().item()}
+        samples.append(
+            {
+                "seed": call.seed,
+                "rounds": steps if certificate is None else call.report.rounds,
+                "evaluations": steps if certificate is None else call.report.rows,
+                "residual": 0.0 if certificate is None else certificate.residual,
+                "estimated_error": 0.0 if certificate is None else certificate.estimated_error,
+                "gap_error": 0.0 if certificate is None else certificate.gap_error,
+                "error": error,
+            }
+        )
+    seconds = sum(call.seconds for call in calls)
+    result: dict[str, Any] = {
+        "arguments": arguments,
+        "environment": environment,
+        "rounds": _total(samples, "rounds"),
+        "evaluations": _total(samples, "evaluations"),
+        "seconds": seconds,
+        "status": min((_status(call) for call in calls), key=lambda text: TRUST.index(text.split(":")[0])),
+        "samples": samples,
+        "sequential": None,
+        "speedup": None,
+        "history": [_record(entry, [call.seed]) for call in calls for entry in call.report.history],
+        "pipeline": {
+            "class": pipeline,
+            "scheduler": calls[0].report.scheduler,
+            "arguments": dict(given),
+            "calls": [
+                {
+                    "seed": call.seed,
+                    "executor": call.report.executor,
+                    "steps": call.report.steps,
+                    "network_rows": call.report.network_rows,
+                    "seconds": call.seconds,
+                    "network_seconds": call.report.network_seconds,
+                    "status": _status(call),
+                    "warnings": call.report.warnings,
+                }
+                for call in calls
+            ],
+        },
+    }
+    if plain:
+        steps, clock = sum(p.steps for p in plain) or None, sum(p.seconds for p in plain)
+        result["sequential"] = {"rounds": steps, "evaluations": steps, "seconds": clock}
+        gain = steps / result["rounds"] if steps and result["rounds"] else None
+        result["speedup"] = {"rounds": gain, "seconds": clock / seconds}
+    return result
+
+
+def _status(call: Call) -> str:
+    return f"sequential: {call.report.status}" if call.report.certificate is None else call.report.status
+
+
+def _total(samples: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    """The sum over the samples, if it is known of all of them."""
+    counts = [one[name] for one in samples]
+    return None if None in counts else sum(counts)
+
+
+def _record(entry: Record, seeds: list[int]) -> dict[str, Any]:
+    """One entry of the history: a sweep of a window, a round of a wavefront, or one of a sparse system."""
+    common = {"round": entry.round, "seed": seeds[entry.sample], "passed": entry.passed}
+    if isinstance(entry, Sweep):
+        return {**common, "first": entry.first, "change": [float(f"{c:.3g}") for c in entry.change]}
+    if isinstance(entry, Visit):
+        errors = {"gap_error": entry.gap_error, "sweep_error": entry.sweep_error}
+        return {**common, "visited": entry.nodes, "of": entry.of, "change": float(f"{entry.change:.3g}"), **errors}
+    values = [[edge, iteration, float(f"{change:.3g}")] for edge, iteration, change in entry.values]
+    return {**common, "rows": [list(row) for row in entry.rows], "values": values}
+
+
+def difference(sample: Tensor, reference: Tensor) -> Tensor:
+    """Absolute difference of two samples, in float64."""
+    return (sample.double() - reference.double()).abs().cpu()
+
+
+def write_json(contents: dict[str, Any], path: Path) -> None:
+    """Writes JSON; infinities become null."""
+    path.write_text(json.dumps(_finite(contents), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

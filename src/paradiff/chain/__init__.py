@@ -1,0 +1,1 @@
+"""The recurrence: a sampler's table of coefficients, its noises, slopes and steps."""

@@ -1,0 +1,67 @@
+"""One step of the chain, equation (1) of table.py, for many rows at once on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.table import Table, column
+
+
+class Step:
+    """The table's coefficients on a device, in the dtype of the states, and the step that they make.
+
+    Every solver takes its steps here, so that a state computed from the same states and noises has the same bits whichever
+    solver computes it.
+
+    Args:
+        table: The sampler.
+        device: Where states live.
+        dtype: Their dtype.
+        members: Whether a state is a batch `[b, ...]` of members, each of which is to come out right.
+
+    Attributes:
+        t: `[N+1]` times for the network, on the CPU; int64 where all are whole numbers.
+    """
+
+    def __init__(self, table: Table, device: torch.device, dtype: torch.dtype, members: bool = False) -> None:
+        self.table, self.device, self.dtype, self.members = table, device, dtype, members
+        whole = bool((table.t == table.t.round()).all())
+        self.t = table.t.to(torch.int64) if whole else table.t
+        self._scaled = bool((table.scale != 1).any())
+        self.a, self.b, self.c, self.scale = (self.move(v) for v in (table.a, table.b, table.c, table.scale))
+
+    def move(self, values: Tensor) -> Tensor:
+        """Values on the device, in the dtype of the states; from the host without waiting for the device's work."""
+        return values.to(device=self.device, dtype=self.dtype, non_blocking=values.device.type == "cpu")
+
+    def mean_square(self, change: Tensor) -> Tensor:
+        """`[R]` mean square of changes `[R, ...]` of states; with members, that of the member which changed most."""
+        if self.members and change.ndim > 2:
+            return change.flatten(2).square().mean(2).amax(1)
+        return change.flatten(1).square().mean(1)
+
+    def seen(self, at: slice | Tensor, x: Tensor) -> Tensor:
+        """`[R, ...]` states as the network expects them, from states `x` at the nodes `at` (on the device)."""
+        return x * column(self.scale[at], x) if self._scaled else x
+
+    def __call__(self, at: slice | Tensor, states: Sequence[Tensor], outputs: Sequence[Tensor], noise: Tensor | None) -> Tensor:
+        """`[R, ...]` states after one step.
+
+        Args:
+            at: Slice, or integer tensor on the device, of the R nodes i.
+            states: x[i-j] for j = 0 ... P-1, each `[R, ...]`.
+            outputs: m[i-j], likewise.
+            noise: z[i]; not looked at by a deterministic table.
+        """
+        phi = column(self.a[at, 0], states[0]) * states[0]
+        phi.addcmul_(column(self.b[at, 0], phi), outputs[0])
+        for j in range(1, self.table.band):
+            phi.addcmul_(column(self.a[at, j], phi), states[j])
+            phi.addcmul_(column(self.b[at, j], phi), outputs[j])
+        if self.table.stochastic:
+            assert noise is not None
+            phi.addcmul_(column(self.c[at], phi), noise)
+        return phi

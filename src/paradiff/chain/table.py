@@ -1,0 +1,308 @@
+"""The table of a sampler: every coefficient of the chain, known before the first network call.
+
+A sampler with N steps walks states x[0] (noise) ... x[N] (sample):
+
+    x[i+1] = sum_{j<P} ( a[i,j] x[i-j] + b[i,j] m[i-j] ) + c[i] z[i],      m[i] = M(scale[i] x[i], t[i])        (1)
+
+M is the network, z[i] the step's noise, P the band: 1 for one-step samplers, 2 for two-stage and two-step ones. Node i has
+signal level alpha[i] and noise level sigma[i], and the network's clean-data estimate there is D = p[i] x + q[i] m.
+
+Two conditions hold for every consistent table and are checked when one is made. A known clean datum stays on its ray
+(x = alpha x0 and the matching m give alpha' x0 at the node reached, alpha'), and variances add up (the deterministic part
+maps pure noise of level sigma to level u, and u^2 + c^2 = sigma'^2).
+
+Tables are made by the plain functions of samplers/preserving.py, or read off any diffusers scheduler (`Table.from_scheduler`).
+Those read off have exact coefficients a, b, c, while their levels are found separately and may be a guide only: they serve
+slopes, fills and certificates, and no state of a finished chain depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.prediction import Prediction, clean_coefficients
+
+CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
+Derived = TypeVar("Derived")
+ROUNDING = 1e-4  # what float32 arithmetic in a scheduler can explain
+
+
+@dataclass(frozen=True)
+class Table:
+    """One sampler on one schedule at one number of steps: equation (1).
+
+    All tensors are float64 on the CPU. Shapes use N for the number of steps and P for the band.
+
+    Attributes:
+        name: The sampler's name, `ddpm` say.
+        prediction: What the network predicts.
+        t: `[N+1]` times handed to the network; the last belongs to the sample, whose chain never evaluates it (a corrector
+            may, where noise is left there).
+        alpha: `[N+1]` signal levels.
+        sigma: `[N+1]` noise levels.
+        a: `[N, P]` coefficients of the states x[i-j].
+        b: `[N, P]` coefficients of the outputs m[i-j].
+        c: `[N]` coefficients of the noises; all zero for a deterministic sampler.
+        scale: `[N+1]` factor on the state before the network sees it; ones by default.
+        start_scale: Standard deviation of x[0].
+        reached: `[N, 2]` signal and noise level that step i lands on, where these are not those of node i + 1 (diffusers'
+            DDIM on unevenly spaced times); by default those of node i + 1.
+        clip: Limit on the clean-data estimate (clipping.py), or None.
+        clip_weight: `[N]` weights w of the limit; 1/q by default.
+        exact_variance: False for samplers that add more noise than the process has (`fixed_large`), which are excused from
+            the second condition.
+        clean: `[N, 2]` p and q, where they are not those of `prediction` (a network behind EDM's preconditioning).
+        exact_levels: False for coefficients that are exact while the levels are a guide: excused from both conditions, by
+            `mismatch`.
+
+    Raises:
+        ValueError: If shapes disagree, a value is not finite, or a consistency condition fails.
+    """
+
+    name: str
+    prediction: Prediction
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    scale: Tensor = None  # pyright: ignore[reportAssignmentType]  (filled in below)
+    start_scale: float = 1.0
+    reached: Tensor = None  # pyright: ignore[reportAssignmentType]  (filled in below)
+    clip: Callable[[Tensor], Tensor] | None = None
+    clip_weight: Tensor | None = None
+    exact_variance: bool = True
+    clean: Tensor | None = None
+    exact_levels: bool = True
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, timesteps: Tensor | None = None, **step_kwargs: Any) -> Table:
+        """The chain that a diffusers scheduler walks, read off its own `step` (samplers/scheduler/probe.py).
+
+        Args:
+            scheduler: The scheduler, whose `set_timesteps` was called. It is not changed.
+            timesteps: Those that the loop walks, a stretch of the scheduler's own; all of them by default.
+            step_kwargs: What the loop hands to `step` beside output, time and state: `eta`, say.
+
+        Returns:
+            The table, the same object for the same scheduler state.
+
+        Raises:
+            ValueError: If the step has no table: it is not linear, takes other arguments, or its times are not known.
+        """
+        from paradiff.errors import Refusal
+        from paradiff.samplers.scheduler.probe import per_sample
+
+        try:
+            return per_sample(scheduler, timesteps, step_kwargs)
+        except Refusal as refusal:
+            raise ValueError(str(refusal)) from refusal
+
+    def __post_init__(self) -> None:
+        self._check_shapes(self.steps)
+        if self.scale is None:
+            object.__setattr__(self, "scale", torch.ones(self.steps + 1, dtype=torch.float64))
+        if self.reached is None:
+            object.__setattr__(self, "reached", torch.stack([self.alpha[1:], self.sigma[1:]], dim=1))
+        if self.clip is not None and self.clip_weight is None:
+            object.__setattr__(self, "clip_weight", 1 / self.q)
+        self._check_consistency()
+
+    def _check_shapes(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"table {self.name!r} has {len(self.t)} times; it needs at least two, for one step")
+        band = max(self.a.shape[1], 1) if self.a.ndim == 2 else 1
+        expected = {
+            "t": (steps + 1,),
+            "alpha": (steps + 1,),
+            "sigma": (steps + 1,),
+            "a": (steps, band),
+            "b": (steps, band),
+            "c": (steps,),
+            "scale": (steps + 1,),
+            "reached": (steps, 2),
+            "clip_weight": (steps,),
+            "clean": (steps, 2),
+        }
+        expected = {field: shape for field, shape in expected.items() if getattr(self, field) is not None}
+        for field, shape in expected.items():
+            value = getattr(self, field)
+            if tuple(value.shape) != shape or value.dtype != torch.float64:
+                raise ValueError(
+                    f"table {self.name!r}: {field} has shape {tuple(value.shape)} and dtype {value.dtype}; with {steps} "
+                    f"steps it must be {shape}, float64"
+                )
+            if not torch.isfinite(value).all():
+                node = int((~torch.isfinite(value).reshape(len(value), -1).all(1)).nonzero()[0])
+                raise ValueError(
+                    f"table {self.name!r}: {field} is not finite at node {node} (alpha = {self.alpha[node]:.3g}, sigma = "
+                    f"{self.sigma[node]:.3g}, {self.prediction} prediction); a schedule that starts from pure noise "
+                    "needs sample, v or flow prediction"
+                )
+        for i in range(min(band - 1, steps)):
+            if self.a[i, i + 1 :].any() or self.b[i, i + 1 :].any():
+                raise ValueError(f"table {self.name!r}: step {i} refers to states before the first one")
+
+    def _check_consistency(self) -> None:
+        if not self.exact_levels:
+            return
+        complaints = ["a known clean datum leaves its ray"]
+        if self.exact_variance:
+            complaints.append("variances do not add up")
+        for complaint, found, gap, wanted in zip(complaints, self._landed.T, self.gaps.T, self.reached.T, strict=False):
+            worst = int(gap.argmax())
+            if not gap[worst] <= CONSISTENT:
+                raise ValueError(
+                    f"table {self.name!r}: {complaint} at step {worst}: level {found[worst]:.6g} where the schedule has "
+                    f"{wanted[worst]:.6g}; check the coefficients a, b, c of that step"
+                )
+
+    @cached_property
+    def _landed(self) -> Tensor:
+        return landed(self.a, self.b, self.c, self.alpha, self.sigma, self.p, self.q)
+
+    @property
+    def gaps(self) -> Tensor:
+        """`[N, 2]` how far the signal and the noise level that each step lands on are from `reached`, beside the level."""
+        return (self._landed - self.reached).abs() / (self.reached.abs() + 1e-2)
+
+    @property
+    def mismatch(self) -> float:
+        """The largest of `gaps`, those of the conditions that this table is not excused from."""
+        return float(self.gaps[:, : 2 if self.exact_variance else 1].amax())
+
+    @property
+    def about_levels(self) -> str:
+        """A sentence: how far the levels may be trusted."""
+        if self.exact_levels:
+            return "levels and coefficients agree"
+        size = "within rounding" if self.mismatch < ROUNDING else "in part"
+        return (
+            f"levels and coefficients agree {size} (largest difference {self.mismatch:.1e}): the coefficients are exact, the "
+            "levels serve slopes, first guesses and error estimates"
+        )
+
+    @property
+    def steps(self) -> int:
+        """N, the number of steps; nodes are 0 ... N."""
+        return len(self.t) - 1
+
+    @property
+    def band(self) -> int:
+        """P, the number of states that one step reads."""
+        return self.a.shape[1]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return bool(self.c.any())
+
+    @cached_property
+    def restarts(self) -> list[int]:
+        """The nodes at which the chain starts afresh: all that follows depends on the state there alone. Every node of a
+        one-step sampler, every second one of a two-stage sampler; 0 and N always."""
+        nodes = list(range(self.steps + 1))
+        crossed = torch.zeros(self.steps + 1, dtype=torch.bool)
+        for j in range(1, self.band):
+            reads = (self.a[:, j] != 0) | (self.b[:, j] != 0)
+            for step in reads.nonzero()[:, 0].tolist():
+                crossed[step - j + 1 : step + 1] = True  # this step looks past these nodes, at one before them
+        return [n for n in nodes if n in (0, self.steps) or not crossed[n]]
+
+    def derived(self, key: tuple[Any, ...], make: Callable[[], Derived]) -> Derived:
+        """What `make` returns, made at the first call with a key and kept as long as the table."""
+        kept = self.__dict__.setdefault("_derived", {})
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+    @cached_property
+    def _clean(self) -> tuple[Tensor, Tensor]:
+        if self.clean is not None:
+            return self.clean[:, 0], self.clean[:, 1]
+        return clean_coefficients(self.prediction, self.alpha[:-1], self.sigma[:-1])
+
+    def clean_at(self, nodes: slice | int) -> tuple[Tensor, Tensor]:
+        """p and q at nodes, among which the last may be: where there is no step, by what the network predicts.
+
+        Raises:
+            ValueError: If they are asked for at the last node of a table that states its own.
+        """
+        asked = torch.arange(self.steps + 1)[nodes]
+        if int(asked.max()) < self.steps:
+            return self.p[asked], self.q[asked]
+        if self.clean is not None:
+            raise ValueError(
+                f"table {self.name!r} says nothing of the clean data at its last node, which its chain never evaluates; end "
+                "the correction, or the chain, before it"
+            )
+        return clean_coefficients(self.prediction, self.alpha[nodes], self.sigma[nodes])
+
+    @property
+    def p(self) -> Tensor:
+        """`[N]` coefficient of the state in the clean-data estimate."""
+        return self._clean[0]
+
+    @property
+    def q(self) -> Tensor:
+        """`[N]` coefficient of the output in the clean-data estimate."""
+        return self._clean[1]
+
+    def posterior_variance(self, edges: list[int] | None = None) -> Tensor:
+        """`[M]` variance of the state at each of the nodes `edges` `[M+1]` after the first, given the state at the one before
+        and the clean datum, sigma'^2 (1 - snr/snr'): a DDPM step's own noise (Ho et al. 2020, eq. 7), defined for
+        deterministic samplers too, where it serves as the unit of tolerances. All nodes by default."""
+        nodes = slice(None) if edges is None else edges
+        alpha, sigma = self.alpha[nodes], self.sigma[nodes]
+        ratio = (alpha[:-1] * sigma[1:]) / (alpha[1:] * sigma[:-1])
+        return (sigma[1:] ** 2 * (1 - ratio**2)).clamp(min=0)
+
+    def convert(self, nodes: slice | Tensor, x: Tensor, m: Tensor) -> Tensor:
+        """The output that the linear step sees: `m` itself, or `m` with the clean-data limit folded in (clipping.py).
+
+        Args:
+            nodes: Slice or CPU integer tensor of the R nodes.
+            x: `[R, ...]` states there.
+            m: `[R, ...]` network outputs there.
+        """
+        if self.clip is None:
+            return m
+        assert self.clip_weight is not None
+        p, q, w = (column(v[nodes], x) for v in (self.p, self.q, self.clip_weight))
+        clean = p * x + q * m
+        return m + w * (self.clip(clean) - clean)
+
+
+def landed(a: Tensor, b: Tensor, c: Tensor, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """`[N, 2]` signal and noise level that each step lands on from nodes at their levels, with the clean datum known.
+
+    Args:
+        a: `[N, P]` coefficients of equation (1); `b` and `c` `[N]` likewise.
+        b: See `a`.
+        c: See `a`.
+        alpha: `[N+1]` levels.
+        sigma: See `alpha`.
+        p: `[N]` coefficients of the clean-data estimate.
+        q: See `p`.
+    """
+    steps, band = a.shape
+    source = torch.arange(steps)
+    ray_output, noise_output = (1 - p * alpha[:-1]) / q, -p * sigma[:-1] / q
+    ray, noise = torch.zeros(steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+    for j in range(band):
+        at = (source - j).clamp(min=0)
+        ray += a[:, j] * alpha[at] + b[:, j] * ray_output[at]
+        noise += a[:, j] * sigma[at] + b[:, j] * noise_output[at]
+    return torch.stack([ray, torch.hypot(noise, c)], dim=1)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """`values` `[R]` on the device and in the dtype of `like` `[R, ...]`, shaped to multiply it."""
+    return values.to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.ndim - 1))

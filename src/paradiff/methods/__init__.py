@@ -1,0 +1,1 @@
+"""How a chain is solved: the published methods as presets, and a folder for each family of solvers."""

@@ -1,0 +1,1 @@
+"""Evaluations at a few mesh points, interpolated in between: collocation."""

@@ -1,0 +1,124 @@
+"""What all samples of a run with sparse nodes share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from paradiff.chain.slope import shifted
+from paradiff.chain.step import Step
+from paradiff.chain.table import Table
+from paradiff.methods.collocation.defect import Doubled
+from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.mesh import BINS
+from paradiff.methods.collocation.mesh_store import AIM, needed
+from paradiff.methods.collocation.method import VARIANCE, Collocation, placement_on
+from paradiff.methods.collocation.system import Sparse
+from paradiff.methods.window.method import Method
+from paradiff.methods.window.solver import Plan
+from paradiff.samplers.continuum import continuum
+
+VERIFY_SECANTS = 1
+VERIFY_WINDOW = 32  # where the method has no bound of its own: over the whole chain, every sweep would ask for every node
+
+
+class Ground:
+    """Tables, bounds and coefficients on the device.
+
+    Args:
+        table: The sampler.
+        method: The method.
+        device: Where states live.
+        dtype: That in which the network is asked; the system is solved in float64 where the device has it, since a step with
+            nearly parallel pairs loses digits.
+        members: Whether a state is a batch of members (solver/loop.py).
+        resolution: Relative precision of the network's outputs.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        method: Collocation,
+        device: torch.device,
+        dtype: torch.dtype,
+        members: bool = False,
+        resolution: float | None = None,
+    ) -> None:
+        if method.target != "chain":
+            kind = method.target
+            coarse = table
+            table = coarse.derived(("continuum", kind), lambda: continuum(coarse, kind))
+        self.table, self.method, self.device, self.dtype, self.members = table, method, device, dtype, members
+        self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
+        self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, members)
+        self.t, self.move = self.step.t, self.step.move
+        self.order = method.degree(table)
+        self.memory = method.remember(table)
+        remembered = None if self.memory is None else self.memory.found
+        self.placement = placement_on(table, remembered)
+        self.most_nodes = min(method.max_nodes or table.steps, table.steps)
+        usual = VARIANCE if remembered is None else remembered.variance
+        self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
+        self.settled_shift = method.shift != "auto" or remembered is not None
+        self.edges = method.edges(table, remembered)
+        self._plans: dict[float, Plan] = {}
+
+    def note(self, edges: Sequence[int], shares: Sequence[float], groups: Sequence[Sequence[int]], variance: float) -> None:
+        """Remembers what a sample needs, if anything shall be remembered.
+
+        Args:
+            edges: Of the sample's gaps.
+            shares: What each group of gaps leaves out of the sample.
+            groups: The numbers of the gaps of each group.
+            variance: The data's.
+        """
+        if self.memory is None or not all(map(math.isfinite, shares)) or max(shares) == 0:
+            return
+        nodes, relative = torch.zeros(BINS, dtype=torch.float64), self.method.relative(self.table)
+        counts = needed(shares, AIM[self.order == 0] * self.method.tolerance)
+        for count, group in zip(counts, groups, strict=True):
+            nodes += count * len(group) / relative * self.placement.in_bins(edges[group[0]], edges[group[-1] + 1])
+        self.memory.note(nodes.tolist(), variance)
+
+    def keep(self) -> None:
+        """Writes what was remembered."""
+        if self.memory is not None:
+            prior = self.method.usual(self.table) * placement_on(self.table).in_bins()
+            self.memory.keep(prior.tolist())
+
+    @staticmethod
+    def strictness(growth: float) -> float:
+        """By how much the window loop's tolerance is smaller, a power of 2, where the sample answers so much more to early
+        errors than the chain's linear part does; what that loop estimates is multiplied by it."""
+        return 2.0 ** max(0, math.ceil(math.log2(growth)))
+
+    def verify(self, growth: float) -> Plan:
+        """The window loop over all nodes of the chain, for such a growth."""
+        strict = self.strictness(growth)
+        if strict not in self._plans:
+            method = self.method
+            width = min(method.window or VERIFY_WINDOW, self.table.steps)
+            slope, tolerance = shifted(self.recurrence.variance), method.tolerance / strict
+            loop = Method("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
+            self._plans[strict] = Plan(self.table, loop, self.device, self.dtype, self.members, self.resolution)
+        return self._plans[strict]
+
+    def recurrence_of(self, variance: float) -> Recurrence:
+        """The fine chain's recurrence with a data variance; made once for a table."""
+        return self.table.derived(("recurrence", variance), lambda: Recurrence(self.table, variance))
+
+    def sparse(self, recurrence: Recurrence, edges: list[int]) -> Sparse:
+        """The sparse table with such edges; those to begin with are made once for a table."""
+        if edges != self.edges:
+            return Sparse(recurrence, edges, self.order)
+        key = ("sparse", recurrence.variance, self.order, tuple(edges))
+        return self.table.derived(key, lambda: Sparse(recurrence, edges, self.order))
+
+    def doubled(self, sparse: Sparse) -> Doubled:
+        """Its gaps two by two; those to begin with are made once for a table."""
+        if sparse.edges != self.edges:
+            return Doubled(sparse)
+        key = ("doubled", sparse.recurrence.variance, tuple(sparse.edges))
+        return self.table.derived(key, lambda: Doubled(sparse))

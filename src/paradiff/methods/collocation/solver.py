@@ -1,0 +1,421 @@
+"""One sample's sparse system (system.py): what it asks for, what it makes of the answers, where it adds nodes.
+
+A round evaluates the network at some of the nodes, the **active** ones: those not seen yet, and those whose state has moved so
+far since they were evaluated that the sample may tell; the first of them along the chain if there are more than the window
+allows. Their drives u[k], and the differences to what they were at other states, give all states anew by Newton's step on
+equation (1) of system.py,
+
+    y = f x[0] + R (u + du) + n,      du[k] = DU[k] K[k] DX[k]^T (y[k] - y[k] evaluated),                        (1)
+
+with the pairs DX, DU of earlier rounds as a model of the drive's derivative (methods/secant.py). What the pairs do not know is
+small already, since the drive is what answers least to the state (interval.py).
+
+What a node **holds back** is the most that its drive can have changed since it was evaluated: its state's change, times the
+steepest answer that the node has given so far, or that a clean-data estimate would. A node that was evaluated once has shown
+no answer, and its neighbours stand for it: in units of the network's output the answer changes little from a node to the next,
+and at the noisy end a trained network's can be far above any clean-data estimate's. What is held back is carried to the sample
+by equation (1), pairs included. Where the sample is about to decide what it will be, the pairs know, and a change that the
+chain's linear part would forget is seen to grow. Carried together, the changes of all nodes tell how far the sample may move
+still; when that is small enough, the sample is at rest.
+
+The interpolation error is estimated (error.py) with the same propagation, as soon as what the sweeps leave does not hide it.
+If both errors together are below the tolerance, the sample is found. If the interpolation error alone exceeds it, the gaps that
+matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on; to bring the nodes to
+rest before would be lost work. A sample that would need a good part of the chain's own nodes is handed to the window loop,
+which begins with what was found if that is near. Memory is O(nodes) states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.noise import Noise
+from paradiff.methods.collocation.dense_output import Trajectory
+from paradiff.methods.collocation.error import Estimate, times
+from paradiff.methods.collocation.linearization import Response
+from paradiff.methods.collocation.setup import Ground
+from paradiff.methods.collocation.system import Sparse, draw, spread
+from paradiff.methods.window.solver import Window
+from paradiff.solver.solution import Certificate, Sweep, Visit
+
+STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
+REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
+EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
+QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
+GAPS = {True: 0.75, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
+FLATTER = {True: 0.15, False: 0.0}  # and further where the tolerance is far: power of how many times off it is
+HANDED_OVER = {True: 0.35, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
+MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
+NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
+MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
+TOLD = 0.125  # of the network's relative precision: of smaller changes of a state its outputs tell rounding only
+MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
+FAR = 16.0  # factor by which the data's variance may be off
+
+
+class Implicit:
+    """The system of one sample. Tensors of states are `[M, b, d]`, b the members.
+
+    Attributes:
+        sample: The sample.
+        change: What `slide` wants to know of the last round, on the device: mean squares.
+        done: Whether the sample is found.
+        estimate: Of the root mean square error from interpolation.
+        sweep_error: That from sweeps not made.
+        rounds: Rounds in which the sample took part.
+        evaluations: Its rows.
+    """
+
+    def __init__(self, ground: Ground, noise: Noise, sample: int, start: Tensor | None) -> None:
+        self.ground, self.noise, self.sample = ground, noise, sample
+        x0 = ground.move(noise.start(sample)) * ground.table.start_scale if start is None else ground.move(start)
+        self.shape = tuple(x0.shape)
+        self._x0 = x0.reshape(x0.shape[0], -1) if ground.members and x0.ndim > 1 else x0.reshape(1, -1)
+        self.rounds = self.evaluations = 0
+        self.done = False
+        self._final = x0
+        self.sweep_error = self.residual = math.inf
+        self._recurrence, self._settled_shift = ground.recurrence, ground.settled_shift
+        self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._window: Window | None = None
+        self.estimate = Estimate(ground, noise, sample, self._x0, self.shape)
+        self._begin(ground.sparse(ground.recurrence, ground.edges))
+        count = len(self.sparse.gaps)
+        self._u = self._x0.new_zeros(count, *self._x0.shape)
+        self._y = self._u.clone()
+        self._dx = self._x0.new_zeros(count, ground.method.secants, *self._x0.shape)
+        self._du = self._dx.clone()
+        self._known, self._guessed = [False] * count, [False] * count
+        self._solve()
+
+    # -- the system ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, sparse: Sparse) -> None:
+        """Takes over a sparse table: coefficients on the device, and the noises of its gaps."""
+        ground, table, rec = self.ground, self.ground.table, sparse.recurrence
+        self.sparse = sparse
+        nodes = sparse.nodes
+        self._reach, self._start = ground.move(sparse.reach), ground.move(sparse.start)
+        if table.stochastic:
+            kept, self._drawn = self._drawn, {}
+            for gap in sparse.gaps:
+                place = (gap.left, gap.right)
+                self._drawn[place] = kept[place] if place in kept else draw(gap, self.noise, self.sample)
+            self._share = self._moved(sparse.noises([*self._drawn.values()]))
+        else:
+            self._share = self._x0.new_zeros(1)
+        steep = torch.minimum(
+            1 / table.alpha[nodes].clamp(min=1e-12), STEEPEST * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2
+        )
+        span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
+        self._least = ground.move(rec.nu[nodes] * span)  # that a drive answers to its state; and what was seen
+        self._seen = torch.zeros_like(self._least)
+        self._of_output = ground.move(rec.of_output[nodes].abs().clamp(min=1e-300))
+        self.estimate.begin(sparse)
+        self._sweeps = 0
+        self.active = list(range(len(sparse.gaps)))
+
+    def _moved(self, noises: Tensor) -> Tensor:
+        """Noises as states."""
+        return self.ground.move(noises).view(-1, *self._x0.shape)
+
+    def _solve(self) -> None:
+        """All states anew, from drives and pairs: equation (1)."""
+        base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
+        kept = max(1, MOST_PAIRS // len(self._u))
+        self._response = Response(self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept])
+        base = self._response.states(base, self._y)
+        self._states, self._final = base[:-1], base[-1].view(self.shape)
+
+    def _mean_squares(self, changes: Tensor) -> Tensor:
+        """`[J]` of changes `[J, b, d]` of the sample."""
+        return self.ground.step.mean_square(changes.view(-1, *self.shape))
+
+    # -- the solver's protocol ----------------------------------------------------------------------------------------
+
+    @property
+    def final(self) -> Tensor:
+        """The sample as far as it is known."""
+        return self._final.to(self.ground.dtype) if self._window is None else self._window.final
+
+    @property
+    def certificate(self) -> Certificate:
+        """How far to trust the sample."""
+        if self._window is not None:
+            verified, allowed = self._window.certificate, self.ground.strictness(self.estimate.growth)
+            error = verified.estimated_error * allowed
+            return dataclasses.replace(verified, estimated_error=error, rounds=self.rounds, evaluations=self.evaluations)
+        gap_error = self.estimate.gap_error
+        total = math.hypot(gap_error, self.sweep_error)
+        return Certificate(self.residual, total, self.rounds, self.evaluations, gap_error)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
+        ground = self.ground
+        if self._window is not None:
+            return self._window.rows()
+        window = ground.method.window or len(self.sparse.gaps) * 2
+        self._chosen = self.active[:window]
+        self._pairs = self._ready()[: window - len(self._chosen)]
+        self.nodes, states = self.sparse.nodes[self._chosen], self._states[self._chosen]
+        if self._pairs:
+            more = self.estimate.asked(self._pairs, self._u)
+            self.nodes, states = torch.cat([self.nodes, more[0]]), torch.cat([states, more[1]])
+        self._handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
+        return self.nodes, ground.step.seen(self.nodes.to(ground.device), self._handed.view(-1, *self.shape)).to(ground.dtype)
+
+    def _ready(self) -> list[int]:
+        """Gaps of twice the length that are to be asked still, as far as the nodes are settled."""
+        return self.estimate.wanted(min(self.active, default=len(self._known)), [*self._drawn.values()])
+
+    def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
+        """Takes the outputs of the rows last asked for; whether `change` is new.
+
+        Args:
+            outputs: `[R, ...]` outputs.
+            states: States as the caller changed them, which this method cannot follow.
+
+        Raises:
+            ValueError: If states were changed.
+        """
+        if states is not None:
+            raise ValueError(
+                f"the states were changed between steps, and {self.ground.method.name} visits a few of the chain's states "
+                "only; use quasi_newton or parasolver"
+            )
+        self.rounds += 1
+        self.evaluations += len(outputs)
+        if self._window is not None:
+            self._window.absorb(outputs)
+            self.change = self._window.change
+            return True
+        table, y, before = self.ground.table, self._handed, self._final
+        m = table.convert(self.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
+        rec, move = self.sparse.recurrence, self.ground.move
+        of_state, of_output = (move(v[self.nodes])[:, None, None] for v in (rec.of_state, rec.of_output))
+        u = of_state * y + of_output * m
+        count = len(self._chosen)
+        if self._pairs:
+            self.estimate.take(self._pairs, u[count:], self._u)
+        if count:
+            self._observe(torch.tensor(self._chosen, device=y.device), y[:count], u[:count])
+            self._fill()
+            self._solve()
+        changes = self._states - self._y
+        least = (TOLD * self.ground.resolution) ** 2 * self._y.square().sum(2)
+        told = changes.square().sum(2) > least
+        unknown = torch.where(told[..., None], self._response.unknown(changes), 0.0)
+        on_sample = self._response.on_sample(self._steepness() * unknown, self._reach)
+        held, together = self._mean_squares(on_sample), self._mean_squares(on_sample.sum(0, keepdim=True))
+        away = self.ground.step.mean_square(changes.view(-1, *self.shape))
+        moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
+        finite = torch.isfinite(m).all().to(held.dtype)
+        self.change = torch.cat([held, away, together, torch.stack([moved, self._final.square().mean(), finite])])
+        return True
+
+    def _steepness(self) -> Tensor:
+        """`[M, 1, 1]`: how strongly drives may answer to their states; nodes evaluated again speak for the others."""
+        count, asked = len(self._seen), self._seen > 0
+        index = torch.arange(count, device=self._seen.device)
+        before = torch.where(asked, index, -1).cummax(0).values
+        after = count - 1 - torch.where(asked.flip(0), index, -1).cummax(0).values.flip(0)
+        answers = torch.cat([self._seen / self._of_output, self._seen.new_zeros(1)])  # the network's; none beyond the ends
+        near = torch.maximum(answers[torch.where(before < 0, count, before)], answers[after])
+        return torch.maximum(self._least, near * self._of_output)[:, None, None]
+
+    def _observe(self, at: Tensor, y: Tensor, u: Tensor) -> None:
+        """Keeps what the nodes `at` answered, and what changed since they were last evaluated."""
+        if self._dx.shape[1]:
+            old = torch.tensor([self._known[n] for n in self._chosen], device=y.device)[:, None]
+            moved, told = y - self._y[at], u - self._u[at]
+            large = moved.square().sum(2) > (64 * self.ground.resolution) ** 2 * y.square().sum(2)
+            large = large & old
+            answer = told.square().sum(2) / moved.square().sum(2).clamp(min=1e-300)
+            seen = torch.where(large, answer, 0.0).amax(1).sqrt()
+            self._seen[at] = torch.maximum(self._seen[at], seen)
+            large = large[:, None, :, None]
+            for kept, fresh in ((self._dx, moved), (self._du, told)):
+                pushed = torch.cat([fresh[:, None], kept[at, :-1]], dim=1)
+                kept[at] = torch.where(large, pushed, kept[at])
+        self._y[at], self._u[at] = y, u
+        for n in self._chosen:
+            self._known[n] = self._guessed[n] = True
+
+    def _fill(self) -> None:
+        """Nodes of which nothing is known yet get the drive of the last one before them that was evaluated."""
+        unknown, source, last = [], [], self._chosen[0]
+        for n, (known, guessed) in enumerate(zip(self._known, self._guessed, strict=True)):
+            last = n if known else last
+            if not guessed:
+                unknown.append(n)
+                source.append(last)
+        if unknown:
+            self._u[unknown] = self._u[source]
+            self._y[unknown] = self._states[unknown]
+
+    def slide(self, change: list[float], round: int) -> Visit | Sweep:
+        """Judges the round: which nodes are active now, or whether the sample is at rest; then whether it needs more nodes.
+
+        Args:
+            change: `change` on the host.
+            round: The round's number, for the record.
+
+        Raises:
+            ValueError: If the model returned NaN or infinity.
+        """
+        if self._window is not None:
+            sweep = self._window.slide(change, round)
+            self.done = self._window.done
+            return dataclasses.replace(sweep, passed=int(self.done))
+        *nodes, together, moved, size, finite = change
+        visited, count = self.nodes.tolist(), len(nodes) // 2
+        held, away = nodes[:count], nodes[count:]
+        if not finite or not all(map(math.isfinite, nodes)):
+            raise ValueError(
+                f"sample {self.sample} is not finite after round {round} (times {float(self.ground.table.t[visited[0]]):g} "
+                f"to {float(self.ground.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
+                "dtype; check its weights, its dtype and the times it was trained on, or use quasi_newton, which takes the "
+                "chain's own steps"
+            )
+        tolerance = self.ground.method.tolerance
+        rest = REST[self.sparse.averaged] * tolerance
+        limit = (QUIET * rest / count) ** 2
+        self._sweeps += 1
+        self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
+        self.sweep_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
+        most = MOST_SWEEPS * (1 + count // (self.ground.method.window or count))  # even if a few nodes keep the others unseen
+        known = all(self._known)
+        at_rest = known and (self.sweep_error <= rest or not self.active)  # nothing is worth asking again
+        near = at_rest or (known and self.sweep_error <= EARLY * tolerance)
+        if at_rest:
+            self.active = []
+        if near and self._shift_wanted(size):
+            self._reshift(size)
+        elif at_rest and self._ready():
+            pass
+        elif not (near and self._judge(at_rest)) and self._sweeps > most:
+            self._give_up()
+        return Visit(
+            round, self.sample, visited, count, math.sqrt(moved), self.estimate.gap_error, self.sweep_error, int(self.done)
+        )
+
+    # -- the interpolation error --------------------------------------------------------------------------------------
+
+    def _judge(self, at_rest: bool) -> bool:
+        """Ends the sample, or cuts the gaps that leave out too much; whether it could tell."""
+        method, sparse, placement, estimate = self.ground.method, self.sparse, self.ground.placement, self.estimate
+        if not at_rest and (method.exact or not estimate.ready):
+            return False
+        (shares, groups), amplified = estimate.shares(self._response, self._reach, self._u, self._final)
+        gap_error = math.sqrt(sum(e * e for e in shares))
+        enough = method.exact or math.hypot(gap_error, self.sweep_error) <= method.tolerance
+        if not at_rest and not enough and gap_error <= max(self.sweep_error, method.tolerance):
+            return False
+        edges = sparse.edges
+        if not enough:
+            far = max(gap_error, method.tolerance) / method.tolerance
+            share = GAPS[sparse.averaged] * method.tolerance / far ** FLATTER[sparse.averaged]
+            edges = placement.cut(edges, shares, groups, share, self.ground.most_nodes, MOST_PARTS[sparse.averaged])
+        too_many = (
+            method.max_nodes is None
+            and len(edges) - 1 > HANDED_OVER[sparse.averaged] * len(placement.candidates)
+            and method.target == "chain"
+        )
+        stuck = not enough and (edges == sparse.edges or too_many)
+        if stuck and not at_rest:
+            return False
+        estimate.judge(gap_error, amplified, self._response, self._final, self.sweep_error)
+        if enough:
+            self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
+            self._finish(method.exact)
+        elif stuck:
+            self._finish(edges != sparse.edges)  # else nothing is left to cut, or no node to spare
+        else:
+            parts = [bisect_left(edges, right) - bisect_left(edges, left) for left, right in pairwise(sparse.edges)]
+            estimate.cut((shares, groups), parts)
+            self._regrid(self.ground.sparse(self._recurrence, edges))
+        return True
+
+    def _regrid(self, new: Sparse) -> None:
+        """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
+        old, rec, count = self.sparse, self._recurrence, len(new.gaps)
+        known, near, ratio = [], [], []
+        for n, gap in enumerate(new.gaps):
+            if new.averaged:
+                k = bisect_right(old.edges, gap.left) - 1
+                same = old.edges[k : k + 2] == [gap.left, gap.right]
+            else:
+                k = int((rec.log_snr[old.nodes] - rec.log_snr[new.nodes[n]]).abs().argmin())
+                same = bool(old.nodes[k] == new.nodes[n])
+            level = rec.evidence[old.nodes[k]] / rec.evidence[new.nodes[n]]
+            known.append(same and self._known[k])
+            near.append(k)
+            ratio.append(1.0 if same or not 0 < level < math.inf else float(level))
+        at, factor = torch.tensor(near, device=self.ground.device), self.ground.move(torch.tensor(ratio))[:, None, None]
+        self._y, self._dx, self._du = self._y[at] * factor, self._dx[at] * factor[:, None], self._du[at].clone()
+        seen = self._seen[at] / factor[:, 0, 0]
+        self._u = self._u[at] if new.averaged else times(self.ground.move(old.interpolation[new.nodes]), self._u)
+        self._known, self._guessed = known, [True] * count
+        self._begin(new)
+        self._seen = seen
+        if not new.averaged:  # guessed drives go with the states that they give
+            base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
+            guessed = [n for n, k in enumerate(known) if not k]
+            self._y[guessed] = base[guessed]
+        self._solve()
+        self.active = [n for n, k in enumerate(known) if not k]
+
+    def _shift_wanted(self, size: float) -> bool:
+        """Whether the data's variance, as the first sample at rest has it, is far from the one assumed."""
+        if self._settled_shift:
+            return False
+        self._settled_shift = True
+        return size > 0 and not 1 / FAR <= size / self._recurrence.variance <= FAR
+
+    def _reshift(self, variance: float) -> None:
+        """Begins anew with another variance; what was evaluated is kept."""
+        rounded = 2.0 ** round(math.log2(variance))
+        before, self._recurrence = self._recurrence, self.ground.recurrence_of(rounded)
+        nodes = self.sparse.nodes
+        nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (before.nu, before.g))
+        clean = self._u / nu + g * self._y
+        self._drawn = {}  # their weights depend on the variance
+        self.estimate.forget()
+        self._begin(self.ground.sparse(self._recurrence, self.sparse.edges))
+        nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
+        self._u = nu * (clean - g * self._y)
+        self._dx, self._du = torch.zeros_like(self._dx), torch.zeros_like(self._du)
+        self._solve()
+
+    def _give_up(self) -> None:
+        """It did not come to rest."""
+        self.sweep_error = math.inf
+        self._finish(self.ground.method.target == "chain" and self.ground.method.max_nodes is None)
+
+    def _finish(self, verify: bool) -> None:
+        """The sample is found; or the window loop begins to verify it, from the states that were found."""
+        if not verify:
+            self.done = True
+            return
+        ground, method = self.ground, self.ground.method
+        near = math.hypot(self.estimate.gap_error, self.sweep_error) <= NEAR * method.tolerance
+        x0 = self._x0.view(self.shape).to(ground.dtype)
+        guide = self._trajectory() if near else None  # far off, what was found misleads
+        self._window = Window(ground.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
+
+    def _trajectory(self) -> Trajectory:
+        """The states of all nodes of the chain, as far as they are known."""
+        ground, sparse = self.ground, self.sparse
+        start, reach = ground.move(sparse.edge_start[:-1]), ground.move(sparse.edge_reach[:-1])
+        states = start[..., None, None] * self._x0 + times(reach.flatten(0, 1), self._u).view(*start.shape, *self._x0.shape)
+        if ground.table.stochastic:
+            noises = spread(sparse.edge_spread[:-1].flatten(0, 1), [*self._drawn.values()])
+            states = states + self._moved(noises).view_as(states)
+        states, drives = states.view(*start.shape, *self.shape), self._u.view(-1, *self.shape)
+        return Trajectory(sparse, drives, states, self.noise, self.sample, ground.move)

@@ -1,0 +1,1 @@
+"""Parareal over blocks of the chain: SRDS."""

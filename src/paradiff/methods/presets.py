@@ -1,0 +1,237 @@
+"""The named methods: functions that return a `Method`, for SRDS a `Parareal`, for sparse nodes a `Collocation`.
+
+| method | slope G | nodes | start of new nodes | rule |
+|---|---|---|---|---|
+| `sequential` | any | all, window 1 | - | - |
+| `jacobi` | 0 | all | frozen clean data | error |
+| `paradigms` | identity | all | copy of the last state | change |
+| `parasolver` | identity | every S-th | frozen clean data | error or change |
+| `quasi_newton` | Gaussian, corrected by secants | all | frozen clean data | error |
+| `srds` | a coarse propagator's own change | block edges | a coarse sweep | error, change, sample or image |
+| `collocation` | Gaussian, corrected by secants | a few, of the method's own choice | nearest drive | error |
+| `piadm_sde`, `piadm_ode` | a[i] of the score form | all, block by block | copy of the block's start | sweeps or error |
+
+The last are in piadm.py. All but `collocation` solve the same equations and so, run to the end (at tolerance 0, SRDS with as
+many iterations as blocks, PIADM with as many sweeps as steps), return the same sample: that of the sequential chain with the
+same noises. `collocation` estimates how far from that its sample is, and with `exact=True` goes on until it is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from paradiff.chain.slope import Slope, identity, shifted, zero
+from paradiff.methods.collocation.method import DEFAULT_TOLERANCE, Collocation, Target
+from paradiff.methods.parareal.method import Choice, Parareal, Schedule, StopRule
+from paradiff.methods.window.method import Method, Rule
+
+AnyMethod = Method | Parareal | Collocation
+
+
+def sequential() -> Method:
+    """The chain itself, one step a round: window 1. N rounds, N evaluations, whatever the tolerance."""
+    return Method("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
+
+
+def jacobi(window: int | None = None, tolerance: float = 2.4e-2) -> Method:
+    """Jacobi (fixed-point) iteration: every node takes its step from the last sweep's states.
+
+    Source: Song, Meng, Liao and Ermon, "Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving",
+    arXiv 2002.03629, algorithm 1. Information moves one node a sweep, so that a chain of N steps takes close to N sweeps: the
+    method to compare with.
+
+    Differs from the paper in: a window that slides; new nodes filled by frozen clean data; the error rule
+    (methods/window/budget.py) in place of a bound on the change.
+
+    Args:
+        window: Nodes solved at once; None for all.
+        tolerance: Root mean square error that the sample may have by estimate, in the data's units.
+    """
+    return Method("jacobi", slope=zero, window=window, tolerance=tolerance)
+
+
+def paradigms(window: int | None = None, tolerance: float = 0.1) -> Method:
+    """ParaDiGMS: Picard iteration over a sliding window.
+
+    Source: Shih, Belkhale, Ermon, Sadigh and Anari, "Parallel Sampling of Diffusion Models", arXiv 2305.16317, algorithm 1.
+    Every sweep adds up the drifts of all nodes from the window's first state; the window slides past the leading nodes whose
+    squared change, divided by the dimension, is at most tolerance^2 times the variance of the step's noise, and past the one
+    after them; new nodes copy the last state.
+
+    Differs from the published code (diffusers' pipeline of that name) in: the noise that a node's change is measured by is
+    that of the step that reaches it, there that of the step that leaves it, which is zero at the end; this costs or saves at
+    most a sweep. Each sample has a window of its own, where that code advances a batch by its slowest sample.
+
+    Args:
+        window: Nodes solved at once; None for all.
+        tolerance: In units of the standard deviation of a step's noise. The paper uses 0.1 for 1000 DDPM steps, and as
+            deterministic samplers of fewer steps have larger steps, they need less: 0.01 for 50 or 200 DDIM steps.
+    """
+    return Method("paradigms", slope=identity, window=window, start="copy", tolerance=tolerance, rule="change")
+
+
+def parasolver(
+    window: int | None = None,
+    tolerance: float | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    warmup: int = 0,
+    slope: Slope = identity,
+    rule: Rule = "error",
+) -> Method:
+    """ParaSolver: a hierarchical parallel integral solver.
+
+    Source: "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025. The chain is split into
+    sub-intervals of `stride` sequential steps. A sweep walks all sub-intervals of the window side by side, takes the residual
+    at their ends, and solves the banded system with unit diagonal that the slope makes of it: with the identity, a prefix
+    sum. The window starts, and its new nodes are filled, with the sampler's own steps and noises and the newest clean-data
+    estimate frozen, after `warmup` steps that are really taken (the paper's "preconditioning steps"; here a preconditioner
+    is G).
+
+    With stride S > 1 the reference is still the chain of all steps: at convergence the result does not depend on S. A
+    multistep sampler then reads, at the start of a sub-interval, the outputs that the neighbour's last sweep left there. To
+    restart its order instead, make the table do so (`dpmpp_2m(..., restarts=...)`): that chain is then the reference.
+
+    Differs from the paper in: no warm-up step by default (its quick start takes 5; without one the first clean-data estimate
+    is 0, the centre of the data); the rule: `error` bounds the estimated error of the sample, `change` is the paper's,
+    ||change||^2/d <= tolerance^2 v with v the posterior variance between nodes; each sample has a window of its own; the
+    clean-data estimate follows the update of the state that it was made from; the slope may be any.
+
+    Args:
+        window: Sub-intervals solved at once; None for all.
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 2.4e-2 by default. With
+            rule `change`, in units of the standard deviation of the noise between nodes, 0.1 by default.
+        stride: Steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
+        warmup: Steps taken one after the other before the window opens.
+        slope: How changes are carried (chain/slope.py).
+        rule: `error` or `change`.
+    """
+    if tolerance is None:
+        tolerance = 0.1 if rule == "change" else 2.4e-2
+    return Method("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)
+
+
+def quasi_newton(
+    window: int | None = None,
+    tolerance: float = 2.4e-2,
+    *,
+    secants: int = 3,
+    slope: Slope | None = None,
+    warmup: int = 0,
+) -> Method:
+    """ParaSolver's window with a slope that learns: multisecant quasi-Newton sweeps.
+
+    Every sweep evaluates the network again at nodes that it has evaluated before. What the outputs did while the states moved
+    corrects the slope at each node, in the directions in which its state has been moving (secant.py). This pays where the
+    network answers to its state more strongly than any slope says, most of all with guidance; it costs 2 k + 2 states of
+    memory a node and one batched product of the pairs with each other a sweep.
+
+    Our own. Near it: Broyden's method; ParaTAA's triangular Anderson mixing (arXiv 2402.09970), which mixes whole iterates
+    with coefficients that all nodes share.
+
+    Args:
+        window: Nodes solved at once; None for all.
+        tolerance: Root mean square error that the sample may have by estimate, in the data's units.
+        secants: Pairs kept for each node, k.
+        slope: The slope that is corrected; that of Gaussian data of variance 1/4 by default.
+        warmup: Steps taken one after the other before the window opens.
+    """
+    slope = shifted(0.25) if slope is None else slope
+    return Method("quasi_newton", slope, window, warmup=warmup, tolerance=tolerance, secants=secants)
+
+
+def srds(
+    blocks: int | Sequence[int] | None = None,
+    coarse: Choice = "one step",
+    schedule: Schedule = "pipelined",
+    tolerance: float | None = None,
+    *,
+    rule: StopRule = "error",
+    iterations: int | None = None,
+    window: int | None = None,
+    rows: int | None = None,
+) -> Parareal:
+    """SRDS: self-refining diffusion samplers, Parareal over blocks of the chain.
+
+    Source: Selvam, Merchant and Ermon, "Self-Refining Diffusion Samplers: Enabling Parallelization via Parareal Iterations",
+    NeurIPS 2024, arXiv 2412.08292, algorithm 1 and its pipelined form. From one coarse sweep the edges of the blocks are
+    refined by x[i+1] <- F(x[i]) + (G(x[i] new) - G(x[i])), with F the block's fine steps and G one coarse step
+    (methods/parareal/method.py). After as many iterations as there are blocks the sample is that of the sequential chain;
+    `pipelined` gets there in the chain's own number of rounds, and never needs more.
+
+    A stochastic sampler works as a deterministic one does: noises are fixed beforehand, and a coarse step receives the exact
+    aggregate of its block's. A multistep sampler's history travels with the block edge, so that the reference is the true
+    chain; to restart its order instead, make the table do so (`dpmpp_2m(..., restarts=...)`).
+
+    Differs from the paper in: any number of blocks, of lengths that need not be equal; a coarse propagator may be more than
+    one step; convergence is judged for each sample by an estimate of its error that needs no further iteration (rule `error`),
+    where the paper waits until the sample stops changing (`sample`, `image`); blocks whose start is final stop.
+
+    Args:
+        blocks: Number of blocks B, balanced, or their edges as fine nodes, 0 and N included. None for the planner's number,
+            the nearest whole number to sqrt(K N) for N steps (to sqrt(N) if batched), K being `iterations` or 2.
+        coarse: `one step` (the paper); `two step`, which leads the clean-data estimate by its trend and is worth most on
+            deterministic chains; a number of steps a block; the fine nodes it visits, block edges included; a coarse table
+            whose nodes are fine nodes; or a slope (chain/slope.py), which costs no network calls and makes the method
+            ParaSolver's over whole blocks.
+        schedule: `pipelined`, or `batched` with barriers between sweeps.
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 6e-3 by default. With
+            `change`, in units of the standard deviation of the noise of a step between block edges, 0.1 by default. With
+            `sample`, the root mean square change of the sample in its own units, 4e-3 by default; with `image`, the mean
+            change of the picture in grey levels of 0 ... 255, 0.1 by default (the threshold of a public implementation).
+        rule: `error`, `change` (edge by edge along the chain), `sample` or `image`.
+        iterations: Iterations to be made whatever the rule would say.
+        window: Blocks in flight; memory is then O(window) states instead of O(blocks).
+        rows: Most rows that one sample puts in one round: fewer evaluators than blocks.
+    """
+    if tolerance is None:
+        tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
+    return Parareal("srds", blocks, coarse, schedule, tolerance, rule, iterations, window, rows)
+
+
+def collocation(
+    nodes: int | Sequence[int] | Literal["auto"] = "auto",
+    *,
+    window: int | None = None,
+    tolerance: float = DEFAULT_TOLERANCE,
+    order: int | None = None,
+    shift: float | Literal["auto"] = "auto",
+    secants: int = 4,
+    max_nodes: int | None = None,
+    exact: bool = False,
+    target: Target = "chain",
+    memory: str | Path | None = None,
+) -> Collocation:
+    """Sparse nodes: the sample of a long chain from fewer evaluations than the chain has steps.
+
+    The network is evaluated at a few states only. What it says there is interpolated, and the fine chain's own coefficients
+    and noises carry it through the gaps between, exactly (methods/collocation/interval.py, methods/collocation/system.py). All
+    nodes are iterated to self-consistency by quasi-Newton sweeps (methods/collocation/solver.py); then the interpolation error
+    is estimated, and nodes are added where it is too large (methods/collocation/defect.py). A sample that would need a good
+    part of the chain is handed to the window loop over all of it. It pays on long chains; on a chain of few steps there is
+    nothing to leave out.
+
+    Our own. Near it: exponential collocation; Lagrange interpolation in Picard blocks (arXiv 2510.18242); collocation of low
+    degree (arXiv 2601.10708); schemes of strong order 1.5 for the averaged states of stochastic chains.
+
+    Args:
+        nodes: Number of nodes to begin with, the fine nodes themselves (0 first), or `auto`: by the tolerance.
+        window: Most rows that a sample puts in one round; None for no bound. A small window costs few rounds more and saves
+            evaluations.
+        tolerance: Root mean square error to the target that the sample may have by estimate, in the data's units.
+        order: Degree of the interpolation in log(alpha^2/sigma^2) between nodes; 0 takes constants at averaged states. None
+            for 0 on stochastic chains and 3 on deterministic ones.
+        shift: Variance of the data, whose answer to the state is taken out of what is interpolated; `auto` begins with 1/4
+            and corrects it when the sample is at rest, if that finds it far off.
+        secants: Pairs of earlier sweeps kept for each node; 0 for plain Picard sweeps.
+        max_nodes: Most nodes that a sample may have; as many as the chain has by default.
+        exact: Goes on over all nodes of the chain, from what was found, until the window loop's own estimate (that of
+            quasi_newton), made stricter where the sample was seen to amplify early errors, is within the tolerance.
+        target: `chain`: the sequential chain's sample. `ode` or `sde`: that of the equation which the chain discretizes, on
+            its range of levels, from the same start (samplers/continuum.py).
+        memory: File in which is remembered where the samples of this model needed their nodes, so that later ones begin with
+            nodes there (methods/collocation/mesh_store.py); made when it is not there.
+    """
+    return Collocation("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target, memory)

@@ -1,0 +1,143 @@
+"""Secants: what earlier sweeps tell of the network's derivative.
+
+A sweep evaluates the network again at nodes that it evaluated before, at other states. Between two sweeps the state of node n
+changed by dx[n] and its output by dm[n], so the output's true derivative J[n] satisfies J dx = dm. The slope G (chain/slope.py)
+is one number a node; a few such pairs correct it where the states have really been moving. With the pairs of node n as columns
+of DX[n] and DM[n], the model of its output is
+
+    dm = s d + (DM - s DX) K DX^T d,      K = (DX^T DX + lambda diag(DX^T DX))^-1,                             (1)
+
+a multisecant quasi-Newton model (Broyden's second method on k pairs, damped), with s the slope implied by G. Put into equation
+(1) of chain/slope.py, and with L = (I - G)^-1, the changes d of the window's states satisfy
+
+    d = L r + L (a - G) DX y + L b DM y,      y[n] = K[n] DX[n]^T d[n].                                         (2)
+
+Since y[n] acts on later nodes only, the inner products c[n] = DX[n]^T d[n] solve a triangular system of W k unknowns,
+
+    c[n] = DX[n]^T (L r)[n] + sum_{q<n} ( (L(a-G))[n,q] DX[n]^T DX[q] + (Lb)[n,q] DX[n]^T DM[q] ) K[q] c[q],    (3)
+
+whose matrix is one batched product of all pairs with each other. Nothing here loops over nodes or waits for the device.
+
+A node whose predecessors do not change gets exactly its step, as with a slope alone. Images that share a window have pairs of
+their own. Memory: 2 k + 2 states a node of the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DAMPING = 1e-2  # lambda: pairs that point the same way are no evidence twice
+
+
+class Secants:
+    """The pairs of one sample's window.
+
+    Args:
+        pairs: Pairs kept for each node, k; the newest.
+        resolution: Relative precision of the network's outputs: smaller changes of a state tell nothing.
+        members: Whether a state is a batch `[b, ...]` of members with pairs of their own.
+    """
+
+    def __init__(self, pairs: int, resolution: float, members: bool) -> None:
+        self._pairs, self._least, self._members = pairs, 64 * resolution, members
+        self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
+
+    def observe(self, states: Tensor, outputs: Tensor) -> None:
+        """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
+        x, m = self._split(states), self._split(outputs)
+        width, b, d = x.shape
+        if self._seen is None:
+            self._seen = x[:0], m[:0]
+            self._dx = self._dm = x.new_zeros(0, self._pairs, b, d)
+        known = min(len(self._seen[0]), width)
+        missing = x.new_zeros(width - len(self._dx), self._pairs, b, d) if width > len(self._dx) else self._dx[:0]
+        dx, dm = (torch.cat([v[:width], missing]) for v in (self._dx, self._dm))
+        moved = x[:known] - self._seen[0][:known]
+        told = m[:known] - self._seen[1][:known]
+        large = moved.square().sum(2) > self._least**2 * x[:known].square().sum(2)
+        for kept, fresh in ((dx, moved), (dm, told)):
+            pushed = torch.cat([fresh[:, None], kept[:known, :-1]], dim=1)
+            kept[:known] = torch.where(large[:, None, :, None], pushed, kept[:known])
+        self._dx, self._dm = dx, dm
+        self._seen = x.clone(), m.clone()
+
+    def correction(self, change: Tensor, state_part: Tensor, output_part: Tensor) -> Tensor:
+        """What the pairs add to the changes of the nodes after the first, `[W, ...]`.
+
+        Args:
+            change: `[W, ...]` their changes by the slope alone, L r.
+            state_part: `[W, W]` L (a - G): how a change of the state at a node of the window, beyond what the slope says,
+                reaches the nodes after the first.
+            output_part: `[W, W]` L b: the same for its output.
+        """
+        d = self._split(change)
+        before = torch.cat([torch.zeros_like(d[:1]), d[:-1]])  # [W, b, d] changes of the nodes from the first
+        to_states, to_outputs = (  # from node q to node n, both counted from the first: a row of zeros above
+            torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part)
+        )
+        y = Model(self._dx, [(to_states, self._dx), (to_outputs, self._dm)], causal=True)(before)
+        of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (self._dx, self._dm))  # [W, b d]
+        return (state_part @ of_states + output_part @ of_outputs).view_as(change)
+
+    def slide(self, passed: int) -> None:
+        """The window moves on by so many nodes."""
+        if self._seen is not None:
+            self._seen = self._seen[0][passed:], self._seen[1][passed:]
+            self._dx, self._dm = self._dx[passed:], self._dm[passed:]
+
+    def _split(self, values: Tensor) -> Tensor:
+        """`[W, b, d]`."""
+        return values.flatten(2) if self._members and values.ndim > 2 else values.flatten(1)[:, None]
+
+
+class Model:
+    """What pairs know of how a set of states answers to changes: equation (2), for any reach.
+
+    Args:
+        dx: `[n, k, b, d]` differences of states, k pairs at each of n nodes; zeros where there is none.
+        terms: Reach `[n, n]` and values `[n, k, b, d]`: node i's state changes by sum_j reach[i,j] sum_k values[j,k] y[j,k],
+            y being how much of pair k the change of state j holds.
+        causal: Whether every reach is strictly lower triangular.
+    """
+
+    def __init__(self, dx: Tensor, terms: Sequence[tuple[Tensor, Tensor]], *, causal: bool = False) -> None:
+        n, k, b, size = dx.shape
+        self._x = dx.permute(2, 0, 1, 3)  # [b, n, k, d]
+        own = self._x @ self._x.mT
+        diagonal = own.diagonal(dim1=2, dim2=3)
+        damped = own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
+        self._inverse = torch.linalg.inv(damped)
+        flat = self._x.reshape(b, n * k, size)
+        cross = flat.new_zeros(b, n * k, n * k)
+        for reach, values in terms:
+            wide = reach.repeat_interleave(k, 0).repeat_interleave(k, 1)
+            cross = cross + wide * (flat @ values.permute(2, 0, 1, 3).reshape(b, n * k, size).mT)
+        system = torch.eye(n * k, dtype=dx.dtype, device=dx.device) - _times(cross, self._inverse)
+        self._system, self._pivots = (system, None) if causal else torch.linalg.lu_factor(system)
+
+    def __call__(self, before: Tensor) -> Tensor:
+        """`[n, k, b, 1]` y for changes of the states `[n, b, d]` as far as no pair has a part in them."""
+        onto = self._x @ before.transpose(0, 1)[..., None]
+        return self.solve(onto).permute(1, 2, 0, 3)
+
+    def own(self, changes: Tensor) -> Tensor:
+        """`[n, k, b, 1]` y for changes of the states `[n, b, d]` that are known as a whole."""
+        return (self._inverse @ (self._x @ changes.transpose(0, 1)[..., None])).permute(1, 2, 0, 3)
+
+    def solve(self, onto: Tensor) -> Tensor:
+        """`[b, n, k, J]` y for J such changes, given by their products with each pair's `dx`, `[b, n, k, J]`."""
+        right = onto.flatten(1, 2)
+        if self._pivots is None:
+            c = torch.linalg.solve_triangular(self._system, right, upper=False, unitriangular=True)
+        else:
+            c = torch.linalg.lu_solve(self._system, self._pivots, right)
+        return self._inverse @ c.view_as(onto)
+
+
+def _times(cross: Tensor, inverse: Tensor) -> Tensor:
+    """`cross` `[b, W k, W k]` times the block diagonal of `inverse` `[b, W, k, k]`."""
+    b, width, k, _ = inverse.shape
+    return torch.einsum("brql,bqlm->brqm", cross.view(b, width * k, width, k), inverse).reshape(b, width * k, width * k)

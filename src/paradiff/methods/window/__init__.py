@@ -1,0 +1,1 @@
+"""Newton sweeps over a sliding window of nodes: Jacobi, ParaDiGMS, ParaSolver, PIADM, quasi-Newton."""

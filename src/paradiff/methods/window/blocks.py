@@ -1,0 +1,77 @@
+"""Blocks: a partition of the chain that the window loop respects.
+
+In turn: the window holds one block, and the next one begins when the last node of this one has passed. In flight together (the
+diagonal schedule; Zhou and Sugiyama, arXiv 2412.07435): the next block joins the window once this one has been swept a number
+of times, the stagger, so that block n is at its j-th sweep while block n - 1 is some sweeps ahead.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paradiff.chain.table import Table
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A partition of the chain.
+
+    Attributes:
+        count: Number of blocks, of equal length in log(alpha/sigma) as far as the nodes allow; or the nodes at which blocks
+            begin and end, 0 and N included.
+        stagger: Sweeps of the newest block after which the next one joins it; None to wait until it has passed.
+        carry: Whether a sweep carries changes across the edges of blocks in flight together. If not, a block sees its start as
+            the last round left it, which is the published schedule.
+
+    Raises:
+        ValueError: If there is no block, a block has no step, or the stagger is below 1.
+    """
+
+    count: int | Sequence[int]
+    stagger: int | None = None
+    carry: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, int):
+            if self.count < 1:
+                raise ValueError(f"{self.count} blocks were asked for; give at least 1, or the nodes of their edges")
+        elif len(self.count) < 2 or self.count[0] != 0 or any(b <= a for a, b in itertools.pairwise(self.count)):
+            raise ValueError(
+                f"the block edges are {list(self.count)}; they must rise from 0 to the last node, so that no block is shorter "
+                "than a step"
+            )
+        if not self.carry and self.stagger is None:
+            raise ValueError("carry is False without a stagger; blocks in turn have no neighbour to carry to: leave it True")
+        if self.stagger is not None and self.stagger < 1:
+            raise ValueError(f"the stagger is {self.stagger} sweeps; it must be at least 1, or None for blocks in turn")
+
+    def edges(self, table: Table) -> list[int]:
+        """The nodes at which blocks of a table begin and end, 0 and N included.
+
+        Raises:
+            ValueError: If edges do not end at the table's last node, or there are more blocks than steps.
+        """
+        if not isinstance(self.count, int):
+            if self.count[-1] != table.steps:
+                raise ValueError(f"the last block edge is {self.count[-1]}; the chain ends at node {table.steps}")
+            return list(self.count)
+        steps, count = table.steps, self.count
+        if count > steps:
+            raise ValueError(
+                f"{count} blocks were asked of a chain of {steps} steps; a block cannot be shorter than a step: give at most "
+                f"{steps}"
+            )
+        if count == 1:
+            return [0, steps]
+        level = torch.where((table.alpha > 0) & (table.sigma > 0), (table.alpha / table.sigma).log(), torch.nan)
+        finite = (~level.isnan()).nonzero()[:, 0]
+        wanted = torch.linspace(float(level[finite[0]]), float(level[finite[-1]]), count + 1, dtype=torch.float64)[1:-1]
+        nearest = (level.nan_to_num(torch.inf)[None] - wanted[:, None]).abs().argmin(1).tolist()
+        edges = [0]
+        for k, node in enumerate(nearest, start=1):
+            edges.append(min(max(node, edges[-1] + 1), steps - count + k))
+        return [*edges, steps]

@@ -1,0 +1,1 @@
+"""Networks: closed-form data, bundled and other pixel models, diffusers pipelines."""

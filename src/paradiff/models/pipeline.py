@@ -1,0 +1,170 @@
+"""Pipelines from disk or the hub: any that diffusers itself can build, from safetensors, without code that comes with them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+
+from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, check_weights, components, loading, locate, read_index
+from paradiff.samplers.schedule import refuse_unknown
+
+BETAS = "beta_schedule"
+
+
+def load_pipeline(
+    model: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> DiffusionPipeline:
+    """Loads a pipeline, quietly.
+
+    Args:
+        model: The name of a bundled model, a folder in diffusers' pipeline format, or a hub id.
+        device: Where the networks go.
+        dtype: Their dtype.
+        trust_remote_code: Whether Python code that comes with the model may be run.
+
+    Raises:
+        ValueError: If there is no such model, it holds pickled weights or code, a component is missing, a package that it
+            needs is not installed, or it cannot be read.
+    """
+    source, local = locate(model)
+    index = read_index(model)
+    absent: dict[str, Any] = {name: None for name, part in index.items() if part == [None, None]}
+    with _quiet(), loading(model):
+        if not trust_remote_code:
+            _check_code(model, index, Path(source) if local else None)
+            _check_class(model, index)
+        if local:
+            _check_components(Path(source), index)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, use_safetensors=True, torch_dtype=dtype, trust_remote_code=trust_remote_code, **absent
+            )
+        except (OSError, RuntimeError):
+            raise
+        except Exception as error:  # configs of any content reach constructors of any class
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{model!r} could not be loaded: {first}") from error
+        return pipeline.to(device)
+
+
+def set_sampler(pipeline: Any, name: str) -> None:
+    """Gives a pipeline another scheduler, made of the config of its own.
+
+    Args:
+        pipeline: The pipeline.
+        name: One of `hub.SCHEDULERS`, or a scheduler class of diffusers.
+
+    Raises:
+        ValueError: If there is no such scheduler, or it does not fit the pipeline's.
+    """
+    own = pipeline.scheduler
+    title = f"the {type(pipeline).__name__}"
+    if name in EXPONENTIAL:
+        raise ValueError(
+            f"sampler {name!r} is no scheduler of diffusers, which {title} needs; give one of {', '.join(SCHEDULERS)}, or "
+            "leave out --sampler"
+        )
+    fitting = sorted({kind.__name__ for kind in getattr(own, "compatibles", [])} | {type(own).__name__})
+    kind = SCHEDULERS.get(name) or (getattr(diffusers, name, None) if name.endswith("Scheduler") else None)
+    if kind is None:
+        refuse_unknown("sampler", name, [*SCHEDULERS, *fitting])
+        return
+    if hasattr(kind, "_backends"):
+        raise ValueError(f"sampler {name!r} needs {' and '.join(kind._backends)}; install what is missing, or give another")
+    if BETAS in inspect.signature(kind).parameters and BETAS not in own.config:
+        raise ValueError(
+            f"sampler {name!r} is for schedules of betas, but {title} is a flow model, with a {type(own).__name__}; leave out "
+            f"--sampler, or give one of {', '.join(fitting)}"
+        )
+    if kind.__name__ not in fitting:
+        raise ValueError(f"sampler {name!r} does not fit the {type(own).__name__} of {title}; give one of {', '.join(fitting)}")
+    with _quiet():
+        pipeline.scheduler = kind.from_config(own.config)
+
+
+def _check_code(model: str, index: Mapping[str, Any], folder: Path | None) -> None:
+    """Refuses a model that brings Python code."""
+    found = [str(index["_class_name"][0]) + ".py"] if isinstance(index["_class_name"], list | tuple) else []
+    found += [library + ".py" for library, _ in components(index).values() if _library(library) is None]
+    found += sorted(str(p.relative_to(folder)) for p in folder.rglob("*.py")) if folder else []
+    if found:
+        raise ValueError(
+            f"{model!r} brings code of its own ({found[0]}), which loading it would run; give --trust-remote-code if you trust "
+            "its author, or another model"
+        )
+
+
+def _check_class(model: str, index: Mapping[str, Any]) -> None:
+    """Refuses a pipeline class that this diffusers does not have."""
+    name = index["_class_name"]
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is not None and hasattr(kind, "_backends"):
+        raise ValueError(f"{model!r} holds a {name}, which needs {' and '.join(kind._backends)}; {INSTALL}")
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        raise ValueError(
+            f"{model!r} holds a {name}, which diffusers {diffusers.__version__} has no class for; give another model, or "
+            "install the diffusers that it was saved with"
+        )
+
+
+INSTALL = "install what is missing, such as transformers by pip install 'paradiff[text]'"
+
+
+def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuses a folder in which a component is missing, or has weights that are not safetensors."""
+    for part, (library, name) in components(index).items():
+        if not (folder / part).is_dir():
+            raise ValueError(
+                f"the folder {str(folder)!r} has no {part}/, of which its model_index.json says that it holds a {name}; save "
+                "the pipeline again"
+            )
+        kind = getattr(_library(library), name, None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            check_weights(folder, part)
+
+
+def _library(name: str) -> Any:
+    """The module that a component's class comes from; None where it is neither diffusers' nor transformers'."""
+    if name in ("diffusers", "transformers"):
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"the model has components of {name}, which is not installed; {INSTALL}") from error
+    return getattr(diffusers.pipelines, name, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither warnings nor progress bars while a pipeline is built."""
+    logs: list[Any] = [diffusers_logging]
+    with suppress(ImportError):
+        logs.append(importlib.import_module("transformers.utils.logging"))
+    levels, bars = [log.get_verbosity() for log in logs], [log.is_progress_bar_enabled() for log in logs]
+    for log, bar in zip(logs, bars, strict=True):
+        log.set_verbosity_error()
+        if bar:
+            log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level, bar in zip(logs, levels, bars, strict=True):
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()

@@ -1,0 +1,76 @@
+"""`enumerate` for loops that are run by lanes: it counts the nodes that a lane visits, not its turns.
+
+A lane skips most of its loop's iterations, and the built-in `enumerate` would not know. During a run, the modules whose
+loops are run have an `enumerate` of their own, which is the built-in one for everybody but lanes, and a `zip`, which a
+lane refuses to apply to its times.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import greenlet
+
+from paradiff.errors import Refusal
+from paradiff.pipelines.loop.scheduler_proxy import RoundTimesteps
+
+Scope = dict[str, Any]
+"""The global names of a module."""
+TRANSPARENT = ("paradiff.", "tqdm")
+LOCK = threading.Lock()
+
+
+class _Replacement:
+    """A built-in function as a module sees it during runs, and how many runs there are."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+
+class _Enumerate(_Replacement):
+    def __call__(self, iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
+        lane = greenlet.getcurrent()
+        count = getattr(lane, "count", None)
+        return builtins.enumerate(iterable, start) if count is None else count(iterable, start)
+
+
+class _Zip(_Replacement):
+    def __call__(self, *iterables: Iterable[Any], **options: Any) -> Iterator[Any]:
+        if hasattr(greenlet.getcurrent(), "count") and any(isinstance(values, RoundTimesteps) for values in iterables):
+            raise Refusal("the loop walks over its times and something else at once")
+        return builtins.zip(*iterables, **options)  # noqa: B905
+
+
+@contextlib.contextmanager
+def counting(scopes: Iterable[Scope]) -> Iterator[None]:
+    """Puts the replacements into modules, and takes them out again after the last run."""
+    scopes = list(scopes)
+    with LOCK:
+        for scope in scopes:
+            for name, kind in (("enumerate", _Enumerate), ("zip", _Zip)):
+                scope.setdefault(name, kind()).runs += 1
+    try:
+        yield
+    finally:
+        with LOCK:
+            for scope in scopes:
+                for name in ("enumerate", "zip"):
+                    scope[name].runs -= 1
+                    if scope[name].runs == 0:
+                        del scope[name]
+
+
+def uncounted() -> Scope | None:
+    """The module of the loop that asks for its times now, if it enumerates with the built-in function."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").startswith(TRANSPARENT):
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    ours = isinstance(frame.f_globals.get("enumerate"), _Enumerate)
+    return frame.f_globals if "enumerate" in frame.f_code.co_names and not ours else None

@@ -1,0 +1,275 @@
+"""A lane: one ordinary call of the pipeline, advanced pass by pass.
+
+A lane's own `__call__` walks its loop as ever. What it is asked for goes on here: the next time, which decides the pass that
+the lane makes; the networks, which wait for the other lanes; the step, which waits for the solver.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import greenlet
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from paradiff.errors import Refusal
+from paradiff.pipelines.executors.builtins import Scope, uncounted
+from paradiff.pipelines.executors.coalesce import Call, Key, Known
+from paradiff.pipelines.loop.scheduler_proxy import Iterations, first_index, hijack, place, real_scheduler
+from paradiff.pipelines.loop.torch_modes import Modes
+
+if TYPE_CHECKING:
+    from paradiff.pipelines.executors.lanes import Hub
+
+
+class Elsewhere(BaseException):
+    """The loop is in another module, where `enumerate` has to be replaced too."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+
+class Log:
+    """What lane 0 had from its networks before its loop."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[tuple[Any, ...], Any]] = []
+
+    def add(self, signature: tuple[Any, ...], output: Any) -> None:
+        self.entries.append((signature, _copied(output)))
+
+    def play(self, place: int, signature: tuple[Any, ...]) -> Any:
+        if place >= len(self.entries) or self.entries[place][0] != signature:
+            raise Refusal("the call takes another way to its loop when it is made again")
+        return _copied(self.entries[place][1])
+
+
+class Lane(greenlet.greenlet):
+    """One call of the pipeline, and the loop that its scheduler talks to (see hijack.py's `Loop`).
+
+    Args:
+        hub: What advances the lanes.
+        number: 0 is the user's call.
+        keywords: The call's arguments; the lane's own generators are among them.
+
+    Attributes:
+        node: The node of the present pass, and the number that `enumerate` gives.
+        dry: Whether the present pass is a dry one.
+        turns: The passes to come, as (node, dry).
+        state: The state that the step before the next real pass returns.
+        call: The network call that the lane waits for, or None.
+        answer: The call's result.
+        task: What the hub wants to be run within the lane, in its modes and context.
+        output: The step's model output in the present pass.
+        sample: The step's sample.
+        edited: Whether the sample is another one than the lane was given.
+        modes: torch's modes within the lane.
+    """
+
+    def __init__(self, hub: Hub, number: int, keywords: dict[str, Any]) -> None:
+        self.pipeline = copy.copy(hub.pipeline)
+        super().__init__(functools.partial(hub.call.func, self.pipeline, *hub.call.args, **keywords))
+        self.gr_context = contextvars.copy_context()
+        self._hub, self.number = hub, number
+        self.modes = Modes.now()
+        self.scheduler = hijack(hub.pipeline.scheduler, self)
+        attributes = vars(self.pipeline)
+        attributes["scheduler"] = self.scheduler
+        if number:
+            attributes["_progress_bar_config"] = {**attributes.get("_progress_bar_config", {}), "disable": True}
+        for name, value in attributes.items():
+            if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider knows the step it is at
+                attributes[name] = copy.copy(value)
+        self.node, self.dry, self.turns = 0, False, deque[tuple[int, bool]]()
+        self.state: Tensor | None = None
+        self.call: Call | None = None
+        self.answer: Any = None
+        self.task: Callable[[], Any] | None = None
+        self.output: Any = None
+        self.sample: Any = None
+        self.edited = False
+        self._inside = self._over = self._leading = False
+        self._iterations = Iterations()
+        self._begun = 0
+        self._marks: dict[int, tuple[int, int, list[Tensor], Scope | None]] = {}
+        self._stepped = True
+        self._time: Tensor | None = None
+        self._handed: Tensor | None = None
+        self._version = -1
+        self._calls: list[Any] = []
+        self._played = 0
+        self._known: dict[Key, Known] = {}
+        self._real: Any = None
+
+    def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
+        """The times that the loop walks: the first one, then those of the lane's own passes."""
+        number, self._begun = self._begun, self._begun + 1
+        if self.number and not self._over and number == self._hub.loop:
+            return self._passes()
+        return self._walk(number, timesteps, uncounted())
+
+    def _walk(self, number: int, timesteps: Tensor, scope: Scope | None) -> Iterator[Tensor]:
+        """An iteration of which it is not known whether it is the loop."""
+        for position, time in enumerate(self._iterations.walk(timesteps, self._passes)):
+            if position == 0 and not self._inside:
+                self._marks[id(timesteps)] = number, len(self._hub.log.entries), self._hub.random(), scope
+                self._calls, self._stepped = [], False
+            yield time
+
+    def _passes(self) -> Iterator[Tensor]:
+        """The times of the lane's passes."""
+        hub = self._hub
+        if not self._inside:
+            self._inside = True
+            if self._played != len(hub.log.entries):
+                raise Refusal("the call takes another way to its loop when it is made again")
+        elif not self._stepped:
+            raise Refusal("the loop passed over a step")
+        while self.turns:
+            self.node, self.dry = self.turns.popleft()
+            self._calls, self._stepped = [], False
+            if hub.index is not None:
+                place(self.scheduler, hub.index + self.node)
+            self._time = hub.drive.timesteps[self.node]
+            yield self._time
+            if not self._stepped:
+                raise Refusal("the loop passed over a step")
+        self._inside, self._over = False, True
+
+    def count(self, iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
+        """`enumerate`, which gives nodes for the loop's times."""
+        for position, value in enumerate(iterable, start):
+            yield (start + self.node if self._inside and value is self._time else position), value
+
+    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
+        """The state as the network expects it."""
+        if not self._inside:
+            self._real = self._real or real_scheduler(self.scheduler)
+            return self._real.scale_model_input(sample, timestep)
+        factor = float(self._hub.drive.scale(torch.tensor([self.node]))[0])
+        if factor == 1:
+            return sample
+        return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * factor).to(sample.dtype)
+
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Takes a pass's output; gives the state of the next one, or the sample."""
+        hub = self._hub
+        if self._over:
+            raise Refusal("the call has a second loop")
+        if not self._inside:
+            self._begin(output, sample, kwargs)
+        if self._stepped:
+            raise Refusal("the loop takes several steps in one iteration")
+        hub.drive.check_options(kwargs)
+        self._stepped = True
+        self._iterations.steps += 1
+        if self._handed is None and not _near(sample, hub.origin):
+            raise Refusal("the call comes to its loop with another state when it is made again")
+        if not self.dry:
+            self.output, self.sample = output, sample
+            self.edited = self._handed is not None and not (sample is self._handed and self._version == sample._version)
+            self._wait()
+        assert self.state is not None
+        if hub.index is not None:
+            place(self.scheduler, hub.index + self.node + 1)
+        with torch.inference_mode(False), torch.no_grad():  # so that torch counts changes in place
+            self._handed = self.state.clone()
+        self._version = self._handed._version
+        return hub.drive.result(self._handed)
+
+    def _begin(self, output: Tensor, sample: Tensor, kwargs: dict[str, Any]) -> None:
+        """Starts the solver, in lane 0's first step."""
+        hub = self._hub
+        timesteps = self._iterations.begin()
+        hub.loop, played, random, scope = self._marks[id(timesteps)]
+        if scope is not None:
+            raise Elsewhere(scope)
+        if not all(torch.equal(a, b) for a, b in zip(random, hub.random(), strict=False)):
+            raise Refusal("the loop draws random numbers besides its scheduler's")
+        del hub.log.entries[played:]
+        self._played = played
+        self._inside = True
+        hub.drive.prepare(real_scheduler(self.scheduler), timesteps)
+        with Modes.exact().entered():
+            hub.drive.begin(output, sample, kwargs)
+        hub.index = first_index(self.scheduler, timesteps[0])
+        hub.origin = sample
+
+    def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers a network call of this lane."""
+        hub = self._hub
+        if self._leading or self._over:
+            return forward(*args, **kwargs)
+        call = Call.of(module, forward, args, kwargs, len(self._calls), self._known)
+        for earlier in self._calls:
+            hub.order.add((id(earlier), id(module)))
+        self._calls.append(module)
+        if not self._inside and self.number:
+            self._played += 1
+            return hub.log.play(self._played - 1, call.signature)
+        if not self._inside or (self.dry and call.signature not in hub.shapes):
+            self._leading = True
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._leading = False
+            hub.learn(call, output)
+            if not self._inside:
+                hub.log.add(call.signature, output)
+            return output
+        if self.dry:
+            return _pytree.tree_map_only(Shape, Shape.zeros, hub.shapes[call.signature])
+        self.call = call
+        self._wait()
+        self.call, answer, self.answer = None, self.answer, None
+        return answer
+
+    def end(self) -> None:
+        """Ends the lane's call where it waits, as an exit of its thread would."""
+        if not self.dead:
+            with self.modes.entered():
+                self.throw()
+        vars(self).clear()  # breaks the cycles that would keep tensors until they are collected
+
+    def _wait(self) -> None:
+        """Gives way to the hub until it wants the lane to go on."""
+        while True:
+            self.modes = Modes.now()
+            self._hub.greenlet.switch()
+            if self.task is None:
+                return
+            task, self.task, self._leading = self.task, None, True
+            try:
+                self.answer = task()
+            finally:
+                self._leading = False
+
+
+class Shape:
+    """What is kept of a network's output to answer a dry pass."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+def _near(sample: Tensor, origin: Tensor) -> bool:
+    """Whether two calls come to their loop with one state. Encoders that are not deterministic are granted 2 percent; noise
+    drawn otherwise changes a state by much more."""
+    if sample is origin:
+        return True
+    if sample.shape != origin.shape:
+        return False
+    return bool((sample - origin).to(torch.float32).norm() <= 0.02 * origin.to(torch.float32).norm())
+
+
+def _copied(output: Any) -> Any:
+    return _pytree.tree_map_only(Tensor, torch.clone, output)

@@ -1,0 +1,230 @@
+"""The lane executor: as many ordinary calls of the pipeline as there are states, advanced together.
+
+Every lane is a call of the pipeline's own `__call__` on a shallow copy of the pipeline, with a hijacked scheduler of its own
+(hijack.py); it has ordinary integers for step numbers, ordinary times and states of one node. Lanes are greenlets of one
+thread: a lane runs until it calls a network, or steps. When all lanes wait, equal network calls become one (gather.py), and
+when all have stepped, their outputs go to the solver, which says which nodes come next.
+
+Lane 0 is the user's call. Its first pass is an ordinary one; its `step` starts the solver. The other lanes are begun when
+states ask for them, and what comes before their loop is played back: networks that lane 0 called there are answered from a
+log, and random numbers come from copies of the generators.
+
+A pipeline may edit its latents after a step, and the edit belongs to the step's number. So the lane that is to have node j
+must be at node j - 1 when it gets its state. A lane that has just finished node j - 1 is; any other makes a dry pass first:
+it goes through its loop's body as node j - 1, its networks answer zeros, and its step returns node j's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from paradiff.errors import Refusal
+from paradiff.pipelines.executors.builtins import Scope, counting
+from paradiff.pipelines.executors.coalesce import Call, Gather
+from paradiff.pipelines.executors.lane import Elsewhere, Lane, Log, Shape
+from paradiff.pipelines.loop.driver import Drive
+from paradiff.pipelines.loop.random_state import Snapshot
+from paradiff.pipelines.loop.torch_modes import Modes
+from paradiff.pipelines.network.batching import Merge
+
+
+def run_lanes(call: functools.partial[Any], pipeline: Any, drive: Drive, merge: Merge) -> Any:
+    """Runs a pipeline call with a lane for every state.
+
+    Networks reach their lane as `greenlet.getcurrent().route(module, forward, args, kwargs)`, which the wrapped `forward` of
+    a network (boundary.py) calls where the running greenlet has it.
+
+    Args:
+        call: The pipeline's own `__call__` with all its arguments by name; it is called with copies of the pipeline.
+        pipeline: The user's pipeline. What the call leaves in its attributes is there afterwards; its scheduler is not used.
+        drive: The solver's side (drive.py).
+        merge: How windows meet networks.
+
+    Returns:
+        What the pipeline's `__call__` returns.
+
+    Raises:
+        Refusal: If the loop cannot be run so.
+    """
+    snapshot = Snapshot(call.keywords)
+    scopes: list[Scope] = [inspect.unwrap(call.func).__globals__]
+    while True:
+        try:
+            with counting(scopes):
+                return Hub(call, pipeline, drive, merge).run()
+        except Elsewhere as elsewhere:
+            scopes.append(elsewhere.scope)
+            snapshot.restore()
+
+
+class Hub:
+    """Advances the lanes of one pipeline call."""
+
+    def __init__(self, call: functools.partial[Any], pipeline: Any, drive: Drive, merge: Merge) -> None:
+        self.call, self.pipeline, self.drive = call, pipeline, drive
+        self.greenlet = greenlet.getcurrent()
+        self.gather = Gather(merge)
+        self.log = Log()
+        self.shapes: dict[tuple[Any, ...], Any] = {}
+        self.order: set[tuple[int, int]] = set()
+        self.loop = -1
+        self.index: int | None = None
+        self.origin: Any = None
+        self.lanes: list[Lane] = []
+        self._generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
+        self._start = self._generators_states(), Snapshot({})
+        self._result: Any = None
+
+    def run(self) -> Any:
+        """Runs the call to its end."""
+        try:
+            first = Lane(self, 0, self.call.keywords)
+            self.lanes.append(first)
+            self._resume(first)
+            if first.dead:
+                raise Refusal("its loop took no step")
+            while not self.drive.done:
+                self._round()
+            last = len(self.drive.timesteps) - 1
+            first.state = self.drive.final
+            first.turns.extend([] if first.node == last else [(last, True)])
+            self._resume(first)
+            assert first.dead
+            self._keep(first)
+            return self._result
+        finally:
+            with contextlib.ExitStack() as ends:  # ends all of them, even where one fails to
+                for lane in self.lanes:
+                    ends.callback(lane.end)
+                self.lanes.clear()
+
+    def random(self) -> list[Tensor]:
+        """The states of all generators that the loop may draw from."""
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return [*self._generators_states(), torch.get_rng_state(), *devices]
+
+    def learn(self, call: Call, output: Any) -> None:
+        """Keeps what a network's output looks like."""
+        if call.signature not in self.shapes:
+            self.shapes[call.signature] = _pytree.tree_map_only(Tensor, Shape, output)
+
+    def _round(self) -> None:
+        """One pass of all wanted nodes."""
+        drive = self.drive
+        lanes = self._assign(drive.nodes.tolist())
+        for lane in lanes:
+            self._resume(lane)
+        while waiting := [lane for lane in lanes if lane.call is not None]:
+            going = []
+            for group in self._due(waiting):
+                calls = [lane.call for lane in group if lane.call is not None]
+                group[0].task = functools.partial(self.gather, calls)
+                self._resume(group[0])
+                answers = group[0].answer
+                self.learn(calls[0], answers[0])
+                for lane, answer in zip(group, answers, strict=True):
+                    lane.answer = answer
+                going += group
+            for lane in going:
+                self._resume(lane)
+        shapes = {tuple(lane.sample.shape) for lane in lanes} | {tuple(drive.states.shape[1:])}
+        if len(shapes) > 1:
+            raise Refusal("the loop changes the shape of its state")
+        with Modes.exact().entered():
+            outputs = torch.stack([lane.output for lane in lanes])
+            edited = any(lane.edited for lane in lanes)
+            samples = torch.stack([lane.sample for lane in lanes]) if edited else drive.states
+            for lane in lanes:
+                lane.output = lane.sample = None
+            drive.answer(outputs, samples)
+
+    def _assign(self, wanted: list[int]) -> list[Lane]:
+        """A lane for each wanted node, in their order: the one that is just before it, else a free one, else a new one."""
+        after = {lane.node + 1: lane for lane in self.lanes}
+        straight = {node: after[node] for node in wanted if node in after}
+        free = [lane for lane in self.lanes if straight.get(lane.node + 1) is not lane]
+        chosen: list[Lane] = []
+        for node, state in zip(wanted, self.drive.states, strict=True):
+            lane = straight.get(node)
+            turns = [(node, False)]
+            if lane is None:
+                lane = free.pop() if free and node else self._new()
+                turns = [(node - 1, True), *turns] if node else turns
+            lane.state = state
+            lane.turns.extend(turns)
+            chosen.append(lane)
+        return chosen
+
+    def _new(self) -> Lane:
+        """A further lane, not begun yet."""
+        states, _ = self._start
+        copies = {id(g): _generator(g, state) for g, state in zip(self._generators, states, strict=True)}
+        keywords = {
+            name: _pytree.tree_map_only(torch.Generator, lambda g: copies[id(g)], value)
+            if any(isinstance(leaf, torch.Generator) for leaf in _pytree.tree_leaves(value))
+            else value
+            for name, value in self.call.keywords.items()
+        }
+        lane = Lane(self, len(self.lanes), keywords)
+        self.lanes.append(lane)
+        return lane
+
+    def _resume(self, lane: Lane) -> None:
+        """Lets a lane run until it waits or ends."""
+        begins = lane.number > 0 and not lane
+        now = Snapshot({}) if begins else None
+        if begins:
+            self._start[1].restore()
+        try:
+            with lane.modes.entered():
+                result = lane.switch()
+        finally:
+            if now is not None:
+                now.restore()
+        if lane.dead:
+            if not self.drive.done and self.drive.started:
+                raise Refusal("its loop ended before its states were solved")
+            self._result = result
+
+    def _due(self, waiting: list[Lane]) -> list[list[Lane]]:
+        """Groups of lanes with one network call each, but for those whose network comes later in the loop's body."""
+        groups: list[list[Lane]] = []
+        for lane in waiting:
+            group = next(
+                (g for g in groups if g[0].call is not None and lane.call is not None and g[0].call.joins(lane.call)), None
+            )
+            if group is None:
+                groups.append([lane])
+            else:
+                group.append(lane)
+        modules = [id(group[0].call.module) for group in groups if group[0].call is not None]
+        due = [g for g, m in zip(groups, modules, strict=True) if not any(self._before(other, m) for other in modules)]
+        return due or groups
+
+    def _before(self, a: int, b: int) -> bool:
+        """Whether network a is called before network b, and never after it."""
+        return (a, b) in self.order and (b, a) not in self.order
+
+    def _generators_states(self) -> list[Tensor]:
+        return [g.get_state() for g in self._generators]
+
+    def _keep(self, lane: Lane) -> None:
+        """Leaves in the user's pipeline what the call wrote into its copy."""
+        mine = vars(self.pipeline)
+        for name, value in vars(lane.pipeline).items():
+            if name != "scheduler" and mine.get(name, self) is not value and not hasattr(value, "prepare_inputs"):
+                mine[name] = value
+
+
+def _generator(original: torch.Generator, state: Tensor) -> torch.Generator:
+    clone = torch.Generator(device=original.device)
+    clone.set_state(state)
+    return clone

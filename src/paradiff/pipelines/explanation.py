@@ -1,0 +1,181 @@
+"""`explain`: what a parallel run of a pipeline would do, before anything is spent on its networks.
+
+The scheduler is probed at the number of steps asked for, the loop's source is read, and the method is tried on a closed-form
+problem, a mixture of Gaussians, with the very same chain; its round counts are of the size of a trained network's. Whether
+fewer rounds save time is up to the device: a round costs about as much as one network call only as long as the device has
+room for the window's rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paradiff.chain.noise import Keyed
+from paradiff.chain.table import Table
+from paradiff.errors import Refusal
+from paradiff.methods.presets import AnyMethod, parasolver
+from paradiff.models.exact import Mixture
+from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
+from paradiff.pipelines.run import Run, parallelize
+from paradiff.samplers.scheduler.probe import probe
+from paradiff.solver.loop import solve
+from paradiff.solver.solution import Solution
+
+CLUSTERS, DIMENSION, SPREAD = 10, 64, 0.05
+UNIT_MU = 1.0  # the shift of a flow schedule that depends on the picture's size, where the pipeline would compute it
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found.
+
+    Attributes:
+        pipeline: The pipeline's class.
+        scheduler: The scheduler's class.
+        table: The chain; None where it has none.
+        executor: The one that would be tried first: `vector`, `lanes` or `sequential`.
+        expected: A run of the method on a closed-form problem with this chain; None where there is no chain.
+        refused: Sentences: why there is no parallel run.
+        notes: Sentences.
+    """
+
+    pipeline: str
+    scheduler: str
+    table: Table | None
+    executor: str
+    expected: Solution | None
+    refused: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline} with {self.scheduler}"]
+        if self.table is not None:
+            reads = "one step" if self.table.band == 1 else f"up to {self.table.band} steps"
+            kind = "stochastic" if self.table.stochastic else "deterministic"
+            linear = "linear in state and output" + ("" if self.table.clip is None else " but for a limit on the clean data")
+            lines.append(f"chain: {self.table.steps} network calls, {kind}, {linear}, reads {reads} back")
+        lines.append(f"executor: {self.executor}")
+        if self.expected is not None and self.table is not None:
+            lines.append(
+                f"on a closed-form problem: {self.expected.rounds} rounds and {self.expected.evaluations} rows instead of "
+                f"{self.table.steps} steps"
+            )
+        return "\n".join([*lines, *(f"refused: {r}" for r in self.refused), *(f"note: {n}" for n in self.notes)])
+
+
+def explain(
+    pipeline: Any, method: AnyMethod | None = None, *, num_inference_steps: int | None = None, **step_options: Any
+) -> Explanation:
+    """Says what a parallel run of a pipeline would do: is its scheduler linear, which executor, what is refused, will it pay.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        method: The method; `parasolver()` by default.
+        num_inference_steps: Steps; the pipeline's own default if left out.
+        step_options: Further arguments of the scheduler's `step` that the pipeline would pass, such as `eta`.
+
+    Raises:
+        ValueError: If the pipeline is none or has no scheduler, the scheduler cannot make so many steps, or the method does not
+            fit its chain.
+    """
+    method = parasolver() if method is None else method
+    run = parallelize(pipeline, method)  # refuses what is no pipeline
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    refused, notes = [], []
+    steps = _default_steps(pipeline) if num_inference_steps is None else num_inference_steps
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_inference_steps is {steps!r}; it must be a whole number of at least 1 step")
+    _set_timesteps(scheduler, steps, notes)
+    table = None
+    try:
+        table = probe(scheduler, scheduler.timesteps, step_options)
+    except Refusal as refusal:
+        refused.append(str(refusal))
+    if table is not None and not table.exact_levels:
+        notes.append(table.about_levels)
+    executor = _executor(run, type(pipeline), refused, notes)
+    expected = None if table is None else _tried(table, method)
+    if expected is not None and table is not None and not refused:
+        _will_it_pay(pipeline, table, expected, notes)
+    kind = type(pipeline).__name__
+    return Explanation(
+        kind, type(scheduler).__name__, table, executor if not refused else "sequential", expected, refused, notes
+    )
+
+
+def _default_steps(pipeline: Any) -> int:
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    if parameter is None or not isinstance(parameter.default, int):
+        raise ValueError(f"{type(pipeline).__name__} has no number of steps of its own; give num_inference_steps")
+    return parameter.default
+
+
+def _set_timesteps(scheduler: Any, steps: int, notes: list[str]) -> None:
+    options: dict[str, Any] = {}
+    if getattr(scheduler.config, "use_dynamic_shifting", False):
+        options["mu"] = UNIT_MU
+        notes.append(f"the pipeline shifts its times by the picture's size; they were taken for a shift of mu = {UNIT_MU:g}")
+    try:
+        scheduler.set_timesteps(steps, **options)
+    except (ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"num_inference_steps is {steps}, which the {type(scheduler).__name__} cannot make: {first}"
+        ) from error
+
+
+def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str:
+    cached = run.cached()
+    if cached:
+        refused.append(f"{', '.join(cached)} keeps a cache across steps, which needs them in order; disable it")
+        return "sequential"
+    found = obstacles(kind)
+    if found:
+        refused += found
+        return "sequential"
+    if outer := outer_loops(kind):
+        notes.append(f"the loop is within another one, of which more than one turn is called sequentially: {outer[0]}")
+    read = reads_index(kind)
+    if read:
+        notes.append(f"the loop reads its step number, so each state gets a lane of its own: {read[0].strip()}")
+    elif read is None:
+        notes.append("the loop's source could not be read, so each state gets a lane of its own")
+    return "vector" if read == [] else "lanes"
+
+
+def _tried(table: Table, method: AnyMethod) -> Solution:
+    """The method on a mixture of Gaussians with this chain."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(CLUSTERS, DIMENSION, generator=generator, dtype=torch.float64).clamp(-1, 1)
+    target = Mixture(torch.full((CLUSTERS,), 1 / CLUSTERS), means, torch.full((CLUSTERS,), SPREAD))
+    solver = solve(table, Keyed((DIMENSION,), 0), method)
+    batch = next(solver)
+    while True:
+        nodes = batch.nodes
+        x = batch.x.double() / table.scale[nodes, None]
+        clean = target.clean(x, table.alpha[nodes], table.sigma[nodes])
+        output: Tensor = (clean - table.p[nodes, None] * x) / table.q[nodes, None]
+        try:
+            batch = solver.send(output.float())
+        except StopIteration as end:
+            return end.value
+
+
+def _will_it_pay(pipeline: Any, table: Table, expected: Solution, notes: list[str]) -> None:
+    gain = table.steps / expected.rounds
+    width = -(-expected.evaluations // expected.rounds)
+    network = next((part for part in pipeline.components.values() if isinstance(part, nn.Module)), None)
+    device = next(iter(network.parameters())).device.type if network is not None else "cpu"
+    if gain < 1.2:
+        notes.append(f"it will not pay: {expected.rounds} rounds for {table.steps} steps; the plain call is as fast")
+        return
+    notes.append(
+        f"it pays where a network call on {width} states at once costs less than {gain:.1f} calls on one"
+        + ("; on a CPU it seldom does, as a call costs in proportion to its rows" if device == "cpu" else "")
+    )

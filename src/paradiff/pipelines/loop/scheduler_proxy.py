@@ -1,0 +1,303 @@
+"""The scheduler a pipeline's loop sees during a parallel run.
+
+A denoising loop asks its scheduler for three things: the times to pass through, a scaled network input, and a step. A
+hijacked scheduler is an instance of a subclass of the user's scheduler class that hands these to a `Loop`, and is the
+user's scheduler in every other respect. Its `timesteps` are a tensor with the true values that is *iterated* by the `Loop`.
+
+An iteration over the timesteps need not be the loop: pipelines also walk them to prepare something. `Iterations` tells the
+two apart: values come in order until a step is taken between two of them; from there on the iteration is the loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from paradiff.errors import Divergence, Refusal
+
+LOOP = "_paradiff_loop"
+STEP = ("model_output", "timestep", "sample")
+STRAY = ("step_", "undo_step", "batch_step_no_noise")  # methods that take a step in another way
+REPEATABLE = {
+    Tensor.to,
+    Tensor.clone,
+    Tensor.contiguous,
+    Tensor.detach,
+    Tensor.cpu,
+    Tensor.cuda,
+    Tensor.float,
+    Tensor.double,
+    Tensor.half,
+    Tensor.bfloat16,
+    Tensor.long,
+    Tensor.int,
+    Tensor.type,
+    Tensor.flip,
+    Tensor.__deepcopy__,
+    torch.clone,
+    torch.flip,
+}
+
+
+class Loop(Protocol):
+    """What a hijacked scheduler hands the loop's requests to."""
+
+    def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
+        """The iteration over `timesteps` `[n]`, a plain tensor: all of them, or the slice the pipeline took."""
+        ...
+
+    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
+        """The network's input for `sample`: the scheduler's `scale_model_input`."""
+        ...
+
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
+        """What the scheduler's `step` returns; `kwargs` are its further arguments, by name, as far as they were given."""
+        ...
+
+
+def hijack(scheduler: Any, loop: Loop) -> Any:
+    """A copy of `scheduler` whose timesteps, `step` and `scale_model_input` go to `loop`.
+
+    Args:
+        scheduler: A diffusers scheduler. It is not changed, nor is anything that the copy changes.
+        loop: The executor.
+
+    Raises:
+        Refusal: If the scheduler's `step` does not take a model output, a time and a sample first.
+    """
+    real = type(scheduler)
+    if issubclass(real, Hijacked):
+        raise Refusal(f"the pipeline's {real.__name__} already belongs to a parallel run")
+    names = tuple(inspect.signature(real.step).parameters)[1:4] if hasattr(real, "step") else ()
+    if names != STEP:
+        raise Refusal(f"{real.__name__}.step takes {', '.join(names) or 'nothing'} first and not {', '.join(STEP)}")
+    hijacked = object.__new__(_subclass(real))
+    vars(hijacked).update({name: _own(value) for name, value in vars(scheduler).items()})
+    vars(hijacked)[LOOP] = loop
+    return hijacked
+
+
+def real_scheduler(hijacked: Any) -> Any:
+    """A deep copy of a hijacked scheduler, in its present state and of the user's class."""
+    real = object.__new__(_real_class(hijacked))
+    state = {name: None if value is BLURRED else value for name, value in vars(hijacked).items() if name != LOOP}
+    vars(real).update(copy.deepcopy(state))
+    return real
+
+
+def first_index(hijacked: Any, time: Tensor) -> int | None:
+    """The step index of a loop that starts at `time`, for a scheduler that counts its steps; else None."""
+    state = vars(hijacked)
+    if "_step_index" not in state:
+        return None
+    if state.get("_begin_index") is not None:
+        return int(state["_begin_index"])
+    return int(hijacked.index_for_timestep(time))
+
+
+def place(hijacked: Any, index: int) -> None:
+    """Puts a scheduler that counts its steps at a step index: pipelines that add noise within the loop depend on it."""
+    vars(hijacked)["_step_index"] = index
+
+
+def blur(hijacked: Any) -> None:
+    """Makes reading the step index of a scheduler that counts its steps a `Divergence`: several steps are taken at once."""
+    if "_step_index" in vars(hijacked):
+        vars(hijacked)["_step_index"] = BLURRED
+
+
+class Hijacked:
+    """Marks hijacked schedulers, and keeps their timesteps: plain in the instance, iterated by the loop when asked for."""
+
+    @property
+    def timesteps(self) -> Any:
+        try:
+            value = vars(self)["timesteps"]
+        except KeyError:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute 'timesteps'") from None
+        loop = vars(self)[LOOP]
+        return RoundTimesteps.wrap(value, loop) if isinstance(value, Tensor) and value.ndim == 1 else value
+
+    @timesteps.setter
+    def timesteps(self, value: Any) -> None:
+        vars(self)["timesteps"] = _plain(value)
+
+    @property
+    def _step_index(self) -> Any:
+        value = vars(self).get("_step_index")
+        if value is BLURRED:
+            raise Divergence("the loop reads the scheduler's step index")
+        return value
+
+    @_step_index.setter
+    def _step_index(self, value: Any) -> None:
+        vars(self)["_step_index"] = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise Refusal("the pipeline copies its scheduler: it steps several coupled states in one loop")
+
+
+BLURRED = object()
+
+
+class RoundTimesteps(torch.Tensor):
+    """Timesteps `[n]` with their true values, iterated by a `Loop`.
+
+    What remains a run of times (slices, moves to a device, casts, copies) stays iterated by the loop; everything else is a
+    plain tensor.
+    """
+
+    loop: Loop
+
+    @staticmethod
+    def wrap(values: Tensor, loop: Loop) -> RoundTimesteps:
+        """`values`, iterated by `loop`; shares their memory."""
+        wrapped = _plain(values).as_subclass(RoundTimesteps)
+        wrapped.loop = loop
+        return wrapped
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.loop.rounds(_plain(self))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        plain = [_plain(value) for value in args]
+        result = func(*plain, **{name: _plain(value) for name, value in (kwargs or {}).items()})
+        loop = getattr(args[0], "loop", None) if args and isinstance(args[0], RoundTimesteps) else None
+        if loop is None or type(result) is not Tensor or result.ndim != 1:
+            return result
+        if func in REPEATABLE or (func is Tensor.__getitem__ and isinstance(args[1], slice) and args[1].step in (None, 1)):
+            return RoundTimesteps.wrap(result, loop)
+        return result
+
+
+class Iterations:
+    """The iterations over a hijacked scheduler's timesteps in one pipeline call, and which of them is the loop.
+
+    Attributes:
+        steps: Steps taken in this call.
+        timesteps: `[n]` times of the iteration that was last advanced, or None.
+        position: Index of the time which that iteration gave last.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.timesteps: Tensor | None = None
+        self.position = -1
+
+    def walk(self, timesteps: Tensor, rounds: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+        """The times in order; goes on with `rounds()` once a step was taken between two of them."""
+        outer = self.timesteps, self.position
+        for position, time in enumerate(timesteps.unbind()):
+            self.timesteps, self.position = timesteps, position
+            steps = self.steps
+            yield time
+            if self.steps != steps:
+                yield from rounds()
+                return
+        self.timesteps, self.position = outer
+
+    def begin(self) -> Tensor:
+        """The loop's times `[n]`, at its first step.
+
+        Raises:
+            Refusal: If the step was not taken in the first iteration of a loop over the timesteps.
+        """
+        if self.timesteps is None:
+            raise Refusal("the loop does not walk over scheduler.timesteps")
+        if self.position != 0:
+            raise Refusal(f"the loop takes its first step in its iteration number {self.position + 1}")
+        return self.timesteps
+
+
+def _own(value: Any) -> Any:
+    """What the copy of a scheduler holds for an attribute: containers and inner schedulers are its own."""
+    if type(value) in (list, dict, set, deque):
+        return copy.copy(value)
+    return copy.deepcopy(value) if hasattr(value, "set_timesteps") else value
+
+
+def _plain(value: Any) -> Any:
+    """`value` with timesteps as plain tensors, also within lists and tuples."""
+    if isinstance(value, RoundTimesteps):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(Tensor)
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def _real_class(hijacked: Any) -> type:
+    return type(hijacked).__mro__[2]
+
+
+@functools.cache
+def _subclass(real: Any) -> type:
+    """The subclass of a scheduler class: same name, same module, same signatures."""
+    signature = inspect.signature(real.step)
+
+    @functools.wraps(real.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given.update(given.pop(name, {}))
+        return vars(self)[LOOP].step(*(given.pop(name) for name in STEP), given)
+
+    @functools.wraps(real.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loop, vars(self)[LOOP] = vars(self)[LOOP], _InOrder()
+        try:
+            return real.set_timesteps(self, *args, **kwargs)
+        finally:
+            vars(self)[LOOP] = loop
+
+    namespace: dict[str, Any] = {
+        "__module__": real.__module__,
+        "__doc__": real.__doc__,
+        "step": step,
+        "set_timesteps": set_timesteps,
+    }
+    if hasattr(real, "scale_model_input"):
+
+        @functools.wraps(real.scale_model_input)
+        def scale_model_input(self: Any, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+            return vars(self)[LOOP].scale(sample, timestep)
+
+        namespace["scale_model_input"] = scale_model_input
+    if hasattr(real, "from_config"):
+        namespace["from_config"] = staticmethod(real.from_config)
+    for name in dir(real):
+        if name.startswith(STRAY) and inspect.isfunction(getattr(real, name)):
+            namespace[name] = _stray(name)
+    return type(real.__name__, (Hijacked, real), namespace)
+
+
+def _stray(name: str) -> Callable[..., Any]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise Refusal(f"the loop calls the scheduler's {name}, which has no parallel form")
+
+    return refuse
+
+
+class _InOrder:
+    """The loop of a scheduler that is at work itself."""
+
+    def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
+        return iter(timesteps)
+
+    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
+        raise AssertionError(timestep)
+
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
+        raise AssertionError(timestep)

@@ -1,0 +1,1 @@
+"""Where a window enters the networks: rows batched, outputs handed back."""

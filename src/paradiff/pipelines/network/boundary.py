@@ -1,0 +1,110 @@
+"""The place before a network's `forward`: calls with windowed tensors are merged (merge.py), all others pass through."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import greenlet
+from torch import nn
+
+from paradiff.pipelines.network.batching import Check, Merge, merged_call, windowed_inputs
+from paradiff.pipelines.tensor.windowed import common_run
+
+__all__ = ["Check", "Installed", "Merge", "install", "merged_call"]
+
+
+def install(modules: Iterable[nn.Module]) -> Installed:
+    """Puts a boundary before the `forward` of each module, until `remove()` or the end of a `with` block.
+
+    Calls without windowed inputs pass through, so runs and threads may share modules: each installs for itself, and the last
+    one to remove restores what was there. A module within a compiled one has no boundary of its own.
+    """
+    return Installed(modules)
+
+
+class Installed:
+    """Boundaries that are in place. See `install`."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        listed = list({id(module): module for module in modules}.values())
+        inner = {id(part) for module in listed if _is_compiled(module) for part in module.modules() if part is not module}
+        self._records: list[_Record] = []
+        with _LOCK:
+            for module in listed:
+                if id(module) not in inner:
+                    self._records.append(_Record.of(module))
+
+    def remove(self) -> None:
+        """Takes the boundaries away again; those that another run needs, when that run removes them."""
+        with _LOCK:
+            records, self._records = self._records, []
+            for record in records:
+                record.release()
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+_LOCK = threading.Lock()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None
+
+
+class _Record:
+    """One module's boundary and the number of runs that need it. Found again through the function in the module's dict."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # `module.compile()` compiles the call around `forward`; the boundary belongs before it.
+        self.attribute = "forward" if module.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"
+        self.module, self.count = module, 0
+        self.had = self.attribute in module.__dict__
+        self.before = getattr(module, self.attribute)
+        self.boundary = _boundary(module, self.before)
+        self.boundary.record = self  # pyright: ignore[reportFunctionMemberAccess]
+        module.__dict__[self.attribute] = self.boundary
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Record:
+        record = None
+        for attribute in ("forward", "_compiled_call_impl"):
+            present = module.__dict__.get(attribute)
+            found = getattr(present, "record", None)
+            # A function that wraps the boundary may have copied its attributes.
+            if isinstance(found, cls) and found.boundary is present:
+                record = found
+        record = record or cls(module)
+        record.count += 1
+        return record
+
+    def release(self) -> None:
+        self.count -= 1
+        if self.count or self.module.__dict__.get(self.attribute) is not self.boundary:
+            return  # In the second case somebody else has put a function of theirs there.
+        if self.had:
+            self.module.__dict__[self.attribute] = self.before
+        else:
+            del self.module.__dict__[self.attribute]
+
+
+def _boundary(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    name = type(getattr(module, "_orig_mod", module)).__name__
+
+    @functools.wraps(forward)
+    def boundary(*args: Any, **kwargs: Any) -> Any:
+        route = getattr(greenlet.getcurrent(), "route", None)
+        if route is not None:
+            return route(module, forward, args, kwargs)
+        leaves = windowed_inputs(args, kwargs)
+        if not leaves:
+            return forward(*args, **kwargs)
+        return merged_call(common_run(leaves).merge, name, forward, args, kwargs)
+
+    return boundary

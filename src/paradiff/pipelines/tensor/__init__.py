@@ -1,0 +1,1 @@
+"""Tensors that stand for the states of a whole window."""

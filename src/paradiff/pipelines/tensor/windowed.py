@@ -1,0 +1,202 @@
+"""A tensor whose window axis is hidden: the body of a pipeline's loop, written for one state, acts on all states of a window.
+
+A `Windowed` shows the shape [*v] of one state and holds the states of the whole window, `window` [W, *v]. An operation f of
+the loop body acts on each state by itself,
+
+    f(x, y)[w] = f(x[w], y[w])        for windowed x and y,      f(x, p)[w] = f(x[w], p)        for a plain tensor p,
+
+so that no axis has to be guessed: concatenation for guidance, chunks, reshapes and time factors mean what they mean in the
+sequential loop. Operations that broadcast, or whose axes are plain to see, run on the window directly (rules.py); every other
+one runs under `torch.vmap`.
+
+A value read in Python (`bool`, `float`, `.item()`) is the same for all states or there is no such value: then `Divergence`.
+There is no storage behind a `Windowed`: code that reads it past these rules fails, and never sees a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+
+from paradiff.errors import Divergence, Refusal
+
+
+class Windowed(torch.Tensor):
+    """The states of a window behind the shape of one of them.
+
+    A read of a value in Python waits for the device. `_version` is the window's: it tells whether an operation changed the
+    values in place. Operations that change nothing (`.to` the dtype and device that it has) return the very same object.
+
+    Attributes:
+        window: `[W, *v]` the values of all states; `shape` is `[*v]`.
+        run: The object given to `wrap`; results of operations carry it on. States with different `run` do not mix.
+    """
+
+    window: Tensor
+    run: Any
+
+    @staticmethod
+    def wrap(window: Tensor, run: Any) -> Windowed:
+        """A windowed tensor of visible shape `[*v]` from `window` `[W, *v]`, a plain tensor that it keeps and does not copy."""
+        shown = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            Windowed, window.shape[1:], strides=window.stride()[1:], dtype=window.dtype, device=window.device
+        )
+        shown.window, shown.run = window, run
+        return shown
+
+    @property
+    def width(self) -> int:
+        """W, the number of states."""
+        return len(self.window)
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from paradiff.pipelines.tensor.rules import RULES, UNSUITABLE  # Its rules take and make objects of this class.
+
+        kwargs = kwargs or {}
+        try:
+            rule = RULES.get(func)
+            if rule is not None:
+                result = rule(func, args, kwargs)
+                if result is not UNSUITABLE:
+                    return result
+            return mapped_over_states(func, args, kwargs)
+        except (Refusal, TypeError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise Divergence(
+                f"`{title(func)}` cannot act on all states of a window at once ({type(error).__name__}: {first_line(error)})"
+            ) from error
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        from paradiff.pipelines.tensor.rules import read
+
+        if func is torch.ops.aten._local_scalar_dense.default:  # Where C++ takes a number.
+            return read(Tensor.item, args, {})
+        raise Divergence(f"`{func}` reads the states of a window as if they were one")
+
+    def __copy__(self) -> Windowed:
+        return Windowed.wrap(self.window, self.run)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Windowed:
+        memo[id(self)] = copied = Windowed.wrap(self.window.clone(), self.run)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise Divergence("the loop pickles a tensor of the states of a window")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Windowed(width={self.width}, shape={tuple(self.window.shape[1:])}, dtype={self.window.dtype})"
+
+    def __format__(self, spec: str) -> str:
+        if self.window.dim() > 1:
+            return repr(self)
+        return " ".join(dict.fromkeys(format(value, spec) for value in self.window.tolist()))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
+
+
+def mapped(f: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `f` applied to all that is no list, tuple or dict in it; the bounds of slices too."""
+    kind = type(value)
+    if kind is tuple:
+        return tuple([mapped(f, part) for part in value])
+    if kind is list:
+        return [mapped(f, part) for part in value]
+    if kind is dict:
+        return {key: mapped(f, part) for key, part in value.items()}
+    if kind is slice:
+        return slice(mapped(f, value.start), mapped(f, value.stop), mapped(f, value.step))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*[mapped(f, part) for part in value])
+    if isinstance(value, tuple) and hasattr(value, "n_fields"):  # Such as torch.return_types.max.
+        return kind([mapped(f, part) for part in value])
+    return f(value)
+
+
+def windowed_leaves(value: Any) -> list[Windowed]:
+    """All windowed tensors in nested lists, tuples and dicts, in order."""
+    found: list[Windowed] = []
+    mapped(lambda leaf: found.append(leaf) if isinstance(leaf, Windowed) else None, value)
+    return found
+
+
+def common_run(leaves: list[Windowed]) -> Any:
+    """The run of all these leaves.
+
+    Raises:
+        Divergence: If they are states of different windows.
+    """
+    first = leaves[0]
+    for leaf in leaves:
+        if len(leaf.window) != len(first.window):
+            raise Divergence(f"the loop mixes the states of two windows, of {len(first.window)} and {len(leaf.window)} states")
+        if leaf.run is not first.run:
+            raise Divergence("the loop mixes the states of two windows")
+    return first.run
+
+
+def title(func: Callable[..., Any]) -> str:
+    """The name of a torch function as users know it."""
+    name = getattr(func, "__name__", str(func))
+    owner = getattr(func, "__self__", None) if name in ("__get__", "__set__") else None
+    return name if owner is None else getattr(owner, "__name__", name)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, without its full stop."""
+    return (str(error).splitlines() or [""])[0].rstrip(".")
+
+
+def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operation on each state by itself, under `torch.vmap`.
+
+    Raises:
+        Divergence: If it writes states into a plain tensor, changes a shape in place, or mixes two windows.
+    """
+    name = getattr(func, "__name__", "")
+    if kwargs.get("out") is not None:
+        raise Divergence(f"`{title(func)}` writes the states of a window into a tensor given as `out`")
+    in_place = name in WRITERS or (name.endswith("_") and not name.endswith("__"))
+    if in_place and not isinstance(args[0], Windowed):
+        raise Divergence(f"`{title(func)}` writes the states of a window into a tensor of one state")
+    leaves = windowed_leaves((args, kwargs))
+    run = common_run(leaves)
+    structure: list[Any] = []
+
+    def one_state(*states: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(states)
+        inner_args, inner_kwargs = mapped(lambda leaf: next(rest) if isinstance(leaf, Windowed) else leaf, (args, kwargs))
+        outputs: list[Tensor] = []
+
+        def noted(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and is_batchedtensor(leaf):
+                outputs.append(leaf)
+                return HERE
+            return leaf
+
+        structure.append(mapped(noted, func(*inner_args, **inner_kwargs)))
+        return tuple(outputs)
+
+    outputs = torch.vmap(one_state, randomness="different")(*[leaf.window for leaf in leaves])
+    if in_place:
+        target = args[0]
+        if target.window.shape[1:] != target.shape:
+            raise Divergence(f"`{title(func)}` changes the shape of a tensor of the states of a window in place")
+        return None if name == "__setitem__" else target
+    rest = iter(outputs)
+    return mapped(lambda leaf: Windowed.wrap(next(rest), run) if leaf is HERE else leaf, structure[0])
+
+
+HERE = object()
+WRITERS = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__"} | {
+    *("__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__")
+}

@@ -1,0 +1,1 @@
+"""What to choose: parameters from the theorems, and the laws of samplers on Gaussian data."""

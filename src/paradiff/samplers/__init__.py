@@ -1,0 +1,1 @@
+"""Where tables come from: published samplers on noise schedules, exponential integrators, diffusers schedulers."""

@@ -1,0 +1,126 @@
+"""The noising process that a network was trained on: its times and its coordinates.
+
+A state x = alpha x0 + sigma eps of any process, divided by sqrt(alpha^2 + sigma^2), is a state z of the Ornstein-Uhlenbeck
+process dz = -z/2 du + dB at the noise level
+
+    u = log(1 + sigma^2/alpha^2),     z = e^(-u/2) x0 + sqrt(1 - e^(-u)) eps,                                   (1)
+
+so one chain in z and u (exponential.py) runs on every trained network, if it is told two things of each level: the time that
+the network calls it by, and the factor on z that gives the state which the network expects.
+
+| process | state | factor on z | time |
+|---|---|---|---|
+| `variance_preserving` | alpha^2 + sigma^2 = 1 | 1 | training time, fractional between two |
+| `variance_exploding` | alpha = 1 | 1/alpha | sigma, or a function of it |
+| `rectified_flow` | alpha + sigma = 1 | 1/(alpha + sigma) | T sigma/(alpha + sigma) |
+| `ornstein_uhlenbeck` | z itself | 1 | u |
+
+In the table alpha and sigma are those of z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paradiff.samplers.schedule import Schedule
+
+Levels = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """A noising process.
+
+    Attributes:
+        name: Its name.
+        time: Function of (alpha, sigma) of z, any shape, that returns the times for the network.
+        scale: Likewise the factor on z that gives the network's state.
+        lowest: Smallest level u that the network was trained on.
+        highest: Largest level, infinite if it was trained on pure noise.
+        train_times: Whether the network was trained at whole times only.
+    """
+
+    name: str
+    time: Levels
+    scale: Levels
+    lowest: float = 0.0
+    highest: float = math.inf
+    train_times: bool = False
+
+
+def level_of(ratio: Tensor) -> Tensor:
+    """The level u of noise ratios sigma/alpha, any shape: equation (1)."""
+    return torch.log1p(ratio**2)
+
+
+def signal_and_noise(u: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of z at levels u, any shape: equation (1). Exact at 0 and at infinity."""
+    return (-u / 2).exp(), (-torch.expm1(-u)).sqrt()
+
+
+def _ones(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return torch.ones_like(alpha + sigma)
+
+
+def ornstein_uhlenbeck() -> Process:
+    """The process (1) itself, for scores that are functions of z and u."""
+    return Process("ornstein_uhlenbeck", lambda alpha, sigma: -2 * alpha.log(), _ones)
+
+
+def variance_preserving(schedule: Schedule) -> Process:
+    """A network trained at the times 0 ... T-1 of a schedule. Times between them are linear in log(sigma/alpha).
+
+    A level is u = -log alpha_bar: for the linear betas 1e-4 ... 0.02 from 1.0e-4 to 10.1.
+    """
+    ratio = schedule.ratio
+    pure = bool(schedule.alpha_bar[-1] == 0)
+    # The capped last ratio of such a schedule may lie below its neighbours: finite levels then belong to the times before it.
+    finite = Schedule(schedule.betas[:-1]) if ratio[-1] <= ratio[-2] else schedule
+
+    def time(alpha: Tensor, sigma: Tensor) -> Tensor:
+        found = finite.time_of(sigma / alpha.clamp(min=1e-12))
+        return torch.where(alpha > 0, found, float(schedule.train_steps - 1))
+
+    lowest, highest = level_of(ratio[[0, -1]]).tolist()
+    return Process("variance_preserving", time, _ones, lowest, math.inf if pure else highest, train_times=True)
+
+
+def variance_exploding(lowest: float, highest: float, time: Callable[[Tensor], Tensor] = lambda sigma: sigma) -> Process:
+    """A network that sees x0 + sigma eps itself (Song et al., arXiv 2011.13456; Karras et al., arXiv 2206.00364).
+
+    Args:
+        lowest: Smallest sigma that it was trained on, above 0.
+        highest: Largest.
+        time: The time that it calls a sigma by; log(sigma)/4 for networks in the manner of Karras et al.
+
+    Raises:
+        ValueError: If the levels are not 0 < lowest < highest, finite.
+    """
+    if not 0 < lowest < highest < math.inf:
+        raise ValueError(f"the noise levels are {lowest} to {highest}; they must be above 0, rising and finite")
+    ends = level_of(torch.tensor([lowest, highest], dtype=torch.float64)).tolist()
+    return Process("variance_exploding", lambda alpha, sigma: time(sigma / alpha), lambda alpha, sigma: 1 / alpha, *ends)
+
+
+def rectified_flow(train_steps: int = 1000) -> Process:
+    """A network on the line x = (1 - s) x0 + s eps, at the time T s (Liu, Gong and Liu, arXiv 2209.03003).
+
+    Args:
+        train_steps: T, the scale of the times, at least 1.
+
+    Raises:
+        ValueError: If T is below 1.
+    """
+    if train_steps < 1:
+        raise ValueError(f"the flow has {train_steps} training steps; the scale of its times must be at least 1")
+    return Process(
+        "rectified_flow",
+        lambda alpha, sigma: train_steps * sigma / (alpha + sigma),
+        lambda alpha, sigma: 1 / (alpha + sigma),
+        train_times=True,
+    )

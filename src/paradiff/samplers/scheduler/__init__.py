@@ -1,0 +1,1 @@
+"""The table of any diffusers scheduler, read off its own step."""

@@ -1,0 +1,311 @@
+"""Every bad input to the command line gets one sentence on stderr, exit code 2, and leaves no files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pipelines import Cli, save_pipeline, tiny_unet
+
+from paradiff.models.pixel import BUNDLED, load
+
+# diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+REFUSED: dict[str, str] = {
+    # The chain and the method.
+    "--window 0": "the window is 0; it must be at least 1, or None for the whole chain",
+    "--window -3": "the window is -3; it must be at least 1",
+    "--steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals: give at most that",
+    "--steps 10 --warmup 11": "warmup is 11 steps; the chain has 10: give at most 10",
+    "--warmup -1": "warmup is -1; it must be 0 or more steps",
+    "--stride 0": "the stride is 0; a sub-interval must have at least 1 step",
+    "--steps 10 --stride 11": "the stride is 11 steps; the chain has 10: give at most 10",
+    "--steps 0": "0 steps were asked",
+    "--steps -1": "-1 steps were asked",
+    "--steps 2000": "2000 steps were asked",
+    "--steps many": "Invalid value for '--steps': ",
+    "--steps 10.5": "Invalid value for '--steps': ",
+    "--tolerance -1": "the tolerance is -1.0; it must be 0 or more, and finite",
+    "--tolerance inf": "the tolerance is inf; it must be 0 or more, and finite",
+    "--tolerance nan": "the tolerance is nan; it must be 0 or more, and finite",
+    "--threads 0": "threads is 0; it must be at least 1",
+    "--max-rows 0": "max_rows is 0; a network call needs at least 1 row",
+    "--steps 10 --eta 0.5": "eta is 0.5, but sampler 'ddpm' has no eta; give it with sampler 'ddim'",
+    "--sampler ddim --steps 10 --eta 1.5": "eta is 1.5; it must lie in [0, 1]",
+    # Names, and the nearest one.
+    "--sampler dpm": "did you mean 'ddpm'?",
+    "--sampler euler_ancestal": "did you mean 'euler_ancestral'?",
+    "--method parsolver": "did you mean 'parasolver'?",
+    "--method paradigm": "did you mean 'paradigms'?",
+    "--slope identiy": "did you mean 'identity'?",
+    "--slope freeze-epsilom": "did you mean 'freeze-epsilon'?",
+    "--slope shifted": "did you mean 'shifted:VARIANCE'?",
+    "--slope shifted:VARIANCE": "shifted takes a positive data variance, such as shifted:0.5",
+    "--slope shifted:0": "shifted takes a positive data variance, such as shifted:0.5",
+    "--slope shifted:-1": "shifted takes a positive data variance, such as shifted:0.5",
+    "--dtype float23": "did you mean 'float32'?",
+    "--noise record": "did you mean 'recorded'?",
+    "--rule errors": "rule is 'errors'; it must be one of error, change",
+    # Options of other methods, and of none.
+    "--method jacobi --stride 2": "--stride was given, but method 'jacobi' has no such option; it takes --window, --tolerance",
+    "--method jacobi --slope zero": "--slope was given, but method 'jacobi' has no such option",
+    "--method paradigms --rule error": "--rule was given, but method 'paradigms' has no such option",
+    "--method sequential --window 5": "--window was given, but method 'sequential' has no such option; it takes no options",
+    "--start copy": "No such option",
+    "--windw 5": "No such option",
+    "more than one": "unexpected extra argument",
+    "--blocks 4": "--blocks was given, but method 'parasolver' has no such option; it takes --window, --tolerance, --stride",
+    "--method jacobi --coarse two-step": "--coarse was given, but method 'jacobi' has no such option",
+    "--method sequential --rows 2": "--rows was given, but method 'sequential' has no such option; it takes no options",
+    "--method srds --stride 2": "--stride was given, but method 'srds' has no such option; it takes --blocks, --coarse, "
+    "--schedule, --tolerance, --rule, --iterations, --window, --rows",
+    "--method srds --slope zero": "--slope was given, but method 'srds' has no such option",
+    "--rule image": "rule is 'image'; it must be one of error, change",
+    # Wavefronts.
+    "--method srd": "did you mean 'srds'?",
+    "--method srds --blocks 0": "blocks is 0; give at least 1 block",
+    "--method srds --steps 10 --blocks 11": "11 blocks were asked for; the chain has 10 steps: give at most 10",
+    "--method srds --blocks many": "Invalid value for '--blocks': ",
+    "--method srds --coarse 0": "coarse is 0 steps a block; it must be at least 1",
+    "--method srds --coarse -2": "coarse is -2 steps a block; it must be at least 1",
+    "--method srds --coarse 1.5": "coarse is '1.5'; it must be one of one-step, two-step, a number of steps a block, zero, "
+    "identity, freeze-epsilon, freeze-clean-data, shifted:VARIANCE",
+    "--method srds --coarse two-steps": "did you mean 'two-step'?",
+    "--method srds --coarse shifted": "did you mean 'shifted:VARIANCE'?",
+    "--method srds --coarse shifted:0": "shifted takes a positive data variance, such as shifted:0.5",
+    "--method srds --schedule pipeline": "schedule is 'pipeline'; it must be one of pipelined, batched",
+    "--method srds --rule images": "rule is 'images'; it must be one of error, change, sample, image",
+    "--method srds --tolerance 0": "the tolerance is 0.0; it must be positive and finite",
+    "--method srds --iterations -1": "iterations is -1; it must be at least 0",
+    "--method srds --steps 10 --blocks 4 --iterations 5": "5 iterations were asked for; 4 blocks are exact after 4",
+    "--method srds --rows 0": "rows is 0; it must be at least 1",
+    "--method srds --window 0": "window is 0; it must be at least 1",
+    "--method srds --steps 10 --blocks 4 --window 5": "the window is 5; there are 4 blocks: give at most that",
+    "--method srds --schedule batched --rows 2": "rows was given with the batched schedule, which has none",
+    "--method srds --schedule batched --window 2": "window was given with the batched schedule, which has none",
+    "--method srds --schedule batched --coarse zero": "the coarse propagator is a slope, which has no sweep to batch",
+    "--method srds --coarse identity --window 2": "window was given with a coarse propagator that is a slope",
+    "--method srds --window 2 --iterations 1": "window was given with iterations, which looks at the end of the chain",
+    "--method srds --window 2 --rule image": "window was given with rule 'image', which looks at the end of the chain",
+    # Blocks in turn and in flight, and the chains that go with them.
+    "--method piadm": "did you mean 'piadm_sde'?",
+    "--method piadm_sde": "method 'piadm_sde' needs --blocks; give a number of blocks",
+    "--method piadm_sde --blocks 0": "0 blocks were asked for; give at least 1, or the nodes of their edges",
+    "--method piadm_sde --steps 10 --blocks 11": "a block cannot be shorter than a step: give at most 10",
+    "--method piadm_sde --blocks 2 --sweeps 0": "sweeps is 0; a block must be swept at least once",
+    "--method piadm_sde --blocks 2 --sweeps 3 --tolerance 0.1": "a fixed number of sweeps heeds no tolerance: give one",
+    "--method piadm_sde --blocks 2 --stagger 0": "the stagger is 0 sweeps; it must be at least 1",
+    "--method piadm_sde --blocks 2 --corrector 2x2": "--corrector was given, but method 'piadm_sde' has no such option; it "
+    "takes --blocks, --sweeps, --slope, --tolerance, --stagger, --window",
+    "--method piadm_ode --blocks 2 --sampler ddpm": "piadm_ode is for deterministic chains; table 'ddpm' is stochastic",
+    "--method piadm_sde --blocks 2 --sampler ddim": "piadm_sde is for stochastic chains; table 'ddim' is deterministic",
+    "--method piadm_ode --blocks 2 --corrector 2,2": "give steps and sweeps as STEPSxSWEEPS, such as 4x4",
+    "--method piadm_ode --blocks 2 --corrector 0x2": "the corrector's steps are 0; there must be at least 1",
+    "--method piadm_ode --blocks 2 --stagger 1 --corrector 2x2": "it needs blocks in turn, without a stagger",
+    "--method srds --sweeps 2": "--sweeps was given, but method 'srds' has no such option",
+    "--sampler ddpm --grid uniform": "--grid was given, but sampler 'ddpm' has none; exponential_sde, exponential_ode do",
+    "--sampler ddpm --form score": "--form was given, but sampler 'ddpm' has none; exponential_sde, exponential_ode do",
+    "--sampler exponential_sde --grid paper": "grid is 'paper'; it must be one of log-snr, uniform",
+    "--sampler exponential_sde --form scor": "did you mean 'score'?",
+    "--sampler exponential_sde --eta 1": "eta is 1, but sampler 'exponential_sde' has no eta",
+    "--sampler exponential_ode --steps 1": "1 steps were asked of exponential_ode; it needs at least 2",
+    # Seeds.
+    "--seeds 3-1": "seeds are '3-1', of which '3-1' is no seed; give whole numbers and rising ranges, such as 0-15 or 0,3,7-9",
+    "--seeds a": "seeds are 'a', of which 'a' is no seed",
+    "--seeds 1,,2": "seeds are '1,,2', of which '' is no seed",
+    "--seeds 1,1": "seeds are '1,1', which names seed 1 twice; name each once",
+    "--seeds 0-4,3": "seeds are '0-4,3', which names seed 3 twice; name each once",
+    "--seeds -1": "seeds are '-1', of which '-1' is no seed",
+    "--seeds 1.5": "seeds are '1.5', of which '1.5' is no seed",
+    "--seeds 9223372036854775808": "the seed 9223372036854775808 is too large; seeds are below 2^63",
+    # Devices.
+    "--device cuda:99": "the device is 'cuda:99', which is not to be had here; give cpu, or auto",
+    "--device gpu": "the device is 'gpu', which is not to be had here; give cpu, or auto",
+    "--device xpu": "the device is 'xpu', which is not to be had here; give cpu, or auto",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_bad_option_is_refused_in_one_sentence(line: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    given = line.split() if line.startswith("-") else [*line.split(), "--steps", "10"]
+    assert REFUSED[line] in cli("sample", tiny, "--out", tmp_path / "out", *given).sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_were_given_are_repeated_with_those_that_would_do(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    for line, known in {"--sampler edm": "dpmpp_2m", "--method picard": "paradigms", "--dtype int8": "bfloat16"}.items():
+        option, value = line.split()
+        found = cli("sample", tiny, "--out", tmp_path / "out", option, value).sentence
+        assert repr(value) in found
+        assert known in found
+
+
+def test_no_arguments_show_the_help(cli: Cli) -> None:
+    found = cli()
+    assert "Usage" in found.out + found.err
+    assert "Traceback" not in found.err
+
+
+def test_help_names_every_option(cli: Cli) -> None:
+    found = cli("sample", "--help")
+    assert found.code == 0
+    for option in (
+        "--sampler",
+        "--tolerance",
+        "--overwrite",
+        "--compare",
+        "--trace",
+        "--seeds",
+        "--blocks",
+        "--coarse",
+        "--prompt",
+    ):
+        assert option in found.out
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def refused(cli: Cli, model: object, tmp_path: Path) -> str:
+    out = tmp_path / "results" / "out"
+    out.parent.mkdir()
+    found = cli("sample", model, "--sampler", "ddim", "--steps", 6, "--out", out).sentence
+    assert list(out.parent.iterdir()) == []
+    return found
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    found = refused(cli, tmp_path / "model", tmp_path)
+    assert f"the folder {str(tmp_path / 'model')!r} is no pipeline: it has no model_index.json" in found
+
+
+@pytest.mark.parametrize("model", ["digit", "./nowhere", "/nowhere/at/all", "~/model", "a/b/c"])
+def test_a_model_that_is_not_there_is_refused(model: str, cli: Cli, tmp_path: Path) -> None:
+    bundled = ", ".join(sorted(folder.name for folder in BUNDLED.iterdir()))
+    assert "digits" in bundled
+    assert f"{model!r} is no model: give a bundled one ({bundled}), a folder" in refused(cli, model, tmp_path)
+
+
+def test_a_pickle_is_refused_and_not_opened(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    mark = tmp_path / "opened"
+    # Reading this pickle would make a file.
+    (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(f"cposix\nsystem\n(Vtouch {mark}\ntR.".encode())
+    found = refused(cli, model, tmp_path)
+    assert "holds no safetensors weights in unet/: its weights are diffusion_pytorch_model.bin, a pickle, which can" in found
+    assert not mark.exists()
+
+
+def test_a_folder_without_weights_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "holds no safetensors weights in unet/: it has no weights" in refused(cli, tmp_path / "model", tmp_path)
+
+
+TEXT = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+}
+LATENT = {
+    "_class_name": "LDMPipeline",
+    "unet": ["diffusers", "UNet2DModel"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "vqvae": ["diffusers", "VQModel"],
+}
+UNKNOWN = {"_class_name": "UnknownPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": [None, None]}
+DIT = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+OTHERS: dict[str, tuple[dict, str]] = {  # Each with what is wrong with the folder for the command line, which takes them.
+    "text": (TEXT, "has no text_encoder/, of which its model_index.json says that it holds a CLIPTextModel"),
+    "latent": (LATENT, "has no vqvae/, of which its model_index.json says that it holds a VQModel"),
+    "no scheduler": (UNKNOWN, "holds a UnknownPipeline, which diffusers"),
+    "no unet": (DIT, "has no transformer/, of which its model_index.json says that it holds a DiTTransformer2DModel"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_pipeline_of_another_kind_is_no_pixel_model(kind: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    index, wrong = OTHERS[kind]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    assert wrong in refused(cli, tmp_path / "model", tmp_path)
+    sentence = f"holds a {index['_class_name']}; this command samples unconditional pixel pipelines"
+    with pytest.raises(ValueError, match=sentence):
+        load(str(tmp_path / "model"))
+
+
+def test_a_scheduler_without_betas_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    # Read as a DDPMScheduler's, its config would give that one's default betas.
+    shutil.copytree(tiny, tmp_path / "model")
+    config = {"_class_name": "ScoreSdeVeScheduler", "num_train_timesteps": 2000, "sigma_max": 1348.0}
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = {"_class_name": "ScoreSdeVePipeline", "unet": ["diffusers", "UNet2DModel"]}
+    index["scheduler"] = ["diffusers", "ScoreSdeVeScheduler"]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    assert "has a ScoreSdeVeScheduler, whose config has no betas" in refused(cli, tmp_path / "model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("model_index.json", "not json"),
+        ("model_index.json", "[]"),
+        ("model_index.json", '{"_class_name": "DDPMPipeline", "unet": "UNet2DModel", "scheduler": []}'),
+        ("model_index.json", '{"_class_name": "DDPMPipeline", "unet": 3, "scheduler": []}'),
+        ("scheduler/scheduler_config.json", "not json"),
+        ("scheduler/scheduler_config.json", None),
+        ("unet/config.json", "not json"),
+        ("unet/config.json", None),
+        ("unet/diffusion_pytorch_model.safetensors", "not safetensors"),
+        ("unet/diffusion_pytorch_model.safetensors", ""),
+    ],
+)
+def test_a_damaged_folder_is_refused(file: str, contents: str | None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.unlink() if contents is None else path.write_text(contents)
+    assert str(tmp_path / "model") in refused(cli, tmp_path / "model", tmp_path)
+
+
+def test_weights_of_another_network_are_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    tiny_unet(block_out_channels=(8,)).save_pretrained(tmp_path / "other")
+    name = "diffusion_pytorch_model.safetensors"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "model" / "unet" / name)
+    assert str(tmp_path / "model") in refused(cli, tmp_path / "model", tmp_path)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_model_that_returns_no_numbers_is_named(bad: float, cli: Cli, tmp_path: Path) -> None:
+    unet = tiny_unet()
+    unet.conv_out.weight.data.fill_(bad)
+    found = refused(cli, save_pipeline(tmp_path / "model", unet), tmp_path)
+    assert "is not finite after node 0 (time 830), " in found
+    assert "the model returned NaN or infinity, or overflowed its dtype; check its weights" in found
+
+
+def test_a_network_that_also_predicts_a_variance_is_refused(cli: Cli, tmp_path: Path) -> None:
+    found = refused(cli, save_pipeline(tmp_path / "model", tiny_unet(out_channels=2)), tmp_path)
+    assert "the model returned shape (1, 2, 8, 8) for rows of shape (1, 1, 8, 8)" in found
+    assert "a network that also predicts a variance needs those channels removed" in found
+
+
+def test_a_sample_that_is_no_picture_is_refused(cli: Cli, tmp_path: Path) -> None:
+    found = refused(cli, save_pipeline(tmp_path / "model", tiny_unet(channels=2)), tmp_path)
+    assert "a sample has 2 channels; a picture has 1 (grey) or 3 (colour)" in found
+
+
+def test_a_scheduler_without_a_table_is_refused_by_the_option(cli: Cli, tmp_path: Path) -> None:
+    model = save_pipeline(tmp_path / "model", prediction_type="sample", variance_type="learned_range")
+    out = tmp_path / "out"
+    found = cli("sample", model, "--sampler", "ddpm", "--steps", 6, "--out", out).sentence
+    assert "the scheduler's config has variance_type = 'learned_range', which has no table here" in found
+    assert not out.exists()

@@ -1,0 +1,217 @@
+"""What is remembered of earlier samples is where they needed nodes, spares later ones rounds, and is never in the way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paradiff import Keyed, Schedule, Solution, Table, Visit, collocation, ddim, ddpm, sample
+from paradiff.methods.collocation.mesh import BINS
+from paradiff.methods.collocation.mesh_store import LEAST, SETTLED, Memory, needed
+from paradiff.methods.collocation.method import DETERMINISTIC_NODES, Collocation, placement_on
+from paradiff.methods.collocation.solver import Implicit
+from paradiff.models.exact import Gaussian, Mixture
+
+LINEAR = Schedule.linear()
+PLANE = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-0.6, 0.2], [0.5, -0.3]]), torch.tensor([0.1, 0.2]))
+TIGHT = 1e-4  # at which the nodes of an unknown model do not suffice
+
+
+def run(table: Table, method: Collocation, seed: int = 0, samples: int = 1, data: Any = PLANE) -> Solution:
+    return sample(data.denoiser(table), table, Keyed((2,), seed, samples), method, dtype=torch.float64)
+
+
+def entries(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["tables"]
+
+
+def first_nodes(found: Solution) -> int:
+    visit = found.history[0]
+    assert isinstance(visit, Visit)
+    return visit.of
+
+
+def test_the_numbers_asked_for_leave_out_what_is_wanted_and_are_the_fewest() -> None:
+    shares, wanted = [0.3, 0.05, 0.001, 0.12], 0.02
+    numbers = needed(shares, wanted)
+
+    def left(n: list[float]) -> float:
+        return math.sqrt(sum((e / k**1.5) ** 2 for e, k in zip(shares, n, strict=True)))
+
+    assert left(numbers) == pytest.approx(wanted)
+    for _ in range(20):  # other numbers, as many in all, leave out more
+        other = [n * math.exp(0.3 * float(torch.randn(()))) for n in numbers]
+        other = [n * sum(numbers) / sum(other) for n in other]
+        assert left(other) > wanted
+
+
+def test_later_samples_need_fewer_rounds_and_evaluations(tmp_path: Path) -> None:
+    table, path = ddim(LINEAR, 400), tmp_path / "nodes.json"
+    plain, remembering = (collocation(window=16, tolerance=TIGHT, memory=m) for m in (None, path))
+    first, unknown = run(table, remembering), run(table, plain)
+    assert torch.equal(first.sample, unknown.sample)  # an empty memory changes nothing
+    for seed in range(1, 6):
+        run(table, remembering, seed)
+    later, fresh = (run(table, method, 20, 4) for method in (remembering, plain))
+    assert later.rounds < fresh.rounds
+    assert later.evaluations < 0.95 * fresh.evaluations
+    wanted = run(table, collocation(exact=True, tolerance=1e-6), 20, 4).sample
+    assert (later.sample - wanted).square().mean(1).sqrt().max() < 3 * TIGHT
+
+
+def test_other_tolerances_share_what_is_remembered(tmp_path: Path) -> None:
+    table, path = ddim(LINEAR, 400), tmp_path / "nodes.json"
+    for seed in range(4):
+        run(table, collocation(tolerance=TIGHT, memory=path), seed)
+    assert len(entries(path)) == 1
+    counts = [first_nodes(run(table, collocation(tolerance=t, memory=path), 9)) for t in (1e-5, 1e-4, 1e-3)]
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_the_file_holds_a_few_numbers_for_each_table(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    for table in (ddim(LINEAR, 200), ddpm(LINEAR, 200), ddim(LINEAR, 200)):
+        run(table, collocation(memory=path), 1)
+    run(ddim(LINEAR, 200), collocation(order=2, memory=path), 1)
+    held = entries(path)
+    assert sorted((e["chain"], e["samples"]) for e in held.values()) == [("ddim", 1), ("ddim", 2), ("ddpm", 1)]
+    for entry in held.values():
+        assert len(entry["nodes"]) == BINS
+        assert set(entry) == {"chain", "steps", "samples", "variance", "nodes"}
+    assert len(path.read_text()) < 2000
+    assert [file.name for file in tmp_path.iterdir()] == ["nodes.json"]
+
+
+def test_it_is_left_as_it_is_after_enough_samples(tmp_path: Path) -> None:
+    table, path = ddim(LINEAR, 200), tmp_path / "nodes.json"
+    run(table, collocation(memory=path), 0, SETTLED)
+    before = path.read_bytes()
+    run(table, collocation(memory=path), 1)
+    assert path.read_bytes() == before
+
+
+def test_one_sample_that_needs_very_many_counts_as_a_few_more(tmp_path: Path) -> None:
+    table = ddim(LINEAR, 200)
+    prior = (DETERMINISTIC_NODES * placement_on(table).in_bins()).tolist()
+    totals = []
+    for number in (40.0, 4000.0):
+        path = tmp_path / f"{number}.json"
+        memory = Memory(path, table, 3)
+        memory.note([number / BINS] * BINS, 0.25)
+        memory.keep(prior)
+        found = Memory(path, table, 3).found
+        assert found is not None
+        totals.append(sum(found.nodes))
+    assert totals[0] == pytest.approx(math.sqrt(DETERMINISTIC_NODES * 40), rel=0.02)
+    assert totals[1] < 1.2 * DETERMINISTIC_NODES
+    memory = Memory(tmp_path / "few.json", table, 3)
+    memory.note([0.01] * BINS, 0.25)
+    memory.keep(prior)
+    found = Memory(tmp_path / "few.json", table, 3).found
+    assert found is not None
+    assert sum(found.nodes) == pytest.approx(DETERMINISTIC_NODES * math.sqrt(LEAST), rel=0.02)
+
+
+def test_nodes_lie_where_they_were_needed(tmp_path: Path) -> None:
+    table, path = ddim(LINEAR, 400), tmp_path / "nodes.json"
+    memory = Memory(path, table, 3, "chain")
+    for _ in range(20):
+        memory.note([20.0, *[1.0] * (BINS - 1)], 0.25)
+    memory.keep((DETERMINISTIC_NODES * placement_on(table).in_bins()).tolist())
+    learnt, usual = (collocation(memory=m) for m in (path, None))
+    remembered = learnt.remember(table)
+    assert remembered is not None
+    place = placement_on(table).in_bins
+    assert float(place(0, 20)[0]) == pytest.approx(1)  # these steps lie in the first part
+    early = [sum(edge < 20 for edge in m.edges(table, r)) for m, r in ((learnt, remembered.found), (usual, None))]
+    assert early[0] > 2 * early[1]
+
+
+def test_the_variance_that_was_found_is_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, path = ddim(LINEAR, 200), tmp_path / "nodes.json"
+    data = Gaussian(torch.tensor([0.001, -0.002]), 1e-4 * torch.ones(2))
+    shifts = list[float]()
+    again = Implicit._reshift
+    monkeypatch.setattr(Implicit, "_reshift", lambda self, variance: (shifts.append(variance), again(self, variance))[1])
+    run(table, collocation(tolerance=4e-5, memory=path), 3, data=data)
+    assert len(shifts) == 1
+    variance = next(iter(entries(path).values()))["variance"]
+    assert variance == pytest.approx(shifts[0], rel=0.5)
+    found = run(table, collocation(tolerance=4e-5, memory=path), 4, data=data)
+    assert len(shifts) == 1
+    wanted = run(table, collocation(exact=True, tolerance=1e-7), 4, data=data).sample
+    assert (found.sample - wanted).square().mean().sqrt() < 4e-5
+    memory = collocation(memory=path).remember(table)
+    assert memory is not None
+    assert memory.found is not None
+    assert memory.found.variance == variance
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("nodes", "Expecting value"),
+        ("[]", "it does not say 'paradiff nodes 1'"),
+        ('{"format": "paradiff nodes 1", "tables": 3}', "it does not say"),
+        (b"\xff\xfe\x00", "decode"),
+    ],
+    ids=["no JSON", "no object", "no tables", "no text"],
+)
+def test_a_file_that_is_something_else_is_refused_and_kept(content: str | bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"nodes\.json' is no file of remembered nodes \(.*{why}.*delete it, or give another"):
+        run(ddim(LINEAR, 100), collocation(memory=path))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"nodes": [1.0] * BINS, "variance": 0.25}, "lacks 'samples'"),
+        ({"nodes": [1.0] * 3, "variance": 0.25, "samples": 1}, "has 3 numbers of nodes"),
+        ({"nodes": [-1.0] * BINS, "variance": 0.25, "samples": 1}, "numbers of nodes"),
+        ({"nodes": [math.nan] * BINS, "variance": 0.25, "samples": 1}, "numbers of nodes"),
+    ],
+    ids=["no count", "few", "negative", "nan"],
+)
+def test_an_entry_that_is_damaged_is_refused(entry: dict[str, Any], why: str, tmp_path: Path) -> None:
+    table, path = ddim(LINEAR, 100), tmp_path / "nodes.json"
+    run(table, collocation(memory=path))
+    held = json.loads(path.read_text())
+    held["tables"] = dict.fromkeys(held["tables"], entry)
+    path.write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=why):
+        run(table, collocation(memory=path))
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_is_computed(tmp_path: Path) -> None:
+    table = ddim(LINEAR, 100)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the network was asked")
+
+    with pytest.raises(ValueError, match=r"absent/nodes\.json', whose folder does not exist; make it, or give another path"):
+        sample(never, table, Keyed((2,), 0), collocation(memory=tmp_path / "absent" / "nodes.json"))
+
+
+def test_what_cannot_be_written_costs_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, path = ddim(LINEAR, 100), tmp_path / "nodes.json"
+    run(table, collocation(memory=path))
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("paradiff.methods.collocation.mesh_store.os.replace", full)
+    with pytest.warns(UserWarning, match=r"was not remembered in .*nodes\.json: no space left"):
+        found = run(table, collocation(memory=path), 1)
+    assert torch.isfinite(found.sample).all()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["nodes.json"]

@@ -1,0 +1,86 @@
+"""Edges begin at node 0, increase, end with a step of their own, and lie where a gap may begin."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from paradiff import Schedule, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
+from paradiff.methods.collocation.interval import finite_log_snr
+from paradiff.methods.collocation.mesh import Placement, density
+
+TABLES = {
+    "ddim": ddim(Schedule.linear(), 200),
+    "ddim pure noise": ddim(Schedule.linear(rescale_zero_snr=True), 200, spacing="trailing", prediction="v"),
+    "ddpm": ddpm(Schedule.linear(), 200),
+    "euler_ancestral": euler_ancestral(Schedule.scaled_linear(), 200),
+    "heun": heun(Schedule.scaled_linear(), 100),
+    "dpmpp_2m": dpmpp_2m(Schedule.linear(), 200),
+    "flow_euler": flow_euler(200),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("count", [2, 8, 20, 56])
+def test_edges_increase_from_the_start_to_the_end_at_candidates(name: str, count: int) -> None:
+    table = TABLES[name]
+    placement = Placement(table)
+    edges = placement.edges(count)
+    assert edges[0] == 0
+    assert edges[-1] == table.steps
+    assert all(a < b for a, b in itertools.pairwise(edges))
+    assert set(edges[:-1]) <= set(placement.candidates)
+    assert len(edges) - 1 <= count
+    assert edges[-2] == placement.candidates[-1]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_candidates_are_at_increasing_levels(name: str) -> None:
+    table = TABLES[name]
+    candidates = Placement(table).candidates
+    assert candidates[0] == 0
+    assert (finite_log_snr(table)[candidates].diff() > 0).all()
+
+
+def test_gaps_of_a_two_stage_sampler_begin_where_it_starts_afresh() -> None:
+    table = TABLES["heun"]
+    assert set(Placement(table).candidates) <= set(table.restarts)
+
+
+def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
+    table = TABLES["ddim"]
+    place = finite_log_snr(table)
+    edges = place[Placement(table).edges(16)[1:-2]]  # node 0 is far off already
+    step, wide, middle = float(place.diff()[20:-3].max()), edges.diff(), (edges[1:] + edges[:-1]) / 2
+    tails = wide[(middle + 0.3).abs() > 4]
+    assert tails.max() - tails.min() < 2 * step
+    assert wide[(middle + 0.3).abs() < 1].max() < 0.5 * tails.min()
+
+
+def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:
+    table = TABLES["ddpm"]
+    place = finite_log_snr(table)[Placement(table).edges(40)[:-1]]
+    gaps, middle = place.diff(), (place[1:] + place[:-1]) / 2
+    decided = gaps[(middle - -1.2).abs() < 1]
+    late = gaps[(middle > 2) & (middle < 5)]
+    assert float(decided.mean()) < 0.7 * float(late.mean())
+    assert density(torch.tensor([-1.2]), True) > 2 * density(torch.tensor([4.0]), True)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_a_split_gap_has_at_most_so_many_parts(parts: int) -> None:
+    placement = Placement(TABLES["ddpm"])
+    found = placement.split(50, 110, parts)
+    assert len(found) == parts
+    assert found[0] == 50
+    assert all(a < b < 110 for a, b in itertools.pairwise(found))
+
+
+def test_a_single_step_is_not_split() -> None:
+    assert Placement(TABLES["ddpm"]).split(50, 51, 4) == [50]
+
+
+def test_a_gap_of_two_steps_is_split_once() -> None:
+    assert Placement(TABLES["ddpm"]).split(50, 52, 4) == [50, 51]

@@ -1,0 +1,223 @@
+"""Faults are planted, and the check that should see each one is shown to see it, and to pass without it.
+
+A comparison counts as failed when it is off by more than 1e-3: far above rounding, and small beside any visible error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from problems import EXACT, SHAPE, SLOPES, TABLES, chain, chains, gap, network, run
+from textbook import betas_of, dpm_nodes, landings, start_and_noise, textbook_ddim, textbook_dpmpp_2m, times_of, walk
+from torch import Tensor
+
+import paradiff.methods.window.solver
+from paradiff import (
+    Batch,
+    Evaluator,
+    Keyed,
+    Method,
+    Schedule,
+    Table,
+    ddim,
+    dpmpp_2m,
+    jacobi,
+    paradigms,
+    parasolver,
+    sample,
+    sequential,
+)
+from paradiff.methods.window.solver import Window
+
+SEEN = 1e-3
+BAR = np.cumprod(1 - betas_of("linear"))
+
+
+def to_chain(method: Method, table: Table) -> float:
+    """Check: the solver against the plain loop over the same table."""
+    found = sample(network, table, Keyed(SHAPE, 0, 2), method, dtype=torch.float64)
+    return gap(found.sample, chains(network, table, Keyed(SHAPE, 0, 2)))
+
+
+# -- coefficients ------------------------------------------------------------------------------------------------------
+
+
+def to_textbook_ddim(table: Table) -> float:
+    """Check: the table against the textbook loop of DDIM with the noise of DDPM."""
+    x, noise = start_and_noise(table.steps)
+    times = times_of(table.steps, "leading", 0)
+    landed = landings(BAR, times, "next", True)
+    wanted = textbook_ddim(BAR, times, landed, x, noise, "epsilon", 1.0, None, False)
+    return gap(torch.stack(walk(table, x, noise)), torch.stack(wanted))
+
+
+def to_textbook_dpmpp_2m(table: Table) -> float:
+    """Check: the table against the textbook loop of DPM-Solver++(2M)."""
+    x, noise = start_and_noise(table.steps)
+    times, ratio = dpm_nodes(BAR, table.steps, "linspace", 0, False, "zero")
+    wanted = textbook_dpmpp_2m(times, ratio, x, "epsilon", {0, table.steps - 1}, lambda clean: clean)
+    return gap(torch.stack(walk(table, x, noise)), torch.stack(wanted))
+
+
+def test_a_consistent_wrong_coefficient_is_seen_by_the_textbook_alone() -> None:
+    table = ddim(Schedule.linear(), 20, eta=1.0)
+    # Less noise in one step, and the network's output weighed so that variances still add up.
+    c, b = table.c.clone(), table.b.clone()
+    c[8] *= 0.5
+    direction = math.sqrt(float(table.sigma[9]) ** 2 - float(c[8]) ** 2)
+    b[8, 0] = direction - table.a[8, 0] * table.sigma[8]
+    wrong = dataclasses.replace(table, b=b, c=c)  # The table's guards let it pass.
+    assert to_textbook_ddim(table) < EXACT
+    assert to_textbook_ddim(wrong) > SEEN
+    assert to_chain(parasolver(tolerance=0.0), wrong) < EXACT
+
+
+def test_the_outputs_of_two_steps_swapped_are_seen_by_the_textbook_alone() -> None:
+    table = dpmpp_2m(Schedule.linear(), 20)
+    b = table.b.clone()
+    b[9] = b[9].flip(0)
+    wrong = dataclasses.replace(table, b=b)
+    assert to_textbook_dpmpp_2m(table) < EXACT
+    assert to_textbook_dpmpp_2m(wrong) > SEEN
+    assert to_chain(parasolver(tolerance=0.0), wrong) < EXACT
+
+
+# -- the window --------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_slid_one_too_far_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert to_chain(paradigms(5, 0.0), TABLES["ddpm"]) < EXACT
+    slide = Window.slide
+    monkeypatch.setattr(Window, "slide", lambda self, change, round: slide(self, [0.0, *change[1:]], round))
+    assert to_chain(paradigms(5, 0.0), TABLES["ddpm"]) > SEEN
+
+
+@pytest.mark.parametrize("slope", [slope for slope in SLOPES if slope != "zero"])
+def test_an_update_that_adds_the_residual_once_more_is_seen_by_the_chain(slope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method("", SLOPES[slope], 5, start="copy", tolerance=0.0)
+    assert to_chain(method, TABLES["ddpm"]) < EXACT
+    inverse = paradiff.methods.window.solver.inverse
+
+    class Diagonal(Tensor):
+        """A matrix whose diagonal cannot be taken away."""
+
+        def fill_diagonal_(self, *_: object) -> Tensor:
+            return self.as_subclass(Tensor)
+
+    monkeypatch.setattr(paradiff.methods.window.solver, "inverse", lambda rows: inverse(rows).as_subclass(Diagonal))
+    assert to_chain(method, TABLES["ddpm"]) > SEEN
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "heun"])
+def test_a_history_shifted_by_one_is_seen_by_the_chain(name: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = parasolver(3, 0.0, stride=stride)
+    assert to_chain(method, TABLES[name]) < EXACT
+    rows = Window.rows
+
+    def shifted(self: Window) -> tuple[Tensor, Tensor]:
+        found = rows(self)
+        self.places = [self.places[0]] * len(self.places)
+        return found
+
+    monkeypatch.setattr(Window, "rows", shifted)
+    assert to_chain(method, TABLES[name]) > SEEN
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+class InCallOrder(Keyed):
+    """The fault: every draw is the next of one generator, whichever node asks."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        return torch.randn(len(nodes), *self.shape, generator=self.generator)
+
+
+def test_noise_drawn_in_call_order_is_seen_by_another_window() -> None:
+    def apart(source: Callable[..., Keyed]) -> float:
+        """Check: two samples with windows of one node and of five."""
+        one, five = (
+            sample(network, TABLES["ddpm"], source(SHAPE, 0, 2), method, dtype=torch.float64).sample
+            for method in (sequential(), parasolver(5, 0.0))
+        )
+        return gap(five, one)
+
+    assert apart(Keyed) < EXACT
+    assert apart(InCallOrder) > SEEN
+
+
+# -- the evaluator -----------------------------------------------------------------------------------------------------
+
+SHIFTS = torch.tensor([0.0, 1.0, -0.7])
+
+
+def shifted_network(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+    return network(x + shift.view(-1, 1, 1), t)
+
+
+def to_lone_chains(rows: int | None = None) -> float:
+    """Check: three samples with conditioning, solved together, against a plain loop for each."""
+    table, noise = TABLES["ddim"], Keyed(SHAPE, 0, 3)
+    evaluator = Evaluator(shifted_network, conditioning={"shift": SHIFTS}, max_rows=rows)
+    found = sample(evaluator, table, noise, parasolver(5, 0.0), dtype=torch.float64)
+    wanted = [chain(shifted_network, table, noise, k, shift=SHIFTS[k : k + 1])[-1] for k in range(3)]
+    return gap(found.sample, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("order", ["first rows of the conditioning", "rows by place in the batch", "samples reversed"])
+def test_conditioning_rows_in_another_order_are_seen_by_lone_chains(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert to_lone_chains() < EXACT
+    call = Evaluator._call
+
+    def wrong(self: Evaluator, batch: Batch, part: slice) -> Tensor:
+        rows = torch.arange(len(batch.samples))
+        samples = {
+            "first rows of the conditioning": torch.zeros_like(rows),
+            "rows by place in the batch": rows % 3,
+            "samples reversed": 2 - batch.samples,
+        }[order]
+        return call(self, dataclasses.replace(batch, samples=samples), part)
+
+    monkeypatch.setattr(Evaluator, "_call", wrong)
+    assert to_lone_chains() > SEEN
+
+
+def test_rows_permuted_across_chunks_are_seen_by_lone_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert to_lone_chains(rows=4) < EXACT
+    call = Evaluator.__call__
+
+    def wrong(self: Evaluator, batch: Batch) -> Tensor:
+        return torch.cat(call(self, batch).split(self.max_rows)[::-1])
+
+    monkeypatch.setattr(Evaluator, "__call__", wrong)
+    assert to_lone_chains(rows=4) > SEEN
+
+
+def test_conditioning_indexed_over_the_whole_batch_in_every_chunk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert to_lone_chains(rows=4) < EXACT
+    call = Evaluator._call
+
+    def wrong(self: Evaluator, batch: Batch, part: slice) -> Tensor:
+        # Each chunk is handed the conditioning of the first one.
+        count = len(batch.samples[part])
+        return call(self, dataclasses.replace(batch, samples=batch.samples.roll(part.start)[: part.start + count]), part)
+
+    monkeypatch.setattr(Evaluator, "_call", wrong)
+    assert to_lone_chains(rows=4) > SEEN
+
+
+def test_a_tolerance_that_lets_everything_pass_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) < EXACT
+    monkeypatch.setattr(paradiff.methods.window.solver.Ledger, "cost", lambda self, passed: 0.0)
+    assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) > SEEN
+    assert run(TABLES["ddpm"], jacobi(5, 0.0)).estimated_error == 0  # And by nothing that the run itself reports.

@@ -1,0 +1,166 @@
+"""Solvers whose caller changes states between steps: inpainting and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import TABLES
+from torch import Tensor
+
+from paradiff import Keyed, Method, Solution, Table, flow_euler, parasolver, sequential, srds
+from paradiff.solver.loop import Edited, solve
+
+SHAPE = (3, 4, 4)
+Edit = Callable[[int, Tensor], Tensor]
+"""`edit(i, x)`: what becomes of the state that step i made."""
+
+MASK = (torch.arange(48).view(SHAPE) % 3 == 0).double()
+
+
+def model(x: Tensor, t: Tensor) -> Tensor:
+    """A smooth network that couples all elements."""
+    return torch.tanh(0.6 * x + 0.3 * x.mean((1, 2, 3), keepdim=True)) * (0.5 + t.double() / 1000).view(-1, 1, 1, 1).cos()
+
+
+def known(i: int) -> Tensor:
+    """The known picture at the noise level after step i."""
+    return torch.linspace(-1, 1, 48, dtype=torch.float64).view(SHAPE) * (1 + 0.1 * i)
+
+
+EDITS: dict[str, Edit] = {
+    "overwrite": lambda i, x: MASK * known(i) + (1 - MASK) * x,
+    "blend": lambda i, x: 0.3 * MASK * known(i) + (1 - 0.3 * MASK) * x,
+    "add": lambda i, x: x + 0.05 * known(i),
+}
+
+
+def chain(table: Table, noise: Keyed, edit: Edit) -> Tensor:
+    """The edited chain by an ordinary loop."""
+    x = noise.start(0).double() * table.start_scale
+    z = noise.draw(0, range(table.steps)).double()
+    states, outputs = [], []
+    for i in range(table.steps):
+        seen = (table.scale[i] * x)[None]
+        states.append(x)
+        outputs.append(table.convert(torch.tensor([i]), x[None], model(seen, table.t[i : i + 1]))[0])
+        new = table.c[i] * z[i]
+        for j in range(min(table.band, i + 1)):
+            new = new + table.a[i, j] * states[i - j] + table.b[i, j] * outputs[i - j]
+        x = edit(i, new) if i + 1 < table.steps else new
+    return x
+
+
+def solved(table: Table, noise: Keyed, method: Method, edit: Edit) -> Solution:
+    """The same by a solver, whose states are edited where a pipeline's loop would edit them."""
+    plain = [table.scale[n] for n in range(table.steps)]
+    solver = solve(table, noise, method, dtype=torch.float64)
+    batch = next(solver)
+    while True:
+        nodes = batch.nodes.tolist()
+        states = torch.stack([x / plain[n] for n, x in zip(nodes, batch.x, strict=True)])
+        shown = torch.stack([x if n == 0 else edit(n - 1, x) for n, x in zip(nodes, states, strict=True)])
+        seen = torch.stack([x * plain[n] for n, x in zip(nodes, shown, strict=True)])
+        try:
+            batch = solver.send(Edited(model(seen, batch.t), shown))
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize("window", [None, 5, 1])
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", TABLES)
+def test_edited_chain_is_solved(name: str, edit: str, window: int | None) -> None:
+    table, noise = TABLES[name], Keyed(SHAPE, 3)
+    window = None if window is None else min(window, table.steps)
+    solution = solved(table, noise, parasolver(window, tolerance=0.0), EDITS[edit])
+    expected = chain(table, noise, EDITS[edit])
+    torch.testing.assert_close(solution.sample[0], expected, rtol=1e-10, atol=1e-10)  # float64, sums in another order
+
+
+def test_overwritten_elements_cost_no_rounds() -> None:
+    table, noise = flow_euler(40), Keyed(SHAPE, 3)
+    method = parasolver(tolerance=1e-4)
+    free = solved(table, noise, method, lambda i, x: x)
+    painted = solved(table, noise, method, EDITS["overwrite"])
+    assert painted.rounds <= free.rounds + 2 < table.steps
+    error = (painted.sample[0] - chain(table, noise, EDITS["overwrite"])).square().mean().sqrt()
+    assert error < 1e-3  # ten times the tolerance, which is an estimate
+
+
+def test_states_left_alone_are_no_edit() -> None:
+    table, noise = TABLES["dpmpp_2m"], Keyed(SHAPE, 3)
+    one = solved(table, noise, parasolver(4, tolerance=1e-3), lambda i, x: x)
+    solver = solve(table, noise, parasolver(4, tolerance=1e-3), dtype=torch.float64)
+    batch = next(solver)
+    while True:
+        try:
+            batch = solver.send(model(batch.x, batch.t))
+        except StopIteration as end:
+            other = end.value
+            break
+    assert other.rounds == one.rounds
+    torch.testing.assert_close(one.sample, other.sample, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [
+        (parasolver(stride=2), "parasolver solves sub-intervals of 2 steps.*stride of 1"),
+        (srds(4), "srds's coarse steps cannot follow that; use parasolver"),
+    ],
+)
+def test_methods_that_cannot_follow_say_so(method: Method, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        solved(TABLES["ddim"], Keyed(SHAPE, 3), method, EDITS["overwrite"])
+
+
+def test_settled_states_come_in_order_and_once() -> None:
+    table, noise = TABLES["ddpm"], Keyed(SHAPE, 3)
+    seen: list[tuple[int, Tensor]] = []
+    solver = solve(
+        table,
+        noise,
+        parasolver(6, tolerance=0.0),
+        dtype=torch.float64,
+        settled=lambda first, states: seen.extend((first + k, x.clone()) for k, x in enumerate(states)),
+    )
+    batch = next(solver)
+    while True:
+        try:
+            batch = solver.send(model(batch.x, batch.t))
+        except StopIteration as end:
+            solution = end.value
+            break
+    assert [n for n, _ in seen] == list(range(1, table.steps + 1))
+    assert torch.equal(seen[-1][1], solution.sample[0])
+    one = solve(table, noise, sequential(), dtype=torch.float64)
+    batch = next(one)
+    for _, x in seen[:-1]:
+        batch = one.send(model(batch.x, batch.t))
+        torch.testing.assert_close(batch.x[0] / table.scale[batch.nodes[0]], x, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="srds keeps the states of a few nodes only"):
+        next(solve(table, noise, srds(4), settled=lambda first, states: None))
+
+
+def test_members_are_judged_by_the_worst() -> None:
+    """A batch that shares a window takes the rounds of its slowest member, however many easy ones there are."""
+    table = flow_euler(40)
+    stiff = 2.2 * torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def two_kinds(x: Tensor, t: Tensor) -> Tensor:
+        hard = torch.sin(stiff * x[:, :1])
+        return torch.cat([hard, 0 * x[:, 1:]], 1)
+
+    def rounds(shape: tuple[int, ...], members: bool) -> int:
+        solver = solve(table, Keyed(shape, 3), parasolver(tolerance=1e-4), dtype=torch.float64, members=members)
+        batch = next(solver)
+        while True:
+            try:
+                batch = solver.send(two_kinds(batch.x, batch.t))
+            except StopIteration as end:
+                return end.value.rounds
+
+    alone = rounds((1, 4, 4), True)
+    assert rounds((64, 4, 4), True) >= alone > rounds((64, 4, 4), False)

@@ -1,0 +1,142 @@
+"""`Callback`: told once a step, in order, of copies in the loop's dtype; what would steer the loop is refused by name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.callbacks import SDCFGCutoffCallback
+from torch import Tensor
+
+from paradiff.pipelines.loop.callback import Callback
+
+TIMES = torch.tensor([900, 600, 300, 0])
+
+
+def given(function: Any, dtype: torch.dtype = torch.float32, **arguments: Any) -> tuple[Callback, Any]:
+    """The callback of a call with these arguments, ready to be told, and its pipeline."""
+    pipeline = SimpleNamespace(_interrupt=False, _guidance_scale=7.5, parts=[])
+    callback = Callback.of(pipeline, {"callback_on_step_end": function, "prompt": "a", **arguments})
+    assert callback is not None
+    callback.timesteps, callback.dtype = TIMES, dtype
+    return callback, pipeline
+
+
+def test_states_are_told_in_order_with_the_step_that_led_to_them() -> None:
+    told: list[tuple[Any, int, int, Tensor]] = []
+    callback, pipeline = given(lambda pipe, step, time, tensors: told.append((pipe, step, int(time), tensors["latents"])))
+    states = torch.arange(8.0).view(4, 2)
+    callback.settled(1, states[:1])
+    callback.settled(2, states[1:])
+    assert [(pipe is pipeline, step, time) for pipe, step, time, _ in told] == [
+        (True, step, int(TIMES[step])) for step in range(4)
+    ]
+    assert torch.equal(torch.stack([latents for *_, latents in told]), states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_states_are_told_in_the_loops_dtype_as_copies(dtype: torch.dtype) -> None:
+    kept: list[Tensor] = []
+    callback, _ = given(lambda pipe, step, time, tensors: kept.append(tensors["latents"]), dtype)
+    states = torch.rand(2, 3)
+    before = states.clone()
+    callback.settled(1, states)
+    assert {latents.dtype for latents in kept} == {dtype}
+    for latents in kept:
+        latents.zero_()  # what is kept belongs to the callback
+    assert torch.equal(states, before)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda tensors: None,
+        lambda tensors: {},
+        lambda tensors: tensors,
+        lambda tensors: {"latents": tensors["latents"].clone()},
+    ],
+    ids=["None", "nothing", "the same", "a copy"],
+)
+def test_answers_that_change_nothing_are_welcome(answer: Any) -> None:
+    def look(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:
+        pipe.seen = step  # a note of its own, which the loop does not know
+        pipe.parts.append(step)
+        return answer(tensors)
+
+    callback, pipeline = given(look)
+    callback.settled(1, torch.rand(4, 2))
+    assert (pipeline.seen, pipeline.parts) == (3, [0, 1, 2, 3])
+
+
+def replaces(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:
+    return {"latents": tensors["latents"] * (2 if step == 1 else 1)}
+
+
+def edits(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:
+    tensors["latents"][0] += step == 1
+
+
+def hands_back_more(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:
+    return tensors | ({"prompt_embeds": torch.zeros(1)} if step == 1 else {})
+
+
+def stops(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:
+    pipe._interrupt = step == 1
+
+
+def turns_guidance_off(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:
+    pipe._guidance_scale = 0.0 if step == 1 else pipe._guidance_scale
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (replaces, "the latents"),
+        (edits, "the latents"),
+        (hands_back_more, "prompt_embeds"),
+        (stops, "pipe._interrupt"),
+        (turns_guidance_off, "pipe._guidance_scale"),
+    ],
+)
+def test_callbacks_that_steer_are_refused_at_the_step_that_they_steer(function: Any, what: str) -> None:
+    callback, _ = given(function)
+    callback.settled(1, torch.rand(1, 2))
+    with pytest.raises(ValueError, match=f"callback_on_step_end changed {what} after step 1; .*leave the change out"):
+        callback.settled(2, torch.rand(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"callback": print}, "callback= was given, .*use callback_on_step_end=, or leave it out"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds", "timesteps"]},
+            "callback_on_step_end asks for prompt_embeds, timesteps, by which it could change later steps",
+        ),
+        (
+            {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.5)},
+            "callback_on_step_end asks for prompt_embeds",
+        ),
+        (  # diffusers lets the callback's own inputs count
+            {
+                "callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.5),
+                "callback_on_step_end_tensor_inputs": ["latents"],
+            },
+            "callback_on_step_end asks for prompt_embeds",
+        ),
+    ],
+    ids=["old form", "more than latents", "inputs of its own", "inputs of its own beside the call's"],
+)
+def test_callbacks_that_cannot_be_honoured_are_refused_before_the_loop(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Callback.of(None, {"callback_on_step_end": print} | arguments)
+
+
+def test_without_a_callback_there_is_none_and_the_loop_is_given_none() -> None:
+    assert Callback.of(None, {"prompt": "a", "callback_on_step_end": None, "callback": None}) is None
+    arguments = {"prompt": "a", "callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["latents"]}
+    assert Callback.without(arguments) == {"prompt": "a"}
+    assert len(arguments) == 3

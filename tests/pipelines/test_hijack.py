@@ -1,0 +1,280 @@
+"""The scheduler a pipeline's loop sees is the user's, but for the iteration, the scaling and the step."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers.deprecated import ScoreSdeVpScheduler
+from torch import Tensor
+
+from paradiff.errors import Divergence, Refusal
+from paradiff.pipelines.loop.scheduler_proxy import Iterations, RoundTimesteps, blur, first_index, hijack, place, real_scheduler
+
+SCHEDULERS = [
+    diffusers.DDIMScheduler,
+    diffusers.DDPMScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.FlowMatchEulerDiscreteScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.HeunDiscreteScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.LMSDiscreteScheduler,
+    diffusers.KDPM2DiscreteScheduler,
+    diffusers.EDMEulerScheduler,
+    diffusers.LCMScheduler,
+]
+
+
+every = pytest.mark.parametrize("make", SCHEDULERS, ids=lambda make: make.__name__)
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers calls numpy
+
+
+class Spy:
+    """A loop that writes down what it is asked."""
+
+    def __init__(self) -> None:
+        self.iterations = Iterations()
+        self.calls: list[Any] = []
+
+    def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
+        assert type(timesteps) is Tensor
+        return self.iterations.walk(timesteps, lambda: iter([]))
+
+    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
+        self.calls.append(("scale", sample, timestep))
+        return sample
+
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
+        self.iterations.steps += 1
+        self.calls.append(("step", output, timestep, sample, kwargs))
+        return (sample,)
+
+
+def state(scheduler: Any) -> dict[str, str]:
+    return {k: repr(v.tolist() if isinstance(v, Tensor) else v) for k, v in vars(scheduler).items()}
+
+
+@every
+def test_a_hijacked_scheduler_is_the_users_in_every_other_respect(make: Any) -> None:
+    scheduler = make()
+    before = state(scheduler)
+    hijacked = hijack(scheduler, Spy())
+    real = copy.deepcopy(scheduler)
+    assert isinstance(hijacked, type(scheduler))
+    assert (type(hijacked).__name__, type(hijacked).__module__) == (type(scheduler).__name__, type(scheduler).__module__)
+    for method in ("step", "set_timesteps"):
+        assert inspect.signature(getattr(hijacked, method)) == inspect.signature(getattr(scheduler, method))
+    for one in (hijacked, real):
+        one.set_timesteps(10)
+    assert hijacked.config == real.config
+    assert hijacked.order == real.order
+    assert getattr(hijacked, "init_noise_sigma", None) == getattr(real, "init_noise_sigma", None)
+    assert torch.equal(hijacked.timesteps, real.timesteps)
+    assert hijacked.timesteps.dtype == real.timesteps.dtype
+    if hasattr(real, "sigmas"):
+        assert torch.equal(hijacked.sigmas, real.sigmas)
+    if hasattr(real, "index_for_timestep"):
+        for t in real.timesteps:
+            assert hijacked.index_for_timestep(t) == real.index_for_timestep(t)
+    x, noise, times = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), real.timesteps[[3, 5]]
+    for method in ("add_noise", "get_velocity", "scale_noise"):
+        if hasattr(real, method):
+            order = (x, times, noise) if method == "scale_noise" else (x, noise, times)
+            assert torch.equal(getattr(hijacked, method)(*order), getattr(real, method)(*order))
+    assert type(type(hijacked).from_config(hijacked.config)) is type(scheduler)
+    assert [c.__name__ for c in hijacked.compatibles] == [c.__name__ for c in scheduler.compatibles]
+    assert state(scheduler) == before
+
+
+@every
+def test_the_real_scheduler_is_the_users_class_and_steps_as_it_does(make: Any) -> None:
+    scheduler = make()
+    loop = Spy()
+    hijacked = hijack(scheduler, loop)
+    reference = copy.deepcopy(scheduler)
+    for one in (hijacked, reference):
+        one.set_timesteps(10)
+        if hasattr(one, "set_begin_index"):
+            one.set_begin_index(2)
+    real = real_scheduler(hijacked)
+    assert type(real) is type(scheduler)
+    assert type(real.timesteps) is Tensor
+    assert real.config == reference.config
+    x, m = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    results = []
+    for one in (real, reference):
+        if hasattr(one, "scale_model_input"):
+            one.scale_model_input(x, one.timesteps[2])
+        noise = {"generator": torch.Generator().manual_seed(0)} if takes_noise(one) else {}
+        noise = {"generator": torch.Generator().manual_seed(0)} if takes_noise(one) else {}
+        y = one.step(m, one.timesteps[2], x, **noise)
+        results.append(y.prev_sample)
+    assert torch.equal(*results)
+    assert loop.calls == []
+
+
+def takes_noise(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def test_a_scheduler_that_has_its_timesteps_is_iterated_by_the_loop_at_once() -> None:
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(4)
+    hijacked = hijack(scheduler, Spy())
+    assert isinstance(hijacked.timesteps, RoundTimesteps)
+    assert not isinstance(scheduler.timesteps, RoundTimesteps)
+
+
+def test_timesteps_hold_their_values_and_give_plain_tensors() -> None:
+    loop = Spy()
+    values = torch.tensor([900, 600, 300, 0])
+    timesteps = RoundTimesteps.wrap(values, loop)
+    assert len(timesteps) == 4
+    assert timesteps.tolist() == values.tolist()
+    assert (timesteps.shape, timesteps.dtype, timesteps.device) == (values.shape, values.dtype, values.device)
+    for plain in (
+        timesteps[1],
+        timesteps[-1:].repeat(2),
+        timesteps[[1, 2]],
+        timesteps[timesteps > 500],
+        timesteps[::2],
+        timesteps / 1000,
+        1 - timesteps,
+        timesteps == 300,
+        (timesteps == 300).nonzero(),
+        timesteps.max(),
+        torch.cat([timesteps, timesteps]),
+        torch.where(timesteps > 1, timesteps, 0),
+        timesteps[None],
+        timesteps.unbind()[0],
+    ):
+        assert type(plain) is Tensor
+    assert timesteps.cpu().numpy().tolist() == values.tolist()
+
+
+def test_a_run_of_timesteps_stays_with_the_loop() -> None:
+    loop = Spy()
+    timesteps = RoundTimesteps.wrap(torch.tensor([900, 600, 300, 0]), loop)
+    for run in (
+        timesteps[1:],
+        timesteps[:-1],
+        timesteps[1:][:2],
+        timesteps.to("cpu"),
+        timesteps.to(torch.float64),
+        timesteps.float(),
+        timesteps.clone(),
+        timesteps.flip(0),
+        torch.flip(timesteps, (0,)),
+        copy.deepcopy(timesteps),
+    ):
+        assert isinstance(run, RoundTimesteps)
+        assert run.loop is loop
+    assert [int(t) for t in reversed(timesteps)] == [0, 300, 600, 900]
+
+
+def test_an_iteration_is_the_loop_once_a_step_comes_between_two_turns() -> None:
+    loop = Spy()
+    hijacked = hijack(diffusers.DDIMScheduler(), loop)
+    hijacked.set_timesteps(5)
+    assert [int(t) for t in hijacked.timesteps] == [800, 600, 400, 200, 0]
+    assert all(type(t) is Tensor and t.ndim == 0 for t in hijacked.timesteps)
+    next(iter(hijacked.timesteps))  # an iteration that is given up
+    seen = []
+    for t in hijacked.timesteps[1:]:
+        assert [int(u) for u in hijacked.timesteps[:2]] == [800, 600]  # within the loop's body
+        assert loop.iterations.begin().tolist() == [600, 400, 200, 0]
+        seen.append(int(t))
+        hijacked.step(torch.zeros(1), t, torch.zeros(1))
+    assert seen == [600]  # Spy's rounds are none
+
+
+def test_a_first_step_late_in_the_loop_is_refused() -> None:
+    loop = Spy()
+    hijacked = hijack(diffusers.DDIMScheduler(), loop)
+    with pytest.raises(Refusal, match="does not walk over"):
+        loop.iterations.begin()
+    times = iter(hijacked.timesteps)
+    next(times)
+    next(times)
+    with pytest.raises(Refusal, match="iteration number 2"):
+        loop.iterations.begin()
+
+
+def test_step_is_taken_by_position_and_by_name() -> None:
+    loop = Spy()
+    hijacked = hijack(diffusers.DDIMScheduler(), loop)
+    m, x, t = torch.ones(2), torch.zeros(2), torch.tensor(3)
+    hijacked.step(m, t, x, 0.5, generator=None)
+    hijacked.step(sample=x, timestep=t, model_output=m, return_dict=False)
+    hijacked.scale_model_input(x, timestep=t)
+    first, second, scaled = loop.calls
+    assert first[:4] == second[:4] == ("step", m, t, x)
+    assert first[4] == {"eta": 0.5, "generator": None}
+    assert second[4] == {"return_dict": False}
+    assert scaled == ("scale", x, t)
+    with pytest.raises(TypeError, match="unexpected"):
+        hijacked.step(m, t, x, nonsense=1)
+
+
+def test_another_kind_of_step_is_refused() -> None:
+    with pytest.raises(Refusal, match="step takes model_output, old_pred_original_sample, timestep first"):
+        hijack(diffusers.CogVideoXDPMScheduler(), Spy())
+    with pytest.raises(Refusal, match="takes nothing first"):
+        hijack(ScoreSdeVpScheduler(), Spy())
+    hijacked = hijack(diffusers.RePaintScheduler(), Spy())
+    with pytest.raises(Refusal, match="undo_step"):
+        hijacked.undo_step(torch.zeros(1), 3)
+    with pytest.raises(Refusal, match="already belongs"):
+        hijack(hijacked, Spy())
+
+
+def test_a_pipelines_copy_of_its_scheduler_is_refused() -> None:
+    with pytest.raises(Refusal, match="coupled states"):
+        copy.deepcopy(hijack(diffusers.DDIMScheduler(), Spy()))
+
+
+def test_the_copys_containers_are_its_own() -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(4)
+    hijacked = hijack(scheduler, Spy())
+    hijacked.model_outputs[0] = 1
+    hijacked.set_timesteps(7)
+    assert scheduler.model_outputs == [None, None]
+    assert len(scheduler.timesteps) == 4
+
+
+def test_noise_added_within_the_loop_has_the_level_of_the_step() -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    hijacked, real = hijack(scheduler, Spy()), copy.deepcopy(scheduler)
+    x, noise = torch.randn(1, 4), torch.randn(1, 4)
+    for one in (hijacked, real):
+        one.set_timesteps(8)
+        one.set_begin_index(2)
+    base = first_index(hijacked, hijacked.timesteps[2])
+    assert base == 2
+    for i, t in enumerate(real.timesteps[2:-1]):
+        real.step(noise, t, x)
+        place(hijacked, base + i + 1)
+        after: Any = real.timesteps[i + 3].reshape(1)
+        assert torch.equal(hijacked.add_noise(x, noise, after), real.add_noise(x, noise, after))
+    blur(hijacked)
+    last: Any = real.timesteps[-1:]
+    with pytest.raises(Divergence, match="step index"):
+        hijacked.add_noise(x, noise, last)
+    assert real_scheduler(hijacked).step_index is None
+
+
+def test_the_first_index_is_looked_up_where_the_pipeline_does_not_set_it() -> None:
+    hijacked = hijack(diffusers.EulerDiscreteScheduler(), Spy())
+    hijacked.set_timesteps(8)
+    assert first_index(hijacked, hijacked.timesteps[3]) == 3
+    assert first_index(hijack(diffusers.DDIMScheduler(), Spy()), torch.tensor(0)) is None
