@@ -71,7 +71,7 @@ def measured(
     method = replace(sequential(), blocks=Blocks(blocks), corrector=corrector)
     drawn = [sample(n, table, Keyed(shape, seed, samples), method).sample for seed, n in enumerate(networks)]
     parallel = piadm_sde(blocks, slope=SLOPE) if table.stochastic else piadm_ode(blocks, None, corrector, slope=SLOPE)
-    cost = sample(networks[0], table, Keyed(shape, 0, 4) if samples > 1 else Keyed((256, *shape[1:])), parallel).certificates
+    cost = sample(networks[0], table, Keyed(shape, 0, 4) if samples > 1 else Keyed((256, *shape[1:])), parallel).error_estimates
     row: Row = {"steps": table.steps, "blocks": blocks, "corrector": "", "settings": {}, "sequential": table.steps}
     row |= {name: float(np.mean([getattr(c, name) for c in cost])) for name in COSTS[:2]}
     if corrector:

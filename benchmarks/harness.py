@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as Sheet
 
-from paradiff import Evaluator, Method, Recorded, Solution, Table, sample, sequential
+from paradiff import Evaluator, Recorded, Solution, Table, WindowMethod, sample, sequential
 from paradiff.app.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,14 +70,14 @@ class Problem:
             self._references[seed] = solution.sample
             self.sequential_seconds.append(seconds)
 
-    def solve(self, seed: int, method: Method) -> tuple[Solution, float]:
+    def solve(self, seed: int, method: WindowMethod) -> tuple[Solution, float]:
         """One sample and its whole clock, noise included."""
         begin = time.perf_counter()
         noise = Recorded(self.shape, torch.Generator().manual_seed(seed))
         solution = sample(Evaluator(self.denoiser), self.table, noise, method)
         return solution, time.perf_counter() - begin
 
-    def row(self, method: Method, slope: str, seeds: int | None = None) -> dict[str, Any]:
+    def row(self, method: WindowMethod, slope: str, seeds: int | None = None) -> dict[str, Any]:
         """Measures a method, one seed at a time (batch 1)."""
         count = min(seeds or self.seeds, self.seeds)
         found = [self.solve(seed, method) for seed in range(count)]

@@ -154,7 +154,7 @@ class Bench:
             for image in range(self.images):
                 found.append(self.call(self.pipe, image))
                 reports.append(run.report)
-        estimates = [r.certificate.estimated_error / self.spread for r in reports]
+        estimates = [r.error_estimate.estimated_error / self.spread for r in reports]
         outside = [(s - r.network_seconds) / r.rounds for (_, s), r in zip(found, reports, strict=True)]
         return self.row(
             label,

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from paradiff import (
     Keyed,
-    Method,
     Table,
+    WindowMethod,
     exponential_integrator,
     freeze_clean_data,
     freeze_epsilon,
@@ -58,7 +58,7 @@ from paradiff import (
 )
 from paradiff.app.environment import environment
 from paradiff.chain.slope import Slope
-from paradiff.methods.window.solver import Plan, Window
+from paradiff.methods.window.solver import WindowSetup, WindowSolver
 from paradiff.models.pixel import load
 from paradiff.planning import gaussian_law as law
 from paradiff.samplers.exponential import Form
@@ -304,8 +304,8 @@ def block_by_block(
         state = wanted[0]
         for n in range(len(edges) - 1):
             block, own = cut(table, edges[n], edges[n + 1]), Shifted(noise, edges[n])
-            plan = Plan(block, Method("", slope, start=start, tolerance=0.0), torch.device("cpu"), torch.float64)
-            window, done = Window(plan, own, k, state), 0
+            plan = WindowSetup(block, WindowMethod("", slope, start=start, tolerance=0.0), torch.device("cpu"), torch.float64)
+            window, done = WindowSolver(plan, own, k, state), 0
             while True:
                 nodes, x = window.rows()
                 window.absorb(network(x, plan.t[nodes]))

@@ -12,8 +12,8 @@ import torch
 from harness import Denoiser
 from torch import Tensor
 
-from paradiff import Evaluator, Recorded, Solution, Table, Visit, sample, sequential
-from paradiff.methods.presets import AnyMethod
+from paradiff import CollocationRecord, Evaluator, Recorded, Solution, Table, sample, sequential
+from paradiff.methods.presets import Method
 from paradiff.models.exact import Mixture
 from paradiff.models.pixel import load
 
@@ -83,7 +83,7 @@ class Problem:
         return Recorded(self.shape, [torch.Generator().manual_seed(seed) for seed in seeds])
 
     def solve(
-        self, method: AnyMethod, seeds: Sequence[int], *, most_rows: int | None = None, table: Table | None = None
+        self, method: Method, seeds: Sequence[int], *, most_rows: int | None = None, table: Table | None = None
     ) -> tuple[Solution, float]:
         """Samples, and the whole clock, noise included."""
         rounds = 0
@@ -114,7 +114,7 @@ class Problem:
     def measure(
         self,
         part: str,
-        method: AnyMethod,
+        method: Method,
         seeds: Sequence[int],
         *,
         alone: bool = True,
@@ -150,17 +150,17 @@ class Problem:
                 "evaluations": c.evaluations,
                 "error": error,
                 "estimated": c.estimated_error / self.unit,
-                "gap_error": c.gap_error / self.unit,
-                "sweep_error": c.sweep_error / self.unit,
+                "interpolation_error": c.interpolation_error / self.unit,
+                "iteration_error": c.iteration_error / self.unit,
                 "nodes": nodes.get(k),
             }
-            for k, (seed, c, error) in enumerate(zip(seeds, solution.certificates, errors, strict=True))
+            for k, (seed, c, error) in enumerate(zip(seeds, solution.error_estimates, errors, strict=True))
         ]
 
 
 def nodes_of(history: Iterable[Any]) -> dict[int, int]:
     """How many nodes every sample came to."""
-    return {entry.sample: entry.of for entry in history if isinstance(entry, Visit)}
+    return {entry.sample: entry.of for entry in history if isinstance(entry, CollocationRecord)}
 
 
 def row(part: str, problem: Any, method: Any, samples: list[Row], **more: Any) -> Row:

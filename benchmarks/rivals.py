@@ -25,8 +25,8 @@ from torch import Tensor
 
 from paradiff import Recorded, Schedule, Table, ddim, ddpm
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.method import VARIANCE, placement_on
-from paradiff.methods.collocation.system import Sparse, draw
+from paradiff.methods.collocation.method import VARIANCE, mesh_on
+from paradiff.methods.collocation.system import CollocationSystem, draw
 from paradiff.methods.parareal.coarse import Coarse, of_table, one_step, two_step
 from paradiff.methods.presets import collocation
 from paradiff.models.exact import digits
@@ -262,8 +262,8 @@ def stochastic(
         "one step": lambda nodes: path.walk(one_step(table, nodes)),
         "two step": lambda nodes: path.walk(two_step(table, nodes)),
         "exponential SDE, score": lambda nodes: path.walk(of_table(table, exponential(table, nodes, "score"))),
-        "averaged states, explicit": lambda nodes: path.averaged(Sparse(recurrence, nodes, 0), noise, 1),
-        "averaged states, corrected": lambda nodes: path.averaged(Sparse(recurrence, nodes, 0), noise, 2),
+        "averaged states, explicit": lambda nodes: path.averaged(CollocationSystem(recurrence, nodes, 0), noise, 1),
+        "averaged states, corrected": lambda nodes: path.averaged(CollocationSystem(recurrence, nodes, 0), noise, 2),
     }
     for spacing in placed or PLACES:
         for solver in chosen or solvers:
@@ -293,7 +293,7 @@ def _even(place: Tensor, count: int) -> list[int]:
 PLACES: dict[str, Callable[[Table, int], list[int]]] = {
     "even in time": lambda table, count: _even(-table.t[:-1].double(), count),
     "even in log-SNR": lambda table, count: _even((table.alpha / table.sigma)[:-1].log(), count),
-    "collocation's": lambda table, count: placement_on(table).edges(count),
+    "collocation's": lambda table, count: mesh_on(table).edges(count),
 }
 
 
@@ -333,7 +333,7 @@ class Brownian:
             x, before = float(coarse.state[gap, 0]) * x + float(coarse.clean[gap, 0]) * ahead + noise, clean
         return x
 
-    def averaged(self, sparse: Sparse, noise: Recorded, passes: int) -> Tensor:
+    def averaged(self, sparse: CollocationSystem, noise: Recorded, passes: int) -> Tensor:
         """The sparse system's own integrator, but in turn: the drive of a gap, in its own averaged state, is the last gap's;
         further passes take it from the network again."""
         table, rec, seeds = self.problem.table, sparse.recurrence, range(len(self.z))

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from paradiff import (
     Evaluator,
-    Method,
     Recorded,
     Schedule,
+    WindowMethod,
     ddim,
     ddpm,
     freeze_clean_data,
@@ -46,7 +46,7 @@ SLOPES = {
 }
 
 
-def methods(window: int | None, deterministic: bool) -> list[tuple[Method, str]]:
+def methods(window: int | None, deterministic: bool) -> list[tuple[WindowMethod, str]]:
     """Every method at one window: the published rules at the papers' tolerances, ours at its default."""
     published = 0.02 if deterministic else 0.1
     rows = [(paradigms(window, published), "identity")]

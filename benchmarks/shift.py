@@ -55,8 +55,8 @@ from torch import Tensor
 
 from paradiff import Evaluator, Recorded, Table, sample, sequential
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.mesh import Placement
-from paradiff.methods.collocation.system import Sparse
+from paradiff.methods.collocation.mesh import Mesh
+from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
 
@@ -247,13 +247,13 @@ class System:
         tables: Sparse tables by variance, filled as needed.
     """
 
-    def __init__(self, chain: Chain, edges: list[int], kind: Kind, tables: dict[float, Sparse]) -> None:
+    def __init__(self, chain: Chain, edges: list[int], kind: Kind, tables: dict[float, CollocationSystem]) -> None:
         self.chain, self.kind = chain, kind
         values, index = kind.variances.unique(return_inverse=True)
         found = [sparse_of(chain.table, edges, float(v), tables) for v in values]
         if kind.levels is not None:
             pinned = Pinned(chain.table, kind.levels, found[0].nodes)
-            found, index = [Sparse(pinned, edges, found[0].order)], torch.zeros_like(index)
+            found, index = [CollocationSystem(pinned, edges, found[0].order)], torch.zeros_like(index)
         self.nodes = found[0].nodes.tolist()
         self.start, self.reach, self.noise = (
             torch.stack(parts, -1)[..., index]
@@ -295,17 +295,17 @@ def rms(values: Tensor) -> Tensor:
     return values.square().mean(-1).sqrt()
 
 
-def sparse_of(table: Table, edges: list[int], variance: float, tables: dict[float, Sparse]) -> Sparse:
+def sparse_of(table: Table, edges: list[int], variance: float, tables: dict[float, CollocationSystem]) -> CollocationSystem:
     """The sparse table of a variance, which asks where that of the default does."""
     if DEFAULT not in tables:
-        tables[DEFAULT] = Sparse(Recurrence(table, DEFAULT), edges, ORDER[table.stochastic])
+        tables[DEFAULT] = CollocationSystem(Recurrence(table, DEFAULT), edges, ORDER[table.stochastic])
     if variance not in tables:
-        tables[variance] = Sparse(Pinned(table, variance, tables[DEFAULT].nodes), edges, ORDER[table.stochastic])
+        tables[variance] = CollocationSystem(Pinned(table, variance, tables[DEFAULT].nodes), edges, ORDER[table.stochastic])
         assert torch.equal(tables[variance].nodes, tables[DEFAULT].nodes)
     return tables[variance]
 
 
-def noise_weights(sparse: Sparse) -> Tensor:
+def noise_weights(sparse: CollocationSystem) -> Tensor:
     """`[M+1, N]` weights of the chain's noises in n of equation (1)."""
     found = torch.zeros(len(sparse.start), sparse.edges[-1], dtype=torch.float64)
     for k, gap in enumerate(sparse.gaps):
@@ -438,7 +438,7 @@ def fitted(chain: Chain, edges: list[int], run: Run, waves: Tensor, variance: fl
 
 
 def averaged_state(
-    sparse: Sparse, k: int, states: Tensor, noise: Tensor, asked: tuple[Tensor, Tensor], slope: float = 0.0
+    sparse: CollocationSystem, k: int, states: Tensor, noise: Tensor, asked: tuple[Tensor, Tensor], slope: float = 0.0
 ) -> Tensor:
     """The averaged state `[B, d]` of a gap that begins with the chain's own state, where the network's estimate at the state
     y is D + slope (x - y), `asked` being (y, D)."""
@@ -457,17 +457,19 @@ def measure(chain: Chain, seeds: int, estimates: int) -> Iterator[Row]:
     which = "stochastic" if table.stochastic else "deterministic"
     counts = NODES.get(f"{chain.model}, {which}", NODES[which])
     counts = counts if table.steps > 4 * counts[-1] else tuple(n for n in (table.steps // 4, table.steps // 2))
-    placement = Placement(table)
-    kinds = kinds_of(chain, placement.edges(counts[0]), chain.run(range(FIRST_ESTIMATE, FIRST_ESTIMATE + estimates)))
+    mesh = Mesh(table)
+    kinds = kinds_of(chain, mesh.edges(counts[0]), chain.run(range(FIRST_ESTIMATE, FIRST_ESTIMATE + estimates)))
     run = chain.run(range(seeds))
     spread = float(run.sample.std())
     for count in counts:
-        tables: dict[float, Sparse] = {}
+        tables: dict[float, CollocationSystem] = {}
         for kind in kinds:
-            yield measured(chain, placement.edges(count), kind, run, spread, tables)
+            yield measured(chain, mesh.edges(count), kind, run, spread, tables)
 
 
-def measured(chain: Chain, edges: list[int], kind: Kind, run: Run, spread: float, tables: dict[float, Sparse]) -> Row:
+def measured(
+    chain: Chain, edges: list[int], kind: Kind, run: Run, spread: float, tables: dict[float, CollocationSystem]
+) -> Row:
     """One row, but for what it is beside that of 1/4."""
     begin = time.perf_counter()
     found, change, sweeps = System(chain, edges, kind, tables).solve(run)

@@ -41,7 +41,7 @@ from rivals import part_rivals, smallest
 
 from paradiff import Schedule, ddim, ddpm, parallelize, sequential
 from paradiff.methods.collocation.method import VARIANCE
-from paradiff.methods.presets import AnyMethod, collocation, parasolver, quasi_newton
+from paradiff.methods.presets import Method, collocation, parasolver, quasi_newton
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
 
@@ -95,7 +95,7 @@ def part_clock(seeds: Sequence[int]) -> Iterator[Row]:
 def clock_alone(seeds: Sequence[int]) -> Iterator[Row]:
     """Batch 1, in turns, so that what else the machine does falls on all alike."""
     problem = trained("ddpm")
-    methods: list[AnyMethod] = [collocation(window=window) for window in WINDOWS["ddpm"]]
+    methods: list[Method] = [collocation(window=window) for window in WINDOWS["ddpm"]]
     fresh = [load("digits").table("ddpm", STEPS) for _ in methods]
     first = [problem.solve(method, seeds[:1], table=table)[1] for method, table in zip(methods, fresh, strict=True)]
     for method in methods:
@@ -180,7 +180,7 @@ def guided(bench: Bench, method: Any, **more: Any) -> Row:
             found, clock = bench.call(bench.pipe, image)
             seconds.append(clock)
             report = run.report
-            executor, c = report.executor, report.certificate
+            executor, c = report.executor, report.error_estimate
             assert c is not None, f"the call ran sequentially: {report.warnings}"
             samples.append(
                 {
@@ -189,8 +189,8 @@ def guided(bench: Bench, method: Any, **more: Any) -> Row:
                     "evaluations": report.rows,
                     "error": rms(found - latents)[0] / bench.spread,
                     "estimated": c.estimated_error / bench.spread,
-                    "gap_error": c.gap_error / bench.spread,
-                    "sweep_error": c.sweep_error / bench.spread,
+                    "interpolation_error": c.interpolation_error / bench.spread,
+                    "iteration_error": c.iteration_error / bench.spread,
                     "nodes": nodes_of(report.history).get(0),
                 }
             )

@@ -30,13 +30,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from paradiff import (
-    Method,
-    Parareal,
+    PararealMethod,
+    PararealRecord,
     Recorded,
     Schedule,
     Solution,
     Table,
-    Wave,
+    WindowMethod,
     ddim,
     ddpm,
     freeze_clean_data,
@@ -63,7 +63,7 @@ class Candidate:
 
     family: str
     setting: str
-    method: Method | Parareal
+    method: WindowMethod | PararealMethod
 
 
 class Problem:
@@ -73,7 +73,7 @@ class Problem:
         self.name, self.sampler, self.denoiser, self.table, self.seeds = name, sampler, denoiser, table, seeds
         self.reference = self.solve(sequential(), range(seeds))[0].sample
 
-    def solve(self, method: Method | Parareal, seeds: Iterable[int]) -> tuple[Solution, float]:
+    def solve(self, method: WindowMethod | PararealMethod, seeds: Iterable[int]) -> tuple[Solution, float]:
         """The samples of some seeds in one batch, and the whole clock, noise included."""
         begin = time.perf_counter()
         noise = Recorded(SHAPE, [torch.Generator().manual_seed(seed) for seed in seeds])
@@ -84,7 +84,7 @@ class Problem:
         """All seeds in one batch: rounds, evaluations and errors."""
         solution, _ = self.solve(candidate.method, range(self.seeds))
         error = (solution.sample - self.reference).flatten(1).double().square().mean(1).sqrt()
-        found = solution.certificates
+        found = solution.error_estimates
         pairs = zip(found, error.tolist(), strict=True)
         return {
             "problem": self.name,
@@ -103,7 +103,7 @@ class Problem:
             "estimate_holds": sum(c.estimated_error >= e or e < 1e-6 for c, e in pairs),
         }
 
-    def clock(self, methods: Sequence[Method | Parareal]) -> list[float]:
+    def clock(self, methods: Sequence[WindowMethod | PararealMethod]) -> list[float]:
         """Mean seconds of each method one seed at a time, in turns, so that what else the machine does falls on all alike."""
         totals = [0.0] * len(methods)
         for seed in range(min(self.seeds, CLOCKED)):
@@ -114,7 +114,7 @@ class Problem:
 
 def widest(solution: Solution) -> int:
     """The most rows that one sample put in one round."""
-    sizes = (len(entry.rows) if isinstance(entry, Wave) else len(entry.change) for entry in solution.history)
+    sizes = (len(entry.rows) if isinstance(entry, PararealRecord) else len(entry.change) for entry in solution.history)
     return max(sizes)
 
 

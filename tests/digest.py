@@ -23,7 +23,7 @@ from problems import METHODS, TABLES, piadm
 from torch import Tensor
 
 import paradiff
-from paradiff import Keyed, Method, Schedule, Solution, Table
+from paradiff import Keyed, Schedule, Solution, Table, WindowMethod
 
 FILE = Path(__file__).parent / "digest.json"
 UNIT, NOISE = 1e-6, 1e-9
@@ -77,7 +77,7 @@ UNSTEADY = {
 }
 
 
-def stopped(method: Method) -> Method:
+def stopped(method: WindowMethod) -> WindowMethod:
     """The method with a small tolerance where it has none, so that its counts do not hang on the last digit."""
     if method.tolerance > 0 or method.window == 1 or method.sweeps is not None:
         return method

@@ -20,11 +20,11 @@ from paradiff import (
     Denoiser,
     DynamicThreshold,
     Keyed,
-    Method,
     Noise,
     Schedule,
     Solution,
     Table,
+    WindowMethod,
     ddim,
     ddpm,
     dpmpp_2m,
@@ -52,7 +52,7 @@ from paradiff import (
     zero,
 )
 from paradiff.methods.piadm import PiadmOde, PiadmSde
-from paradiff.methods.window.solver import Plan, Window
+from paradiff.methods.window.solver import WindowSetup, WindowSolver
 from paradiff.models.exact import Mixture
 
 SHAPE = (2, 3)
@@ -114,7 +114,7 @@ def uneven(table: Table, warmup: int) -> list[int]:
 
 # Every method at tolerance 0 and over the whole chain; `fitted` gives it another window. The strides of a list depend on the
 # table, so each is a function of it.
-METHODS: dict[str, Callable[[Table], Method]] = {
+METHODS: dict[str, Callable[[Table], WindowMethod]] = {
     "sequential": lambda table: sequential(),
     "jacobi": lambda table: jacobi(tolerance=0.0),
     "paradigms": lambda table: paradigms(tolerance=0.0),
@@ -133,17 +133,17 @@ METHODS: dict[str, Callable[[Table], Method]] = {
     "piadm, 3 blocks in flight": lambda table: piadm(table)(3, tolerance=0.0, stagger=1),
     "piadm, 4 blocks, published diagonal": lambda table: piadm(table)(4, tolerance=0.0, stagger=2, carry=False),
     "piadm, 2 blocks, as many sweeps as steps": lambda table: piadm(table)(2, table.steps),
-    "arbitrary slope, stride 3, linear": lambda table: Method("", arbitrary, None, 3, 0, "linear", 0.0),
-    "arbitrary slope, stride 4, copy": lambda table: Method("", arbitrary, None, 4, 1, "copy", 0.0),
+    "arbitrary slope, stride 3, linear": lambda table: WindowMethod("", arbitrary, None, 3, 0, "linear", 0.0),
+    "arbitrary slope, stride 4, copy": lambda table: WindowMethod("", arbitrary, None, 4, 1, "copy", 0.0),
 } | {
-    f"{slope} from {start}": lambda table, slope=slope, start=start: Method("", SLOPES[slope], start=start, tolerance=0.0)
+    f"{slope} from {start}": lambda table, slope=slope, start=start: WindowMethod("", SLOPES[slope], start=start, tolerance=0.0)
     for slope in SLOPES
     for start in STARTS
 }
 WINDOWS = (1, 2, 5, STEPS, None)
 
 
-def fitted(method: Method, table: Table, window: int | None) -> Method:
+def fitted(method: WindowMethod, table: Table, window: int | None) -> WindowMethod:
     """The method with a window, cut to the number of sub-intervals."""
     most = len(dataclasses.replace(method, window=None).edges(table)) - 1
     return dataclasses.replace(method, window=None if window is None else min(window, most))
@@ -198,19 +198,19 @@ EXACT = 1e-12
 
 
 def run(
-    table: Table, method: Method, denoiser: Denoiser = network, samples: int = 1, seed: int = 0, **options: object
+    table: Table, method: WindowMethod, denoiser: Denoiser = network, samples: int = 1, seed: int = 0, **options: object
 ) -> Solution:
     """A run in float64 on keyed noise."""
     return sample(denoiser, table, Keyed(SHAPE, seed, samples), method, **{"dtype": torch.float64, **options})
 
 
-def window_of(table: Table, method: Method, noise: Noise | None = None) -> Window:
+def window_of(table: Table, method: WindowMethod, noise: Noise | None = None) -> WindowSolver:
     """The window of sample 0, just opened, to be swept by hand."""
-    plan = Plan(table, method, torch.device("cpu"), torch.float64)
-    return Window(plan, noise or Keyed(SHAPE), 0, None)
+    plan = WindowSetup(table, method, torch.device("cpu"), torch.float64)
+    return WindowSolver(plan, noise or Keyed(SHAPE), 0, None)
 
 
-def sweep(window: Window, denoiser: Denoiser = network) -> int:
+def sweep(window: WindowSolver, denoiser: Denoiser = network) -> int:
     """One sweep by hand, without the slide; how many rounds it took."""
     rounds = 1
     while True:
@@ -220,7 +220,7 @@ def sweep(window: Window, denoiser: Denoiser = network) -> int:
         rounds += 1
 
 
-def ends(window: Window) -> Tensor:
+def ends(window: WindowSolver) -> Tensor:
     """The states at the ends of the window's sub-intervals, `[W, ...]`."""
     edges = window.plan.edges
     return window.x[[edge - edges[window.lo] + window.plan.history for edge in edges[window.lo + 1 : window.hi + 1]]]

@@ -4,13 +4,13 @@ from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.method import Collocation
-from paradiff.methods.parareal.method import Parareal
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.piadm import piadm_ode, piadm_sde
 from paradiff.methods.presets import collocation, jacobi, paradigms, parasolver, quasi_newton, sequential, srds
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector, underdamped_langevin
-from paradiff.methods.window.method import Method
+from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines import explain, parallelize
 from paradiff.planning.theory import Theory
 from paradiff.samplers.exponential import exponential_integrator
@@ -20,32 +20,32 @@ from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flo
 from paradiff.samplers.schedule import Schedule
 from paradiff.solver.evaluator import Batch, Denoiser, Evaluator
 from paradiff.solver.loop import sample, solve
-from paradiff.solver.solution import Certificate, Solution, Sweep, Visit, Wave
+from paradiff.solver.solution import CollocationRecord, ErrorEstimate, PararealRecord, Solution, WindowRecord
 
 __all__ = [
     "Batch",
     "Blocks",
-    "Certificate",
     "Clip",
-    "Collocation",
+    "CollocationMethod",
+    "CollocationRecord",
     "Corrector",
     "Denoiser",
     "DynamicThreshold",
+    "ErrorEstimate",
     "Evaluator",
     "Grid",
     "Keyed",
-    "Method",
     "Noise",
-    "Parareal",
+    "PararealMethod",
+    "PararealRecord",
     "Process",
     "Recorded",
     "Schedule",
     "Solution",
-    "Sweep",
     "Table",
     "Theory",
-    "Visit",
-    "Wave",
+    "WindowMethod",
+    "WindowRecord",
     "collocation",
     "ddim",
     "ddpm",

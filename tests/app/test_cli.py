@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from pipelines import Cli
 
-from paradiff import Keyed, Method, Parareal, Schedule, Wave, ddpm, piadm_sde, sample
+from paradiff import Keyed, PararealMethod, PararealRecord, Schedule, WindowMethod, ddpm, piadm_sde, sample
 from paradiff.app.cli import widest
 from paradiff.app.plots import save_history
 from paradiff.methods import presets as methods
@@ -318,7 +318,9 @@ def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: 
     first, second, third = (s["rounds"] for s in contents["samples"])
     assert max(first, third) < second
     history = [
-        Wave(h["round"], 0, [tuple(row) for row in h["rows"]], [], h["passed"]) for h in contents["history"] if h["seed"] == 0
+        PararealRecord(h["round"], 0, [tuple(row) for row in h["rows"]], [], h["passed"])
+        for h in contents["history"]
+        if h["seed"] == 0
     ]
     save_history(history, 0, 3, tmp_path / "wanted.png", "ddpm, 10 steps, srds: seed 0, the slowest of 3")
     assert (tmp_path / "out" / "trace.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
@@ -340,7 +342,7 @@ def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: 
         (piadm_sde([0, 3, 8], stagger=1), 8),
     ],
 )
-def test_the_widest_round_is_known_beforehand(method: Method | Parareal, rows: int) -> None:
+def test_the_widest_round_is_known_beforehand(method: WindowMethod | PararealMethod, rows: int) -> None:
     assert widest(method, ddpm(Schedule.linear(), 8)) == rows
 
 

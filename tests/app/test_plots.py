@@ -16,7 +16,7 @@ from PIL import Image
 from problems import SHAPE, TABLES, network, run
 
 import paradiff
-from paradiff import Keyed, Solution, Sweep, Wave, jacobi, paradigms, parasolver, sequential, srds
+from paradiff import Keyed, PararealRecord, Solution, WindowRecord, jacobi, paradigms, parasolver, sequential, srds
 from paradiff.app.plots import PIXELS, grid, save_history, save_trace, to_image, wavefront
 
 
@@ -68,8 +68,8 @@ def test_the_grid_holds_every_sample(count: int, size: tuple[int, int, int]) -> 
     assert len(np.unique(found)) == count + 1  # Each sample's level and the paper's.
 
 
-def sweeps(found: Solution) -> list[Sweep]:
-    return [s for s in found.history if isinstance(s, Sweep)]
+def sweeps(found: Solution) -> list[WindowRecord]:
+    return [s for s in found.history if isinstance(s, WindowRecord)]
 
 
 METHODS = {
@@ -97,7 +97,7 @@ def test_the_trace_of_any_run_is_a_picture(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [[0.0, 0.0], [torch.inf, torch.inf], [1e-30, 1e30], [1.0, 1.0], [0.5, torch.inf]])
 def test_extreme_changes_are_drawn(change: list[float], tmp_path: Path) -> None:
-    history = [Sweep(1, 0, 0, change, 1), Sweep(2, 0, 1, change[1:], 1)]
+    history = [WindowRecord(1, 0, 0, change, 1), WindowRecord(2, 0, 1, change[1:], 1)]
     save_trace(history, 0, 2, tmp_path / "trace.png", "extreme")
     assert (tmp_path / "trace.png").stat().st_size > 5000
 
@@ -126,11 +126,11 @@ SRDS = {
 }
 
 
-def waves_of(name: str) -> tuple[list[Wave], int]:
+def waves_of(name: str) -> tuple[list[PararealRecord], int]:
     """A run of two samples on 12 steps: the rounds of the second, and the number of blocks."""
     method, table = SRDS[name], TABLES["ddpm"]
     found = paradiff.sample(network, table, Keyed(SHAPE, 0, 2), method, dtype=torch.float64)
-    return [w for w in found.history if isinstance(w, Wave) and w.sample == 1], len(method.edges(table)) - 1
+    return [w for w in found.history if isinstance(w, PararealRecord) and w.sample == 1], len(method.edges(table)) - 1
 
 
 class Drawn:
@@ -206,10 +206,10 @@ def test_the_front_rises_past_the_edges_that_became_final(name: str) -> None:
 
 def test_the_wavefronts_file_holds_the_asked_sample_only(tmp_path: Path) -> None:
     history = [
-        Wave(1, 0, [(0, 0)], [], 0),
-        Wave(1, 1, [(1, 0)], [], 0),
-        Wave(2, 0, [(1, 0)], [], 2),
-        Wave(2, 1, [(0, 1)], [], 2),
+        PararealRecord(1, 0, [(0, 0)], [], 0),
+        PararealRecord(1, 1, [(1, 0)], [], 0),
+        PararealRecord(2, 0, [(1, 0)], [], 2),
+        PararealRecord(2, 1, [(0, 1)], [], 2),
     ]
     for one in (0, 1):
         save_history(history, one, 2, tmp_path / f"{one}.png", "")

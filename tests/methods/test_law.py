@@ -27,10 +27,10 @@ from torch import Tensor
 
 from paradiff import (
     Keyed,
-    Method,
     Solution,
-    Sweep,
     Table,
+    WindowMethod,
+    WindowRecord,
     exponential_integrator,
     log_snr_grid,
     ornstein_uhlenbeck,
@@ -174,14 +174,14 @@ def test_the_fast_network_is_the_mixtures(dimension: int) -> None:
 
 
 def drawn(
-    problem: Problem, table: Table, method: Method, count: int = CHAINS, noise: Keyed | None = None, seed: int = 5
+    problem: Problem, table: Table, method: WindowMethod, count: int = CHAINS, noise: Keyed | None = None, seed: int = 5
 ) -> Solution:
     """A run of `count` chains in one window, float32."""
     noise = noise or Keyed((count, problem.means.shape[1]), seed)
     return sample(problem.network(table), table, noise, method)
 
 
-def library(problem: Problem, kind: str, tolerance: float | None = None) -> Method:
+def library(problem: Problem, kind: str, tolerance: float | None = None) -> WindowMethod:
     return KINDS[kind][0](problem.blocks, slope=shifted(problem.spread), tolerance=tolerance, window=problem.window)
 
 
@@ -370,7 +370,9 @@ def large() -> Problem:
     return centred([1 / 8] * 8, means, 0.05, 1e-3, 0, 1)
 
 
-def coupled(form: Form, kind: str, steps: int, method: Method, samples: int, dtype: torch.dtype) -> tuple[float, Solution]:
+def coupled(
+    form: Form, kind: str, steps: int, method: WindowMethod, samples: int, dtype: torch.dtype
+) -> tuple[float, Solution]:
     """The largest squared distance to the sequential sample, and the run."""
     grid = log_snr_grid(10.0, 1e-3, 1, steps)
     table = exponential_integrator(ornstein_uhlenbeck(), grid, form=form, volatility=KINDS[kind][1])
@@ -392,7 +394,7 @@ def test_few_sweeps_of_one_block_are_enough_in_2048_dimensions(kind: str, steps:
 def test_iterates_of_the_score_form_grow_before_they_converge() -> None:
     early, _ = coupled("score", "sde", 240, piadm_sde(1, 22), 1, torch.float32)
     late, solution = coupled("score", "sde", 240, piadm_sde(1, 60), 1, torch.float32)
-    changes = [change for sweep in solution.history if isinstance(sweep, Sweep) for change in sweep.change]
+    changes = [change for sweep in solution.history if isinstance(sweep, WindowRecord) for change in sweep.change]
     assert early > 1e3 > ENOUGH >= late
     assert 1e3 < max(changes) < math.inf
 

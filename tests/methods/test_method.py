@@ -12,8 +12,8 @@ from torch import Tensor
 
 from paradiff import (
     Keyed,
-    Method,
     Schedule,
+    WindowMethod,
     ddpm,
     freeze_clean_data,
     identity,
@@ -96,7 +96,9 @@ def test_every_method_with_window_one_is_sequential(name: str) -> None:
 @pytest.mark.parametrize("window", [5, None])
 def test_parasolver_with_copied_nodes_and_no_warm_up_is_paradigms(name: str, window: int | None) -> None:
     one, other = paradigms(window), parasolver(window, rule="change", warmup=0)
-    copied = Method(other.name, other.slope, other.window, other.stride, other.warmup, "copy", other.tolerance, other.rule)
+    copied = WindowMethod(
+        other.name, other.slope, other.window, other.stride, other.warmup, "copy", other.tolerance, other.rule
+    )
     found, wanted = run(TABLES[name], copied), run(TABLES[name], one)
     assert torch.equal(found.sample, wanted.sample)
     assert found.history == wanted.history
@@ -183,7 +185,7 @@ def test_sub_intervals_cover_the_chain(options: dict, edges: list[int]) -> None:
 )
 def test_values_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Method("mine", **options)
+        WindowMethod("mine", **options)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,6 @@ def test_values_out_of_range_are_refused(options: dict, message: str) -> None:
         (parasolver(stride=[6, 6], warmup=1), "the strides add up to 12 steps; after 1 warm-up steps the chain has 11 left"),
     ],
 )
-def test_methods_that_do_not_fit_the_table_are_refused(method: Method, message: str) -> None:
+def test_methods_that_do_not_fit_the_table_are_refused(method: WindowMethod, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(TABLES["ddpm"], method)

@@ -21,9 +21,9 @@ from paradiff import (
     Batch,
     Evaluator,
     Keyed,
-    Method,
     Schedule,
     Table,
+    WindowMethod,
     ddim,
     dpmpp_2m,
     jacobi,
@@ -32,13 +32,13 @@ from paradiff import (
     sample,
     sequential,
 )
-from paradiff.methods.window.solver import Window
+from paradiff.methods.window.solver import WindowSolver
 
 SEEN = 1e-3
 BAR = np.cumprod(1 - betas_of("linear"))
 
 
-def to_chain(method: Method, table: Table) -> float:
+def to_chain(method: WindowMethod, table: Table) -> float:
     """Check: the solver against the plain loop over the same table."""
     found = sample(network, table, Keyed(SHAPE, 0, 2), method, dtype=torch.float64)
     return gap(found.sample, chains(network, table, Keyed(SHAPE, 0, 2)))
@@ -92,14 +92,14 @@ def test_the_outputs_of_two_steps_swapped_are_seen_by_the_textbook_alone() -> No
 
 def test_a_window_slid_one_too_far_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(paradigms(5, 0.0), TABLES["ddpm"]) < EXACT
-    slide = Window.slide
-    monkeypatch.setattr(Window, "slide", lambda self, change, round: slide(self, [0.0, *change[1:]], round))
+    slide = WindowSolver.slide
+    monkeypatch.setattr(WindowSolver, "slide", lambda self, change, round: slide(self, [0.0, *change[1:]], round))
     assert to_chain(paradigms(5, 0.0), TABLES["ddpm"]) > SEEN
 
 
 @pytest.mark.parametrize("slope", [slope for slope in SLOPES if slope != "zero"])
 def test_an_update_that_adds_the_residual_once_more_is_seen_by_the_chain(slope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = Method("", SLOPES[slope], 5, start="copy", tolerance=0.0)
+    method = WindowMethod("", SLOPES[slope], 5, start="copy", tolerance=0.0)
     assert to_chain(method, TABLES["ddpm"]) < EXACT
     inverse = paradiff.methods.window.solver.inverse
 
@@ -118,14 +118,14 @@ def test_an_update_that_adds_the_residual_once_more_is_seen_by_the_chain(slope: 
 def test_a_history_shifted_by_one_is_seen_by_the_chain(name: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     method = parasolver(3, 0.0, stride=stride)
     assert to_chain(method, TABLES[name]) < EXACT
-    rows = Window.rows
+    rows = WindowSolver.rows
 
-    def shifted(self: Window) -> tuple[Tensor, Tensor]:
+    def shifted(self: WindowSolver) -> tuple[Tensor, Tensor]:
         found = rows(self)
         self.places = [self.places[0]] * len(self.places)
         return found
 
-    monkeypatch.setattr(Window, "rows", shifted)
+    monkeypatch.setattr(WindowSolver, "rows", shifted)
     assert to_chain(method, TABLES[name]) > SEEN
 
 
@@ -218,6 +218,6 @@ def test_conditioning_indexed_over_the_whole_batch_in_every_chunk_is_seen(monkey
 
 def test_a_tolerance_that_lets_everything_pass_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) < EXACT
-    monkeypatch.setattr(paradiff.methods.window.solver.Ledger, "cost", lambda self, passed: 0.0)
+    monkeypatch.setattr(paradiff.methods.window.solver.ErrorBudget, "cost", lambda self, passed: 0.0)
     assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) > SEEN
     assert run(TABLES["ddpm"], jacobi(5, 0.0)).estimated_error == 0  # And by nothing that the run itself reports.

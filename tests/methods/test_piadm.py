@@ -25,11 +25,11 @@ from paradiff import (
     Evaluator,
     Grid,
     Keyed,
-    Method,
     Noise,
     Solution,
-    Sweep,
     Table,
+    WindowMethod,
+    WindowRecord,
     exponential_integrator,
     freeze_clean_data,
     freeze_epsilon,
@@ -48,7 +48,7 @@ from paradiff import (
 from paradiff.chain.slope import Slope
 from paradiff.methods.piadm import PiadmOde, PiadmSde
 from paradiff.methods.window.method import Chains, Start
-from paradiff.methods.window.solver import Window
+from paradiff.methods.window.solver import WindowSolver
 from paradiff.models.exact import Mixture
 from paradiff.planning import gaussian_law as law
 from paradiff.planning.gaussian_law import Array
@@ -166,25 +166,25 @@ def test_a_wrong_slope_is_seen_by_the_textbook(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_window_slid_a_node_too_far_is_seen_by_the_textbook(monkeypatch: pytest.MonkeyPatch) -> None:
-    slide = Window.slide
+    slide = WindowSolver.slide
 
-    def wrong(self: Window, change: list[float], round: int) -> Sweep:
+    def wrong(self: WindowSolver, change: list[float], round: int) -> WindowRecord:
         self.ages[:2] = [99] * len(self.ages[:2])
         return slide(self, change, round)
 
-    monkeypatch.setattr(Window, "slide", wrong)
+    monkeypatch.setattr(WindowSolver, "slide", wrong)
     assert to_textbook() > SEEN
 
 
 def test_a_block_begun_at_the_wrong_node_is_seen_by_the_textbook(monkeypatch: pytest.MonkeyPatch) -> None:
-    slide = Window.slide
+    slide = WindowSolver.slide
 
-    def wrong(self: Window, change: list[float], round: int) -> Sweep:
+    def wrong(self: WindowSolver, change: list[float], round: int) -> WindowRecord:
         if min(self.ages) >= 3 and len(self.ages) > 1:
             self.x[-1] = self.x[-2]
         return slide(self, change, round)
 
-    monkeypatch.setattr(Window, "slide", wrong)
+    monkeypatch.setattr(WindowSolver, "slide", wrong)
     assert to_textbook() > SEEN
 
 
@@ -205,14 +205,14 @@ def test_noise_drawn_in_call_order_is_seen_by_the_textbook() -> None:
 
 
 def test_one_sweep_more_or_fewer_is_seen_by_the_textbook(monkeypatch: pytest.MonkeyPatch) -> None:
-    advance = Window._sweep
+    advance = WindowSolver._sweep
 
-    def older(self: Window, phi: Tensor) -> bool:
+    def older(self: WindowSolver, phi: Tensor) -> bool:
         ended = advance(self, phi)
         self.ages = [age + (age == 1) for age in self.ages]
         return ended
 
-    monkeypatch.setattr(Window, "_sweep", older)
+    monkeypatch.setattr(WindowSolver, "_sweep", older)
     assert to_textbook() > SEEN
 
 
@@ -268,12 +268,12 @@ def test_rounds_and_evaluations_in_turn_are_the_closed_forms(name: str, count: i
     found = run(table, fitting(table)(edges, sweeps), samples=2)
     assert found.rounds == sum(min(sweeps, m) for m in lengths)
     rows = sum(m - j for m in lengths for j in range(min(sweeps, m)))
-    assert [(c.rounds, c.evaluations) for c in found.certificates] == [(found.rounds, rows)] * 2
+    assert [(c.rounds, c.evaluations) for c in found.error_estimates] == [(found.rounds, rows)] * 2
     if sweeps < max(lengths):
         assert found.status == f"stopped: every node was swept {sweeps} times, as asked"
     swept: dict[int, int] = dict.fromkeys(range(1, table.steps + 1), 0)
     for record in found.history:
-        assert isinstance(record, Sweep)
+        assert isinstance(record, WindowRecord)
         if record.sample == 0:
             for node in range(record.first + 1, record.first + 1 + len(record.change)):
                 swept[node] += 1
@@ -297,7 +297,7 @@ class Basis:
         return unit[:, None].expand(-1, *self.shape).clone()
 
 
-def measured(grid: Grid, kind: str, method: Method, eigenvalues: list[float]) -> tuple[Array, Solution]:
+def measured(grid: Grid, kind: str, method: WindowMethod, eigenvalues: list[float]) -> tuple[Array, Solution]:
     """The weights `[M+1, E]` of the solver's own sample on x[0] and z, for Gaussian data, and the run."""
     table = ou_table(grid, kind)
 
@@ -362,33 +362,33 @@ def test_faults_of_the_diagonal_schedule_are_seen_by_the_law(fault: str, monkeyp
     carry = fault != "carried regardless"
     assert off_the_law("sde", 6, 2, carry, 0.5) < 1e-10
     if fault == "opened late":
-        reach = Window._reach
+        reach = WindowSolver._reach
 
-        def late(self: Window) -> int:
+        def late(self: WindowSolver) -> int:
             ages, self.ages = self.ages, [age - 1 for age in self.ages]
             found = reach(self)
             self.ages = ages
             return found
 
-        monkeypatch.setattr(Window, "_reach", late)
+        monkeypatch.setattr(WindowSolver, "_reach", late)
     elif fault == "carried regardless":
-        original = paradiff.methods.window.solver.Plan.__init__
+        original = paradiff.methods.window.solver.WindowSetup.__init__
 
-        def init(self: paradiff.methods.window.solver.Plan, table: Table, method: Method, *rest: object) -> None:
+        def init(self: paradiff.methods.window.solver.WindowSetup, table: Table, method: WindowMethod, *rest: object) -> None:
             original(self, table, method, *rest)  # pyright: ignore[reportArgumentType]
             self.slope = shifted(0.5)(table)
 
-        monkeypatch.setattr(paradiff.methods.window.solver.Plan, "__init__", init)
+        monkeypatch.setattr(paradiff.methods.window.solver.WindowSetup, "__init__", init)
     elif fault == "filled from the block's start":
-        fill = Window._fill
+        fill = WindowSolver._fill
 
-        def wrong(self: Window, steps: slice) -> None:
+        def wrong(self: WindowSolver, steps: slice) -> None:
             last = self.x[-1].clone()
             self.x[-1] = self.x[0]
             fill(self, steps)
             self.x[-1 - (steps.stop - steps.start)] = last
 
-        monkeypatch.setattr(Window, "_fill", wrong)
+        monkeypatch.setattr(WindowSolver, "_fill", wrong)
     else:
         monkeypatch.setattr(paradiff.methods.window.solver, "inverse", lambda rows: paradiff.chain.slope.inverse(1.01 * rows))
     assert off_the_law("sde", 6, 2, carry, 0.5) > 1e-8
@@ -504,8 +504,8 @@ def test_tolerances_are_kept_and_paid_for_in_rounds(kind: str, form: str, stagge
         error = (found.sample - wanted).flatten(1).square().mean(1).sqrt()
         assert error.max() <= allowed
         assert found.status == f"converged: the estimated error of every sample is at most {allowed:g}"
-        assert [0 < c.estimated_error <= allowed for c in found.certificates] == [True] * 4
-        assert all(e <= c.estimated_error for e, c in zip(error.tolist(), found.certificates, strict=True))
+        assert [0 < c.estimated_error <= allowed for c in found.error_estimates] == [True] * 4
+        assert all(e <= c.estimated_error for e, c in zip(error.tolist(), found.error_estimates, strict=True))
         assert found.residual > 0
         rounds.append(found.rounds)
         errors.append(float(error.max()))
@@ -573,7 +573,7 @@ def test_one_long_block_in_float32_stays_finite_or_says_what_to_do() -> None:
 
     tame = steep(10.0)
     assert tame.sample.isfinite().all()
-    largest = [max(s.change) for s in tame.history if isinstance(s, Sweep)]
+    largest = [max(s.change) for s in tame.history if isinstance(s, WindowRecord)]
     assert max(largest) > 1e15, "the iterates were not huge"
     assert all(map(math.isfinite, largest))
     message = (
@@ -584,14 +584,14 @@ def test_one_long_block_in_float32_stays_finite_or_says_what_to_do() -> None:
         steep(300.0)
     # What the message names does help.
     bounded = steep(10.0, slope=freeze_clean_data)
-    assert max(max(s.change) for s in bounded.history if isinstance(s, Sweep)) < 1e-4 * max(largest)
+    assert max(max(s.change) for s in bounded.history if isinstance(s, WindowRecord)) < 1e-4 * max(largest)
 
 
 def test_an_overflow_without_a_number_of_sweeps_is_salvaged() -> None:
     grid = paper_grid(1, 12 / 60, 1e-2, length=12.0)
     table = ou_table(grid, "sde")
     found = sample(lambda x, t: torch.tanh(300 * x), table, Keyed(SHAPE), piadm_sde(1, slope=lambda t: 40 + 0 * t.a))
-    assert any(math.inf in s.change for s in found.history if isinstance(s, Sweep))
+    assert any(math.inf in s.change for s in found.history if isinstance(s, WindowRecord))
     assert found.sample.isfinite().all()
 
 
@@ -604,7 +604,7 @@ def exact_network(x: Tensor, t: Tensor) -> Tensor:
     return 0.6 * x / (1 + 0.3 * x * x) + 0.1 * t / (1 + t * t)
 
 
-COMPANY: dict[str, tuple[str, Callable[[], Method]]] = {
+COMPANY: dict[str, tuple[str, Callable[[], WindowMethod]]] = {
     "paper": ("ddpm", lambda: piadm_sde(3, 2)),
     "paper, ode": ("dpmpp_2m", lambda: piadm_ode(3, 2)),
     "tolerance": ("ddpm", lambda: piadm_sde(2, tolerance=0.3)),
@@ -624,7 +624,7 @@ def test_samples_are_bit_for_bit_those_of_lone_runs(case: str) -> None:
         for k, seed in enumerate(seeds):
             alone = sample(exact_network, table, Keyed(SHAPE, [seed]), make(), dtype=dtype)
             assert torch.equal(alone.sample[0], together.sample[k])
-            assert alone.certificates[0] == together.certificates[k]
+            assert alone.error_estimates[0] == together.error_estimates[k]
         for rows in (1, 3, 7):
             evaluator = Evaluator(exact_network, max_rows=rows)
             chunked = sample(evaluator, table, Keyed(SHAPE, seeds), make(), dtype=dtype)
@@ -722,9 +722,9 @@ def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch
     wanted = run(table, method).sample
     monkeypatch.setattr(paradiff.methods.window.solver, "STRETCH", 3)
     assert gap(run(table, method).sample, wanted) < EXACT
-    carried = Window._carried
+    carried = WindowSolver._carried
 
-    def apart(self: Window, phi: Tensor, residual: Tensor) -> Tensor:
+    def apart(self: WindowSolver, phi: Tensor, residual: Tensor) -> Tensor:
         lo, hi, parts = self.lo, self.hi, []
         for begin in range(0, len(phi), 3):
             part = slice(begin, min(begin + 3, len(phi)))
@@ -733,7 +733,7 @@ def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch
         self.lo, self.hi = lo, hi
         return torch.cat(parts)
 
-    monkeypatch.setattr(Window, "_carried", apart)
+    monkeypatch.setattr(WindowSolver, "_carried", apart)
     assert gap(run(table, method).sample, wanted) > SEEN
 
 
@@ -765,12 +765,12 @@ def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch
         ({"blocks": 2, "start": "warm"}, "start is 'warm'; it must be one of copy, linear, clean"),
     ],
 )
-def test_values_out_of_range_are_refused(make: Callable[..., Method], arguments: dict[str, object], message: str) -> None:
+def test_values_out_of_range_are_refused(make: Callable[..., WindowMethod], arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**arguments)
 
 
-def other_kind(chains: Chains) -> Method:
+def other_kind(chains: Chains) -> WindowMethod:
     return piadm_sde(2, 3) if chains == "stochastic" else piadm_ode(2, 3)
 
 
@@ -788,7 +788,7 @@ def other_kind(chains: Chains) -> Method:
         ("ddpm", piadm_sde(2, 3, window=13), "the window is 13; the chain has 12 sub-intervals"),
     ],
 )
-def test_methods_that_do_not_fit_the_table_are_refused_before_any_call(name: str, method: Method, message: str) -> None:
+def test_methods_that_do_not_fit_the_table_are_refused_before_any_call(name: str, method: WindowMethod, message: str) -> None:
     evaluator = Evaluator(network)
     with pytest.raises(ValueError, match=message):
         sample(evaluator, TABLES[name], Keyed(SHAPE), method)

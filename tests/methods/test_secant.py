@@ -12,10 +12,23 @@ from problems import EXACT, SHAPE, SLOPES, TABLES, arbitrary, chain, gap, networ
 from torch import Tensor
 
 import paradiff.methods.window.solver
-from paradiff import Evaluator, Keyed, Method, Schedule, Table, ddim, dpmpp_2m, parasolver, quasi_newton, sample, shifted, solve
+from paradiff import (
+    Evaluator,
+    Keyed,
+    Schedule,
+    Table,
+    WindowMethod,
+    ddim,
+    dpmpp_2m,
+    parasolver,
+    quasi_newton,
+    sample,
+    shifted,
+    solve,
+)
 from paradiff.chain.slope import resolve
 from paradiff.methods.secant import DAMPING, Secants
-from paradiff.methods.window.solver import Plan, Window
+from paradiff.methods.window.solver import WindowSetup, WindowSolver
 
 FINE = 2.0**-52
 SLOPE = shifted(0.25)  # the one that quasi_newton corrects by default
@@ -210,8 +223,8 @@ def test_images_that_share_a_window_get_what_each_gets_alone(name: str) -> None:
     noise = Keyed(SHAPE, 0, 2)
 
     def swept(members: bool) -> list[Tensor]:
-        plan = Plan(table, method, torch.device("cpu"), torch.float64, members)
-        shared = Window(plan, Stacked(noise), 0, None)
+        plan = WindowSetup(table, method, torch.device("cpu"), torch.float64, members)
+        shared = WindowSolver(plan, Stacked(noise), 0, None)
         states = []
         for _ in range(5):
             sweep(shared)
@@ -220,8 +233,8 @@ def test_images_that_share_a_window_get_what_each_gets_alone(name: str) -> None:
 
     together, mixed = swept(True), swept(False)
     for k in range(2):
-        plan = Plan(table, method, torch.device("cpu"), torch.float64)
-        alone = Window(plan, noise, k, None)
+        plan = WindowSetup(table, method, torch.device("cpu"), torch.float64)
+        alone = WindowSolver(plan, noise, k, None)
         for states in together:
             sweep(alone)
             # Products of other sizes are summed in other orders; five sweeps enlarge 1e-16 by the condition of the pairs.
@@ -244,7 +257,7 @@ def test_images_that_share_a_window_need_as_many_rounds_as_the_slower_alone() ->
         except StopIteration as end:
             together = end.value
             break
-    rounds = [c.rounds for c in alone.certificates]
+    rounds = [c.rounds for c in alone.error_estimates]
     # The errors spent are the worst image's, so the shared window may pass a node one sweep later.
     assert max(rounds) <= together.rounds <= max(rounds) + 1
     # Both are within the tolerance of the chain; the largest of six entries may hold all of the mean square.
@@ -262,7 +275,7 @@ def test_a_stiff_network_takes_fewer_rounds_than_the_slope_alone_at_no_larger_er
 
     wanted = chain(stiff, table, Keyed((size,)))[-1]
 
-    def solved(method: Method) -> tuple[int, float]:
+    def solved(method: WindowMethod) -> tuple[int, float]:
         found = sample(stiff, table, Keyed((size,)), method, dtype=torch.float64)
         return found.rounds, float((found.sample[0] - wanted).square().mean().sqrt())
 
@@ -323,7 +336,7 @@ def test_a_change_below_the_resolution_is_no_pair() -> None:
 def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     table, noise = ddim(Schedule.linear(), 30), Keyed(SHAPE)
 
-    def solved(method: Method, resolution: float | None) -> list[Any]:
+    def solved(method: WindowMethod, resolution: float | None) -> list[Any]:
         solver = solve(table, noise, method, dtype=torch.float64, resolution=resolution)
         batch = next(solver)
         while True:
@@ -384,15 +397,15 @@ def test_a_window_that_overflowed_begins_with_new_pairs() -> None:
     [
         (lambda: quasi_newton(secants=-1), "secants is -1 with a stride of 1; it must be 0 or more pairs"),
         (
-            lambda: Method("", stride=2, secants=1),
+            lambda: WindowMethod("", stride=2, secants=1),
             "secants is 1 with a stride of 2; .* 0 where sub-intervals have several steps",
         ),
-        (lambda: Method("", stride=[1, 2], secants=3), r"secants is 3 with a stride of \[1, 2\]"),
+        (lambda: WindowMethod("", stride=[1, 2], secants=3), r"secants is 3 with a stride of \[1, 2\]"),
         (lambda: quasi_newton(0), "the window is 0; it must be at least 1"),
         (lambda: quasi_newton(tolerance=-1.0), "the tolerance is -1.0; it must be 0 or more"),
     ],
 )
-def test_bad_values_are_named(make: Callable[[], Method], sentence: str) -> None:
+def test_bad_values_are_named(make: Callable[[], WindowMethod], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
 

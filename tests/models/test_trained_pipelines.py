@@ -13,7 +13,7 @@ from tiny.case import quiet, tensor
 from torch import Tensor
 
 import paradiff
-from paradiff import Collocation, Method, collocation, parallelize, parasolver, quasi_newton
+from paradiff import CollocationMethod, WindowMethod, collocation, parallelize, parasolver, quasi_newton
 from paradiff.pipelines import Report
 
 MODELS = Path(paradiff.__file__).parent / "models/bundled"
@@ -52,7 +52,7 @@ def digits(kind: Any, scheduler: Any, **options: Any) -> Any:
     return pipe
 
 
-def both(pipe: Any, method: Method | Collocation, seed: int, **call: Any) -> tuple[Tensor, Tensor, Report]:
+def both(pipe: Any, method: WindowMethod | CollocationMethod, seed: int, **call: Any) -> tuple[Tensor, Tensor, Report]:
     """The samples of the plain and of the parallel call, and the latter's report."""
 
     def sampled() -> Tensor:
@@ -75,8 +75,8 @@ def test_a_text_pipeline_with_guidance_needs_a_third_of_its_rounds(shapes: Any, 
     assert report.executor == "vector"
     assert report.steps == 50
     assert report.rounds <= 15
-    assert report.certificate is not None
-    assert report.certificate.estimated_error <= 2.4e-2  # the tolerance, which the real error stays well below
+    assert report.error_estimate is not None
+    assert report.error_estimate.estimated_error <= 2.4e-2  # the tolerance, which the real error stays well below
     assert error(found, plain) < 1e-2 * float(plain.std())
     assert report.warnings == []
 
@@ -109,7 +109,7 @@ def unlimited(kind: Any, scheduler: Any, seed: int) -> Tensor:
     ids=["ddim", "ddpm"],
 )
 @pytest.mark.parametrize("method", [quasi_newton(), parasolver()], ids=["quasi_newton", "parasolver"])
-def test_a_limit_on_the_clean_data_is_followed(kind: Any, scheduler: Any, method: Method, seed: int) -> None:
+def test_a_limit_on_the_clean_data_is_followed(kind: Any, scheduler: Any, method: WindowMethod, seed: int) -> None:
     plain, found, report = both(digits(kind, scheduler, clip_sample=True, clip_sample_range=0.8), method, seed, **LIMITED)
     assert report.executor == "vector"
     assert report.rounds <= 25
@@ -123,8 +123,8 @@ def test_sparse_nodes_follow_a_long_guided_chain(shapes: Any, seed: int) -> None
     plain, found, report = both(shapes, collocation(window=16), seed, **call)
     assert report.executor == "vector"
     assert report.rounds <= 60
-    assert report.certificate is not None
-    assert 0 < report.certificate.gap_error <= report.certificate.estimated_error <= 4e-3
+    assert report.error_estimate is not None
+    assert 0 < report.error_estimate.interpolation_error <= report.error_estimate.estimated_error <= 4e-3
     assert error(found, plain) < 1e-2 * float(plain.std())
     assert report.warnings == []
 

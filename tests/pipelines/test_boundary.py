@@ -15,9 +15,9 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from paradiff.errors import Divergence, Refusal
+from paradiff.errors import NeedsLanes, Unsupported
 from paradiff.pipelines.network.batching import each
-from paradiff.pipelines.network.boundary import Merge, install
+from paradiff.pipelines.network.boundary import Batching, install
 from paradiff.pipelines.tensor.windowed import Windowed
 
 W = 5
@@ -42,8 +42,8 @@ class Network(nn.Module):
         return self.function(*args, **kwargs)
 
 
-def run_of(merge: Merge | None = None) -> Any:
-    return types.SimpleNamespace(merge=merge or Merge(check="every"))
+def run_of(merge: Batching | None = None) -> Any:
+    return types.SimpleNamespace(merge=merge or Batching(check="every"))
 
 
 def windowed(run: Any, *shape: int, width: int = W, seed: int = 0) -> Windowed:
@@ -62,9 +62,9 @@ def tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def check(function: Callable[..., Any], *args: Any, merge: Merge | None = None, **kwargs: Any) -> Network:
+def check(function: Callable[..., Any], *args: Any, merge: Batching | None = None, **kwargs: Any) -> Network:
     """The call with a window equals the calls of its states alone, state by state; the network is returned."""
-    network, merge = Network(function), merge or Merge(check="off")
+    network, merge = Network(function), merge or Batching(check="off")
     run = run_of(merge)
     args, kwargs = each(lambda leaf, _: Windowed.wrap(leaf.window, run) if isinstance(leaf, Windowed) else leaf, (args, kwargs))
     with install([network]):
@@ -178,7 +178,7 @@ def test_lists_of_one_tensor_a_sample_grow_by_the_window() -> None:
     x = [windowed(None, 3, 2, seed=k) for k in range(2)]
     texts = [drawn(k + 1, 3, seed=k) for k in range(2)]
     assert check(per_sample, x, windowed(None, 2), texts).calls[0] == 2 * W
-    check(per_sample, x, windowed(None, 2), texts, merge=Merge(max_rows=4, check="off"))
+    check(per_sample, x, windowed(None, 2), texts, merge=Batching(max_rows=4, check="off"))
 
 
 def test_positions_are_not_repeated_even_when_as_long_as_the_batch() -> None:
@@ -215,7 +215,7 @@ def test_a_number_as_the_main_input_is_called_state_by_state() -> None:
 
 @pytest.mark.parametrize(("bound", "rows"), [(1, [4] * 5), (4, [4] * 5), (9, [8, 8, 4]), (12, [12, 8]), (20, [20]), (99, [20])])
 def test_chunks_are_of_whole_states_within_the_bound(bound: int, rows: list[int]) -> None:
-    merge = Merge(max_rows=bound, check="off")
+    merge = Batching(max_rows=bound, check="off")
     network = check(guided, X, T, TEXT, merge=merge)
     assert network.calls == rows
     assert (merge.rows, merge.calls) == (20, len(rows))
@@ -228,7 +228,7 @@ def test_out_of_memory_halves_the_bound_and_keeps_it() -> None:
             raise torch.OutOfMemoryError(f"{len(x)} rows")
         return guided(x, t, text)
 
-    merge = Merge(check="off")
+    merge = Batching(check="off")
     network = check(limited, X, T, TEXT, merge=merge)
     assert network.calls == [20, 12, 8, 8, 4]
     assert merge.bound.max_rows == 8
@@ -245,14 +245,14 @@ def test_out_of_memory_halves_the_bound_and_keeps_it() -> None:
     ("pad", "bound", "rows"), [(8, None, [32]), (8, 12, [12, 12]), (2, None, [8, 8, 8]), (5, None, [20]), (True, None, [20])]
 )
 def test_padding_keeps_the_shape_and_the_values(pad: int | bool, bound: int | None, rows: list[int]) -> None:
-    merge = Merge(max_rows=bound, pad=pad, check="off")
+    merge = Batching(max_rows=bound, pad=pad, check="off")
     network = check(guided, X, T, TEXT, merge=merge)
     assert network.calls == rows
     assert merge.rows == 20
 
 
 def test_padding_to_the_widest_window_keeps_its_width() -> None:
-    merge = Merge(pad=True, check="off")
+    merge = Batching(pad=True, check="off")
     for width in (5, 3, 1):
         network = check(guided, windowed(None, 4, 3, 2, 2, width=width), windowed(None, width=width), TEXT, merge=merge)
         assert network.calls == [20]
@@ -260,16 +260,16 @@ def test_padding_to_the_widest_window_keeps_its_width() -> None:
 
 def test_a_network_whose_rows_influence_each_other_is_refused() -> None:
     with pytest.raises(
-        Refusal, match=r"Network gave a state other values among 5 states than by itself .*influence each other"
+        Unsupported, match=r"Network gave a state other values among 5 states than by itself .*influence each other"
     ):
-        check(lambda x: x - x.mean(0, keepdim=True), X, merge=Merge())
-    check(lambda x: x, X, merge=Merge())
+        check(lambda x: x - x.mean(0, keepdim=True), X, merge=Batching())
+    check(lambda x: x, X, merge=Batching())
 
 
 def test_the_first_states_time_for_all_is_caught() -> None:
     """The fault that leaves the sample right: the window's first state is always served well."""
-    with pytest.raises(Refusal, match="relative difference"):
-        check(lambda x, t: x * t.flatten()[0], X, T, merge=Merge())
+    with pytest.raises(Unsupported, match="relative difference"):
+        check(lambda x, t: x * t.flatten()[0], X, T, merge=Batching())
 
 
 def test_conditioning_in_another_order_is_caught() -> None:
@@ -277,8 +277,8 @@ def test_conditioning_in_another_order_is_caught() -> None:
         return x + (text if len(text) == 4 else text.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1))
 
     x, text = windowed(None, 4, 3), drawn(4, 3)
-    with pytest.raises(Refusal, match="conditioning is in another order"):
-        check(shuffled, x, text, merge=Merge())
+    with pytest.raises(Unsupported, match="conditioning is in another order"):
+        check(shuffled, x, text, merge=Batching())
 
 
 def test_a_fault_in_later_calls_is_caught_by_checking_every_call() -> None:
@@ -288,18 +288,18 @@ def test_a_fault_in_later_calls_is_caught_by_checking_every_call() -> None:
         calls.append(len(x))
         return x if len(x) == 4 or len(calls) < 13 else x * 1.5
 
-    run = run_of(Merge(check="every"))
+    run = run_of(Batching(check="every"))
     network = Network(drifting)
     x = Windowed.wrap(X.window, run)
     with install([network]):
         network(x)
         network(x)
-        with pytest.raises(Refusal, match="other values"):
+        with pytest.raises(Unsupported, match="other values"):
             network(x)
 
 
 def test_the_first_call_of_each_shape_is_checked_once() -> None:
-    run = run_of(Merge())
+    run = run_of(Batching())
     network = Network(lambda x: x * 2)
     with install([network]):
         for x in (X, X, windowed(None, 4, 5), windowed(None, 4, 5), X):
@@ -309,7 +309,7 @@ def test_the_first_call_of_each_shape_is_checked_once() -> None:
 
 
 def test_a_window_of_one_state_is_no_check() -> None:
-    run = run_of(Merge())
+    run = run_of(Batching())
     network = Network(lambda x: x * 2)
     with install([network]):
         network(Windowed.wrap(X.window[:1], run))
@@ -325,22 +325,22 @@ def test_rounding_of_batches_is_no_fault(dtype: torch.dtype) -> None:
     for _ in range(8):
         layers += [nn.Linear(64, 64), nn.SiLU()]
     deep = nn.Sequential(*layers).to(dtype).eval()
-    run = run_of(Merge(check="every"))
+    run = run_of(Batching(check="every"))
     with torch.no_grad(), install([deep]):
         deep(Windowed.wrap(torch.randn(9, 2, 64, dtype=dtype), run))
 
 
 def test_randomness_is_refused() -> None:
     dropout = nn.Dropout(0.5)
-    with install([dropout]), pytest.raises(Refusal, match=r"Dropout draws random numbers in its call.*eval\(\) mode"):
-        dropout(Windowed.wrap(X.window, run_of(Merge())))
+    with install([dropout]), pytest.raises(Unsupported, match=r"Dropout draws random numbers in its call.*eval\(\) mode"):
+        dropout(Windowed.wrap(X.window, run_of(Batching())))
     dropout.eval()
     with install([dropout]):
-        dropout(Windowed.wrap(X.window, run_of(Merge())))
+        dropout(Windowed.wrap(X.window, run_of(Batching())))
 
 
 def test_equal_nans_are_no_difference() -> None:
-    check(lambda x: x / 0 * 0, X, merge=Merge())
+    check(lambda x: x / 0 * 0, X, merge=Batching())
 
 
 @pytest.mark.parametrize(
@@ -352,21 +352,21 @@ def test_equal_nans_are_no_difference() -> None:
     ],
 )
 def test_what_cannot_be_taken_apart_is_refused(function: Callable[..., Any], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(Unsupported, match=message):
         check(function, X)
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(Refusal, match="Network was given 7 rows of a window beside an input of 4 rows"):
+    with pytest.raises(Unsupported, match="Network was given 7 rows of a window beside an input of 4 rows"):
         check(lambda x, y: x, X, windowed(None, 7, 3))
 
 
 def test_states_of_two_windows_do_not_meet() -> None:
     network, run = Network(lambda x, y: x + y), run_of()
     with install([network]):
-        with pytest.raises(Divergence, match="two windows, of 5 and 3 states"):
+        with pytest.raises(NeedsLanes, match="two windows, of 5 and 3 states"):
             network(windowed(run, 4, 3), windowed(run, 4, 3, width=3))
-        with pytest.raises(Divergence, match="mixes the states of two windows"):
+        with pytest.raises(NeedsLanes, match="mixes the states of two windows"):
             network(windowed(run, 4, 3), windowed(run_of(), 4, 3))
 
 
@@ -377,7 +377,7 @@ def test_unchanging_inputs_are_repeated_once() -> None:
         seen.append(text.data_ptr())
         return x + text.mean(1)
 
-    run, text = run_of(Merge(check="off")), drawn(4, 7, 3)
+    run, text = run_of(Batching(check="off")), drawn(4, 7, 3)
     module, x = Network(network), windowed(None, 4, 3)
     with install([module]):
         for _ in range(4):
@@ -483,7 +483,7 @@ def test_compiled_modules_have_their_boundary_outside() -> None:
         else:
             outer = torch.compile(layer, backend=backend)
         before = dict(outer.__dict__)
-        run, x = run_of(Merge(check="off")), windowed(None, 2, 3)
+        run, x = run_of(Batching(check="off")), windowed(None, 2, 3)
         with torch.no_grad(), install([layer, outer]):
             found = outer(Windowed.wrap(x.window, run))
             assert run.merge.calls == 1
@@ -544,4 +544,4 @@ def test_two_threads_share_a_module() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Merge(**options)
+        Batching(**options)

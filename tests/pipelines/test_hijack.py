@@ -13,7 +13,7 @@ import torch
 from diffusers.schedulers.deprecated import ScoreSdeVpScheduler
 from torch import Tensor
 
-from paradiff.errors import Divergence, Refusal
+from paradiff.errors import NeedsLanes, Unsupported
 from paradiff.pipelines.loop.scheduler_proxy import Iterations, RoundTimesteps, blur, first_index, hijack, place, real_scheduler
 
 SCHEDULERS = [
@@ -200,12 +200,12 @@ def test_an_iteration_is_the_loop_once_a_step_comes_between_two_turns() -> None:
 def test_a_first_step_late_in_the_loop_is_refused() -> None:
     loop = Spy()
     hijacked = hijack(diffusers.DDIMScheduler(), loop)
-    with pytest.raises(Refusal, match="does not walk over"):
+    with pytest.raises(Unsupported, match="does not walk over"):
         loop.iterations.begin()
     times = iter(hijacked.timesteps)
     next(times)
     next(times)
-    with pytest.raises(Refusal, match="iteration number 2"):
+    with pytest.raises(Unsupported, match="iteration number 2"):
         loop.iterations.begin()
 
 
@@ -226,19 +226,19 @@ def test_step_is_taken_by_position_and_by_name() -> None:
 
 
 def test_another_kind_of_step_is_refused() -> None:
-    with pytest.raises(Refusal, match="step takes model_output, old_pred_original_sample, timestep first"):
+    with pytest.raises(Unsupported, match="step takes model_output, old_pred_original_sample, timestep first"):
         hijack(diffusers.CogVideoXDPMScheduler(), Spy())
-    with pytest.raises(Refusal, match="takes nothing first"):
+    with pytest.raises(Unsupported, match="takes nothing first"):
         hijack(ScoreSdeVpScheduler(), Spy())
     hijacked = hijack(diffusers.RePaintScheduler(), Spy())
-    with pytest.raises(Refusal, match="undo_step"):
+    with pytest.raises(Unsupported, match="undo_step"):
         hijacked.undo_step(torch.zeros(1), 3)
-    with pytest.raises(Refusal, match="already belongs"):
+    with pytest.raises(Unsupported, match="already belongs"):
         hijack(hijacked, Spy())
 
 
 def test_a_pipelines_copy_of_its_scheduler_is_refused() -> None:
-    with pytest.raises(Refusal, match="coupled states"):
+    with pytest.raises(Unsupported, match="coupled states"):
         copy.deepcopy(hijack(diffusers.DDIMScheduler(), Spy()))
 
 
@@ -268,7 +268,7 @@ def test_noise_added_within_the_loop_has_the_level_of_the_step() -> None:
         assert torch.equal(hijacked.add_noise(x, noise, after), real.add_noise(x, noise, after))
     blur(hijacked)
     last: Any = real.timesteps[-1:]
-    with pytest.raises(Divergence, match="step index"):
+    with pytest.raises(NeedsLanes, match="step index"):
         hijacked.add_noise(x, noise, last)
     assert real_scheduler(hijacked).step_index is None
 

@@ -22,15 +22,15 @@ from tiny import CASES
 from torch import Tensor, nn
 
 import paradiff
-from paradiff.errors import Refusal
-from paradiff.methods.window.method import Method
+from paradiff.errors import Unsupported
+from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.executors import coalesce as gather
 from paradiff.pipelines.executors.lane import Lane
 from paradiff.pipelines.executors.lanes import run_lanes
-from paradiff.pipelines.loop.driver import Drive
+from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network import boundary
-from paradiff.pipelines.network.boundary import Merge
+from paradiff.pipelines.network.boundary import Batching
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
 
@@ -41,10 +41,10 @@ TIGHT = paradiff.parasolver(tolerance=1e-5)
 class Run:
     """A pipeline that is called with lanes, as `parallelize` does it."""
 
-    def __init__(self, pipeline: Any, method: Method = TIGHT) -> None:
+    def __init__(self, pipeline: Any, method: WindowMethod = TIGHT) -> None:
         self.pipeline = pipeline
-        self.drive = Drive(method)
-        self.merge = Merge()
+        self.drive = LoopSolver(method)
+        self.merge = Batching()
 
     def __call__(self, **arguments: Any) -> Any:
         networks = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
@@ -242,7 +242,7 @@ def test_each_lane_sees_the_step_number_and_the_time_of_its_node(loop: Any, wind
 
 def test_calls_of_all_lanes_are_one_call_of_the_network(loop: Any) -> None:
     run = Run(loop, paradiff.parasolver(tolerance=1e-5))
-    run.merge = Merge(check="off")
+    run.merge = Batching(check="off")
     run(generator=seeded(), steps=12)
     rows = loop.network.rows
     assert len(rows) == run.drive.passes
@@ -252,7 +252,7 @@ def test_calls_of_all_lanes_are_one_call_of_the_network(loop: Any) -> None:
 
 def test_calls_that_differ_are_as_many_calls_as_there_are_kinds(loop: Any) -> None:
     run = Run(loop, paradiff.parasolver(tolerance=1e-5))
-    run.merge = Merge(check="off")
+    run.merge = Batching(check="off")
     arguments = {"steps": 12, "strength": lambda i: 1.0 if i < 6 else 0.5}
     expected = loop(generator=seeded(), **arguments)
     loop.network.rows.clear()
@@ -276,7 +276,7 @@ def test_a_network_that_some_lanes_call_first_does_not_split_the_next_ones_calls
     expected = pipe(generator=seeded())
     pipe.network.rows.clear()
     run = Run(pipe)
-    run.merge = Merge(check="off")
+    run.merge = Batching(check="off")
     assert relative(run(generator=seeded()), expected) < 1e-5
     assert len(pipe.network.rows) == run.drive.passes
 
@@ -472,7 +472,7 @@ def test_an_error_ends_all_lanes_and_restores_everything(loop: Any, error: type[
         forward = loop.network.forward
         loop.network.forward = lambda *args, **kwargs: fail() if len(args[0]) > 4 else forward(*args, **kwargs)
     attributes, before_modes = set(vars(loop)), Modes.now()
-    expected: Any = Refusal if place == "network" and error is RuntimeError else error
+    expected: Any = Unsupported if place == "network" and error is RuntimeError else error
     with pytest.raises(expected, match="planted") as caught:
         Run(loop)(generator=seeded(), body=body, before=before, after=fail if place == "end" else None)
     assert any(entry.name == "fail" for entry in caught.traceback) or place == "network"
@@ -504,7 +504,7 @@ def test_lanes_are_freed_with_their_tensors_at_the_end(loop: Any) -> None:
 def test_random_numbers_of_the_loops_own_are_refused(loop: Any) -> None:
     for draw in (lambda g: torch.rand(()), lambda g: torch.rand((), generator=g)):
         generator = seeded()
-        with pytest.raises(Refusal, match="draws random numbers"):
+        with pytest.raises(Unsupported, match="draws random numbers"):
             Run(loop)(generator=generator, body=lambda pipe, i, t, x, m, d=draw, g=generator: m + d(g))
 
 
@@ -537,7 +537,7 @@ def test_loops_of_another_kind_are_refused(loop: Any) -> None:
         ({"before": pairs}, "something else at once"),
         ({"steps": 4, "body": lambda pipe, i, t, x, m: m[:, :3]}, "not of its state's"),
     ):
-        with pytest.raises(Refusal, match=message):
+        with pytest.raises(Unsupported, match=message):
             Run(loop)(generator=seeded(), **hooks)
 
 

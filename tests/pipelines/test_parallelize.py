@@ -14,7 +14,7 @@ from tiny import CASES, with_scheduler
 from tiny.case import noise
 from torch import Tensor
 
-from paradiff import Method, freeze_epsilon, parallelize, parasolver, piadm_ode, sequential, srds, underdamped_langevin
+from paradiff import WindowMethod, freeze_epsilon, parallelize, parasolver, piadm_ode, sequential, srds, underdamped_langevin
 from paradiff.pipelines import Report
 
 BOUND = 1e-5  # of the largest value: float32, whose rounding differs with the rows of a network call
@@ -37,7 +37,7 @@ def plain_of(name: str, seed: int = 3) -> Tensor:
 
 def both(
     name: str,
-    method: Method = METHOD,
+    method: WindowMethod = METHOD,
     *,
     seed: int = 3,
     bound: float = BOUND,
@@ -127,7 +127,7 @@ def test_image_to_image_starts_where_the_strength_says(strength: float) -> None:
 
 
 @pytest.mark.parametrize("method", [sequential(), parasolver(1), parasolver(3, tolerance=1e-4, slope=freeze_epsilon)])
-def test_windows_of_any_width(method: Method) -> None:
+def test_windows_of_any_width(method: WindowMethod) -> None:
     report = both("sd", method)
     assert report.rounds == 10 if method.window == 1 else report.rounds <= 10
 
@@ -332,7 +332,7 @@ def test_accelerates_hooks_are_honoured_and_left_in_place() -> None:
 def test_half_precision_networks_keep_their_dtype_and_states_theirs(dtype: torch.dtype) -> None:
     case = CASES["sd"]
 
-    def run(method: Method) -> tuple[Tensor, Report]:
+    def run(method: WindowMethod) -> tuple[Tensor, Report]:
         pipe = case.make().to(dtype)
         seen: set[torch.dtype] = set()
         pipe.unet.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
@@ -354,7 +354,7 @@ def test_half_precision_networks_keep_their_dtype_and_states_theirs(dtype: torch
 def test_autocast_is_for_the_networks_alone(executor: Any) -> None:
     case = CASES["sd"]
 
-    def run(method: Method) -> Tensor:
+    def run(method: WindowMethod) -> Tensor:
         with parallelize(pipe := case.make(), method, executor=executor), torch.autocast("cpu", torch.bfloat16):
             return case.run(pipe, 3)
 

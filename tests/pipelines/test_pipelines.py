@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import CASES, Case
 
-from paradiff import Method, freeze_clean_data, freeze_epsilon, parallelize, parasolver, shifted
+from paradiff import WindowMethod, freeze_clean_data, freeze_epsilon, parallelize, parasolver, shifted
 from paradiff.pipelines.report import Report
 
 BOUND = 1e-5
@@ -48,7 +48,7 @@ LANES = {
 """Cases whose loop reads its step number, or mixes states of two rounds."""
 
 
-def arguments(case: Case) -> tuple[Method, dict[str, Any]]:
+def arguments(case: Case) -> tuple[WindowMethod, dict[str, Any]]:
     """A method that suits the case's network, and its number of steps."""
     if case.name in ("ddpm_clip", "ddpm_threshold"):
         return parasolver(tolerance=2e-6), {"num_inference_steps": 20}
@@ -58,7 +58,7 @@ def arguments(case: Case) -> tuple[Method, dict[str, Any]]:
     return parasolver(tolerance=tolerance, slope=freeze_clean_data if case.name in SATURATED else freeze_epsilon), {}
 
 
-def compare(case: Case, method: Method, *, seed: int = 3, **options: Any) -> tuple[float, Report]:
+def compare(case: Case, method: WindowMethod, *, seed: int = 3, **options: Any) -> tuple[float, Report]:
     """Largest difference of the parallel call to the plain one, in units of the largest value, and the report."""
     plain = case.run(case.make(), seed, **options)
     pipe = case.make()

@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from problems import gap
 from torch import Tensor
 
-from paradiff import Clip, Method, Recorded, Schedule, Table, ddim, ddpm, euler_ancestral, paradigms, parasolver, sample
+from paradiff import Clip, Recorded, Schedule, Table, WindowMethod, ddim, ddpm, euler_ancestral, paradigms, parasolver, sample
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -89,7 +89,9 @@ FLOAT32 = 1e-5
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["shared", "each"])
 @pytest.mark.parametrize("method", TIGHT.values(), ids=TIGHT)
-def test_a_schedulers_own_loop_gives_the_same_sample(name: str, kind: str, method: Method, unet: diffusers.UNet2DModel) -> None:
+def test_a_schedulers_own_loop_gives_the_same_sample(
+    name: str, kind: str, method: WindowMethod, unet: diffusers.UNet2DModel
+) -> None:
     made, table_of, options = SCHEDULERS[name]
     scheduler = made()
     wanted = scheduler_loop(unet, scheduler, 50, sources(kind), 2, options)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paradiff.errors import Divergence
+from paradiff.errors import NeedsLanes
 from paradiff.pipelines.tensor.rules import RULES, UNSUITABLE
 from paradiff.pipelines.tensor.windowed import Windowed, mapped, mapped_over_states
 
@@ -409,7 +409,7 @@ def test_a_value_that_all_states_share_is_read(reading: Callable[[Any], Any]) ->
 
 def test_truth_is_shared_by_values_that_differ() -> None:
     assert bool(T) is True
-    with pytest.raises(Divergence, match="__bool__"):
+    with pytest.raises(NeedsLanes, match="__bool__"):
         bool(T - 500)
 
 
@@ -436,7 +436,7 @@ def test_truth_is_shared_by_values_that_differ() -> None:
 )
 def test_a_value_that_differs_is_refused_by_name(reading: Callable[[Any], Any], name: str) -> None:
     text = rf"the loop reads the value of a tensor in Python \(`{name}`\), and it differs between the states of a window"
-    with pytest.raises(Divergence, match=text):
+    with pytest.raises(NeedsLanes, match=text):
         reading(T)
 
 
@@ -463,12 +463,12 @@ def test_a_value_that_differs_is_refused_by_name(reading: Callable[[Any], Any], 
     ],
 )
 def test_what_has_no_meaning_for_each_state_is_refused(operation: Callable[[Any], Any], text: str) -> None:
-    with pytest.raises(Divergence, match=text):
+    with pytest.raises(NeedsLanes, match=text):
         operation(X)
 
 
 def test_code_beneath_the_rules_sees_no_values() -> None:
-    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(Divergence, match=r"aten.add.* as if they were one"):
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(NeedsLanes, match=r"aten.add.* as if they were one"):
         _ = X + 1
 
 

@@ -15,7 +15,7 @@ from scheduler_loops import SHAPE, gap, start_of, walk_scheduler, walk_table
 from torch import Tensor
 
 from paradiff import Clip, Keyed, Table, ddim, flow_euler, freeze_clean_data, parasolver, sample
-from paradiff.errors import Refusal
+from paradiff.errors import Unsupported
 from paradiff.models.exact import Empirical, Mixture, digits
 from paradiff.models.pixel import SCHEDULERS, table_of
 from paradiff.samplers.schedule import Schedule
@@ -121,7 +121,7 @@ def test_each_sample_of_a_loop_state_is_limited_by_itself(kind: str) -> None:
 
 def test_a_limit_that_leaves_the_last_step_no_room_is_refused() -> None:
     # The last step begins and ends at time 0, so that a raw epsilon has no weight there, but the limited estimate has one.
-    with pytest.raises(Refusal, match=r"not linear .* its limit Clip\(limit=1.0\) included"):
+    with pytest.raises(Unsupported, match=r"not linear .* its limit Clip\(limit=1.0\) included"):
         probe(ready("DDIM", 10, set_alpha_to_one=False))
 
 
@@ -321,7 +321,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Tensor | None, dict[str, Any], str]]
 def test_what_has_no_table_is_refused_in_a_sentence(case: str) -> None:
     make, timesteps, options, sentence = REFUSED[case]
     scheduler = make()
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(Unsupported, match=sentence):
         probe(scheduler, timesteps, options)
     with pytest.raises(ValueError, match=sentence):
         Table.from_scheduler(scheduler, timesteps, **options)

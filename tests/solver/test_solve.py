@@ -27,10 +27,10 @@ from paradiff import (
     Clip,
     Evaluator,
     Keyed,
-    Method,
     Schedule,
-    Sweep,
     Table,
+    WindowMethod,
+    WindowRecord,
     ddim,
     ddpm,
     dpmpp_2m,
@@ -48,7 +48,7 @@ from paradiff.models.exact import digits
 each_table = pytest.mark.parametrize("name", TABLES)
 
 
-def longest(method: Method) -> int:
+def longest(method: WindowMethod) -> int:
     """Rounds of a sweep: the longest sub-interval."""
     return method.stride if isinstance(method.stride, int) else max(method.stride)
 
@@ -61,7 +61,7 @@ def test_window_one_is_the_sequential_sampler_and_its_counts_are_the_closed_form
     found = run(table, sequential(), samples=samples)
     assert gap(found.sample, chains(network, table, Keyed(SHAPE, 0, samples))) < EXACT
     assert (found.rounds, found.evaluations) == (steps, steps * samples)
-    assert [(c.rounds, c.evaluations) for c in found.certificates] == [(steps, steps)] * samples
+    assert [(c.rounds, c.evaluations) for c in found.error_estimates] == [(steps, steps)] * samples
     assert (found.residual, found.estimated_error) == (0, 0)
     assert found.status == "exact: every node was reached by the chain's own steps"
 
@@ -134,7 +134,7 @@ def test_a_slow_sample_does_not_hold_back_its_neighbours() -> None:
     table = ddim(Schedule.linear(), 50)
     evaluator = Evaluator(uneven, conditioning={"quiet": torch.tensor([False, True])})
     found = sample(evaluator, table, Keyed(SHAPE, samples=2), parasolver(10), dtype=torch.float64)
-    slow, quick = found.certificates
+    slow, quick = found.error_estimates
     assert quick.rounds < slow.rounds == found.rounds
     assert slow.evaluations + quick.evaluations == found.evaluations == evaluator.evaluations
 
@@ -159,25 +159,25 @@ def test_history_rounds_and_evaluations_add_up(name: str, method: str) -> None:
     evaluator = Evaluator(network)
     found = sample(evaluator, table, Keyed(SHAPE, samples=3), method, dtype=torch.float64, progress=seen.append)
     assert (found.rounds, found.evaluations) == (evaluator.rounds, evaluator.evaluations)
-    assert found.rounds == max(c.rounds for c in found.certificates) == max(s.round for s in found.history) == len(seen)
-    assert found.evaluations == sum(c.evaluations for c in found.certificates)
+    assert found.rounds == max(c.rounds for c in found.error_estimates) == max(s.round for s in found.history) == len(seen)
+    assert found.evaluations == sum(c.evaluations for c in found.error_estimates)
     assert [s for sweeps in seen for s in sweeps] == found.history
-    for k, certificate in enumerate(found.certificates):
+    for k, error_estimate in enumerate(found.error_estimates):
         sweeps = [s for s in found.history if s.sample == k]
         passed = [s.passed for s in sweeps]
         assert sum(passed) == intervals
         assert [s.first for s in sweeps] == [sum(passed[:i]) for i in range(len(sweeps))]
         assert all(1 <= s.passed <= len(s.change) for s in sweeps)
-        assert certificate.rounds == max(s.round for s in sweeps)
+        assert error_estimate.rounds == max(s.round for s in sweeps)
         if longest(method) == 1:
-            assert certificate.evaluations == sum(len(s.change) for s in sweeps)
-            assert certificate.rounds == len(sweeps)
+            assert error_estimate.evaluations == sum(len(s.change) for s in sweeps)
+            assert error_estimate.rounds == len(sweeps)
         largest = max([0.0, *(change for s in sweeps for change in s.change[: s.passed - 1])])
-        assert certificate.residual == pytest.approx(largest, rel=1e-12)
+        assert error_estimate.residual == pytest.approx(largest, rel=1e-12)
 
 
 def test_progress_is_told_of_every_round() -> None:
-    heard: list[list[Sweep]] = []
+    heard: list[list[WindowRecord]] = []
     found = run(TABLES["ddpm"], parasolver(2, 0.0, stride=3), progress=heard.append)
     assert len(heard) == found.rounds
     assert [s for sweeps in heard for s in sweeps] == found.history
@@ -204,7 +204,7 @@ def test_float32_states_reach_the_sample_to_float32_accuracy(name: str) -> None:
 
 def test_a_method_that_assumes_a_wild_slope_is_slower_but_not_wrong() -> None:
     table = TABLES["ddpm"]
-    wild = Method("", lambda table: 2 * arbitrary(table), tolerance=0.0)
+    wild = WindowMethod("", lambda table: 2 * arbitrary(table), tolerance=0.0)
     # Products of slopes above 1 enlarge roundings.
     assert gap(run(table, wild).sample[0], chain(network, table, Keyed(SHAPE))[-1]) < 1e-10
 
@@ -241,7 +241,7 @@ def test_fractional_times_reach_the_network_as_they_are() -> None:
         (parasolver(1), "exact: every node was reached by the chain's own steps"),
     ],
 )
-def test_the_status_is_a_sentence(method: Method, status: str) -> None:
+def test_the_status_is_a_sentence(method: WindowMethod, status: str) -> None:
     assert run(TABLES["ddim"], method).status == status
 
 

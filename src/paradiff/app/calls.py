@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from paradiff.app.media import Output, read_output
-from paradiff.methods.presets import AnyMethod
+from paradiff.methods.presets import Method
 from paradiff.pipelines.loop.source import reads_index
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.run import parallelize
@@ -46,7 +46,7 @@ class Call:
 
 def call_each(
     pipeline: Any,
-    method: AnyMethod,
+    method: Method,
     arguments: Mapping[str, Any],
     seeds: Sequence[int],
     *,

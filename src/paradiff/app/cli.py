@@ -25,10 +25,10 @@ from paradiff.app.run_json import output_folder, pipeline_report, report, write_
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.methods import presets as methods
-from paradiff.methods.collocation.method import Collocation
-from paradiff.methods.parareal.method import Parareal
-from paradiff.methods.presets import AnyMethod
-from paradiff.methods.window.method import Method
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.parareal.method import PararealMethod
+from paradiff.methods.presets import Method
+from paradiff.methods.window.method import WindowMethod
 from paradiff.models.pipeline import load_pipeline, set_sampler
 from paradiff.models.pixel import EXPONENTIAL, GRIDS, SCHEDULERS, Model, is_pixel, load, read_index
 from paradiff.pipelines import explain as explain_pipeline
@@ -195,7 +195,7 @@ def explain(
 def sample_pixels(
     console: Console,
     folder: Path,
-    solver: AnyMethod,
+    solver: Method,
     seeds: list[int],
     device: torch.device,
     arguments: dict[str, Any],
@@ -209,7 +209,7 @@ def sample_pixels(
     evaluator = Evaluator(loaded, max_rows=max_rows, device=device, dtype=dtype)
     warm_up(evaluator, loaded, table, len(seeds), widest(solver, table))
 
-    def timed(label: str, run: AnyMethod) -> tuple[Solution, float]:
+    def timed(label: str, run: Method) -> tuple[Solution, float]:
         return run_timed(console, label, run, table, evaluator, loaded, seeds, noise)
 
     solution, seconds = timed(method, solver)
@@ -219,7 +219,7 @@ def sample_pixels(
     for seed, x in zip(seeds, solution.sample, strict=True):
         plots.to_image(x).save(folder / f"seed-{seed}.png", format="PNG")
     if arguments["trace"]:
-        slowest = max(range(len(seeds)), key=lambda k: solution.certificates[k].rounds)
+        slowest = max(range(len(seeds)), key=lambda k: solution.error_estimates[k].rounds)
         title = f"{sampler}, {steps} steps, {method}: seed {seeds[slowest]}, the slowest of {len(seeds)}"
         plots.save_history(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
     return result, f"{sampler}, {steps} steps, {counted(seeds)}"
@@ -228,7 +228,7 @@ def sample_pixels(
 def sample_pipeline(
     console: Console,
     folder: Path,
-    solver: AnyMethod,
+    solver: Method,
     seeds: list[int],
     device: torch.device,
     arguments: dict[str, Any],
@@ -269,10 +269,10 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def reference(method: AnyMethod) -> Method:
+def reference(method: Method) -> WindowMethod:
     """The sequential method whose sample a method solves for: the plain chain, with the corrector's steps if there are any."""
     plain = methods.sequential()
-    if not isinstance(method, Method) or method.corrector is None:
+    if not isinstance(method, WindowMethod) or method.corrector is None:
         return plain
     corrector = dataclasses.replace(method.corrector, sweeps=method.corrector.steps)
     return dataclasses.replace(plain, blocks=method.blocks, corrector=corrector)
@@ -307,15 +307,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def widest(method: AnyMethod, table: Table) -> int:
+def widest(method: Method, table: Table) -> int:
     """Rows of one sample in a round in which all that is solved at once takes part."""
     edges = method.edges(table)
-    if isinstance(method, Method) and method.blocks is not None and method.blocks.stagger is None:
+    if isinstance(method, WindowMethod) and method.blocks is not None and method.blocks.stagger is None:
         edges = method.blocks.edges(table)
         intervals = max(b - a for a, b in itertools.pairwise(edges))
     else:
         intervals = len(edges) - 1
-    bounds = (method.window, method.rows) if isinstance(method, Parareal) else (method.window,)
+    bounds = (method.window, method.rows) if isinstance(method, PararealMethod) else (method.window,)
     return min(intervals if bound is None else bound for bound in (None, *bounds))
 
 
@@ -329,7 +329,7 @@ def warm_up(evaluator: Evaluator, model: Model, table: Table, samples: int, widt
 def run_timed(
     console: Console,
     label: str,
-    method: AnyMethod,
+    method: Method,
     table: Table,
     evaluator: Evaluator,
     model: Model,
@@ -338,8 +338,8 @@ def run_timed(
 ) -> tuple[Solution, float]:
     """Runs one method under a progress bar; the solution and its whole clock, noise included."""
     total = (len(method.edges(table)) - 1) * len(seeds)
-    unit = "blocks" if isinstance(method, Parareal) else "nodes"
-    if isinstance(method, Collocation):
+    unit = "blocks" if isinstance(method, PararealMethod) else "nodes"
+    if isinstance(method, CollocationMethod):
         total, unit = len(seeds), "samples"
     columns = (
         TextColumn("{task.description}"),

@@ -10,11 +10,11 @@ from typing import Any
 from paradiff.chain import slope
 from paradiff.methods import piadm
 from paradiff.methods import presets as methods
-from paradiff.methods.presets import AnyMethod
+from paradiff.methods.presets import Method
 from paradiff.methods.window.corrector import Corrector, underdamped_langevin
 from paradiff.samplers.schedule import refuse_unknown
 
-METHODS: dict[str, Callable[..., AnyMethod]] = {
+METHODS: dict[str, Callable[..., Method]] = {
     "sequential": methods.sequential,
     "jacobi": methods.jacobi,
     "paradigms": methods.paradigms,
@@ -59,7 +59,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def make_method(name: str, **options: Any) -> AnyMethod:
+def make_method(name: str, **options: Any) -> Method:
     """The method of a name with the options that were given.
 
     Raises:

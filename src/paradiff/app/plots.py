@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from paradiff.solver.solution import Record, Sweep, Visit, Wave
+from paradiff.solver.solution import CollocationRecord, PararealRecord, Record, WindowRecord
 
 PIXELS = 96  # a small sample is enlarged to about this many pixels in the grid
 IDLE = "0.9"  # light grey, unlike any colour of viridis
@@ -61,17 +61,17 @@ def save_history(history: Sequence[Record], sample: int, parts: int, path: Path,
         title: The figure's title.
     """
     own = [entry for entry in history if entry.sample == sample]
-    waves = [entry for entry in own if isinstance(entry, Wave)]
-    visits = [entry for entry in own if isinstance(entry, Visit)]
+    waves = [entry for entry in own if isinstance(entry, PararealRecord)]
+    visits = [entry for entry in own if isinstance(entry, CollocationRecord)]
     if waves:
         wavefront(waves, parts, title).savefig(path, dpi=120, format="png")
     elif visits:
         visited(visits, title).savefig(path, dpi=120, format="png")
     else:
-        save_trace([entry for entry in own if isinstance(entry, Sweep)], sample, parts, path, title)
+        save_trace([entry for entry in own if isinstance(entry, WindowRecord)], sample, parts, path, title)
 
 
-def visited(visits: Sequence[Visit], title: str) -> Figure:
+def visited(visits: Sequence[CollocationRecord], title: str) -> Figure:
     """Which nodes of the chain a sparse system had evaluated in every round, and how its sample and estimates moved.
 
     Args:
@@ -86,8 +86,8 @@ def visited(visits: Sequence[Visit], title: str) -> Figure:
     above.set(ylabel="fine node (0 noise)", title=title)
     for label, values in (
         ("change of the sample", [visit.change for visit in visits]),
-        ("estimated error of the gaps", [visit.gap_error for visit in visits]),
-        ("estimated error of the sweeps", [visit.sweep_error for visit in visits]),
+        ("estimated error of the gaps", [visit.interpolation_error for visit in visits]),
+        ("estimated error of the sweeps", [visit.iteration_error for visit in visits]),
     ):
         shown = [(visit.round, v) for visit, v in zip(visits, values, strict=True) if 0 < v < float("inf")]
         below.plot([r for r, _ in shown], [v for _, v in shown], marker=".", label=label)
@@ -97,7 +97,7 @@ def visited(visits: Sequence[Visit], title: str) -> Figure:
     return figure
 
 
-def save_trace(history: Sequence[Sweep], sample: int, nodes: int, path: Path, title: str) -> None:
+def save_trace(history: Sequence[WindowRecord], sample: int, nodes: int, path: Path, title: str) -> None:
     """Draws one sample's run: the change of every node in every round, and the front of final nodes.
 
     Args:
@@ -135,7 +135,7 @@ def save_trace(history: Sequence[Sweep], sample: int, nodes: int, path: Path, ti
     figure.savefig(path, dpi=120, format="png")
 
 
-def wavefront(waves: Sequence[Wave], blocks: int, title: str) -> Figure:
+def wavefront(waves: Sequence[PararealRecord], blocks: int, title: str) -> Figure:
     """Which iteration every block worked at in every round, and the front of final edges.
 
     A cell is a block in a round, coloured by iteration, or grey if the block had no row. Several rows of one block share its

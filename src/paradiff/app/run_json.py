@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from paradiff.app.calls import Call
-from paradiff.solver.solution import Record, Solution, Sweep, Visit
+from paradiff.solver.solution import CollocationRecord, Record, Solution, WindowRecord
 
 TRUST = ("sequential", "stopped", "converged", "exact")
 """How a status begins, the worst first: a run's is that of its worst seed."""
@@ -76,7 +76,7 @@ def report(
         environment: From environment.py.
     """
     samples = []
-    for k, (seed, certificate) in enumerate(zip(seeds, solution.certificates, strict=True)):
+    for k, (seed, error_estimate) in enumerate(zip(seeds, solution.error_estimates, strict=True)):
         error = None
         if sequential is not None:
             gap = difference(solution.sample[k], sequential[0].sample[k])
@@ -84,11 +84,11 @@ def report(
         samples.append(
             {
                 "seed": seed,
-                "rounds": certificate.rounds,
-                "evaluations": certificate.evaluations,
-                "residual": certificate.residual,
-                "estimated_error": certificate.estimated_error,
-                "gap_error": certificate.gap_error,
+                "rounds": error_estimate.rounds,
+                "evaluations": error_estimate.evaluations,
+                "residual": error_estimate.residual,
+                "estimated_error": error_estimate.estimated_error,
+                "interpolation_error": error_estimate.interpolation_error,
                 "error": error,
             }
         )
@@ -130,7 +130,7 @@ def pipeline_report(
     """
     samples, plain = [], [call.plain for call in calls if call.plain is not None]
     for call in calls:
-        certificate, steps = call.report.certificate, None if call.plain is None else call.plain.steps or None
+        error_estimate, steps = call.report.error_estimate, None if call.plain is None else call.plain.steps or None
         error = None
         if call.plain is not None:
             gap = difference(call.output.data, call.plain.output.data)
@@ -138,11 +138,11 @@ def pipeline_report(
         samples.append(
             {
                 "seed": call.seed,
-                "rounds": steps if certificate is None else call.report.rounds,
-                "evaluations": steps if certificate is None else call.report.rows,
-                "residual": 0.0 if certificate is None else certificate.residual,
-                "estimated_error": 0.0 if certificate is None else certificate.estimated_error,
-                "gap_error": 0.0 if certificate is None else certificate.gap_error,
+                "rounds": steps if error_estimate is None else call.report.rounds,
+                "evaluations": steps if error_estimate is None else call.report.rows,
+                "residual": 0.0 if error_estimate is None else error_estimate.residual,
+                "estimated_error": 0.0 if error_estimate is None else error_estimate.estimated_error,
+                "interpolation_error": 0.0 if error_estimate is None else error_estimate.interpolation_error,
                 "error": error,
             }
         )
@@ -186,7 +186,7 @@ def pipeline_report(
 
 
 def _status(call: Call) -> str:
-    return f"sequential: {call.report.status}" if call.report.certificate is None else call.report.status
+    return f"sequential: {call.report.status}" if call.report.error_estimate is None else call.report.status
 
 
 def _total(samples: Sequence[Mapping[str, Any]], name: str) -> int | None:
@@ -198,10 +198,10 @@ def _total(samples: Sequence[Mapping[str, Any]], name: str) -> int | None:
 def _record(entry: Record, seeds: list[int]) -> dict[str, Any]:
     """One entry of the history: a sweep of a window, a round of a wavefront, or one of a sparse system."""
     common = {"round": entry.round, "seed": seeds[entry.sample], "passed": entry.passed}
-    if isinstance(entry, Sweep):
+    if isinstance(entry, WindowRecord):
         return {**common, "first": entry.first, "change": [float(f"{c:.3g}") for c in entry.change]}
-    if isinstance(entry, Visit):
-        errors = {"gap_error": entry.gap_error, "sweep_error": entry.sweep_error}
+    if isinstance(entry, CollocationRecord):
+        errors = {"interpolation_error": entry.interpolation_error, "iteration_error": entry.iteration_error}
         return {**common, "visited": entry.nodes, "of": entry.of, "change": float(f"{entry.change:.3g}"), **errors}
     values = [[edge, iteration, float(f"{change:.3g}")] for edge, iteration, change in entry.values]
     return {**common, "rows": [list(row) for row in entry.rows], "values": values}

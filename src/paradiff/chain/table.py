@@ -29,7 +29,7 @@ from torch import Tensor
 from paradiff.chain.prediction import Prediction, clean_coefficients
 
 CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
-Derived = TypeVar("Derived")
+Cached = TypeVar("Cached")
 ROUNDING = 1e-4  # what float32 arithmetic in a scheduler can explain
 
 
@@ -97,12 +97,12 @@ class Table:
         Raises:
             ValueError: If the step has no table: it is not linear, takes other arguments, or its times are not known.
         """
-        from paradiff.errors import Refusal
+        from paradiff.errors import Unsupported
         from paradiff.samplers.scheduler.probe import per_sample
 
         try:
             return per_sample(scheduler, timesteps, step_kwargs)
-        except Refusal as refusal:
+        except Unsupported as refusal:
             raise ValueError(str(refusal)) from refusal
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ class Table:
                 crossed[step - j + 1 : step + 1] = True  # this step looks past these nodes, at one before them
         return [n for n in nodes if n in (0, self.steps) or not crossed[n]]
 
-    def derived(self, key: tuple[Any, ...], make: Callable[[], Derived]) -> Derived:
+    def cached(self, key: tuple[Any, ...], make: Callable[[], Cached]) -> Cached:
         """What `make` returns, made at the first call with a key and kept as long as the table."""
         kept = self.__dict__.setdefault("_derived", {})
         if key not in kept:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from paradiff.chain.slope import Slope, freeze_epsilon, identity, shifted
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
-from paradiff.methods.window.method import Chains, Method, Start
+from paradiff.methods.window.method import Chains, Start, WindowMethod
 from paradiff.planning.theory import Theory
 
 TOLERANCE = 2.4e-2
@@ -41,14 +41,14 @@ def _method(
     carry: bool,
     window: int | None,
     corrector: Corrector | None = None,
-) -> Method:
+) -> WindowMethod:
     if sweeps is not None and tolerance is not None:
         raise ValueError(
             f"{name} got sweeps = {sweeps} and tolerance = {tolerance}; a fixed number of sweeps heeds no tolerance: give one"
         )
     published = sweeps is not None
     own = freeze_epsilon if published else identity if chains == "stochastic" else shifted(0.5)
-    return Method(
+    return WindowMethod(
         name,
         slope=own if slope is None else slope,
         window=window,
@@ -63,7 +63,7 @@ def _method(
 
 
 class PiadmSde:
-    """PIADM-SDE (arXiv 2405.15986, algorithm 1), for stochastic chains. Call it for a `Method`.
+    """PIADM-SDE (arXiv 2405.15986, algorithm 1), for stochastic chains. Call it for a `WindowMethod`.
 
     Differs from the paper in: any stochastic table, not only that of the score form; leading nodes, which after k sweeps are
     exact, are not evaluated again; a window may be narrower than a block.
@@ -80,7 +80,7 @@ class PiadmSde:
         stagger: int | None = None,
         carry: bool = True,
         window: int | None = None,
-    ) -> Method:
+    ) -> WindowMethod:
         """The method.
 
         Args:
@@ -111,7 +111,7 @@ class PiadmSde:
 
 
 class PiadmOde:
-    """PIADM-ODE (arXiv 2405.15986, algorithm 2), for deterministic chains. Call it for a `Method`.
+    """PIADM-ODE (arXiv 2405.15986, algorithm 2), for deterministic chains. Call it for a `WindowMethod`.
 
     Differs from the paper as `PiadmSde` does; and the corrector is off unless given: at equal rounds the
     SDE came nearer to the law in nearly every case measured (docs/piadm.md).
@@ -129,7 +129,7 @@ class PiadmOde:
         stagger: int | None = None,
         carry: bool = True,
         window: int | None = None,
-    ) -> Method:
+    ) -> WindowMethod:
         """The method.
 
         Args:

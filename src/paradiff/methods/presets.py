@@ -1,4 +1,5 @@
-"""The named methods: functions that return a `Method`, for SRDS a `Parareal`, for sparse nodes a `Collocation`.
+"""The named methods: functions that return a `WindowMethod`, for SRDS a `PararealMethod`, for sparse nodes a
+`CollocationMethod`.
 
 | method | slope G | nodes | start of new nodes | rule |
 |---|---|---|---|---|
@@ -23,19 +24,19 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.slope import Slope, identity, shifted, zero
-from paradiff.methods.collocation.method import DEFAULT_TOLERANCE, Collocation, Target
-from paradiff.methods.parareal.method import Choice, Parareal, Schedule, StopRule
-from paradiff.methods.window.method import Method, Rule
+from paradiff.methods.collocation.method import DEFAULT_TOLERANCE, CollocationMethod, Target
+from paradiff.methods.parareal.method import Choice, PararealMethod, Schedule, StopRule
+from paradiff.methods.window.method import Rule, WindowMethod
 
-AnyMethod = Method | Parareal | Collocation
+Method = WindowMethod | PararealMethod | CollocationMethod
 
 
-def sequential() -> Method:
+def sequential() -> WindowMethod:
     """The chain itself, one step a round: window 1. N rounds, N evaluations, whatever the tolerance."""
-    return Method("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
+    return WindowMethod("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
 
 
-def jacobi(window: int | None = None, tolerance: float = 2.4e-2) -> Method:
+def jacobi(window: int | None = None, tolerance: float = 2.4e-2) -> WindowMethod:
     """Jacobi (fixed-point) iteration: every node takes its step from the last sweep's states.
 
     Source: Song, Meng, Liao and Ermon, "Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving",
@@ -49,10 +50,10 @@ def jacobi(window: int | None = None, tolerance: float = 2.4e-2) -> Method:
         window: Nodes solved at once; None for all.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
     """
-    return Method("jacobi", slope=zero, window=window, tolerance=tolerance)
+    return WindowMethod("jacobi", slope=zero, window=window, tolerance=tolerance)
 
 
-def paradigms(window: int | None = None, tolerance: float = 0.1) -> Method:
+def paradigms(window: int | None = None, tolerance: float = 0.1) -> WindowMethod:
     """ParaDiGMS: Picard iteration over a sliding window.
 
     Source: Shih, Belkhale, Ermon, Sadigh and Anari, "Parallel Sampling of Diffusion Models", arXiv 2305.16317, algorithm 1.
@@ -69,7 +70,7 @@ def paradigms(window: int | None = None, tolerance: float = 0.1) -> Method:
         tolerance: In units of the standard deviation of a step's noise. The paper uses 0.1 for 1000 DDPM steps, and as
             deterministic samplers of fewer steps have larger steps, they need less: 0.01 for 50 or 200 DDIM steps.
     """
-    return Method("paradigms", slope=identity, window=window, start="copy", tolerance=tolerance, rule="change")
+    return WindowMethod("paradigms", slope=identity, window=window, start="copy", tolerance=tolerance, rule="change")
 
 
 def parasolver(
@@ -80,7 +81,7 @@ def parasolver(
     warmup: int = 0,
     slope: Slope = identity,
     rule: Rule = "error",
-) -> Method:
+) -> WindowMethod:
     """ParaSolver: a hierarchical parallel integral solver.
 
     Source: "ParaSolver: A Hierarchical Parallel Integral Solver for Diffusion Models", ICLR 2025. The chain is split into
@@ -110,7 +111,7 @@ def parasolver(
     """
     if tolerance is None:
         tolerance = 0.1 if rule == "change" else 2.4e-2
-    return Method("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)
+    return WindowMethod("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)
 
 
 def quasi_newton(
@@ -120,7 +121,7 @@ def quasi_newton(
     secants: int = 3,
     slope: Slope | None = None,
     warmup: int = 0,
-) -> Method:
+) -> WindowMethod:
     """ParaSolver's window with a slope that learns: multisecant quasi-Newton sweeps.
 
     Every sweep evaluates the network again at nodes that it has evaluated before. What the outputs did while the states moved
@@ -139,7 +140,7 @@ def quasi_newton(
         warmup: Steps taken one after the other before the window opens.
     """
     slope = shifted(0.25) if slope is None else slope
-    return Method("quasi_newton", slope, window, warmup=warmup, tolerance=tolerance, secants=secants)
+    return WindowMethod("quasi_newton", slope, window, warmup=warmup, tolerance=tolerance, secants=secants)
 
 
 def srds(
@@ -152,7 +153,7 @@ def srds(
     iterations: int | None = None,
     window: int | None = None,
     rows: int | None = None,
-) -> Parareal:
+) -> PararealMethod:
     """SRDS: self-refining diffusion samplers, Parareal over blocks of the chain.
 
     Source: Selvam, Merchant and Ermon, "Self-Refining Diffusion Samplers: Enabling Parallelization via Parareal Iterations",
@@ -188,7 +189,7 @@ def srds(
     """
     if tolerance is None:
         tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
-    return Parareal("srds", blocks, coarse, schedule, tolerance, rule, iterations, window, rows)
+    return PararealMethod("srds", blocks, coarse, schedule, tolerance, rule, iterations, window, rows)
 
 
 def collocation(
@@ -203,7 +204,7 @@ def collocation(
     exact: bool = False,
     target: Target = "chain",
     memory: str | Path | None = None,
-) -> Collocation:
+) -> CollocationMethod:
     """Sparse nodes: the sample of a long chain from fewer evaluations than the chain has steps.
 
     The network is evaluated at a few states only. What it says there is interpolated, and the fine chain's own coefficients
@@ -234,4 +235,4 @@ def collocation(
         memory: File in which is remembered where the samples of this model needed their nodes, so that later ones begin with
             nodes there (methods/collocation/mesh_store.py); made when it is not there.
     """
-    return Collocation("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target, memory)
+    return CollocationMethod("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target, memory)

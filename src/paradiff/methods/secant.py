@@ -78,7 +78,7 @@ class Secants:
         to_states, to_outputs = (  # from node q to node n, both counted from the first: a row of zeros above
             torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part)
         )
-        y = Model(self._dx, [(to_states, self._dx), (to_outputs, self._dm)], causal=True)(before)
+        y = SecantJacobian(self._dx, [(to_states, self._dx), (to_outputs, self._dm)], causal=True)(before)
         of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (self._dx, self._dm))  # [W, b d]
         return (state_part @ of_states + output_part @ of_outputs).view_as(change)
 
@@ -93,7 +93,7 @@ class Secants:
         return values.flatten(2) if self._members and values.ndim > 2 else values.flatten(1)[:, None]
 
 
-class Model:
+class SecantJacobian:
     """What pairs know of how a set of states answers to changes: equation (2), for any reach.
 
     Args:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from paradiff.chain.noise import Keyed
 from paradiff.chain.table import Table
-from paradiff.errors import Refusal
-from paradiff.methods.presets import AnyMethod, parasolver
+from paradiff.errors import Unsupported
+from paradiff.methods.presets import Method, parasolver
 from paradiff.models.exact import Mixture
 from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
 from paradiff.pipelines.run import Run, parallelize
@@ -70,7 +70,7 @@ class Explanation:
 
 
 def explain(
-    pipeline: Any, method: AnyMethod | None = None, *, num_inference_steps: int | None = None, **step_options: Any
+    pipeline: Any, method: Method | None = None, *, num_inference_steps: int | None = None, **step_options: Any
 ) -> Explanation:
     """Says what a parallel run of a pipeline would do: is its scheduler linear, which executor, what is refused, will it pay.
 
@@ -95,7 +95,7 @@ def explain(
     table = None
     try:
         table = probe(scheduler, scheduler.timesteps, step_options)
-    except Refusal as refusal:
+    except Unsupported as refusal:
         refused.append(str(refusal))
     if table is not None and not table.exact_levels:
         notes.append(table.about_levels)
@@ -149,7 +149,7 @@ def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str
     return "vector" if read == [] else "lanes"
 
 
-def _tried(table: Table, method: AnyMethod) -> Solution:
+def _tried(table: Table, method: Method) -> Solution:
     """The method on a mixture of Gaussians with this chain."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(CLUSTERS, DIMENSION, generator=generator, dtype=torch.float64).clamp(-1, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from paradiff.solver.solution import Certificate, Record
+from paradiff.solver.solution import ErrorEstimate, Record
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,20 @@ class Report:
     seconds: float
     network_seconds: float
     status: str
-    certificate: Certificate | None
+    error_estimate: ErrorEstimate | None
     warnings: list[str]
     history: list[Record] = field(repr=False)
 
     def __str__(self) -> str:
         lines = [f"{self.pipeline} with {self.scheduler}, {self.method}, {self.executor}: {self.status}"]
-        if self.certificate is not None:
+        if self.error_estimate is not None:
             lines.append(
                 f"{self.rounds} rounds and {self.rows} rows instead of {self.steps} steps, {self.network_rows} network rows; "
                 f"{self.seconds:.2f} s, {self.network_seconds:.2f} s of them in the networks"
             )
             lines.append(
-                f"estimated error {self.certificate.estimated_error:.2g}, largest change passed {self.certificate.residual:.2g}"
+                f"estimated error {self.error_estimate.estimated_error:.2g}, "
+                f"largest change passed {self.error_estimate.residual:.2g}"
             )
         else:
             lines.append(f"{self.seconds:.2f} s")

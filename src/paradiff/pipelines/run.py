@@ -20,17 +20,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from paradiff.errors import Divergence, Refusal
-from paradiff.methods.collocation.method import Collocation
-from paradiff.methods.presets import AnyMethod, parasolver
+from paradiff.errors import NeedsLanes, Unsupported
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.presets import Method, parasolver
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
 from paradiff.pipelines.loop.callback import Callback
-from paradiff.pipelines.loop.driver import Drive
+from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.loop.source import obstacles, reads_index
 from paradiff.pipelines.network import boundary
-from paradiff.pipelines.network.batching import Check, Merge
+from paradiff.pipelines.network.batching import Batching, Check
 from paradiff.pipelines.report import Report
 
 Executor = Literal["auto", "vector", "lanes", "sequential"]
@@ -38,7 +38,7 @@ Executor = Literal["auto", "vector", "lanes", "sequential"]
 
 def parallelize(
     pipeline: DiffusionPipeline,
-    method: AnyMethod | None = None,
+    method: Method | None = None,
     *,
     executor: Executor = "auto",
     max_rows: int | None = None,
@@ -87,12 +87,12 @@ def parallelize(
     for name, value, known in (("executor", executor, get_args(Executor)), ("check", check, get_args(Check))):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-    if isinstance(method, Collocation) and method.target != "chain":
+    if isinstance(method, CollocationMethod) and method.target != "chain":
         raise ValueError(
             f"collocation was given target={method.target!r}, whose times lie between those of the pipeline's loop; leave the "
             "target at 'chain', or sample the network itself with paradiff.sample"
         )
-    if method is not None and not isinstance(method, AnyMethod):
+    if method is not None and not isinstance(method, Method):
         raise ValueError(f"method is a {type(method).__name__}; give one of paradiff's, such as paradiff.parasolver(window=16)")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the solver's states were asked for in {dtype}; they are kept in float32 or float64")
@@ -116,7 +116,7 @@ class Run:
     def __init__(
         self,
         pipeline: DiffusionPipeline,
-        method: AnyMethod,
+        method: Method,
         executor: Executor,
         max_rows: int | None,
         pad: bool,
@@ -169,10 +169,10 @@ class Run:
             drive, merge = self._new_drive(callback), self._new_merge()
             try:
                 result = self._run(executor, Callback.without(arguments), drive, merge)
-            except Refusal as refusal:
+            except Unsupported as refusal:
                 snapshot.restore()
                 notes.append(f"{executor}: {refusal}")
-                if not drive.started and not isinstance(refusal, Divergence):
+                if not drive.started and not isinstance(refusal, NeedsLanes):
                     break  # the scheduler's own refusal, whatever the executor
             else:
                 self.reports.append(self._report(executor, drive, merge, time.perf_counter() - begin, notes))
@@ -211,7 +211,7 @@ class Run:
             return [self.executor]
         return ["vector", "lanes"] if reads_index(self._class) == [] else ["lanes"]
 
-    def _run(self, executor: str, arguments: dict[str, Any], drive: Drive, merge: Merge) -> Any:
+    def _run(self, executor: str, arguments: dict[str, Any], drive: LoopSolver, merge: Batching) -> Any:
         """The pipeline's own call, with another scheduler and its networks' boundaries in place."""
         pipeline, scheduler = self.pipeline, cast(Any, self.pipeline).scheduler
         with boundary.install(self._modules().values()):
@@ -224,7 +224,7 @@ class Run:
             finally:
                 object.__setattr__(pipeline, "scheduler", scheduler)
         if not drive.done:
-            raise Refusal("its loop took no step" if not drive.started else "its loop ended before its states were solved")
+            raise Unsupported("its loop took no step" if not drive.started else "its loop ended before its states were solved")
         return result
 
     def cached(self) -> list[str]:
@@ -234,13 +234,13 @@ class Run:
     def _modules(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
 
-    def _new_drive(self, callback: Callback | None) -> Drive:
-        return Drive(self.method, dtype=self.dtype, callback=callback)
+    def _new_drive(self, callback: Callback | None) -> LoopSolver:
+        return LoopSolver(self.method, dtype=self.dtype, callback=callback)
 
-    def _new_merge(self) -> Merge:
-        return Merge(max_rows=self._max_rows, pad=self._pad, check=self._check)
+    def _new_merge(self) -> Batching:
+        return Batching(max_rows=self._max_rows, pad=self._pad, check=self._check)
 
-    def _report(self, executor: str, drive: Drive, merge: Merge, seconds: float, notes: list[str]) -> Report:
+    def _report(self, executor: str, drive: LoopSolver, merge: Batching, seconds: float, notes: list[str]) -> Report:
         solution = drive.solution
         assert solution is not None
         if drive.raised_tolerance is not None:
@@ -257,7 +257,7 @@ class Run:
             seconds,
             merge.seconds,
             solution.status,
-            solution.certificates[0],
+            solution.error_estimates[0],
             notes,
             solution.history,
         )

@@ -35,7 +35,7 @@ from typing import Literal
 from paradiff.chain.slope import freeze_epsilon
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
-from paradiff.methods.window.method import Method
+from paradiff.methods.window.method import WindowMethod
 from paradiff.samplers.grid import Grid, paper_grid
 
 HELD = 10
@@ -176,9 +176,9 @@ class Theory:
         """The paper's grid with these parameters."""
         return paper_grid(self.blocks, self.step, self.early_stop, length=self.length)
 
-    def method(self) -> Method:
+    def method(self) -> WindowMethod:
         """The paper's method with these parameters, for a table on `grid()`."""
-        return Method(
+        return WindowMethod(
             f"piadm_{self.kind}",
             slope=freeze_epsilon,
             window=self.width,

@@ -32,16 +32,16 @@ from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.method import Collocation
-from paradiff.methods.collocation.setup import Ground
-from paradiff.methods.collocation.solver import Implicit
-from paradiff.methods.parareal.method import Parareal
-from paradiff.methods.parareal.solver import Course, Wavefront
-from paradiff.methods.presets import AnyMethod
-from paradiff.methods.window.method import Method
-from paradiff.methods.window.solver import Plan, Settled, Window
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.collocation.setup import CollocationSetup
+from paradiff.methods.collocation.solver import CollocationSolver
+from paradiff.methods.parareal.method import PararealMethod
+from paradiff.methods.parareal.solver import PararealSetup, PararealSolver
+from paradiff.methods.presets import Method
+from paradiff.methods.window.method import WindowMethod
+from paradiff.methods.window.solver import Settled, WindowSetup, WindowSolver
 from paradiff.solver.evaluator import Batch, Denoiser, Evaluator
-from paradiff.solver.solution import Certificate, Record, Solution
+from paradiff.solver.solution import ErrorEstimate, Record, Solution
 
 RULES = {
     "error": "the estimated error of every sample is at most {:g}",
@@ -54,7 +54,7 @@ Progress = Callable[[Sequence[Record]], None]
 
 
 @dataclass(frozen=True)
-class Edited:
+class EditedOutputs:
     """What a solver is sent in place of plain outputs where its caller changed states before the network saw them
     (methods/window/edits.py).
 
@@ -71,7 +71,7 @@ class Edited:
 def solve(
     table: Table,
     noise: Noise,
-    method: AnyMethod,
+    method: Method,
     *,
     start: Tensor | None = None,
     device: torch.device | str = "cpu",
@@ -80,7 +80,7 @@ def solve(
     members: bool = False,
     settled: Settled | None = None,
     resolution: float | None = None,
-) -> Generator[Batch, Tensor | Edited, Solution]:
+) -> Generator[Batch, Tensor | EditedOutputs, Solution]:
     """Solves all samples of `noise`; yields batches of rows and is sent the network's outputs.
 
     Args:
@@ -126,7 +126,7 @@ def solve(
         rounds += 1
         evaluations += len(nodes)
         counts = [len(n) for n, _ in asked]
-        if isinstance(answer, Edited):
+        if isinstance(answer, EditedOutputs):
             answers = zip(active, answer.outputs.split(counts), answer.states.split(counts), strict=True)
             swept = [w for w, outputs, states in answers if w.absorb(outputs, states)]
         else:
@@ -141,65 +141,65 @@ def solve(
         history += sweeps
         if progress is not None:
             progress(sweeps)
-    if isinstance(plan, Ground):
+    if isinstance(plan, CollocationSetup):
         plan.keep()
-    certificates = [w.certificate for w in windows]
+    error_estimates = [w.error_estimate for w in windows]
     sample = torch.stack([w.final for w in windows])
-    status = _status(method, plan, certificates)
-    return Solution(sample, status, rounds, evaluations, time.perf_counter() - begin, certificates, history)
+    status = _status(method, plan, error_estimates)
+    return Solution(sample, status, rounds, evaluations, time.perf_counter() - begin, error_estimates, history)
 
 
 def _prepare(
     table: Table,
     noise: Noise,
-    method: AnyMethod,
+    method: Method,
     start: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
     members: bool,
     settled: Settled | None,
     resolution: float | None,
-) -> tuple[Plan | Course | Ground, Sequence[Window | Wavefront | Implicit]]:
+) -> tuple[WindowSetup | PararealSetup | CollocationSetup, Sequence[WindowSolver | PararealSolver | CollocationSolver]]:
     """What the samples share, and one window or wavefront for each."""
     starts = [None if start is None else start[k] for k in range(noise.samples)]
-    if settled is not None and not isinstance(method, Method):
+    if settled is not None and not isinstance(method, WindowMethod):
         raise ValueError(
             f"{method.name} keeps the states of a few nodes only, and cannot tell those of every node; use parasolver"
         )
-    if isinstance(method, Collocation):
-        ground = Ground(table, method, device, dtype, members, resolution)
-        return ground, [Implicit(ground, noise, k, x) for k, x in enumerate(starts)]
-    if isinstance(method, Parareal):
+    if isinstance(method, CollocationMethod):
+        ground = CollocationSetup(table, method, device, dtype, members, resolution)
+        return ground, [CollocationSolver(ground, noise, k, x) for k, x in enumerate(starts)]
+    if isinstance(method, PararealMethod):
         method.check_shape(noise.shape)
-        course = Course(table, method, device, dtype, members)
-        return course, [Wavefront(course, noise, k, x) for k, x in enumerate(starts)]
-    plan = Plan(table, method, device, dtype, members, resolution)
-    return plan, [Window(plan, noise, k, x, settled) for k, x in enumerate(starts)]
+        course = PararealSetup(table, method, device, dtype, members)
+        return course, [PararealSolver(course, noise, k, x) for k, x in enumerate(starts)]
+    plan = WindowSetup(table, method, device, dtype, members, resolution)
+    return plan, [WindowSolver(plan, noise, k, x, settled) for k, x in enumerate(starts)]
 
 
-def _status(method: AnyMethod, plan: Plan | Course | Ground, certificates: list[Certificate]) -> str:
-    if isinstance(method, Collocation):
-        worst = max(c.estimated_error for c in certificates)
+def _status(method: Method, plan: WindowSetup | PararealSetup | CollocationSetup, error_estimates: list[ErrorEstimate]) -> str:
+    if isinstance(method, CollocationMethod):
+        worst = max(c.estimated_error for c in error_estimates)
         if worst > method.tolerance:
             return (
                 f"stopped: an estimated error of {worst:.2g} was reached, where {method.tolerance:g} was asked for; give more "
                 "nodes (max_nodes), or let the window loop go on (exact=True)"
             )
         return f"converged: {RULES['error'].format(method.tolerance)}"
-    if isinstance(method, Method):
-        assert isinstance(plan, Plan)
+    if isinstance(method, WindowMethod):
+        assert isinstance(plan, WindowSetup)
         corrected = method.corrector is None or method.corrector.sweeps >= method.corrector.steps
         if method.sweeps is not None and (method.sweeps < min(plan.exact_after, plan.width) or not corrected):
             return f"stopped: every node was swept {method.sweeps} times, as asked"
         exact = (method.tolerance == 0 or plan.width == 1) and corrected
     else:
-        exact = all(c.estimated_error == 0 for c in certificates)
+        exact = all(c.estimated_error == 0 for c in error_estimates)
     if exact:
         return EXACT
-    if isinstance(method, Parareal) and method.iterations is not None:
+    if isinstance(method, PararealMethod) and method.iterations is not None:
         return f"stopped: {method.iterations} iterations were made, as asked"
     beside = ""
-    if isinstance(method, Method) and method.corrector is not None and method.corrector.sweeps < method.corrector.steps:
+    if isinstance(method, WindowMethod) and method.corrector is not None and method.corrector.sweeps < method.corrector.steps:
         beside = (
             f"; not in it: the corrector's {method.corrector.steps} steps were swept {method.corrector.sweeps} times, as asked"
         )
@@ -210,7 +210,7 @@ def sample(
     denoiser: Denoiser | Evaluator,
     table: Table,
     noise: Noise,
-    method: AnyMethod,
+    method: Method,
     *,
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float32,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sweep:
+class WindowRecord:
     """One sweep of one sample's window.
 
     Attributes:
@@ -28,7 +28,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Wave:
+class PararealRecord:
     """One round of one sample's wavefront (methods/parareal/solver.py).
 
     Attributes:
@@ -48,7 +48,7 @@ class Wave:
 
 
 @dataclass(frozen=True)
-class Visit:
+class CollocationRecord:
     """One round of one sample's sparse system (methods/collocation/solver.py).
 
     Attributes:
@@ -57,8 +57,8 @@ class Visit:
         nodes: The fine nodes at which the sample had the network evaluated.
         of: How many nodes it has now.
         change: Root mean square change of the sample.
-        gap_error: Estimated error from interpolation; infinite before it was estimated.
-        sweep_error: Estimated error from sweeps not made.
+        interpolation_error: Estimated error from interpolation; infinite before it was estimated.
+        iteration_error: Estimated error from sweeps not made.
         passed: 1 if this made the sample final.
     """
 
@@ -67,16 +67,16 @@ class Visit:
     nodes: list[int]
     of: int
     change: float
-    gap_error: float
-    sweep_error: float
+    interpolation_error: float
+    iteration_error: float
     passed: int = 0
 
 
-Record = Sweep | Wave | Visit
+Record = WindowRecord | PararealRecord | CollocationRecord
 
 
 @dataclass(frozen=True)
-class Certificate:
+class ErrorEstimate:
     """How far to trust one sample.
 
     Attributes:
@@ -85,22 +85,22 @@ class Certificate:
             estimate, not a bound: see docs/certificate.md.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
-        gap_error: The part of the estimated error that comes from interpolation between nodes; 0 for methods that evaluate
-            every node.
+        interpolation_error: The part of the estimated error that comes from interpolation between nodes; 0 for methods that
+            evaluate every node.
     """
 
     residual: float
     estimated_error: float
     rounds: int
     evaluations: int
-    gap_error: float = 0.0
+    interpolation_error: float = 0.0
 
     @property
-    def sweep_error(self) -> float:
+    def iteration_error(self) -> float:
         """The part of the estimated error that comes from sweeps not made; the two parts are independent."""
         if math.isinf(self.estimated_error):
             return math.inf
-        return math.sqrt(max(self.estimated_error**2 - self.gap_error**2, 0.0))
+        return math.sqrt(max(self.estimated_error**2 - self.interpolation_error**2, 0.0))
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ class Solution:
     rounds: int
     evaluations: int
     seconds: float
-    certificates: list[Certificate]
+    error_estimates: list[ErrorEstimate]
     history: list[Record]
 
     @property
     def residual(self) -> float:
         """The largest residual of any sample."""
-        return max(c.residual for c in self.certificates)
+        return max(c.residual for c in self.error_estimates)
 
     @property
     def estimated_error(self) -> float:
         """The largest estimated error of any sample."""
-        return max(c.estimated_error for c in self.certificates)
+        return max(c.estimated_error for c in self.error_estimates)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from paradiff import (
     Clip,
+    CollocationRecord,
     Evaluator,
     Keyed,
     Recorded,
     Schedule,
     Solution,
-    Sweep,
     Table,
-    Visit,
+    WindowRecord,
     collocation,
     ddim,
     ddpm,
@@ -32,13 +32,13 @@ from paradiff import (
     sample,
     solve,
 )
-from paradiff.methods.collocation.defect import Doubled
-from paradiff.methods.collocation.method import Collocation
-from paradiff.methods.collocation.setup import Ground
-from paradiff.methods.collocation.solver import Implicit
+from paradiff.methods.collocation.defect import DoubledIntervals
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.collocation.setup import CollocationSetup
+from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
 from paradiff.models.pixel import load
-from paradiff.solver.loop import Edited
+from paradiff.solver.loop import EditedOutputs
 
 LINEAR = Schedule.linear()
 Clean = Callable[[Tensor, float, float], Tensor]
@@ -117,7 +117,7 @@ TABLES: dict[str, Callable[[int], Table]] = {
 each_table = pytest.mark.parametrize("name", TABLES)
 
 
-def run(table: Table, data: Gaussian | Mixture, method: Collocation, noise: Keyed, **options: Any) -> Solution:
+def run(table: Table, data: Gaussian | Mixture, method: CollocationMethod, noise: Keyed, **options: Any) -> Solution:
     return sample(data.denoiser(table), table, noise, method, **{"dtype": torch.float64, **options})
 
 
@@ -142,7 +142,7 @@ def test_on_gaussian_data_of_the_shifts_variance_few_nodes_give_the_chains_sampl
     found = run(table, data, collocation(8, shift=variance), noise)
     assert (found.sample - wanted_of(name, table, data, noise)).abs().max() < 1e-5
     assert found.evaluations <= 2 * 25
-    assert max(c.gap_error for c in found.certificates) < 1e-5
+    assert max(c.interpolation_error for c in found.error_estimates) < 1e-5
     assert found.estimated_error < 4e-4  # a bound of what the nodes hold back
 
 
@@ -222,7 +222,7 @@ def test_a_batch_is_its_samples_one_by_one(name: str) -> None:
     for k, seed in enumerate(seeds):
         alone = run(table, PLANE, collocation(), Keyed((2,), [seed]))
         assert torch.allclose(together.sample[k], alone.sample[0], atol=1e-9)
-        assert together.certificates[k].evaluations == alone.evaluations
+        assert together.error_estimates[k].evaluations == alone.evaluations
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
@@ -232,7 +232,7 @@ def test_the_window_bounds_rows_and_moves_the_sample_within_the_tolerance_only(n
     for window in (8, 32, None):
         found = run(table, PLANE, collocation(window=window, tolerance=tolerance), noise)
         samples[window] = found.sample
-        most = max(len(v.nodes) for v in found.history if isinstance(v, Visit))
+        most = max(len(v.nodes) for v in found.history if isinstance(v, CollocationRecord))
         assert most <= (window or table.steps)
         assert window != 8 or most == 8  # the bound is reached
     # Errors are estimates, and other rounds may cut other gaps: a sample between two modes may miss both tolerances.
@@ -250,16 +250,18 @@ def test_visits_add_up_to_what_was_evaluated(name: str) -> None:
         return denoiser(x, t)
 
     found = sample(counted, table, Keyed((2,), 4, 3), collocation(window=16), dtype=torch.float64)
-    visits = [v for v in found.history if isinstance(v, Visit)]
+    visits = [v for v in found.history if isinstance(v, CollocationRecord)]
     assert len(visits) == len(found.history)
     assert sum(len(v.nodes) for v in visits) == found.evaluations == sum(seen)
     assert found.rounds == len(seen) == max(v.round for v in visits)
-    for k, certificate in enumerate(found.certificates):
+    for k, error_estimate in enumerate(found.error_estimates):
         own = [v for v in visits if v.sample == k]
-        assert sum(len(v.nodes) for v in own) == certificate.evaluations
-        assert len(own) == certificate.rounds
+        assert sum(len(v.nodes) for v in own) == error_estimate.evaluations
+        assert len(own) == error_estimate.rounds
         assert [v.passed for v in own] == [0] * (len(own) - 1) + [1]
-        assert (own[-1].gap_error, own[-1].sweep_error) == pytest.approx((certificate.gap_error, certificate.sweep_error))
+        assert (own[-1].interpolation_error, own[-1].iteration_error) == pytest.approx(
+            (error_estimate.interpolation_error, error_estimate.iteration_error)
+        )
     assert all(0 <= n < table.steps for v in visits for n in v.nodes)
 
 
@@ -296,13 +298,13 @@ def test_a_tighter_tolerance_costs_more_and_errs_less_and_the_estimate_is_of_the
         error = rms(found.sample, wanted)
         costs.append(found.evaluations)
         errors.append(float(error.mean()))
-        fair += [c.estimated_error > e / 2 for c, e in zip(found.certificates, error.tolist(), strict=True)]
+        fair += [c.estimated_error > e / 2 for c, e in zip(found.error_estimates, error.tolist(), strict=True)]
         assert found.status == f"converged: the estimated error of every sample is at most {tolerance:g}"
-        for c in found.certificates:
+        for c in found.error_estimates:
             assert c.estimated_error <= tolerance
-            assert c.estimated_error == pytest.approx(math.hypot(c.gap_error, c.sweep_error))
-            assert 0 <= c.gap_error < tolerance
-            assert c.sweep_error < tolerance
+            assert c.estimated_error == pytest.approx(math.hypot(c.interpolation_error, c.iteration_error))
+            assert 0 <= c.interpolation_error < tolerance
+            assert c.iteration_error < tolerance
     assert costs == sorted(set(costs))
     assert errors[2] < errors[0] / 2
     assert errors == sorted(errors, reverse=True)
@@ -313,7 +315,7 @@ def test_a_tighter_tolerance_costs_more_and_errs_less_and_the_estimate_is_of_the
 def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None:
     table = TABLES[name](100)
     found = run(table, PLANE, collocation(10, max_nodes=14, tolerance=1e-3), Keyed((2,), 0, 2))
-    visits = [v for v in found.history if isinstance(v, Visit)]
+    visits = [v for v in found.history if isinstance(v, CollocationRecord)]
     assert max(v.of for v in visits) <= 14
     assert found.estimated_error > 1e-3
     assert found.status == (
@@ -331,8 +333,12 @@ def trained(sampler: str, nodes: Any, **options: Any) -> Solution:
 
 def test_gaps_that_leave_out_too_much_are_cut_before_the_sweeps_come_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     early = trained("ddim", 12)
-    cut = next(a for a, b in itertools.pairwise(early.history) if isinstance(b, Visit) and isinstance(a, Visit) and b.of > a.of)
-    assert 0.3 * 4e-3 < cut.sweep_error <= 10 * 4e-3
+    cut = next(
+        a
+        for a, b in itertools.pairwise(early.history)
+        if isinstance(b, CollocationRecord) and isinstance(a, CollocationRecord) and b.of > a.of
+    )
+    assert 0.3 * 4e-3 < cut.iteration_error <= 10 * 4e-3
     monkeypatch.setattr("paradiff.methods.collocation.solver.EARLY", 0.0)
     late = trained("ddim", 12)
     assert early.rounds < late.rounds
@@ -349,35 +355,35 @@ def test_a_sample_with_no_node_worth_asking_again_is_at_rest(monkeypatch: pytest
 def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
     found = trained("ddpm", 24, max_nodes=30)
     assert found.status.startswith("stopped")
-    assert 4e-3 < found.certificates[0].gap_error < math.inf
-    assert found.certificates[0].sweep_error <= 0.25 * 4e-3
+    assert 4e-3 < found.error_estimates[0].interpolation_error < math.inf
+    assert found.error_estimates[0].iteration_error <= 0.25 * 4e-3
 
 
 def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained("ddpm", 40)
-    nodes = [v.of for v in found.history if isinstance(v, Visit)]
+    nodes = [v.of for v in found.history if isinstance(v, CollocationRecord)]
     assert nodes[0] < nodes[-1] < 80  # a cut, of some gaps
     fresh = itertools.count()  # no place is ever met again
-    monkeypatch.setattr(Doubled, "places", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
+    monkeypatch.setattr(DoubledIntervals, "places", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
     forgetful = trained("ddpm", 40)
     assert found.evaluations < forgetful.evaluations
     assert found.estimated_error <= 4e-3
 
 
 def test_defects_count_as_much_as_samples_answer_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = trained("ddpm", 24, max_nodes=24).certificates[0].gap_error
+    once = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
     monkeypatch.setattr("paradiff.methods.collocation.defect.ANSWER", 1.4)
     monkeypatch.setattr("paradiff.methods.collocation.defect.MORE", 5.4)
-    twice = trained("ddpm", 24, max_nodes=24).certificates[0].gap_error
+    twice = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
     monkeypatch.setattr("paradiff.methods.collocation.error.REDUCTION", 4.4)
-    again = trained("ddpm", 24, max_nodes=24).certificates[0].gap_error
+    again = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
     assert (twice, again) == pytest.approx((2 * once, once), rel=1e-9)
 
 
 def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("digits")
-    ground = Ground(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
-    estimate = Implicit(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None).estimate
+    ground = CollocationSetup(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
+    estimate = CollocationSolver(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None).estimate
     monkeypatch.setattr(estimate, "_left_out", lambda *_: ([3e-3, 4e-3], [(0, 1), (2, 3)]))
     monkeypatch.setattr(estimate, "_first", object())
     none, before, now = torch.zeros(0), torch.zeros(model.shape), torch.full(model.shape, 0.06)
@@ -396,8 +402,8 @@ def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatc
 def test_nodes_asked_once_answer_as_steeply_as_their_neighbours() -> None:
     model = load("digits")
     table = model.table("ddpm", 1000)
-    ground = Ground(table, collocation(12), torch.device("cpu"), torch.float32)
-    solver = Implicit(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
+    ground = CollocationSetup(table, collocation(12), torch.device("cpu"), torch.float32)
+    solver = CollocationSolver(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
     least = solver._steepness().flatten()
     scale = ground.recurrence.of_output[solver.sparse.nodes].abs()
     solver._seen[3], solver._seen[8] = 1e3 * float(scale[3]), 1e6 * float(scale[8])  # in units of the output: 1e3 and 1e6
@@ -423,18 +429,18 @@ def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: 
     found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4), noise)
     assert found.status == "converged: the estimated error of every sample is at most 0.0002"
     assert rms(found.sample, wanted_of(name, table, PLANE, noise)).max() < 4e-4
-    handed = {v.sample for v in found.history if isinstance(v, Sweep)}
+    handed = {v.sample for v in found.history if isinstance(v, WindowRecord)}
     assert handed
-    for k, c in enumerate(found.certificates):
-        assert (k in handed) == (c.gap_error == 0)
+    for k, c in enumerate(found.error_estimates):
+        assert (k in handed) == (c.interpolation_error == 0)
         assert k not in handed or c.evaluations > table.steps
         assert c.estimated_error <= 2e-4
     within = run(table, PLANE, collocation(12, window=8, tolerance=2e-4, max_nodes=60), noise)
-    assert not any(isinstance(v, Sweep) for v in within.history)  # nodes are bounded: so is what is held
+    assert not any(isinstance(v, WindowRecord) for v in within.history)  # nodes are bounded: so is what is held
 
 
 def test_the_window_loop_is_stricter_with_a_sample_that_amplifies() -> None:
-    ground = Ground(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
+    ground = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
     assert ground.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
     assert [ground.strictness(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
     assert ground.verify(9.0).method.tolerance == 4e-3 / 16
@@ -449,9 +455,9 @@ def test_exact_goes_on_to_the_sequential_sample(name: str) -> None:
     assert rms(found.sample, wanted).max() < tolerance
     assert found.status == "converged: the estimated error of every sample is at most 0.0001"
     assert found.estimated_error <= tolerance
-    assert [c.gap_error for c in found.certificates] == [0] * 3
-    assert sum(c.evaluations for c in found.certificates) == found.evaluations
-    every = {n for v in found.history if isinstance(v, Sweep) for n in range(v.first, v.first + len(v.change))}
+    assert [c.interpolation_error for c in found.error_estimates] == [0] * 3
+    assert sum(c.evaluations for c in found.error_estimates) == found.evaluations
+    every = {n for v in found.history if isinstance(v, WindowRecord) for n in range(v.first, v.first + len(v.change))}
     assert every == set(range(table.steps))
 
 
@@ -471,8 +477,8 @@ def test_a_network_that_jumps_in_time_gets_nodes_where_it_jumps() -> None:
     seen = {}
     for kind, network in {"smooth": denoiser, "jumping": jumping}.items():
         found = sample(network, table, noise, collocation(12, tolerance=4e-3), dtype=torch.float64)
-        visits = [v for v in found.history if isinstance(v, Visit)]
-        first = next(v.gap_error for v in visits if math.isfinite(v.gap_error))
+        visits = [v for v in found.history if isinstance(v, CollocationRecord)]
+        first = next(v.interpolation_error for v in visits if math.isfinite(v.interpolation_error))
         nodes = {n for v in visits for n in v.nodes}
         seen[kind] = first, len([n for n in nodes if abs(n - near) <= 5])
         if kind == "jumping":
@@ -617,7 +623,7 @@ def test_edited_states_are_refused() -> None:
     solver = solve(table, Keyed((2,)), collocation())
     batch = next(solver)
     with pytest.raises(ValueError, match=r"states were changed between steps, and collocation visits a few"):
-        solver.send(Edited(evaluator(batch), batch.x + 1))
+        solver.send(EditedOutputs(evaluator(batch), batch.x + 1))
 
 
 def test_the_states_of_every_node_are_not_to_be_had() -> None:

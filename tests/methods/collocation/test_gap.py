@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paradiff import Schedule, Table, ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
-from paradiff.methods.collocation.interval import Gap, Recurrence, finite_log_snr
+from paradiff.methods.collocation.interval import Interval, Recurrence, finite_log_snr
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 30),
@@ -44,7 +44,7 @@ def answer(table: Table, node: int) -> tuple[float, float]:
 
 
 def walked(
-    table: Table, gap: Gap, past: Sequence[float], drives: dict[int, float], z: Sequence[float], clean: float | None = None
+    table: Table, gap: Interval, past: Sequence[float], drives: dict[int, float], z: Sequence[float], clean: float | None = None
 ) -> dict[int, float]:
     """Fine states from the gap's left edge on, one step after the other, in plain numbers.
 
@@ -68,7 +68,7 @@ def walked(
     return x
 
 
-def given(table: Table, gap: Gap, seed: int) -> tuple[list[float], dict[int, float], list[float]]:
+def given(table: Table, gap: Interval, seed: int) -> tuple[list[float], dict[int, float], list[float]]:
     """States, drives and noises; what is before node 0 is nothing."""
     past = [v if gap.left - p >= 0 else 0.0 for p, v in enumerate(random(table.band, seed))]
     nodes = range(gap.left - table.band + 1, gap.right)
@@ -76,12 +76,12 @@ def given(table: Table, gap: Gap, seed: int) -> tuple[list[float], dict[int, flo
     return past, drives, random(gap.right - gap.left, seed + 2)
 
 
-def eliminated(gap: Gap, past: list[float], drives: dict[int, float], z: list[float]) -> Tensor:
+def eliminated(gap: Interval, past: list[float], drives: dict[int, float], z: list[float]) -> Tensor:
     x, u, noise = (torch.tensor(v, dtype=torch.float64) for v in (past, list(drives.values()), z))
     return gap.carry @ x + gap.drive @ u + gap.noise @ noise
 
 
-def size(gap: Gap, past: list[float], drives: dict[int, float], z: list[float]) -> Tensor:
+def size(gap: Interval, past: list[float], drives: dict[int, float], z: list[float]) -> Tensor:
     """What the terms of a gap's end states come to without their signs."""
     x, u, noise = (torch.tensor(v, dtype=torch.float64).abs() for v in (past, list(drives.values()), z))
     return gap.carry.abs() @ x + gap.drive.abs() @ u + gap.noise.abs() @ noise

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from paradiff import Keyed, Schedule, Solution, Table, Visit, collocation, ddim, ddpm, sample
+from paradiff import CollocationRecord, Keyed, Schedule, Solution, Table, collocation, ddim, ddpm, sample
 from paradiff.methods.collocation.mesh import BINS
-from paradiff.methods.collocation.mesh_store import LEAST, SETTLED, Memory, needed
-from paradiff.methods.collocation.method import DETERMINISTIC_NODES, Collocation, placement_on
-from paradiff.methods.collocation.solver import Implicit
+from paradiff.methods.collocation.mesh_store import LEAST, SETTLED, MeshStore, needed
+from paradiff.methods.collocation.method import DETERMINISTIC_NODES, CollocationMethod, mesh_on
+from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
 
 LINEAR = Schedule.linear()
@@ -22,7 +22,7 @@ PLANE = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-0.6, 0.2], [0.5, -0.3]
 TIGHT = 1e-4  # at which the nodes of an unknown model do not suffice
 
 
-def run(table: Table, method: Collocation, seed: int = 0, samples: int = 1, data: Any = PLANE) -> Solution:
+def run(table: Table, method: CollocationMethod, seed: int = 0, samples: int = 1, data: Any = PLANE) -> Solution:
     return sample(data.denoiser(table), table, Keyed((2,), seed, samples), method, dtype=torch.float64)
 
 
@@ -32,7 +32,7 @@ def entries(path: Path) -> dict[str, Any]:
 
 def first_nodes(found: Solution) -> int:
     visit = found.history[0]
-    assert isinstance(visit, Visit)
+    assert isinstance(visit, CollocationRecord)
     return visit.of
 
 
@@ -97,36 +97,36 @@ def test_it_is_left_as_it_is_after_enough_samples(tmp_path: Path) -> None:
 
 def test_one_sample_that_needs_very_many_counts_as_a_few_more(tmp_path: Path) -> None:
     table = ddim(LINEAR, 200)
-    prior = (DETERMINISTIC_NODES * placement_on(table).in_bins()).tolist()
+    prior = (DETERMINISTIC_NODES * mesh_on(table).in_bins()).tolist()
     totals = []
     for number in (40.0, 4000.0):
         path = tmp_path / f"{number}.json"
-        memory = Memory(path, table, 3)
+        memory = MeshStore(path, table, 3)
         memory.note([number / BINS] * BINS, 0.25)
         memory.keep(prior)
-        found = Memory(path, table, 3).found
+        found = MeshStore(path, table, 3).found
         assert found is not None
         totals.append(sum(found.nodes))
     assert totals[0] == pytest.approx(math.sqrt(DETERMINISTIC_NODES * 40), rel=0.02)
     assert totals[1] < 1.2 * DETERMINISTIC_NODES
-    memory = Memory(tmp_path / "few.json", table, 3)
+    memory = MeshStore(tmp_path / "few.json", table, 3)
     memory.note([0.01] * BINS, 0.25)
     memory.keep(prior)
-    found = Memory(tmp_path / "few.json", table, 3).found
+    found = MeshStore(tmp_path / "few.json", table, 3).found
     assert found is not None
     assert sum(found.nodes) == pytest.approx(DETERMINISTIC_NODES * math.sqrt(LEAST), rel=0.02)
 
 
 def test_nodes_lie_where_they_were_needed(tmp_path: Path) -> None:
     table, path = ddim(LINEAR, 400), tmp_path / "nodes.json"
-    memory = Memory(path, table, 3, "chain")
+    memory = MeshStore(path, table, 3, "chain")
     for _ in range(20):
         memory.note([20.0, *[1.0] * (BINS - 1)], 0.25)
-    memory.keep((DETERMINISTIC_NODES * placement_on(table).in_bins()).tolist())
+    memory.keep((DETERMINISTIC_NODES * mesh_on(table).in_bins()).tolist())
     learnt, usual = (collocation(memory=m) for m in (path, None))
     remembered = learnt.remember(table)
     assert remembered is not None
-    place = placement_on(table).in_bins
+    place = mesh_on(table).in_bins
     assert float(place(0, 20)[0]) == pytest.approx(1)  # these steps lie in the first part
     early = [sum(edge < 20 for edge in m.edges(table, r)) for m, r in ((learnt, remembered.found), (usual, None))]
     assert early[0] > 2 * early[1]
@@ -136,8 +136,10 @@ def test_the_variance_that_was_found_is_begun_with(tmp_path: Path, monkeypatch: 
     table, path = ddim(LINEAR, 200), tmp_path / "nodes.json"
     data = Gaussian(torch.tensor([0.001, -0.002]), 1e-4 * torch.ones(2))
     shifts = list[float]()
-    again = Implicit._reshift
-    monkeypatch.setattr(Implicit, "_reshift", lambda self, variance: (shifts.append(variance), again(self, variance))[1])
+    again = CollocationSolver._reshift
+    monkeypatch.setattr(
+        CollocationSolver, "_reshift", lambda self, variance: (shifts.append(variance), again(self, variance))[1]
+    )
     run(table, collocation(tolerance=4e-5, memory=path), 3, data=data)
     assert len(shifts) == 1
     variance = next(iter(entries(path).values()))["variance"]

@@ -9,7 +9,7 @@ import torch
 
 from paradiff import Schedule, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
 from paradiff.methods.collocation.interval import finite_log_snr
-from paradiff.methods.collocation.mesh import Placement, density
+from paradiff.methods.collocation.mesh import Mesh, density
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 200),
@@ -26,33 +26,33 @@ TABLES = {
 @pytest.mark.parametrize("count", [2, 8, 20, 56])
 def test_edges_increase_from_the_start_to_the_end_at_candidates(name: str, count: int) -> None:
     table = TABLES[name]
-    placement = Placement(table)
-    edges = placement.edges(count)
+    mesh = Mesh(table)
+    edges = mesh.edges(count)
     assert edges[0] == 0
     assert edges[-1] == table.steps
     assert all(a < b for a, b in itertools.pairwise(edges))
-    assert set(edges[:-1]) <= set(placement.candidates)
+    assert set(edges[:-1]) <= set(mesh.candidates)
     assert len(edges) - 1 <= count
-    assert edges[-2] == placement.candidates[-1]
+    assert edges[-2] == mesh.candidates[-1]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_candidates_are_at_increasing_levels(name: str) -> None:
     table = TABLES[name]
-    candidates = Placement(table).candidates
+    candidates = Mesh(table).candidates
     assert candidates[0] == 0
     assert (finite_log_snr(table)[candidates].diff() > 0).all()
 
 
 def test_gaps_of_a_two_stage_sampler_begin_where_it_starts_afresh() -> None:
     table = TABLES["heun"]
-    assert set(Placement(table).candidates) <= set(table.restarts)
+    assert set(Mesh(table).candidates) <= set(table.restarts)
 
 
 def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
     table = TABLES["ddim"]
     place = finite_log_snr(table)
-    edges = place[Placement(table).edges(16)[1:-2]]  # node 0 is far off already
+    edges = place[Mesh(table).edges(16)[1:-2]]  # node 0 is far off already
     step, wide, middle = float(place.diff()[20:-3].max()), edges.diff(), (edges[1:] + edges[:-1]) / 2
     tails = wide[(middle + 0.3).abs() > 4]
     assert tails.max() - tails.min() < 2 * step
@@ -61,7 +61,7 @@ def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
 
 def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:
     table = TABLES["ddpm"]
-    place = finite_log_snr(table)[Placement(table).edges(40)[:-1]]
+    place = finite_log_snr(table)[Mesh(table).edges(40)[:-1]]
     gaps, middle = place.diff(), (place[1:] + place[:-1]) / 2
     decided = gaps[(middle - -1.2).abs() < 1]
     late = gaps[(middle > 2) & (middle < 5)]
@@ -71,16 +71,16 @@ def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_a_split_gap_has_at_most_so_many_parts(parts: int) -> None:
-    placement = Placement(TABLES["ddpm"])
-    found = placement.split(50, 110, parts)
+    mesh = Mesh(TABLES["ddpm"])
+    found = mesh.split(50, 110, parts)
     assert len(found) == parts
     assert found[0] == 50
     assert all(a < b < 110 for a, b in itertools.pairwise(found))
 
 
 def test_a_single_step_is_not_split() -> None:
-    assert Placement(TABLES["ddpm"]).split(50, 51, 4) == [50]
+    assert Mesh(TABLES["ddpm"]).split(50, 51, 4) == [50]
 
 
 def test_a_gap_of_two_steps_is_split_once() -> None:
-    assert Placement(TABLES["ddpm"]).split(50, 52, 4) == [50, 51]
+    assert Mesh(TABLES["ddpm"]).split(50, 52, 4) == [50, 51]

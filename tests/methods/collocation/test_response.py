@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff.methods.collocation.linearization import KNOWN, Response
+from paradiff.methods.collocation.linearization import KNOWN, Linearization
 
 NODES, SIZE = 5, 3
 
@@ -19,9 +19,9 @@ def linear(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return reach, slope, torch.eye(SIZE, dtype=torch.float64).expand(NODES, SIZE, SIZE)
 
 
-def response(reach: Tensor, slope: Tensor, dx: Tensor) -> Response:
+def response(reach: Tensor, slope: Tensor, dx: Tensor) -> Linearization:
     du = torch.einsum("nij,nkj->nki", slope, dx)
-    return Response(reach, torch.arange(NODES), dx[:, :, None], du[:, :, None])
+    return Linearization(reach, torch.arange(NODES), dx[:, :, None], du[:, :, None])
 
 
 def followed(reach: Tensor, slope: Tensor, forced: Tensor) -> Tensor:

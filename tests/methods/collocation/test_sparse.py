@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Table, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
-from paradiff.methods.collocation.defect import Doubled, answer, directions, left_out
+from paradiff.methods.collocation.defect import DoubledIntervals, answer, directions, left_out
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.system import Sparse, draw, spread
+from paradiff.methods.collocation.system import CollocationSystem, draw, spread
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 40),
@@ -24,9 +24,9 @@ VARIANCE = 0.25
 EDGES = [0, 2, 4, 10, 16, 24, 30, 38]  # where a two-stage sampler starts afresh
 
 
-def sparse_of(name: str, order: int) -> Sparse:
+def sparse_of(name: str, order: int) -> CollocationSystem:
     table = TABLES[name]
-    return Sparse(Recurrence(table, VARIANCE), [*EDGES, table.steps], order)
+    return CollocationSystem(Recurrence(table, VARIANCE), [*EDGES, table.steps], order)
 
 
 def walk(table: Table, x0: Tensor, drives: Tensor, noise: Keyed | None = None) -> list[Tensor]:
@@ -105,7 +105,7 @@ def test_order_0_holds_each_gaps_own_drive() -> None:
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_with_every_fine_node_drives_are_not_interpolated_and_reach_later_states_only(order: int) -> None:
     table = TABLES["ddim eta"]
-    sparse = Sparse(Recurrence(table, VARIANCE), list(range(table.steps + 1)), order)
+    sparse = CollocationSystem(Recurrence(table, VARIANCE), list(range(table.steps + 1)), order)
     assert torch.allclose(sparse.interpolation, torch.eye(table.steps, dtype=torch.float64))
     assert not sparse.reach[:-1].triu().any()
 
@@ -113,7 +113,7 @@ def test_with_every_fine_node_drives_are_not_interpolated_and_reach_later_states
 def test_too_few_nodes_for_the_order_are_refused() -> None:
     table = TABLES["ddim"]
     with pytest.raises(ValueError, match=r"interpolation of order 3 was asked for on 3 nodes; it needs at least 4"):
-        Sparse(Recurrence(table, VARIANCE), [0, 10, 20, table.steps], 3)
+        CollocationSystem(Recurrence(table, VARIANCE), [0, 10, 20, table.steps], 3)
 
 
 def test_a_gaps_noise_does_not_depend_on_what_was_drawn_before() -> None:
@@ -130,26 +130,26 @@ def test_a_gaps_noise_does_not_depend_on_what_was_drawn_before() -> None:
 
 def test_gaps_of_twice_the_length_weigh_drives_as_the_chain_does() -> None:
     table, sparse = TABLES["ddpm"], sparse_of("ddpm", 0)
-    doubled = Doubled(sparse)
+    doubled = DoubledIntervals(sparse)
     assert doubled.first == [0, 2, 4, 6]
     for j, n in enumerate(doubled.first):
         assert (doubled.gaps[j].left, doubled.gaps[j].right) == (sparse.gaps[n].left, sparse.gaps[n + 1].right)
         # A drive that is the same in both gaps leaves no defect.
         assert float(doubled.weights[j].sum()) == pytest.approx(float(doubled.weight[j]), rel=1e-10)
         assert doubled.places[j] == tuple(sparse.edges[n : n + 3])
-    assert Doubled(Sparse(Recurrence(table, VARIANCE), list(range(table.steps + 1)), 0)).first == []
+    assert DoubledIntervals(CollocationSystem(Recurrence(table, VARIANCE), list(range(table.steps + 1)), 0)).first == []
 
 
 def test_the_averaged_states_of_doubled_gaps_are_those_of_the_coarser_table() -> None:
     sparse, noise = sparse_of("ddpm", 0), Keyed((3,), 4)
-    doubled = Doubled(sparse)
+    doubled = DoubledIntervals(sparse)
     left = [gap.left for gap in doubled.gaps]
-    coarse = Sparse(sparse.recurrence, [*left, TABLES["ddpm"].steps], 0)
+    coarse = CollocationSystem(sparse.recurrence, [*left, TABLES["ddpm"].steps], 0)
     assert coarse.nodes.tolist() == doubled.nodes.tolist()
     generator = torch.Generator().manual_seed(1)
     x0, drives = noise.start(0).double(), torch.randn(4, 3, generator=generator, dtype=torch.float64)
 
-    def states(table: Sparse, drives: Tensor) -> Tensor:
+    def states(table: CollocationSystem, drives: Tensor) -> Tensor:
         return table.start[:, None] * x0 + table.reach @ drives + table.noises([draw(gap, noise, 0) for gap in table.gaps])
 
     # With the same drive in both halves of every gap the two tables are one chain.
@@ -164,7 +164,7 @@ def test_a_sample_answers_to_defects_more_strongly_before_it_is_decided_than_aft
     found = answer(torch.tensor([-20.0, -2.0, 0.0, 2.0, 20.0], dtype=torch.float64)).tolist()
     assert found == sorted(found, reverse=True)
     assert (found[0], found[2], found[4]) == pytest.approx((3.4, 2.05, 0.7))
-    doubled = Doubled(sparse_of("ddpm", 0))
+    doubled = DoubledIntervals(sparse_of("ddpm", 0))
     middles = [middle for _, middle, _ in doubled.places]
     place = Recurrence(TABLES["ddpm"], VARIANCE).log_snr
     assert doubled.answer.tolist() == pytest.approx(answer(place[middles]).tolist())
@@ -191,6 +191,6 @@ def test_the_defect_of_a_polynomial_drive_is_zero(order: int) -> None:
 
 def test_nothing_is_left_out_where_nodes_are_too_few() -> None:
     table = TABLES["ddim"]
-    gone, weights = left_out(Sparse(Recurrence(table, VARIANCE), [0, 10, 20, 30, table.steps], 3))
+    gone, weights = left_out(CollocationSystem(Recurrence(table, VARIANCE), [0, 10, 20, 30, table.steps], 3))
     assert gone == []
     assert weights.shape == (0, 4)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from paradiff import Keyed, Schedule, Table, collocation, ddim, ddpm, dpmpp_2m, sample
-from paradiff.methods.collocation.dense_output import Trajectory
+from paradiff.methods.collocation.dense_output import DenseOutput
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.system import Sparse
+from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.models.exact import Gaussian
 
 SCHEDULE = Schedule.linear()
@@ -35,10 +35,10 @@ def test_the_right_drives_give_the_chains_states_and_outputs(name: str, steps: s
     table, noise = TABLES[name], Keyed((3,), 5)
     mean = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64)
     states, outputs = walked(table, Gaussian(mean, torch.full((3,), VARIANCE)), noise)
-    sparse = Sparse(Recurrence(table, VARIANCE), [0, 10, 25, 40, 59, 60], 0)
+    sparse = CollocationSystem(Recurrence(table, VARIANCE), [0, 10, 25, 40, 59, 60], 0)
     edges = torch.stack([torch.stack([states[max(e - p, 0)] * (e >= p) for p in range(table.band)]) for e in sparse.edges[:-1]])
     drives = mean.expand(5, 3)  # on Gaussian data the drive is the mean
-    after, found = Trajectory(sparse, drives, edges, noise, 0, lambda v: v.double())(steps)
+    after, found = DenseOutput(sparse, drives, edges, noise, 0, lambda v: v.double())(steps)
     assert torch.allclose(after, states[steps.start + 1 : steps.stop + 1], atol=1e-7)
     assert torch.allclose(found, outputs[steps], atol=1e-6)
 

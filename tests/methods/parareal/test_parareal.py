@@ -14,11 +14,11 @@ from torch import Tensor
 
 from paradiff import (
     Keyed,
-    Method,
-    Parareal,
+    PararealMethod,
     Schedule,
     Solution,
     Table,
+    WindowMethod,
     ddim,
     ddpm,
     dpmpp_2m,
@@ -184,7 +184,7 @@ each_book = pytest.mark.parametrize("name", BOOK)
 each_edges = pytest.mark.parametrize("edges", EDGES)
 
 
-def solved(table: Table, method: Parareal | Method) -> Solution:
+def solved(table: Table, method: PararealMethod | WindowMethod) -> Solution:
     """One sample in float64."""
     return sample(network, table, Keyed(SHAPE), method, dtype=torch.float64)
 
@@ -388,7 +388,7 @@ def test_the_tolerance_has_a_default_for_each_rule() -> None:
     for rule, tolerance in rules.items():
         assert srds(rule=rule).tolerance == tolerance
         assert srds(rule=rule, tolerance=0.3).tolerance == 0.3
-    assert srds() == Parareal()
+    assert srds() == PararealMethod()
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -437,8 +437,10 @@ SLIDES = "which looks at the end of the chain; a window slides by rule 'error' o
         ),
     ],
 )
-@pytest.mark.parametrize("make", [srds, Parareal])
-def test_values_out_of_range_and_contradictions_are_refused(make: Callable[..., Parareal], options: dict, message: str) -> None:
+@pytest.mark.parametrize("make", [srds, PararealMethod])
+def test_values_out_of_range_and_contradictions_are_refused(
+    make: Callable[..., PararealMethod], options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -494,7 +496,7 @@ TWELFTH = ddim(Schedule.linear(), 12, spacing="trailing")
         ),
     ],
 )
-def test_a_method_that_does_not_fit_the_table_is_refused(method: Parareal, message: str) -> None:
+def test_a_method_that_does_not_fit_the_table_is_refused(method: PararealMethod, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solved(TWELFTH, method)
 

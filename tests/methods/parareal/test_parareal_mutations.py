@@ -20,8 +20,8 @@ from torch import Tensor
 import paradiff.methods.parareal.method
 from paradiff import Keyed, Noise, Table, sample, srds
 from paradiff.methods.parareal.coarse import Coarse, one_step
-from paradiff.methods.parareal.solver import Wavefront
-from paradiff.methods.parareal.stopping import Formed, Judge, Solve
+from paradiff.methods.parareal.solver import PararealSolver
+from paradiff.methods.parareal.stopping import BlockRun, EdgeUpdate, StoppingRule
 
 SEEN = 1e-3
 BLOCKS = EDGES["even"]
@@ -94,16 +94,16 @@ def test_a_wrong_aggregate_of_noise_is_seen_by_the_textbook_alone(fault: str, mo
 # -- the correction ----------------------------------------------------------------------------------------------------
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Wavefront, Formed, Solve], None]) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[PararealSolver, EdgeUpdate, BlockRun], None]) -> None:
     """Spoils every corrected value once it is made; `spoil` gets it and the solve of the iteration before."""
-    assign = Wavefront._assign
+    assign = PararealSolver._assign
 
-    def wrong(self: Wavefront, formed: Formed) -> None:
+    def wrong(self: PararealSolver, formed: EdgeUpdate) -> None:
         assign(self, formed)
         if formed.kind == "corrected":
             spoil(self, formed, self.solves[formed.solve.block - 1][formed.solve.level - 1])
 
-    monkeypatch.setattr(Wavefront, "_assign", wrong)
+    monkeypatch.setattr(PararealSolver, "_assign", wrong)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "flow_euler", "dpmpp_2m"])
@@ -113,7 +113,7 @@ def test_a_correction_of_a_wrong_difference_is_seen_by_the_textbook_alone(
 ) -> None:
     assert to_book(name, 1) < EXACT
 
-    def spoil(self: Wavefront, formed: Formed, old: Solve) -> None:
+    def spoil(self: PararealSolver, formed: EdgeUpdate, old: BlockRun) -> None:
         new, before = self.pool[formed.source.end], self.pool[old.end]
         more = {"without the old value": before, "without the new value": -new, "with its sign turned": 2 * (before - new)}
         self.pool[formed.solve.start] += more[fault]
@@ -128,7 +128,7 @@ def test_a_fine_value_of_the_iteration_before_is_seen_by_the_textbook_alone(name
     assert to_book(name, 2) < EXACT
     kept: dict[int, Tensor] = {}
 
-    def spoil(self: Wavefront, formed: Formed, old: Solve) -> None:
+    def spoil(self: PararealSolver, formed: EdgeUpdate, old: BlockRun) -> None:
         now = self.pool[old.run].clone()
         self.pool[formed.solve.start] += kept.get(old.block, now) - now if old.level else 0
         kept[old.block] = now
@@ -146,7 +146,7 @@ def test_a_history_that_is_not_corrected_is_seen_by_the_textbook_alone(part: str
     assert to_book("dpmpp_2m", 2) < EXACT
     places = {"state": slice(1, 2), "output": slice(2, 3), "both": slice(1, 3)}[part]
 
-    def spoil(self: Wavefront, formed: Formed, old: Solve) -> None:
+    def spoil(self: PararealSolver, formed: EdgeUpdate, old: BlockRun) -> None:
         self.pool[formed.solve.start, places] = self.pool[old.run, places]
 
     plant(monkeypatch, spoil)
@@ -159,14 +159,14 @@ def test_a_history_that_is_not_corrected_is_seen_by_the_textbook_alone(part: str
 
 def test_a_fine_step_with_the_next_nodes_noise_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain("ddpm") < EXACT
-    step = Wavefront._fine_step
+    step = PararealSolver._fine_step
 
-    def wrong(self: Wavefront, rows: list[int], m: Tensor) -> None:
+    def wrong(self: PararealSolver, rows: list[int], m: Tensor) -> None:
         noise, self.noise = self.noise, Later(self.noise)
         step(self, rows, m)
         self.noise = noise
 
-    monkeypatch.setattr(Wavefront, "_fine_step", wrong)
+    monkeypatch.setattr(PararealSolver, "_fine_step", wrong)
     assert to_chain("ddpm") > SEEN
     assert to_book("ddpm", 0) < EXACT  # no fine step in it
 
@@ -174,14 +174,14 @@ def test_a_fine_step_with_the_next_nodes_noise_is_seen_by_the_chain(monkeypatch:
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
 def test_an_edge_settled_one_iteration_too_early_is_seen_by_the_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(name) < EXACT
-    monkeypatch.setattr(Judge, "passes", lambda self, solve: 1 <= solve.block - 1 <= solve.level)
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, solve: 1 <= solve.block - 1 <= solve.level)
     assert to_chain(name) > SEEN
 
 
 def test_an_edge_settled_too_early_is_seen_by_nothing_that_the_run_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     # Why the check above is needed: what settles counts as the estimate says, and an estimate of nothing is exact.
-    monkeypatch.setattr(Judge, "passes", lambda self, solve: 1 <= solve.block - 1 <= solve.level)
-    monkeypatch.setattr(Judge, "estimate", lambda self, solve: 0.0)
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, solve: 1 <= solve.block - 1 <= solve.level)
+    monkeypatch.setattr(StoppingRule, "estimate", lambda self, solve: 0.0)
     found = sample(network, TABLES["ddpm"], Keyed(SHAPE), srds(BLOCKS, iterations=4), dtype=torch.float64)
     assert found.estimated_error == 0
     assert found.status.startswith("exact")

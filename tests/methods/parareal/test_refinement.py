@@ -16,11 +16,11 @@ import paradiff.methods.parareal.stopping
 from paradiff import (
     Denoiser,
     Keyed,
-    Parareal,
+    PararealMethod,
+    PararealRecord,
     Schedule,
     Solution,
     Table,
-    Wave,
     ddim,
     ddpm,
     euler,
@@ -34,7 +34,7 @@ from paradiff import (
 from paradiff.methods.parareal.coarse import defect
 from paradiff.methods.parareal.method import Schedule as Order
 from paradiff.methods.parareal.method import StopRule
-from paradiff.methods.parareal.stopping import CAUTION, Judge, Solve
+from paradiff.methods.parareal.stopping import CAUTION, BlockRun, StoppingRule
 from paradiff.methods.window.budget import noise_units, response
 from paradiff.models.exact import Empirical, Gaussian, Mixture, digits
 from paradiff.models.pixel import SCHEDULERS, Model, load
@@ -45,7 +45,7 @@ LONG = {"ddim": ddim(Schedule.linear(), 30), "ddpm": ddpm(Schedule.linear(), 30,
 PICTURE = (3, 2, 2)
 
 
-def solved(table: Table, method: Parareal, shape: Sequence[int] = SHAPE, seed: int | Sequence[int] = 0) -> Solution:
+def solved(table: Table, method: PararealMethod, shape: Sequence[int] = SHAPE, seed: int | Sequence[int] = 0) -> Solution:
     """Samples in float64."""
     return sample(network, table, Keyed(shape, seed), method, dtype=torch.float64)
 
@@ -58,7 +58,7 @@ def forced(name: str, order: Order, shape: tuple[int, ...] = SHAPE) -> list[Solu
 
 def iterations(found: Solution) -> int:
     """The iteration of the last value that the last edge got."""
-    values = [value for wave in found.history if isinstance(wave, Wave) for value in wave.values]
+    values = [value for wave in found.history if isinstance(wave, PararealRecord) for value in wave.values]
     last = max(edge for edge, _, _ in values)
     return max(level for edge, level, _ in values if edge == last)
 
@@ -183,7 +183,7 @@ def settled(found: Solution) -> list[int]:
 
 def changes(found: Solution, edge: int) -> list[tuple[int, float]]:
     """Round and change of every value of an edge."""
-    waves = [w for w in found.history if isinstance(w, Wave)]
+    waves = [w for w in found.history if isinstance(w, PararealRecord)]
     return [(w.round, change) for w in waves for at, _, change in w.values if at == edge]
 
 
@@ -192,15 +192,15 @@ def changes(found: Solution, edge: int) -> list[tuple[int, float]]:
 def test_every_edge_that_passes_by_its_change_is_within_its_unit(
     name: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passed: list[Solve] = []
-    passes = Judge.passes
+    passed: list[BlockRun] = []
+    passes = StoppingRule.passes
 
-    def seen(self: Judge, solve: Solve) -> bool:
+    def seen(self: StoppingRule, solve: BlockRun) -> bool:
         if found := passes(self, solve):
             passed.append(solve)
         return found
 
-    monkeypatch.setattr(Judge, "passes", seen)
+    monkeypatch.setattr(StoppingRule, "passes", seen)
     table = LONG[name]
     method = srds(BLOCKS, rule="change", tolerance=tolerance)
     found = solved(table, method)
@@ -220,9 +220,9 @@ def test_every_edge_that_passes_by_its_change_is_within_its_unit(
 @pytest.mark.parametrize("stuck", [2, 3, 5])
 @pytest.mark.parametrize("name", LONG)
 def test_nothing_behind_an_edge_that_does_not_converge_passes(name: str, stuck: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, passes = LONG[name], Judge.passes
+    table, passes = LONG[name], StoppingRule.passes
     free = solved(table, srds(BLOCKS, rule="change", tolerance=1e6))
-    monkeypatch.setattr(Judge, "passes", lambda self, solve: solve.block != stuck and passes(self, solve))
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, solve: solve.block != stuck and passes(self, solve))
     found = solved(table, srds(BLOCKS, rule="change", tolerance=1e6))
     rounds = [next(k for k, n in enumerate(settled(found), 1) if n >= edge) for edge in range(1, BLOCKS + 1)]
     assert rounds == sorted(rounds)
@@ -242,7 +242,7 @@ def test_nothing_behind_an_edge_that_does_not_converge_passes(name: str, stuck: 
 def test_a_batched_run_stops_once_every_edges_change_is_within_its_unit(name: str) -> None:
     units = noise_units(LONG[name], srds(BLOCKS).edges(LONG[name])).tolist()
     units[-1] = units[-2]
-    waves = [wave for wave in forced(name, "batched")[-1].history if isinstance(wave, Wave)]
+    waves = [wave for wave in forced(name, "batched")[-1].history if isinstance(wave, PararealRecord)]
     moved: dict[int, list[float]] = {}  # changes of an iteration in their edges' units
     for edge, level, change in (value for wave in waves for value in wave.values if value[0]):
         moved.setdefault(level, []).append(change / units[edge - 1])
@@ -265,11 +265,11 @@ def test_each_sample_decides_for_itself(rule: StopRule, order: Order) -> None:
     method = srds(10, schedule=order, rule=rule, tolerance=0.3 if rule == "change" else 2e-3)
     denoiser, seeds = target.denoiser(table), [0, 1, 2]
     together = sample(denoiser, table, Keyed((16,), seeds), method, dtype=torch.float64)
-    assert len({c.rounds for c in together.certificates}) > 1  # slow and fast ones
+    assert len({c.rounds for c in together.error_estimates}) > 1  # slow and fast ones
     for k, seed in enumerate(seeds):
         alone = sample(denoiser, table, Keyed((16,), [seed]), method, dtype=torch.float64)
         assert gap(together.sample[k], alone.sample[0]) < EXACT
-        found, wanted = together.certificates[k], alone.certificates[0]
+        found, wanted = together.error_estimates[k], alone.error_estimates[0]
         assert (found.rounds, found.evaluations) == (wanted.rounds, wanted.evaluations)
         # Changes of size 1e-3 are differences of states of size 1, which round to 1e-16.
         assert found.estimated_error == pytest.approx(wanted.estimated_error, rel=1e-9)
@@ -314,7 +314,7 @@ def setting(target: str, name: str) -> tuple[Table, Denoiser, Keyed]:
     return table, TARGETS[target].denoiser(table), Keyed((1, 8, 8) if target == "digits" else (16,), 0, SEEDS)
 
 
-def measured(target: str, name: str, method: Parareal) -> tuple[Solution, list[float]]:
+def measured(target: str, name: str, method: PararealMethod) -> tuple[Solution, list[float]]:
     """A run, and the error of every sample."""
     table, denoiser, noise = setting(target, name)
     found = sample(denoiser, table, noise, method, dtype=torch.float64)
@@ -330,10 +330,10 @@ def measured(target: str, name: str, method: Parareal) -> tuple[Solution, list[f
 )
 def test_the_estimate_covers_the_measured_error_at_the_default_tolerance(target: str, name: str) -> None:
     found, errors = measured(target, name, srds())
-    for certificate, error in zip(found.certificates, errors, strict=True):
+    for error_estimate, error in zip(found.error_estimates, errors, strict=True):
         # What is solved to rounding may be off by it.
-        assert error <= certificate.estimated_error + EXACT
-        assert certificate.estimated_error <= TOLERANCE
+        assert error <= error_estimate.estimated_error + EXACT
+        assert error_estimate.estimated_error <= TOLERANCE
     assert found.rounds < 0.6 * CHAINS[name].steps
 
 
@@ -348,7 +348,7 @@ def test_the_estimate_covers_short_stochastic_chains_on_digits() -> None:
     wanted = sample(denoiser, table, noise, sequential(), dtype=torch.float64).sample
     found = sample(denoiser, table, noise, srds(), dtype=torch.float64)
     errors = rms(found.sample, wanted)
-    assert all(e <= c.estimated_error + EXACT for e, c in zip(errors, found.certificates, strict=True))
+    assert all(e <= c.estimated_error + EXACT for e, c in zip(errors, found.error_estimates, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def test_every_value_of_a_run_follows_the_stated_equations(name: str, decision: 
     s = response(table)[edges].tolist()
     variance = [float(table.alpha[n] ** 2 / 2 + table.sigma[n] ** 2) for n in edges]
     found = solved(table, method)
-    level = {(edge, p): change for w in found.history if isinstance(w, Wave) for edge, p, change in w.values}
+    level = {(edge, p): change for w in found.history if isinstance(w, PararealRecord) for edge, p, change in w.values}
     error, total, residual, theta = {}, {}, {}, {}
     for p in range(4):
         error[0, p] = total[0, p] = residual[0, p] = level[0, p] = 0.0

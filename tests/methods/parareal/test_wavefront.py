@@ -18,12 +18,12 @@ from paradiff import (
     Denoiser,
     Evaluator,
     Keyed,
-    Parareal,
+    PararealMethod,
+    PararealRecord,
     Recorded,
     Schedule,
     Solution,
     Table,
-    Wave,
     ddim,
     dpmpp_2m,
     sample,
@@ -33,7 +33,7 @@ from paradiff import (
 )
 from paradiff.methods.parareal.method import Schedule as Order
 from paradiff.methods.parareal.method import StopRule
-from paradiff.methods.parareal.solver import Course, Wavefront
+from paradiff.methods.parareal.solver import PararealSetup, PararealSolver
 
 each_table = pytest.mark.parametrize("name", TABLES)
 ONE_STEP = [name for name in TABLES if TABLES[name].band == 1]
@@ -49,7 +49,7 @@ ORDERS: tuple[Order, ...] = ("pipelined", "batched")
 
 def run(
     table: Table,
-    method: Parareal,
+    method: PararealMethod,
     denoiser: Denoiser = network,
     samples: int = 1,
     start: Tensor | None = None,
@@ -59,9 +59,9 @@ def run(
     return sample(denoiser, table, Keyed(SHAPE, 0, samples), method, start=start, dtype=dtype)
 
 
-def waves(found: Solution, k: int = 0) -> list[Wave]:
+def waves(found: Solution, k: int = 0) -> list[PararealRecord]:
     """The rounds of sample k, in order."""
-    return [w for w in found.history if isinstance(w, Wave) and w.sample == k]
+    return [w for w in found.history if isinstance(w, PararealRecord) and w.sample == k]
 
 
 def rows_of(found: Solution) -> list[list[tuple[int, int]]]:
@@ -69,14 +69,14 @@ def rows_of(found: Solution) -> list[list[tuple[int, int]]]:
     return [sorted(w.rows) for w in waves(found)]
 
 
-def lengths_of(method: Parareal, table: Table) -> list[int]:
+def lengths_of(method: PararealMethod, table: Table) -> list[int]:
     return [right - left for left, right in pairwise(method.edges(table))]
 
 
-def edge_values(table: Table, method: Parareal, denoiser: Denoiser = network) -> dict[tuple[int, int], Tensor]:
+def edge_values(table: Table, method: PararealMethod, denoiser: Denoiser = network) -> dict[tuple[int, int], Tensor]:
     """Every value that sample 0's edges are given, by (edge, iteration), from a run stepped by hand."""
-    course = Course(table, method, torch.device("cpu"), torch.float64)
-    front, values = Wavefront(course, Keyed(SHAPE), 0, None), {}
+    course = PararealSetup(table, method, torch.device("cpu"), torch.float64)
+    front, values = PararealSolver(course, Keyed(SHAPE), 0, None), {}
     while not front.done:
         nodes, x = front.rows()
         front.absorb(denoiser(x, course.t[nodes]))
@@ -187,7 +187,7 @@ def test_with_one_row_a_round_there_are_as_many_rounds_as_rows(blocks: int) -> N
     assert max(len(w.rows) for w in waves(found)) == 1
 
 
-def evaluated(table: Table, method: Parareal) -> Counter[tuple[int, bytes]]:
+def evaluated(table: Table, method: PararealMethod) -> Counter[tuple[int, bytes]]:
     """How often every state was evaluated at every node."""
     seen: Counter[tuple[int, bytes]] = Counter()
     solver = solve(table, Keyed(SHAPE), method, dtype=torch.float64)
@@ -314,23 +314,23 @@ def test_a_multistep_history_travels_with_the_edge_and_restarts_refer_to_the_res
 # Memory and speculation.
 
 
-def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[Table, Parareal], tuple[int, int]]:
+def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[Table, PararealMethod], tuple[int, int]]:
     """A function that runs a method and returns the most states that were held at once, and the size of the pool."""
     most: Counter[str] = Counter()
-    take = Wavefront._slot
+    take = PararealSolver._slot
 
-    def counted(front: Wavefront) -> int:
+    def counted(front: PararealSolver) -> int:
         slot = take(front)
         most["held"] = max(most["held"], len(front.pool) - len(front.free))
         most["pool"] = max(most["pool"], len(front.pool))
         return slot
 
-    def measure(table: Table, method: Parareal) -> tuple[int, int]:
+    def measure(table: Table, method: PararealMethod) -> tuple[int, int]:
         most.clear()
         run(table, method)
         return most["held"], most["pool"]
 
-    monkeypatch.setattr(Wavefront, "_slot", counted)
+    monkeypatch.setattr(PararealSolver, "_slot", counted)
     return measure
 
 
@@ -356,7 +356,7 @@ def test_without_a_window_three_states_a_block_are_held(blocks: int, iterations:
 
 @pytest.mark.parametrize("method", [srds(4), srds(4, window=2), srds(4, rows=2), srds(4, rule="change"), srds(4, iterations=3)])
 @each_table
-def test_blocks_before_a_settled_edge_have_no_rows(name: str, method: Parareal) -> None:
+def test_blocks_before_a_settled_edge_have_no_rows(name: str, method: PararealMethod) -> None:
     found = run(TABLES[name], method, samples=2)
     for k in range(2):
         settled = 0
@@ -365,8 +365,8 @@ def test_blocks_before_a_settled_edge_have_no_rows(name: str, method: Parareal) 
             assert min(block for block, _ in wave.rows) >= settled
             settled += wave.passed
         assert settled == 4
-        assert sum(len(w.rows) for w in waves(found, k)) == found.certificates[k].evaluations
-        assert len(waves(found, k)) == found.certificates[k].rounds
+        assert sum(len(w.rows) for w in waves(found, k)) == found.error_estimates[k].evaluations
+        assert len(waves(found, k)) == found.error_estimates[k].rounds
 
 
 def quick_and_slow(x: Tensor, t: Tensor, quiet: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ def test_speculation_stops_when_the_answer_of_a_sample_is_known() -> None:
             batch = solver.send(quick_and_slow(batch.x, batch.t, quiet[batch.samples]))
     except StopIteration as end:
         found = end.value
-    slow, quick = found.certificates
+    slow, quick = found.error_estimates
     # A constant network makes the coarse step exact, and one iteration shows it.
     assert quick.rounds <= 2 * 5 + 8
     assert quick.rounds < slow.rounds == found.rounds == len(batches)
@@ -392,17 +392,17 @@ def test_speculation_stops_when_the_answer_of_a_sample_is_known() -> None:
         assert (1 in batch.samples) == (number <= quick.rounds)
         assert len(batch.nodes) > 0
     final = {w.sample: w for w in found.history}
-    for k, certificate in enumerate(found.certificates):
-        assert final[k].round == certificate.rounds
+    for k, error_estimate in enumerate(found.error_estimates):
+        assert final[k].round == error_estimate.rounds
         assert final[k].values[-1][0] == 8, "the last round of a sample makes its answer"
     assert gap(found.sample, torch.stack([w.final for w in _alone(table, quiet)])) < EXACT
 
 
-def _alone(table: Table, quiet: Tensor) -> list[Wavefront]:
+def _alone(table: Table, quiet: Tensor) -> list[PararealSolver]:
     """Both samples, each stepped by hand."""
-    course, fronts = Course(table, srds(8), torch.device("cpu"), torch.float64), []
+    course, fronts = PararealSetup(table, srds(8), torch.device("cpu"), torch.float64), []
     for k in range(2):
-        front = Wavefront(course, Keyed(SHAPE, samples=2), k, None)
+        front = PararealSolver(course, Keyed(SHAPE, samples=2), k, None)
         while not front.done:
             nodes, x = front.rows()
             front.absorb(quick_and_slow(x, course.t[nodes], quiet[[k] * len(nodes)]))
@@ -450,7 +450,10 @@ def test_a_sample_does_not_depend_on_chunks_or_on_its_neighbours(name: str, meth
     for k, seed in ((0, 5), (2, 7)):
         alone = solved(Keyed(SHAPE, [seed]), SHIFTS[k : k + 1], None)
         assert gap(alone.sample[0], together.sample[k]) < EXACT
-        assert (alone.rounds, alone.evaluations) == (together.certificates[k].rounds, together.certificates[k].evaluations)
+        assert (alone.rounds, alone.evaluations) == (
+            together.error_estimates[k].rounds,
+            together.error_estimates[k].evaluations,
+        )
 
 
 @each_table
@@ -516,7 +519,7 @@ def test_the_host_reads_the_states_at_most_once_a_round(name: str, method: str, 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
 @pytest.mark.parametrize("method", [srds(4, iterations=4), srds(4), srds(4, window=3), srds(4, rows=2)])
-def test_states_off_the_chain_that_fail_do_not_hurt_the_exact_chain(bad: float, method: Parareal) -> None:
+def test_states_off_the_chain_that_fail_do_not_hurt_the_exact_chain(bad: float, method: PararealMethod) -> None:
     table, failed = long_table(16), []
     states = chain(network, table, Keyed(SHAPE))
     limit = float(states.abs().max()) * (1 + 1e-9)
@@ -545,7 +548,7 @@ def broken(table: Table, node: int, bad: float) -> Evaluator:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "heun"])
 @pytest.mark.parametrize("method", [srds(4, iterations=4), srds(4), srds(4, window=2), srds(4, rows=1), srds(1)])
-def test_an_output_that_is_not_finite_on_the_chain_is_named(name: str, bad: float, method: Parareal) -> None:
+def test_an_output_that_is_not_finite_on_the_chain_is_named(name: str, bad: float, method: PararealMethod) -> None:
     table, node = TABLES[name], 5
     # The block that holds the node; heun's nodes 5 and 6 share their time, and both are hit.
     first = max(edge for edge in method.edges(table) if edge <= node)
@@ -559,7 +562,7 @@ def test_an_output_that_is_not_finite_on_the_chain_is_named(name: str, bad: floa
     "method",
     [srds(4, schedule="batched", iterations=4), srds(4, schedule="batched"), srds(4, iterations=1), srds(4, iterations=0)],
 )
-def test_no_sample_that_is_not_finite_is_returned(method: Parareal, bad: float) -> None:
+def test_no_sample_that_is_not_finite_is_returned(method: PararealMethod, bad: float) -> None:
     # Here nothing, or nothing that the coarse sweep has not spoilt, is walked by the chain's own steps, so no block is named.
     table = TABLES["ddpm"]
     node = 0 if method.iterations == 0 else 5

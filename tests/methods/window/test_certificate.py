@@ -29,7 +29,7 @@ from paradiff import (
     sequential,
 )
 from paradiff.chain.slope import over_intervals, resolve
-from paradiff.methods.window.budget import Ledger, noise_units, sensitivity, slope_error
+from paradiff.methods.window.budget import ErrorBudget, noise_units, sensitivity, slope_error
 from paradiff.models.exact import Empirical, Gaussian, Mixture, digits
 
 SEEDS = 4
@@ -64,8 +64,8 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 def test_the_estimate_covers_the_measured_error_of_every_seed(problem: Problem) -> None:
     method = parasolver(problem.window)
     found = sample(problem.denoiser, problem.table, problem.noise, method, dtype=torch.float64)
-    for certificate, error in zip(found.certificates, problem.errors(found.sample), strict=True):
-        assert error <= certificate.estimated_error <= method.tolerance
+    for error_estimate, error in zip(found.error_estimates, problem.errors(found.sample), strict=True):
+        assert error <= error_estimate.estimated_error <= method.tolerance
     assert found.rounds < problem.table.steps / 3
 
 
@@ -110,10 +110,10 @@ def test_an_exact_run_certifies_no_error(name: str) -> None:
 
 def test_the_solution_reports_its_worst_sample() -> None:
     found = run(TABLES["ddpm"], parasolver(5, 0.1), samples=4)
-    assert len(found.certificates) == 4
-    assert found.residual == max(c.residual for c in found.certificates) > 0
-    assert found.estimated_error == max(c.estimated_error for c in found.certificates) > 0
-    assert len({c.estimated_error for c in found.certificates}) == 4
+    assert len(found.error_estimates) == 4
+    assert found.residual == max(c.residual for c in found.error_estimates) > 0
+    assert found.estimated_error == max(c.estimated_error for c in found.error_estimates) > 0
+    assert len({c.estimated_error for c in found.error_estimates}) == 4
 
 
 # -- its parts ---------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_no_sub_interval_is_thought_to_be_without_error(name: str) -> None:
 
 
 def test_the_ledger_follows_its_equations() -> None:
-    ledger = Ledger([1.0, 0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    ledger = ErrorBudget([1.0, 0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     ledger.record(0, [0.4, 0.2, 0.1, 0.08])
     # e after one node is 0, then theta (1/2 at first) times the sums of h |delta|.
     assert [ledger.cost(k) for k in (1, 2, 3, 4)] == pytest.approx([0, 2 * 0.1, 3 * 0.15, 4 * 0.1625])
@@ -225,7 +225,7 @@ def test_the_ledger_follows_its_equations() -> None:
 
 
 def test_the_ledger_forgets_a_sweep_that_overflowed() -> None:
-    ledger = Ledger([1.0] * 4, [1.0] * 5)
+    ledger = ErrorBudget([1.0] * 4, [1.0] * 5)
     ledger.record(0, [0.4, 0.2, 0.1])
     ledger.settle(1)
     ledger.forget()
@@ -234,7 +234,7 @@ def test_the_ledger_forgets_a_sweep_that_overflowed() -> None:
 
 
 def test_an_estimate_that_is_no_number_is_infinite() -> None:
-    ledger = Ledger([1.0] * 4, [1.0] * 5)
+    ledger = ErrorBudget([1.0] * 4, [1.0] * 5)
     ledger.spent = math.nan
     assert ledger.estimated_error == math.inf
 
@@ -244,8 +244,8 @@ def test_an_estimate_that_is_no_number_is_infinite() -> None:
 def test_the_estimate_covers_other_slopes_and_strides(slope: object, stride: int) -> None:
     problem, method = Problem("mixture", "ddim 50"), parasolver(slope=slope, stride=stride)
     found = sample(problem.denoiser, problem.table, problem.noise, method, dtype=torch.float64)
-    for certificate, error in zip(found.certificates, problem.errors(found.sample), strict=True):
-        assert error <= certificate.estimated_error <= method.tolerance
+    for error_estimate, error in zip(found.error_estimates, problem.errors(found.sample), strict=True):
+        assert error <= error_estimate.estimated_error <= method.tolerance
 
 
 # -- sixteen seeds, and where the estimate is known to fail ------------------------------------------------------------
@@ -269,5 +269,5 @@ def test_the_estimate_covers_sixteen_seeds(method: str, target: str, name: str, 
     problem = Problem(target, name)
     made = parasolver(problem.window) if method == "parasolver" else jacobi(problem.window)
     found = sample(problem.denoiser, problem.table, problem.noise, made, dtype=torch.float64)
-    for certificate, error in zip(found.certificates, problem.errors(found.sample), strict=True):
-        assert error <= certificate.estimated_error <= made.tolerance
+    for error_estimate, error in zip(found.error_estimates, problem.errors(found.sample), strict=True):
+        assert error <= error_estimate.estimated_error <= made.tolerance

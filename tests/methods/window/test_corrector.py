@@ -22,10 +22,10 @@ from paradiff import (
     Denoiser,
     Evaluator,
     Keyed,
-    Method,
     Noise,
-    Sweep,
     Table,
+    WindowMethod,
+    WindowRecord,
     exponential_integrator,
     freeze_clean_data,
     ornstein_uhlenbeck,
@@ -215,7 +215,7 @@ def test_friction_and_step_are_those_given_and_paper_mode_has_the_same_chain(swe
 @pytest.mark.parametrize("name", ["ddpm", "ddim eta"])
 def test_stochastic_chains_may_be_corrected_too(name: str) -> None:
     table, noise = TABLES[name], Keyed(SHAPE)
-    method = Method("", freeze_clean_data, tolerance=0.0, blocks=Blocks(3), corrector=underdamped_langevin(3, 3))
+    method = WindowMethod("", freeze_clean_data, tolerance=0.0, blocks=Blocks(3), corrector=underdamped_langevin(3, 3))
     found = run(table, method)
     assert gap(found.sample[0], corrected_chain(table, Blocks(3).edges(table), 3, noise)) < EXACT
 
@@ -309,7 +309,7 @@ class Asked(Keyed):
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_its_noise_is_neither_the_chain_s_nor_another_block_s(name: str) -> None:
     table, noise, steps = TABLES[name], Asked(SHAPE, 0, 2), 5
-    method = Method("", freeze_clean_data, tolerance=0.0, blocks=Blocks(4), corrector=underdamped_langevin(steps, 2))
+    method = WindowMethod("", freeze_clean_data, tolerance=0.0, blocks=Blocks(4), corrector=underdamped_langevin(steps, 2))
     sample(network, table, noise, method)
     for stretches in noise.stretches.values():
         nodes = [node for stretch in stretches for node in stretch]
@@ -320,7 +320,7 @@ def test_its_noise_is_neither_the_chain_s_nor_another_block_s(name: str) -> None
         assert chain_nodes == (list(range(table.steps)) if table.stochastic else [])
 
 
-def batches(table: Table, method: Method, denoiser: Denoiser) -> list[list[int]]:
+def batches(table: Table, method: WindowMethod, denoiser: Denoiser) -> list[list[int]]:
     """The nodes of every round of a lone sample."""
     solver, found = solve(table, Keyed(SHAPE), method, dtype=torch.float64), []
     batch = next(solver)
@@ -347,7 +347,7 @@ def test_rows_and_rounds_are_the_closed_forms(steps: int, sweeps: int, ends_in_n
     assert batches(table, method, network) == wanted
     found = run(table, method, samples=2)
     assert (found.rounds, found.evaluations) == (len(wanted), 2 * sum(map(len, wanted)))
-    done = [s for s in found.history if isinstance(s, Sweep) and s.passed == 0]
+    done = [s for s in found.history if isinstance(s, WindowRecord) and s.passed == 0]
     noisy = [edge for edge in edges[1:] if table.sigma[edge] > 0]
     assert [(s.sample, s.first, len(s.change)) for s in done] == [(k, edge, 1) for edge in noisy for k in range(2)]
     assert len(noisy) == (3 if ends_in_noise else 2)
@@ -521,7 +521,7 @@ def test_a_corrector_with_blocks_in_flight_is_refused(stagger: int) -> None:
     with pytest.raises(ValueError, match=message):
         piadm_ode(3, 4, underdamped_langevin(), stagger=stagger)
     with pytest.raises(ValueError, match=message):
-        Method("", corrector=underdamped_langevin())
+        WindowMethod("", corrector=underdamped_langevin())
 
 
 def test_a_mixture_is_corrected_to_itself() -> None:

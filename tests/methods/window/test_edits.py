@@ -9,8 +9,8 @@ import torch
 from problems import TABLES
 from torch import Tensor
 
-from paradiff import Keyed, Method, Solution, Table, flow_euler, parasolver, sequential, srds
-from paradiff.solver.loop import Edited, solve
+from paradiff import Keyed, Solution, Table, WindowMethod, flow_euler, parasolver, sequential, srds
+from paradiff.solver.loop import EditedOutputs, solve
 
 SHAPE = (3, 4, 4)
 Edit = Callable[[int, Tensor], Tensor]
@@ -52,7 +52,7 @@ def chain(table: Table, noise: Keyed, edit: Edit) -> Tensor:
     return x
 
 
-def solved(table: Table, noise: Keyed, method: Method, edit: Edit) -> Solution:
+def solved(table: Table, noise: Keyed, method: WindowMethod, edit: Edit) -> Solution:
     """The same by a solver, whose states are edited where a pipeline's loop would edit them."""
     plain = [table.scale[n] for n in range(table.steps)]
     solver = solve(table, noise, method, dtype=torch.float64)
@@ -63,7 +63,7 @@ def solved(table: Table, noise: Keyed, method: Method, edit: Edit) -> Solution:
         shown = torch.stack([x if n == 0 else edit(n - 1, x) for n, x in zip(nodes, states, strict=True)])
         seen = torch.stack([x * plain[n] for n, x in zip(nodes, shown, strict=True)])
         try:
-            batch = solver.send(Edited(model(seen, batch.t), shown))
+            batch = solver.send(EditedOutputs(model(seen, batch.t), shown))
         except StopIteration as end:
             return end.value
 
@@ -111,7 +111,7 @@ def test_states_left_alone_are_no_edit() -> None:
         (srds(4), "srds's coarse steps cannot follow that; use parasolver"),
     ],
 )
-def test_methods_that_cannot_follow_say_so(method: Method, complaint: str) -> None:
+def test_methods_that_cannot_follow_say_so(method: WindowMethod, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         solved(TABLES["ddim"], Keyed(SHAPE, 3), method, EDITS["overwrite"])
 

@@ -29,9 +29,9 @@ from paradiff import (
     Blocks,
     Evaluator,
     Keyed,
-    Method,
     Recorded,
     Schedule,
+    WindowMethod,
     ddim,
     ddpm,
     dpmpp_2m,
@@ -44,7 +44,7 @@ from paradiff import (
     sample,
     underdamped_langevin,
 )
-from paradiff.methods.window.solver import Window
+from paradiff.methods.window.solver import WindowSolver
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -66,9 +66,9 @@ def test_after_k_sweeps_the_first_k_nodes_are_exact(name: str, method: str) -> N
 def test_memory_is_of_the_size_of_the_window(make: object, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     width, steps, largest = 8, 200, Counter()
     table = make(Schedule.linear(), steps // 2 if make is heun else steps)
-    rows = Window.rows
+    rows = WindowSolver.rows
 
-    def watched(window: Window) -> tuple[Tensor, Tensor]:
+    def watched(window: WindowSolver) -> tuple[Tensor, Tensor]:
         for name, value in vars(window).items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 # Views count with all that they keep alive.
@@ -76,7 +76,7 @@ def test_memory_is_of_the_size_of_the_window(make: object, stride: int, monkeypa
                 largest[name] = max(largest[name], states)
         return rows(window)
 
-    monkeypatch.setattr(Window, "rows", watched)
+    monkeypatch.setattr(WindowSolver, "rows", watched)
     noise = Recorded(SHAPE, torch.Generator().manual_seed(0))
     sample(network, table, noise, parasolver(width, stride=stride, tolerance=1e-2))
     assert largest["x"] == width * stride + table.band
@@ -86,14 +86,14 @@ def test_memory_is_of_the_size_of_the_window(make: object, stride: int, monkeypa
 
 
 BLOCKED = [
-    Method("in turn", freeze_epsilon, blocks=Blocks(3), start="copy", rule="sweeps", sweeps=2),
-    Method("in flight", blocks=Blocks(4, stagger=1), tolerance=0.1),
+    WindowMethod("in turn", freeze_epsilon, blocks=Blocks(3), start="copy", rule="sweeps", sweeps=2),
+    WindowMethod("in flight", blocks=Blocks(4, stagger=1), tolerance=0.1),
 ]
 
 
 @pytest.mark.parametrize("method", [paradigms(6), parasolver(6), parasolver(4, stride=3), parasolver(1), *BLOCKED])
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "heun", "euler", "ddim clipped"])
-def test_the_host_reads_the_states_once_a_round(name: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_reads_the_states_once_a_round(name: str, method: WindowMethod, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = host_reads(monkeypatch)
     found = run(TABLES[name], method, samples=3, dtype=torch.float32)
     reads = +reads
@@ -103,7 +103,7 @@ def test_the_host_reads_the_states_once_a_round(name: str, method: Method, monke
 
 @pytest.mark.parametrize("name", ["ddpm", "euler", "ddim clipped"])
 def test_so_it_does_with_a_corrector(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = Method("corrected", blocks=Blocks(3), tolerance=0.1, corrector=underdamped_langevin(3, 2))
+    method = WindowMethod("corrected", blocks=Blocks(3), tolerance=0.1, corrector=underdamped_langevin(3, 2))
     test_the_host_reads_the_states_once_a_round(name, method, monkeypatch)
 
 
@@ -138,11 +138,11 @@ def fragile(bad: float, limit: float = 6.0) -> object:
 
 FRAGILE = {
     "copy": paradigms(20, 0.0),
-    "linear": Method("", identity, 20, start="linear", tolerance=0.0),
+    "linear": WindowMethod("", identity, 20, start="linear", tolerance=0.0),
     "clean": parasolver(20, 0.0),
-    "wild slope": Method("", lambda table: 1.5 * arbitrary(table), 20, tolerance=0.0),
-    "growing slope": Method("", lambda table: torch.full_like(table.c, 3.0), 10, tolerance=0.0),
-    "growing slope, stride": Method("", lambda table: torch.full_like(table.c, 3.0), 6, 3, tolerance=0.0),
+    "wild slope": WindowMethod("", lambda table: 1.5 * arbitrary(table), 20, tolerance=0.0),
+    "growing slope": WindowMethod("", lambda table: torch.full_like(table.c, 3.0), 10, tolerance=0.0),
+    "growing slope, stride": WindowMethod("", lambda table: torch.full_like(table.c, 3.0), 6, 3, tolerance=0.0),
 }
 
 
@@ -162,7 +162,7 @@ def test_overflow_off_the_chain_is_salvaged(method: str, bad: float, make: objec
 
 def test_float32_overflow_is_salvaged() -> None:
     table = euler(Schedule.scaled_linear(), 40)
-    wild = Method("", lambda table: torch.full_like(table.c, -1e4), 20, tolerance=0.0)
+    wild = WindowMethod("", lambda table: torch.full_like(table.c, -1e4), 20, tolerance=0.0)
     found = run(table, wild, dtype=torch.float32)
     assert any(torch.inf in s.change for s in found.history)
     # Float32, 40 steps.

@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.interval import Gap
-from paradiff.methods.collocation.system import Sparse, draw
+from paradiff.methods.collocation.interval import Interval
+from paradiff.methods.collocation.system import CollocationSystem, draw
 
 REDUCTION = 2.2  # equation (1), order 0
 LEAST_REDUCTION, MOST_REDUCTION, SLOWER = 1.2, 3.0, 1.5  # orders from 1
@@ -51,7 +51,7 @@ ANSWER, MORE, DECIDED_OVER = 0.7, 2.7, 0.8  # equation (2)
 NEIGHBOURS = 2  # on either side, whose directions a defect is carried in
 
 
-class Doubled:
+class DoubledIntervals:
     """Neighbouring gaps of a sparse table of order 0 two by two, as J gaps of twice the length: from the first on, and without
     those of single steps, which leave nothing out.
 
@@ -71,7 +71,7 @@ class Doubled:
         answer: `[J]` equation (2).
     """
 
-    def __init__(self, sparse: Sparse) -> None:
+    def __init__(self, sparse: CollocationSystem) -> None:
         self._sparse, self.first, n = sparse, list[int](), 0
         while n + 1 < len(sparse.gaps):
             single = sparse.gaps[n + 1].right - sparse.gaps[n].left == 2
@@ -79,7 +79,7 @@ class Doubled:
                 self.first.append(n)
             n += 1 if single else 2
         pairs = [(n, sparse.gaps[n], sparse.gaps[n + 1]) for n in self.first]
-        self.gaps: list[Gap] = [sparse.recurrence.gap(left.left, right.right) for _, left, right in pairs]
+        self.gaps: list[Interval] = [sparse.recurrence.gap(left.left, right.right) for _, left, right in pairs]
         self.nodes = torch.tensor([gap.node for gap in self.gaps], dtype=torch.int64)
         count, band = len(sparse.gaps), sparse.recurrence.table.band
         self.start = torch.zeros(len(pairs), dtype=torch.float64)
@@ -110,7 +110,7 @@ def answer(log_snr: Tensor) -> Tensor:
     return ANSWER + MORE * torch.sigmoid(-log_snr / DECIDED_OVER)
 
 
-def left_out(sparse: Sparse, every: int = 2) -> tuple[list[int], Tensor]:
+def left_out(sparse: CollocationSystem, every: int = 2) -> tuple[list[int], Tensor]:
     """The nodes but for every second or so, and the weights `[J, M]` of all drives in their defects: minus what the others
     interpolate there. Without those between single steps, which leave nothing out; none where too few are left for the
     order."""
@@ -119,7 +119,7 @@ def left_out(sparse: Sparse, every: int = 2) -> tuple[list[int], Tensor]:
     gone = [n for n in range(count) if n not in kept and sparse.edges[n + 1] - sparse.edges[n - 1] > 2]
     if len(kept) < sparse.order + 1:
         return [], torch.zeros(0, count, dtype=torch.float64)
-    coarse = Sparse(sparse.recurrence, [*(sparse.edges[n] for n in kept), sparse.edges[-1]], sparse.order)
+    coarse = CollocationSystem(sparse.recurrence, [*(sparse.edges[n] for n in kept), sparse.edges[-1]], sparse.order)
     weights = torch.zeros(len(gone), count, dtype=torch.float64)
     weights[:, kept] = -coarse.interpolation[sparse.nodes[gone]]
     weights[torch.arange(len(gone)), gone] = 1

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.system import Sparse
+from paradiff.methods.collocation.system import CollocationSystem
 
 
-class Trajectory:
+class DenseOutput:
     """Equation (2) of interval.py for one sample, from any edge on.
 
     Args:
@@ -25,7 +25,13 @@ class Trajectory:
     """
 
     def __init__(
-        self, sparse: Sparse, drives: Tensor, edges: Tensor, noise: Noise, sample: int, move: Callable[[Tensor], Tensor]
+        self,
+        sparse: CollocationSystem,
+        drives: Tensor,
+        edges: Tensor,
+        noise: Noise,
+        sample: int,
+        move: Callable[[Tensor], Tensor],
     ) -> None:
         self._sparse, self._drives, self._edges = sparse, drives, edges
         self._noise, self._sample, self._move = noise, sample, move

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.defect import CAUTION, REDUCTION, Doubled, directions, left_out, reduction
-from paradiff.methods.collocation.linearization import Response
-from paradiff.methods.collocation.setup import Ground
-from paradiff.methods.collocation.system import Sparse, spread
+from paradiff.methods.collocation.defect import CAUTION, REDUCTION, DoubledIntervals, directions, left_out, reduction
+from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.setup import CollocationSetup
+from paradiff.methods.collocation.system import CollocationSystem, spread
 
 TAIL = 0.8  # how much more caution where defects grow
 CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
@@ -44,24 +44,24 @@ class Estimate:
         shape: Of a state.
 
     Attributes:
-        gap_error: As last judged; infinite before.
+        interpolation_error: As last judged; infinite before.
         growth: How many times as much as by the chain's linear part defects were seen to reach the sample; at least 1.
         amplified: By how much the last cut moved the sample more than was estimated; at least 1.
     """
 
-    def __init__(self, ground: Ground, noise: Noise, sample: int, x0: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(self, ground: CollocationSetup, noise: Noise, sample: int, x0: Tensor, shape: tuple[int, ...]) -> None:
         self._ground, self._noise, self._sample, self._x0, self._shape = ground, noise, sample, x0, shape
-        self.gap_error = math.inf
+        self.interpolation_error = math.inf
         self.growth = self.amplified = 1.0
-        self._first: Response | None = None  # when first judged
+        self._first: Linearization | None = None  # when first judged
         self._judged: Tensor | None = None  # the sample as it was when last judged
         self._judged_error, self._judged_growth = 0.0, 1.0
         self._foretold = math.inf  # what the last cut was to leave out
-        self._doubled: Doubled | None = None
+        self._doubled: DoubledIntervals | None = None
         self._defects: dict[int, Tensor] = {}  # of the gaps of twice the length
         self._earlier: dict[tuple[int, int, int], Tensor] = {}  # those of gaps that a cut left alone, by their edges
 
-    def begin(self, sparse: Sparse) -> None:
+    def begin(self, sparse: CollocationSystem) -> None:
         """Takes over a sparse table; what is known of gaps that it shares with the one before is kept."""
         if self._doubled is not None:
             places = self._doubled.places
@@ -113,7 +113,7 @@ class Estimate:
 
     # -- what is made of it -------------------------------------------------------------------------------------------
 
-    def shares(self, response: Response, reach: Tensor, drives: Tensor, sample: Tensor) -> tuple[Shares, float]:
+    def shares(self, response: Linearization, reach: Tensor, drives: Tensor, sample: Tensor) -> tuple[Shares, float]:
         """What each group of gaps leaves out, with what the last cut taught of such estimates; and `amplified`, now.
 
         Args:
@@ -124,28 +124,30 @@ class Estimate:
         """
         shares, groups = self._left_out(response, reach, drives)
         amplified = self.amplified
-        if self._judged is not None and math.isfinite(self.gap_error):
+        if self._judged is not None and math.isfinite(self.interpolation_error):
             moved = math.sqrt(float(self._mean_squares((sample - self._judged).view(1, *self._x0.shape))))
-            foreseen = self.gap_error * self.growth / self._judged_growth  # had that much growth been seen then
+            foreseen = self.interpolation_error * self.growth / self._judged_growth  # had that much growth been seen then
             amplified = max(math.sqrt(amplified), moved / math.hypot(foreseen, self._judged_error))
-            foretold = CAUTION[self._sparse.averaged] * self._foretold * moved / self.gap_error
+            foretold = CAUTION[self._sparse.averaged] * self._foretold * moved / self.interpolation_error
             calm = not self._sparse.averaged and self.growth < CALM and amplified == 1
             if calm:  # the move is no single number then, and small by no chance
                 eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
                 shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
         return ([amplified * e for e in shares], groups), amplified
 
-    def judge(self, gap_error: float, amplified: float, response: Response, sample: Tensor, sweep_error: float) -> None:
+    def judge(
+        self, interpolation_error: float, amplified: float, response: Linearization, sample: Tensor, iteration_error: float
+    ) -> None:
         """The sample is judged: its estimate counts, and the next cut is measured by it."""
-        self.gap_error, self.amplified, self._first = gap_error, amplified, self._first or response
-        self._judged, self._judged_error, self._judged_growth = sample, sweep_error, self.growth
+        self.interpolation_error, self.amplified, self._first = interpolation_error, amplified, self._first or response
+        self._judged, self._judged_error, self._judged_growth = sample, iteration_error, self.growth
 
     def cut(self, shares: Shares, parts: Sequence[int]) -> None:
         """Gaps are cut into so many parts each."""
         fewer = (e / min(parts[n] for n in group) ** 1.5 for e, group in zip(*shares, strict=True))
         self._foretold = math.sqrt(sum(e * e for e in fewer))
 
-    def _left_out(self, response: Response, reach: Tensor, drives: Tensor) -> Shares:
+    def _left_out(self, response: Linearization, reach: Tensor, drives: Tensor) -> Shares:
         """By the defects alone."""
         sparse, move = self._sparse, self._ground.move
         if all(gap.right - gap.left == 1 for gap in sparse.gaps):
@@ -169,7 +171,7 @@ class Estimate:
         rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
         return [CAUTION[False] / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
 
-    def _reaching(self, response: Response, several: list[Tensor], reach: Tensor) -> Tensor:
+    def _reaching(self, response: Linearization, several: list[Tensor], reach: Tensor) -> Tensor:
         """`[J]` mean square effects on the sample of J defects, the mean over several sets of them."""
         found = self._mean_over(response, several, reach)
         if self._first is not None:
@@ -180,7 +182,7 @@ class Estimate:
         self.growth = max(self.growth, math.sqrt(float(found.sum()) / max(alone, 1e-300)))
         return found
 
-    def _mean_over(self, response: Response, several: list[Tensor], reach: Tensor) -> Tensor:
+    def _mean_over(self, response: Linearization, several: list[Tensor], reach: Tensor) -> Tensor:
         """`[J]` mean square effects on the sample, the mean over several sets of J changes."""
         return torch.stack([self._mean_squares(response.on_sample(d, reach)) for d in several]).mean(0)
 

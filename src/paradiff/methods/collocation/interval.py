@@ -43,7 +43,7 @@ from paradiff.chain.table import Table
 
 
 @dataclass(frozen=True, eq=False)
-class Gap:
+class Interval:
     """Equation (3) between two edges, and the state at which the gap's drive is asked for. All tensors float64 on the CPU;
     n fine steps, band P.
 
@@ -103,16 +103,16 @@ class Recurrence:
         self.driven = (in_drive / self.nu[source]).tolist()
         self._clean = in_drive.tolist()
         self._c = table.c.tolist()
-        self._gaps: dict[tuple[int, int], Gap] = {}
+        self._gaps: dict[tuple[int, int], Interval] = {}
 
-    def gap(self, left: int, right: int) -> Gap:
+    def gap(self, left: int, right: int) -> Interval:
         """The gap between two fine nodes; made once."""
         key = (left, right)
         if key not in self._gaps:
             self._gaps[key] = self._make(left, right)
         return self._gaps[key]
 
-    def _make(self, left: int, right: int) -> Gap:
+    def _make(self, left: int, right: int) -> Interval:
         band = self.table.band
         carry, drive, noise = [], [], []
         for p in range(band):
@@ -124,7 +124,7 @@ class Recurrence:
         node, of_states, of_drive, of_noise = self._average(left, right, drive[0][band - 1 :])
         of_end, of_drives, of_noises = (torch.tensor(v, dtype=torch.float64) for v in (carry, drive, noise))
         weights, noises = (torch.tensor(v, dtype=torch.float64) for v in (of_states, of_noise))
-        return Gap(left, right, of_end, of_drives, of_noises, node, weights, of_drive, noises)
+        return Interval(left, right, of_end, of_drives, of_noises, node, weights, of_drive, noises)
 
     def _adjoint(
         self, slope: list[list[float]], left: int, right: int, wanted: dict[int, float]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paradiff.methods.secant import Model
+from paradiff.methods.secant import SecantJacobian
 
 KNOWN = 0.25  # how much less is known of a drive where pairs have seen its state move: not nothing, since it bends
 
 
-class Response:
+class Linearization:
     """Equation (1) of system.py, linearized at the drives found: its own reach, and the drives' derivatives as far as pairs of
     earlier rounds know them.
 
@@ -23,7 +23,7 @@ class Response:
 
     def __init__(self, reach: Tensor, nodes: Tensor, dx: Tensor, du: Tensor) -> None:
         self.nodes, self._reach, self._dx, self._du = nodes, reach, dx, du
-        self._model = Model(dx, [(reach[:-1], du)]) if dx.shape[1] else None
+        self._model = SecantJacobian(dx, [(reach[:-1], du)]) if dx.shape[1] else None
 
     def states(self, base: Tensor, known: Tensor) -> Tensor:
         """`[M+1, b, d]` states and sample, if drives follow.

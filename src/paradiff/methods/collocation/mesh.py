@@ -31,7 +31,7 @@ UNKNOWN = 2  # parts of a gap of which nothing is known
 NOISE_SIDE, DATA_SIDE = (-0.6, 1.3, 1.8), (5.0, 2.5, 2.0)  # where the density begins to fall off, how far, which power
 
 
-class Placement:
+class Mesh:
     """Edges for one chain.
 
     Args:

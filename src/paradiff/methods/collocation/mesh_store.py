@@ -41,7 +41,7 @@ FORMAT = "paradiff nodes 1"
 
 
 @dataclass(frozen=True)
-class Remembered:
+class StoredMesh:
     """What a file holds for one table.
 
     Attributes:
@@ -55,7 +55,7 @@ class Remembered:
     samples: int
 
 
-class Memory:
+class MeshStore:
     """The numbers of one model and table.
 
     Args:
@@ -99,7 +99,7 @@ class Memory:
             share = [s + n / sum(found) for s, n in zip(share, found, strict=True)]
             total += math.log(min(max(sum(found), LEAST * sum(prior)), OUTLIER * sum(nodes)))
         count = math.exp(total / (samples + 1)) / (samples + PRIOR)
-        new = Remembered(tuple(max(s * count, FEWEST) for s in share), self._noted[-1][1], samples)
+        new = StoredMesh(tuple(max(s * count, FEWEST) for s in share), self._noted[-1][1], samples)
         entry = self._about | {
             "samples": new.samples,
             "variance": new.variance,
@@ -124,9 +124,9 @@ class Memory:
             raise ValueError(self._strange(f"it does not say {FORMAT!r}"))
         return held["tables"]
 
-    def _remembered(self, held: Any) -> Remembered:
+    def _remembered(self, held: Any) -> StoredMesh:
         try:
-            found = Remembered(tuple(map(float, held["nodes"])), float(held["variance"]), int(held["samples"]))
+            found = StoredMesh(tuple(map(float, held["nodes"])), float(held["variance"]), int(held["samples"]))
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(self._strange(f"the entry {self._key} lacks {error}")) from error
         numbers = (*found.nodes, found.variance, found.samples)

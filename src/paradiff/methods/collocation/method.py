@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.mesh import Placement
-from paradiff.methods.collocation.mesh_store import Memory, Remembered
+from paradiff.methods.collocation.mesh import Mesh
+from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 
 Target = Literal["chain", "ode", "sde"]
 STOCHASTIC_NODES, DETERMINISTIC_NODES = 56, 32  # at the default tolerance
@@ -22,7 +22,7 @@ VARIANCE = 0.25  # of data in -1 ... 1
 
 
 @dataclass(frozen=True)
-class Collocation:
+class CollocationMethod:
     """Hyper-parameters of sparse nodes; see `methods.collocation`.
 
     Attributes:
@@ -106,7 +106,7 @@ class Collocation:
         """Degree of the interpolation on a chain."""
         if self.order is not None:
             return self.order
-        return 0 if table.stochastic else min(DETERMINISTIC_ORDER, len(placement_on(table).candidates) - 1)
+        return 0 if table.stochastic else min(DETERMINISTIC_ORDER, len(mesh_on(table).candidates) - 1)
 
     def relative(self, table: Table) -> float:
         """How many times as many nodes this tolerance needs as the default one."""
@@ -116,15 +116,15 @@ class Collocation:
         """How many nodes a sample of an unknown model begins with at the default tolerance."""
         return STOCHASTIC_NODES if self.degree(table) == 0 else DETERMINISTIC_NODES
 
-    def remember(self, table: Table) -> Memory | None:
+    def remember(self, table: Table) -> MeshStore | None:
         """What is remembered of the table, if anything shall be.
 
         Raises:
             ValueError: If the file is something else.
         """
-        return None if self.memory is None else Memory(Path(self.memory), table, self.degree(table), self.target)
+        return None if self.memory is None else MeshStore(Path(self.memory), table, self.degree(table), self.target)
 
-    def edges(self, table: Table, remembered: Remembered | None = None) -> list[int]:
+    def edges(self, table: Table, remembered: StoredMesh | None = None) -> list[int]:
         """The edges to begin with, 0 and N included.
 
         Args:
@@ -134,7 +134,7 @@ class Collocation:
         Raises:
             ValueError: If nodes are out of range, not such at which a gap may begin, or too few for the order.
         """
-        order, placement = self.degree(table), placement_on(table, remembered)
+        order, mesh = self.degree(table), mesh_on(table, remembered)
         if isinstance(self.nodes, int | str):
             if isinstance(self.nodes, str):
                 share = max(self.relative(table), LEAST_SHARE)
@@ -145,12 +145,12 @@ class Collocation:
                 count = self.nodes
                 if count > table.steps:
                     raise ValueError(f"{count} nodes were asked for; the chain has {table.steps} steps: give at most that")
-            edges = placement.edges(count)
+            edges = mesh.edges(count)
         else:
             edges = [int(n) for n in self.nodes]
             if edges[-1] >= table.steps:
                 raise ValueError(f"node {edges[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
-            strange = sorted(set(edges) - set(placement.candidates))
+            strange = sorted(set(edges) - set(mesh.candidates))
             if strange:
                 raise ValueError(
                     f"node {strange[0]} was given; table {table.name!r} does not start afresh there, or has another node at "
@@ -165,7 +165,7 @@ class Collocation:
         return edges
 
 
-def placement_on(table: Table, remembered: Remembered | None = None) -> Placement:
+def mesh_on(table: Table, remembered: StoredMesh | None = None) -> Mesh:
     """Where nodes go on a chain; made once for a table."""
     nodes = None if remembered is None else remembered.nodes
-    return table.derived(("placement", nodes), lambda: Placement(table, nodes))
+    return table.cached(("placement", nodes), lambda: Mesh(table, nodes))

@@ -10,21 +10,21 @@ import torch
 from paradiff.chain.slope import shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.defect import Doubled
+from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.mesh import BINS
 from paradiff.methods.collocation.mesh_store import AIM, needed
-from paradiff.methods.collocation.method import VARIANCE, Collocation, placement_on
-from paradiff.methods.collocation.system import Sparse
-from paradiff.methods.window.method import Method
-from paradiff.methods.window.solver import Plan
+from paradiff.methods.collocation.method import VARIANCE, CollocationMethod, mesh_on
+from paradiff.methods.collocation.system import CollocationSystem
+from paradiff.methods.window.method import WindowMethod
+from paradiff.methods.window.solver import WindowSetup
 from paradiff.samplers.continuum import continuum
 
 VERIFY_SECANTS = 1
 VERIFY_WINDOW = 32  # where the method has no bound of its own: over the whole chain, every sweep would ask for every node
 
 
-class Ground:
+class CollocationSetup:
     """Tables, bounds and coefficients on the device.
 
     Args:
@@ -40,7 +40,7 @@ class Ground:
     def __init__(
         self,
         table: Table,
-        method: Collocation,
+        method: CollocationMethod,
         device: torch.device,
         dtype: torch.dtype,
         members: bool = False,
@@ -49,7 +49,7 @@ class Ground:
         if method.target != "chain":
             kind = method.target
             coarse = table
-            table = coarse.derived(("continuum", kind), lambda: continuum(coarse, kind))
+            table = coarse.cached(("continuum", kind), lambda: continuum(coarse, kind))
         self.table, self.method, self.device, self.dtype, self.members = table, method, device, dtype, members
         self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
         self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, members)
@@ -57,13 +57,13 @@ class Ground:
         self.order = method.degree(table)
         self.memory = method.remember(table)
         remembered = None if self.memory is None else self.memory.found
-        self.placement = placement_on(table, remembered)
+        self.mesh = mesh_on(table, remembered)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
         usual = VARIANCE if remembered is None else remembered.variance
         self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
         self.settled_shift = method.shift != "auto" or remembered is not None
         self.edges = method.edges(table, remembered)
-        self._plans: dict[float, Plan] = {}
+        self._plans: dict[float, WindowSetup] = {}
 
     def note(self, edges: Sequence[int], shares: Sequence[float], groups: Sequence[Sequence[int]], variance: float) -> None:
         """Remembers what a sample needs, if anything shall be remembered.
@@ -79,13 +79,13 @@ class Ground:
         nodes, relative = torch.zeros(BINS, dtype=torch.float64), self.method.relative(self.table)
         counts = needed(shares, AIM[self.order == 0] * self.method.tolerance)
         for count, group in zip(counts, groups, strict=True):
-            nodes += count * len(group) / relative * self.placement.in_bins(edges[group[0]], edges[group[-1] + 1])
+            nodes += count * len(group) / relative * self.mesh.in_bins(edges[group[0]], edges[group[-1] + 1])
         self.memory.note(nodes.tolist(), variance)
 
     def keep(self) -> None:
         """Writes what was remembered."""
         if self.memory is not None:
-            prior = self.method.usual(self.table) * placement_on(self.table).in_bins()
+            prior = self.method.usual(self.table) * mesh_on(self.table).in_bins()
             self.memory.keep(prior.tolist())
 
     @staticmethod
@@ -94,31 +94,31 @@ class Ground:
         errors than the chain's linear part does; what that loop estimates is multiplied by it."""
         return 2.0 ** max(0, math.ceil(math.log2(growth)))
 
-    def verify(self, growth: float) -> Plan:
+    def verify(self, growth: float) -> WindowSetup:
         """The window loop over all nodes of the chain, for such a growth."""
         strict = self.strictness(growth)
         if strict not in self._plans:
             method = self.method
             width = min(method.window or VERIFY_WINDOW, self.table.steps)
             slope, tolerance = shifted(self.recurrence.variance), method.tolerance / strict
-            loop = Method("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
-            self._plans[strict] = Plan(self.table, loop, self.device, self.dtype, self.members, self.resolution)
+            loop = WindowMethod("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
+            self._plans[strict] = WindowSetup(self.table, loop, self.device, self.dtype, self.members, self.resolution)
         return self._plans[strict]
 
     def recurrence_of(self, variance: float) -> Recurrence:
         """The fine chain's recurrence with a data variance; made once for a table."""
-        return self.table.derived(("recurrence", variance), lambda: Recurrence(self.table, variance))
+        return self.table.cached(("recurrence", variance), lambda: Recurrence(self.table, variance))
 
-    def sparse(self, recurrence: Recurrence, edges: list[int]) -> Sparse:
+    def sparse(self, recurrence: Recurrence, edges: list[int]) -> CollocationSystem:
         """The sparse table with such edges; those to begin with are made once for a table."""
         if edges != self.edges:
-            return Sparse(recurrence, edges, self.order)
+            return CollocationSystem(recurrence, edges, self.order)
         key = ("sparse", recurrence.variance, self.order, tuple(edges))
-        return self.table.derived(key, lambda: Sparse(recurrence, edges, self.order))
+        return self.table.cached(key, lambda: CollocationSystem(recurrence, edges, self.order))
 
-    def doubled(self, sparse: Sparse) -> Doubled:
+    def doubled(self, sparse: CollocationSystem) -> DoubledIntervals:
         """Its gaps two by two; those to begin with are made once for a table."""
         if sparse.edges != self.edges:
-            return Doubled(sparse)
+            return DoubledIntervals(sparse)
         key = ("doubled", sparse.recurrence.variance, tuple(sparse.edges))
-        return self.table.derived(key, lambda: Doubled(sparse))
+        return self.table.cached(key, lambda: DoubledIntervals(sparse))

@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.dense_output import Trajectory
+from paradiff.methods.collocation.dense_output import DenseOutput
 from paradiff.methods.collocation.error import Estimate, times
-from paradiff.methods.collocation.linearization import Response
-from paradiff.methods.collocation.setup import Ground
-from paradiff.methods.collocation.system import Sparse, draw, spread
-from paradiff.methods.window.solver import Window
-from paradiff.solver.solution import Certificate, Sweep, Visit
+from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.setup import CollocationSetup
+from paradiff.methods.collocation.system import CollocationSystem, draw, spread
+from paradiff.methods.window.solver import WindowSolver
+from paradiff.solver.solution import CollocationRecord, ErrorEstimate, WindowRecord
 
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
 REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
@@ -59,7 +59,7 @@ MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred
 FAR = 16.0  # factor by which the data's variance may be off
 
 
-class Implicit:
+class CollocationSolver:
     """The system of one sample. Tensors of states are `[M, b, d]`, b the members.
 
     Attributes:
@@ -67,12 +67,12 @@ class Implicit:
         change: What `slide` wants to know of the last round, on the device: mean squares.
         done: Whether the sample is found.
         estimate: Of the root mean square error from interpolation.
-        sweep_error: That from sweeps not made.
+        iteration_error: That from sweeps not made.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
     """
 
-    def __init__(self, ground: Ground, noise: Noise, sample: int, start: Tensor | None) -> None:
+    def __init__(self, ground: CollocationSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
         self.ground, self.noise, self.sample = ground, noise, sample
         x0 = ground.move(noise.start(sample)) * ground.table.start_scale if start is None else ground.move(start)
         self.shape = tuple(x0.shape)
@@ -80,10 +80,10 @@ class Implicit:
         self.rounds = self.evaluations = 0
         self.done = False
         self._final = x0
-        self.sweep_error = self.residual = math.inf
+        self.iteration_error = self.residual = math.inf
         self._recurrence, self._settled_shift = ground.recurrence, ground.settled_shift
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._window: Window | None = None
+        self._window: WindowSolver | None = None
         self.estimate = Estimate(ground, noise, sample, self._x0, self.shape)
         self._begin(ground.sparse(ground.recurrence, ground.edges))
         count = len(self.sparse.gaps)
@@ -96,7 +96,7 @@ class Implicit:
 
     # -- the system ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, sparse: Sparse) -> None:
+    def _begin(self, sparse: CollocationSystem) -> None:
         """Takes over a sparse table: coefficients on the device, and the noises of its gaps."""
         ground, table, rec = self.ground, self.ground.table, sparse.recurrence
         self.sparse = sparse
@@ -129,7 +129,7 @@ class Implicit:
         """All states anew, from drives and pairs: equation (1)."""
         base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
         kept = max(1, MOST_PAIRS // len(self._u))
-        self._response = Response(self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept])
+        self._response = Linearization(self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept])
         base = self._response.states(base, self._y)
         self._states, self._final = base[:-1], base[-1].view(self.shape)
 
@@ -145,15 +145,15 @@ class Implicit:
         return self._final.to(self.ground.dtype) if self._window is None else self._window.final
 
     @property
-    def certificate(self) -> Certificate:
+    def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self._window is not None:
-            verified, allowed = self._window.certificate, self.ground.strictness(self.estimate.growth)
+            verified, allowed = self._window.error_estimate, self.ground.strictness(self.estimate.growth)
             error = verified.estimated_error * allowed
             return dataclasses.replace(verified, estimated_error=error, rounds=self.rounds, evaluations=self.evaluations)
-        gap_error = self.estimate.gap_error
-        total = math.hypot(gap_error, self.sweep_error)
-        return Certificate(self.residual, total, self.rounds, self.evaluations, gap_error)
+        interpolation_error = self.estimate.interpolation_error
+        total = math.hypot(interpolation_error, self.iteration_error)
+        return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, interpolation_error)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
@@ -259,7 +259,7 @@ class Implicit:
             self._u[unknown] = self._u[source]
             self._y[unknown] = self._states[unknown]
 
-    def slide(self, change: list[float], round: int) -> Visit | Sweep:
+    def slide(self, change: list[float], round: int) -> CollocationRecord | WindowRecord:
         """Judges the round: which nodes are active now, or whether the sample is at rest; then whether it needs more nodes.
 
         Args:
@@ -288,11 +288,11 @@ class Implicit:
         limit = (QUIET * rest / count) ** 2
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
-        self.sweep_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
+        self.iteration_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
         most = MOST_SWEEPS * (1 + count // (self.ground.method.window or count))  # even if a few nodes keep the others unseen
         known = all(self._known)
-        at_rest = known and (self.sweep_error <= rest or not self.active)  # nothing is worth asking again
-        near = at_rest or (known and self.sweep_error <= EARLY * tolerance)
+        at_rest = known and (self.iteration_error <= rest or not self.active)  # nothing is worth asking again
+        near = at_rest or (known and self.iteration_error <= EARLY * tolerance)
         if at_rest:
             self.active = []
         if near and self._shift_wanted(size):
@@ -301,36 +301,43 @@ class Implicit:
             pass
         elif not (near and self._judge(at_rest)) and self._sweeps > most:
             self._give_up()
-        return Visit(
-            round, self.sample, visited, count, math.sqrt(moved), self.estimate.gap_error, self.sweep_error, int(self.done)
+        return CollocationRecord(
+            round,
+            self.sample,
+            visited,
+            count,
+            math.sqrt(moved),
+            self.estimate.interpolation_error,
+            self.iteration_error,
+            int(self.done),
         )
 
     # -- the interpolation error --------------------------------------------------------------------------------------
 
     def _judge(self, at_rest: bool) -> bool:
         """Ends the sample, or cuts the gaps that leave out too much; whether it could tell."""
-        method, sparse, placement, estimate = self.ground.method, self.sparse, self.ground.placement, self.estimate
+        method, sparse, mesh, estimate = self.ground.method, self.sparse, self.ground.mesh, self.estimate
         if not at_rest and (method.exact or not estimate.ready):
             return False
         (shares, groups), amplified = estimate.shares(self._response, self._reach, self._u, self._final)
-        gap_error = math.sqrt(sum(e * e for e in shares))
-        enough = method.exact or math.hypot(gap_error, self.sweep_error) <= method.tolerance
-        if not at_rest and not enough and gap_error <= max(self.sweep_error, method.tolerance):
+        interpolation_error = math.sqrt(sum(e * e for e in shares))
+        enough = method.exact or math.hypot(interpolation_error, self.iteration_error) <= method.tolerance
+        if not at_rest and not enough and interpolation_error <= max(self.iteration_error, method.tolerance):
             return False
         edges = sparse.edges
         if not enough:
-            far = max(gap_error, method.tolerance) / method.tolerance
+            far = max(interpolation_error, method.tolerance) / method.tolerance
             share = GAPS[sparse.averaged] * method.tolerance / far ** FLATTER[sparse.averaged]
-            edges = placement.cut(edges, shares, groups, share, self.ground.most_nodes, MOST_PARTS[sparse.averaged])
+            edges = mesh.cut(edges, shares, groups, share, self.ground.most_nodes, MOST_PARTS[sparse.averaged])
         too_many = (
             method.max_nodes is None
-            and len(edges) - 1 > HANDED_OVER[sparse.averaged] * len(placement.candidates)
+            and len(edges) - 1 > HANDED_OVER[sparse.averaged] * len(mesh.candidates)
             and method.target == "chain"
         )
         stuck = not enough and (edges == sparse.edges or too_many)
         if stuck and not at_rest:
             return False
-        estimate.judge(gap_error, amplified, self._response, self._final, self.sweep_error)
+        estimate.judge(interpolation_error, amplified, self._response, self._final, self.iteration_error)
         if enough:
             self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
             self._finish(method.exact)
@@ -342,7 +349,7 @@ class Implicit:
             self._regrid(self.ground.sparse(self._recurrence, edges))
         return True
 
-    def _regrid(self, new: Sparse) -> None:
+    def _regrid(self, new: CollocationSystem) -> None:
         """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
         old, rec, count = self.sparse, self._recurrence, len(new.gaps)
         known, near, ratio = [], [], []
@@ -395,7 +402,7 @@ class Implicit:
 
     def _give_up(self) -> None:
         """It did not come to rest."""
-        self.sweep_error = math.inf
+        self.iteration_error = math.inf
         self._finish(self.ground.method.target == "chain" and self.ground.method.max_nodes is None)
 
     def _finish(self, verify: bool) -> None:
@@ -404,12 +411,12 @@ class Implicit:
             self.done = True
             return
         ground, method = self.ground, self.ground.method
-        near = math.hypot(self.estimate.gap_error, self.sweep_error) <= NEAR * method.tolerance
+        near = math.hypot(self.estimate.interpolation_error, self.iteration_error) <= NEAR * method.tolerance
         x0 = self._x0.view(self.shape).to(ground.dtype)
         guide = self._trajectory() if near else None  # far off, what was found misleads
-        self._window = Window(ground.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
+        self._window = WindowSolver(ground.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
 
-    def _trajectory(self) -> Trajectory:
+    def _trajectory(self) -> DenseOutput:
         """The states of all nodes of the chain, as far as they are known."""
         ground, sparse = self.ground, self.sparse
         start, reach = ground.move(sparse.edge_start[:-1]), ground.move(sparse.edge_reach[:-1])
@@ -418,4 +425,4 @@ class Implicit:
             noises = spread(sparse.edge_spread[:-1].flatten(0, 1), [*self._drawn.values()])
             states = states + self._moved(noises).view_as(states)
         states, drives = states.view(*start.shape, *self.shape), self._u.view(-1, *self.shape)
-        return Trajectory(sparse, drives, states, self.noise, self.sample, ground.move)
+        return DenseOutput(sparse, drives, states, self.noise, self.sample, ground.move)

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.interval import Gap, Recurrence
+from paradiff.methods.collocation.interval import Interval, Recurrence
 
 
-class Sparse:
+class CollocationSystem:
     """Equation (1) for one choice of edges.
 
     Args:
@@ -60,7 +60,7 @@ class Sparse:
     def __init__(self, recurrence: Recurrence, edges: Sequence[int], order: int) -> None:
         steps = recurrence.table.steps
         self.recurrence, self.edges, self.order = recurrence, list(edges), order
-        self.gaps: list[Gap] = [recurrence.gap(left, right) for left, right in pairwise(self.edges)]
+        self.gaps: list[Interval] = [recurrence.gap(left, right) for left, right in pairwise(self.edges)]
         count, band = len(self.gaps), recurrence.table.band
         if count < order + 1:
             raise ValueError(
@@ -87,7 +87,7 @@ class Sparse:
                 self.start[k], self.reach[k], self.spread[k] = self.carried(gap, k)
                 self.reach[k, k] += gap.state_drive
 
-    def carried(self, gap: Gap, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def carried(self, gap: Interval, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """f, R `[M]` and spread `[M, P]` of the averaged state of a gap from edge k on, but for its own drive."""
         weights = gap.state_carry
         spread = torch.einsum("p,pkq->kq", weights, self.edge_spread[k])
@@ -121,7 +121,7 @@ def spread(weights: Tensor, drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.einsum("mkp,kpd->md", weights, aggregate.flatten(2)).view(-1, *aggregate.shape[2:])
 
 
-def draw(gap: Gap, noise: Noise, sample: int) -> tuple[Tensor, Tensor]:
+def draw(gap: Interval, noise: Noise, sample: int) -> tuple[Tensor, Tensor]:
     """The aggregates of a gap's noises: `[P, ...]` in its end states, and `[...]` in its averaged state."""
     z = noise.draw(sample, range(gap.left, gap.right))
     weights = torch.cat([gap.noise, gap.state_noise[None]]).to(z.device)

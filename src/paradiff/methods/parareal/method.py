@@ -37,7 +37,7 @@ EXPECTED_ITERATIONS = 2  # K of the planner's formula when none is forced
 
 
 @dataclass(frozen=True)
-class Parareal:
+class PararealMethod:
     """Hyper-parameters of SRDS; see `methods.srds`.
 
     Attributes:

@@ -26,17 +26,19 @@ from torch import Tensor
 from paradiff.chain.noise import Noise
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table, column
-from paradiff.methods.parareal.method import Parareal
-from paradiff.methods.parareal.stopping import Formed, Judge, Solve
-from paradiff.solver.solution import Certificate, Wave
+from paradiff.methods.parareal.method import PararealMethod
+from paradiff.methods.parareal.stopping import BlockRun, EdgeUpdate, StoppingRule
+from paradiff.solver.solution import ErrorEstimate, PararealRecord
 
 GREY = 127.5  # grey levels in one unit of data in -1 ... 1
 
 
-class Course:
+class PararealSetup:
     """What all samples of a run share: edges, coarse propagator, bounds and coefficients."""
 
-    def __init__(self, table: Table, method: Parareal, device: torch.device, dtype: torch.dtype, members: bool = False) -> None:
+    def __init__(
+        self, table: Table, method: PararealMethod, device: torch.device, dtype: torch.dtype, members: bool = False
+    ) -> None:
         self.table, self.method, self.device = table, method, device
         self.edges = method.edges(table)
         self.intervals = len(self.edges) - 1
@@ -59,20 +61,20 @@ class Course:
         self.lead = self.coarse.lead.tolist()
         self.leads = any(self.lead)
         self.p, self.q = self.move(table.p), self.move(table.q)
-        self.judge = Judge(table, method, self.edges, self.coarse)
+        self.judge = StoppingRule(table, method, self.edges, self.coarse)
 
 
 @dataclass
 class Row:
     """One row of a round: a step of a solve, fine, coarse, or both at once."""
 
-    solve: Solve
+    solve: BlockRun
     node: int
     fine: bool
     coarse: bool
 
 
-class Wavefront:
+class PararealSolver:
     """The run of one sample.
 
     Attributes:
@@ -83,14 +85,14 @@ class Wavefront:
         settled: The last edge whose value is final.
     """
 
-    def __init__(self, course: Course, noise: Noise, sample: int, start: Tensor | None) -> None:
+    def __init__(self, course: PararealSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
         self.course, self.noise, self.sample = course, noise, sample
         table, band = course.table, course.table.band
         x0 = course.move(noise.start(sample)) * table.start_scale if start is None else course.move(start)
         self.pool = x0.new_zeros(4 * course.width + 2, 2 * band - 1, *x0.shape)
         self.free = list(range(len(self.pool)))
         self.noises: dict[int, Tensor] = {}
-        self.solves: list[dict[int, Solve]] = [{} for _ in range(course.intervals + 1)]
+        self.solves: list[dict[int, BlockRun]] = [{} for _ in range(course.intervals + 1)]
         self.level = [-1] * (course.intervals + 1)
         self.settled = 0
         self.rounds = self.evaluations = 0
@@ -101,7 +103,7 @@ class Wavefront:
         self.pool[first.start, 0] = x0
         first.change = first.error = first.estimate = first.residual = 0.0
         self.result = first
-        self.judged: Solve | None = None
+        self.judged: BlockRun | None = None
 
     @property
     def final(self) -> Tensor:
@@ -109,9 +111,9 @@ class Wavefront:
         return self.pool[self.result.start, 0]
 
     @property
-    def certificate(self) -> Certificate:
+    def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
-        return Certificate(self.result.residual, self.course.judge.estimate(self.result), self.rounds, self.evaluations)
+        return ErrorEstimate(self.result.residual, self.course.judge.estimate(self.result), self.rounds, self.evaluations)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
@@ -127,16 +129,16 @@ class Wavefront:
         self.states = self.pool[self._index(slots)]
         return self.nodes, course.step.seen(self.at, self.states[:, 0])
 
-    def _row(self, solve: Solve, fine: bool, coarse: bool) -> Row:
+    def _row(self, solve: BlockRun, fine: bool, coarse: bool) -> Row:
         course = self.course
         left = course.edges[solve.block]
         node = left + solve.fine if fine else course.coarse.nodes[course.gaps[solve.block] + solve.coarse]
         return Row(solve, node, fine, coarse)
 
-    def _length(self, solve: Solve) -> int:
+    def _length(self, solve: BlockRun) -> int:
         return self.course.edges[solve.block + 1] - self.course.edges[solve.block]
 
-    def _coarse_steps(self, solve: Solve) -> int:
+    def _coarse_steps(self, solve: BlockRun) -> int:
         if self.course.slope is not None:
             return int(solve.block == 0 and solve.level == 0)
         return self.course.gaps[solve.block + 1] - self.course.gaps[solve.block]
@@ -258,7 +260,7 @@ class Wavefront:
         past = (clean[:, None] - course.p[ends].view(shape) * new[:, 1:]) / course.q[ends].view(shape)
         return torch.cat([new, past], 1)
 
-    def _led(self, solves: list[Solve], gaps: list[int], clean: Tensor) -> Tensor:
+    def _led(self, solves: list[BlockRun], gaps: list[int], clean: Tensor) -> Tensor:
         """The clean-data estimates led by their trend, where there is one before; remembers them for the next step."""
         led = clean.clone()
         for k, (solve, gap) in enumerate(zip(solves, gaps, strict=True)):
@@ -270,7 +272,7 @@ class Wavefront:
             self.pool[solve.lead, 0] = clean[k]
         return led
 
-    def _open_by_slope(self, first: Solve, clean: Tensor) -> None:
+    def _open_by_slope(self, first: BlockRun, clean: Tensor) -> None:
         """All starts at once, from the first clean-data estimate: the propagator that needs no network."""
         first.coarse += 1
         state = self.pool[first.start, 0]
@@ -280,12 +282,12 @@ class Wavefront:
             self.pool[solve.start] = reached
             state = reached[0]
 
-    def _form(self) -> list[Formed]:
+    def _form(self) -> list[EdgeUpdate]:
         """Makes every edge value that can be made: equation (1)."""
         course = self.course
-        formed: list[Formed] = []
+        formed: list[EdgeUpdate] = []
         last = min(self.settled + course.width, course.intervals)
-        self.spent: list[Solve] = []
+        self.spent: list[BlockRun] = []
         for n in range(self.settled + 1, last + 1):
             while (found := self._formable(n)) is not None:
                 self._assign(found)
@@ -294,7 +296,7 @@ class Wavefront:
                     break
         return formed
 
-    def _formable(self, n: int) -> Formed | None:
+    def _formable(self, n: int) -> EdgeUpdate | None:
         """The next value of edge n, if what it is made of is known.
 
         With forced iterations every value of equation (1) is made, in order. Otherwise the chain's own steps come first,
@@ -308,21 +310,21 @@ class Wavefront:
         settled = n - 1 == self.settled and method.schedule == "pipelined"
         exact = settled and source is not None and source.fine == self._length(source)
         if source is not None and exact and method.iterations is None:
-            return Formed(self._new_solve(n, max(newest, level) + 1), source, "exact", known)
+            return EdgeUpdate(self._new_solve(n, max(newest, level) + 1), source, "exact", known)
         if level < 0 and course.slope is None:
             first = before.get(newest if method.iterations is None else min(before, default=newest))
             if first is not None and first.coarse == self._coarse_steps(first):
-                return Formed(self._new_solve(n, first.level), first, "coarse")
+                return EdgeUpdate(self._new_solve(n, first.level), first, "coarse")
         old, new = before.get(level), before.get(level + 1)
         if level >= 0 and old is not None and new is not None:
             coarse = course.slope is not None or new.coarse == self._coarse_steps(new)
             if coarse and old.fine == self._length(old):
-                return Formed(self._new_solve(n, level + 1), new, "corrected", known)
+                return EdgeUpdate(self._new_solve(n, level + 1), new, "corrected", known)
         if source is not None and exact:
-            return Formed(self._new_solve(n, max(newest, level) + 1), source, "exact", known)
+            return EdgeUpdate(self._new_solve(n, max(newest, level) + 1), source, "exact", known)
         return None
 
-    def _assign(self, formed: Formed) -> None:
+    def _assign(self, formed: EdgeUpdate) -> None:
         """Puts the value where it belongs."""
         solve, source = formed.solve, formed.source
         if source.lead >= 0 and solve.block < self.course.intervals:
@@ -355,7 +357,7 @@ class Wavefront:
             self.pool[again.start] = self.pool[old.start]
             again.change = again.error = again.estimate = again.residual = 0.0
 
-    def _changes(self, formed: list[Formed]) -> Tensor:
+    def _changes(self, formed: list[EdgeUpdate]) -> Tensor:
         """Mean square changes of the values just made; for the image rule, the last edge's mean difference in grey levels."""
         course = self.course
         if not formed:
@@ -369,7 +371,7 @@ class Wavefront:
         fresh = self._index([f.previous is None for f in formed])
         return torch.where(fresh, new.flatten(1).square().mean(1), found)
 
-    def slide(self, change: list[float], round: int) -> Wave:
+    def slide(self, change: list[float], round: int) -> PararealRecord:
         """Judges the values made in this round, settles edges, and stops what is no longer needed.
 
         Args:
@@ -404,14 +406,14 @@ class Wavefront:
         for made in self.formed:
             self._forget(made)
         rows = [(row.solve.block, row.solve.level) for row in self.asked]
-        return Wave(round, self.sample, rows, record, (course.intervals if self.done else self.settled) - first)
+        return PararealRecord(round, self.sample, rows, record, (course.intervals if self.done else self.settled) - first)
 
-    def _candidate(self) -> Solve | None:
+    def _candidate(self) -> BlockRun | None:
         """The newest value of the first edge that is not settled, if it is as new as the settled one before it."""
         n = self.settled + 1
         return self.solves[n].get(self.level[n]) if self.level[n] >= self.level[n - 1] else None
 
-    def _settle(self, solve: Solve) -> None:
+    def _settle(self, solve: BlockRun) -> None:
         """The value is final: whatever runs in the blocks before it stops."""
         n = solve.block
         for old in list(self.solves[n - 1].values()):
@@ -422,7 +424,7 @@ class Wavefront:
         if n == self.course.intervals:
             self.result, self.done = solve, True
 
-    def _forget(self, made: Formed) -> None:
+    def _forget(self, made: EdgeUpdate) -> None:
         """Lets go of the value before: where the edge's block does not run, and where it has not begun to and a final value
         has come."""
         n, old, course = made.solve.block, made.previous, self.course
@@ -431,13 +433,13 @@ class Wavefront:
         if old is not None and (idle or (late and old.fine == old.coarse == 0)):
             self._drop(old)
 
-    def _new_solve(self, block: int, level: int) -> Solve:
-        solve = Solve(block, level, self._slot())
+    def _new_solve(self, block: int, level: int) -> BlockRun:
+        solve = BlockRun(block, level, self._slot())
         self.solves[block][level] = solve
         self.level[block] = level
         return solve
 
-    def _drop(self, solve: Solve) -> None:
+    def _drop(self, solve: BlockRun) -> None:
         if self.solves[solve.block].pop(solve.level, None) is solve:
             self.free += [slot for slot in (solve.start, solve.run, solve.end, solve.lead, solve.before) if slot >= 0]
 

@@ -25,7 +25,7 @@ from typing import Literal
 
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, defect
-from paradiff.methods.parareal.method import Parareal
+from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.window.budget import DATA_VARIANCE, noise_units, response
 
 CAUTION = 1.75
@@ -35,7 +35,7 @@ EARLY = 0.01  # share of the tolerance that edges before the last may spend to s
 
 
 @dataclass(eq=False)
-class Solve:
+class BlockRun:
     """The solve of one block from x[i, p]; the last edge has one too, which holds the sample.
 
     Attributes:
@@ -75,7 +75,7 @@ class Solve:
 
 
 @dataclass
-class Formed:
+class EdgeUpdate:
     """An edge value made in this round.
 
     Attributes:
@@ -85,13 +85,13 @@ class Formed:
         previous: The solve that the edge's last value started.
     """
 
-    solve: Solve
-    source: Solve
+    solve: BlockRun
+    source: BlockRun
     kind: Literal["coarse", "corrected", "exact"]
-    previous: Solve | None = None
+    previous: BlockRun | None = None
 
 
-class Judge:
+class StoppingRule:
     """Equation (1) and the stop rules, for all samples of a run.
 
     Args:
@@ -101,7 +101,7 @@ class Judge:
         coarse: The coarse propagator.
     """
 
-    def __init__(self, table: Table, method: Parareal, edges: Sequence[int], coarse: Coarse) -> None:
+    def __init__(self, table: Table, method: PararealMethod, edges: Sequence[int], coarse: Coarse) -> None:
         self._table, self._method, self._edges, self._blocks = table, method, edges, len(edges) - 1
         self._units = [0.0, *(method.tolerance * noise_units(table, list(edges))).tolist()]
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
@@ -115,7 +115,7 @@ class Judge:
         spread = (table.alpha[list(edges)] ** 2 * DATA_VARIANCE + table.sigma[list(edges)] ** 2).sqrt()
         self._carried = (spread[1:] / spread[:-1]).tolist()
 
-    def judge(self, made: Formed, value: float, sample: int) -> None:
+    def judge(self, made: EdgeUpdate, value: float, sample: int) -> None:
         """Equation (1) for one value.
 
         Args:
@@ -154,12 +154,12 @@ class Judge:
                 observed = math.sqrt(solve.seen / solve.predicted)
                 solve.theta = max(observed, FORGETTING * previous.theta, LEAST_THETA)
 
-    def estimate(self, solve: Solve) -> float:
+    def estimate(self, solve: BlockRun) -> float:
         """The estimated root mean square error that this value leaves in the sample."""
         found = CAUTION * solve.theta * solve.estimate if solve.estimate > 0 else 0.0
         return found if math.isfinite(found) else math.inf
 
-    def passes(self, solve: Solve) -> bool:
+    def passes(self, solve: BlockRun) -> bool:
         """Whether an edge whose predecessor is settled may be settled at this value, by the rules that judge edges one by
         one. With a window edges must pass for it to slide, and share the tolerance along the chain; without one, settling
         early saves evaluations but no rounds, and may spend little."""
@@ -173,7 +173,7 @@ class Judge:
             return self.estimate(solve) <= method.tolerance * share
         return False
 
-    def converged(self, values: Sequence[Solve]) -> bool:
+    def converged(self, values: Sequence[BlockRun]) -> bool:
         """Whether the last of the newest `values` of all edges known at its iteration, in order, is the answer."""
         method, last = self._method, values[-1]
         if method.iterations is not None:

@@ -69,7 +69,7 @@ def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:
     return torch.stack([(e - known).abs().sum(1) for e in extremes]).amax(0)
 
 
-class Ledger:
+class ErrorBudget:
     """One sample's running account of the error it has let pass.
 
     Args:

@@ -22,7 +22,7 @@ Chains = Literal["any", "stochastic", "deterministic"]
 
 
 @dataclass(frozen=True)
-class Method:
+class WindowMethod:
     """Hyper-parameters of the window loop (solver/loop.py).
 
     Attributes:

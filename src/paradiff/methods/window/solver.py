@@ -19,11 +19,11 @@ from paradiff.chain.slope import freeze_clean_data, inverse, over_intervals, res
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table, column
 from paradiff.methods.secant import Secants
-from paradiff.methods.window.budget import DATA_VARIANCE, LEAST_THETA, Ledger, noise_units, sensitivity, slope_error
+from paradiff.methods.window.budget import DATA_VARIANCE, LEAST_THETA, ErrorBudget, noise_units, sensitivity, slope_error
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
-from paradiff.methods.window.method import Method
-from paradiff.solver.solution import Certificate, Sweep
+from paradiff.methods.window.method import WindowMethod
+from paradiff.solver.solution import ErrorEstimate, WindowRecord
 
 FILL = 64  # nodes filled by one matrix product
 STRETCH = 256  # nodes swept by one matrix product
@@ -36,13 +36,13 @@ Guide = Callable[[slice], tuple[Tensor, Tensor]]
 the outputs where they begin, each `[n, ...]`."""
 
 
-class Plan:
+class WindowSetup:
     """What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
 
     def __init__(
         self,
         table: Table,
-        method: Method,
+        method: WindowMethod,
         device: torch.device,
         dtype: torch.dtype,
         members: bool = False,
@@ -101,7 +101,7 @@ def _exact_after(blocks: list[int], stagger: int | None) -> int:
     return found
 
 
-class Window:
+class WindowSolver:
     """The window of one sample.
 
     Attributes:
@@ -114,7 +114,7 @@ class Window:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: WindowSetup,
         noise: Noise,
         sample: int,
         start: Tensor | None,
@@ -135,7 +135,7 @@ class Window:
         self.edits: Edits | None = None
         self.secants: Secants | None = None
         self.rounds = self.evaluations = 0
-        self.ledger = Ledger(plan.slope_error, plan.factor, plan.least_theta)
+        self.ledger = ErrorBudget(plan.slope_error, plan.factor, plan.least_theta)
         self.change = x0.new_empty(0)
         self._open()
 
@@ -150,9 +150,9 @@ class Window:
         return self.x[self.plan.history]
 
     @property
-    def certificate(self) -> Certificate:
+    def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
-        return Certificate(self.ledger.residual, self.ledger.estimated_error, self.rounds, self.evaluations)
+        return ErrorEstimate(self.ledger.residual, self.ledger.estimated_error, self.rounds, self.evaluations)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
@@ -316,7 +316,7 @@ class Window:
         edges = torch.tensor(plan.edges[self.lo : self.hi + 1])
         return (edges[1:] - edges[0] + h).to(plan.device)
 
-    def slide(self, change: list[float], round: int) -> Sweep:
+    def slide(self, change: list[float], round: int) -> WindowRecord:
         """Passes the leading nodes that the rule lets pass, one at least; fills what enters, or begins the correction of a
         block that ended. After a correction it only fills.
 
@@ -360,9 +360,9 @@ class Window:
             self.correction = Correction(plan.step, plan.method.corrector, self.lo, place, *state)
         else:
             self._open()
-        return Sweep(round, self.sample, first, rms, passed)
+        return WindowRecord(round, self.sample, first, rms, passed)
 
-    def _corrected(self, change: list[float], round: int) -> Sweep:
+    def _corrected(self, change: list[float], round: int) -> WindowRecord:
         """Takes over the corrected state of a block's end."""
         assert self.correction is not None
         if not all(map(math.isfinite, change)):
@@ -374,7 +374,7 @@ class Window:
         self.x[self.plan.history] = self.correction.state
         self.correction = None
         self._open()
-        return Sweep(round, self.sample, self.lo, [math.sqrt(change[0])], 0)
+        return WindowRecord(round, self.sample, self.lo, [math.sqrt(change[0])], 0)
 
     def _passes(self, node: int, rms: float) -> bool:
         """Whether the window's node of that number, which changed by `rms`, may be passed over."""

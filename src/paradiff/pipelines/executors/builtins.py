@@ -16,7 +16,7 @@ from typing import Any
 
 import greenlet
 
-from paradiff.errors import Refusal
+from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.scheduler_proxy import RoundTimesteps
 
 Scope = dict[str, Any]
@@ -42,7 +42,7 @@ class _Enumerate(_Replacement):
 class _Zip(_Replacement):
     def __call__(self, *iterables: Iterable[Any], **options: Any) -> Iterator[Any]:
         if hasattr(greenlet.getcurrent(), "count") and any(isinstance(values, RoundTimesteps) for values in iterables):
-            raise Refusal("the loop walks over its times and something else at once")
+            raise Unsupported("the loop walks over its times and something else at once")
         return builtins.zip(*iterables, **options)  # noqa: B905
 
 

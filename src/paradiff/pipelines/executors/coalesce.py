@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.pipelines.network.batching import Merge, merged_call
+from paradiff.pipelines.network.batching import Batching, merged_call
 from paradiff.pipelines.tensor.windowed import Windowed
 
 Key = tuple[int, int, int]
@@ -75,7 +75,7 @@ class Call:
 
 
 @dataclass
-class Gather:
+class Coalescer:
     """Makes one network call of several.
 
     Attributes:
@@ -83,7 +83,7 @@ class Gather:
         differing: Places where values were seen to differ between lanes.
     """
 
-    merge: Merge
+    merge: Batching
     differing: set[Key] = field(default_factory=set)
 
     def __call__(self, calls: list[Call]) -> list[Any]:

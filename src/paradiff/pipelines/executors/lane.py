@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.errors import Refusal
+from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Call, Key, Known
 from paradiff.pipelines.loop.scheduler_proxy import Iterations, first_index, hijack, place, real_scheduler
@@ -46,7 +46,7 @@ class Log:
 
     def play(self, place: int, signature: tuple[Any, ...]) -> Any:
         if place >= len(self.entries) or self.entries[place][0] != signature:
-            raise Refusal("the call takes another way to its loop when it is made again")
+            raise Unsupported("the call takes another way to its loop when it is made again")
         return _copied(self.entries[place][1])
 
 
@@ -128,9 +128,9 @@ class Lane(greenlet.greenlet):
         if not self._inside:
             self._inside = True
             if self._played != len(hub.log.entries):
-                raise Refusal("the call takes another way to its loop when it is made again")
+                raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
-            raise Refusal("the loop passed over a step")
+            raise Unsupported("the loop passed over a step")
         while self.turns:
             self.node, self.dry = self.turns.popleft()
             self._calls, self._stepped = [], False
@@ -139,7 +139,7 @@ class Lane(greenlet.greenlet):
             self._time = hub.drive.timesteps[self.node]
             yield self._time
             if not self._stepped:
-                raise Refusal("the loop passed over a step")
+                raise Unsupported("the loop passed over a step")
         self._inside, self._over = False, True
 
     def count(self, iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
@@ -161,16 +161,16 @@ class Lane(greenlet.greenlet):
         """Takes a pass's output; gives the state of the next one, or the sample."""
         hub = self._hub
         if self._over:
-            raise Refusal("the call has a second loop")
+            raise Unsupported("the call has a second loop")
         if not self._inside:
             self._begin(output, sample, kwargs)
         if self._stepped:
-            raise Refusal("the loop takes several steps in one iteration")
+            raise Unsupported("the loop takes several steps in one iteration")
         hub.drive.check_options(kwargs)
         self._stepped = True
         self._iterations.steps += 1
         if self._handed is None and not _near(sample, hub.origin):
-            raise Refusal("the call comes to its loop with another state when it is made again")
+            raise Unsupported("the call comes to its loop with another state when it is made again")
         if not self.dry:
             self.output, self.sample = output, sample
             self.edited = self._handed is not None and not (sample is self._handed and self._version == sample._version)
@@ -191,7 +191,7 @@ class Lane(greenlet.greenlet):
         if scope is not None:
             raise Elsewhere(scope)
         if not all(torch.equal(a, b) for a, b in zip(random, hub.random(), strict=False)):
-            raise Refusal("the loop draws random numbers besides its scheduler's")
+            raise Unsupported("the loop draws random numbers besides its scheduler's")
         del hub.log.entries[played:]
         self._played = played
         self._inside = True

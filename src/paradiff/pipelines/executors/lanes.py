@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.errors import Refusal
+from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, counting
-from paradiff.pipelines.executors.coalesce import Call, Gather
+from paradiff.pipelines.executors.coalesce import Call, Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane, Log, Shape
-from paradiff.pipelines.loop.driver import Drive
+from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.loop.torch_modes import Modes
-from paradiff.pipelines.network.batching import Merge
+from paradiff.pipelines.network.batching import Batching
 
 
-def run_lanes(call: functools.partial[Any], pipeline: Any, drive: Drive, merge: Merge) -> Any:
+def run_lanes(call: functools.partial[Any], pipeline: Any, drive: LoopSolver, merge: Batching) -> Any:
     """Runs a pipeline call with a lane for every state.
 
     Networks reach their lane as `greenlet.getcurrent().route(module, forward, args, kwargs)`, which the wrapped `forward` of
@@ -68,10 +68,10 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, drive: Drive, merge: 
 class Hub:
     """Advances the lanes of one pipeline call."""
 
-    def __init__(self, call: functools.partial[Any], pipeline: Any, drive: Drive, merge: Merge) -> None:
+    def __init__(self, call: functools.partial[Any], pipeline: Any, drive: LoopSolver, merge: Batching) -> None:
         self.call, self.pipeline, self.drive = call, pipeline, drive
         self.greenlet = greenlet.getcurrent()
-        self.gather = Gather(merge)
+        self.gather = Coalescer(merge)
         self.log = Log()
         self.shapes: dict[tuple[Any, ...], Any] = {}
         self.order: set[tuple[int, int]] = set()
@@ -90,7 +90,7 @@ class Hub:
             self.lanes.append(first)
             self._resume(first)
             if first.dead:
-                raise Refusal("its loop took no step")
+                raise Unsupported("its loop took no step")
             while not self.drive.done:
                 self._round()
             last = len(self.drive.timesteps) - 1
@@ -137,7 +137,7 @@ class Hub:
                 self._resume(lane)
         shapes = {tuple(lane.sample.shape) for lane in lanes} | {tuple(drive.states.shape[1:])}
         if len(shapes) > 1:
-            raise Refusal("the loop changes the shape of its state")
+            raise Unsupported("the loop changes the shape of its state")
         with Modes.exact().entered():
             outputs = torch.stack([lane.output for lane in lanes])
             edited = any(lane.edited for lane in lanes)
@@ -191,7 +191,7 @@ class Hub:
                 now.restore()
         if lane.dead:
             if not self.drive.done and self.drive.started:
-                raise Refusal("its loop ended before its states were solved")
+                raise Unsupported("its loop ended before its states were solved")
             self._result = result
 
     def _due(self, waiting: list[Lane]) -> list[list[Lane]]:

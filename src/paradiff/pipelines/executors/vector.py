@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import column
-from paradiff.errors import Refusal
-from paradiff.pipelines.loop.driver import Drive
+from paradiff.errors import Unsupported
+from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.scheduler_proxy import Iterations, blur, hijack, real_scheduler
 from paradiff.pipelines.loop.torch_modes import Modes
-from paradiff.pipelines.network.batching import Merge
+from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.tensor.windowed import Windowed
 
 
@@ -32,7 +32,7 @@ class Round:
         merge: How they meet networks (boundary.py finds it here).
     """
 
-    merge: Merge
+    merge: Batching
 
 
 class Vector:
@@ -47,7 +47,7 @@ class Vector:
         scheduler: The scheduler that the pipeline is to have during the call.
     """
 
-    def __init__(self, scheduler: Any, drive: Drive, merge: Merge) -> None:
+    def __init__(self, scheduler: Any, drive: LoopSolver, merge: Batching) -> None:
         self._drive, self._merge = drive, merge
         self._round = Round(merge)
         self._iterations = Iterations()
@@ -63,7 +63,7 @@ class Vector:
             passes = drive.passes
             yield Windowed.wrap(drive.timesteps[drive.nodes.to(drive.timesteps.device)], self._round)
             if drive.passes == passes:
-                raise Refusal("the loop passed over a step")
+                raise Unsupported("the loop passed over a step")
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """The states as the network expects them."""
@@ -71,7 +71,7 @@ class Vector:
         if not drive.started:
             return real_scheduler(self.scheduler).scale_model_input(sample, timestep)
         if not isinstance(sample, Windowed):
-            raise Refusal("the loop scales a state that is not of its window")
+            raise Unsupported("the loop scales a state that is not of its window")
         factor = drive.scale(drive.nodes)
         if bool((factor == 1).all()):
             return sample
@@ -89,7 +89,7 @@ class Vector:
             blur(self.scheduler)
         else:
             if not isinstance(output, Windowed) or not isinstance(sample, Windowed):
-                raise Refusal("the loop steps a state that is not of its window")
+                raise Unsupported("the loop steps a state that is not of its window")
             drive.check_options(kwargs)
             with Modes.exact().entered():
                 drive.answer(output.window, sample.window)

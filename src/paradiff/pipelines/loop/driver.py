@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paradiff.errors import Refusal
-from paradiff.methods.collocation.method import Collocation
-from paradiff.methods.presets import AnyMethod
+from paradiff.errors import Unsupported
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.presets import Method
 from paradiff.methods.window.budget import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
-from paradiff.methods.window.method import Method
+from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.evaluator import Batch
-from paradiff.solver.loop import Edited, solve
+from paradiff.solver.loop import EditedOutputs, solve
 from paradiff.solver.solution import Solution
 
 GIVEN_NOISE = "variance_noise"
 HALF = (torch.float16, torch.bfloat16)
 
 
-class Drive:
+class LoopSolver:
     """Runs the solver between the passes of one pipeline call.
 
     Args:
@@ -54,7 +54,7 @@ class Drive:
 
     def __init__(
         self,
-        method: AnyMethod,
+        method: Method,
         *,
         dtype: torch.dtype = torch.float32,
         callback: Callback | None = None,
@@ -115,7 +115,7 @@ class Drive:
             states: `[R, B, ...]` the states as the loop handed them to its step: `self.states` itself, or what it made of them.
         """
         if outputs.shape != self.states.shape:
-            raise Refusal(
+            raise Unsupported(
                 f"the loop's step was given outputs of shape {tuple(outputs.shape[1:])} for states of shape "
                 f"{tuple(self._origin.shape)}"
             )
@@ -141,7 +141,7 @@ class Drive:
         for name in {*kwargs, *self._kwargs}:
             first, now = self._kwargs.get(name), kwargs.get(name)
             if name != "generator" and now is not first and (isinstance(now, Tensor) or now != first):
-                raise Refusal(f"the loop gives its scheduler's step another {name} as it goes")
+                raise Unsupported(f"the loop gives its scheduler's step another {name} as it goes")
 
     def scale(self, nodes: Tensor) -> Tensor:
         """`[R]` factor on the states at `nodes` before the network sees them."""
@@ -166,32 +166,32 @@ class Drive:
 
     def _check(self, output: Any, sample: Any, kwargs: Mapping[str, Any]) -> None:
         if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or not sample.is_floating_point():
-            raise Refusal(
+            raise Unsupported(
                 f"the loop steps a {type(sample).__name__} with a {type(output).__name__}; both must be tensors of floats"
             )
         if output.shape != sample.shape:
-            raise Refusal(
+            raise Unsupported(
                 f"the network's output of shape {tuple(output.shape)} is not of its state's, {tuple(sample.shape)}: it also "
                 "predicts a variance, or the scheduler keeps a state of another kind"
             )
         if kwargs.get(GIVEN_NOISE) is not None:
-            raise Refusal("the loop gives the step's noise itself")
+            raise Unsupported("the loop gives the step's noise itself")
         if not torch.isfinite(output).all():
             raise ValueError("the network's output at the first time is not finite; check its weights, dtype and inputs")
 
-    def _fitted(self, dtype: torch.dtype) -> AnyMethod:
+    def _fitted(self, dtype: torch.dtype) -> Method:
         """The method for this call: with a tolerance that a network of that dtype resolves; its first step alone, where a
         window slides freely, as the loop's first pass takes just that."""
         method = self.method
-        if isinstance(method, Method) and method.corrector is not None:
+        if isinstance(method, WindowMethod) and method.corrector is not None:
             raise ValueError(
                 f"{method.name} was given a corrector, which changes the sample; a pipeline's call has to give its own: leave "
                 "the corrector out"
             )
         changes: dict[str, Any] = {}
-        if isinstance(method, Method) and method.blocks is None and method.window != 1:
+        if isinstance(method, WindowMethod) and method.blocks is None and method.window != 1:
             changes["warmup"] = min(max(method.warmup, 1), self.table.steps)
-        if dtype in HALF and (isinstance(method, Collocation) or method.rule == "error"):
+        if dtype in HALF and (isinstance(method, CollocationMethod) or method.rule == "error"):
             # rounding moves outputs by eps, and the estimate counts it with the caution of its kind of chain
             # (methods/window/budget.py)
             least = (STOCHASTIC_CAUTION if self.table.stochastic else DETERMINISTIC_CAUTION) * torch.finfo(dtype).eps
@@ -220,7 +220,7 @@ class Drive:
                 seen[self._asked.to(seen.device)] = shown
                 shown = seen
         try:
-            batch = self._solver.send(outputs if shown is None else Edited(outputs, shown))
+            batch = self._solver.send(outputs if shown is None else EditedOutputs(outputs, shown))
         except StopIteration as end:
             self.solution, self.done = end.value, True
             self._noise.finish()
@@ -250,7 +250,7 @@ class _Unread:
     """A field of a step's result that a parallel run does not have."""
 
     def __getattr__(self, name: str) -> Any:
-        raise Refusal("the loop reads more of a step's result than the new state")
+        raise Unsupported("the loop reads more of a step's result than the new state")
 
 
 def _first(scheduler: Any, timesteps: Tensor) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from paradiff.errors import Divergence, Refusal
+from paradiff.errors import NeedsLanes, Unsupported
 
 LOOP = "_paradiff_loop"
 STEP = ("model_output", "timestep", "sample")
@@ -73,11 +73,11 @@ def hijack(scheduler: Any, loop: Loop) -> Any:
         Refusal: If the scheduler's `step` does not take a model output, a time and a sample first.
     """
     real = type(scheduler)
-    if issubclass(real, Hijacked):
-        raise Refusal(f"the pipeline's {real.__name__} already belongs to a parallel run")
+    if issubclass(real, SchedulerProxy):
+        raise Unsupported(f"the pipeline's {real.__name__} already belongs to a parallel run")
     names = tuple(inspect.signature(real.step).parameters)[1:4] if hasattr(real, "step") else ()
     if names != STEP:
-        raise Refusal(f"{real.__name__}.step takes {', '.join(names) or 'nothing'} first and not {', '.join(STEP)}")
+        raise Unsupported(f"{real.__name__}.step takes {', '.join(names) or 'nothing'} first and not {', '.join(STEP)}")
     hijacked = object.__new__(_subclass(real))
     vars(hijacked).update({name: _own(value) for name, value in vars(scheduler).items()})
     vars(hijacked)[LOOP] = loop
@@ -108,12 +108,12 @@ def place(hijacked: Any, index: int) -> None:
 
 
 def blur(hijacked: Any) -> None:
-    """Makes reading the step index of a scheduler that counts its steps a `Divergence`: several steps are taken at once."""
+    """Makes reading the step index of a scheduler that counts its steps a `NeedsLanes`: several steps are taken at once."""
     if "_step_index" in vars(hijacked):
         vars(hijacked)["_step_index"] = BLURRED
 
 
-class Hijacked:
+class SchedulerProxy:
     """Marks hijacked schedulers, and keeps their timesteps: plain in the instance, iterated by the loop when asked for."""
 
     @property
@@ -133,7 +133,7 @@ class Hijacked:
     def _step_index(self) -> Any:
         value = vars(self).get("_step_index")
         if value is BLURRED:
-            raise Divergence("the loop reads the scheduler's step index")
+            raise NeedsLanes("the loop reads the scheduler's step index")
         return value
 
     @_step_index.setter
@@ -141,7 +141,7 @@ class Hijacked:
         vars(self)["_step_index"] = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise Refusal("the pipeline copies its scheduler: it steps several coupled states in one loop")
+        raise Unsupported("the pipeline copies its scheduler: it steps several coupled states in one loop")
 
 
 BLURRED = object()
@@ -213,9 +213,9 @@ class Iterations:
             Refusal: If the step was not taken in the first iteration of a loop over the timesteps.
         """
         if self.timesteps is None:
-            raise Refusal("the loop does not walk over scheduler.timesteps")
+            raise Unsupported("the loop does not walk over scheduler.timesteps")
         if self.position != 0:
-            raise Refusal(f"the loop takes its first step in its iteration number {self.position + 1}")
+            raise Unsupported(f"the loop takes its first step in its iteration number {self.position + 1}")
         return self.timesteps
 
 
@@ -280,12 +280,12 @@ def _subclass(real: Any) -> type:
     for name in dir(real):
         if name.startswith(STRAY) and inspect.isfunction(getattr(real, name)):
             namespace[name] = _stray(name)
-    return type(real.__name__, (Hijacked, real), namespace)
+    return type(real.__name__, (SchedulerProxy, real), namespace)
 
 
 def _stray(name: str) -> Callable[..., Any]:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise Refusal(f"the loop calls the scheduler's {name}, which has no parallel form")
+        raise Unsupported(f"the loop calls the scheduler's {name}, which has no parallel form")
 
     return refuse
 

@@ -21,7 +21,7 @@ RANDOM = {"randn_tensor", "randn", "randn_like", "rand", "rand_like", "randint",
 
 
 @dataclass(frozen=True)
-class Loop:
+class LoopSource:
     """A loop over timesteps, as read.
 
     Attributes:
@@ -72,7 +72,7 @@ def outer_loops(pipeline: type) -> list[str]:
     return list(dict.fromkeys(line for loop in read_loops(pipeline) for line in loop.outer))
 
 
-def read_loops(pipeline: type) -> list[Loop]:
+def read_loops(pipeline: type) -> list[LoopSource]:
     """The loops over timesteps of a pipeline class: those of `__call__`, or else of the methods that it calls."""
     seen: set[str] = set()
     names = ["__call__"]
@@ -119,7 +119,7 @@ class _Source:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_self(node.func.value)
         ]
 
-    def loops(self) -> list[Loop]:
+    def loops(self) -> list[LoopSource]:
         """The loops over timesteps in which a scheduler steps; where none does here, those whose passes call a method."""
         every = [node for node in ast.walk(self.tree) if isinstance(node, ast.For)]
         fors = [node for node in every if _over_timesteps(node)]
@@ -131,7 +131,7 @@ class _Source:
         calling = [node for node in calling if any(_is_helper_call(part) for part in _body(node))]
         return [self._loop(node) for node in sorted(inner or calling, key=lambda node: node.lineno)]
 
-    def _loop(self, loop: ast.For) -> Loop:
+    def _loop(self, loop: ast.For) -> LoopSource:
         around: list[str] = []
         parent = self.parents.get(loop)
         while parent is not None:
@@ -145,7 +145,7 @@ class _Source:
             if node.id in counted and not (self._uncounted(node, loop) or self._counts(node) or self._bound_inside(node, loop))
         ]
         inner_steps = any(isinstance(above, (ast.For, ast.While)) for step in _steps(loop) for above in self._above(step, loop))
-        return Loop(
+        return LoopSource(
             self.line(loop),
             self._unique(uses),
             around,

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from paradiff.errors import Refusal
+from paradiff.errors import Unsupported
 from paradiff.pipelines.tensor.windowed import HERE, Windowed, common_run, first_line
 from paradiff.solver.evaluator import RowBound
 
@@ -36,7 +36,7 @@ POSITIONS = {"img_ids", "txt_ids", "image_ids", "text_ids", "latent_ids", "laten
 ROW_LISTS = {"img_shapes", "txt_seq_lens"}
 
 
-class Merge:
+class Batching:
     """How the windows of one run meet its networks, and what that costs.
 
     Args:
@@ -103,10 +103,10 @@ class Merge:
         return result
 
 
-Visit = Callable[[Any, str], Any]
+CollocationRecord = Callable[[Any, str], Any]
 
 
-def each(f: Visit, value: Any, name: str = "", lists: Visit | None = None) -> Any:
+def each(f: CollocationRecord, value: Any, name: str = "", lists: CollocationRecord | None = None) -> Any:
     """`value` with `f(leaf, name)` for all that is no list, tuple or dict in it; the name is that of the nearest key.
 
     A list may be replaced as a whole: `lists(value, name)` is asked first, and answers None where it may not.
@@ -132,7 +132,7 @@ def windowed_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Windo
     return found
 
 
-def merged_call(merge: Merge, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def merged_call(merge: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The network's outputs for all states of a window, as windowed tensors.
 
     Args:
@@ -150,10 +150,10 @@ def merged_call(merge: Merge, name: str, forward: Callable[..., Any], args: tupl
     call = _Call(merge, name, forward, args, kwargs)
     try:
         return call.outputs()
-    except (Refusal, torch.OutOfMemoryError):
+    except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Refusal(
+        raise Unsupported(
             f"{name} could not be called with the states of a window as further rows ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from error
@@ -165,7 +165,7 @@ class _Call:
     """One call of a network with a window."""
 
     def __init__(
-        self, merge: Merge, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, merge: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.merge, self.name, self.forward, self.args, self.kwargs = merge, name, forward, args, kwargs
         self.leaves = windowed_inputs(args, kwargs)
@@ -183,7 +183,7 @@ class _Call:
         for value in (*self.args, *named, *self.leaves):
             if isinstance(value, Tensor) or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
                 return value
-        raise Refusal(f"{self.name} was called without a tensor")
+        raise Unsupported(f"{self.name} was called without a tensor")
 
     def outputs(self) -> Any:
         states, rows = self.states, self.rows
@@ -200,7 +200,9 @@ class _Call:
         pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
         windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
         if suspects and any(not torch.equal(a, b) for a, b in zip(before, self._random_state(), strict=True)):
-            raise Refusal(f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode")
+            raise Unsupported(
+                f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode"
+            )
         for w in suspects:
             self._compare(w, windows)
         rest = iter(windows)
@@ -265,7 +267,7 @@ class _Call:
         if window.shape[1] == 1:
             window = window.expand(count, rows, *window.shape[2:])
         if window.shape[1] % rows:
-            raise Refusal(f"{self.name} was given {window.shape[1]} rows of a window beside an input of {rows} rows")
+            raise Unsupported(f"{self.name} was given {window.shape[1]} rows of a window beside an input of {rows} rows")
         return window.unflatten(1, (rows, -1)).transpose(0, 1).flatten(0, 2)
 
     def _repeated(self, leaf: Tensor, name: str, count: int) -> Tensor:
@@ -291,11 +293,13 @@ class _Call:
             if not isinstance(leaf, Tensor):
                 return leaf
             if isinstance(leaf, Windowed):
-                raise Refusal(f"{self.name} was given states of a window within an argument of a kind that is not known here")
+                raise Unsupported(
+                    f"{self.name} was given states of a window within an argument of a kind that is not known here"
+                )
             if count == 1:
                 found.append(leaf[None])
             elif leaf.dim() == 0 or leaf.shape[0] % (rows * count):
-                raise Refusal(
+                raise Unsupported(
                     f"{self.name} returned a tensor of shape {tuple(leaf.shape)} for {rows * count} rows; an output must have "
                     "a row for each"
                 )
@@ -329,12 +333,12 @@ class _Call:
         for window, own in zip(windows, alone, strict=True):
             batched, own = window[w].to(torch.float64), own[0].to(torch.float64)
             if batched.shape != own.shape:
-                raise Refusal(f"{self.name} returned shape {tuple(batched.shape)} for a state of shape {tuple(own.shape)}")
+                raise Unsupported(f"{self.name} returned shape {tuple(batched.shape)} for a state of shape {tuple(own.shape)}")
             same = (batched == own) | (batched.isnan() & own.isnan())
             size = torch.where(own.isfinite(), own, 0.0).norm().clamp_min(1e-300)
             difference = torch.where(same, 0.0, batched - own).norm() / size
             if not float(difference) <= granted:
-                raise Refusal(
+                raise Unsupported(
                     f"{self.name} gave a state other values among {self.states} states than by itself (relative difference "
                     f"{float(difference):.2g}, where rounding explains {granted:.2g}): its rows influence each other, or its "
                     "conditioning is in another order"

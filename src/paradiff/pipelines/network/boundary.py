@@ -10,10 +10,10 @@ from typing import Any
 import greenlet
 from torch import nn
 
-from paradiff.pipelines.network.batching import Check, Merge, merged_call, windowed_inputs
+from paradiff.pipelines.network.batching import Batching, Check, merged_call, windowed_inputs
 from paradiff.pipelines.tensor.windowed import common_run
 
-__all__ = ["Check", "Installed", "Merge", "install", "merged_call"]
+__all__ = ["Batching", "Check", "Installed", "install", "merged_call"]
 
 
 def install(modules: Iterable[nn.Module]) -> Installed:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
-from paradiff.errors import Divergence
+from paradiff.errors import NeedsLanes
 from paradiff.pipelines.tensor.windowed import Windowed, common_run, mapped, title, windowed_leaves
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -46,7 +46,7 @@ def on_window(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def addressed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
     """What asks for memory that holds one state."""
-    raise Divergence(f"the loop asks for the memory of a tensor (`{title(func)}`), which holds the states of a window")
+    raise NeedsLanes(f"the loop asks for the memory of a tensor (`{title(func)}`), which holds the states of a window")
 
 
 def moved(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,7 +84,7 @@ def read(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         values = [at(w) for w in range(len(leaves[0].window))]
         agreed, value = all(other == values[0] for other in values), values[0]
     if not agreed:
-        raise Divergence(
+        raise NeedsLanes(
             f"the loop reads the value of a tensor in Python (`{title(func)}`), and it differs between the states of a window"
         )
     return value

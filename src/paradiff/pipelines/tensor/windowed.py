@@ -9,7 +9,7 @@ so that no axis has to be guessed: concatenation for guidance, chunks, reshapes 
 sequential loop. Operations that broadcast, or whose axes are plain to see, run on the window directly (rules.py); every other
 one runs under `torch.vmap`.
 
-A value read in Python (`bool`, `float`, `.item()`) is the same for all states or there is no such value: then `Divergence`.
+A value read in Python (`bool`, `float`, `.item()`) is the same for all states or there is no such value: then `NeedsLanes`.
 There is no storage behind a `Windowed`: code that reads it past these rules fails, and never sees a wrong number.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
-from paradiff.errors import Divergence, Refusal
+from paradiff.errors import NeedsLanes, Unsupported
 
 
 class Windowed(torch.Tensor):
@@ -67,10 +67,10 @@ class Windowed(torch.Tensor):
                 if result is not UNSUITABLE:
                     return result
             return mapped_over_states(func, args, kwargs)
-        except (Refusal, TypeError, torch.OutOfMemoryError):
+        except (Unsupported, TypeError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise Divergence(
+            raise NeedsLanes(
                 f"`{title(func)}` cannot act on all states of a window at once ({type(error).__name__}: {first_line(error)})"
             ) from error
 
@@ -80,7 +80,7 @@ class Windowed(torch.Tensor):
 
         if func is torch.ops.aten._local_scalar_dense.default:  # Where C++ takes a number.
             return read(Tensor.item, args, {})
-        raise Divergence(f"`{func}` reads the states of a window as if they were one")
+        raise NeedsLanes(f"`{func}` reads the states of a window as if they were one")
 
     def __copy__(self) -> Windowed:
         return Windowed.wrap(self.window, self.run)
@@ -90,7 +90,7 @@ class Windowed(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise Divergence("the loop pickles a tensor of the states of a window")
+        raise NeedsLanes("the loop pickles a tensor of the states of a window")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Windowed(width={self.width}, shape={tuple(self.window.shape[1:])}, dtype={self.window.dtype})"
@@ -138,9 +138,9 @@ def common_run(leaves: list[Windowed]) -> Any:
     first = leaves[0]
     for leaf in leaves:
         if len(leaf.window) != len(first.window):
-            raise Divergence(f"the loop mixes the states of two windows, of {len(first.window)} and {len(leaf.window)} states")
+            raise NeedsLanes(f"the loop mixes the states of two windows, of {len(first.window)} and {len(leaf.window)} states")
         if leaf.run is not first.run:
-            raise Divergence("the loop mixes the states of two windows")
+            raise NeedsLanes("the loop mixes the states of two windows")
     return first.run
 
 
@@ -164,10 +164,10 @@ def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     """
     name = getattr(func, "__name__", "")
     if kwargs.get("out") is not None:
-        raise Divergence(f"`{title(func)}` writes the states of a window into a tensor given as `out`")
+        raise NeedsLanes(f"`{title(func)}` writes the states of a window into a tensor given as `out`")
     in_place = name in WRITERS or (name.endswith("_") and not name.endswith("__"))
     if in_place and not isinstance(args[0], Windowed):
-        raise Divergence(f"`{title(func)}` writes the states of a window into a tensor of one state")
+        raise NeedsLanes(f"`{title(func)}` writes the states of a window into a tensor of one state")
     leaves = windowed_leaves((args, kwargs))
     run = common_run(leaves)
     structure: list[Any] = []
@@ -190,7 +190,7 @@ def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if in_place:
         target = args[0]
         if target.window.shape[1:] != target.shape:
-            raise Divergence(f"`{title(func)}` changes the shape of a tensor of the states of a window in place")
+            raise NeedsLanes(f"`{title(func)}` changes the shape of a tensor of the states of a window in place")
         return None if name == "__setitem__" else target
     rest = iter(outputs)
     return mapped(lambda leaf: Windowed.wrap(next(rest), run) if leaf is HERE else leaf, structure[0])

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.table import CONSISTENT, ROUNDING, Table
-from paradiff.errors import Refusal
+from paradiff.errors import Unsupported
 from paradiff.samplers.scheduler.levels import levels_of
 from paradiff.samplers.scheduler.walk import UNUSED, Request, fingerprint, on_cpu, refuse_unfit, step_of, walk
 
@@ -128,7 +128,7 @@ def _probe(request: Request) -> Probed:
     factors = main.states[:, : 2 * steps] - main.states[:, 2 * steps :]
     if not torch.isfinite(main.states).all():
         i = int((~torch.isfinite(main.states)).any(1).nonzero()[0])
-        raise Refusal(
+        raise Unsupported(
             f"{name}: step {i} (time {float(request.timesteps[i]):g}) has coefficients that are not finite: either it has "
             "the time of its neighbour (take fewer steps), or it starts from pure noise (which needs another prediction)"
         )
@@ -165,7 +165,7 @@ def _probe(request: Request) -> Probed:
         table = _limited(request, table, factors, limit)
     error = _superposition_error(request, table, factors, noise)
     if not error <= LINEAR:
-        raise Refusal(
+        raise Unsupported(
             f"{name}.step is not linear in the state and the network's output: superposition fails by {error:.1g} (rounding "
             f"would explain {LINEAR:g}){', its limit ' + repr(limit) + ' included' if limit is not None else ''}"
         )
@@ -238,7 +238,9 @@ def _superposition_error(request: Request, table: Table, factors: Tensor, noise:
     found, idle = (walk(request, f).states for f in (lambda i: (x[i], m[i]), lambda i: (nothing, nothing)))
     expected, real = noise.norm(dim=1), idle.square().mean(1).sqrt()
     if not ((real <= 2 * expected) & (real >= expected / 2)).all():  # 8 deviations of a mean over 64 channels
-        raise Refusal(f"{table.name}.step adds noise that is not drawn with torch.randn, so it cannot be repeated in its order")
+        raise Unsupported(
+            f"{table.name}.step adds noise that is not drawn with torch.randn, so it cannot be repeated in its order"
+        )
     inputs = torch.cat([x, table.convert(slice(0, table.steps), x, m)])
     size = (factors.abs() @ inputs.abs() + idle.abs()).amax(1)
     error = ((found - idle - factors @ inputs).abs().amax(1) / size.clamp(min=1e-30)).amax()

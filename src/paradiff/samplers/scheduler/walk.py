@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from paradiff.errors import Refusal
+from paradiff.errors import Unsupported
 
 UNUSED = ("generator", "return_dict")  # options of step that do not change the table
 FACTOR = 1e-6  # relative error of a factor that is one
@@ -71,19 +71,19 @@ def refuse_unfit(scheduler: Any, timesteps: Tensor, kwargs: Mapping[str, Any]) -
     names = [p.name for p in parameters]
     needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in kwargs]
     if names[:3] != ["model_output", "timestep", "sample"] or needed:
-        raise Refusal(
+        raise Unsupported(
             f"{name}.step takes ({', '.join(names[: 3 + len(needed)])}); only steps of (model_output, timestep, sample), with "
             "options, have a table"
         )
     for option, value in kwargs.items():
         if isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value)):
-            raise Refusal(f"the loop hands {option!r}, a tensor, to {name}.step: only numbers and switches have a table")
+            raise Unsupported(f"the loop hands {option!r}, a tensor, to {name}.step: only numbers and switches have a table")
     if name == "SCMScheduler":
-        raise Refusal(
+        raise Unsupported(
             "SCMScheduler's loops keep the second result of step, the clean-data estimate, which is no state of a chain"
         )
     if "learned" in str(scheduler.config.get("variance_type")):
-        raise Refusal(
+        raise Unsupported(
             f"{name} has variance_type = {scheduler.config['variance_type']!r}: the network's own variance makes the step "
             "nonlinear"
         )
@@ -95,14 +95,14 @@ def refuse_unfit(scheduler: Any, timesteps: Tensor, kwargs: Mapping[str, Any]) -
         and len(every) != scheduler.config.get("num_train_timesteps")
     )
     if every is None or not (counted or known):
-        raise Refusal(f"{name} has no timesteps yet: call its set_timesteps first")
+        raise Unsupported(f"{name} has no timesteps yet: call its set_timesteps first")
     places = range(len(every) - len(timesteps) + 1)
     if (
         timesteps.ndim != 1
         or not len(timesteps)
         or not any(torch.equal(every[k : k + len(timesteps)], timesteps) for k in places)
     ):
-        raise Refusal(
+        raise Unsupported(
             f"the loop's {len(timesteps) if timesteps.ndim else 0} timesteps are no stretch of the {len(every)} of {name}: "
             "hand over scheduler.timesteps or a slice of it"
         )
@@ -173,13 +173,13 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
             try:
                 scales.append(_scale(scheduler, t))
                 found = step_of(scheduler, m, t, x, request.kwargs, generator, mode if draws is not None else None)
-            except Refusal:
+            except Unsupported:
                 raise
             except Exception as error:
                 said = (str(error).splitlines() or [""])[0]
-                raise Refusal(f"{name} cannot be probed: step {i} raised {type(error).__name__}: {said}") from error
+                raise Unsupported(f"{name} cannot be probed: step {i} raised {type(error).__name__}: {said}") from error
             if not isinstance(found, Tensor) or found.shape != x.shape:
-                raise Refusal(f"{name}.step returns no state of the shape of its input, so it has no table")
+                raise Unsupported(f"{name}.step returns no state of the shape of its input, so it has no table")
             counts.append(mode.calls)
             states.append(found.reshape(-1).double())
             places.append(getattr(scheduler, "step_index", None))
@@ -194,7 +194,7 @@ def _scale(scheduler: Any, t: Tensor) -> float:
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     once, twice = (float(scheduler.scale_model_input(v, t)) for v in (one, 2 * one))
     if abs(twice - 2 * once) > FACTOR * abs(once):
-        raise Refusal(f"{type(scheduler).__name__}.scale_model_input is not a factor on the state, so it has no table")
+        raise Unsupported(f"{type(scheduler).__name__}.scale_model_input is not a factor on the state, so it has no table")
     return once
 
 
