@@ -49,12 +49,15 @@ LANES = {
 
 
 def arguments(case: Case) -> tuple[WindowMethod, dict[str, Any]]:
-    """A method that suits the case's network, and its number of steps."""
+    """A method that suits the case's network, and its number of steps. Its tolerance leaves most of `BOUND` to rounding, which
+    from one processor to another differs by up to 2e-6 in these chains."""
     if case.name in ("ddpm_clip", "ddpm_threshold"):
         return parasolver(tolerance=2e-6), {"num_inference_steps": 20}
     if case.name.startswith(FLOW):
-        return parasolver(tolerance=1e-5, rule="change", slope=shifted(0.5)), {"num_inference_steps": 20}
+        return parasolver(tolerance=5e-6, rule="change", slope=shifted(0.5)), {"num_inference_steps": 20}
     tolerance = 5e-6 if case.name.startswith(("ddpm", "ddim")) else 1e-4  # pictures in -1 ... 1; latents of size 20 to 100
+    if case.name == "lcm":
+        tolerance = 5e-5  # at 1e-4 the error is 8e-6 of the largest value
     return parasolver(tolerance=tolerance, slope=freeze_clean_data if case.name in SATURATED else freeze_epsilon), {}
 
 
