@@ -307,9 +307,9 @@ def block_by_block(
             plan = WindowSetup(block, WindowMethod("", slope, start=start, tolerance=0.0), torch.device("cpu"), torch.float64)
             window, done = WindowSolver(plan, own, k, state), 0
             while True:
-                nodes, x = window.rows()
-                window.absorb(network(x, plan.t[nodes]))
-                done, evaluations = done + 1, evaluations + len(x)
+                query = window.ask()
+                window.tell(query, network(query.rows, plan.t[query.nodes]))
+                done, evaluations = done + 1, evaluations + len(query.nodes)
                 peak = max(peak, float(window.x.square().mean(1).max()))
                 error = float((window.x[-1] - wanted[edges[n + 1]]).square().sum())
                 if error <= 1e-2 or done == block.steps:

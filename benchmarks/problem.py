@@ -13,9 +13,9 @@ from harness import Denoiser
 from torch import Tensor
 
 from paradiff import CollocationRecord, Evaluator, Recorded, Solution, Table, sample, sequential
-from paradiff.methods.presets import Method
 from paradiff.models.exact import Mixture
 from paradiff.models.pixel import load
+from paradiff.solver.protocol import Method
 
 EQUAL = 4e-3  # half a grey level of data in -1 ... 1
 STEPS = 1000
@@ -97,7 +97,7 @@ class Problem:
         table = self.table if table is None else table
         begin = time.perf_counter()
         evaluator = Evaluator(self.denoiser, max_rows=most_rows, conditioning=self.told(seeds))
-        solution = sample(evaluator, table, self.noise(seeds), method, progress=count if method.name != "sequential" else None)
+        solution = sample(evaluator, table, self.noise(seeds), method, observer=count if method.name != "sequential" else None)
         return solution, time.perf_counter() - begin
 
     def references(self, seeds: Sequence[int], alone: bool = False) -> Tensor:

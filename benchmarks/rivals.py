@@ -25,7 +25,7 @@ from torch import Tensor
 
 from paradiff import Recorded, Schedule, Table, ddim, ddpm
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.method import VARIANCE, mesh_on
+from paradiff.methods.collocation.options import VARIANCE, mesh_on
 from paradiff.methods.collocation.system import CollocationSystem, draw
 from paradiff.methods.parareal.coarse import Coarse, of_table, one_step, two_step
 from paradiff.methods.presets import collocation

@@ -40,7 +40,7 @@ from rich.table import Table as Sheet
 from rivals import part_rivals, smallest
 
 from paradiff import Schedule, ddim, ddpm, parallelize, sequential
-from paradiff.methods.collocation.method import VARIANCE
+from paradiff.methods.collocation.options import VARIANCE
 from paradiff.methods.presets import Method, collocation, parasolver, quasi_newton
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load

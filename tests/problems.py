@@ -210,14 +210,13 @@ def window_of(table: Table, method: WindowMethod, noise: Noise | None = None) ->
     return WindowSolver(plan, noise or Keyed(SHAPE), 0, None)
 
 
-def sweep(window: WindowSolver, denoiser: Denoiser = network) -> int:
-    """One sweep by hand, without the slide; how many rounds it took."""
-    rounds = 1
+def sweep(window: WindowSolver, denoiser: Denoiser = network) -> list[float]:
+    """One sweep by hand, without the advance, which wants the numbers that are returned."""
     while True:
-        nodes, x = window.rows()
-        if window.absorb(denoiser(x, window.plan.t[nodes])):
-            return rounds
-        rounds += 1
+        query = window.ask()
+        norms = window.tell(query, denoiser(query.rows, window.plan.t[query.nodes]))
+        if norms is not None:
+            return norms.tolist()
 
 
 def ends(window: WindowSolver) -> Tensor:

@@ -18,9 +18,11 @@ from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
 from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
 from paradiff.samplers.schedule import Schedule
-from paradiff.solver.evaluator import Batch, Denoiser, Evaluator
+from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.loop import sample, solve
-from paradiff.solver.solution import CollocationRecord, ErrorEstimate, PararealRecord, Solution, WindowRecord
+from paradiff.solver.protocol import Batch
+from paradiff.solver.records import CollocationRecord, PararealRecord, WindowRecord
+from paradiff.solver.solution import ErrorEstimate, Solution
 
 __all__ = [
     "Batch",

@@ -20,7 +20,6 @@ from PIL import Image
 from pipelines import Cli
 
 from paradiff import Keyed, PararealMethod, PararealRecord, Schedule, WindowMethod, ddpm, piadm_sde, sample
-from paradiff.app.cli import widest
 from paradiff.app.plots import save_history
 from paradiff.methods import presets as methods
 from paradiff.models.pixel import load
@@ -343,7 +342,7 @@ def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: 
     ],
 )
 def test_the_widest_round_is_known_beforehand(method: WindowMethod | PararealMethod, rows: int) -> None:
-    assert widest(method, ddpm(Schedule.linear(), 8)) == rows
+    assert method.width(ddpm(Schedule.linear(), 8)) == rows
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------

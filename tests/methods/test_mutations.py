@@ -32,7 +32,8 @@ from paradiff import (
     sample,
     sequential,
 )
-from paradiff.methods.window.solver import WindowSolver
+from paradiff.methods.window.solver import WindowQuery, WindowSolver
+from paradiff.solver.protocol import Query
 
 SEEN = 1e-3
 BAR = np.cumprod(1 - betas_of("linear"))
@@ -92,8 +93,8 @@ def test_the_outputs_of_two_steps_swapped_are_seen_by_the_textbook_alone() -> No
 
 def test_a_window_slid_one_too_far_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(paradigms(5, 0.0), TABLES["ddpm"]) < EXACT
-    slide = WindowSolver.slide
-    monkeypatch.setattr(WindowSolver, "slide", lambda self, change, round: slide(self, [0.0, *change[1:]], round))
+    advance = WindowSolver.advance
+    monkeypatch.setattr(WindowSolver, "advance", lambda self, norms, round: advance(self, [0.0, *norms[1:]], round))
     assert to_chain(paradigms(5, 0.0), TABLES["ddpm"]) > SEEN
 
 
@@ -118,14 +119,14 @@ def test_an_update_that_adds_the_residual_once_more_is_seen_by_the_chain(slope: 
 def test_a_history_shifted_by_one_is_seen_by_the_chain(name: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     method = parasolver(3, 0.0, stride=stride)
     assert to_chain(method, TABLES[name]) < EXACT
-    rows = WindowSolver.rows
+    ask = WindowSolver.ask
 
-    def shifted(self: WindowSolver) -> tuple[Tensor, Tensor]:
-        found = rows(self)
-        self.places = [self.places[0]] * len(self.places)
-        return found
+    def shifted(self: WindowSolver) -> Query:
+        query = ask(self)
+        assert isinstance(query, WindowQuery)
+        return dataclasses.replace(query, places=[query.places[0]] * len(query.places))
 
-    monkeypatch.setattr(WindowSolver, "rows", shifted)
+    monkeypatch.setattr(WindowSolver, "ask", shifted)
     assert to_chain(method, TABLES[name]) > SEEN
 
 

@@ -29,6 +29,7 @@ from paradiff import (
 from paradiff.chain.slope import resolve
 from paradiff.methods.secant import DAMPING, Secants
 from paradiff.methods.window.solver import WindowSetup, WindowSolver
+from paradiff.solver.solution import Status
 
 FINE = 2.0**-52
 SLOPE = shifted(0.25)  # the one that quasi_newton corrects by default
@@ -136,12 +137,12 @@ def test_sweeps_of_a_sliding_window_are_those_of_the_documented_equations(name: 
                     along, answer = beyond[n - j]
                     new = new + (table.a[n, j] - g[n, j]) * along + table.b[n, j] * answer
             d[n + 1] = new + (phi - old[n + 1]).flatten()
-        sweep(window)
+        norms = sweep(window)
         for n in range(lo, hi):
             # As EXACT of problems.py, times the condition of pairs that point the same way, up to 1/DAMPING.
             assert gap(window.x[h + n + 1 - lo].flatten(), old[n + 1].flatten() + d[n + 1]) < 1e-9, (count, n)
         settled |= {n: window.x[h + n - lo].clone() for n in range(lo, hi + 1)}
-        window.slide(window.change.tolist(), count)
+        window.advance(norms, count)
         assert window.lo == lo + 1  # one node a sweep at tolerance 0, unless a change is 0 exactly
 
 
@@ -198,7 +199,7 @@ def test_the_sample_is_the_sequential_one_at_tolerance_0(name: str, width: int |
     found = run(table, quasi_newton(width, 0.0, secants=secants), samples=2)
     for k in range(2):
         assert gap(found.sample[k], chain(network, table, Keyed(SHAPE, 0, 2), k)[-1]) < EXACT
-    assert found.status.startswith("exact")
+    assert found.status is Status.EXACT
     assert found.rounds <= table.steps
 
 
@@ -249,7 +250,7 @@ def test_images_that_share_a_window_need_as_many_rounds_as_the_slower_alone() ->
         return 2 * network(3 * x, t)
 
     alone = sample(stiff, table, noise, method, dtype=torch.float64)
-    solver = solve(table, Stacked(noise), method, dtype=torch.float64, members=True)
+    solver = solve(table, Stacked(noise), method, dtype=torch.float64, shared_window=True)
     batch = next(solver)
     while True:
         try:
@@ -371,24 +372,25 @@ def test_a_window_that_overflowed_begins_with_new_pairs() -> None:
     table = dpmpp_2m(Schedule.linear(), 40)
     window = window_of(table, quasi_newton(12, tolerance=0.0))
     for count in range(1, 4):
-        sweep(window)
-        window.slide(window.change.tolist(), count)
+        norms = sweep(window)
+        window.advance(norms, count)
     assert window.secants is not None
     first, pairs = window.lo, window.secants
-    nodes, x = window.rows()
-    m = network(x, window.plan.t[nodes])
+    query = window.ask()
+    m = network(query.rows, window.plan.t[query.nodes])
     m[5:] = torch.inf
-    window.absorb(m)
-    passed = window.slide(window.change.tolist(), 4)
+    norms = window.tell(query, m)
+    assert norms is not None
+    passed = window.advance(norms.tolist(), 4)
     assert passed.change[0] == math.inf
     assert passed.first == first
     assert window.secants is None
     count = 4
     while not window.done:
-        sweep(window)
+        norms = sweep(window)
         assert window.secants is not pairs
         count += 1
-        window.slide(window.change.tolist(), count)
+        window.advance(norms, count)
     assert gap(window.final, chain(network, table, Keyed(SHAPE))[-1]) < EXACT
 
 

@@ -30,7 +30,6 @@ from paradiff import (
     Schedule,
     Table,
     WindowMethod,
-    WindowRecord,
     ddim,
     ddpm,
     dpmpp_2m,
@@ -44,6 +43,7 @@ from paradiff import (
     solve,
 )
 from paradiff.models.exact import digits
+from paradiff.solver.protocol import Round
 
 each_table = pytest.mark.parametrize("name", TABLES)
 
@@ -63,7 +63,7 @@ def test_window_one_is_the_sequential_sampler_and_its_counts_are_the_closed_form
     assert (found.rounds, found.evaluations) == (steps, steps * samples)
     assert [(c.rounds, c.evaluations) for c in found.error_estimates] == [(steps, steps)] * samples
     assert (found.residual, found.estimated_error) == (0, 0)
-    assert found.status == "exact: every node was reached by the chain's own steps"
+    assert found.message == "exact: every node was reached by the chain's own steps"
 
 
 @each_table
@@ -157,11 +157,11 @@ def test_history_rounds_and_evaluations_add_up(name: str, method: str) -> None:
     table, method = TABLES[name], LOOSE[method]
     intervals, seen = len(method.edges(table)) - 1, []
     evaluator = Evaluator(network)
-    found = sample(evaluator, table, Keyed(SHAPE, samples=3), method, dtype=torch.float64, progress=seen.append)
+    found = sample(evaluator, table, Keyed(SHAPE, samples=3), method, dtype=torch.float64, observer=seen.append)
     assert (found.rounds, found.evaluations) == (evaluator.rounds, evaluator.evaluations)
     assert found.rounds == max(c.rounds for c in found.error_estimates) == max(s.round for s in found.history) == len(seen)
     assert found.evaluations == sum(c.evaluations for c in found.error_estimates)
-    assert [s for sweeps in seen for s in sweeps] == found.history
+    assert [record for round in seen for record in round.records] == found.history
     for k, error_estimate in enumerate(found.error_estimates):
         sweeps = [s for s in found.history if s.sample == k]
         passed = [s.passed for s in sweeps]
@@ -176,12 +176,12 @@ def test_history_rounds_and_evaluations_add_up(name: str, method: str) -> None:
         assert error_estimate.residual == pytest.approx(largest, rel=1e-12)
 
 
-def test_progress_is_told_of_every_round() -> None:
-    heard: list[list[WindowRecord]] = []
-    found = run(TABLES["ddpm"], parasolver(2, 0.0, stride=3), progress=heard.append)
+def test_an_observer_is_called_each_round() -> None:
+    heard: list[Round] = []
+    found = run(TABLES["ddpm"], parasolver(2, 0.0, stride=3), observer=heard.append)
     assert len(heard) == found.rounds
-    assert [s for sweeps in heard for s in sweeps] == found.history
-    assert any(not sweeps for sweeps in heard)  # A sweep of three rounds ends in its third.
+    assert [record for round in heard for record in round.records] == found.history
+    assert any(not round.records for round in heard)  # A sweep of three rounds ends in its third.
 
 
 @each_table
@@ -242,7 +242,7 @@ def test_fractional_times_reach_the_network_as_they_are() -> None:
     ],
 )
 def test_the_status_is_a_sentence(method: WindowMethod, status: str) -> None:
-    assert run(TABLES["ddim"], method).status == status
+    assert run(TABLES["ddim"], method).message == status
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])

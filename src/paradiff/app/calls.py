@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from paradiff.app.media import Output, read_output
-from paradiff.methods.presets import Method
 from paradiff.pipelines.loop.source import reads_index
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.run import parallelize
+from paradiff.solver.protocol import Method
 
 
 @dataclass(frozen=True)

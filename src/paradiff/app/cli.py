@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -24,19 +22,15 @@ from paradiff.app.options import METHODS, OPTIONS, SLOPES, make_method, parse_se
 from paradiff.app.run_json import output_folder, pipeline_report, report, write_json
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
-from paradiff.methods import presets as methods
-from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.methods.parareal.method import PararealMethod
-from paradiff.methods.presets import Method
-from paradiff.methods.window.method import WindowMethod
 from paradiff.models.pipeline import load_pipeline, set_sampler
 from paradiff.models.pixel import EXPONENTIAL, GRIDS, SCHEDULERS, Model, is_pixel, load, read_index
 from paradiff.pipelines import explain as explain_pipeline
 from paradiff.samplers.exponential import Form
 from paradiff.samplers.schedule import refuse_unknown
-from paradiff.solver.evaluator import Batch, Evaluator
+from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample as run_solver
-from paradiff.solver.solution import Record, Solution
+from paradiff.solver.protocol import Batch, Method, Round
+from paradiff.solver.solution import Solution
 
 SAMPLERS = (*SCHEDULERS, *EXPONENTIAL)
 SAMPLER_HELP = f"Pixel models: one of {', '.join(SAMPLERS)}; ddpm by default. Pipelines: one of {', '.join(SCHEDULERS)} or a "
@@ -207,13 +201,13 @@ def sample_pixels(
     table = make_table(loaded, sampler, steps, arguments["eta"], arguments["grid"], arguments["form"])
     edges = solver.edges(table)
     evaluator = Evaluator(loaded, max_rows=max_rows, device=device, dtype=dtype)
-    warm_up(evaluator, loaded, table, len(seeds), widest(solver, table))
+    warm_up(evaluator, loaded, table, len(seeds), solver.width(table))
 
     def timed(label: str, run: Method) -> tuple[Solution, float]:
         return run_timed(console, label, run, table, evaluator, loaded, seeds, noise)
 
     solution, seconds = timed(method, solver)
-    sequential = timed("sequential", reference(solver)) if arguments["compare"] else None
+    sequential = timed("sequential", solver.reference()) if arguments["compare"] else None
     result = report(solution, seconds, seeds, sequential, arguments, environment(device))
     plots.grid(solution.sample).save(folder / "samples.png", format="PNG")
     for seed, x in zip(seeds, solution.sample, strict=True):
@@ -269,15 +263,6 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def reference(method: Method) -> WindowMethod:
-    """The sequential method whose sample a method solves for: the plain chain, with the corrector's steps if there are any."""
-    plain = methods.sequential()
-    if not isinstance(method, WindowMethod) or method.corrector is None:
-        return plain
-    corrector = dataclasses.replace(method.corrector, sweeps=method.corrector.steps)
-    return dataclasses.replace(plain, blocks=method.blocks, corrector=corrector)
-
-
 def make_table(model: Model, sampler: str, steps: int, eta: float, grid: str | None, form: str | None) -> Table:
     """The table of a sampler with the options that were given.
 
@@ -307,18 +292,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def widest(method: Method, table: Table) -> int:
-    """Rows of one sample in a round in which all that is solved at once takes part."""
-    edges = method.edges(table)
-    if isinstance(method, WindowMethod) and method.blocks is not None and method.blocks.stagger is None:
-        edges = method.blocks.edges(table)
-        intervals = max(b - a for a, b in itertools.pairwise(edges))
-    else:
-        intervals = len(edges) - 1
-    bounds = (method.window, method.rows) if isinstance(method, PararealMethod) else (method.window,)
-    return min(intervals if bound is None else bound for bound in (None, *bounds))
-
-
 def warm_up(evaluator: Evaluator, model: Model, table: Table, samples: int, width: int) -> None:
     """Evaluates a round of one row a sample and one of `width`, untimed: what a first call sets up is in nobody's clock."""
     for rows in {samples, samples * width}:
@@ -337,10 +310,8 @@ def run_timed(
     noise: str,
 ) -> tuple[Solution, float]:
     """Runs one method under a progress bar; the solution and its whole clock, noise included."""
-    total = (len(method.edges(table)) - 1) * len(seeds)
-    unit = "blocks" if isinstance(method, PararealMethod) else "nodes"
-    if isinstance(method, CollocationMethod):
-        total, unit = len(seeds), "samples"
+    parts, unit = method.progress(table)
+    total = parts * len(seeds)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -351,16 +322,13 @@ def run_timed(
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         bar = progress.add_task(label, total=total, rounds=0)
-        rounds = 0
 
-        def on_round(sweeps: Sequence[Record]) -> None:
-            nonlocal rounds
-            rounds += 1
-            progress.update(bar, advance=sum(s.passed for s in sweeps), rounds=rounds)
+        def on_round(round: Round) -> None:
+            progress.update(bar, advance=sum(record.passed for record in round.records), rounds=round.number)
 
         begin = time.perf_counter()
         source: Noise = Keyed(model.shape, seeds) if noise == "keyed" else recorded(model, seeds, evaluator)
-        solution = run_solver(evaluator, table, source, method, progress=on_round)
+        solution = run_solver(evaluator, table, source, method, observer=on_round)
         if evaluator.device.type == "cuda":
             torch.cuda.synchronize(evaluator.device)
         return solution, time.perf_counter() - begin

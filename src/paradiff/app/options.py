@@ -10,9 +10,9 @@ from typing import Any
 from paradiff.chain import slope
 from paradiff.methods import piadm
 from paradiff.methods import presets as methods
-from paradiff.methods.presets import Method
 from paradiff.methods.window.corrector import Corrector, underdamped_langevin
 from paradiff.samplers.schedule import refuse_unknown
+from paradiff.solver.protocol import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
     "sequential": methods.sequential,

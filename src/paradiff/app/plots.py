@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from paradiff.solver.solution import CollocationRecord, PararealRecord, Record, WindowRecord
+from paradiff.solver.records import CollocationRecord, PararealRecord, Record, WindowRecord
 
 PIXELS = 96  # a small sample is enlarged to about this many pixels in the grid
 IDLE = "0.9"  # light grey, unlike any colour of viridis

@@ -14,10 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from paradiff.app.calls import Call
-from paradiff.solver.solution import CollocationRecord, Record, Solution, WindowRecord
-
-TRUST = ("sequential", "stopped", "converged", "exact")
-"""How a status begins, the worst first: a run's is that of its worst seed."""
+from paradiff.solver.records import Record
+from paradiff.solver.solution import Solution
 
 
 @contextmanager
@@ -98,7 +96,7 @@ def report(
         "rounds": solution.rounds,
         "evaluations": solution.evaluations,
         "seconds": seconds,
-        "status": solution.status,
+        "status": solution.message,
         "samples": samples,
         "sequential": None,
         "speedup": None,
@@ -153,7 +151,7 @@ def pipeline_report(
         "rounds": _total(samples, "rounds"),
         "evaluations": _total(samples, "evaluations"),
         "seconds": seconds,
-        "status": min((_status(call) for call in calls), key=lambda text: TRUST.index(text.split(":")[0])),
+        "status": min(calls, key=lambda call: call.report.status.trust).report.message,
         "samples": samples,
         "sequential": None,
         "speedup": None,
@@ -170,7 +168,7 @@ def pipeline_report(
                     "network_rows": call.report.network_rows,
                     "seconds": call.seconds,
                     "network_seconds": call.report.network_seconds,
-                    "status": _status(call),
+                    "status": call.report.message,
                     "warnings": call.report.warnings,
                 }
                 for call in calls
@@ -185,26 +183,15 @@ def pipeline_report(
     return result
 
 
-def _status(call: Call) -> str:
-    return f"sequential: {call.report.status}" if call.report.error_estimate is None else call.report.status
-
-
 def _total(samples: Sequence[Mapping[str, Any]], name: str) -> int | None:
     """The sum over the samples, if it is known of all of them."""
     counts = [one[name] for one in samples]
     return None if None in counts else sum(counts)
 
 
-def _record(entry: Record, seeds: list[int]) -> dict[str, Any]:
-    """One entry of the history: a sweep of a window, a round of a wavefront, or one of a sparse system."""
-    common = {"round": entry.round, "seed": seeds[entry.sample], "passed": entry.passed}
-    if isinstance(entry, WindowRecord):
-        return {**common, "first": entry.first, "change": [float(f"{c:.3g}") for c in entry.change]}
-    if isinstance(entry, CollocationRecord):
-        errors = {"interpolation_error": entry.interpolation_error, "iteration_error": entry.iteration_error}
-        return {**common, "visited": entry.nodes, "of": entry.of, "change": float(f"{entry.change:.3g}"), **errors}
-    values = [[edge, iteration, float(f"{change:.3g}")] for edge, iteration, change in entry.values]
-    return {**common, "rows": [list(row) for row in entry.rows], "values": values}
+def _record(entry: Record, seeds: Sequence[int]) -> dict[str, Any]:
+    """One entry of the history."""
+    return {"seed": seeds[entry.sample], **entry.to_json()}
 
 
 def difference(sample: Tensor, reference: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from paradiff.chain.slope import Slope, freeze_epsilon, identity, shifted
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
-from paradiff.methods.window.method import Chains, Start, WindowMethod
+from paradiff.methods.window.method import WindowMethod
+from paradiff.methods.window.options import Chains, Start
 from paradiff.planning.theory import Theory
 
 TOLERANCE = 2.4e-2

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.slope import Slope, identity, shifted, zero
-from paradiff.methods.collocation.method import DEFAULT_TOLERANCE, CollocationMethod, Target
-from paradiff.methods.parareal.method import Choice, PararealMethod, Schedule, StopRule
-from paradiff.methods.window.method import Rule, WindowMethod
-
-Method = WindowMethod | PararealMethod | CollocationMethod
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.collocation.options import DEFAULT_TOLERANCE, Target
+from paradiff.methods.parareal.method import PararealMethod
+from paradiff.methods.parareal.options import Choice, Schedule, StopRule
+from paradiff.methods.window.method import WindowMethod
+from paradiff.methods.window.options import Rule
 
 
 def sequential() -> WindowMethod:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from paradiff.chain.noise import Keyed
 from paradiff.chain.table import Table
 from paradiff.errors import Unsupported
-from paradiff.methods.presets import Method, parasolver
+from paradiff.methods.presets import parasolver
 from paradiff.models.exact import Mixture
 from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
 from paradiff.pipelines.run import Run, parallelize
 from paradiff.samplers.scheduler.probe import probe
-from paradiff.solver.loop import solve
+from paradiff.solver.loop import drive, solve
+from paradiff.solver.protocol import Batch, Method
 from paradiff.solver.solution import Solution
 
 CLUSTERS, DIMENSION, SPREAD = 10, 64, 0.05
@@ -154,17 +155,14 @@ def _tried(table: Table, method: Method) -> Solution:
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(CLUSTERS, DIMENSION, generator=generator, dtype=torch.float64).clamp(-1, 1)
     target = Mixture(torch.full((CLUSTERS,), 1 / CLUSTERS), means, torch.full((CLUSTERS,), SPREAD))
-    solver = solve(table, Keyed((DIMENSION,), 0), method)
-    batch = next(solver)
-    while True:
+
+    def outputs(batch: Batch) -> Tensor:
         nodes = batch.nodes
         x = batch.x.double() / table.scale[nodes, None]
         clean = target.clean(x, table.alpha[nodes], table.sigma[nodes])
-        output: Tensor = (clean - table.p[nodes, None] * x) / table.q[nodes, None]
-        try:
-            batch = solver.send(output.float())
-        except StopIteration as end:
-            return end.value
+        return ((clean - table.p[nodes, None] * x) / table.q[nodes, None]).float()
+
+    return drive(solve(table, Keyed((DIMENSION,), 0), method), outputs)
 
 
 def _will_it_pay(pipeline: Any, table: Table, expected: Solution, notes: list[str]) -> None:

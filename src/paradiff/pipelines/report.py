@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from paradiff.solver.solution import ErrorEstimate, Record
+from paradiff.solver.records import Record
+from paradiff.solver.solution import ErrorEstimate, Status
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Report:
             images.
         seconds: The whole call: text encoders, solver, decoding.
         network_seconds: Of these, within network calls of the loop, as seen from the host.
-        status: A sentence.
+        status: How the solver ended; `Status.SEQUENTIAL` for a plain call.
+        message: The same as a sentence with the run's own numbers.
         certificate: How far to trust the state at the loop's end; of the worst image. None where the call ran sequentially.
         warnings: Sentences.
         history: One entry a sweep.
@@ -39,13 +41,14 @@ class Report:
     network_rows: int
     seconds: float
     network_seconds: float
-    status: str
+    status: Status
+    message: str
     error_estimate: ErrorEstimate | None
     warnings: list[str]
     history: list[Record] = field(repr=False)
 
     def __str__(self) -> str:
-        lines = [f"{self.pipeline} with {self.scheduler}, {self.method}, {self.executor}: {self.status}"]
+        lines = [f"{self.pipeline} with {self.scheduler}, {self.method}, {self.executor}: {self.message}"]
         if self.error_estimate is not None:
             lines.append(
                 f"{self.rounds} rounds and {self.rows} rows instead of {self.steps} steps, {self.network_rows} network rows; "

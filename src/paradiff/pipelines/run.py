@@ -21,8 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from paradiff.errors import NeedsLanes, Unsupported
-from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.methods.presets import Method, parasolver
+from paradiff.methods.presets import parasolver
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
 from paradiff.pipelines.loop.callback import Callback
@@ -32,6 +31,8 @@ from paradiff.pipelines.loop.source import obstacles, reads_index
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching, Check
 from paradiff.pipelines.report import Report
+from paradiff.solver.protocol import Method
+from paradiff.solver.solution import Status
 
 Executor = Literal["auto", "vector", "lanes", "sequential"]
 
@@ -87,13 +88,13 @@ def parallelize(
     for name, value, known in (("executor", executor, get_args(Executor)), ("check", check, get_args(Check))):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-    if isinstance(method, CollocationMethod) and method.target != "chain":
-        raise ValueError(
-            f"collocation was given target={method.target!r}, whose times lie between those of the pipeline's loop; leave the "
-            "target at 'chain', or sample the network itself with paradiff.sample"
-        )
     if method is not None and not isinstance(method, Method):
         raise ValueError(f"method is a {type(method).__name__}; give one of paradiff's, such as paradiff.parasolver(window=16)")
+    if method is not None and not method.solves_chain:
+        raise ValueError(
+            f"{method.name} was given another target than the chain, whose times lie between those of the pipeline's loop; "
+            "leave the target at 'chain', or sample the network itself with paradiff.sample"
+        )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the solver's states were asked for in {dtype}; they are kept in float32 or float64")
     if max_rows is not None and max_rows < 1:
@@ -257,6 +258,7 @@ class Run:
             seconds,
             merge.seconds,
             solution.status,
+            solution.message,
             solution.error_estimates[0],
             notes,
             solution.history,
@@ -264,7 +266,6 @@ class Run:
 
     def _sequential_report(self, seconds: float, notes: list[str]) -> Report:
         scheduler = type(cast(Any, self.pipeline).scheduler).__name__
-        status = "the plain call"
         return Report(
             self._class.__name__,
             scheduler,
@@ -276,7 +277,8 @@ class Run:
             0,
             seconds,
             0.0,
-            status,
+            Status.SEQUENTIAL,
+            Status.SEQUENTIAL.message("the plain call"),
             None,
             notes,
             [],

@@ -8,32 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from paradiff.solver.protocol import Batch
+
 Denoiser = Callable[..., Tensor]
 """`denoiser(x, t, **conditioning) -> m`: x `[R, ...]` states as the network sees them, t `[R]` times, conditioning `[R, ...]`
 rows; m `[R, ...]` of the shape of x. Rows must not influence each other."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows to be evaluated in one round.
-
-    Attributes:
-        x: `[R, ...]` states, already scaled as the network expects them.
-        t: `[R]` times, on the CPU; int64 where all times of the table are whole numbers, else float64.
-        nodes: `[R]` nodes, on the CPU.
-        samples: `[R]` samples, on the CPU.
-    """
-
-    x: Tensor
-    t: Tensor
-    nodes: Tensor
-    samples: Tensor
 
 
 Part = TypeVar("Part")

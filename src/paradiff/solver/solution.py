@@ -4,75 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class WindowRecord:
-    """One sweep of one sample's window.
-
-    Attributes:
-        round: The round at which the sweep ended, counted from 1.
-        sample: The sample.
-        first: The first node of the window, whose state is final.
-        change: Root mean square change of the nodes after it, one number a node.
-        passed: How many of these nodes became final; 0 for the last sweep of a corrector, which moved the node `first`.
-    """
-
-    round: int
-    sample: int
-    first: int
-    change: list[float]
-    passed: int
+from paradiff.solver.records import Record
 
 
-@dataclass(frozen=True)
-class PararealRecord:
-    """One round of one sample's wavefront (methods/parareal/solver.py).
+class Status(Enum):
+    """How a run ended. The value is the general sentence; `Solution.message` is the same with the run's own numbers."""
 
-    Attributes:
-        round: The round, counted from 1.
-        sample: The sample.
-        rows: Block and iteration of every row that the sample had evaluated.
-        values: Edge, iteration and root mean square change of every block edge that got a new value; the change is infinite
-            for an edge's first value.
-        passed: How many block edges became final.
-    """
+    EXACT = "every node was reached by the chain's own steps"
+    CONVERGED = "every sample met the method's rule"
+    STOPPED = "the run ended before the method's rule was met"
+    SEQUENTIAL = "the chain was walked step by step, as the plain call does"
 
-    round: int
-    sample: int
-    rows: list[tuple[int, int]]
-    values: list[tuple[int, int, float]]
-    passed: int
+    @property
+    def code(self) -> str:
+        """The member's name in small letters, as run.json has it."""
+        return self.name.lower()
 
+    @property
+    def trust(self) -> int:
+        """A rank to compare by: of several runs the one of least trust speaks for all."""
+        return TRUST.index(self)
 
-@dataclass(frozen=True)
-class CollocationRecord:
-    """One round of one sample's sparse system (methods/collocation/solver.py).
-
-    Attributes:
-        round: The round, counted from 1.
-        sample: The sample.
-        nodes: The fine nodes at which the sample had the network evaluated.
-        of: How many nodes it has now.
-        change: Root mean square change of the sample.
-        interpolation_error: Estimated error from interpolation; infinite before it was estimated.
-        iteration_error: Estimated error from sweeps not made.
-        passed: 1 if this made the sample final.
-    """
-
-    round: int
-    sample: int
-    nodes: list[int]
-    of: int
-    change: float
-    interpolation_error: float
-    iteration_error: float
-    passed: int = 0
+    def message(self, detail: str | None = None) -> str:
+        """Code and sentence; `detail` in place of the general sentence."""
+        return f"{self.code}: {detail or self.value}"
 
 
-Record = WindowRecord | PararealRecord | CollocationRecord
+TRUST = (Status.SEQUENTIAL, Status.STOPPED, Status.CONVERGED, Status.EXACT)
 
 
 @dataclass(frozen=True)
@@ -109,7 +71,8 @@ class Solution:
 
     Attributes:
         sample: `[B, ...]` samples.
-        status: A sentence.
+        status: How the run ended.
+        message: The same as a sentence with the run's own numbers.
         rounds: Sequential batched network calls, start-up included.
         evaluations: Rows.
         seconds: The whole clock: noise, start-up and bookkeeping included.
@@ -118,7 +81,8 @@ class Solution:
     """
 
     sample: Tensor
-    status: str
+    status: Status
+    message: str
     rounds: int
     evaluations: int
     seconds: float

@@ -38,7 +38,8 @@ from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
 from paradiff.models.pixel import load
-from paradiff.solver.loop import EditedOutputs
+from paradiff.solver.protocol import EditedOutputs
+from paradiff.solver.solution import Status
 
 LINEAR = Schedule.linear()
 Clean = Callable[[Tensor, float, float], Tensor]
@@ -268,7 +269,7 @@ def test_visits_add_up_to_what_was_evaluated(name: str) -> None:
 def test_members_of_one_sample_are_found_together() -> None:
     table = TABLES["ddim"](200)
     denoiser = PLANE.denoiser(table)
-    solver = solve(table, Keyed((3, 2), 5), collocation(), dtype=torch.float64, members=True)
+    solver = solve(table, Keyed((3, 2), 5), collocation(), dtype=torch.float64, shared_window=True)
     batch = next(solver)
     while True:
         try:
@@ -299,7 +300,7 @@ def test_a_tighter_tolerance_costs_more_and_errs_less_and_the_estimate_is_of_the
         costs.append(found.evaluations)
         errors.append(float(error.mean()))
         fair += [c.estimated_error > e / 2 for c, e in zip(found.error_estimates, error.tolist(), strict=True)]
-        assert found.status == f"converged: the estimated error of every sample is at most {tolerance:g}"
+        assert found.message == f"converged: the estimated error of every sample is at most {tolerance:g}"
         for c in found.error_estimates:
             assert c.estimated_error <= tolerance
             assert c.estimated_error == pytest.approx(math.hypot(c.interpolation_error, c.iteration_error))
@@ -318,7 +319,7 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
     visits = [v for v in found.history if isinstance(v, CollocationRecord)]
     assert max(v.of for v in visits) <= 14
     assert found.estimated_error > 1e-3
-    assert found.status == (
+    assert found.message == (
         f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.001 was asked for; give more nodes "
         "(max_nodes), or let the window loop go on (exact=True)"
     )
@@ -354,7 +355,7 @@ def test_a_sample_with_no_node_worth_asking_again_is_at_rest(monkeypatch: pytest
 
 def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
     found = trained("ddpm", 24, max_nodes=30)
-    assert found.status.startswith("stopped")
+    assert found.status is Status.STOPPED
     assert 4e-3 < found.error_estimates[0].interpolation_error < math.inf
     assert found.error_estimates[0].iteration_error <= 0.25 * 4e-3
 
@@ -419,7 +420,7 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
     low = Evaluator(lambda x, t: model(x.float(), t).bfloat16(), dtype=torch.bfloat16)
     noise = Recorded(model.shape, torch.Generator().manual_seed(0))
     found = sample(low, model.table("ddpm", 1000), noise, collocation(window=16))
-    assert found.status.startswith("converged")
+    assert found.status is Status.CONVERGED
     assert found.rounds < 60  # and does not chase its own rounding
 
 
@@ -427,7 +428,7 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
 def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)
     found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4), noise)
-    assert found.status == "converged: the estimated error of every sample is at most 0.0002"
+    assert found.message == "converged: the estimated error of every sample is at most 0.0002"
     assert rms(found.sample, wanted_of(name, table, PLANE, noise)).max() < 4e-4
     handed = {v.sample for v in found.history if isinstance(v, WindowRecord)}
     assert handed
@@ -453,7 +454,7 @@ def test_exact_goes_on_to_the_sequential_sample(name: str) -> None:
     wanted = wanted_of(name, table, PLANE, noise)
     found = run(table, PLANE, collocation(tolerance=tolerance, exact=True), noise)
     assert rms(found.sample, wanted).max() < tolerance
-    assert found.status == "converged: the estimated error of every sample is at most 0.0001"
+    assert found.message == "converged: the estimated error of every sample is at most 0.0001"
     assert found.estimated_error <= tolerance
     assert [c.interpolation_error for c in found.error_estimates] == [0] * 3
     assert sum(c.evaluations for c in found.error_estimates) == found.evaluations
@@ -628,4 +629,4 @@ def test_edited_states_are_refused() -> None:
 
 def test_the_states_of_every_node_are_not_to_be_had() -> None:
     with pytest.raises(ValueError, match=r"collocation keeps the states of a few nodes only"):
-        next(solve(TABLES["ddim"](40), Keyed((2,)), collocation(), settled=lambda x, n: None))
+        next(solve(TABLES["ddim"](40), Keyed((2,)), collocation(), on_final=lambda x, n: None))

@@ -13,7 +13,8 @@ import torch
 from paradiff import CollocationRecord, Keyed, Schedule, Solution, Table, collocation, ddim, ddpm, sample
 from paradiff.methods.collocation.mesh import BINS
 from paradiff.methods.collocation.mesh_store import LEAST, SETTLED, MeshStore, needed
-from paradiff.methods.collocation.method import DETERMINISTIC_NODES, CollocationMethod, mesh_on
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.collocation.options import DETERMINISTIC_NODES, mesh_on
 from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
 

@@ -32,8 +32,8 @@ from paradiff import (
     srds,
 )
 from paradiff.chain.slope import Slope
-from paradiff.methods.parareal.method import Choice, StopRule
-from paradiff.methods.parareal.method import Schedule as Order
+from paradiff.methods.parareal.options import Choice, StopRule
+from paradiff.methods.parareal.options import Schedule as Order
 
 each_schedule = pytest.mark.parametrize("order", ["pipelined", "batched"])
 

@@ -32,8 +32,8 @@ from paradiff import (
     srds,
 )
 from paradiff.methods.parareal.coarse import defect
-from paradiff.methods.parareal.method import Schedule as Order
-from paradiff.methods.parareal.method import StopRule
+from paradiff.methods.parareal.options import Schedule as Order
+from paradiff.methods.parareal.options import StopRule
 from paradiff.methods.parareal.stopping import CAUTION, BlockRun, StoppingRule
 from paradiff.methods.window.budget import noise_units, response
 from paradiff.models.exact import Empirical, Gaussian, Mixture, digits
@@ -109,14 +109,14 @@ def test_an_exact_sample_is_certified_as_exact(name: str, order: Order) -> None:
     found = solved(TABLES[name], srds(3, "two step" if order == "pipelined" else 2, order, iterations=3))
     assert found.estimated_error == 0
     assert found.residual == 0
-    assert found.status == "exact: every node was reached by the chain's own steps"
+    assert found.message == "exact: every node was reached by the chain's own steps"
     assert gap(found.sample, wanted) < EXACT
 
 
 @each_order
 def test_fewer_iterations_than_blocks_are_not_called_exact(order: Order) -> None:
     found = forced("ddim", order)[2]
-    assert found.status == "stopped: 2 iterations were made, as asked"
+    assert found.message == "stopped: 2 iterations were made, as asked"
     assert found.estimated_error > 0
     assert found.residual > 0
 

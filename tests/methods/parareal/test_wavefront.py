@@ -31,8 +31,8 @@ from paradiff import (
     solve,
     srds,
 )
-from paradiff.methods.parareal.method import Schedule as Order
-from paradiff.methods.parareal.method import StopRule
+from paradiff.methods.parareal.options import Schedule as Order
+from paradiff.methods.parareal.options import StopRule
 from paradiff.methods.parareal.solver import PararealSetup, PararealSolver
 
 each_table = pytest.mark.parametrize("name", TABLES)
@@ -78,11 +78,11 @@ def edge_values(table: Table, method: PararealMethod, denoiser: Denoiser = netwo
     course = PararealSetup(table, method, torch.device("cpu"), torch.float64)
     front, values = PararealSolver(course, Keyed(SHAPE), 0, None), {}
     while not front.done:
-        nodes, x = front.rows()
-        front.absorb(denoiser(x, course.t[nodes]))
+        query = front.ask()
+        norms = front.tell(query, denoiser(query.rows, course.t[query.nodes]))
         for made in front.formed:
             values[made.solve.block, made.solve.level] = front.pool[made.solve.start, 0].clone()
-        front.slide(front.change.tolist(), front.rounds + 1)
+        front.advance(norms.tolist(), front.rounds + 1)
     return values
 
 
@@ -226,7 +226,7 @@ def test_as_many_iterations_as_blocks_reach_the_chain_in_no_more_rounds_than_ste
         assert found.rounds <= table.steps
         if table.steps % blocks == 0 and table.restarts == list(range(table.steps + 1)):
             assert found.rounds == table.steps
-        assert found.status == "exact: every node was reached by the chain's own steps"
+        assert found.message == "exact: every node was reached by the chain's own steps"
         assert (found.estimated_error, found.residual) == (0, 0)
         if blocks <= 4:
             batched = run(table, srds(blocks, schedule="batched", iterations=blocks))
@@ -404,9 +404,9 @@ def _alone(table: Table, quiet: Tensor) -> list[PararealSolver]:
     for k in range(2):
         front = PararealSolver(course, Keyed(SHAPE, samples=2), k, None)
         while not front.done:
-            nodes, x = front.rows()
-            front.absorb(quick_and_slow(x, course.t[nodes], quiet[[k] * len(nodes)]))
-            front.slide(front.change.tolist(), front.rounds)
+            query = front.ask()
+            norms = front.tell(query, quick_and_slow(query.rows, course.t[query.nodes], quiet[[k] * len(query.nodes)]))
+            front.advance(norms.tolist(), front.rounds)
         fronts.append(front)
     return fronts
 

@@ -10,7 +10,8 @@ from problems import TABLES
 from torch import Tensor
 
 from paradiff import Keyed, Solution, Table, WindowMethod, flow_euler, parasolver, sequential, srds
-from paradiff.solver.loop import EditedOutputs, solve
+from paradiff.solver.loop import solve
+from paradiff.solver.protocol import EditedOutputs
 
 SHAPE = (3, 4, 4)
 Edit = Callable[[int, Tensor], Tensor]
@@ -124,7 +125,7 @@ def test_settled_states_come_in_order_and_once() -> None:
         noise,
         parasolver(6, tolerance=0.0),
         dtype=torch.float64,
-        settled=lambda first, states: seen.extend((first + k, x.clone()) for k, x in enumerate(states)),
+        on_final=lambda first, states: seen.extend((first + k, x.clone()) for k, x in enumerate(states)),
     )
     batch = next(solver)
     while True:
@@ -141,7 +142,7 @@ def test_settled_states_come_in_order_and_once() -> None:
         batch = one.send(model(batch.x, batch.t))
         torch.testing.assert_close(batch.x[0] / table.scale[batch.nodes[0]], x, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="srds keeps the states of a few nodes only"):
-        next(solve(table, noise, srds(4), settled=lambda first, states: None))
+        next(solve(table, noise, srds(4), on_final=lambda first, states: None))
 
 
 def test_members_are_judged_by_the_worst() -> None:
@@ -154,7 +155,7 @@ def test_members_are_judged_by_the_worst() -> None:
         return torch.cat([hard, 0 * x[:, 1:]], 1)
 
     def rounds(shape: tuple[int, ...], members: bool) -> int:
-        solver = solve(table, Keyed(shape, 3), parasolver(tolerance=1e-4), dtype=torch.float64, members=members)
+        solver = solve(table, Keyed(shape, 3), parasolver(tolerance=1e-4), dtype=torch.float64, shared_window=members)
         batch = next(solver)
         while True:
             try:

@@ -45,6 +45,7 @@ from paradiff import (
     underdamped_langevin,
 )
 from paradiff.methods.window.solver import WindowSolver
+from paradiff.solver.protocol import Query
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -66,17 +67,17 @@ def test_after_k_sweeps_the_first_k_nodes_are_exact(name: str, method: str) -> N
 def test_memory_is_of_the_size_of_the_window(make: object, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     width, steps, largest = 8, 200, Counter()
     table = make(Schedule.linear(), steps // 2 if make is heun else steps)
-    rows = WindowSolver.rows
+    ask = WindowSolver.ask
 
-    def watched(window: WindowSolver) -> tuple[Tensor, Tensor]:
+    def watched(window: WindowSolver) -> Query:
         for name, value in vars(window).items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 # Views count with all that they keep alive.
                 states = value.untyped_storage().nbytes() / (value.element_size() * 6)
                 largest[name] = max(largest[name], states)
-        return rows(window)
+        return ask(window)
 
-    monkeypatch.setattr(WindowSolver, "rows", watched)
+    monkeypatch.setattr(WindowSolver, "ask", watched)
     noise = Recorded(SHAPE, torch.Generator().manual_seed(0))
     sample(network, table, noise, parasolver(width, stride=stride, tolerance=1e-2))
     assert largest["x"] == width * stride + table.band

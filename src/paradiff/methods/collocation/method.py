@@ -1,171 +1,61 @@
-"""Collocation: the frozen hyper-parameters of the solver that evaluates the network at few nodes (solver.py solves it)."""
+"""Collocation: evaluations at a few mesh points, interpolated in between (solver.py)."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
 
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.mesh import Mesh
-from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
-
-Target = Literal["chain", "ode", "sde"]
-STOCHASTIC_NODES, DETERMINISTIC_NODES = 56, 32  # at the default tolerance
-DEFAULT_TOLERANCE = 4e-3
-LEAST_SHARE = 0.75  # of these nodes, at any tolerance: fewer would have to be cut
-DETERMINISTIC_ORDER = 3
-VARIANCE = 0.25  # of data in -1 ... 1
+from paradiff.methods.collocation.options import CollocationOptions
+from paradiff.methods.collocation.run import CollocationRun
+from paradiff.methods.window.method import WindowMethod
+from paradiff.solver.protocol import Problem
 
 
 @dataclass(frozen=True)
-class CollocationMethod:
-    """Hyper-parameters of sparse nodes; see `methods.collocation`.
-
-    Attributes:
-        name: The method's name.
-        nodes: Number of nodes to begin with, the fine nodes themselves, or `auto`.
-        order: Degree of the interpolation between nodes; None for 0 on stochastic chains, at averaged states, and for 3 on
-            deterministic ones.
-        shift: Variance of the data, whose answer to the state is taken out of what is interpolated; or `auto`: 1/4, corrected
-            when the sample is at rest, if that finds it far off.
-        window: Most rows that a sample puts in one round; None for no bound.
-        tolerance: Root mean square error that the sample may have by estimate, in the data's units.
-        secants: Pairs of earlier sweeps kept for each node (methods/secant.py).
-        max_nodes: Most nodes that a sample may have; None for as many as the chain has.
-        exact: Whether the window loop verifies the sample over all nodes of the chain.
-        target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
-        memory: File in which is remembered where the samples of this model needed their nodes (mesh_store.py); None for no
-            file.
+class CollocationMethod(CollocationOptions):
+    """A collocation method; its attributes are those of `CollocationOptions`.
 
     Raises:
         ValueError: If a value is out of its range, or two of them contradict each other.
     """
 
-    name: str = "collocation"
-    nodes: int | Sequence[int] | Literal["auto"] = "auto"
-    order: int | None = None
-    shift: float | Literal["auto"] = "auto"
-    window: int | None = None
-    tolerance: float = DEFAULT_TOLERANCE
-    secants: int = 4
-    max_nodes: int | None = None
-    exact: bool = False
-    target: Target = "chain"
-    memory: str | Path | None = None
+    @property
+    def dense_output(self) -> bool:
+        """Whether all states become known: only those at mesh points do."""
+        return False
 
-    def __post_init__(self) -> None:
-        if isinstance(self.nodes, str):
-            if self.nodes != "auto":
-                raise ValueError(f"nodes is {self.nodes!r}; it must be a count, a sequence of fine nodes, or 'auto'")
-        elif isinstance(self.nodes, int):
-            if self.nodes < 2:
-                raise ValueError(f"{self.nodes} nodes were asked for; an interpolation needs at least 2")
-        else:
-            self._check_places([int(n) for n in self.nodes])
-        if self.order is not None and not 0 <= self.order <= 8:
-            raise ValueError(f"the order is {self.order}; it must be 0 (averages) to 8, or None for the chain's own")
-        if self.shift != "auto" and (isinstance(self.shift, str) or not 0 < self.shift < math.inf):
-            raise ValueError(f"the shift is {self.shift!r}; it must be a data variance, positive and finite, or 'auto'")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"the window is {self.window}; it must be at least 1 row, or None for no bound")
-        if not 0 < self.tolerance < math.inf:
-            raise ValueError(
-                f"the tolerance is {self.tolerance}; it must be positive and finite (for the chain itself, use exact=True)"
-            )
-        if self.secants < 0:
-            raise ValueError(f"secants is {self.secants}; it must be 0 or more pairs")
-        least = 2 if isinstance(self.nodes, str) else self.nodes if isinstance(self.nodes, int) else len(self.nodes)
-        if self.max_nodes is not None and self.max_nodes < least:
-            raise ValueError(f"max_nodes is {self.max_nodes}, below the {least} nodes to begin with; give at least that")
-        if self.target not in get_args(Target):
-            raise ValueError(f"the target is {self.target!r}; it must be one of {', '.join(get_args(Target))}")
-        if self.exact and self.target != "chain":
-            raise ValueError(
-                f"exact=True was given with target={self.target!r}; only the chain's own sample can be verified step by step"
-            )
+    @property
+    def solves_chain(self) -> bool:
+        """Whether the sample sought is the chain's own, not that of the equation which it discretizes."""
+        return self.target == "chain"
 
-        if self.memory is not None and self.nodes != "auto":
-            raise ValueError(
-                f"memory was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
-            )
+    @property
+    def follows_edits(self) -> bool:
+        """Whether states may be changed between steps: states between mesh points could not be."""
+        return False
 
-    def _check_places(self, places: list[int]) -> None:
-        if not places or places[0] != 0:
-            raise ValueError(f"the nodes begin with {places[:1]}; the first must be node 0, where the chain starts")
-        for before, after in itertools.pairwise(places):
-            if after <= before:
-                raise ValueError(f"node {after} follows node {before}; nodes must increase")
-        if len(places) < 2:
-            raise ValueError("1 node was given; an interpolation needs at least 2")
-
-    def degree(self, table: Table) -> int:
-        """Degree of the interpolation on a chain."""
-        if self.order is not None:
-            return self.order
-        return 0 if table.stochastic else min(DETERMINISTIC_ORDER, len(mesh_on(table).candidates) - 1)
-
-    def relative(self, table: Table) -> float:
-        """How many times as many nodes this tolerance needs as the default one."""
-        return (DEFAULT_TOLERANCE / self.tolerance) ** (2 / 3 if self.degree(table) == 0 else 1 / 3)
-
-    def usual(self, table: Table) -> int:
-        """How many nodes a sample of an unknown model begins with at the default tolerance."""
-        return STOCHASTIC_NODES if self.degree(table) == 0 else DETERMINISTIC_NODES
-
-    def remember(self, table: Table) -> MeshStore | None:
-        """What is remembered of the table, if anything shall be.
+    def prepare(self, problem: Problem) -> CollocationRun:
+        """The run on a problem.
 
         Raises:
-            ValueError: If the file is something else.
+            ValueError: If the method does not fit the problem's table, or the file of `memory` is something else.
         """
-        return None if self.memory is None else MeshStore(Path(self.memory), table, self.degree(table), self.target)
+        return CollocationRun(self, problem)
 
-    def edges(self, table: Table, remembered: StoredMesh | None = None) -> list[int]:
-        """The edges to begin with, 0 and N included.
+    def reference(self) -> WindowMethod:
+        """The plain chain."""
+        return WindowMethod("jacobi").reference()
 
-        Args:
-            table: The sampler.
-            remembered: What is remembered of it.
+    def width(self, table: Table) -> int:
+        """Mesh points to begin with, or the bound on rows."""
+        count = len(self.edges(table)) - 1
+        return count if self.window is None else min(count, self.window)
 
-        Raises:
-            ValueError: If nodes are out of range, not such at which a gap may begin, or too few for the order.
-        """
-        order, mesh = self.degree(table), mesh_on(table, remembered)
-        if isinstance(self.nodes, int | str):
-            if isinstance(self.nodes, str):
-                share = max(self.relative(table), LEAST_SHARE)
-                count = self.usual(table) if remembered is None else sum(remembered.nodes)
-                count = max(round(count * share), order + 1)
-                count = min(count, table.steps, self.max_nodes or table.steps)
-            else:
-                count = self.nodes
-                if count > table.steps:
-                    raise ValueError(f"{count} nodes were asked for; the chain has {table.steps} steps: give at most that")
-            edges = mesh.edges(count)
-        else:
-            edges = [int(n) for n in self.nodes]
-            if edges[-1] >= table.steps:
-                raise ValueError(f"node {edges[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
-            strange = sorted(set(edges) - set(mesh.candidates))
-            if strange:
-                raise ValueError(
-                    f"node {strange[0]} was given; table {table.name!r} does not start afresh there, or has another node at "
-                    "the same level: leave it out"
-                )
-            edges = [*edges, table.steps]
-        if len(edges) - 1 < order + 1:
-            raise ValueError(
-                f"the nodes are {len(edges) - 1}, for interpolation of order {order}; it needs at least {order + 1}: give "
-                "more nodes, or a lower order"
-            )
-        return edges
+    def progress(self, table: Table) -> tuple[int, str]:
+        """The sample itself is the one part that becomes final."""
+        return 1, "samples"
 
-
-def mesh_on(table: Table, remembered: StoredMesh | None = None) -> Mesh:
-    """Where nodes go on a chain; made once for a table."""
-    nodes = None if remembered is None else remembered.nodes
-    return table.cached(("placement", nodes), lambda: Mesh(table, nodes))
+    def in_loop(self, table: Table, least: float) -> CollocationMethod:
+        """As it is, with a tolerance that the network's dtype resolves."""
+        return dataclasses.replace(self, tolerance=least) if self.tolerance < least else self

@@ -14,10 +14,10 @@ from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.mesh import BINS
 from paradiff.methods.collocation.mesh_store import AIM, needed
-from paradiff.methods.collocation.method import VARIANCE, CollocationMethod, mesh_on
+from paradiff.methods.collocation.options import VARIANCE, CollocationOptions, mesh_on
 from paradiff.methods.collocation.system import CollocationSystem
-from paradiff.methods.window.method import WindowMethod
-from paradiff.methods.window.solver import WindowSetup
+from paradiff.methods.window.options import WindowOptions
+from paradiff.methods.window.setup import WindowSetup
 from paradiff.samplers.continuum import continuum
 
 VERIFY_SECANTS = 1
@@ -40,7 +40,7 @@ class CollocationSetup:
     def __init__(
         self,
         table: Table,
-        method: CollocationMethod,
+        method: CollocationOptions,
         device: torch.device,
         dtype: torch.dtype,
         members: bool = False,
@@ -101,7 +101,7 @@ class CollocationSetup:
             method = self.method
             width = min(method.window or VERIFY_WINDOW, self.table.steps)
             slope, tolerance = shifted(self.recurrence.variance), method.tolerance / strict
-            loop = WindowMethod("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
+            loop = WindowOptions("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
             self._plans[strict] = WindowSetup(self.table, loop, self.device, self.dtype, self.members, self.resolution)
         return self._plans[strict]
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -42,7 +43,9 @@ from paradiff.methods.collocation.linearization import Linearization
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.system import CollocationSystem, draw, spread
 from paradiff.methods.window.solver import WindowSolver
-from paradiff.solver.solution import CollocationRecord, ErrorEstimate, WindowRecord
+from paradiff.solver.protocol import Query
+from paradiff.solver.records import CollocationRecord, WindowRecord
+from paradiff.solver.solution import ErrorEstimate
 
 STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
 REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
@@ -59,12 +62,26 @@ MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred
 FAR = 16.0  # factor by which the data's variance may be off
 
 
+@dataclass(frozen=True, eq=False)
+class CollocationQuery(Query):
+    """The rows of one round: nodes of the mesh, then pairs of intervals.
+
+    Attributes:
+        chosen: The numbers of the mesh's nodes.
+        pairs: The numbers of the intervals of twice the length, whose outputs tell the interpolation's error.
+        handed: `[R, b, d]` the states to the last digit of the dtype in which the network is given them.
+    """
+
+    chosen: list[int]
+    pairs: list[int]
+    handed: Tensor
+
+
 class CollocationSolver:
     """The system of one sample. Tensors of states are `[M, b, d]`, b the members.
 
     Attributes:
         sample: The sample.
-        change: What `slide` wants to know of the last round, on the device: mean squares.
         done: Whether the sample is found.
         estimate: Of the root mean square error from interpolation.
         iteration_error: That from sweeps not made.
@@ -80,6 +97,7 @@ class CollocationSolver:
         self.rounds = self.evaluations = 0
         self.done = False
         self._final = x0
+        self._visited = torch.zeros(0, dtype=torch.int64)  # fine nodes of the last round
         self.iteration_error = self.residual = math.inf
         self._recurrence, self._settled_shift = ground.recurrence, ground.settled_shift
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -155,31 +173,42 @@ class CollocationSolver:
         total = math.hypot(interpolation_error, self.iteration_error)
         return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, interpolation_error)
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
+    @property
+    def newest(self) -> Tensor:
+        """The sample as far as it is known."""
+        return self._final.to(self.ground.dtype) if self._window is None else self._window.newest
+
+    def ask(self) -> Query:
+        """The rows wanted now."""
         ground = self.ground
         if self._window is not None:
-            return self._window.rows()
+            return self._window.ask()
         window = ground.method.window or len(self.sparse.gaps) * 2
-        self._chosen = self.active[:window]
-        self._pairs = self._ready()[: window - len(self._chosen)]
-        self.nodes, states = self.sparse.nodes[self._chosen], self._states[self._chosen]
-        if self._pairs:
-            more = self.estimate.asked(self._pairs, self._u)
-            self.nodes, states = torch.cat([self.nodes, more[0]]), torch.cat([states, more[1]])
-        self._handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
-        return self.nodes, ground.step.seen(self.nodes.to(ground.device), self._handed.view(-1, *self.shape)).to(ground.dtype)
+        chosen = self.active[:window]
+        pairs = self._ready()[: window - len(chosen)]
+        nodes, states = self.sparse.nodes[chosen], self._states[chosen]
+        if pairs:
+            more = self.estimate.asked(pairs, self._u)
+            nodes, states = torch.cat([nodes, more[0]]), torch.cat([states, more[1]])
+        handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
+        rows = ground.step.seen(nodes.to(ground.device), handed.view(-1, *self.shape)).to(ground.dtype)
+        return CollocationQuery(nodes, rows, chosen, pairs, handed)
 
     def _ready(self) -> list[int]:
         """Gaps of twice the length that are to be asked still, as far as the nodes are settled."""
         return self.estimate.wanted(min(self.active, default=len(self._known)), [*self._drawn.values()])
 
-    def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
-        """Takes the outputs of the rows last asked for; whether `change` is new.
+    def tell(self, query: Query, outputs: Tensor, states: Tensor | None = None) -> Tensor | None:
+        """Takes the outputs of a query.
 
         Args:
+            query: What `ask` returned.
             outputs: `[R, ...]` outputs.
             states: States as the caller changed them, which this method cannot follow.
+
+        Returns:
+            Mean squares: what each node may still move the sample by, how far each is from where it was evaluated, what all
+            nodes together may move the sample by, how far the round moved it, its size; and whether all outputs are finite.
 
         Raises:
             ValueError: If states were changed.
@@ -192,20 +221,20 @@ class CollocationSolver:
         self.rounds += 1
         self.evaluations += len(outputs)
         if self._window is not None:
-            self._window.absorb(outputs)
-            self.change = self._window.change
-            return True
-        table, y, before = self.ground.table, self._handed, self._final
-        m = table.convert(self.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
+            return self._window.tell(query, outputs)
+        assert isinstance(query, CollocationQuery)
+        self._visited = query.nodes
+        table, y, before = self.ground.table, query.handed, self._final
+        m = table.convert(query.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
         rec, move = self.sparse.recurrence, self.ground.move
-        of_state, of_output = (move(v[self.nodes])[:, None, None] for v in (rec.of_state, rec.of_output))
+        of_state, of_output = (move(v[query.nodes])[:, None, None] for v in (rec.of_state, rec.of_output))
         u = of_state * y + of_output * m
-        count = len(self._chosen)
-        if self._pairs:
-            self.estimate.take(self._pairs, u[count:], self._u)
+        count = len(query.chosen)
+        if query.pairs:
+            self.estimate.take(query.pairs, u[count:], self._u)
         if count:
-            self._observe(torch.tensor(self._chosen, device=y.device), y[:count], u[:count])
-            self._fill()
+            self._observe(query.chosen, y[:count], u[:count])
+            self._fill(query.chosen[0])
             self._solve()
         changes = self._states - self._y
         least = (TOLD * self.ground.resolution) ** 2 * self._y.square().sum(2)
@@ -216,8 +245,7 @@ class CollocationSolver:
         away = self.ground.step.mean_square(changes.view(-1, *self.shape))
         moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
         finite = torch.isfinite(m).all().to(held.dtype)
-        self.change = torch.cat([held, away, together, torch.stack([moved, self._final.square().mean(), finite])])
-        return True
+        return torch.cat([held, away, together, torch.stack([moved, self._final.square().mean(), finite])])
 
     def _steepness(self) -> Tensor:
         """`[M, 1, 1]`: how strongly drives may answer to their states; nodes evaluated again speak for the others."""
@@ -229,10 +257,11 @@ class CollocationSolver:
         near = torch.maximum(answers[torch.where(before < 0, count, before)], answers[after])
         return torch.maximum(self._least, near * self._of_output)[:, None, None]
 
-    def _observe(self, at: Tensor, y: Tensor, u: Tensor) -> None:
-        """Keeps what the nodes `at` answered, and what changed since they were last evaluated."""
+    def _observe(self, chosen: list[int], y: Tensor, u: Tensor) -> None:
+        """Keeps the outputs of the nodes `chosen`, and what changed since they were last evaluated."""
+        at = torch.tensor(chosen, device=y.device)
         if self._dx.shape[1]:
-            old = torch.tensor([self._known[n] for n in self._chosen], device=y.device)[:, None]
+            old = torch.tensor([self._known[n] for n in chosen], device=y.device)[:, None]
             moved, told = y - self._y[at], u - self._u[at]
             large = moved.square().sum(2) > (64 * self.ground.resolution) ** 2 * y.square().sum(2)
             large = large & old
@@ -244,12 +273,12 @@ class CollocationSolver:
                 pushed = torch.cat([fresh[:, None], kept[at, :-1]], dim=1)
                 kept[at] = torch.where(large, pushed, kept[at])
         self._y[at], self._u[at] = y, u
-        for n in self._chosen:
+        for n in chosen:
             self._known[n] = self._guessed[n] = True
 
-    def _fill(self) -> None:
+    def _fill(self, first: int) -> None:
         """Nodes of which nothing is known yet get the drive of the last one before them that was evaluated."""
-        unknown, source, last = [], [], self._chosen[0]
+        unknown, source, last = [], [], first
         for n, (known, guessed) in enumerate(zip(self._known, self._guessed, strict=True)):
             last = n if known else last
             if not guessed:
@@ -259,22 +288,22 @@ class CollocationSolver:
             self._u[unknown] = self._u[source]
             self._y[unknown] = self._states[unknown]
 
-    def slide(self, change: list[float], round: int) -> CollocationRecord | WindowRecord:
+    def advance(self, norms: list[float], round: int) -> CollocationRecord | WindowRecord:
         """Judges the round: which nodes are active now, or whether the sample is at rest; then whether it needs more nodes.
 
         Args:
-            change: `change` on the host.
+            norms: What `tell` returned, on the host.
             round: The round's number, for the record.
 
         Raises:
             ValueError: If the model returned NaN or infinity.
         """
         if self._window is not None:
-            sweep = self._window.slide(change, round)
+            sweep = self._window.advance(norms, round)
             self.done = self._window.done
             return dataclasses.replace(sweep, passed=int(self.done))
-        *nodes, together, moved, size, finite = change
-        visited, count = self.nodes.tolist(), len(nodes) // 2
+        *nodes, together, moved, size, finite = norms
+        visited, count = self._visited.tolist(), len(nodes) // 2
         held, away = nodes[:count], nodes[count:]
         if not finite or not all(map(math.isfinite, nodes)):
             raise ValueError(

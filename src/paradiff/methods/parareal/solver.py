@@ -24,44 +24,14 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.chain.step import Step
-from paradiff.chain.table import Table, column
-from paradiff.methods.parareal.method import PararealMethod
-from paradiff.methods.parareal.stopping import BlockRun, EdgeUpdate, StoppingRule
-from paradiff.solver.solution import ErrorEstimate, PararealRecord
+from paradiff.chain.table import column
+from paradiff.methods.parareal.setup import PararealSetup
+from paradiff.methods.parareal.stopping import BlockRun, EdgeUpdate
+from paradiff.solver.protocol import Query
+from paradiff.solver.records import PararealRecord
+from paradiff.solver.solution import ErrorEstimate
 
 GREY = 127.5  # grey levels in one unit of data in -1 ... 1
-
-
-class PararealSetup:
-    """What all samples of a run share: edges, coarse propagator, bounds and coefficients."""
-
-    def __init__(
-        self, table: Table, method: PararealMethod, device: torch.device, dtype: torch.dtype, members: bool = False
-    ) -> None:
-        self.table, self.method, self.device = table, method, device
-        self.edges = method.edges(table)
-        self.intervals = len(self.edges) - 1
-        if method.iterations is not None and method.iterations > self.intervals:
-            raise ValueError(
-                f"{method.iterations} iterations were asked for; {self.intervals} blocks are exact after {self.intervals}: "
-                "give at most that"
-            )
-        if method.window is not None and method.window > self.intervals:
-            raise ValueError(f"the window is {method.window}; there are {self.intervals} blocks: give at most that, or None")
-        self.width = self.intervals if method.window is None else method.window
-        self.step = Step(table, device, dtype, members)
-        self.t, self.move = self.step.t, self.step.move
-        self.coarse = method.propagator(table, self.edges)
-        place = {node: k for k, node in enumerate(self.coarse.nodes)}
-        self.gaps = [place[e] for e in self.edges]
-        self.longest = max(b - a for a, b in zip(self.edges, self.edges[1:], strict=False))
-        self.state, self.clean = self.move(self.coarse.state), self.move(self.coarse.clean)
-        self.slope = None if self.coarse.slope is None else self.coarse.slope.tolist()
-        self.lead = self.coarse.lead.tolist()
-        self.leads = any(self.lead)
-        self.p, self.q = self.move(table.p), self.move(table.q)
-        self.judge = StoppingRule(table, method, self.edges, self.coarse)
 
 
 @dataclass
@@ -74,12 +44,26 @@ class Row:
     coarse: bool
 
 
+@dataclass(frozen=True, eq=False)
+class PararealQuery(Query):
+    """The rows of one round.
+
+    Attributes:
+        steps: What each row is: a step of a block's run.
+        at: The nodes, as an index on the device.
+        states: `[R, 2P-1, ...]` the states that each step reads, not scaled, then the outputs.
+    """
+
+    steps: list[Row]
+    at: Tensor
+    states: Tensor
+
+
 class PararealSolver:
     """The run of one sample.
 
     Attributes:
         sample: The sample.
-        change: Mean square change of each edge value that the last round made, on the device.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
         settled: The last edge whose value is final.
@@ -97,7 +81,9 @@ class PararealSolver:
         self.settled = 0
         self.rounds = self.evaluations = 0
         self.done = False
-        self.change = x0.new_empty(0)
+        self.asked: list[Row] = []  # in the last round
+        self.formed: list[EdgeUpdate] = []
+        self.spent: list[BlockRun] = []  # whose values are part of newer ones, and no longer needed
         self.sweeping, self.sweep = True, 0  # the batched schedule's phase
         first = self._new_solve(0, 0)
         self.pool[first.start, 0] = x0
@@ -111,23 +97,31 @@ class PararealSolver:
         return self.pool[self.result.start, 0]
 
     @property
+    def newest(self) -> Tensor:
+        """The newest value of the last edge, or of the edge furthest along the chain that has one."""
+        if self.done:
+            return self.final
+        reached = max(n for n, level in enumerate(self.level) if level >= 0 and level in self.solves[n])
+        return self.pool[self.solves[reached][self.level[reached]].start, 0]
+
+    @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         return ErrorEstimate(self.result.residual, self.course.judge.estimate(self.result), self.rounds, self.evaluations)
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
+    def ask(self) -> PararealQuery:
+        """The rows wanted now."""
         course = self.course
-        self.asked = self._batched_rows() if course.method.schedule == "batched" else self._pipelined_rows()
+        steps = self._batched_rows() if course.method.schedule == "batched" else self._pipelined_rows()
         slots = []
-        for row in self.asked:
+        for row in steps:
             solve = row.solve
             running = solve.run if row.fine else solve.end
             slots.append(solve.start if running < 0 else running)
-        self.nodes = torch.tensor([row.node for row in self.asked])
-        self.at = self.nodes.to(course.device, non_blocking=True)
-        self.states = self.pool[self._index(slots)]
-        return self.nodes, course.step.seen(self.at, self.states[:, 0])
+        nodes = torch.tensor([row.node for row in steps])
+        at = nodes.to(course.device, non_blocking=True)
+        states = self.pool[self._index(slots)]
+        return PararealQuery(nodes, course.step.seen(at, states[:, 0]), steps, at, states)
 
     def _row(self, solve: BlockRun, fine: bool, coarse: bool) -> Row:
         course = self.course
@@ -169,8 +163,11 @@ class PararealSolver:
             return [self._row(next(s for s in solves if s.coarse < self._coarse_steps(s)), False, True)]
         return [self._row(s, True, False) for s in solves if s.fine < self._length(s)]
 
-    def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
-        """Takes the outputs of the rows last asked for; True, as every round is recorded.
+    def tell(self, query: PararealQuery, outputs: Tensor, states: Tensor | None = None) -> Tensor:
+        """Takes the outputs of a query.
+
+        Returns:
+            Mean square change of each edge value that the round made, on the device.
 
         Raises:
             ValueError: If the caller changed states before the network saw them.
@@ -181,38 +178,38 @@ class PararealSolver:
                 "parasolver"
             )
         course, table = self.course, self.course.table
+        self.asked = query.steps
         self.rounds += 1
         self.evaluations += len(outputs)
-        m = table.convert(self.nodes, self.states[:, 0], outputs)
-        coarse = [k for k, row in enumerate(self.asked) if row.coarse]
+        m = table.convert(query.nodes, query.states[:, 0], outputs)
+        coarse = [k for k, row in enumerate(query.steps) if row.coarse]
         if coarse:
-            self._coarse_step(coarse, outputs)
-        fine = [k for k, row in enumerate(self.asked) if row.fine]
+            self._coarse_step(query, coarse, outputs)
+        fine = [k for k, row in enumerate(query.steps) if row.fine]
         if fine:
-            self._fine_step(fine, m)
-        formed = self._form()
+            self._fine_step(query, fine, m)
+        self.formed = self._form()
         if course.method.schedule == "batched":
             self._turn()
-        self.formed = formed
-        self.change = self._changes(formed)
+        change = self._changes(self.formed)
         for solve in self.spent:
             self._drop(solve)
-        return True
+        return change
 
-    def _fine_step(self, rows: list[int], m: Tensor) -> None:
+    def _fine_step(self, query: PararealQuery, rows: list[int], m: Tensor) -> None:
         """Takes one fine step of each of these rows."""
         course, band = self.course, self.course.table.band
-        everything = len(rows) == len(self.asked)
+        everything = len(rows) == len(query.steps)
         chosen = slice(None) if everything else self._index(rows)
-        at, states, m = self.at[chosen], self.states[chosen], m[chosen]
+        at, states, m = query.at[chosen], query.states[chosen], m[chosen]
         past = states.unbind(1)
         z = None
         if course.table.stochastic:
-            z = course.move(torch.cat([self.noise.draw(self.sample, range(n, n + 1)) for n in self.nodes[rows].tolist()]))
+            z = course.move(torch.cat([self.noise.draw(self.sample, range(n, n + 1)) for n in query.nodes[rows].tolist()]))
         x = course.step(at, past[:band], [m, *past[band:]], z)
         slots = []
         for k in rows:
-            solve = self.asked[k].solve
+            solve = query.steps[k].solve
             solve.fine += 1
             if solve.run < 0:
                 solve.run = self._slot()
@@ -220,18 +217,18 @@ class PararealSolver:
         new = x[:, None] if band == 1 else torch.stack([x, *past[: band - 1], m, *past[band : 2 * band - 2]], 1)
         self.pool[self._index(slots)] = new
 
-    def _coarse_step(self, rows: list[int], outputs: Tensor) -> None:
+    def _coarse_step(self, query: PararealQuery, rows: list[int], outputs: Tensor) -> None:
         """Takes one coarse step of each of these rows: equation (1) of coarse.py, from the estimate that a limit was put on."""
         course = self.course
         chosen = self._index(rows)
-        x, m, at = self.states[chosen, 0], outputs[chosen], self.at[chosen]
+        x, m, at = query.states[chosen, 0], outputs[chosen], query.at[chosen]
         clean = column(course.p[at], x) * x + column(course.q[at], x) * m
         if course.table.clip is not None:
             clean = course.table.clip(clean)
         if course.slope is not None:
-            self._open_by_slope(self.asked[rows[0]].solve, clean[0])
+            self._open_by_slope(query.steps[rows[0]].solve, clean[0])
             return
-        solves = [self.asked[k].solve for k in rows]
+        solves = [query.steps[k].solve for k in rows]
         gaps = [course.gaps[s.block] + s.coarse for s in solves]
         led = self._led(solves, gaps, clean) if course.leads else clean
         for solve in solves:
@@ -287,7 +284,7 @@ class PararealSolver:
         course = self.course
         formed: list[EdgeUpdate] = []
         last = min(self.settled + course.width, course.intervals)
-        self.spent: list[BlockRun] = []
+        self.spent = []
         for n in range(self.settled + 1, last + 1):
             while (found := self._formable(n)) is not None:
                 self._assign(found)
@@ -371,11 +368,11 @@ class PararealSolver:
         fresh = self._index([f.previous is None for f in formed])
         return torch.where(fresh, new.flatten(1).square().mean(1), found)
 
-    def slide(self, change: list[float], round: int) -> PararealRecord:
+    def advance(self, norms: list[float], round: int) -> PararealRecord:
         """Judges the values made in this round, settles edges, and stops what is no longer needed.
 
         Args:
-            change: `change` on the host.
+            norms: What `tell` returned, on the host.
             round: The round's number, for the record.
 
         Raises:
@@ -384,7 +381,7 @@ class PararealSolver:
         course, first = self.course, self.settled
         record: list[tuple[int, int, float]] = []
         judge = course.judge
-        for made, value in zip(self.formed, change, strict=True):
+        for made, value in zip(self.formed, norms, strict=True):
             judge.judge(made, value, self.sample)
             record.append((made.solve.block, made.solve.level, made.solve.change))
         for made in self.formed:

@@ -25,7 +25,7 @@ from typing import Literal
 
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, defect
-from paradiff.methods.parareal.method import PararealMethod
+from paradiff.methods.parareal.options import PararealOptions
 from paradiff.methods.window.budget import DATA_VARIANCE, noise_units, response
 
 CAUTION = 1.75
@@ -101,7 +101,7 @@ class StoppingRule:
         coarse: The coarse propagator.
     """
 
-    def __init__(self, table: Table, method: PararealMethod, edges: Sequence[int], coarse: Coarse) -> None:
+    def __init__(self, table: Table, method: PararealOptions, edges: Sequence[int], coarse: Coarse) -> None:
         self._table, self._method, self._edges, self._blocks = table, method, edges, len(edges) - 1
         self._units = [0.0, *(method.tolerance * noise_units(table, list(edges))).tolist()]
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before

@@ -1,139 +1,88 @@
-"""A method: the frozen hyper-parameters of one parallel-in-time solver.
+"""The window methods: sweeps over a sliding window of nodes (solver.py).
 
-The named methods of the literature are functions in methods/presets.py that return one of these.
+The named methods of the literature are functions in methods/presets.py and methods/piadm.py that return one of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-import torch
-
-from paradiff.chain.slope import Slope, identity
+from paradiff.chain.slope import zero
 from paradiff.chain.table import Table
-from paradiff.methods.window.blocks import Blocks
-from paradiff.methods.window.corrector import Corrector
-
-Start = Literal["copy", "linear", "clean"]
-Rule = Literal["error", "change", "sweeps"]
-Chains = Literal["any", "stochastic", "deterministic"]
+from paradiff.methods.window.options import WindowOptions
+from paradiff.methods.window.run import WindowRun
+from paradiff.solver.protocol import Problem
 
 
 @dataclass(frozen=True)
-class WindowMethod:
-    """Hyper-parameters of the window loop (solver/loop.py).
-
-    Attributes:
-        name: The method's name.
-        slope: G, how changes are carried along the window (chain/slope.py).
-        window: Number of sub-intervals solved at once; None for all.
-        stride: Fine steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
-        warmup: Steps really taken, one after the other, before the window opens.
-        start: What new nodes of the window are filled with: `copy` of the last state, the `linear` part of the steps (outputs
-            zero, same noises), or the steps with the newest `clean`-data estimate frozen and the same noises.
-        tolerance: What the rule compares with.
-        rule: `error`: the tolerance is the root mean square error that the sample may have by estimate (budget.py),
-            spent along the chain as it accrues. `change`: a node passes when its root mean square change is at most
-            `tolerance` times the standard deviation of the noise that a DDPM step would add there (the published rules).
-            `sweeps`: a node passes when it has been swept `sweeps` times.
-        sweeps: K of the rule `sweeps`.
-        blocks: Blocks that the window respects (blocks.py); None for a window that slides freely.
-        corrector: What follows every block at whose end noise is left (corrector.py), or None. The sample is then that of
-            the sequential chain with the corrector's own steps taken one after the other: window 1, sweeps of all its steps.
-        chains: Which chains the method is for.
-        secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone.
+class WindowMethod(WindowOptions):
+    """A method of the window solver; its attributes are those of `WindowOptions`.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its range, or two of them contradict each other.
     """
 
-    name: str
-    slope: Slope = identity
-    window: int | None = None
-    stride: int | Sequence[int] = 1
-    warmup: int = 0
-    start: Start = "clean"
-    tolerance: float = 2.4e-2
-    rule: Rule = "error"
-    sweeps: int | None = None
-    blocks: Blocks | None = None
-    corrector: Corrector | None = None
-    chains: Chains = "any"
-    secants: int = 0
+    @property
+    def dense_output(self) -> bool:
+        """Whether all states become known: they do."""
+        return True
 
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"the window is {self.window}; it must be at least 1, or None for the whole chain")
-        strides = [self.stride] if isinstance(self.stride, int) else self.stride
-        if not strides or min(strides) < 1:
-            raise ValueError(f"the stride is {self.stride}; a sub-interval must have at least 1 step")
-        if self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}; it must be 0 or more steps")
-        if not 0 <= self.tolerance < float("inf"):
-            raise ValueError(f"the tolerance is {self.tolerance}; it must be 0 or more, and finite")
-        for field, kind in (("start", Start), ("rule", Rule), ("chains", Chains)):
-            if getattr(self, field) not in get_args(kind):
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(get_args(kind))}")
-        if (self.sweeps is not None) != (self.rule == "sweeps"):
-            raise ValueError(f"sweeps is {self.sweeps} with rule {self.rule!r}; the rule 'sweeps' needs it, no other takes it")
-        if self.sweeps is not None and self.sweeps < 1:
-            raise ValueError(f"sweeps is {self.sweeps}; a block must be swept at least once")
-        if self.blocks is not None and (self.stride != 1 or self.warmup):
-            raise ValueError(
-                f"blocks were given with a stride of {self.stride} and {self.warmup} warm-up steps; blocks are solved node by "
-                "node from the start: leave stride at 1 and warmup at 0"
-            )
-        if self.secants < 0 or (self.secants and self.stride != 1):
-            raise ValueError(
-                f"secants is {self.secants} with a stride of {self.stride}; it must be 0 or more pairs, and 0 where "
-                "sub-intervals have several steps, of which only the ends are swept again"
-            )
-        if self.corrector is not None and (self.blocks is None or self.blocks.stagger is not None):
-            raise ValueError(
-                "a corrector was given to a method whose blocks do not end one after the other; it needs blocks in turn, "
-                "without a stagger"
-            )
+    @property
+    def solves_chain(self) -> bool:
+        """Whether the sample sought is the chain's own: it is."""
+        return True
 
-    def edges(self, table: Table) -> list[int]:
-        """The fine nodes at which sub-intervals begin and end, 0 and N included: single steps during the warm-up, then
-        sub-intervals of `stride` steps, the last one shorter where they do not divide.
+    @property
+    def follows_edits(self) -> bool:
+        """Whether states may be changed between steps: where sub-intervals are single steps."""
+        return self.stride == 1
+
+    def prepare(self, problem: Problem) -> WindowRun:
+        """The run on a problem.
 
         Raises:
-            ValueError: If window, warm-up, stride or blocks do not fit the table, or the method is not for such chains.
+            ValueError: If the method does not fit the problem's table.
         """
-        steps = table.steps
-        if self.chains != "any" and (self.chains == "stochastic") != table.stochastic:
-            raise ValueError(
-                f"{self.name} is for {self.chains} chains; table {table.name!r} is "
-                f"{'stochastic' if table.stochastic else 'deterministic'}: use the method's other form, or another sampler"
-            )
-        if self.blocks is not None:
+        return WindowRun(self, problem)
+
+    def reference(self) -> WindowMethod:
+        """The plain chain, with the corrector's steps if there are any."""
+        plain = WindowMethod("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
+        if self.corrector is None:
+            return plain
+        corrector = dataclasses.replace(self.corrector, sweeps=self.corrector.steps)
+        return dataclasses.replace(plain, blocks=self.blocks, corrector=corrector)
+
+    def width(self, table: Table) -> int:
+        """Nodes of a full window; of the longest block, where blocks are solved in turn."""
+        edges = self.edges(table)
+        if self.blocks is not None and self.blocks.stagger is None:
             edges = self.blocks.edges(table)
-            crossed = [e for e in edges if e not in table.restarts]
-            if self.corrector is not None and crossed:
-                raise ValueError(
-                    f"a corrector was given, but table {table.name!r} reads past the block edge at node {crossed[0]}, to "
-                    "states from before the correction; give block edges at which it starts afresh (Table.restarts), or a "
-                    "one-step sampler"
-                )
-        if self.warmup > steps:
-            raise ValueError(f"warmup is {self.warmup} steps; the chain has {steps}: give at most {steps}")
-        if isinstance(self.stride, int):
-            if self.stride > steps:
-                raise ValueError(f"the stride is {self.stride} steps; the chain has {steps}: give at most {steps}")
-            edges = [*range(self.warmup), *range(self.warmup, steps, self.stride), steps]
+            intervals = max(b - a for a, b in itertools.pairwise(edges))
         else:
-            lengths = torch.tensor(list(self.stride))
-            if int(lengths.sum()) != steps - self.warmup:
-                raise ValueError(
-                    f"the strides add up to {int(lengths.sum())} steps; after {self.warmup} warm-up steps the chain has "
-                    f"{steps - self.warmup} left, and they must cover it exactly"
-                )
-            edges = [*range(self.warmup), *(self.warmup + torch.cat([torch.zeros(1), lengths.cumsum(0)])).int().tolist()]
-        if self.window is not None and self.window > len(edges) - 1:
+            intervals = len(edges) - 1
+        return intervals if self.window is None else min(intervals, self.window)
+
+    def progress(self, table: Table) -> tuple[int, str]:
+        """The number of sub-intervals, in nodes."""
+        return len(self.edges(table)) - 1, "nodes"
+
+    def in_loop(self, table: Table, least: float) -> WindowMethod:
+        """With a first step alone, where a window slides freely, as a loop's first pass takes just that.
+
+        Raises:
+            ValueError: If there is a corrector, which changes the sample.
+        """
+        if self.corrector is not None:
             raise ValueError(
-                f"the window is {self.window}; the chain has {len(edges) - 1} sub-intervals: give at most that, or None for all"
+                f"{self.name} was given a corrector, which changes the sample; a pipeline's call has to give its own: leave "
+                "the corrector out"
             )
-        return edges
+        warmup, tolerance = self.warmup, self.tolerance
+        if self.blocks is None and self.window != 1:
+            warmup = min(max(warmup, 1), table.steps)
+        if self.rule == "error" and 0 < tolerance < least:
+            tolerance = least
+        return dataclasses.replace(self, warmup=warmup, tolerance=tolerance)

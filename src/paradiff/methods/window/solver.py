@@ -1,4 +1,18 @@
-"""One sample's window of states: what it asks for, what it makes of the answers, how it slides.
+"""One sample's window of states: what it asks for, what it makes of the outputs, how it slides.
+
+A window of sub-intervals n = lo ... hi - 1 is solved at once. One sweep evaluates the network at every state of the window
+(S rounds for sub-intervals of S steps, each round one batch), takes the residual
+
+    r[n] = Phi_n(x) - x[n+1],                                                                                   (1)
+
+and updates all nodes by an approximate Newton step with the slope G (chain/slope.py),
+
+    x[n+1] <- Phi_n(x) + sum_{k<n} L[n,k] r[k],        I + L = (I - G)^-1.                                      (2)
+
+Written so, a node whose predecessors do not change gets exactly Phi_n: after k sweeps the first k nodes of a window are
+exact, whatever G. Then the leading nodes whose change is within the tolerance pass, with the one after them, and the window
+slides; nodes that enter it are filled as the method's `start` says. A method may cut the chain into blocks (blocks.py), which
+the window enters one after the other, and follow each by a corrector (corrector.py).
 
 Fine nodes are those of the table; sub-interval n runs from fine node edges[n] to edges[n+1]. The window holds the fine states
 from P - 1 nodes before its first edge (the history that a multistep sampler reads; zeros at the chain's start) to its last
@@ -7,98 +21,50 @@ edge, the outputs at all of them but the last where the table reads earlier outp
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.chain.slope import freeze_clean_data, inverse, over_intervals, resolve
-from paradiff.chain.step import Step
-from paradiff.chain.table import Table, column
+from paradiff.chain.slope import inverse
+from paradiff.chain.table import column
 from paradiff.methods.secant import Secants
-from paradiff.methods.window.budget import DATA_VARIANCE, LEAST_THETA, ErrorBudget, noise_units, sensitivity, slope_error
+from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
-from paradiff.methods.window.method import WindowMethod
-from paradiff.solver.solution import ErrorEstimate, WindowRecord
+from paradiff.methods.window.setup import WindowSetup
+from paradiff.solver.protocol import OnFinal, Query
+from paradiff.solver.records import WindowRecord
+from paradiff.solver.solution import ErrorEstimate
 
 FILL = 64  # nodes filled by one matrix product
 STRETCH = 256  # nodes swept by one matrix product
-
-Settled = Callable[[int, Tensor], None]
-"""Called with the states that became final, `[n, ...]`, and the fine node of the first of them."""
 
 Guide = Callable[[slice], tuple[Tensor, Tensor]]
 """What nodes that enter the window are filled with instead of the method's start: for some steps, the states after them and
 the outputs where they begin, each `[n, ...]`."""
 
 
-class WindowSetup:
-    """What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
+@dataclass(frozen=True, eq=False)
+class WindowQuery(Query):
+    """The rows of one round of a sweep.
 
-    def __init__(
-        self,
-        table: Table,
-        method: WindowMethod,
-        device: torch.device,
-        dtype: torch.dtype,
-        members: bool = False,
-        resolution: float | None = None,
-    ) -> None:
-        self.table, self.method, self.device, self.dtype = table, method, device, dtype
-        self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
-        self.edges = method.edges(table)
-        self.intervals = len(self.edges) - 1
-        self.width = self.intervals if method.window is None else method.window
-        self.single = self.intervals == table.steps
-        self.history = table.band - 1
-        self.blocks = [0, self.intervals] if method.blocks is None else method.blocks.edges(table)
-        self.exact_after = _exact_after(self.blocks, None if method.blocks is None else method.blocks.stagger)
-        if method.corrector is not None and method.corrector.lipschitz is None:
-            for edge in self.blocks[1:]:
-                if table.sigma[edge] > 0:
-                    method.corrector.parameters(float(table.sigma[edge]) ** -2)
-        self.slope = over_intervals(resolve(method.slope, table), self.edges)
-        if method.blocks is not None and not method.blocks.carry:
-            self.slope = self.slope.clone()
-            for edge in self.blocks[1:-1]:
-                for j in range(table.band):
-                    self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
-        self.bound = (method.tolerance * noise_units(table, self.edges)).tolist()
-        self.sloped = bool(self.slope.any())
-        self.least_theta = LEAST_THETA if self.sloped else 1.0
-        error, factor = slope_error(table, self.slope, self.edges), sensitivity(table)[self.edges]
-        costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
-        self.slope_error, self.factor = error.tolist(), factor.tolist()
-        self.share = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
-        self.step = Step(table, device, dtype, members)
-        self.t, self.move = self.step.t, self.step.move
-        self.fill_slope = torch.zeros_like(table.a)
-        self.fill_clean = torch.zeros_like(table.c)
-        if method.start == "clean":
-            source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)
-            self.fill_slope = freeze_clean_data(table)
-            self.fill_clean = (table.b / table.q[source]).sum(1)
-        elif method.start == "linear":
-            self.fill_slope = table.a
-        else:
-            self.fill_slope[:, 0] = 1
-        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-        self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
-        self.fill_noise = table.stochastic and method.start != "copy"
+    Attributes:
+        at: The nodes, as an index on the device.
+        places: Where the states at the nodes, and those j steps before them, stand in the window's states, for j < P.
+        noise_place: Where the noises of the steps from the nodes stand in the window's noises.
+        running: The numbers of the sub-intervals that the rows belong to; None where all have a single step.
+        states: `[R, ...]` the states at the nodes, not scaled.
+    """
 
-
-def _exact_after(blocks: list[int], stagger: int | None) -> int:
-    """Sweeps of every block after which all its nodes are exact, if the window is as wide as the blocks in flight: the length
-    of the longest in turn, and more with a stagger, where a block's first sweeps begin at a node that is not exact yet."""
-    begun = found = 0
-    for first, last in itertools.pairwise(blocks):
-        begun = first if stagger is None else min(begun + stagger, first)
-        found = max(found, last - begun)
-    return found
+    at: slice | Tensor
+    places: list[slice | Tensor]
+    noise_place: slice | Tensor
+    running: list[int] | None
+    states: Tensor
 
 
 class WindowSolver:
@@ -106,7 +72,6 @@ class WindowSolver:
 
     Attributes:
         sample: The sample.
-        change: `[W]` mean square change of each node after the first in the last sweep, on the device.
         ledger: The running account of the error let pass.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
@@ -118,10 +83,10 @@ class WindowSolver:
         noise: Noise,
         sample: int,
         start: Tensor | None,
-        settled: Settled | None = None,
+        on_final: OnFinal | None = None,
         guide: Guide | None = None,
     ) -> None:
-        self.plan, self.noise, self.sample, self.settled, self.guide = plan, noise, sample, settled, guide
+        self.plan, self.noise, self.sample, self.on_final, self.guide = plan, noise, sample, on_final, guide
         x0 = plan.move(noise.start(sample)) * plan.table.start_scale if start is None else plan.move(start)
         past = torch.zeros_like(x0).expand(plan.history, *x0.shape)
         self.x = torch.cat([past, x0[None]])
@@ -136,7 +101,8 @@ class WindowSolver:
         self.secants: Secants | None = None
         self.rounds = self.evaluations = 0
         self.ledger = ErrorBudget(plan.slope_error, plan.factor, plan.least_theta)
-        self.change = x0.new_empty(0)
+        self.phi = x0.new_empty(0)  # steps from the nodes of the sweep, as far as they were taken
+        self.ends: slice | Tensor = slice(0)  # where the nodes after the first stand in x, as the last sweep had them
         self._open()
 
     @property
@@ -150,37 +116,47 @@ class WindowSolver:
         return self.x[self.plan.history]
 
     @property
+    def newest(self) -> Tensor:
+        """The state furthest along the chain; the sample itself once the window reaches the end."""
+        return self.final if self.done else self.x[-1]
+
+    @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         return ErrorEstimate(self.ledger.residual, self.ledger.estimated_error, self.rounds, self.evaluations)
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows wanted now: fine nodes `[R]` and states `[R, ...]` as the network expects them."""
+    def ask(self) -> Query:
+        """The rows wanted now; those of the correction, while one is made."""
         if self.correction is not None:
-            return self.correction.rows()
+            return Query(*self.correction.rows())
         plan, h, first = self.plan, self.plan.history, self.plan.edges[self.lo]
+        running = None
         if plan.single:
-            self.nodes = torch.arange(self.lo, self.hi)
-            self.at: slice | Tensor = slice(self.lo, self.hi)
-            self.places = [slice(h - j, h - j + len(self.nodes)) for j in range(plan.table.band)]
-            self.noise_place: slice | Tensor = slice(0, len(self.nodes))
+            nodes = torch.arange(self.lo, self.hi)
+            at: slice | Tensor = slice(self.lo, self.hi)
+            places: list[slice | Tensor] = [slice(h - j, h - j + len(nodes)) for j in range(plan.table.band)]
+            noise_place: slice | Tensor = slice(0, len(nodes))
         else:
             edges = plan.edges
-            self.running = [n for n in range(self.lo, self.hi) if edges[n] + self.substep < edges[n + 1]]
-            self.nodes = torch.tensor([edges[n] + self.substep for n in self.running])
-            self.at = self.nodes.to(plan.device)
-            self.noise_place = self.at - first
-            self.places = [self.noise_place + h - j for j in range(plan.table.band)]
-        self.state = self.x[self.places[0]]
-        return self.nodes, plan.step.seen(self.at, self.state)
+            running = [n for n in range(self.lo, self.hi) if edges[n] + self.substep < edges[n + 1]]
+            nodes = torch.tensor([edges[n] + self.substep for n in running])
+            at = nodes.to(plan.device)
+            noise_place = at - first
+            places = [noise_place + h - j for j in range(plan.table.band)]
+        states = self.x[places[0]]
+        return WindowQuery(nodes, plan.step.seen(at, states), at, places, noise_place, running, states)
 
-    def absorb(self, outputs: Tensor, states: Tensor | None = None) -> bool:
-        """Takes the outputs of the rows last asked for; whether that ended a sweep, so that `change` is new.
+    def tell(self, query: Query, outputs: Tensor, states: Tensor | None = None) -> Tensor | None:
+        """Takes the outputs of a query.
 
         Args:
+            query: What `ask` returned.
             outputs: `[R, ...]` outputs.
             states: `[R, ...]` the states as the caller changed them before the network saw them, not scaled; None where it
                 left them alone.
+
+        Returns:
+            `[W]` mean square change of each node after the first, where that ended a sweep.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -190,29 +166,30 @@ class WindowSolver:
         self.evaluations += len(outputs)
         if self.correction is not None:
             assert states is None
-            finished = self.correction.absorb(outputs)
-            self.change = self.correction.change
-            return finished
+            return self.correction.change if self.correction.absorb(outputs) else None
+        assert isinstance(query, WindowQuery)
+        asked, places = query.states, query.places
         if states is not None:
-            self._edit(states)
-        m = plan.table.convert(self.nodes, self.state, outputs)
-        if plan.method.start == "clean" and (plan.single or self.running[-1] == self.hi - 1):
-            last = self.nodes[-1:]
-            self.clean = plan.table.p[last].item() * self.state[-1] + plan.table.q[last].item() * m[-1]
+            self._edit(asked, states)
+            self.x[places[0]] = asked = states
+        m = plan.table.convert(query.nodes, asked, outputs)
+        if plan.method.start == "clean" and (query.running is None or query.running[-1] == self.hi - 1):
+            last = query.nodes[-1:]
+            self.clean = plan.table.p[last].item() * asked[-1] + plan.table.q[last].item() * m[-1]
         if plan.history:
-            self.m[self.places[0]] = m
+            self.m[places[0]] = m
         if plan.method.secants:
             if self.secants is None:
                 self.secants = Secants(plan.method.secants, plan.resolution, plan.step.members)
-            self.secants.observe(self.state, m)
-        read = [self.state, *(self.x[place] for place in self.places[1:])]
-        drives = [m, *(self.m[place] for place in self.places[1:])]
-        z = self.z[self.noise_place] if plan.table.stochastic else None
-        phi = plan.step(self.at, read, drives, z)
-        return self._sweep(phi) if plan.single else self._substep(phi)
+            self.secants.observe(asked, m)
+        read = [asked, *(self.x[place] for place in places[1:])]
+        drives = [m, *(self.m[place] for place in places[1:])]
+        z = self.z[query.noise_place] if plan.table.stochastic else None
+        phi = plan.step(query.at, read, drives, z)
+        return self._sweep(phi) if query.running is None else self._substep(phi, query.running, places[0])
 
-    def _edit(self, states: Tensor) -> None:
-        """Takes over the states as the caller changed them (edits.py); steps are taken from them."""
+    def _edit(self, asked: Tensor, states: Tensor) -> None:
+        """Notes which states the caller changed (edits.py); steps are then taken from the changed ones."""
         if not self.plan.single:
             raise ValueError(
                 f"the states of a window were changed between steps, and {self.plan.method.name} solves sub-intervals of "
@@ -220,32 +197,29 @@ class WindowSolver:
             )
         if self.edits is None:
             self.edits = Edits()
-        self.edits.take(self.lo, self.state, states, self.x[self._places_of_edges()])
-        self.state = states
-        self.x[self.places[0]] = states
+        self.edits.take(self.lo, asked, states, self.x[self._places_of_edges()])
 
-    def _substep(self, phi: Tensor) -> bool:
-        """Puts one fine step of every running sub-interval in its place; whether that was the last of the sweep."""
+    def _substep(self, phi: Tensor, running: list[int], place: slice | Tensor) -> Tensor | None:
+        """Puts one fine step of every running sub-interval in its place; sweeps after the last."""
         edges = self.plan.edges
         self.substep += 1
-        going = [k for k, n in enumerate(self.running) if edges[n] + self.substep < edges[n + 1]]
-        ended = [k for k, n in enumerate(self.running) if edges[n] + self.substep == edges[n + 1]]
+        going = [k for k, n in enumerate(running) if edges[n] + self.substep < edges[n + 1]]
+        ended = [k for k, n in enumerate(running) if edges[n] + self.substep == edges[n + 1]]
         if self.substep == 1:
             self.phi = torch.empty_like(self.x[: self.hi - self.lo])
         if ended:
-            self.phi[[self.running[k] - self.lo for k in ended]] = phi[ended]
+            self.phi[[running[k] - self.lo for k in ended]] = phi[ended]
         if going:
-            place = self.places[0]
             assert isinstance(place, Tensor)
             self.x[place[going] + 1] = phi[going]
-            return False
+            return None
         self.substep = 0
         return self._sweep(self.phi)
 
-    def _sweep(self, phi: Tensor) -> bool:
-        """Updates all nodes of the window: equation (2) of solver/loop.py.
+    def _sweep(self, phi: Tensor) -> Tensor:
+        """Updates all nodes of the window by equation (2); `[W]` the mean square change of each.
 
-        `change` is that of the update, which is the preconditioned residual; without a slope (Jacobi) the updates stay small
+        The change is that of the update, which is the preconditioned residual; without a slope (Jacobi) the updates stay small
         far from the solution, and the residuals are added up instead. The clean-data estimate that fills new nodes was made
         from the last state before its update and follows it, as it would for Gaussian data.
         """
@@ -268,10 +242,9 @@ class WindowSolver:
         else:
             new = phi
             distance = new - old
-        self.change = plan.step.mean_square(distance)
         self.x[self.ends] = new
         self.ages = [age + 1 for age in self.ages]
-        return True
+        return plan.step.mean_square(distance)
 
     def _carried(self, phi: Tensor, residual: Tensor) -> Tensor:
         """Phi plus the changes carried from the nodes before, `[W, d]`: stretch by stretch, so that a wide window needs no
@@ -316,12 +289,12 @@ class WindowSolver:
         edges = torch.tensor(plan.edges[self.lo : self.hi + 1])
         return (edges[1:] - edges[0] + h).to(plan.device)
 
-    def slide(self, change: list[float], round: int) -> WindowRecord:
+    def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Passes the leading nodes that the rule lets pass, one at least; fills what enters, or begins the correction of a
         block that ended. After a correction it only fills.
 
         Args:
-            change: `change` on the host.
+            norms: What `tell` returned, on the host.
             round: The round's number, for the record.
 
         Raises:
@@ -329,9 +302,9 @@ class WindowSolver:
         """
         plan, first, passed = self.plan, self.lo, 1
         if self.correction is not None:
-            return self._corrected(change, round)
-        if all(map(math.isfinite, change)):
-            rms = [math.sqrt(v) for v in change]
+            return self._corrected(norms, round)
+        if all(map(math.isfinite, norms)):
+            rms = [math.sqrt(v) for v in norms]
             self.ledger.record(first, rms)
             if plan.method.sweeps is None:
                 while passed < len(rms) and self._passes(passed, rms[passed - 1]):
@@ -343,8 +316,8 @@ class WindowSolver:
             rms = [math.inf] * self._salvage()
             self.ledger.forget()
         shift = plan.edges[self.lo + passed] - plan.edges[self.lo]
-        if self.settled is not None:
-            self.settled(plan.edges[self.lo] + 1, self.x[plan.history + 1 : plan.history + 1 + shift])
+        if self.on_final is not None:
+            self.on_final(plan.edges[self.lo] + 1, self.x[plan.history + 1 : plan.history + 1 + shift])
         if self.edits is not None:
             self.edits.pass_over(passed, self.x[plan.history :])
         if self.secants is not None:

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from paradiff.errors import Unsupported
-from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.methods.presets import Method
 from paradiff.methods.window.budget import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
-from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.samplers.scheduler.probe import Increments, probe
-from paradiff.solver.evaluator import Batch
-from paradiff.solver.loop import EditedOutputs, solve
+from paradiff.solver.loop import solve
+from paradiff.solver.protocol import Batch, EditedOutputs, Method
 from paradiff.solver.solution import Solution
 
 GIVEN_NOISE = "variance_noise"
@@ -98,9 +95,9 @@ class LoopSolver:
             start=sample[None].to(self._dtype),
             device=sample.device,
             dtype=self._dtype,
-            members=True,
+            shared_window=True,
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
-            settled=None if self._callback is None else self._callback.settled,
+            on_final=None if self._callback is None else self._callback.settled,
         )
         self.started = True
         self.passes = self.rows = 1
@@ -180,24 +177,14 @@ class LoopSolver:
             raise ValueError("the network's output at the first time is not finite; check its weights, dtype and inputs")
 
     def _fitted(self, dtype: torch.dtype) -> Method:
-        """The method for this call: with a tolerance that a network of that dtype resolves; its first step alone, where a
-        window slides freely, as the loop's first pass takes just that."""
-        method = self.method
-        if isinstance(method, WindowMethod) and method.corrector is not None:
-            raise ValueError(
-                f"{method.name} was given a corrector, which changes the sample; a pipeline's call has to give its own: leave "
-                "the corrector out"
-            )
-        changes: dict[str, Any] = {}
-        if isinstance(method, WindowMethod) and method.blocks is None and method.window != 1:
-            changes["warmup"] = min(max(method.warmup, 1), self.table.steps)
-        if dtype in HALF and (isinstance(method, CollocationMethod) or method.rule == "error"):
-            # rounding moves outputs by eps, and the estimate counts it with the caution of its kind of chain
-            # (methods/window/budget.py)
-            least = (STOCHASTIC_CAUTION if self.table.stochastic else DETERMINISTIC_CAUTION) * torch.finfo(dtype).eps
-            if 0 < method.tolerance < least:
-                changes["tolerance"] = self.raised_tolerance = least
-        return dataclasses.replace(method, **changes)
+        """The method for this call, with a tolerance that a network of that dtype resolves."""
+        least = 0.0
+        if dtype in HALF:  # rounding moves outputs by eps, and the estimate counts it with the caution of its kind of chain
+            caution = STOCHASTIC_CAUTION if self.table.stochastic else DETERMINISTIC_CAUTION
+            least = caution * torch.finfo(dtype).eps
+        fitted = self.method.in_loop(self.table, least)
+        self.raised_tolerance = None if fitted.tolerance == self.method.tolerance else fitted.tolerance
+        return fitted
 
     def _take(self, batch: Batch) -> None:
         """Turns the solver's rows into the next pass, answering those at node 0 from the first one."""

@@ -1,0 +1,189 @@
+"""Parareal: the frozen hyper-parameters of one self-refining sampler (solver.py solves it).
+
+The chain is cut into B blocks at the fine nodes e[0] = 0 < e[1] < ... < e[B] = N. F walks a block's fine steps, G is a coarse
+propagator over the block (coarse.py), and from one coarse sweep x[i+1] = G(x[i]) the block edges are refined by
+
+    x[i+1] <- F(x[i] before) + ( G(x[i] new) - G(x[i] before) ),                                                  (1)
+
+Newton's iteration on the edges with the derivative of F replaced by that of G. After p iterations the first p edges are
+exact, and the sum in (1) is taken in that order so that they are in floating point too.
+
+Rounds for B equal blocks of S steps, G of one step, K iterations:
+
+    batched    B + K (S + B)        coarse sweep, then fine solves side by side and a coarse sweep, K times
+    pipelined  B + K (S - 1)        every solve starts as soon as its start is known and shares G's evaluation      (2)
+
+With N = S B these are smallest near B = sqrt(N) and B = sqrt(K N); (2) never exceeds N, since K never exceeds B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal, get_args
+
+import torch
+
+from paradiff.chain.slope import Slope
+from paradiff.chain.table import Table
+from paradiff.methods.parareal.coarse import Coarse, between, of_table, one_step, two_step
+
+Schedule = Literal["pipelined", "batched"]
+StopRule = Literal["error", "change", "sample", "image"]
+Choice = str | int | Sequence[int] | Table | Slope
+EXPECTED_ITERATIONS = 2  # K of the planner's formula when none is forced
+
+
+@dataclass(frozen=True)
+class PararealOptions:
+    """Hyper-parameters of SRDS; see `methods.srds`.
+
+    Attributes:
+        name: The method's name.
+        blocks: Number of blocks, or their edges as fine nodes, 0 and N included; None for the planner's number.
+        coarse: The coarse propagator: `one step`, `two step`, the number of coarse steps a block, the fine nodes that they
+            visit, a coarse table, or a slope (chain/slope.py), which needs no network.
+        schedule: `pipelined` or `batched`.
+        tolerance: What the rule compares with.
+        rule: When to stop: `error`, `change`, `sample` or `image`.
+        iterations: A number of iterations K to be made whatever the rule says; None to stop by the rule.
+        window: Number of blocks in flight; None for all.
+        rows: Most rows that one sample puts in one round; None for no bound.
+
+    Raises:
+        ValueError: If a value is out of its range, or two of them contradict each other.
+    """
+
+    name: str = "srds"
+    blocks: int | Sequence[int] | None = None
+    coarse: Choice = "one step"
+    schedule: Schedule = "pipelined"
+    tolerance: float = 6e-3
+    rule: StopRule = "error"
+    iterations: int | None = None
+    window: int | None = None
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, int) and self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}; give at least 1 block, the edges of the blocks, or None")
+        for field, kind in (("schedule", Schedule), ("rule", StopRule)):
+            if getattr(self, field) not in get_args(kind):
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(get_args(kind))}")
+        if isinstance(self.coarse, str) and self.coarse not in ("one step", "two step"):
+            raise ValueError(
+                f"coarse is {self.coarse!r}; it must be 'one step', 'two step', a number of steps, fine nodes, a table or a "
+                "slope"
+            )
+        if isinstance(self.coarse, int) and self.coarse < 1:
+            raise ValueError(f"coarse is {self.coarse} steps a block; it must be at least 1")
+        if not 0 < self.tolerance < float("inf"):
+            raise ValueError(
+                f"the tolerance is {self.tolerance}; it must be positive and finite (for the exact sample force as many "
+                "iterations as there are blocks)"
+            )
+        for field in ("iterations", "window", "rows"):
+            value = getattr(self, field)
+            if value is not None and value < (0 if field == "iterations" else 1):
+                raise ValueError(f"{field} is {value}; it must be at least {0 if field == 'iterations' else 1}, or None")
+        if self.schedule == "batched":
+            for field in ("window", "rows"):
+                if getattr(self, field) is not None:
+                    raise ValueError(f"{field} was given with the batched schedule, which has none; use schedule='pipelined'")
+            if self.network_free:
+                raise ValueError("the coarse propagator is a slope, which has no sweep to batch; use schedule='pipelined'")
+        if self.window is not None and self.network_free:
+            raise ValueError(
+                "window was given with a coarse propagator that is a slope; parasolver with a stride, a slope and a window is "
+                "that method"
+            )
+        if self.window is not None and (self.iterations is not None or self.rule in ("sample", "image")):
+            given = "iterations" if self.iterations is not None else f"rule {self.rule!r}"
+            raise ValueError(
+                f"window was given with {given}, which looks at the end of the chain; a window slides by rule 'error' or "
+                "'change'"
+            )
+
+    @property
+    def network_free(self) -> bool:
+        """Whether the coarse propagator is a slope."""
+        return isinstance(self.coarse, torch.Tensor) or callable(self.coarse)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuses a rule in grey levels for samples that are no pictures of 1 or 3 channels.
+
+        Raises:
+            ValueError: Then.
+        """
+        if self.rule == "image" and (len(shape) != 3 or shape[0] not in (1, 3)):
+            raise ValueError(
+                f"rule 'image' counts grey levels of pictures, [1 or 3, height, width], but a sample has shape {tuple(shape)}; "
+                "use rule 'sample', which measures the change in the state's own units"
+            )
+
+    def edges(self, table: Table) -> list[int]:
+        """The fine nodes between blocks, 0 and N included. A number of blocks is balanced: lengths differ by one step at most
+        and the longer blocks come first, so that no block waits for itself; edges of two-stage samplers fall between steps.
+
+        Raises:
+            ValueError: If there are more blocks than steps, or the edges are no rising nodes of the table.
+        """
+        steps = table.steps
+        if self.blocks is None and isinstance(self.coarse, Table):
+            return of_table(table, self.coarse).nodes
+        if self.blocks is None or isinstance(self.blocks, int):
+            stops = table.restarts
+            if len(stops) < steps / table.band:  # a multistep sampler: its history travels with the edge
+                stops = list(range(steps + 1))
+            count = self.planned(len(stops) - 1) if self.blocks is None else self.blocks
+            if count > steps:
+                raise ValueError(f"{count} blocks were asked for; the chain has {steps} steps: give at most {steps}")
+            if count > len(stops) - 1:
+                stops = list(range(steps + 1))
+            short, longer = divmod(len(stops) - 1, count)
+            return [stops[n] for n in accumulate([0] + [short + 1] * longer + [short] * (count - longer))]
+        edges = list(self.blocks)
+        if len(edges) < 2 or edges[0] != 0 or edges[-1] != steps or any(b <= a for a, b in pairwise(edges)):
+            raise ValueError(f"the block edges are {edges}; they must rise from 0 to {steps}, the chain's number of steps")
+        short = min(b - a for a, b in pairwise(edges))
+        if short < table.band - 1:
+            raise ValueError(
+                f"the block edges are {edges}, with a block of {short} steps; table {table.name!r} reads {table.band} states "
+                f"and needs blocks of at least {table.band - 1} steps: give longer ones, or use parasolver, which needs none"
+            )
+        return edges
+
+    def planned(self, steps: int) -> int:
+        """The planner's number of blocks for N steps: the nearest whole number to sqrt(K N) pipelined, to sqrt(N) batched,
+        with K the forced iterations or 2; 1 ... N."""
+        expected = EXPECTED_ITERATIONS if self.iterations is None else max(self.iterations, 1)
+        return max(1, min(steps, round(math.sqrt(steps * (expected if self.schedule == "pipelined" else 1)))))
+
+    def propagator(self, table: Table, edges: Sequence[int]) -> Coarse:
+        """The coarse propagator on the table, over blocks between `edges`.
+
+        Raises:
+            ValueError: If a block edge is no node of the coarse propagator, or one of its nodes is none of the table.
+        """
+        if isinstance(self.coarse, str):
+            return (one_step if self.coarse == "one step" else two_step)(table, edges)
+        if isinstance(self.coarse, int):
+            nodes = [0]
+            for left, right in pairwise(edges):
+                count = min(self.coarse, right - left)
+                nodes += [left + (right - left) * k // count for k in range(1, count + 1)]
+            return one_step(table, nodes)
+        if isinstance(self.coarse, torch.Tensor) or callable(self.coarse):
+            return between(table, edges, self.coarse)
+        nodes = of_table(table, self.coarse).nodes if isinstance(self.coarse, Table) else list(self.coarse)
+        if any(not 0 <= n <= table.steps for n in nodes) or any(b <= a for a, b in pairwise(nodes)):
+            raise ValueError(f"the coarse nodes are {nodes}; they must be rising nodes of the table, from 0 to {table.steps}")
+        missing = next((e for e in edges if e not in nodes), None)
+        if missing is not None:
+            raise ValueError(
+                f"the block edge {missing} is no node of the coarse propagator, whose fine nodes are {nodes}; every block edge "
+                "must be one of them"
+            )
+        return of_table(table, self.coarse) if isinstance(self.coarse, Table) else one_step(table, nodes)

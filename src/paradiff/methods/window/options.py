@@ -1,0 +1,136 @@
+"""The frozen hyper-parameters of the window solver, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from paradiff.chain.slope import Slope, identity
+from paradiff.chain.table import Table
+from paradiff.methods.window.blocks import Blocks
+from paradiff.methods.window.corrector import Corrector
+
+Start = Literal["copy", "linear", "clean"]
+Rule = Literal["error", "change", "sweeps"]
+Chains = Literal["any", "stochastic", "deterministic"]
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """Hyper-parameters of the window loop (solver/loop.py).
+
+    Attributes:
+        name: The method's name.
+        slope: G, how changes are carried along the window (chain/slope.py).
+        window: Number of sub-intervals solved at once; None for all.
+        stride: Fine steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
+        warmup: Steps really taken, one after the other, before the window opens.
+        start: What new nodes of the window are filled with: `copy` of the last state, the `linear` part of the steps (outputs
+            zero, same noises), or the steps with the newest `clean`-data estimate frozen and the same noises.
+        tolerance: What the rule compares with.
+        rule: `error`: the tolerance is the root mean square error that the sample may have by estimate (budget.py),
+            spent along the chain as it accrues. `change`: a node passes when its root mean square change is at most
+            `tolerance` times the standard deviation of the noise that a DDPM step would add there (the published rules).
+            `sweeps`: a node passes when it has been swept `sweeps` times.
+        sweeps: K of the rule `sweeps`.
+        blocks: Blocks that the window respects (blocks.py); None for a window that slides freely.
+        corrector: What follows every block at whose end noise is left (corrector.py), or None. The sample is then that of
+            the sequential chain with the corrector's own steps taken one after the other: window 1, sweeps of all its steps.
+        chains: Which chains the method is for.
+        secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    name: str
+    slope: Slope = identity
+    window: int | None = None
+    stride: int | Sequence[int] = 1
+    warmup: int = 0
+    start: Start = "clean"
+    tolerance: float = 2.4e-2
+    rule: Rule = "error"
+    sweeps: int | None = None
+    blocks: Blocks | None = None
+    corrector: Corrector | None = None
+    chains: Chains = "any"
+    secants: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"the window is {self.window}; it must be at least 1, or None for the whole chain")
+        strides = [self.stride] if isinstance(self.stride, int) else self.stride
+        if not strides or min(strides) < 1:
+            raise ValueError(f"the stride is {self.stride}; a sub-interval must have at least 1 step")
+        if self.warmup < 0:
+            raise ValueError(f"warmup is {self.warmup}; it must be 0 or more steps")
+        if not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"the tolerance is {self.tolerance}; it must be 0 or more, and finite")
+        for field, kind in (("start", Start), ("rule", Rule), ("chains", Chains)):
+            if getattr(self, field) not in get_args(kind):
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(get_args(kind))}")
+        if (self.sweeps is not None) != (self.rule == "sweeps"):
+            raise ValueError(f"sweeps is {self.sweeps} with rule {self.rule!r}; the rule 'sweeps' needs it, no other takes it")
+        if self.sweeps is not None and self.sweeps < 1:
+            raise ValueError(f"sweeps is {self.sweeps}; a block must be swept at least once")
+        if self.blocks is not None and (self.stride != 1 or self.warmup):
+            raise ValueError(
+                f"blocks were given with a stride of {self.stride} and {self.warmup} warm-up steps; blocks are solved node by "
+                "node from the start: leave stride at 1 and warmup at 0"
+            )
+        if self.secants < 0 or (self.secants and self.stride != 1):
+            raise ValueError(
+                f"secants is {self.secants} with a stride of {self.stride}; it must be 0 or more pairs, and 0 where "
+                "sub-intervals have several steps, of which only the ends are swept again"
+            )
+        if self.corrector is not None and (self.blocks is None or self.blocks.stagger is not None):
+            raise ValueError(
+                "a corrector was given to a method whose blocks do not end one after the other; it needs blocks in turn, "
+                "without a stagger"
+            )
+
+    def edges(self, table: Table) -> list[int]:
+        """The fine nodes at which sub-intervals begin and end, 0 and N included: single steps during the warm-up, then
+        sub-intervals of `stride` steps, the last one shorter where they do not divide.
+
+        Raises:
+            ValueError: If window, warm-up, stride or blocks do not fit the table, or the method is not for such chains.
+        """
+        steps = table.steps
+        if self.chains != "any" and (self.chains == "stochastic") != table.stochastic:
+            raise ValueError(
+                f"{self.name} is for {self.chains} chains; table {table.name!r} is "
+                f"{'stochastic' if table.stochastic else 'deterministic'}: use the method's other form, or another sampler"
+            )
+        if self.blocks is not None:
+            edges = self.blocks.edges(table)
+            crossed = [e for e in edges if e not in table.restarts]
+            if self.corrector is not None and crossed:
+                raise ValueError(
+                    f"a corrector was given, but table {table.name!r} reads past the block edge at node {crossed[0]}, to "
+                    "states from before the correction; give block edges at which it starts afresh (Table.restarts), or a "
+                    "one-step sampler"
+                )
+        if self.warmup > steps:
+            raise ValueError(f"warmup is {self.warmup} steps; the chain has {steps}: give at most {steps}")
+        if isinstance(self.stride, int):
+            if self.stride > steps:
+                raise ValueError(f"the stride is {self.stride} steps; the chain has {steps}: give at most {steps}")
+            edges = [*range(self.warmup), *range(self.warmup, steps, self.stride), steps]
+        else:
+            lengths = torch.tensor(list(self.stride))
+            if int(lengths.sum()) != steps - self.warmup:
+                raise ValueError(
+                    f"the strides add up to {int(lengths.sum())} steps; after {self.warmup} warm-up steps the chain has "
+                    f"{steps - self.warmup} left, and they must cover it exactly"
+                )
+            edges = [*range(self.warmup), *(self.warmup + torch.cat([torch.zeros(1), lengths.cumsum(0)])).int().tolist()]
+        if self.window is not None and self.window > len(edges) - 1:
+            raise ValueError(
+                f"the window is {self.window}; the chain has {len(edges) - 1} sub-intervals: give at most that, or None for all"
+            )
+        return edges

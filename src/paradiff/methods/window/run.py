@@ -1,0 +1,54 @@
+"""One window method on one problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from paradiff.methods.window.options import WindowOptions
+from paradiff.methods.window.setup import WindowSetup
+from paradiff.methods.window.solver import WindowSolver
+from paradiff.solver.protocol import Problem
+from paradiff.solver.solution import ErrorEstimate, Status
+
+RULES = {
+    "error": "the estimated error of every sample is at most {:g}",
+    "change": "every node passed with a change of at most {:g} times its step's noise",
+}
+
+
+class WindowRun:
+    """What all samples share, and a window for each (protocol.py's `Run`)."""
+
+    def __init__(self, options: WindowOptions, problem: Problem) -> None:
+        self._options, self._problem = options, problem
+        self._setup = WindowSetup(
+            problem.table, options, problem.device, problem.dtype, problem.shared_window, problem.resolution
+        )
+
+    @property
+    def t(self) -> Tensor:
+        """`[N+1]` times of the chain."""
+        return self._setup.t
+
+    def solver(self, sample: int) -> WindowSolver:
+        """The window of one sample."""
+        problem = self._problem
+        return WindowSolver(self._setup, problem.noise, sample, problem.start_of(sample), problem.on_final)
+
+    def status(self, estimates: Sequence[ErrorEstimate]) -> tuple[Status, str]:
+        """How the run ended."""
+        options, setup, corrector = self._options, self._setup, self._options.corrector
+        corrected = corrector is None or corrector.sweeps >= corrector.steps
+        if options.sweeps is not None and (options.sweeps < min(setup.exact_after, setup.width) or not corrected):
+            return Status.STOPPED, Status.STOPPED.message(f"every node was swept {options.sweeps} times, as asked")
+        if (options.tolerance == 0 or setup.width == 1) and corrected:
+            return Status.EXACT, Status.EXACT.message()
+        beside = ""
+        if corrector is not None and not corrected:
+            beside = f"; not in it: the corrector's {corrector.steps} steps were swept {corrector.sweeps} times, as asked"
+        return Status.CONVERGED, Status.CONVERGED.message(RULES[options.rule].format(options.tolerance) + beside)
+
+    def close(self) -> None:
+        """Nothing is kept."""

@@ -1,0 +1,78 @@
+"""What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from paradiff.chain.slope import freeze_clean_data, over_intervals, resolve
+from paradiff.chain.step import Step
+from paradiff.chain.table import Table
+from paradiff.methods.window.budget import DATA_VARIANCE, LEAST_THETA, noise_units, sensitivity, slope_error
+from paradiff.methods.window.options import WindowOptions
+
+
+class WindowSetup:
+    """See the module; `members` says that a state is a batch of members that share a window."""
+
+    def __init__(
+        self,
+        table: Table,
+        method: WindowOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        members: bool = False,
+        resolution: float | None = None,
+    ) -> None:
+        self.table, self.method, self.device, self.dtype = table, method, device, dtype
+        self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
+        self.edges = method.edges(table)
+        self.intervals = len(self.edges) - 1
+        self.width = self.intervals if method.window is None else method.window
+        self.single = self.intervals == table.steps
+        self.history = table.band - 1
+        self.blocks = [0, self.intervals] if method.blocks is None else method.blocks.edges(table)
+        self.exact_after = _exact_after(self.blocks, None if method.blocks is None else method.blocks.stagger)
+        if method.corrector is not None and method.corrector.lipschitz is None:
+            for edge in self.blocks[1:]:
+                if table.sigma[edge] > 0:
+                    method.corrector.parameters(float(table.sigma[edge]) ** -2)
+        self.slope = over_intervals(resolve(method.slope, table), self.edges)
+        if method.blocks is not None and not method.blocks.carry:
+            self.slope = self.slope.clone()
+            for edge in self.blocks[1:-1]:
+                for j in range(table.band):
+                    self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
+        self.bound = (method.tolerance * noise_units(table, self.edges)).tolist()
+        self.sloped = bool(self.slope.any())
+        self.least_theta = LEAST_THETA if self.sloped else 1.0
+        error, factor = slope_error(table, self.slope, self.edges), sensitivity(table)[self.edges]
+        costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
+        self.slope_error, self.factor = error.tolist(), factor.tolist()
+        self.share = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
+        self.step = Step(table, device, dtype, members)
+        self.t, self.move = self.step.t, self.step.move
+        self.fill_slope = torch.zeros_like(table.a)
+        self.fill_clean = torch.zeros_like(table.c)
+        if method.start == "clean":
+            source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)
+            self.fill_slope = freeze_clean_data(table)
+            self.fill_clean = (table.b / table.q[source]).sum(1)
+        elif method.start == "linear":
+            self.fill_slope = table.a
+        else:
+            self.fill_slope[:, 0] = 1
+        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
+        self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
+        self.fill_noise = table.stochastic and method.start != "copy"
+
+
+def _exact_after(blocks: list[int], stagger: int | None) -> int:
+    """Sweeps of every block after which all its nodes are exact, if the window is as wide as the blocks in flight: the length
+    of the longest in turn, and more with a stagger, where a block's first sweeps begin at a node that is not exact yet."""
+    begun = found = 0
+    for first, last in itertools.pairwise(blocks):
+        begun = first if stagger is None else min(begun + stagger, first)
+        found = max(found, last - begun)
+    return found

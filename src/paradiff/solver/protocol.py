@@ -1,0 +1,308 @@
+"""What meets in the loop: problems, methods, their runs and solvers, evaluators and observers.
+
+A `Method` holds hyper-parameters. It prepares a `Problem`, the chain with its noises, into a `Run`, which holds what all
+samples share and makes a `Solver` for each. A solver evaluates nothing itself. In every round each is asked for a `Query`, the
+rows that it wants evaluated; an evaluator turns the rows of all samples, one `Batch`, into outputs; the solver is told its part
+of them, and advances:
+
+    query = solver.ask();    norms = solver.tell(query, outputs);    record = solver.advance(norms on the host, round)
+
+`tell` returns nothing in the midst of a sweep that takes several rounds, and `advance` is then left out. The loop (loop.py)
+knows no method by name: a new method is a class with these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.noise import Noise
+from paradiff.chain.table import Table
+from paradiff.solver.records import Record
+from paradiff.solver.solution import ErrorEstimate, Status
+
+OnFinal = Callable[[int, Tensor], None]
+"""Called with the fine node of the first of some states that became final, and these states, `[n, ...]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is solved, and in which arithmetic.
+
+    Attributes:
+        table: The sampler.
+        noise: x[0] and the noises of every sample.
+        start: `[B, ...]` states at node 0 to use instead of the noise's; None for the noise's.
+        device: Where states live.
+        dtype: Dtype of states, float32 or float64.
+        shared_window: Each sample is a batch `[b, ...]` of members that share its window: a node changes as much as the member
+            that changes most, and errors are estimated for the worst member.
+        resolution: Relative precision of the network's outputs; that of the states by default.
+        on_final: Called with every stretch of nodes that became final, in order; for one sample, and methods that keep the
+            states of all nodes.
+
+    Raises:
+        ValueError: If `start` does not fit the noise, or `dtype` is neither float32 nor float64.
+    """
+
+    table: Table
+    noise: Noise
+    start: Tensor | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    shared_window: bool = False
+    resolution: float | None = None
+    on_final: OnFinal | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"states were asked for in {self.dtype}; they are kept in float32 or float64 (the network's own dtype is given "
+                "to the evaluator)"
+            )
+        expected = (self.noise.samples, *self.noise.shape)
+        if self.start is not None and tuple(self.start.shape) != expected:
+            raise ValueError(
+                f"start has shape {tuple(self.start.shape)}; the noise has {expected}: samples, then one sample's shape"
+            )
+
+    def start_of(self, sample: int) -> Tensor | None:
+        """The given state of one sample at node 0; None for the noise's."""
+        return None if self.start is None else self.start[sample]
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """The rows of one sample that a solver wants evaluated; a solver's own kind may carry more, for its `tell`.
+
+    Attributes:
+        nodes: `[R]` fine nodes, on the CPU.
+        rows: `[R, ...]` states there, scaled as the network expects them.
+    """
+
+    nodes: Tensor
+    rows: Tensor
+
+
+AnyQuery = TypeVar("AnyQuery", bound=Query)
+
+
+class Solver(Protocol[AnyQuery]):
+    """One sample's iteration.
+
+    Attributes:
+        sample: The sample.
+        done: Whether the sample is found.
+        final: `[...]` the sample once it is found.
+        newest: `[...]` the best that is known of the sample, or of the state furthest along the chain.
+        error_estimate: How far to trust the sample.
+    """
+
+    @property
+    def sample(self) -> int: ...
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def final(self) -> Tensor: ...
+
+    @property
+    def newest(self) -> Tensor: ...
+
+    @property
+    def error_estimate(self) -> ErrorEstimate: ...
+
+    def ask(self) -> AnyQuery:
+        """The rows wanted in this round, one at least."""
+        ...
+
+    def tell(self, query: AnyQuery, outputs: Tensor, states: Tensor | None = None) -> Tensor | None:
+        """Takes the outputs of a query.
+
+        Args:
+            query: What `ask` returned.
+            outputs: `[R, ...]` the network's outputs.
+            states: `[R, ...]` the states as the caller changed them before the network saw them, not scaled; None where it left
+                them alone.
+
+        Returns:
+            Numbers that `advance` needs on the host, `[W]` on the device; None in the midst of a sweep.
+        """
+        ...
+
+    def advance(self, norms: list[float], round: int) -> Record:
+        """Judges the round by the numbers that `tell` returned, and moves on."""
+        ...
+
+
+class Run(Protocol):
+    """One method on one problem: what all samples share.
+
+    Attributes:
+        t: `[N+1]` times of the chain that is solved, as the network is given them.
+    """
+
+    @property
+    def t(self) -> Tensor: ...
+
+    def solver(self, sample: int) -> Solver[Any]:
+        """The solver of one sample."""
+        ...
+
+    def status(self, estimates: Sequence[ErrorEstimate]) -> tuple[Status, str]:
+        """How the run ended, and the sentence that says so with its numbers."""
+        ...
+
+    def close(self) -> None:
+        """Called once when all samples are found."""
+        ...
+
+
+@runtime_checkable
+class Method(Protocol):
+    """The hyper-parameters of one way to solve a chain.
+
+    Attributes:
+        name: The method's name.
+        tolerance: What the method's rule compares with.
+        dense_output: Whether the states of all nodes become known, in order, so that `Problem.on_final` can be called.
+        solves_chain: Whether the sample sought is that of the table's own chain.
+        follows_edits: Whether it can follow a caller who changes states before the network sees them.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tolerance(self) -> float: ...
+
+    @property
+    def dense_output(self) -> bool: ...
+
+    @property
+    def solves_chain(self) -> bool: ...
+
+    @property
+    def follows_edits(self) -> bool: ...
+
+    def edges(self, table: Table) -> list[int]:
+        """The fine nodes between the parts that the method iterates on, 0 and N included.
+
+        Raises:
+            ValueError: If the method does not fit the table.
+        """
+        ...
+
+    def prepare(self, problem: Problem) -> Run:
+        """The run on a problem.
+
+        Raises:
+            ValueError: If the method does not fit the problem.
+        """
+        ...
+
+    def reference(self) -> Method:
+        """The sequential method whose sample this one solves for."""
+        ...
+
+    def width(self, table: Table) -> int:
+        """Rows of one sample in a round in which all that is solved at once takes part."""
+        ...
+
+    def progress(self, table: Table) -> tuple[int, str]:
+        """How many parts of one sample become final, the sum of its records' `passed`, and what they are called."""
+        ...
+
+    def in_loop(self, table: Table, least: float) -> Method:
+        """The method as a pipeline's own loop can be driven by it, whose first pass is at x[0] alone.
+
+        Args:
+            table: The loop's chain.
+            least: The smallest tolerance that the network's dtype resolves, for rules that estimate the sample's error; 0 for
+                no such bound.
+
+        Raises:
+            ValueError: If it asks for what a pipeline's loop cannot do.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to be evaluated in one round.
+
+    Attributes:
+        x: `[R, ...]` states, already scaled as the network expects them.
+        t: `[R]` times, on the CPU; int64 where all times of the table are whole numbers, else float64.
+        nodes: `[R]` nodes, on the CPU.
+        samples: `[R]` samples, on the CPU.
+    """
+
+    x: Tensor
+    t: Tensor
+    nodes: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True)
+class EditedOutputs:
+    """What a solver is sent in place of plain outputs where its caller changed states before the network saw them.
+
+    Attributes:
+        outputs: `[R, ...]` the network's outputs at the changed states.
+        states: `[R, ...]` the changed states, not scaled.
+    """
+
+    outputs: Tensor
+    states: Tensor
+
+
+class Evaluate(Protocol):
+    """Rows in, outputs out: what `drive` calls once a round.
+
+    Attributes:
+        device: Where the rows are wanted.
+        dtype: The network's dtype; None for that of the states.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Outputs `[R, ...]` of a batch, in the dtype of its states, on their device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """What an observer is shown.
+
+    Attributes:
+        number: The round, counted from 1.
+        records: What each sample did whose sweep ended in this round.
+        solvers: The solvers of all samples.
+    """
+
+    number: int
+    records: Sequence[Record]
+    solvers: Sequence[Solver[Any]] = field(repr=False)
+
+    def states(self) -> Tensor:
+        """`[B, ...]` the best that is known of every sample now (`Solver.newest`); a copy on the device."""
+        return torch.stack([solver.newest for solver in self.solvers])
+
+
+class Observer(Protocol):
+    """Called after every round; it may ask the run to stop."""
+
+    def __call__(self, round: Round, /) -> bool | None:
+        """True to end the run here: its samples are then the best that is known, with an infinite estimate of their error."""
+        ...

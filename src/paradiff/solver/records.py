@@ -1,0 +1,112 @@
+"""What a solver records of a round: one class for each kind of iteration, each with its JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Record(Protocol):
+    """What one sample did in one round.
+
+    Attributes:
+        round: The round, counted from 1.
+        sample: The sample.
+        passed: How many parts of the sample's chain became final; the unit is that of the method's `progress`.
+    """
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def sample(self) -> int: ...
+
+    @property
+    def passed(self) -> int: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """The record without the sample's number, as JSON has it; infinities are left as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class WindowRecord:
+    """One sweep of one sample's window.
+
+    Attributes:
+        round: The round at which the sweep ended, counted from 1.
+        sample: The sample.
+        first: The first node of the window, whose state is final.
+        change: Root mean square change of the nodes after it, one number a node.
+        passed: How many of these nodes became final; 0 for the last sweep of a corrector, which moved the node `first`.
+    """
+
+    round: int
+    sample: int
+    first: int
+    change: list[float]
+    passed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As `Record.to_json`; changes to three digits."""
+        return {"round": self.round, "passed": self.passed, "first": self.first, "change": [_rounded(c) for c in self.change]}
+
+
+@dataclass(frozen=True)
+class PararealRecord:
+    """One round of one sample's Parareal iteration.
+
+    Attributes:
+        round: The round, counted from 1.
+        sample: The sample.
+        rows: Block and iteration of every row that the sample had evaluated.
+        values: Edge, iteration and root mean square change of every block edge that got a new value; the change is infinite
+            for an edge's first value.
+        passed: How many block edges became final.
+    """
+
+    round: int
+    sample: int
+    rows: list[tuple[int, int]]
+    values: list[tuple[int, int, float]]
+    passed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As `Record.to_json`; changes to three digits."""
+        values = [[edge, iteration, _rounded(change)] for edge, iteration, change in self.values]
+        return {"round": self.round, "passed": self.passed, "rows": [list(row) for row in self.rows], "values": values}
+
+
+@dataclass(frozen=True)
+class CollocationRecord:
+    """One round of one sample's collocation system.
+
+    Attributes:
+        round: The round, counted from 1.
+        sample: The sample.
+        nodes: The fine nodes at which the sample had the network evaluated.
+        of: How many nodes its mesh has now.
+        change: Root mean square change of the sample.
+        interpolation_error: Estimated error from interpolation; infinite before it was estimated.
+        iteration_error: Estimated error from sweeps not made.
+        passed: 1 if this made the sample final.
+    """
+
+    round: int
+    sample: int
+    nodes: list[int]
+    of: int
+    change: float
+    interpolation_error: float
+    iteration_error: float
+    passed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As `Record.to_json`; the change to three digits."""
+        errors = {"interpolation_error": self.interpolation_error, "iteration_error": self.iteration_error}
+        visited = {"visited": self.nodes, "of": self.of, "change": _rounded(self.change)}
+        return {"round": self.round, "passed": self.passed, **visited, **errors}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
