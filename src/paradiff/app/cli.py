@@ -24,6 +24,7 @@ from paradiff.app.options import METHODS, OPTIONS, SLOPES, make_method, parse_se
 from paradiff.app.run_json import output_folder, pipeline_report, report, write_json
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
+from paradiff.errors import refuse_unknown
 from paradiff.methods import presets as methods
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.parareal.method import PararealMethod
@@ -33,7 +34,6 @@ from paradiff.models.pipeline import load_pipeline, set_sampler
 from paradiff.models.pixel import EXPONENTIAL, GRIDS, SCHEDULERS, Model, is_pixel, load, read_index
 from paradiff.pipelines import explain as explain_pipeline
 from paradiff.samplers.exponential import Form
-from paradiff.samplers.schedule import refuse_unknown
 from paradiff.solver.evaluator import Batch, Evaluator
 from paradiff.solver.loop import sample as run_solver
 from paradiff.solver.solution import Record, Solution

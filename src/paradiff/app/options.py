@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from paradiff.chain import slope
+from paradiff.errors import refuse_unknown
 from paradiff.methods import piadm
 from paradiff.methods import presets as methods
 from paradiff.methods.presets import Method
 from paradiff.methods.window.corrector import Corrector, underdamped_langevin
-from paradiff.samplers.schedule import refuse_unknown
 
 METHODS: dict[str, Callable[..., Method]] = {
     "sequential": methods.sequential,

@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
+from paradiff.errors import refuse_unknown
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, check_weights, components, loading, locate, read_index
-from paradiff.samplers.schedule import refuse_unknown
 
 BETAS = "beta_schedule"
 

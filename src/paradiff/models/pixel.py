@@ -33,11 +33,12 @@ from torch import Tensor
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
+from paradiff.errors import refuse_unknown
 from paradiff.samplers import preserving as samplers
 from paradiff.samplers.exponential import Form, exponential_integrator
 from paradiff.samplers.grid import log_snr_grid, uniform_grid
 from paradiff.samplers.process import Process, level_of, variance_preserving
-from paradiff.samplers.schedule import SMALLEST_ALPHA_BAR, Schedule, refuse_unknown
+from paradiff.samplers.schedule import SMALLEST_ALPHA_BAR, Schedule
 
 BUNDLED = Path(__file__).parent / "bundled"
 INDEX = "model_index.json"

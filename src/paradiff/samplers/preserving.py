@@ -30,15 +30,8 @@ from torch import Tensor
 
 from paradiff.chain.prediction import Prediction, clean_coefficients
 from paradiff.chain.table import Table
-from paradiff.samplers.schedule import (
-    Schedule,
-    Spacing,
-    flow_sigmas,
-    fractional_times,
-    karras_ratios,
-    refuse_unknown,
-    spaced_times,
-)
+from paradiff.errors import refuse_unknown
+from paradiff.samplers.schedule import Schedule, Spacing, flow_sigmas, fractional_times, karras_ratios, spaced_times
 
 Clipping = Callable[[Tensor], Tensor]
 Final = Literal["zero", "sigma_min"]

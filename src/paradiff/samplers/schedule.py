@@ -14,15 +14,15 @@ Rounding follows diffusers to the last bit, so that a table's times are those of
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from paradiff.errors import refuse_unknown
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -161,15 +161,6 @@ class Schedule:
         low = (torch.searchsorted(levels, level.contiguous(), right=True) - 1).clamp(0, self.train_steps - 2)
         weight = ((level - levels[low]) / (levels[low + 1] - levels[low])).clamp(0, 1)
         return low + weight
-
-
-def refuse_unknown(option: str, given: str, known: Sequence[str]) -> None:
-    """Raises ValueError, with the nearest known name, unless `given` is one of `known`."""
-    if given in known:
-        return
-    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{option} is {given!r}; it must be one of {', '.join(known)}{hint}")
 
 
 def spaced_times(train_steps: int, steps: int, spacing: Spacing, offset: int = 0) -> Tensor:
