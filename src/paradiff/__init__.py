@@ -13,9 +13,11 @@ from paradiff.methods.window.corrector import Corrector, underdamped_langevin
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines import explain, parallelize
 from paradiff.planning.theory import Theory
+from paradiff.samplers.exploding import euler, euler_ancestral, heun
 from paradiff.samplers.exponential import exponential_integrator
+from paradiff.samplers.flow import flow_euler
 from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
-from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
+from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
 from paradiff.samplers.schedule import Schedule
 from paradiff.solver.evaluator import Batch, Denoiser, Evaluator

@@ -11,7 +11,7 @@ Two conditions hold for every consistent table and are checked when one is made.
 (x = alpha x0 and the matching m give alpha' x0 at the node reached, alpha'), and variances add up (the deterministic part
 maps pure noise of level sigma to level u, and u^2 + c^2 = sigma'^2).
 
-Tables are made by the plain functions of samplers/preserving.py, or read off any diffusers scheduler (`Table.from_scheduler`).
+Tables are made by the plain functions of paradiff.samplers, or read off any diffusers scheduler (`Table.from_scheduler`).
 Those read off have exact coefficients a, b, c, while their levels are found separately and may be a guide only: they serve
 slopes, fills and certificates, and no state of a finished chain depends on them.
 """

@@ -30,11 +30,11 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from paradiff import samplers
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown
-from paradiff.samplers import preserving as samplers
 from paradiff.samplers.exponential import Form, exponential_integrator
 from paradiff.samplers.grid import log_snr_grid, uniform_grid
 from paradiff.samplers.process import Process, level_of, variance_preserving

@@ -26,8 +26,8 @@ from torch import Tensor
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown
+from paradiff.samplers.forms import in_outputs
 from paradiff.samplers.grid import Grid
-from paradiff.samplers.preserving import in_outputs
 from paradiff.samplers.process import Process, signal_and_noise
 
 Form = Literal["score", "epsilon", "clean"]
