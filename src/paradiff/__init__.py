@@ -20,6 +20,7 @@ from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
 from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
 from paradiff.samplers.schedule import Schedule
+from paradiff.samplers.scheduler.probe import from_scheduler
 from paradiff.solver.evaluator import Batch, Denoiser, Evaluator
 from paradiff.solver.loop import sample, solve
 from paradiff.solver.solution import CollocationRecord, ErrorEstimate, PararealRecord, Solution, WindowRecord
@@ -59,6 +60,7 @@ __all__ = [
     "flow_euler",
     "freeze_clean_data",
     "freeze_epsilon",
+    "from_scheduler",
     "heun",
     "identity",
     "jacobi",

@@ -11,7 +11,7 @@ Two conditions hold for every consistent table and are checked when one is made.
 (x = alpha x0 and the matching m give alpha' x0 at the node reached, alpha'), and variances add up (the deterministic part
 maps pure noise of level sigma to level u, and u^2 + c^2 = sigma'^2).
 
-Tables are made by the plain functions of paradiff.samplers, or read off any diffusers scheduler (`Table.from_scheduler`).
+Tables are made by the plain functions of paradiff.samplers, or read off any diffusers scheduler (`samplers.from_scheduler`).
 Those read off have exact coefficients a, b, c, while their levels are found separately and may be a guide only: they serve
 slopes, fills and certificates, and no state of a finished chain depends on them.
 """
@@ -81,29 +81,6 @@ class Table:
     exact_variance: bool = True
     clean: Tensor | None = None
     exact_levels: bool = True
-
-    @classmethod
-    def from_scheduler(cls, scheduler: Any, timesteps: Tensor | None = None, **step_kwargs: Any) -> Table:
-        """The chain that a diffusers scheduler walks, read off its own `step` (samplers/scheduler/probe.py).
-
-        Args:
-            scheduler: The scheduler, whose `set_timesteps` was called. It is not changed.
-            timesteps: Those that the loop walks, a stretch of the scheduler's own; all of them by default.
-            step_kwargs: What the loop hands to `step` beside output, time and state: `eta`, say.
-
-        Returns:
-            The table, the same object for the same scheduler state.
-
-        Raises:
-            ValueError: If the step has no table: it is not linear, takes other arguments, or its times are not known.
-        """
-        from paradiff.errors import Unsupported
-        from paradiff.samplers.scheduler.probe import per_sample
-
-        try:
-            return per_sample(scheduler, timesteps, step_kwargs)
-        except Unsupported as refusal:
-            raise ValueError(str(refusal)) from refusal
 
     def __post_init__(self) -> None:
         self._check_shapes(self.steps)

@@ -7,6 +7,7 @@ from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
 from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
 from paradiff.samplers.schedule import Schedule
+from paradiff.samplers.scheduler.probe import from_scheduler
 
 __all__ = [
     "Grid",
@@ -19,6 +20,7 @@ __all__ = [
     "euler_ancestral",
     "exponential_integrator",
     "flow_euler",
+    "from_scheduler",
     "heun",
     "log_snr_grid",
     "ornstein_uhlenbeck",
