@@ -15,6 +15,10 @@ class NeedsLanes(Unsupported):
     of its own (pipelines/executors/lanes.py)."""
 
 
+class MissingPackage(ImportError):
+    """A package of an extra that is not installed. The text is a sentence: what needs it, and how to install it."""
+
+
 def refuse_unknown(option: str, given: str, known: Sequence[str]) -> None:
     """Raises ValueError, with the nearest known name, unless `given` is one of `known`."""
     if given in known:
