@@ -12,10 +12,11 @@ import torch
 from harness import Denoiser
 from torch import Tensor
 
-from paradiff import CollocationRecord, Evaluator, Recorded, Solution, Table, sample, sequential
+from paradiff import Evaluator, Recorded, Solution, Table, sample, sequential
 from paradiff.methods.presets import Method
 from paradiff.models.exact import Mixture
 from paradiff.models.pixel import load
+from paradiff.solver import CollocationRecord
 
 EQUAL = 4e-3  # half a grey level of data in -1 ... 1
 STEPS = 1000
