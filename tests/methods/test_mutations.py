@@ -17,22 +17,11 @@ from textbook import betas_of, dpm_nodes, landings, start_and_noise, textbook_dd
 from torch import Tensor
 
 import paradiff.methods.window.solver
-from paradiff import (
-    Batch,
-    Evaluator,
-    Keyed,
-    Schedule,
-    Table,
-    WindowMethod,
-    ddim,
-    dpmpp_2m,
-    jacobi,
-    paradigms,
-    parasolver,
-    sample,
-    sequential,
-)
+from paradiff import Evaluator, Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential
+from paradiff.methods import WindowMethod
 from paradiff.methods.window.solver import WindowSolver
+from paradiff.samplers import ddim, dpmpp_2m
+from paradiff.solver import Batch
 
 SEEN = 1e-3
 BAR = np.cumprod(1 - betas_of("linear"))

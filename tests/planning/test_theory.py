@@ -14,19 +14,11 @@ import torch
 from problems import network
 
 import paradiff.planning.theory
-from paradiff import (
-    Evaluator,
-    Keyed,
-    Theory,
-    exponential_integrator,
-    freeze_epsilon,
-    ornstein_uhlenbeck,
-    piadm_ode,
-    piadm_sde,
-    sample,
-    solve,
-)
+from paradiff import Evaluator, Keyed, piadm_ode, piadm_sde, sample, solve
+from paradiff.chain.slope import freeze_epsilon
 from paradiff.models.exact import Mixture
+from paradiff.planning import Theory
+from paradiff.samplers import exponential_integrator, ornstein_uhlenbeck
 
 Kind = Literal["sde", "ode"]
 MAKERS: dict[Kind, Callable[..., Theory]] = {"sde": piadm_sde.from_theory, "ode": piadm_ode.from_theory}

@@ -14,10 +14,13 @@ from problems import chain
 from scheduler_loops import SHAPE, gap, start_of, walk_scheduler, walk_table
 from torch import Tensor
 
-from paradiff import Clip, Keyed, ddim, flow_euler, freeze_clean_data, parasolver, sample
+from paradiff import Keyed, parasolver, sample
+from paradiff.chain import Clip
+from paradiff.chain.slope import freeze_clean_data
 from paradiff.errors import Unsupported
 from paradiff.models.exact import Empirical, Mixture, digits
 from paradiff.models.pixel import SCHEDULERS, table_of
+from paradiff.samplers import ddim, flow_euler
 from paradiff.samplers.schedule import Schedule
 from paradiff.samplers.scheduler.probe import Increments, from_scheduler, probe
 
