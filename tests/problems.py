@@ -32,7 +32,6 @@ from paradiff import (
 from paradiff.chain import Clip, DynamicThreshold, Noise
 from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
 from paradiff.methods import WindowMethod
-from paradiff.methods.piadm import PiadmOde, PiadmSde
 from paradiff.methods.window.solver import WindowSetup, WindowSolver
 from paradiff.models.exact import Mixture
 from paradiff.samplers import (
@@ -91,7 +90,7 @@ SLOPES: dict[str, Callable[[Table], Tensor]] = {
 }
 
 
-def piadm(table: Table) -> PiadmSde | PiadmOde:
+def piadm(table: Table) -> Callable[..., WindowMethod]:
     """The one that is for such a chain."""
     return piadm_sde if table.stochastic else piadm_ode
 

@@ -23,7 +23,6 @@ from paradiff import Evaluator, Keyed, Solution, Table, piadm_ode, piadm_sde, sa
 from paradiff.chain import Noise
 from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import Blocks, WindowMethod, underdamped_langevin
-from paradiff.methods.piadm import PiadmOde, PiadmSde
 from paradiff.methods.window.method import Chains, Start
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.models.exact import Mixture
@@ -34,13 +33,13 @@ from paradiff.samplers.process import signal_and_noise
 from paradiff.solver import Denoiser, WindowRecord
 
 SEEN = 1e-3  # a planted fault: far above rounding, small beside any visible error
-KINDS: dict[str, tuple[PiadmSde | PiadmOde, float]] = {"sde": (piadm_sde, 1.0), "ode": (piadm_ode, 0.0)}
+KINDS: dict[str, tuple[Callable[..., WindowMethod], float]] = {"sde": (piadm_sde, 1.0), "ode": (piadm_ode, 0.0)}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_table = pytest.mark.parametrize("name", TABLES)
 GRID = paper_grid(3, 0.2, 0.05)  # blocks of 5, 5 and 17 steps
 
 
-def fitting(table: Table) -> PiadmSde | PiadmOde:
+def fitting(table: Table) -> Callable[..., WindowMethod]:
     """The form of the method that is for the table's chain."""
     return piadm_sde if table.stochastic else piadm_ode
 

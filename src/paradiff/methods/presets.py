@@ -26,6 +26,8 @@ from typing import Literal, get_args
 from paradiff.chain.slope import Slope, identity, shifted, zero
 from paradiff.methods.collocation.method import DEFAULT_TOLERANCE, CollocationMethod, Target
 from paradiff.methods.parareal.method import Choice, PararealMethod, Schedule, StopRule
+from paradiff.methods.piadm import piadm_ode as piadm_ode
+from paradiff.methods.piadm import piadm_sde as piadm_sde
 from paradiff.methods.window.method import Rule, WindowMethod
 
 Method = WindowMethod | PararealMethod | CollocationMethod
