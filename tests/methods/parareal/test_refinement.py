@@ -14,12 +14,12 @@ from torch import Tensor
 
 import paradiff.methods.parareal.stopping
 from paradiff import Keyed, Schedule, Solution, Table, sample, sequential, srds
+from paradiff.chain.sensitivity import noise_units, response
 from paradiff.methods import PararealMethod
 from paradiff.methods.parareal.coarse import defect
 from paradiff.methods.parareal.method import Schedule as Order
 from paradiff.methods.parareal.method import StopRule
 from paradiff.methods.parareal.stopping import CAUTION, BlockRun, StoppingRule
-from paradiff.methods.window.budget import noise_units, response
 from paradiff.models.exact import Empirical, Gaussian, Mixture, digits
 from paradiff.models.pixel import SCHEDULERS, Model, load
 from paradiff.samplers import ddim, ddpm, euler, euler_ancestral, flow_euler, heun

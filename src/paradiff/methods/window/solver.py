@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.chain.sensitivity import DATA_VARIANCE, noise_units, sensitivity, slope_error
 from paradiff.chain.slope import freeze_clean_data, inverse, over_intervals, resolve
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table, column
 from paradiff.methods.secant import Secants
-from paradiff.methods.window.budget import DATA_VARIANCE, LEAST_THETA, ErrorBudget, noise_units, sensitivity, slope_error
+from paradiff.methods.window.budget import LEAST_THETA, ErrorBudget
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
 from paradiff.methods.window.method import WindowMethod

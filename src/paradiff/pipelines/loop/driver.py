@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiff.chain.sensitivity import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
 from paradiff.errors import Unsupported
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.presets import Method
-from paradiff.methods.window.budget import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.samplers.scheduler.probe import Increments, probe
@@ -193,7 +193,7 @@ class LoopSolver:
             changes["warmup"] = min(max(method.warmup, 1), self.table.steps)
         if dtype in HALF and (isinstance(method, CollocationMethod) or method.rule == "error"):
             # rounding moves outputs by eps, and the estimate counts it with the caution of its kind of chain
-            # (methods/window/budget.py)
+            # (chain/sensitivity.py)
             least = (STOCHASTIC_CAUTION if self.table.stochastic else DETERMINISTIC_CAUTION) * torch.finfo(dtype).eps
             if 0 < method.tolerance < least:
                 changes["tolerance"] = self.raised_tolerance = least
