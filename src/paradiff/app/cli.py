@@ -30,8 +30,9 @@ from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.presets import Method
 from paradiff.methods.window.method import WindowMethod
+from paradiff.models.files import is_pixel, read_index
 from paradiff.models.pipeline import load_pipeline, set_sampler
-from paradiff.models.pixel import EXPONENTIAL, GRIDS, SCHEDULERS, Model, is_pixel, load, read_index
+from paradiff.models.pixel import EXPONENTIAL, GRIDS, SCHEDULERS, Model, load
 from paradiff.pipelines import explain as explain_pipeline
 from paradiff.samplers.exponential import Form
 from paradiff.solver.evaluator import Batch, Evaluator
