@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,21 @@ def test_a_missing_package_is_named_with_its_extra(use: str, missing: str) -> No
         f"import paradiff\ntry:\n    {use}\nexcept ImportError as error:\n    print(error)"
     )
     assert found.stdout.strip() == f"{use} needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib", "PIL", "diffusers"])
+def test_the_command_names_the_extra_of_a_missing_package(missing: str) -> None:
+    found = run(f"import sys; sys.modules[{missing!r}] = None\nfrom paradiff.app import main; main()")
+    sentence = f"the command paradiff needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
+    assert (found.returncode, found.stderr.strip()) == (1, f"error: {sentence}")
+
+
+def test_a_sentence_names_an_extra_that_brings_the_package() -> None:
+    text = (SOURCE.parents[1] / "pyproject.toml").read_text()
+    distribution = {"PIL": "pillow"}
+    for package, extra in EXTRAS.items():
+        (listed,) = re.findall(rf"^{extra} = \[\n(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
+        assert f'"{distribution.get(package, package)}>=' in listed
 
 
 def test_a_module_that_is_missing_for_another_reason_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

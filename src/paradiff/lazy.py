@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from paradiff.errors import MissingPackage
 
 EXTRAS = {
-    "PIL": "cli",
+    "PIL": "plots",
     "diffusers": "pipelines",
     "greenlet": "pipelines",
     "matplotlib": "plots",
@@ -24,6 +25,27 @@ EXTRAS = {
     "typer": "cli",
 }
 """The extra of pyproject.toml that brings a package."""
+
+
+@contextmanager
+def naming_the_extra(use: str) -> Iterator[None]:
+    """Names the extra that brings a package, where an import within misses one.
+
+    Args:
+        use: What needs the package, the subject of the sentence.
+
+    Raises:
+        MissingPackage: If a package of an extra is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        raise MissingPackage(
+            f"{use} needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
+        ) from error
 
 
 def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -43,15 +65,8 @@ def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, colon, other = names[name].partition(":")
-        try:
+        with naming_the_extra(f"{package}.{name}"):
             found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
-            if missing not in EXTRAS:
-                raise
-            raise MissingPackage(
-                f"{package}.{name} needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
-            ) from error
         value = found if colon and not other else getattr(found, other or name)
         setattr(sys.modules[package], name, value)
         return value
