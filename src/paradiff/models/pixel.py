@@ -72,9 +72,9 @@ ONLY: dict[str, tuple[Any, ...]] = {
 """Options of scheduler configs of which only these values have a table here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A network, its scheduler's config, and the shape of one sample.
+    """A network, its scheduler's config, and the shape of one sample. Two models are equal if they are the same object.
 
     Attributes:
         name: As the user gave it.
@@ -85,6 +85,16 @@ class Model:
     name: str
     unet: UNet2DModel
     config: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        count = sum(weight.numel() for weight in self.unet.parameters())
+        kind = self.config.get("_class_name", "a scheduler")
+        prediction = self.config.get("prediction_type", "epsilon")
+        return (
+            f"Model {self.name!r}: samples of shape {self.shape}, {count / 1e6:.3g} million weights, {self.unet.dtype} on "
+            f"{self.unet.device}\n"
+            f"  {prediction} prediction, trained with {kind} at {self.config.get('num_train_timesteps', 'its')} times"
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:

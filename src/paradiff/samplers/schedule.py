@@ -61,7 +61,7 @@ def zero_snr_betas(betas: Tensor) -> Tensor:
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Schedule:
     """A variance-preserving schedule: equations (1) and (2).
 
@@ -89,6 +89,19 @@ class Schedule:
                 f"beta is {float(betas[worst]):.6g} at training time {worst}; every beta must be above 0 and below 1, "
                 "only the last may be 1 (zero terminal SNR)"
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"Schedule of {self.train_steps} training times: betas {self.betas[0]:.3g} to {self.betas[-1]:.3g}, "
+            f"noise over signal {self.ratio[0]:.3g} to {self.ratio[-1]:.4g}"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all betas are equal."""
+        return torch.equal(self.betas, other.betas) if isinstance(other, Schedule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.train_steps, float(self.betas[0]), float(self.betas[-1])))
 
     @classmethod
     def linear(
