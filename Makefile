@@ -4,12 +4,19 @@ BIN := .venv/bin
 
 .PHONY: demo test lint bench clean
 
-.venv/.ready: pyproject.toml constraints.txt
+# What the command needs.
+.venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[cli]"
 	touch $@
 
-demo: .venv/.ready
+# The same, and what development needs.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch .venv/.demo $@
+
+demo: .venv/.demo
 	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.028 --seeds 0-15 \
 		--compare --trace --overwrite --out demo/sixteen
 	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.028 --seeds 0 \

@@ -34,13 +34,16 @@ from rich.console import Console
 from rich.table import Table as Sheet
 from torch import Tensor
 
-from paradiff import Blocks, Corrector, Denoiser, Keyed, Table, exponential_integrator, log_snr_grid, ornstein_uhlenbeck
+from paradiff import Keyed, Table
 from paradiff.chain.slope import shifted
+from paradiff.methods import Blocks, Corrector
 from paradiff.methods.piadm import piadm_ode, piadm_sde
 from paradiff.methods.presets import sequential
 from paradiff.models.pixel import load
+from paradiff.samplers import exponential_integrator, log_snr_grid, ornstein_uhlenbeck
 from paradiff.samplers.exponential import Form
 from paradiff.samplers.process import signal_and_noise
+from paradiff.solver import Denoiser
 from paradiff.solver.loop import sample
 
 STOP, MODES, VARIANCE, SLOPE = 1e-3, 8, 0.04, shifted(0.5)

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table as Sheet
 
-from paradiff import Evaluator, Recorded, Solution, Table, WindowMethod, sample, sequential
+from paradiff import Evaluator, Recorded, Solution, Table, sample, sequential
 from paradiff.app.environment import environment
+from paradiff.methods import WindowMethod
 
 ROOT = Path(__file__).resolve().parent.parent
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -25,7 +25,8 @@ import torch
 from harness import arguments, finish
 from torch import Tensor
 
-from paradiff import freeze_clean_data, identity, paradigms, parallelize, parasolver, quasi_newton, shifted, srds
+from paradiff import paradigms, parallelize, parasolver, quasi_newton, srds
+from paradiff.chain.slope import freeze_clean_data, identity, shifted
 from paradiff.models.pipeline import load_pipeline
 
 PROMPTS = (

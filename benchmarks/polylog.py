@@ -37,30 +37,14 @@ from rich.table import Table as Sheet
 from srds import Candidate, Problem
 from torch import Tensor
 
-from paradiff import (
-    Keyed,
-    Table,
-    WindowMethod,
-    exponential_integrator,
-    freeze_clean_data,
-    freeze_epsilon,
-    identity,
-    log_snr_grid,
-    ornstein_uhlenbeck,
-    paper_grid,
-    parasolver,
-    piadm_ode,
-    piadm_sde,
-    sample,
-    sequential,
-    shifted,
-    srds,
-)
+from paradiff import Keyed, Table, parasolver, piadm_ode, piadm_sde, sample, sequential, srds
 from paradiff.app.environment import environment
-from paradiff.chain.slope import Slope
+from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
+from paradiff.methods import WindowMethod
 from paradiff.methods.window.solver import WindowSetup, WindowSolver
 from paradiff.models.pixel import load
 from paradiff.planning import gaussian_law as law
+from paradiff.samplers import exponential_integrator, log_snr_grid, ornstein_uhlenbeck, paper_grid
 from paradiff.samplers.exponential import Form
 
 TOLERANCE, STOP = 1e-2, 1e-3

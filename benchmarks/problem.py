@@ -12,9 +12,10 @@ import torch
 from harness import Denoiser
 from torch import Tensor
 
-from paradiff import CollocationRecord, Evaluator, Recorded, Solution, Table, sample, sequential
+from paradiff import Evaluator, Recorded, Solution, Table, sample, sequential
 from paradiff.models.exact import Mixture
 from paradiff.models.pixel import load
+from paradiff.solver import CollocationRecord
 from paradiff.solver.protocol import Method
 
 EQUAL = 4e-3  # half a grey level of data in -1 ... 1

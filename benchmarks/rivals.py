@@ -23,7 +23,7 @@ from problem import DIMENSIONS, EQUAL, IMAGE, STEPS, WINDOWS, Problem, Row, mixt
 from shift import Chain
 from torch import Tensor
 
-from paradiff import Recorded, Schedule, Table, ddim, ddpm
+from paradiff import Recorded, Schedule, Table
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.options import VARIANCE, mesh_on
 from paradiff.methods.collocation.system import CollocationSystem, draw
@@ -31,6 +31,7 @@ from paradiff.methods.parareal.coarse import Coarse, of_table, one_step, two_ste
 from paradiff.methods.presets import collocation
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
+from paradiff.samplers import ddim, ddpm
 from paradiff.samplers.continuum import continuum
 from paradiff.samplers.exponential import exponential_integrator
 from paradiff.samplers.grid import Grid

@@ -18,25 +18,12 @@ from harness import Problem, arguments, finish
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from paradiff import (
-    Evaluator,
-    Recorded,
-    Schedule,
-    WindowMethod,
-    ddim,
-    ddpm,
-    freeze_clean_data,
-    freeze_epsilon,
-    identity,
-    jacobi,
-    paradigms,
-    parasolver,
-    sample,
-    sequential,
-    shifted,
-)
+from paradiff import Evaluator, Recorded, Schedule, jacobi, paradigms, parasolver, sample, sequential
+from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted
+from paradiff.methods import WindowMethod
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
+from paradiff.samplers import ddim, ddpm
 
 SLOPES = {
     "identity": identity,

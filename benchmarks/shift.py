@@ -59,6 +59,7 @@ from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
+from paradiff.samplers import from_scheduler
 
 DEFAULT, OTHERS = 0.25, {"1/16": 0.0625, "1": 1.0, "4": 4.0}
 CHAINS = (
@@ -132,7 +133,7 @@ class Chain:
         pipe.scheduler = SCHEDULERS[self.sampler][1](pipe.scheduler.config)
         pipe.scheduler.set_timesteps(self.steps)
         self.config = dict(pipe.scheduler.config)
-        self.table, prompts = Table.from_scheduler(pipe.scheduler), list(PROMPTS)
+        self.table, prompts = from_scheduler(pipe.scheduler), list(PROMPTS)
         with torch.inference_mode():
             if self.model == "shapes":
                 wanted, empty = pipe.encode_prompt(prompts, "cpu", 1, True)

@@ -39,11 +39,12 @@ from rich.console import Console
 from rich.table import Table as Sheet
 from rivals import part_rivals, smallest
 
-from paradiff import Schedule, ddim, ddpm, parallelize, sequential
+from paradiff import Schedule, parallelize, sequential
 from paradiff.methods.collocation.options import VARIANCE
 from paradiff.methods.presets import Method, collocation, parasolver, quasi_newton
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
+from paradiff.samplers import ddim, ddpm
 
 TOLERANCES = (4e-3, 1e-2, 2e-3)
 BATCH, MOST_ROWS = 64, 256

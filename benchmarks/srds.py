@@ -29,26 +29,13 @@ from harness import Denoiser, arguments, finish
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from paradiff import (
-    PararealMethod,
-    PararealRecord,
-    Recorded,
-    Schedule,
-    Solution,
-    Table,
-    WindowMethod,
-    ddim,
-    ddpm,
-    freeze_clean_data,
-    paradigms,
-    parasolver,
-    sample,
-    sequential,
-    srds,
-)
-from paradiff.chain.slope import identity
+from paradiff import Recorded, Schedule, Solution, Table, paradigms, parasolver, sample, sequential, srds
+from paradiff.chain.slope import freeze_clean_data, identity
+from paradiff.methods import PararealMethod, WindowMethod
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
+from paradiff.samplers import ddim, ddpm
+from paradiff.solver import PararealRecord
 
 EQUAL = 4e-3  # half a grey level of data in -1 ... 1
 SHAPE = (1, 8, 8)

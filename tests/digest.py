@@ -23,7 +23,8 @@ from problems import METHODS, TABLES, piadm
 from torch import Tensor
 
 import paradiff
-from paradiff import Keyed, Schedule, Solution, Table, WindowMethod
+from paradiff import Keyed, Schedule, Solution, Table
+from paradiff.methods import WindowMethod
 
 FILE = Path(__file__).parent / "digest.json"
 UNIT, NOISE = 1e-6, 1e-9
@@ -32,10 +33,10 @@ SEEDS = (0, 1)
 SHAPE = (2, 3)
 
 LONG = {
-    "ddpm, 200 steps": paradiff.ddpm(Schedule.linear(), 200),
-    "ddim, 100 steps": paradiff.ddim(Schedule.linear(), 100),
-    "dpmpp_2m, 60 steps": paradiff.dpmpp_2m(Schedule.linear(), 60),
-    "flow_euler, 60 steps": paradiff.flow_euler(60, shift=3.0),
+    "ddpm, 200 steps": paradiff.samplers.ddpm(Schedule.linear(), 200),
+    "ddim, 100 steps": paradiff.samplers.ddim(Schedule.linear(), 100),
+    "dpmpp_2m, 60 steps": paradiff.samplers.dpmpp_2m(Schedule.linear(), 60),
+    "flow_euler, 60 steps": paradiff.samplers.flow_euler(60, shift=3.0),
 }
 
 # Presets as they are, and with options that change what is computed, beside those of `problems.METHODS`.
@@ -53,7 +54,7 @@ PRESETS: dict[str, Callable[[Table], object]] = {
     "srds, two step, rule change": lambda table: paradiff.srds(4, "two step", rule="change"),
     "srds, window 2, 3 rows": lambda table: paradiff.srds(4, window=2, rows=3),
     "srds, 2 coarse steps, rule sample": lambda table: paradiff.srds(3, 2, rule="sample"),
-    "srds, by a slope": lambda table: paradiff.srds(3, paradiff.freeze_clean_data),
+    "srds, by a slope": lambda table: paradiff.srds(3, paradiff.slopes.freeze_clean_data),
     "collocation": lambda table: paradiff.collocation(),
     "collocation, window 5": lambda table: paradiff.collocation(window=5),
     "collocation, 8 nodes, order 1": lambda table: paradiff.collocation(8, order=1, max_nodes=table.steps),

@@ -16,15 +16,25 @@ import torch
 from torch import Tensor
 
 from paradiff import (
-    Clip,
-    Denoiser,
-    DynamicThreshold,
     Keyed,
-    Noise,
     Schedule,
     Solution,
     Table,
-    WindowMethod,
+    jacobi,
+    paradigms,
+    parasolver,
+    piadm_ode,
+    piadm_sde,
+    quasi_newton,
+    sample,
+    sequential,
+)
+from paradiff.chain import Clip, DynamicThreshold, Noise
+from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
+from paradiff.methods import WindowMethod
+from paradiff.methods.window.solver import WindowSetup, WindowSolver
+from paradiff.models.exact import Mixture
+from paradiff.samplers import (
     ddim,
     ddpm,
     dpmpp_2m,
@@ -32,28 +42,13 @@ from paradiff import (
     euler_ancestral,
     exponential_integrator,
     flow_euler,
-    freeze_clean_data,
-    freeze_epsilon,
     heun,
-    identity,
-    jacobi,
     log_snr_grid,
     paper_grid,
-    paradigms,
-    parasolver,
-    piadm_ode,
-    piadm_sde,
-    quasi_newton,
     rectified_flow,
-    sample,
-    sequential,
-    shifted,
     variance_preserving,
-    zero,
 )
-from paradiff.methods.piadm import PiadmOde, PiadmSde
-from paradiff.methods.window.solver import WindowSetup, WindowSolver
-from paradiff.models.exact import Mixture
+from paradiff.solver import Denoiser
 
 SHAPE = (2, 3)
 STEPS = 12
@@ -95,7 +90,7 @@ SLOPES: dict[str, Callable[[Table], Tensor]] = {
 }
 
 
-def piadm(table: Table) -> PiadmSde | PiadmOde:
+def piadm(table: Table) -> Callable[..., WindowMethod]:
     """The one that is for such a chain."""
     return piadm_sde if table.stochastic else piadm_ode
 

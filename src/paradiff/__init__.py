@@ -1,85 +1,105 @@
-"""Parallel-in-time sampling for diffusion and flow models."""
+"""Parallel-in-time sampling for diffusion and flow models.
 
-from paradiff.chain.clipping import Clip, DynamicThreshold
-from paradiff.chain.noise import Keyed, Noise, Recorded
-from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
-from paradiff.chain.table import Table
-from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.methods.parareal.method import PararealMethod
-from paradiff.methods.piadm import piadm_ode, piadm_sde
-from paradiff.methods.presets import collocation, jacobi, paradigms, parasolver, quasi_newton, sequential, srds
-from paradiff.methods.window.blocks import Blocks
-from paradiff.methods.window.corrector import Corrector, underdamped_langevin
-from paradiff.methods.window.method import WindowMethod
-from paradiff.pipelines import explain, parallelize
-from paradiff.planning.theory import Theory
-from paradiff.samplers.exponential import exponential_integrator
-from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
-from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
-from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
-from paradiff.samplers.schedule import Schedule
-from paradiff.solver.evaluator import Denoiser, Evaluator
-from paradiff.solver.loop import sample, solve
-from paradiff.solver.protocol import Batch
-from paradiff.solver.records import CollocationRecord, PararealRecord, WindowRecord
-from paradiff.solver.solution import ErrorEstimate, Solution
+Everything here is imported when it is first asked for: the core needs torch and numpy only.
+"""
+
+from typing import TYPE_CHECKING
+
+from paradiff.lazy import lazily
+
+if TYPE_CHECKING:
+    from paradiff import chain, methods, models, pipelines, planning, samplers, solver
+    from paradiff.chain import noise
+    from paradiff.chain import slope as slopes
+    from paradiff.chain.noise import Keyed, Recorded
+    from paradiff.chain.table import Table
+    from paradiff.methods.piadm import piadm_ode, piadm_sde
+    from paradiff.methods.presets import (
+        collocation,
+        jacobi,
+        paradigms,
+        parasolver,
+        quasi_newton,
+        sequential,
+        srds,
+    )
+    from paradiff.pipelines.explanation import explain
+    from paradiff.pipelines.run import parallelize
+    from paradiff.samplers.schedule import Schedule
+    from paradiff.samplers.scheduler.probe import from_scheduler
+    from paradiff.solver.evaluator import Evaluator
+    from paradiff.solver.loop import sample, solve
+    from paradiff.solver.protocol import Method
+    from paradiff.solver.solution import Solution
+    from paradiff.version import __version__
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Evaluator": "paradiff.solver.evaluator",
+            "Keyed": "paradiff.chain.noise",
+            "Method": "paradiff.solver.protocol",
+            "Recorded": "paradiff.chain.noise",
+            "Schedule": "paradiff.samplers.schedule",
+            "Solution": "paradiff.solver.solution",
+            "Table": "paradiff.chain.table",
+            "__version__": "paradiff.version",
+            "chain": "paradiff.chain:",
+            "collocation": "paradiff.methods.presets",
+            "explain": "paradiff.pipelines.explanation",
+            "from_scheduler": "paradiff.samplers.scheduler.probe",
+            "jacobi": "paradiff.methods.presets",
+            "methods": "paradiff.methods:",
+            "models": "paradiff.models:",
+            "noise": "paradiff.chain.noise:",
+            "paradigms": "paradiff.methods.presets",
+            "parallelize": "paradiff.pipelines.run",
+            "parasolver": "paradiff.methods.presets",
+            "piadm_ode": "paradiff.methods.piadm",
+            "piadm_sde": "paradiff.methods.piadm",
+            "pipelines": "paradiff.pipelines:",
+            "planning": "paradiff.planning:",
+            "quasi_newton": "paradiff.methods.presets",
+            "sample": "paradiff.solver.loop",
+            "samplers": "paradiff.samplers:",
+            "sequential": "paradiff.methods.presets",
+            "slopes": "paradiff.chain.slope:",
+            "solve": "paradiff.solver.loop",
+            "solver": "paradiff.solver:",
+            "srds": "paradiff.methods.presets",
+        },
+    )
 
 __all__ = [
-    "Batch",
-    "Blocks",
-    "Clip",
-    "CollocationMethod",
-    "CollocationRecord",
-    "Corrector",
-    "Denoiser",
-    "DynamicThreshold",
-    "ErrorEstimate",
     "Evaluator",
-    "Grid",
     "Keyed",
-    "Noise",
-    "PararealMethod",
-    "PararealRecord",
-    "Process",
+    "Method",
     "Recorded",
     "Schedule",
     "Solution",
     "Table",
-    "Theory",
-    "WindowMethod",
-    "WindowRecord",
+    "__version__",
+    "chain",
     "collocation",
-    "ddim",
-    "ddpm",
-    "dpmpp_2m",
-    "euler",
-    "euler_ancestral",
     "explain",
-    "exponential_integrator",
-    "flow_euler",
-    "freeze_clean_data",
-    "freeze_epsilon",
-    "heun",
-    "identity",
+    "from_scheduler",
     "jacobi",
-    "log_snr_grid",
-    "ornstein_uhlenbeck",
-    "paper_grid",
+    "methods",
+    "models",
+    "noise",
     "paradigms",
     "parallelize",
     "parasolver",
     "piadm_ode",
     "piadm_sde",
+    "pipelines",
+    "planning",
     "quasi_newton",
-    "rectified_flow",
     "sample",
+    "samplers",
     "sequential",
-    "shifted",
+    "slopes",
     "solve",
+    "solver",
     "srds",
-    "underdamped_langevin",
-    "uniform_grid",
-    "variance_exploding",
-    "variance_preserving",
-    "zero",
 ]

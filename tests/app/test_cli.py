@@ -19,10 +19,13 @@ import torch
 from PIL import Image
 from pipelines import Cli
 
-from paradiff import Keyed, PararealMethod, PararealRecord, Schedule, WindowMethod, ddpm, piadm_sde, sample
+from paradiff import Keyed, Schedule, piadm_sde, sample
 from paradiff.app.plots import save_history
+from paradiff.methods import PararealMethod, WindowMethod
 from paradiff.methods import presets as methods
 from paradiff.models.pixel import load
+from paradiff.samplers import ddpm
+from paradiff.solver import PararealRecord
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from pipelines import Cli, save_pipeline, tiny_unet
 
-from paradiff.models.pixel import BUNDLED, load
+from paradiff.models.files import BUNDLED
+from paradiff.models.pixel import load
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")

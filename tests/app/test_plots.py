@@ -16,8 +16,9 @@ from PIL import Image
 from problems import SHAPE, TABLES, network, run
 
 import paradiff
-from paradiff import Keyed, PararealRecord, Solution, WindowRecord, jacobi, paradigms, parasolver, sequential, srds
+from paradiff import Keyed, Solution, jacobi, paradigms, parasolver, sequential, srds
 from paradiff.app.plots import PIXELS, grid, save_history, save_trace, to_image, wavefront
+from paradiff.solver import PararealRecord, WindowRecord
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -10,7 +10,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from paradiff import Keyed, Noise, Recorded
+from paradiff import Keyed, Recorded
+from paradiff.chain import Noise
 
 SHAPE = (2, 3)
 NODES = 100

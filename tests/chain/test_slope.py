@@ -11,20 +11,21 @@ import torch
 from problems import SHAPE, SLOPES, TABLES, arbitrary, chain, ends, gap, sweep, uneven, window_of
 from torch import Tensor
 
-from paradiff import (
-    Keyed,
-    Schedule,
-    WindowMethod,
-    ddim,
-    ddpm,
+from paradiff import Keyed, Schedule
+from paradiff.chain.slope import (
+    carried,
     freeze_clean_data,
     freeze_epsilon,
     identity,
+    inverse,
+    over_intervals,
+    resolve,
     shifted,
     zero,
 )
-from paradiff.chain.slope import carried, inverse, over_intervals, resolve
+from paradiff.methods import WindowMethod
 from paradiff.models.exact import Gaussian
+from paradiff.samplers import ddim, ddpm
 
 each_table = pytest.mark.parametrize("name", TABLES)
 

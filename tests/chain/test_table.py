@@ -12,7 +12,9 @@ from textbook import SHAPE
 
 from paradiff.chain.clipping import Clip
 from paradiff.chain.table import Table, column
-from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
+from paradiff.samplers.exploding import euler, euler_ancestral, heun
+from paradiff.samplers.flow import flow_euler
+from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.schedule import Schedule
 
 TABLES = {

@@ -25,28 +25,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import (
-    Keyed,
-    Solution,
-    Table,
-    WindowMethod,
-    WindowRecord,
-    exponential_integrator,
-    log_snr_grid,
-    ornstein_uhlenbeck,
-    piadm_ode,
-    piadm_sde,
-    sample,
-    sequential,
-    shifted,
-)
-from paradiff.methods.piadm import PiadmOde, PiadmSde
+from paradiff import Keyed, Solution, Table, piadm_ode, piadm_sde, sample, sequential
+from paradiff.chain.slope import shifted
+from paradiff.methods import WindowMethod
 from paradiff.models.exact import Mixture
 from paradiff.models.pixel import Model, load
+from paradiff.samplers import exponential_integrator, log_snr_grid, ornstein_uhlenbeck
 from paradiff.samplers.exponential import Form, Times
+from paradiff.solver import WindowRecord
 from paradiff.solver.solution import Status
 
-KINDS: dict[str, tuple[PiadmSde | PiadmOde, float]] = {"sde": (piadm_sde, 1.0), "ode": (piadm_ode, 0.0)}
+KINDS: dict[str, tuple[Callable[..., WindowMethod], float]] = {"sde": (piadm_sde, 1.0), "ode": (piadm_ode, 0.0)}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 START = 8.0  # T: what is left of the data there changes a variance by less than a tenth of a standard error
 CHAINS = 20_000

@@ -10,19 +10,10 @@ from problems import EXACT, SHAPE, STEPS, TABLES, gap, network, run, sweep, wind
 from textbook import betas_of
 from torch import Tensor
 
-from paradiff import (
-    Keyed,
-    Schedule,
-    WindowMethod,
-    ddpm,
-    freeze_clean_data,
-    identity,
-    jacobi,
-    paradigms,
-    parasolver,
-    sequential,
-    zero,
-)
+from paradiff import Keyed, Schedule, jacobi, paradigms, parasolver, sequential
+from paradiff.chain.slope import freeze_clean_data, identity, zero
+from paradiff.methods import WindowMethod
+from paradiff.samplers import ddpm
 
 # -- ParaDiGMS ---------------------------------------------------------------------------------------------------------
 

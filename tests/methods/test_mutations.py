@@ -17,22 +17,11 @@ from textbook import betas_of, dpm_nodes, landings, start_and_noise, textbook_dd
 from torch import Tensor
 
 import paradiff.methods.window.solver
-from paradiff import (
-    Batch,
-    Evaluator,
-    Keyed,
-    Schedule,
-    Table,
-    WindowMethod,
-    ddim,
-    dpmpp_2m,
-    jacobi,
-    paradigms,
-    parasolver,
-    sample,
-    sequential,
-)
+from paradiff import Evaluator, Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential
+from paradiff.methods import WindowMethod
 from paradiff.methods.window.solver import WindowQuery, WindowSolver
+from paradiff.samplers import ddim, dpmpp_2m
+from paradiff.solver import Batch
 from paradiff.solver.protocol import Query
 
 SEEN = 1e-3

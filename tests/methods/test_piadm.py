@@ -19,50 +19,28 @@ import paradiff.chain.slope
 import paradiff.methods.piadm
 import paradiff.methods.window.solver
 import paradiff.samplers.exponential
-from paradiff import (
-    Blocks,
-    Denoiser,
-    Evaluator,
-    Grid,
-    Keyed,
-    Noise,
-    Solution,
-    Table,
-    WindowMethod,
-    WindowRecord,
-    exponential_integrator,
-    freeze_clean_data,
-    freeze_epsilon,
-    identity,
-    log_snr_grid,
-    ornstein_uhlenbeck,
-    paper_grid,
-    piadm_ode,
-    piadm_sde,
-    sample,
-    shifted,
-    solve,
-    underdamped_langevin,
-    uniform_grid,
-)
-from paradiff.chain.slope import Slope
-from paradiff.methods.piadm import PiadmOde, PiadmSde
+from paradiff import Evaluator, Keyed, Solution, Table, piadm_ode, piadm_sde, sample, solve
+from paradiff.chain import Noise
+from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
+from paradiff.methods import Blocks, WindowMethod, underdamped_langevin
 from paradiff.methods.window.options import Chains, Start
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.models.exact import Mixture
 from paradiff.planning import gaussian_law as law
 from paradiff.planning.gaussian_law import Array
+from paradiff.samplers import Grid, exponential_integrator, log_snr_grid, ornstein_uhlenbeck, paper_grid, uniform_grid
 from paradiff.samplers.process import signal_and_noise
+from paradiff.solver import Denoiser, WindowRecord
 from paradiff.solver.solution import Status
 
 SEEN = 1e-3  # a planted fault: far above rounding, small beside any visible error
-KINDS: dict[str, tuple[PiadmSde | PiadmOde, float]] = {"sde": (piadm_sde, 1.0), "ode": (piadm_ode, 0.0)}
+KINDS: dict[str, tuple[Callable[..., WindowMethod], float]] = {"sde": (piadm_sde, 1.0), "ode": (piadm_ode, 0.0)}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_table = pytest.mark.parametrize("name", TABLES)
 GRID = paper_grid(3, 0.2, 0.05)  # blocks of 5, 5 and 17 steps
 
 
-def fitting(table: Table) -> PiadmSde | PiadmOde:
+def fitting(table: Table) -> Callable[..., WindowMethod]:
     """The form of the method that is for the table's chain."""
     return piadm_sde if table.stochastic else piadm_ode
 

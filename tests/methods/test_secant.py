@@ -12,23 +12,12 @@ from problems import EXACT, SHAPE, SLOPES, TABLES, arbitrary, chain, gap, networ
 from torch import Tensor
 
 import paradiff.methods.window.solver
-from paradiff import (
-    Evaluator,
-    Keyed,
-    Schedule,
-    Table,
-    WindowMethod,
-    ddim,
-    dpmpp_2m,
-    parasolver,
-    quasi_newton,
-    sample,
-    shifted,
-    solve,
-)
-from paradiff.chain.slope import resolve
+from paradiff import Evaluator, Keyed, Schedule, Table, parasolver, quasi_newton, sample, solve
+from paradiff.chain.slope import resolve, shifted
+from paradiff.methods import WindowMethod
 from paradiff.methods.secant import DAMPING, Secants
 from paradiff.methods.window.solver import WindowSetup, WindowSolver
+from paradiff.samplers import ddim, dpmpp_2m
 from paradiff.solver.solution import Status
 
 FINE = 2.0**-52

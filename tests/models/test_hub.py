@@ -13,7 +13,8 @@ from scheduler_walks import gap_to_scheduler
 
 from paradiff import Recorded, sample
 from paradiff.methods import presets as methods
-from paradiff.models.pixel import SCHEDULERS, Model, is_pixel, load, locate, table_of
+from paradiff.models.files import is_pixel, locate
+from paradiff.models.pixel import SCHEDULERS, Model, load, table_of
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")

@@ -13,7 +13,8 @@ from tiny.case import quiet, tensor
 from torch import Tensor
 
 import paradiff
-from paradiff import CollocationMethod, WindowMethod, collocation, parallelize, parasolver, quasi_newton
+from paradiff import collocation, parallelize, parasolver, quasi_newton
+from paradiff.methods import CollocationMethod, WindowMethod
 from paradiff.pipelines import Report
 
 MODELS = Path(paradiff.__file__).parent / "models/bundled"

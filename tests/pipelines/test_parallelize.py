@@ -14,7 +14,9 @@ from tiny import CASES, with_scheduler
 from tiny.case import noise
 from torch import Tensor
 
-from paradiff import WindowMethod, freeze_epsilon, parallelize, parasolver, piadm_ode, sequential, srds, underdamped_langevin
+from paradiff import parallelize, parasolver, piadm_ode, sequential, srds
+from paradiff.chain.slope import freeze_epsilon
+from paradiff.methods import WindowMethod, underdamped_langevin
 from paradiff.pipelines import Report
 
 BOUND = 1e-5  # of the largest value: float32, whose rounding differs with the rows of a network call

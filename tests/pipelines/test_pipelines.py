@@ -13,7 +13,9 @@ import pytest
 import torch
 from tiny import CASES, Case
 
-from paradiff import WindowMethod, freeze_clean_data, freeze_epsilon, parallelize, parasolver, shifted
+from paradiff import parallelize, parasolver
+from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, shifted
+from paradiff.methods import WindowMethod
 from paradiff.pipelines.report import Report
 
 BOUND = 1e-5

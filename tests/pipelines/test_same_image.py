@@ -9,7 +9,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from problems import gap
 from torch import Tensor
 
-from paradiff import Clip, Recorded, Schedule, Table, WindowMethod, ddim, ddpm, euler_ancestral, paradigms, parasolver, sample
+from paradiff import Recorded, Schedule, Table, paradigms, parasolver, sample
+from paradiff.chain import Clip
+from paradiff.methods import WindowMethod
+from paradiff.samplers import ddim, ddpm, euler_ancestral
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")

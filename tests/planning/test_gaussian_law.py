@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from paradiff import Schedule, exponential_integrator, freeze_epsilon, heun, ornstein_uhlenbeck, shifted
+from paradiff import Schedule
 from paradiff.chain.prediction import Prediction
+from paradiff.chain.slope import freeze_epsilon, shifted
 from paradiff.planning import gaussian_law as law
 from paradiff.planning.gaussian_law import Array, LinearChain
+from paradiff.samplers import exponential_integrator, heun, ornstein_uhlenbeck
 from paradiff.samplers.grid import Grid, paper_grid
 
 TOLERANCE = 1e-2

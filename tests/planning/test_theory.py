@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -14,23 +15,15 @@ import torch
 from problems import network
 
 import paradiff.planning.theory
-from paradiff import (
-    Evaluator,
-    Keyed,
-    Theory,
-    exponential_integrator,
-    freeze_epsilon,
-    ornstein_uhlenbeck,
-    piadm_ode,
-    piadm_sde,
-    sample,
-    solve,
-)
+from paradiff import Evaluator, Keyed, sample, solve
+from paradiff.chain.slope import freeze_epsilon
 from paradiff.models.exact import Mixture
+from paradiff.planning import Theory
+from paradiff.samplers import exponential_integrator, ornstein_uhlenbeck
 from paradiff.solver.solution import Status
 
 Kind = Literal["sde", "ode"]
-MAKERS: dict[Kind, Callable[..., Theory]] = {"sde": piadm_sde.from_theory, "ode": piadm_ode.from_theory}
+MAKERS: dict[Kind, Callable[..., Theory]] = {"sde": partial(Theory, "sde"), "ode": partial(Theory, "ode")}
 each_kind = pytest.mark.parametrize("kind", MAKERS)
 
 
@@ -38,7 +31,7 @@ each_kind = pytest.mark.parametrize("kind", MAKERS)
 
 
 def test_the_parameters_of_the_sde_are_those_computed_by_hand() -> None:
-    found = piadm_sde.from_theory(2, 0.5)
+    found = Theory("sde", 2, 0.5)
     h = 0.2784645427610738  # Lambert's W(1/e): h e^h = 1/e
     assert found.length == pytest.approx(h, rel=1e-14)
     assert found.blocks == 8  # ln(2/0.25) = 2.08 in blocks of 0.278
@@ -54,7 +47,7 @@ def test_the_parameters_of_the_sde_are_those_computed_by_hand() -> None:
 
 
 def test_the_parameters_of_the_ode_are_those_computed_by_hand() -> None:
-    found = piadm_ode.from_theory(64, 0.1, lipschitz=2.0, itemsize=8)
+    found = Theory("ode", 64, 0.1, lipschitz=2.0, itemsize=8)
     h = found.length
     assert 4 * h * math.exp(h) == pytest.approx(math.exp(-1), rel=1e-14)
     assert h == pytest.approx(0.0845163, abs=1e-7)
@@ -251,7 +244,7 @@ def test_what_the_refusal_names_fits_the_memory(kind: Kind, dimension: int, accu
 
 
 def test_larger_numbers_take_more_memory() -> None:
-    four, eight = (piadm_sde.from_theory(5, 0.3, itemsize=size) for size in (4, 8))
+    four, eight = (Theory("sde", 5, 0.3, itemsize=size) for size in (4, 8))
     assert eight.bytes == 2 * four.bytes
     assert "give more" not in refusal("sde", 5, 0.3, four.bytes, itemsize=8)
 
@@ -287,7 +280,7 @@ def test_values_out_of_range_are_refused(
 @pytest.mark.parametrize("accuracy", [0.999, 0.3, 1e-3])
 @pytest.mark.parametrize("lipschitz", [1.0, 10.0, 1e4])
 def test_the_corrector_of_the_theory_is_stable_everywhere(dimension: int, accuracy: float, lipschitz: float) -> None:
-    found = piadm_ode.from_theory(dimension, accuracy, lipschitz=lipschitz).corrector
+    found = Theory("ode", dimension, accuracy, lipschitz=lipschitz).corrector
     assert found is not None
     assert found.step is not None
     assert found.sweeps <= found.steps

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from paradiff import Keyed, Schedule, Table, collocation, ddim, ddpm, euler, flow_euler, sample
+from paradiff import Keyed, Schedule, Table, collocation, sample
+from paradiff.samplers import ddim, ddpm, euler, flow_euler
 from paradiff.samplers.continuum import STEPS, continuum
 
 TABLES = {

@@ -22,12 +22,13 @@ from textbook import BETAS, schedule_of
 from torch import Tensor
 
 import paradiff.samplers.exponential
-from paradiff import (
+from paradiff import Keyed, Schedule, Table
+from paradiff.chain.prediction import Prediction
+from paradiff.models.exact import Gaussian, Mixture
+from paradiff.planning.gaussian_law import linear_chain, sample_variance, sequential_weights
+from paradiff.samplers import (
     Grid,
-    Keyed,
     Process,
-    Schedule,
-    Table,
     ddim,
     ddpm,
     exponential_integrator,
@@ -39,9 +40,6 @@ from paradiff import (
     variance_exploding,
     variance_preserving,
 )
-from paradiff.chain.prediction import Prediction
-from paradiff.models.exact import Gaussian, Mixture
-from paradiff.planning.gaussian_law import linear_chain, sample_variance, sequential_weights
 from paradiff.samplers.exponential import Form
 
 FORMS: list[Form] = ["score", "epsilon", "clean"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from paradiff import Grid, log_snr_grid, paper_grid, uniform_grid
+from paradiff.samplers import Grid, log_snr_grid, paper_grid, uniform_grid
 
 MAKERS: dict[str, Callable[..., Grid]] = {"uniform": uniform_grid, "log_snr": log_snr_grid}
 

@@ -14,12 +14,15 @@ from problems import chain
 from scheduler_loops import SHAPE, gap, start_of, walk_scheduler, walk_table
 from torch import Tensor
 
-from paradiff import Clip, Keyed, Table, ddim, flow_euler, freeze_clean_data, parasolver, sample
+from paradiff import Keyed, parasolver, sample
+from paradiff.chain import Clip
+from paradiff.chain.slope import freeze_clean_data
 from paradiff.errors import Unsupported
 from paradiff.models.exact import Empirical, Mixture, digits
 from paradiff.models.pixel import SCHEDULERS, table_of
+from paradiff.samplers import ddim, flow_euler
 from paradiff.samplers.schedule import Schedule
-from paradiff.samplers.scheduler.probe import Increments, probe
+from paradiff.samplers.scheduler.probe import Increments, from_scheduler, probe
 
 # diffusers 0.42 hands tensors to numpy 2, which complains.
 pytestmark = [
@@ -57,7 +60,7 @@ FORMS = [
 def test_probed_tables_are_the_formulas(sampler: str, steps: int, config: dict[str, Any]) -> None:
     scheduler = SCHEDULERS[sampler](**config)
     scheduler.set_timesteps(steps)
-    found, wanted = Table.from_scheduler(scheduler), table_of(scheduler.config, sampler, steps)
+    found, wanted = from_scheduler(scheduler), table_of(scheduler.config, sampler, steps)
     # The scheduler's own rounding. Its squared levels s are float32 numbers just below 1, which round by 3e-8. At t = 1 of 1000
     # steps, which leads from s to s', the variance 1 - s / s' is 1.2e-4: the roundings of s, s' and the quotient are 7.5e-4 of
     # it, and that of 1 - s = 2.2e-4, whose root divides it, is 7e-5. Of 50 steps the least such variance is fifty times that.
@@ -75,7 +78,7 @@ def test_probed_tables_are_the_formulas(sampler: str, steps: int, config: dict[s
 
 
 def test_flow_matching_is_the_formula() -> None:
-    found, wanted = Table.from_scheduler(ready("FlowMatchEulerDiscrete", 20, shift=3.0)), flow_euler(20, shift=3.0)
+    found, wanted = from_scheduler(ready("FlowMatchEulerDiscrete", 20, shift=3.0)), flow_euler(20, shift=3.0)
     for name in ("t", "alpha", "sigma", "a", "b", "c", "scale", "p", "q"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-6)
 
@@ -87,7 +90,7 @@ def test_a_clipped_chain_is_solved_in_a_fraction_of_its_steps() -> None:
     # DDIM as pixel pipelines run it, and a network trained on data that leave the range.
     scheduler = ready("DDIM", 50)
     denoiser = Empirical(1.3 * digits().data).denoiser(ddim(Schedule.linear(), 50))
-    table = Table.from_scheduler(scheduler)
+    table = from_scheduler(scheduler)
     assert table.clip == Clip(1.0)
     noise = Keyed((1, 8, 8), 3)
     x = noise.start(0)[None].double()
@@ -112,7 +115,7 @@ def test_each_sample_of_a_loop_state_is_limited_by_itself(kind: str) -> None:
     generator = torch.Generator().manual_seed(2)
     wanted = walk_scheduler(scheduler, x, torch.Generator().manual_seed(2))
     assert gap(walk_table(table, x, Increments(scheduler, table, None, x, generator)), wanted) < 1e-6
-    alone = Table.from_scheduler(scheduler)  # one sample a row
+    alone = from_scheduler(scheduler)  # one sample a row
     nodes, states = slice(0, 2), torch.stack([x, -x])
     merged = table.convert(nodes, states, states)
     for k in range(len(x)):
@@ -179,7 +182,7 @@ def test_a_sampler_that_uses_its_draws_twice_has_independent_noises() -> None:
     # SA-Solver's corrector takes the last step's draw again. With white noise of its own making the table must give the law of
     # the scheduler: for a linear network the final variance is known from many runs of the scheduler.
     scheduler = ready("SASolver", 12)
-    table, shape = Table.from_scheduler(scheduler), (64, 4, 16, 16)
+    table, shape = from_scheduler(scheduler), (64, 4, 16, 16)
     x = torch.zeros(shape, dtype=torch.float64)
     theirs = walk_linear(scheduler, x, torch.Generator().manual_seed(0)).std()
     noise = Keyed(shape, 5)
@@ -200,7 +203,7 @@ def walk_linear(scheduler: Any, x: Tensor, generator: torch.Generator) -> Tensor
 @pytest.mark.parametrize("kind", ["UniPCMultistep", "SASolver"])
 def test_a_dense_chain_is_solved_in_fewer_rounds_than_steps(kind: str) -> None:
     scheduler = ready(kind, 30)
-    table = Table.from_scheduler(scheduler)
+    table = from_scheduler(scheduler)
     assert table.band >= table.steps - 1
     lumps = Mixture(torch.tensor([0.6, 0.4]), torch.tensor([[0.7, -0.5, 0.2], [-0.3, 0.6, 0.1]]), torch.tensor([0.1, 0.05]))
     denoiser, noise = lumps.denoiser(table), Keyed((3,), 1, 4)
@@ -214,20 +217,20 @@ def test_a_dense_chain_is_solved_in_fewer_rounds_than_steps(kind: str) -> None:
 
 
 def test_the_same_question_has_the_same_answer() -> None:
-    first = Table.from_scheduler(ddim_of())
-    assert Table.from_scheduler(ddim_of()) is first
+    first = from_scheduler(ddim_of())
+    assert from_scheduler(ddim_of()) is first
     scheduler = ddim_of()
     assert probe(scheduler, scheduler.timesteps, {"generator": torch.Generator()}) is probe(ddim_of())
     changed = ddim_of()
     changed.alphas_cumprod = changed.alphas_cumprod**1.1
     others = [
-        Table.from_scheduler(ddim_of(11)),
-        Table.from_scheduler(ddim_of(prediction_type="v_prediction")),
-        Table.from_scheduler(ddim_of(), eta=0.5),
-        Table.from_scheduler(ddim_of(), scheduler.timesteps[2:]),
-        Table.from_scheduler(changed),
-        Table.from_scheduler(ready("DDPM", clip_sample=False)),
-        Table.from_scheduler(ready("DDIM")),
+        from_scheduler(ddim_of(11)),
+        from_scheduler(ddim_of(prediction_type="v_prediction")),
+        from_scheduler(ddim_of(), eta=0.5),
+        from_scheduler(ddim_of(), scheduler.timesteps[2:]),
+        from_scheduler(changed),
+        from_scheduler(ready("DDPM", clip_sample=False)),
+        from_scheduler(ready("DDIM")),
     ]
     every = [first, *others]
     for k, table in enumerate(every):
@@ -324,16 +327,16 @@ def test_what_has_no_table_is_refused_in_a_sentence(case: str) -> None:
     with pytest.raises(Unsupported, match=sentence):
         probe(scheduler, timesteps, options)
     with pytest.raises(ValueError, match=sentence):
-        Table.from_scheduler(scheduler, timesteps, **options)
+        from_scheduler(scheduler, timesteps, **options)
 
 
 # -- what a table says of its levels -------------------------------------------------------------------------------------
 
 
 def test_a_table_says_how_far_its_levels_can_be_trusted() -> None:
-    exact = Table.from_scheduler(ddim_of())
-    rounded = Table.from_scheduler(ready("LCM", 4))
-    guide = Table.from_scheduler(ready("IPNDM"))
+    exact = from_scheduler(ddim_of())
+    rounded = from_scheduler(ready("LCM", 4))
+    guide = from_scheduler(ready("IPNDM"))
     assert exact.exact_levels
     assert exact.about_levels == "levels and coefficients agree"
     assert "within rounding" in rounded.about_levels
@@ -341,7 +344,7 @@ def test_a_table_says_how_far_its_levels_can_be_trusted() -> None:
     with pytest.raises(ValueError, match="leaves its ray"):
         dataclasses.replace(guide, exact_levels=True)
     # p and q of their own are used, and must be of the table's size.
-    edm = Table.from_scheduler(ready("EDMEuler"))
+    edm = from_scheduler(ready("EDMEuler"))
     assert edm.clean is not None
     torch.testing.assert_close(edm.p, 0.25 / (edm.sigma[:-1] ** 2 + 0.25), rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match=r"clean has shape \(3, 2\)"):
@@ -350,5 +353,5 @@ def test_a_table_says_how_far_its_levels_can_be_trusted() -> None:
 
 def test_from_scheduler_begins_where_the_scheduler_does() -> None:
     scheduler = ready("EulerDiscrete")
-    assert Table.from_scheduler(scheduler).start_scale == pytest.approx(float(scheduler.init_noise_sigma))
+    assert from_scheduler(scheduler).start_scale == pytest.approx(float(scheduler.init_noise_sigma))
     assert probe(scheduler).start_scale == 1  # a loop brings its own start

@@ -12,9 +12,10 @@ from scheduler_loops import SHAPE, gap, network, start_of, walk_scheduler, walk_
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from paradiff import Table, freeze_clean_data, freeze_epsilon, parasolver, sample, sequential
+from paradiff import Table, parasolver, sample, sequential
+from paradiff.chain.sensitivity import noise_units, sensitivity
+from paradiff.chain.slope import freeze_clean_data, freeze_epsilon
 from paradiff.chain.table import ROUNDING
-from paradiff.methods.window.budget import noise_units, sensitivity
 from paradiff.samplers.scheduler.probe import Increments, probe
 
 pytestmark = [  # what diffusers 0.42 and torchsde say of themselves

@@ -17,12 +17,12 @@ from problems import SHAPE, chain, gap
 from textbook import BETAS, betas_of, ratios_of, schedule_of
 from torch import Tensor
 
-from paradiff import (
+from paradiff import Keyed, Schedule, Table
+from paradiff.chain.prediction import Prediction
+from paradiff.models.exact import Mixture
+from paradiff.samplers import (
     Grid,
-    Keyed,
     Process,
-    Schedule,
-    Table,
     exponential_integrator,
     log_snr_grid,
     ornstein_uhlenbeck,
@@ -32,8 +32,6 @@ from paradiff import (
     variance_exploding,
     variance_preserving,
 )
-from paradiff.chain.prediction import Prediction
-from paradiff.models.exact import Mixture
 from paradiff.samplers.exponential import Form
 from paradiff.samplers.process import level_of, signal_and_noise
 

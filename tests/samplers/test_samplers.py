@@ -1,4 +1,4 @@
-"""samplers/preserving.py against the textbook loops of textbook.py; its errors, each by its text."""
+"""The samplers against the textbook loops of textbook.py; its errors, each by its text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ from torch import Tensor
 
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.table import Table
-from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
+from paradiff.samplers.exploding import euler, euler_ancestral, heun
+from paradiff.samplers.flow import flow_euler
+from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.schedule import Schedule
 
 # Both sides are float64; coefficients up to 1e4 (epsilon at the cosine schedule's first levels) cost some digits.

@@ -1,4 +1,4 @@
-"""samplers/preserving.py against diffusers' schedulers of those names, over whole trajectories, node by node."""
+"""The samplers against diffusers' schedulers of those names, over whole trajectories, node by node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from textbook import (
 )
 
 from paradiff.chain.clipping import Clip, DynamicThreshold
-from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
+from paradiff.samplers.exploding import euler, euler_ancestral, heun
+from paradiff.samplers.flow import flow_euler
+from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.schedule import Schedule
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.

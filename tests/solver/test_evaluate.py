@@ -7,7 +7,8 @@ import torch
 from problems import SHAPE, TABLES, gap, network, run
 from torch import Tensor
 
-from paradiff import Batch, Evaluator, Keyed, parasolver, sample
+from paradiff import Evaluator, Keyed, parasolver, sample
+from paradiff.solver import Batch
 
 
 def batch_of(rows: int, dtype: torch.dtype = torch.float32) -> Batch:

@@ -23,26 +23,12 @@ from problems import (
 )
 from torch import Tensor
 
-from paradiff import (
-    Clip,
-    Evaluator,
-    Keyed,
-    Schedule,
-    Table,
-    WindowMethod,
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    freeze_clean_data,
-    heun,
-    jacobi,
-    paradigms,
-    parasolver,
-    sample,
-    sequential,
-    solve,
-)
+from paradiff import Evaluator, Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential, solve
+from paradiff.chain import Clip
+from paradiff.chain.slope import freeze_clean_data
+from paradiff.methods import WindowMethod
 from paradiff.models.exact import digits
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, heun
 from paradiff.solver.protocol import Round
 
 each_table = pytest.mark.parametrize("name", TABLES)

@@ -22,11 +22,12 @@ from paradiff.app.options import METHODS, OPTIONS, SLOPES, make_method, parse_se
 from paradiff.app.run_json import output_folder, pipeline_report, report, write_json
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
+from paradiff.errors import refuse_unknown
+from paradiff.models.files import is_pixel, read_index
 from paradiff.models.pipeline import load_pipeline, set_sampler
-from paradiff.models.pixel import EXPONENTIAL, GRIDS, SCHEDULERS, Model, is_pixel, load, read_index
+from paradiff.models.pixel import EXPONENTIAL, GRIDS, SCHEDULERS, Model, load
 from paradiff.pipelines import explain as explain_pipeline
 from paradiff.samplers.exponential import Form
-from paradiff.samplers.schedule import refuse_unknown
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample as run_solver
 from paradiff.solver.protocol import Batch, Method, Round

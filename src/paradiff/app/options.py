@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from paradiff.chain import slope
+from paradiff.errors import refuse_unknown
 from paradiff.methods import piadm
 from paradiff.methods import presets as methods
 from paradiff.methods.window.corrector import Corrector, underdamped_langevin
-from paradiff.samplers.schedule import refuse_unknown
 from paradiff.solver.protocol import Method
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -1,1 +1,14 @@
 """The recurrence: a sampler's table of coefficients, its noises, slopes and steps."""
+
+from paradiff.chain.clipping import Clip, DynamicThreshold
+from paradiff.chain.noise import Keyed, Noise, Recorded
+from paradiff.chain.table import Table
+
+__all__ = [
+    "Clip",
+    "DynamicThreshold",
+    "Keyed",
+    "Noise",
+    "Recorded",
+    "Table",
+]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,6 +79,18 @@ class Keyed:
         """Number of samples B."""
         return len(self._keys)
 
+    def __repr__(self) -> str:
+        seeds = sorted({seed for seed, _ in self._keys})
+        named = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
+        return f"Keyed noise: {self.samples} of shape {self.shape}, {named}"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all draws are equal: the same shape, seeds and samples."""
+        return (self.shape, self._keys) == (other.shape, other._keys) if isinstance(other, Keyed) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.shape, tuple(self._keys)))
+
     def _block(self, sample: int, block: int) -> np.ndarray:
         bits = np.random.Philox(key=np.array(self._keys[sample], dtype=np.uint64), counter=[0, 0, block, 0])
         return np.random.Generator(bits).standard_normal(math.prod(self.shape), dtype=np.float32)
@@ -138,6 +150,33 @@ class Recorded:
             self._starts.append(self._randn(own))
             self._states.append([own.get_state()])
         self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+
+    def __repr__(self) -> str:
+        count, device = len(self._generators), self._generators[0].device
+        source = "one generator" if count == 1 else f"{count} generators"
+        return f"Recorded noise: {self.samples} of shape {self.shape}, {self._dtype}, from {source} on {device}"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all draws are equal: the same shape and dtype, from generators in the same states."""
+        if not isinstance(other, Recorded):
+            return NotImplemented
+        return self._origin == other._origin
+
+    def __hash__(self) -> int:
+        return hash(self._origin)
+
+    @property
+    def _origin(self) -> tuple[object, ...]:
+        """What determines the draws."""
+        states = tuple((g.device.type, bytes(s[0].tolist())) for g, s in zip(self._generators, self._states, strict=True))
+        return self.shape, self.samples, self._dtype, states
+
+    def __getstate__(self) -> dict[str, object]:
+        """The generators by their devices: their states are saved beside them. Drawn stretches are drawn again."""
+        return {**self.__dict__, "_generators": [g.device for g in self._generators], "_kept": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _generators=[torch.Generator(device=d) for d in state["_generators"]])
 
     def _randn(self, generator: torch.Generator) -> Tensor:
         return torch.randn((self._group, *self.shape), generator=generator, device=generator.device, dtype=self._dtype)

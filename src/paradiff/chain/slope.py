@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,7 +67,23 @@ def freeze_clean_data(table: Table) -> Tensor:
     return _from_clean_slope(table, torch.zeros_like(table.p))
 
 
-def shifted(variance: float) -> Callable[[Table], Tensor]:
+@dataclass(frozen=True)
+class Shifted:
+    """The slope that `shifted` returns: equation (2) with g = alpha v/(alpha^2 v + sigma^2).
+
+    Attributes:
+        variance: v.
+    """
+
+    variance: float
+
+    def __call__(self, table: Table) -> Tensor:
+        """G `[N, P]`."""
+        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
+        return _from_clean_slope(table, alpha * self.variance / (alpha**2 * self.variance + sigma**2))
+
+
+def shifted(variance: float) -> Shifted:
     """The clean-data estimate answers as it does for Gaussian data.
 
     Args:
@@ -77,12 +94,7 @@ def shifted(variance: float) -> Callable[[Table], Tensor]:
     """
     if not 0 < variance < float("inf"):
         raise ValueError(f"the data variance is {variance}; it must be positive and finite")
-
-    def slope(table: Table) -> Tensor:
-        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-        return _from_clean_slope(table, alpha * variance / (alpha**2 * variance + sigma**2))
-
-    return slope
+    return Shifted(variance)
 
 
 def resolve(slope: Slope, table: Table) -> Tensor:

@@ -11,7 +11,7 @@ Two conditions hold for every consistent table and are checked when one is made.
 (x = alpha x0 and the matching m give alpha' x0 at the node reached, alpha'), and variances add up (the deterministic part
 maps pure noise of level sigma to level u, and u^2 + c^2 = sigma'^2).
 
-Tables are made by the plain functions of samplers/preserving.py, or read off any diffusers scheduler (`Table.from_scheduler`).
+Tables are made by the plain functions of paradiff.samplers, or read off any diffusers scheduler (`samplers.from_scheduler`).
 Those read off have exact coefficients a, b, c, while their levels are found separately and may be a guide only: they serve
 slopes, fills and certificates, and no state of a finished chain depends on them.
 """
@@ -19,7 +19,7 @@ slopes, fills and certificates, and no state of a finished chain depends on them
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -82,29 +82,6 @@ class Table:
     clean: Tensor | None = None
     exact_levels: bool = True
 
-    @classmethod
-    def from_scheduler(cls, scheduler: Any, timesteps: Tensor | None = None, **step_kwargs: Any) -> Table:
-        """The chain that a diffusers scheduler walks, read off its own `step` (samplers/scheduler/probe.py).
-
-        Args:
-            scheduler: The scheduler, whose `set_timesteps` was called. It is not changed.
-            timesteps: Those that the loop walks, a stretch of the scheduler's own; all of them by default.
-            step_kwargs: What the loop hands to `step` beside output, time and state: `eta`, say.
-
-        Returns:
-            The table, the same object for the same scheduler state.
-
-        Raises:
-            ValueError: If the step has no table: it is not linear, takes other arguments, or its times are not known.
-        """
-        from paradiff.errors import Unsupported
-        from paradiff.samplers.scheduler.probe import per_sample
-
-        try:
-            return per_sample(scheduler, timesteps, step_kwargs)
-        except Unsupported as refusal:
-            raise ValueError(str(refusal)) from refusal
-
     def __post_init__(self) -> None:
         self._check_shapes(self.steps)
         if self.scale is None:
@@ -114,6 +91,30 @@ class Table:
         if self.clip is not None and self.clip_weight is None:
             object.__setattr__(self, "clip_weight", 1 / self.q)
         self._check_consistency()
+
+    def __repr__(self) -> str:
+        kind = "stochastic" if self.stochastic else "deterministic"
+        limit = "" if self.clip is None else f", clean data limited by {self.clip!r}"
+        noise, signal = self.sigma, self.alpha
+        return (
+            f"Table {self.name!r}: {self.steps} steps, band {self.band}, {kind}, {self.prediction} prediction{limit}\n"
+            f"  times {self.t[0]:g} to {self.t[-2]:g}, signal {signal[0]:.3g} to {signal[-1]:.3g}, noise {noise[0]:.3g} to "
+            f"{noise[-1]:.3g}\n"
+            f"  {self.about_levels}"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields have equal values."""
+        if not isinstance(other, Table):
+            return NotImplemented
+        return self is other or all(equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.prediction, self.steps, self.band, float(self.alpha[0]), float(self.sigma[0])))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what is derived from them is made again."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _check_shapes(self, steps: int) -> None:
         if steps < 1:
@@ -301,6 +302,13 @@ def landed(a: Tensor, b: Tensor, c: Tensor, alpha: Tensor, sigma: Tensor, p: Ten
         ray += a[:, j] * alpha[at] + b[:, j] * ray_output[at]
         noise += a[:, j] * sigma[at] + b[:, j] * noise_output[at]
     return torch.stack([ray, torch.hypot(noise, c)], dim=1)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two values are equal; tensors if their dtypes, shapes and all numbers are."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

@@ -1,1 +1,16 @@
 """How a chain is solved: the published methods as presets, and a folder for each family of solvers."""
+
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.parareal.method import PararealMethod
+from paradiff.methods.window.blocks import Blocks
+from paradiff.methods.window.corrector import Corrector, underdamped_langevin
+from paradiff.methods.window.method import WindowMethod
+
+__all__ = [
+    "Blocks",
+    "CollocationMethod",
+    "Corrector",
+    "PararealMethod",
+    "WindowMethod",
+    "underdamped_langevin",
+]

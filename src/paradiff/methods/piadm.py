@@ -25,7 +25,6 @@ from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
 from paradiff.methods.window.method import WindowMethod
 from paradiff.methods.window.options import Chains, Start
-from paradiff.planning.theory import Theory
 
 TOLERANCE = 2.4e-2
 
@@ -63,93 +62,87 @@ def _method(
     )
 
 
-class PiadmSde:
-    """PIADM-SDE (arXiv 2405.15986, algorithm 1), for stochastic chains. Call it for a `WindowMethod`.
+def piadm_sde(
+    blocks: int | Sequence[int],
+    sweeps: int | None = None,
+    *,
+    slope: Slope | None = None,
+    start: Start | None = None,
+    tolerance: float | None = None,
+    stagger: int | None = None,
+    carry: bool = True,
+    window: int | None = None,
+) -> WindowMethod:
+    """PIADM-SDE: Picard iteration over blocks of a stochastic chain.
+
+    Source: Chen, Ren, Ying and Rotskoff, arXiv 2405.15986, algorithm 1. `paradiff.planning.Theory("sde", ...)` gives the
+    parameters that its theorem 3.3 asks for.
 
     Differs from the paper in: any stochastic table, not only that of the score form; leading nodes, which after k sweeps are
     exact, are not evaluated again; a window may be narrower than a block.
+
+    Args:
+        blocks: Number of blocks, balanced in log(alpha/sigma), or the nodes of their edges (`Grid.edges`).
+        sweeps: K, sweeps of every block (the paper's mode); None for the error rule.
+        slope: The linear part (chain/slope.py). By default `freeze_epsilon`, the paper's, with `sweeps`; without,
+            `identity`, which leaves the smallest errors on trained networks.
+        start: What a block's path is filled with (methods/window/method.py): by default the paper's `copy` of its first state
+            with `sweeps`, and else `clean`.
+        tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate, in the data's units;
+            2.4e-2 by default.
+        stagger: Sweeps of a block after which the next one joins it, the diagonal schedule (Zhou and Sugiyama, arXiv
+            2412.07435); None for blocks in turn.
+        carry: Whether changes cross the edges of blocks in flight together in the same sweep; the published schedule lets
+            them cross in the next one, and takes more rounds.
+        window: Most nodes solved at once, which bounds the memory; None for whole blocks.
+
+    Raises:
+        ValueError: If a number is out of its range, or `sweeps` and `tolerance` are both given.
     """
-
-    def __call__(
-        self,
-        blocks: int | Sequence[int],
-        sweeps: int | None = None,
-        *,
-        slope: Slope | None = None,
-        start: Start | None = None,
-        tolerance: float | None = None,
-        stagger: int | None = None,
-        carry: bool = True,
-        window: int | None = None,
-    ) -> WindowMethod:
-        """The method.
-
-        Args:
-            blocks: Number of blocks, balanced in log(alpha/sigma), or the nodes of their edges (`Grid.edges`).
-            sweeps: K, sweeps of every block (the paper's mode); None for the error rule.
-            slope: The linear part (chain/slope.py): by default `freeze_epsilon`, the paper's, with `sweeps`. Without,
-                `identity` for stochastic chains, where it leaves the smallest errors on trained networks, and `shifted(0.5)`,
-                data of variance 0.5, for deterministic ones, where it takes the fewest rounds.
-            start: What a block's path is filled with (methods/window/method.py): by default the paper's `copy` of its first
-                state with `sweeps`, and else `clean`.
-            tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate; 2.4e-2 by default.
-            stagger: Sweeps of a block after which the next one joins it, the diagonal schedule (Zhou and Sugiyama, arXiv
-                2412.07435); None for blocks in turn.
-            carry: Whether changes cross the edges of blocks in flight together in the same sweep; the published schedule lets
-                them cross in the next one, and takes more rounds.
-            window: Most nodes solved at once, which bounds the memory; None for whole blocks.
-
-        Raises:
-            ValueError: If a number is out of its range, or `sweeps` and `tolerance` are both given.
-        """
-        return _method("piadm_sde", "stochastic", blocks, sweeps, slope, start, tolerance, stagger, carry, window)
-
-    def from_theory(
-        self, dimension: int, accuracy: float, *, lipschitz: float = 1.0, memory: float | None = None, itemsize: int = 4
-    ) -> Theory:
-        """The parameters that the paper's theorem 3.3 asks for; arguments and errors as of `Theory`."""
-        return Theory("sde", dimension, accuracy, lipschitz, memory, itemsize)
+    return _method("piadm_sde", "stochastic", blocks, sweeps, slope, start, tolerance, stagger, carry, window)
 
 
-class PiadmOde:
-    """PIADM-ODE (arXiv 2405.15986, algorithm 2), for deterministic chains. Call it for a `WindowMethod`.
+def piadm_ode(
+    blocks: int | Sequence[int],
+    sweeps: int | None = None,
+    corrector: Corrector | None = None,
+    *,
+    slope: Slope | None = None,
+    start: Start | None = None,
+    tolerance: float | None = None,
+    stagger: int | None = None,
+    carry: bool = True,
+    window: int | None = None,
+) -> WindowMethod:
+    """PIADM-ODE: Picard iteration over blocks of a deterministic chain.
 
-    Differs from the paper as `PiadmSde` does; and the corrector is off unless given: at equal rounds the
-    SDE came nearer to the law in nearly every case measured (docs/piadm.md).
+    Source: Chen, Ren, Ying and Rotskoff, arXiv 2405.15986, algorithm 2. `paradiff.planning.Theory("ode", ...)` gives the
+    parameters that its theorem 3.5 asks for.
+
+    Differs from the paper in: any deterministic table, not only that of the score form; leading nodes, which after k sweeps are
+    exact, are not evaluated again; a window may be narrower than a block; no corrector unless one is given, for at equal rounds
+    `piadm_sde` came nearer to the law in nearly every case measured (docs/piadm.md).
+
+    Args:
+        blocks: Number of blocks, balanced in log(alpha/sigma), or the nodes of their edges (`Grid.edges`).
+        sweeps: K, sweeps of every block (the paper's mode); None for the error rule.
+        corrector: What follows every block at whose end noise is left: `underdamped_langevin(...)`
+            (methods/window/corrector.py). The sample is then that of the sequential chain with the same corrector. Not with a
+            stagger.
+        slope: The linear part (chain/slope.py). By default `freeze_epsilon`, the paper's, with `sweeps`; without,
+            `shifted(0.5)`, data of variance 0.5, which takes the fewest rounds.
+        start: What a block's path is filled with (methods/window/method.py): by default the paper's `copy` of its first state
+            with `sweeps`, and else `clean`.
+        tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate, in the data's units;
+            2.4e-2 by default.
+        stagger: Sweeps of a block after which the next one joins it, the diagonal schedule (Zhou and Sugiyama, arXiv
+            2412.07435); None for blocks in turn.
+        carry: Whether changes cross the edges of blocks in flight together in the same sweep; the published schedule lets
+            them cross in the next one, and takes more rounds.
+        window: Most nodes solved at once, which bounds the memory; None for whole blocks.
+
+    Raises:
+        ValueError: If a number is out of its range, `sweeps` and `tolerance` are both given, or a stagger and a
+            corrector.
     """
-
-    def __call__(
-        self,
-        blocks: int | Sequence[int],
-        sweeps: int | None = None,
-        corrector: Corrector | None = None,
-        *,
-        slope: Slope | None = None,
-        start: Start | None = None,
-        tolerance: float | None = None,
-        stagger: int | None = None,
-        carry: bool = True,
-        window: int | None = None,
-    ) -> WindowMethod:
-        """The method.
-
-        Args:
-            blocks: As for `piadm_sde`; so are the arguments that follow, but for
-            corrector: What follows every block at whose end noise is left: `underdamped_langevin(...)`
-                (methods/window/corrector.py). The sample is then that of the sequential chain with the same corrector. Not with
-                a stagger.
-
-        Raises:
-            ValueError: As `piadm_sde`.
-        """
-        return _method("piadm_ode", "deterministic", blocks, sweeps, slope, start, tolerance, stagger, carry, window, corrector)
-
-    def from_theory(
-        self, dimension: int, accuracy: float, *, lipschitz: float = 1.0, memory: float | None = None, itemsize: int = 4
-    ) -> Theory:
-        """The parameters that the paper's theorem 3.5 asks for; arguments and errors as of `Theory`."""
-        return Theory("ode", dimension, accuracy, lipschitz, memory, itemsize)
-
-
-piadm_sde = PiadmSde()
-piadm_ode = PiadmOde()
+    return _method("piadm_ode", "deterministic", blocks, sweeps, slope, start, tolerance, stagger, carry, window, corrector)

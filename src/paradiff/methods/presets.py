@@ -28,6 +28,8 @@ from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.options import DEFAULT_TOLERANCE, Target
 from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.parareal.options import Choice, Schedule, StopRule
+from paradiff.methods.piadm import piadm_ode as piadm_ode
+from paradiff.methods.piadm import piadm_sde as piadm_sde
 from paradiff.methods.window.method import WindowMethod
 from paradiff.methods.window.options import Rule
 

@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, check_weights, components, loading, locate, read_index
-from paradiff.samplers.schedule import refuse_unknown
+from paradiff.errors import refuse_unknown
+from paradiff.models.files import check_weights, components, loading, locate, read_index
+from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS
 
 BETAS = "beta_schedule"
 
@@ -67,7 +68,7 @@ def set_sampler(pipeline: Any, name: str) -> None:
 
     Args:
         pipeline: The pipeline.
-        name: One of `hub.SCHEDULERS`, or a scheduler class of diffusers.
+        name: One of `pixel.SCHEDULERS`, or a scheduler class of diffusers.
 
     Raises:
         ValueError: If there is no such scheduler, or it does not fit the pipeline's.

@@ -1,7 +1,29 @@
 """Diffusers pipelines run in parallel over time: their own call, their own loop, one sweep a turn."""
 
-from paradiff.pipelines.explanation import Explanation, explain
-from paradiff.pipelines.report import Report
-from paradiff.pipelines.run import Run, parallelize
+from typing import TYPE_CHECKING
 
-__all__ = ["Explanation", "Report", "Run", "explain", "parallelize"]
+from paradiff.lazy import lazily
+
+if TYPE_CHECKING:
+    from paradiff.pipelines.explanation import Explanation, explain
+    from paradiff.pipelines.report import Report
+    from paradiff.pipelines.run import Run, parallelize
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Explanation": "paradiff.pipelines.explanation",
+            "Report": "paradiff.pipelines.report",
+            "Run": "paradiff.pipelines.run",
+            "explain": "paradiff.pipelines.explanation",
+            "parallelize": "paradiff.pipelines.run",
+        },
+    )
+
+__all__ = [
+    "Explanation",
+    "Report",
+    "Run",
+    "explain",
+    "parallelize",
+]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.samplers.preserving import in_outputs
+from paradiff.samplers.forms import in_outputs
 
 STEPS = {"ode": 8000, "sde": 4000}
 CLOSE = 1e-5

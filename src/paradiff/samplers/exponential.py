@@ -25,10 +25,10 @@ from torch import Tensor
 
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
+from paradiff.errors import refuse_unknown
+from paradiff.samplers.forms import in_outputs
 from paradiff.samplers.grid import Grid
-from paradiff.samplers.preserving import in_outputs
 from paradiff.samplers.process import Process, signal_and_noise
-from paradiff.samplers.schedule import refuse_unknown
 
 Form = Literal["score", "epsilon", "clean"]
 Times = Literal["real", "nearest"]

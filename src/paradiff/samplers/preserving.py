@@ -1,47 +1,22 @@
-"""The samplers: each function returns the `Table` of one published sampler at one number of steps.
+"""Samplers of variance-preserving states, alpha^2 + sigma^2 = 1: `ddim`, `ddpm`, `dpmpp_2m`.
 
-Every one is linear in the states and in the network's clean-data estimates D = p x + q m (chain/prediction.py), so each is
-written in the form in which it was published, as
-
-    x[i+1] = sum_j ( A[i,j] x[i-j] + B[i,j] D[i-j] ) + c[i] z[i]                                              (1)
-
-and turned into the table's a = A + B p and b = B q, whatever the network predicts. Primes mark the level that the step
-lands on: alpha', sigma'. Two kinds of coordinates occur. Variance-preserving states have alpha^2 + sigma^2 = 1 (`ddim`,
-`ddpm`, `dpmpp_2m`); variance-exploding ones have alpha = 1 and the noise ratio as sigma, and the network sees
-x/sqrt(sigma^2 + 1) (`euler`, `euler_ancestral`, `heun`). `flow_euler` lives on the line alpha + sigma = 1.
-
-The last node is the sample: its time is listed as 0 and no chain hands it to the network. Times, levels and options are
-those of the diffusers scheduler that a docstring names; where they differ it says so.
-
-Arguments that several share and that are not explained again: `schedule`, of T training times; `steps`, N; `spacing`,
-which times are visited, and `offset`, added to those of leading spacing; `prediction`, what the network predicts;
-`clip`, a limit on the clean-data estimate (chain/clipping.py). Every function raises ValueError for an unknown option, for
-more steps than the schedule can give, for an offset that leaves the training times (schedule.py), and for a network
-that predicts epsilon at a node of pure noise (chain/table.py).
+Each function returns the `Table` of one published sampler at one number of steps, written as equation (1) of forms.py, which
+explains the arguments that several share and the errors that all raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from paradiff.chain.prediction import Prediction, clean_coefficients
 from paradiff.chain.table import Table
-from paradiff.samplers.schedule import (
-    Schedule,
-    Spacing,
-    flow_sigmas,
-    fractional_times,
-    karras_ratios,
-    refuse_unknown,
-    spaced_times,
-)
+from paradiff.errors import refuse_unknown
+from paradiff.samplers.forms import Clipping, Final, descending, in_outputs, last_ratio, with_end
+from paradiff.samplers.schedule import Schedule, Spacing, karras_ratios, spaced_times
 
-Clipping = Callable[[Tensor], Tensor]
-Final = Literal["zero", "sigma_min"]
 Landing = Literal["next", "stride"]
 Variance = Literal["fixed_small", "fixed_large"]
 
@@ -73,7 +48,7 @@ def ddim(
             diffusers does: the same for leading spacing, slightly off for the others.
 
     Raises:
-        ValueError: See the module; also if `eta` is outside [0, 1], or a limited step has no room for its limit.
+        ValueError: See forms.py; also if `eta` is outside [0, 1], or a limited step has no room for its limit.
     """
     refuse_unknown("landing", landing, get_args(Landing))
     if not 0 <= eta <= 1:
@@ -102,7 +77,7 @@ def ddim(
     alpha, sigma = torch.cat([alpha, alpha_to[-1:]]), torch.cat([sigma, sigma_to[-1:]])
     a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
     reached = torch.stack([alpha_to, sigma_to], dim=1)
-    return Table("ddim", prediction, _with_end(times), alpha, sigma, a, b, c, reached=reached, clip=clip, clip_weight=weight)
+    return Table("ddim", prediction, with_end(times), alpha, sigma, a, b, c, reached=reached, clip=clip, clip_weight=weight)
 
 
 def ddpm(
@@ -128,7 +103,7 @@ def ddpm(
         variance: Which noise.
 
     Raises:
-        ValueError: See the module.
+        ValueError: See forms.py.
     """
     refuse_unknown("variance", variance, get_args(Variance))
     times = spaced_times(schedule.train_steps, steps, spacing, offset)
@@ -141,100 +116,7 @@ def ddpm(
     c = torch.where(times > 0, small if variance == "fixed_small" else beta, 0.0).sqrt()
     a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
     exact = variance == "fixed_small"
-    return Table("ddpm", prediction, _with_end(times), alpha, sigma, a, b, c, clip=clip, exact_variance=exact)
-
-
-def euler(
-    schedule: Schedule,
-    steps: int,
-    *,
-    spacing: Spacing = "linspace",
-    offset: int = 0,
-    prediction: Prediction = "epsilon",
-    karras: bool = False,
-    final: Final = "zero",
-) -> Table:
-    """Euler's method on the probability-flow ODE in the noise ratio (Karras et al., arXiv 2206.00364, eq. 1 and
-    algorithm 1 without its second stage; diffusers' EulerDiscreteScheduler without churn):
-
-        x' = x + (sigma' - sigma) (x - D)/sigma
-
-    Args:
-        spacing: Which times are visited; those of linspace are not rounded, and the ratio is interpolated.
-        karras: Whether to space the ratios between the first and the last one by eq. 5 of the paper (rho = 7) instead.
-        final: Whether the last step lands on 0 or on the smallest ratio of the schedule.
-
-    Raises:
-        ValueError: See the module; also if the ratios rise.
-    """
-    times, sigma = _ratios(schedule, steps, spacing, offset, karras, final)
-    shrink = sigma[1:] / sigma[:-1]
-    return _exploding("euler", spacing, prediction, times, sigma, shrink[:, None], 1 - shrink[:, None])
-
-
-def euler_ancestral(
-    schedule: Schedule,
-    steps: int,
-    *,
-    spacing: Spacing = "linspace",
-    offset: int = 0,
-    prediction: Prediction = "epsilon",
-) -> Table:
-    """Euler's method down to less noise than the next node has, then fresh noise up to it (k-diffusion's
-    `sample_euler_ancestral` with eta = 1; diffusers' EulerAncestralDiscreteScheduler):
-
-        x' = x + (down - sigma) (x - D)/sigma + up z,    down = sigma'^2/sigma,    up = sqrt(sigma'^2 - down^2)
-
-    In these coordinates it is `ddpm` at fractional times. Arguments as for `euler`.
-
-    Raises:
-        ValueError: See the module; also if the ratios rise.
-    """
-    times, sigma = _ratios(schedule, steps, spacing, offset)
-    before, after = sigma[:-1], sigma[1:]
-    shrink = (after / before) ** 2
-    up = after * ((before - after) * (before + after)).sqrt() / before
-    return _exploding("euler_ancestral", spacing, prediction, times, sigma, shrink[:, None], 1 - shrink[:, None], up)
-
-
-def heun(
-    schedule: Schedule,
-    steps: int,
-    *,
-    spacing: Spacing = "linspace",
-    offset: int = 0,
-    prediction: Prediction = "epsilon",
-    karras: bool = False,
-    clip: Clipping | None = None,
-) -> Table:
-    """Heun's method on the probability-flow ODE in the noise ratio (Karras et al., arXiv 2206.00364, algorithm 1;
-    diffusers' HeunDiscreteScheduler). Both network calls of a step are nodes, the second at the predicted state y:
-
-        y  = x + (sigma' - sigma) (x - D(x))/sigma                                   node 2k to node 2k+1
-        x' = x + (sigma' - sigma)/2 [ (x - D(x))/sigma + (y - D(y))/sigma' ]         node 2k+1 (and 2k) to node 2k+2
-
-    The last step, to sigma' = 0, has no second call: N steps are a table of 2N - 1, of band 2, where nodes 2k-1 and 2k
-    share a level and a time.
-
-    Args:
-        steps: N, from 1 to T; the network is called 2N - 1 times.
-        spacing: Which times are visited; those of linspace are not rounded, and the ratio is interpolated.
-        karras: As for `euler`.
-        clip: Limit on the clean-data estimate (chain/clipping.py), in both stages.
-
-    Raises:
-        ValueError: See the module; also if the ratios rise.
-    """
-    times, levels = _ratios(schedule, steps, spacing, offset, karras)
-    node = (torch.arange(2 * steps) + 1) // 2
-    state, clean = torch.zeros(2, 2 * steps - 1, 2, dtype=torch.float64)
-    shrink = levels[1:] / levels[:-1]
-    state[0::2, 0], clean[0::2, 0] = shrink, 1 - shrink
-    before, after = levels[:-2], levels[1:-1]
-    half_first, half_second = (after - before) / (2 * before), (after - before) / (2 * after)
-    state[1::2] = torch.stack([half_second, 1 + half_first], dim=1)
-    clean[1::2] = torch.stack([-half_second, -half_first], dim=1)
-    return _exploding("heun", spacing, prediction, times[node[:-1]], levels[node], state, clean, clip=clip)
+    return Table("ddpm", prediction, with_end(times), alpha, sigma, a, b, c, clip=clip, exact_variance=exact)
 
 
 def dpmpp_2m(
@@ -271,7 +153,7 @@ def dpmpp_2m(
     rounding.
 
     Raises:
-        ValueError: See the module; also if the ratios rise, or a restart is not a step of the table.
+        ValueError: See forms.py; also if the ratios rise, or a restart is not a step of the table.
     """
     refuse_unknown("spacing", spacing, get_args(Spacing))
     refuse_unknown("final", final, get_args(Final))
@@ -291,7 +173,7 @@ def dpmpp_2m(
     if karras:
         ratio = karras_ratios(float(schedule.ratio[0]), float(schedule.ratio[-1]), steps)
         times = schedule.time_of(ratio).round()
-    ratio = _descending(torch.cat([ratio, _last_ratio(schedule, final)]))
+    ratio = descending(torch.cat([ratio, last_ratio(schedule, final)]))
     alpha = 1 / (ratio**2 + 1).sqrt()
     sigma = ratio * alpha
     state, clean = torch.zeros(2, steps, 2, dtype=torch.float64)
@@ -306,86 +188,4 @@ def dpmpp_2m(
     slope[second] = h[second] / (2 * h.roll(1)[second])
     clean[:, 0], clean[:, 1] = gain * (1 + slope), -gain * slope
     a, b = in_outputs(prediction, alpha, sigma, state, clean)
-    return Table("dpmpp_2m", prediction, _with_end(times), alpha, sigma, a, b, torch.zeros_like(h), clip=clip)
-
-
-def flow_euler(steps: int, *, shift: float = 1.0, train_steps: int = 1000) -> Table:
-    """Euler's method on a rectified flow (Liu, Gong and Liu, arXiv 2209.03003, section 2.1; diffusers'
-    FlowMatchEulerDiscreteScheduler), for a network that predicts m = eps - x0 at time T s:
-
-        x' = x + (s' - s) m
-
-    Args:
-        steps: N, at least 1.
-        shift: See `flow_sigmas`.
-        train_steps: T, the scale of the times.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    level = flow_sigmas(steps, shift, train_steps)
-    b = level.diff()[:, None]
-    times = _with_end(level[:-1] * train_steps)
-    return Table("flow_euler", "flow", times, 1 - level, level, torch.ones_like(b), b, torch.zeros_like(level[1:]))
-
-
-def _ratios(
-    schedule: Schedule, steps: int, spacing: Spacing, offset: int, karras: bool = False, final: Final = "zero"
-) -> tuple[Tensor, Tensor]:
-    """`[N]` times and `[N+1]` noise ratios of a variance-exploding sampler."""
-    refuse_unknown("final", final, get_args(Final))
-    times = fractional_times(schedule.train_steps, steps, spacing, offset)
-    ratio = schedule.ratio_at(times)
-    if karras:
-        ratio = karras_ratios(float(ratio[-1]), float(ratio[0]), steps)
-        times = schedule.time_of(ratio)
-    return times, _descending(torch.cat([ratio, _last_ratio(schedule, final)]))
-
-
-def _last_ratio(schedule: Schedule, final: Final) -> Tensor:
-    return torch.zeros(1, dtype=torch.float64) if final == "zero" else schedule.ratio[:1]
-
-
-def _descending(ratio: Tensor) -> Tensor:
-    """`ratio` itself, refused if it rises anywhere."""
-    rises = (ratio[1:] > ratio[:-1]).nonzero()
-    if len(rises):
-        step = int(rises[0])
-        raise ValueError(
-            f"the noise ratio rises from {ratio[step]:.6g} to {ratio[step + 1]:.6g} at step {step}; it must fall. A "
-            "zero-SNR schedule's last ratio is held at 4096, below its neighbours at some schedules: use fewer steps, "
-            "ddim or ddpm"
-        )
-    return ratio
-
-
-def _exploding(
-    name: str,
-    spacing: Spacing,
-    prediction: Prediction,
-    times: Tensor,
-    sigma: Tensor,
-    state: Tensor,
-    clean: Tensor,
-    c: Tensor | None = None,
-    clip: Clipping | None = None,
-) -> Table:
-    """A table in variance-exploding coordinates. Its start has the deviation of pure noise at the first level, or with
-    leading spacing that of noised data of variance one, as in diffusers."""
-    alpha, root = torch.ones_like(sigma), (sigma**2 + 1).sqrt()
-    a, b = in_outputs(prediction, alpha, sigma, state, clean)
-    c = torch.zeros_like(sigma[1:]) if c is None else c
-    start = float(root[0] if spacing == "leading" else sigma[0])
-    return Table(name, prediction, _with_end(times), alpha, sigma, a, b, c, scale=1 / root, start_scale=start, clip=clip)
-
-
-def _with_end(times: Tensor) -> Tensor:
-    """`[N+1]` float64 times: those of the N steps and the sample's."""
-    return torch.cat([times.to(torch.float64), torch.zeros(1, dtype=torch.float64)])
-
-
-def in_outputs(prediction: Prediction, alpha: Tensor, sigma: Tensor, state: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """The table's a and b, `[N, P]`, from A = `state` and B = `clean` of equation (1)."""
-    p, q = clean_coefficients(prediction, alpha[:-1], sigma[:-1])
-    source = (torch.arange(len(p))[:, None] - torch.arange(state.shape[1])).clamp(min=0)
-    return state + clean * p[source], clean * q[source]
+    return Table("dpmpp_2m", prediction, with_end(times), alpha, sigma, a, b, torch.zeros_like(h), clip=clip)

@@ -14,15 +14,15 @@ Rounding follows diffusers to the last bit, so that a table's times are those of
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from paradiff.errors import refuse_unknown
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -61,7 +61,7 @@ def zero_snr_betas(betas: Tensor) -> Tensor:
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Schedule:
     """A variance-preserving schedule: equations (1) and (2).
 
@@ -89,6 +89,19 @@ class Schedule:
                 f"beta is {float(betas[worst]):.6g} at training time {worst}; every beta must be above 0 and below 1, "
                 "only the last may be 1 (zero terminal SNR)"
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"Schedule of {self.train_steps} training times: betas {self.betas[0]:.3g} to {self.betas[-1]:.3g}, "
+            f"noise over signal {self.ratio[0]:.3g} to {self.ratio[-1]:.4g}"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all betas are equal."""
+        return torch.equal(self.betas, other.betas) if isinstance(other, Schedule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.train_steps, float(self.betas[0]), float(self.betas[-1])))
 
     @classmethod
     def linear(
@@ -161,15 +174,6 @@ class Schedule:
         low = (torch.searchsorted(levels, level.contiguous(), right=True) - 1).clamp(0, self.train_steps - 2)
         weight = ((level - levels[low]) / (levels[low + 1] - levels[low])).clamp(0, 1)
         return low + weight
-
-
-def refuse_unknown(option: str, given: str, known: Sequence[str]) -> None:
-    """Raises ValueError, with the nearest known name, unless `given` is one of `known`."""
-    if given in known:
-        return
-    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{option} is {given!r}; it must be one of {', '.join(known)}{hint}")
 
 
 def spaced_times(train_steps: int, steps: int, spacing: Spacing, offset: int = 0) -> Tensor:

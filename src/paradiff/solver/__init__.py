@@ -1,1 +1,43 @@
 """The loop that solves a chain, what it is given and what it returns."""
+
+from paradiff.solver.evaluator import Denoiser, Evaluator
+from paradiff.solver.loop import drive, sample, solve
+from paradiff.solver.protocol import (
+    Batch,
+    EditedOutputs,
+    Evaluate,
+    Method,
+    Observer,
+    Problem,
+    Query,
+    Round,
+    Run,
+    Solver,
+)
+from paradiff.solver.records import CollocationRecord, PararealRecord, Record, WindowRecord
+from paradiff.solver.solution import ErrorEstimate, Solution, Status
+
+__all__ = [
+    "Batch",
+    "CollocationRecord",
+    "Denoiser",
+    "EditedOutputs",
+    "ErrorEstimate",
+    "Evaluate",
+    "Evaluator",
+    "Method",
+    "Observer",
+    "PararealRecord",
+    "Problem",
+    "Query",
+    "Record",
+    "Round",
+    "Run",
+    "Solution",
+    "Solver",
+    "Status",
+    "WindowRecord",
+    "drive",
+    "sample",
+    "solve",
+]

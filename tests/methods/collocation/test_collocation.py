@@ -11,33 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import (
-    Clip,
-    CollocationRecord,
-    Evaluator,
-    Keyed,
-    Recorded,
-    Schedule,
-    Solution,
-    Table,
-    WindowRecord,
-    collocation,
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    euler,
-    euler_ancestral,
-    flow_euler,
-    heun,
-    sample,
-    solve,
-)
+from paradiff import Evaluator, Keyed, Recorded, Schedule, Solution, Table, collocation, sample, solve
+from paradiff.chain import Clip
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
 from paradiff.models.pixel import load
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
+from paradiff.solver import CollocationRecord, WindowRecord
 from paradiff.solver.protocol import EditedOutputs
 from paradiff.solver.solution import Status
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import Schedule, Table, ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
+from paradiff import Schedule, Table
 from paradiff.methods.collocation.interval import Interval, Recurrence, finite_log_snr
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 30),

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from paradiff import CollocationRecord, Keyed, Schedule, Solution, Table, collocation, ddim, ddpm, sample
+from paradiff import Keyed, Schedule, Solution, Table, collocation, sample
 from paradiff.methods.collocation.mesh import BINS
 from paradiff.methods.collocation.mesh_store import LEAST, SETTLED, MeshStore, needed
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.options import DETERMINISTIC_NODES, mesh_on
 from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
+from paradiff.samplers import ddim, ddpm
+from paradiff.solver import CollocationRecord
 
 LINEAR = Schedule.linear()
 PLANE = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-0.6, 0.2], [0.5, -0.3]]), torch.tensor([0.1, 0.2]))

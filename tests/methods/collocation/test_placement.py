@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from paradiff import Schedule, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
+from paradiff import Schedule
 from paradiff.methods.collocation.interval import finite_log_snr
 from paradiff.methods.collocation.mesh import Mesh, density
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 200),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import Keyed, Schedule, Table, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
+from paradiff import Keyed, Schedule, Table
 from paradiff.methods.collocation.defect import DoubledIntervals, answer, directions, left_out
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.system import CollocationSystem, draw, spread
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 40),

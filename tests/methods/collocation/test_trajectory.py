@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paradiff import Keyed, Schedule, Table, collocation, ddim, ddpm, dpmpp_2m, sample
+from paradiff import Keyed, Schedule, Table, collocation, sample
 from paradiff.methods.collocation.dense_output import DenseOutput
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.models.exact import Gaussian
+from paradiff.samplers import ddim, ddpm, dpmpp_2m
 
 SCHEDULE = Schedule.linear()
 TABLES = {"ddim": ddim(SCHEDULE, 60), "ddpm": ddpm(SCHEDULE, 60), "dpmpp_2m": dpmpp_2m(SCHEDULE, 60)}

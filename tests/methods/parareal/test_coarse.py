@@ -15,21 +15,10 @@ from problems import EXACT, SHAPE, TABLES, gap
 from torch import Tensor
 
 import paradiff.methods.parareal.coarse
-from paradiff import (
-    Keyed,
-    Schedule,
-    Table,
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    euler,
-    euler_ancestral,
-    flow_euler,
-    freeze_clean_data,
-    heun,
-    identity,
-)
+from paradiff import Keyed, Schedule, Table
+from paradiff.chain.slope import freeze_clean_data, identity
 from paradiff.methods.parareal.coarse import between, defect, of_table, one_step, two_step
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 
 # Gaps of one step, of several, and one longer than DRAWN is not needed: the chunking has a test of its own.
 GAPS = {"even": [0, 3, 6, 9, 12], "uneven": [0, 1, 5, 7, 12], "whole": [0, 12], "single": list(range(13))}

@@ -12,28 +12,12 @@ import torch
 from problems import EXACT, SHAPE, STEPS, TABLES, chain, gap, network
 from torch import Tensor
 
-from paradiff import (
-    Keyed,
-    PararealMethod,
-    Schedule,
-    Solution,
-    Table,
-    WindowMethod,
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    flow_euler,
-    freeze_clean_data,
-    heun,
-    identity,
-    sample,
-    sequential,
-    shifted,
-    srds,
-)
-from paradiff.chain.slope import Slope
+from paradiff import Keyed, Schedule, Solution, Table, sample, sequential, srds
+from paradiff.chain.slope import Slope, freeze_clean_data, identity, shifted
+from paradiff.methods import PararealMethod, WindowMethod
 from paradiff.methods.parareal.options import Choice, StopRule
 from paradiff.methods.parareal.options import Schedule as Order
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, flow_euler, heun
 
 each_schedule = pytest.mark.parametrize("order", ["pipelined", "batched"])
 

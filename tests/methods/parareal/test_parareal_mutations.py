@@ -18,7 +18,8 @@ from test_parareal import EDGES, to_textbook
 from torch import Tensor
 
 import paradiff.methods.parareal.options
-from paradiff import Keyed, Noise, Table, sample, srds
+from paradiff import Keyed, Table, sample, srds
+from paradiff.chain import Noise
 from paradiff.methods.parareal.coarse import Coarse, one_step
 from paradiff.methods.parareal.solver import PararealQuery, PararealSolver
 from paradiff.methods.parareal.stopping import BlockRun, EdgeUpdate, StoppingRule

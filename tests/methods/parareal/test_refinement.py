@@ -13,31 +13,17 @@ from problems import EXACT, SHAPE, TABLES, gap, mixture, network
 from torch import Tensor
 
 import paradiff.methods.parareal.stopping
-from paradiff import (
-    Denoiser,
-    Keyed,
-    PararealMethod,
-    PararealRecord,
-    Schedule,
-    Solution,
-    Table,
-    ddim,
-    ddpm,
-    euler,
-    euler_ancestral,
-    flow_euler,
-    heun,
-    sample,
-    sequential,
-    srds,
-)
+from paradiff import Keyed, Schedule, Solution, Table, sample, sequential, srds
+from paradiff.chain.sensitivity import noise_units, response
+from paradiff.methods import PararealMethod
 from paradiff.methods.parareal.coarse import defect
 from paradiff.methods.parareal.options import Schedule as Order
 from paradiff.methods.parareal.options import StopRule
 from paradiff.methods.parareal.stopping import CAUTION, BlockRun, StoppingRule
-from paradiff.methods.window.budget import noise_units, response
 from paradiff.models.exact import Empirical, Gaussian, Mixture, digits
 from paradiff.models.pixel import SCHEDULERS, Model, load
+from paradiff.samplers import ddim, ddpm, euler, euler_ancestral, flow_euler, heun
+from paradiff.solver import Denoiser, PararealRecord
 
 each_order = pytest.mark.parametrize("order", ["pipelined", "batched"])
 BLOCKS = 6  # of 5 steps: long enough for the coarse sweep to keep ahead

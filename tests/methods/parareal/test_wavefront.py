@@ -14,26 +14,13 @@ from problems import EXACT, SHAPE, STEPS, TABLES, chain, chains, gap, host_reads
 from simulation import simulate
 from torch import Tensor
 
-from paradiff import (
-    Denoiser,
-    Evaluator,
-    Keyed,
-    PararealMethod,
-    PararealRecord,
-    Recorded,
-    Schedule,
-    Solution,
-    Table,
-    ddim,
-    dpmpp_2m,
-    sample,
-    sequential,
-    solve,
-    srds,
-)
+from paradiff import Evaluator, Keyed, Recorded, Schedule, Solution, Table, sample, sequential, solve, srds
+from paradiff.methods import PararealMethod
 from paradiff.methods.parareal.options import Schedule as Order
 from paradiff.methods.parareal.options import StopRule
 from paradiff.methods.parareal.solver import PararealSetup, PararealSolver
+from paradiff.samplers import ddim, dpmpp_2m
+from paradiff.solver import Denoiser, PararealRecord
 
 each_table = pytest.mark.parametrize("name", TABLES)
 ONE_STEP = [name for name in TABLES if TABLES[name].band == 1]

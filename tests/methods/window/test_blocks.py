@@ -10,7 +10,9 @@ import pytest
 import torch
 from problems import STEPS, TABLES
 
-from paradiff import Blocks, Schedule, Table, ddim, exponential_integrator, log_snr_grid, ornstein_uhlenbeck
+from paradiff import Schedule, Table
+from paradiff.methods import Blocks
+from paradiff.samplers import ddim, exponential_integrator, log_snr_grid, ornstein_uhlenbeck
 
 each_table = pytest.mark.parametrize("name", TABLES)
 

@@ -9,28 +9,12 @@ import torch
 from problems import TABLES, mixture, run
 from torch import Tensor
 
-from paradiff import (
-    Keyed,
-    Schedule,
-    Table,
-    ddim,
-    ddpm,
-    euler,
-    euler_ancestral,
-    flow_euler,
-    freeze_clean_data,
-    freeze_epsilon,
-    heun,
-    identity,
-    jacobi,
-    paradigms,
-    parasolver,
-    sample,
-    sequential,
-)
-from paradiff.chain.slope import over_intervals, resolve
-from paradiff.methods.window.budget import ErrorBudget, noise_units, sensitivity, slope_error
+from paradiff import Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential
+from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
+from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, over_intervals, resolve
+from paradiff.methods.window.budget import ErrorBudget
 from paradiff.models.exact import Empirical, Gaussian, Mixture, digits
+from paradiff.samplers import ddim, ddpm, euler, euler_ancestral, flow_euler, heun
 
 SEEDS = 4
 

@@ -16,30 +16,17 @@ from problems import EXACT, SHAPE, TABLES, gap, network, run
 from torch import Tensor
 
 import paradiff.methods.window.corrector
-from paradiff import (
-    Blocks,
-    Corrector,
-    Denoiser,
-    Evaluator,
-    Keyed,
-    Noise,
-    Table,
-    WindowMethod,
-    WindowRecord,
-    exponential_integrator,
-    freeze_clean_data,
-    ornstein_uhlenbeck,
-    paper_grid,
-    piadm_ode,
-    sample,
-    solve,
-    underdamped_langevin,
-)
+from paradiff import Evaluator, Keyed, Table, piadm_ode, sample, solve
+from paradiff.chain import Noise
 from paradiff.chain.prediction import clean_coefficients
+from paradiff.chain.slope import freeze_clean_data
 from paradiff.chain.step import Step
+from paradiff.methods import Blocks, Corrector, WindowMethod, underdamped_langevin
 from paradiff.methods.window.corrector import Correction, _coefficients, noise_factors
 from paradiff.models.exact import Mixture
+from paradiff.samplers import exponential_integrator, ornstein_uhlenbeck, paper_grid
 from paradiff.samplers.process import signal_and_noise
+from paradiff.solver import Denoiser, WindowRecord
 
 SEEN = 1e-3
 DETERMINISTIC = [name for name, table in TABLES.items() if not table.stochastic]

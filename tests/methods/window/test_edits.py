@@ -9,7 +9,9 @@ import torch
 from problems import TABLES
 from torch import Tensor
 
-from paradiff import Keyed, Solution, Table, WindowMethod, flow_euler, parasolver, sequential, srds
+from paradiff import Keyed, Solution, Table, parasolver, sequential, srds
+from paradiff.methods import WindowMethod
+from paradiff.samplers import flow_euler
 from paradiff.solver.loop import solve
 from paradiff.solver.protocol import EditedOutputs
 

@@ -25,26 +25,11 @@ from problems import (
 )
 from torch import Tensor
 
-from paradiff import (
-    Blocks,
-    Evaluator,
-    Keyed,
-    Recorded,
-    Schedule,
-    WindowMethod,
-    ddim,
-    ddpm,
-    dpmpp_2m,
-    euler,
-    freeze_epsilon,
-    heun,
-    identity,
-    paradigms,
-    parasolver,
-    sample,
-    underdamped_langevin,
-)
+from paradiff import Evaluator, Keyed, Recorded, Schedule, paradigms, parasolver, sample
+from paradiff.chain.slope import freeze_epsilon, identity
+from paradiff.methods import Blocks, WindowMethod, underdamped_langevin
 from paradiff.methods.window.solver import WindowSolver
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, heun
 from paradiff.solver.protocol import Query
 
 

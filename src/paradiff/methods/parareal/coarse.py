@@ -4,7 +4,7 @@ With the clean-data estimate frozen at D, the fine chain from node l to node r i
 
     x[r] = a x[l] + d D + sum_{l<=i<r} w[i] z[i]                                                                  (1)
 
-For every one-step sampler of samplers/preserving.py this is the sampler's own step from l to r (steps of DDIM, DDPM, Euler and
+For every one-step sampler of paradiff.samplers this is the sampler's own step from l to r (steps of DDIM, DDPM, Euler and
 their like compose when D is the same in all), and the last term is the exact aggregate of the gap's noises: its variance, the
 sum of w^2, is what that sampler's long step would add, and its path is the fine chain's own.
 

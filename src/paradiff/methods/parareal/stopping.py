@@ -1,7 +1,7 @@
 """Refinement: the values that Parareal gives to block edges, and how far each may be trusted.
 
 After iteration p the defect left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|. Carried along the chain as Gaussian data
-would carry it (f) it gives e, the error expected of the edge; carried to the sample by methods/window/budget.py's response s it
+would carry it (f) it gives e, the error expected of the edge; carried to the sample by chain/sensitivity.py's response s it
 gives the estimated error of the sample, 7/4 theta times the sum of
 
     e[n+1] = f[n] e[n] + h[n] |change n|,       estimate[n+1] = estimate[n] + s[n+1] h[n] |change n|                (1)
@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from paradiff.chain.sensitivity import DATA_VARIANCE, noise_units, response
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, defect
 from paradiff.methods.parareal.options import PararealOptions
-from paradiff.methods.window.budget import DATA_VARIANCE, noise_units, response
 
 CAUTION = 1.75
 LEAST_DEFECT, DETERMINISTIC_DECISION, STOCHASTIC_DECISION = 0.3, 2.0, 6.0  # equation (2)

@@ -6,10 +6,11 @@ import itertools
 
 import torch
 
+from paradiff.chain.sensitivity import DATA_VARIANCE, noise_units, sensitivity, slope_error
 from paradiff.chain.slope import freeze_clean_data, over_intervals, resolve
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
-from paradiff.methods.window.budget import DATA_VARIANCE, LEAST_THETA, noise_units, sensitivity, slope_error
+from paradiff.methods.window.budget import LEAST_THETA
 from paradiff.methods.window.options import WindowOptions
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiff.chain.sensitivity import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
 from paradiff.errors import Unsupported
-from paradiff.methods.window.budget import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.loop import solve

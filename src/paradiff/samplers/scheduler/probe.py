@@ -46,7 +46,7 @@ def probe(scheduler: Any, timesteps: Tensor | None = None, step_kwargs: Mapping[
     """The table of the chain that a denoising loop walks with a scheduler.
 
     Rows of this table are states of the whole loop, `[R, B, ...]`, and its first state is the loop's own (`start_scale` 1);
-    `Table.from_scheduler` gives the form for one sample a row.
+    `from_scheduler` gives the form for one sample a row.
 
     Args:
         scheduler: The scheduler, whose `set_timesteps` was called, and `set_begin_index` where the loop begins inside. It is
@@ -58,14 +58,29 @@ def probe(scheduler: Any, timesteps: Tensor | None = None, step_kwargs: Mapping[
         The table, the same object for the same state of the scheduler, times and options.
 
     Raises:
-        Refusal: If the step has no table.
+        Unsupported: If the step has no table.
     """
     return _probed(scheduler, timesteps, step_kwargs).looped
 
 
-def per_sample(scheduler: Any, timesteps: Tensor | None, step_kwargs: Mapping[str, Any]) -> Table:
-    """See `Table.from_scheduler`; raises Refusal."""
-    return _probed(scheduler, timesteps, step_kwargs).table
+def from_scheduler(scheduler: Any, timesteps: Tensor | None = None, **step_kwargs: Any) -> Table:
+    """The table of the chain that a diffusers scheduler walks, for one sample a row.
+
+    Args:
+        scheduler: The scheduler, whose `set_timesteps` was called. It is not changed.
+        timesteps: `[N]` those that the loop walks, a stretch of the scheduler's own; all of them by default.
+        step_kwargs: What the loop hands to `step` beside output, time and state: `eta`, say.
+
+    Returns:
+        The table, the same object for the same state of the scheduler, times and options.
+
+    Raises:
+        ValueError: If the step has no table: it is not linear, takes other arguments, or its times are not known.
+    """
+    try:
+        return _probed(scheduler, timesteps, step_kwargs).table
+    except Unsupported as refusal:
+        raise ValueError(str(refusal)) from refusal
 
 
 @dataclass(frozen=True)
@@ -231,7 +246,7 @@ def _superposition_error(request: Request, table: Table, factors: Tensor, noise:
     relative to the terms of that step.
 
     Raises:
-        Refusal: If the real noise is not of the size that was found with basis vectors for draws.
+        Unsupported: If the real noise is not of the size that was found with basis vectors for draws.
     """
     x, m = _limit_size(request) * _random(table.steps, 1)
     nothing = torch.zeros(CHANNELS, dtype=torch.float64)
@@ -298,7 +313,7 @@ class Increments:
         step_kwargs: As for `probe`.
 
     Raises:
-        Refusal: As `probe` does.
+        Unsupported: As `probe` does.
     """
 
     samples = 1

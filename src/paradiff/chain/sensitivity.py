@@ -1,0 +1,63 @@
+"""How a change of a node reaches the sample: the model behind tolerances and error estimates.
+
+A node whose state is wrong by e changes the sample by about s e, with the factor
+
+    s[n] = k max(s0[n] (1 + 4 w (1 - w)), 0.6),      w = alpha^2 v/(alpha^2 v + sigma^2)                         (1)
+
+where s0 is the factor for Gaussian data, (alpha^2 + sigma^2)^(-1/2) for deterministic chains (the probability-flow map) and
+alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state). The rest, with k = 2 for stochastic
+chains, which forget, and 32 for deterministic ones, which do not, allows for what Gaussian data lack: a state near
+signal-to-noise ratio 1 (w = 1/2), where it is about to decide which of several samples it becomes, has a larger factor. On
+trained networks most states stay below (1), and single ones exceed it sixfold for a while; so a sum of s e is an estimate of
+the sample's error, not a bound.
+
+A sweep with slope G that changes a node by delta leaves an error of about (J - G) delta at the next one, with J the derivative
+of the step. J is unknown, but lies between those of two extreme networks, a frozen clean-data estimate and a frozen noise
+estimate (slope.py), so that
+
+    h[n] = max over the two extremes of |J[n] - G[n]|                                                            (2)
+
+bounds that remainder in units of |delta|.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.slope import carried, freeze_clean_data, freeze_epsilon, resolve
+from paradiff.chain.table import Table
+
+DATA_VARIANCE = 0.5  # v, for data in -1 ... 1
+STOCHASTIC_CAUTION, DETERMINISTIC_CAUTION = 2.0, 32.0  # k
+
+
+def noise_units(table: Table, edges: list[int]) -> Tensor:
+    """`[M]` standard deviation of the noise that one DDPM step from each node at `edges` `[M+1]` to the next would add: the
+    unit of the published tolerances (arXiv 2305.16317, section 3; ParaSolver's error rule)."""
+    found = table.posterior_variance(edges).sqrt()
+    for n in (found[1:-1] == 0).nonzero()[:, 0].tolist():  # two nodes at one noise level: the stages of a two-stage sampler
+        found[n + 1] = found[n]
+    return found
+
+
+def response(table: Table) -> Tensor:
+    """`[N+1]` factor by which a change of a node reaches the sample on ordinary data: equation (1) with k = 1."""
+    signal = table.alpha**2 * DATA_VARIANCE
+    weight = signal / (signal + table.sigma**2)
+    square = table.alpha**2 + table.sigma**2
+    gaussian = table.alpha / square if table.stochastic else square.rsqrt()
+    return (gaussian * (1 + 4 * weight * (1 - weight))).clamp(min=0.6)
+
+
+def sensitivity(table: Table) -> Tensor:
+    """`[N+1]` the same with the caution k of equation (1)."""
+    return (STOCHASTIC_CAUTION if table.stochastic else DETERMINISTIC_CAUTION) * response(table)
+
+
+def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:
+    """`[M]` h of equation (2), for a slope over the sub-intervals between `edges`. What the slope leaves out, the states
+    before a sub-interval's left edge, counts in full."""
+    extremes = [carried(resolve(s, table), edges) for s in (freeze_clean_data, freeze_epsilon)]
+    known = torch.nn.functional.pad(slope, (0, table.band - slope.shape[1]))
+    return torch.stack([(e - known).abs().sum(1) for e in extremes]).amax(0)

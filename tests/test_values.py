@@ -1,0 +1,170 @@
+"""The values that users hold: what they show of themselves, that they pickle, and that == answers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from problems import TABLES
+
+from paradiff import Keyed, Recorded, Schedule, Table, from_scheduler, models, parasolver, slopes
+from paradiff.chain import Clip
+from paradiff.chain.slope import Slope, resolve
+from paradiff.samplers import ddim
+
+SHAPE = (2, 3)
+
+
+def recorded(seed: int = 0, **options: Any) -> Recorded:
+    return Recorded(SHAPE, torch.Generator().manual_seed(seed), **options)
+
+
+VALUES: dict[str, Any] = {
+    **TABLES,
+    "schedule": Schedule.linear(),
+    "keyed": Keyed(SHAPE, 3, samples=2),
+    "keyed by seeds": Keyed(SHAPE, [3, 1]),
+    "recorded": recorded(samples=2),
+    "recorded from two": Recorded(SHAPE, [torch.Generator().manual_seed(s) for s in (0, 1)], dtype=torch.float64),
+}
+DIFFERENT: list[Any] = [
+    *TABLES.values(),
+    Schedule.linear(),
+    Schedule.cosine(),
+    Keyed(SHAPE),
+    Keyed(SHAPE, 1),
+    Keyed(SHAPE, samples=2),
+    Keyed((3, 2)),
+    recorded(),
+    recorded(1),
+    recorded(samples=2),
+    recorded(dtype=torch.float64),
+    Recorded((3, 2), torch.Generator().manual_seed(0)),
+    slopes.shifted(0.5),
+    slopes.shifted(0.25),
+    slopes.zero,
+    "ddim",
+    None,
+]
+SLOPES: dict[str, Slope] = {
+    "zero": slopes.zero,
+    "identity": slopes.identity,
+    "freeze_epsilon": slopes.freeze_epsilon,
+    "freeze_clean_data": slopes.freeze_clean_data,
+    "shifted": slopes.shifted(0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def digits() -> models.Model:
+    return models.load("digits")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_survives_pickling_and_copying(name: str) -> None:
+    value = VALUES[name]
+    for other in (pickle.loads(pickle.dumps(value)), copy.copy(value), copy.deepcopy(value)):
+        assert other == value
+        assert hash(other) == hash(value)
+        assert repr(other) == repr(value)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_shows_itself_in_at_most_three_lines(name: str) -> None:
+    shown = repr(VALUES[name])
+    assert len(shown.splitlines()) <= 3
+    assert max(map(len, shown.splitlines())) < 200
+    assert "tensor" not in shown
+    assert "object at" not in shown
+
+
+def test_values_that_differ_are_unequal_whatever_they_are() -> None:
+    for i, one in enumerate(DIFFERENT):
+        for j, other in enumerate(DIFFERENT):
+            assert (one == other) is (i == j), (one, other)
+
+
+def test_a_table_is_equal_to_one_made_again_and_to_no_other() -> None:
+    table = ddim(Schedule.linear(), 12)
+    assert ddim(Schedule.linear(), 12) == table
+    for changes in (
+        {"name": "other"},
+        {"t": table.t + 1},
+        {"c": table.c + 1e-12},
+        {"clip": Clip(2.0)},
+        {"start_scale": 2.0},
+        {"exact_variance": False},
+    ):
+        assert dataclasses.replace(table, **changes) != table
+
+
+def test_a_table_shows_what_it_is() -> None:
+    assert repr(ddim(Schedule.linear(), 50, clip=Clip(1.0))) == (
+        "Table 'ddim': 50 steps, band 1, deterministic, epsilon prediction, clean data limited by Clip(limit=1.0)\n"
+        "  times 980 to 0, signal 0.00768 to 1, noise 1 to 0\n"
+        "  levels and coefficients agree"
+    )
+
+
+def test_noises_and_schedules_show_what_they_are() -> None:
+    assert repr(Keyed(SHAPE, 3, samples=2)) == "Keyed noise: 2 of shape (2, 3), seed 3"
+    assert repr(Keyed(SHAPE, [7, 3, 5])) == "Keyed noise: 3 of shape (2, 3), 3 seeds, 3 to 7"
+    assert repr(recorded(samples=2)) == "Recorded noise: 2 of shape (2, 3), torch.float32, from one generator on cpu"
+    assert repr(Schedule.linear()) == ("Schedule of 1000 training times: betas 0.0001 to 0.02, noise over signal 0.01 to 157.4")
+
+
+def test_a_table_leaves_behind_what_was_derived_from_it() -> None:
+    table = ddim(Schedule.linear(), 12)
+    small = len(pickle.dumps(table))
+    assert table.cached(("kept",), lambda: lambda: None) is not None
+    assert (len(table.restarts), float(table.p[0])) == (13, pytest.approx(1 / float(table.alpha[0])))
+    assert len(pickle.dumps(table)) == small
+
+
+@pytest.mark.parametrize("drawn", [0, 9])
+def test_recorded_noise_draws_the_same_after_pickling(drawn: int) -> None:
+    noise = recorded(samples=2)
+    wanted = noise.draw(1, range(drawn, 30))
+    fresh = recorded(samples=2)
+    if drawn:
+        fresh.draw(0, range(drawn))
+    other = pickle.loads(pickle.dumps(fresh))
+    assert torch.equal(other.draw(1, range(drawn, 30)), wanted)
+    assert torch.equal(other.start(1), noise.start(1))
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_slopes_and_methods_with_them_pickle(name: str) -> None:
+    slope = pickle.loads(pickle.dumps(SLOPES[name]))
+    assert slope == SLOPES[name]
+    table = TABLES["ddim"]
+    assert torch.equal(resolve(slope, table), resolve(SLOPES[name], table))
+    assert pickle.loads(pickle.dumps(parasolver(slope=slope))) == parasolver(slope=slope)
+
+
+def test_a_slope_shows_its_variance() -> None:
+    assert repr(slopes.shifted(0.5)) == "Shifted(variance=0.5)"
+
+
+def test_a_table_read_off_a_scheduler_survives_pickling() -> None:
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(thresholding=True, clip_sample=False)
+    scheduler.set_timesteps(10)
+    table = from_scheduler(scheduler)
+    assert pickle.loads(pickle.dumps(table)) == table
+    assert len(repr(table).splitlines()) == 3
+
+
+def test_a_model_shows_itself_and_pickles(digits: models.Model) -> None:
+    assert repr(digits).splitlines()[0].startswith("Model 'digits': samples of shape (1, 8, 8), ")
+    assert len(repr(digits).splitlines()) == 2
+    other = pickle.loads(pickle.dumps(digits))
+    assert (digits == digits, digits == other, hash(digits) == hash(digits)) == (True, False, True)
+    x, t = torch.zeros(2, 1, 8, 8), torch.tensor([3, 4])
+    assert torch.equal(other(x, t), digits(x, t))
+    assert isinstance(other.table("ddim", 5), Table)
