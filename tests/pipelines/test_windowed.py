@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paradiff.errors import NeedsLanes
-from paradiff.pipelines.tensor.rules import RULES, UNSUITABLE
-from paradiff.pipelines.tensor.windowed import Windowed, mapped, mapped_over_states
+from paradiff.pipelines.tensor.windowed import RULES, UNSUITABLE, Windowed, mapped, mapped_over_states
 
 W = 3
 RUN = object()

@@ -16,11 +16,17 @@ from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
 from paradiff.errors import NeedsLanes
-from paradiff.pipelines.tensor.windowed import Windowed, common_run, mapped, title, windowed_leaves
+from paradiff.pipelines.tensor.windowed import (
+    RULES,
+    UNSUITABLE,
+    Windowed,
+    common_run,
+    mapped,
+    title,
+    windowed_leaves,
+)
 
 PLAIN = (Tensor, torch.nn.Parameter)
-UNSUITABLE = object()
-"""What a rule returns for arguments that it does not cover."""
 
 
 def shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -348,65 +354,79 @@ def getters(names: str) -> list[Any]:
     return [getattr(Tensor, name).__get__ for name in names.split() if hasattr(Tensor, name)]
 
 
-RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(
-        [
-            *getters("shape dtype device layout ndim is_cuda is_cpu is_xpu is_mps is_meta is_sparse is_quantized is_mkldnn"),
-            *getters("is_nested requires_grad is_leaf grad grad_fn itemsize nbytes names output_nr retains_grad"),
-            *both("numel is_floating_point is_complex is_signed is_conj is_neg is_inference is_same_size"),
-            *methods("size dim nelement ndimension element_size __len__ stride get_device is_contiguous storage_offset"),
-            *methods("dim_order is_pinned has_names __hash__ __dir__"),
-        ],
-        shown,
-    ),
-    **dict.fromkeys([*getters("data"), *both("detach"), *methods("requires_grad_ detach_")], unchanged),
-    **dict.fromkeys(getters("_version"), version),
-    **dict.fromkeys(methods("record_stream"), on_window),
-    **dict.fromkeys(methods("data_ptr storage untyped_storage _storage __dlpack__ share_memory_ register_hook"), addressed),
-    **dict.fromkeys(
-        methods("to type type_as float double half bfloat16 int long short char byte bool cpu cuda xpu ipu pin_memory"), moved
-    ),
-    **dict.fromkeys(methods("contiguous"), contiguous),
-    **dict.fromkeys(
-        [
-            *methods("__bool__ __float__ __int__ __index__ __complex__ item tolist numpy __array__ __contains__"),
-            *both("equal allclose is_nonzero"),
-        ],
-        read,
-    ),
-    **dict.fromkeys(
-        [
-            *both("abs neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan sinh cosh"),
-            *both("sigmoid tanh relu floor ceil round trunc frac sign isnan isfinite isinf nan_to_num clamp clip clamp_min"),
-            *both("clamp_max clone logical_not bitwise_not erf zeros_like ones_like full_like empty_like positive"),
-            *methods(
-                "__neg__ __pos__ __abs__ __invert__ abs_ neg_ exp_ log_ sqrt_ rsqrt_ reciprocal_ square_ sin_ cos_ sigmoid_"
-            ),
-            *methods("tanh_ relu_ floor_ ceil_ round_ nan_to_num_ clamp_ clip_ clamp_min_ clamp_max_ zero_ fill_"),
-            torch.nn.functional.silu,
-            torch.nn.functional.gelu,
-        ],
-        elementwise,
-    ),
-    **dict.fromkeys(
-        [
-            *both("add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow maximum minimum eq ne"),
-            *both("lt le gt ge atan2 logical_and logical_or bitwise_and bitwise_or rsub"),
-            *methods("__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__ __pow__"),
-            *methods("__rpow__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__"),
-            *methods("__and__ __or__ __rand__ __ror__"),
-        ],
-        broadcast,
-    ),
-    **dict.fromkeys(methods("add_ sub_ mul_ div_ copy_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__"), broadcast_in_place),
-    torch.where: chosen,
-    torch.nn.functional.linear: applied,
-    **dict.fromkeys(both("mean sum std var amax amin"), reduced),
-    **dict.fromkeys(both("transpose swapaxes flatten squeeze unflatten"), rearranged),
-    **dict.fromkeys([torch.cat, torch.concat, torch.stack], joined),
-    **dict.fromkeys(both("chunk split unbind"), parted),
-    **dict.fromkeys(methods("__getitem__"), taken),
-    **dict.fromkeys(methods("__setitem__"), put),
-    **dict.fromkeys([*both("reshape permute unsqueeze"), *methods("view expand repeat")], reshaped),
-}
-"""What is done with a function of torch; all others are mapped over the states."""
+RULES.update(
+    {
+        **dict.fromkeys(
+            [
+                *getters(
+                    "shape dtype device layout ndim is_cuda is_cpu is_xpu is_mps is_meta is_sparse is_quantized is_mkldnn"
+                ),
+                *getters("is_nested requires_grad is_leaf grad grad_fn itemsize nbytes names output_nr retains_grad"),
+                *both("numel is_floating_point is_complex is_signed is_conj is_neg is_inference is_same_size"),
+                *methods("size dim nelement ndimension element_size __len__ stride get_device is_contiguous storage_offset"),
+                *methods("dim_order is_pinned has_names __hash__ __dir__"),
+            ],
+            shown,
+        ),
+        **dict.fromkeys([*getters("data"), *both("detach"), *methods("requires_grad_ detach_")], unchanged),
+        **dict.fromkeys(getters("_version"), version),
+        **dict.fromkeys(methods("record_stream"), on_window),
+        **dict.fromkeys(methods("data_ptr storage untyped_storage _storage __dlpack__ share_memory_ register_hook"), addressed),
+        **dict.fromkeys(
+            methods("to type type_as float double half bfloat16 int long short char byte bool cpu cuda xpu ipu pin_memory"),
+            moved,
+        ),
+        **dict.fromkeys(methods("contiguous"), contiguous),
+        **dict.fromkeys(
+            [
+                *methods("__bool__ __float__ __int__ __index__ __complex__ item tolist numpy __array__ __contains__"),
+                *both("equal allclose is_nonzero"),
+            ],
+            read,
+        ),
+        **dict.fromkeys(
+            [
+                *both(
+                    "abs neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan sinh cosh"
+                ),
+                *both(
+                    "sigmoid tanh relu floor ceil round trunc frac sign isnan isfinite isinf nan_to_num clamp clip clamp_min"
+                ),
+                *both("clamp_max clone logical_not bitwise_not erf zeros_like ones_like full_like empty_like positive"),
+                *methods(
+                    "__neg__ __pos__ __abs__ __invert__ abs_ neg_ exp_ log_ sqrt_ rsqrt_ reciprocal_ square_ sin_ cos_ sigmoid_"
+                ),
+                *methods("tanh_ relu_ floor_ ceil_ round_ nan_to_num_ clamp_ clip_ clamp_min_ clamp_max_ zero_ fill_"),
+                torch.nn.functional.silu,
+                torch.nn.functional.gelu,
+            ],
+            elementwise,
+        ),
+        **dict.fromkeys(
+            [
+                *both(
+                    "add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow maximum minimum eq ne"
+                ),
+                *both("lt le gt ge atan2 logical_and logical_or bitwise_and bitwise_or rsub"),
+                *methods(
+                    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __rdiv__ __div__ __pow__"
+                ),
+                *methods("__rpow__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__"),
+                *methods("__and__ __or__ __rand__ __ror__"),
+            ],
+            broadcast,
+        ),
+        **dict.fromkeys(
+            methods("add_ sub_ mul_ div_ copy_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__"), broadcast_in_place
+        ),
+        torch.where: chosen,
+        torch.nn.functional.linear: applied,
+        **dict.fromkeys(both("mean sum std var amax amin"), reduced),
+        **dict.fromkeys(both("transpose swapaxes flatten squeeze unflatten"), rearranged),
+        **dict.fromkeys([torch.cat, torch.concat, torch.stack], joined),
+        **dict.fromkeys(both("chunk split unbind"), parted),
+        **dict.fromkeys(methods("__getitem__"), taken),
+        **dict.fromkeys(methods("__setitem__"), put),
+        **dict.fromkeys([*both("reshape permute unsqueeze"), *methods("view expand repeat")], reshaped),
+    }
+)

@@ -24,6 +24,15 @@ from torch._C._functorch import is_batchedtensor
 
 from paradiff.errors import NeedsLanes, Unsupported
 
+Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Computes a function of torch on whole windows, from its arguments `(func, args, kwargs)`, or returns UNSUITABLE."""
+
+UNSUITABLE = object()
+"""What a rule returns for arguments that it does not cover."""
+
+RULES: dict[Any, Rule] = {}
+"""The rule of each function of torch that has one, filled by rules.py; all other functions are mapped over the states."""
+
 
 class Windowed(torch.Tensor):
     """The states of a window behind the shape of one of them.
@@ -57,8 +66,6 @@ class Windowed(torch.Tensor):
     def __torch_function__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from paradiff.pipelines.tensor.rules import RULES, UNSUITABLE  # Its rules take and make objects of this class.
-
         kwargs = kwargs or {}
         try:
             rule = RULES.get(func)
@@ -76,10 +83,8 @@ class Windowed(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        from paradiff.pipelines.tensor.rules import read
-
         if func is torch.ops.aten._local_scalar_dense.default:  # Where C++ takes a number.
-            return read(Tensor.item, args, {})
+            return RULES[Tensor.item](Tensor.item, args, {})
         raise NeedsLanes(f"`{func}` reads the states of a window as if they were one")
 
     def __copy__(self) -> Windowed:
