@@ -11,7 +11,7 @@ import copy
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import greenlet
 import torch
@@ -21,11 +21,9 @@ from torch.utils import _pytree
 from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Call, Key, Known
+from paradiff.pipelines.executors.shared_call import Shape, SharedCall
 from paradiff.pipelines.loop.scheduler_proxy import Iterations, first_index, hijack, place, real_scheduler
 from paradiff.pipelines.loop.torch_modes import Modes
-
-if TYPE_CHECKING:
-    from paradiff.pipelines.executors.lanes import Hub
 
 
 class Elsewhere(BaseException):
@@ -35,26 +33,11 @@ class Elsewhere(BaseException):
         self.scope = scope
 
 
-class Log:
-    """What lane 0 had from its networks before its loop."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[tuple[Any, ...], Any]] = []
-
-    def add(self, signature: tuple[Any, ...], output: Any) -> None:
-        self.entries.append((signature, _copied(output)))
-
-    def play(self, place: int, signature: tuple[Any, ...]) -> Any:
-        if place >= len(self.entries) or self.entries[place][0] != signature:
-            raise Unsupported("the call takes another way to its loop when it is made again")
-        return _copied(self.entries[place][1])
-
-
 class Lane(greenlet.greenlet):
     """One call of the pipeline, and the loop that its scheduler talks to (see hijack.py's `Loop`).
 
     Args:
-        hub: What advances the lanes.
+        shared: What the lanes of the call have in common.
         number: 0 is the user's call.
         keywords: The call's arguments; the lane's own generators are among them.
 
@@ -65,20 +48,20 @@ class Lane(greenlet.greenlet):
         state: The state that the step before the next real pass returns.
         call: The network call that the lane waits for, or None.
         answer: The call's result.
-        task: What the hub wants to be run within the lane, in its modes and context.
+        task: What is to be run within the lane, in its modes and context.
         output: The step's model output in the present pass.
         sample: The step's sample.
         edited: Whether the sample is another one than the lane was given.
         modes: torch's modes within the lane.
     """
 
-    def __init__(self, hub: Hub, number: int, keywords: dict[str, Any]) -> None:
-        self.pipeline = copy.copy(hub.pipeline)
-        super().__init__(functools.partial(hub.call.func, self.pipeline, *hub.call.args, **keywords))
+    def __init__(self, shared: SharedCall, number: int, keywords: dict[str, Any]) -> None:
+        self.pipeline = copy.copy(shared.pipeline)
+        super().__init__(functools.partial(shared.call.func, self.pipeline, *shared.call.args, **keywords))
         self.gr_context = contextvars.copy_context()
-        self._hub, self.number = hub, number
+        self._shared, self.number = shared, number
         self.modes = Modes.now()
-        self.scheduler = hijack(hub.pipeline.scheduler, self)
+        self.scheduler = hijack(shared.pipeline.scheduler, self)
         attributes = vars(self.pipeline)
         attributes["scheduler"] = self.scheduler
         if number:
@@ -110,7 +93,7 @@ class Lane(greenlet.greenlet):
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The times that the loop walks: the first one, then those of the lane's own passes."""
         number, self._begun = self._begun, self._begun + 1
-        if self.number and not self._over and number == self._hub.loop:
+        if self.number and not self._over and number == self._shared.loop:
             return self._passes()
         return self._walk(number, timesteps, uncounted())
 
@@ -118,25 +101,25 @@ class Lane(greenlet.greenlet):
         """An iteration of which it is not known whether it is the loop."""
         for position, time in enumerate(self._iterations.walk(timesteps, self._passes)):
             if position == 0 and not self._inside:
-                self._marks[id(timesteps)] = number, len(self._hub.log.entries), self._hub.random(), scope
+                self._marks[id(timesteps)] = number, len(self._shared.log.entries), self._shared.random_states(), scope
                 self._calls, self._stepped = [], False
             yield time
 
     def _passes(self) -> Iterator[Tensor]:
         """The times of the lane's passes."""
-        hub = self._hub
+        shared = self._shared
         if not self._inside:
             self._inside = True
-            if self._played != len(hub.log.entries):
+            if self._played != len(shared.log.entries):
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
             raise Unsupported("the loop passed over a step")
         while self.turns:
             self.node, self.dry = self.turns.popleft()
             self._calls, self._stepped = [], False
-            if hub.index is not None:
-                place(self.scheduler, hub.index + self.node)
-            self._time = hub.drive.timesteps[self.node]
+            if shared.index is not None:
+                place(self.scheduler, shared.index + self.node)
+            self._time = shared.drive.timesteps[self.node]
             yield self._time
             if not self._stepped:
                 raise Unsupported("the loop passed over a step")
@@ -152,79 +135,79 @@ class Lane(greenlet.greenlet):
         if not self._inside:
             self._real = self._real or real_scheduler(self.scheduler)
             return self._real.scale_model_input(sample, timestep)
-        factor = float(self._hub.drive.scale(torch.tensor([self.node]))[0])
+        factor = float(self._shared.drive.scale(torch.tensor([self.node]))[0])
         if factor == 1:
             return sample
         return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * factor).to(sample.dtype)
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
         """Takes a pass's output; gives the state of the next one, or the sample."""
-        hub = self._hub
+        shared = self._shared
         if self._over:
             raise Unsupported("the call has a second loop")
         if not self._inside:
             self._begin(output, sample, kwargs)
         if self._stepped:
             raise Unsupported("the loop takes several steps in one iteration")
-        hub.drive.check_options(kwargs)
+        shared.drive.check_options(kwargs)
         self._stepped = True
         self._iterations.steps += 1
-        if self._handed is None and not _near(sample, hub.origin):
+        if self._handed is None and not _near(sample, shared.origin):
             raise Unsupported("the call comes to its loop with another state when it is made again")
         if not self.dry:
             self.output, self.sample = output, sample
             self.edited = self._handed is not None and not (sample is self._handed and self._version == sample._version)
             self._wait()
         assert self.state is not None
-        if hub.index is not None:
-            place(self.scheduler, hub.index + self.node + 1)
+        if shared.index is not None:
+            place(self.scheduler, shared.index + self.node + 1)
         with torch.inference_mode(False), torch.no_grad():  # so that torch counts changes in place
             self._handed = self.state.clone()
         self._version = self._handed._version
-        return hub.drive.result(self._handed)
+        return shared.drive.result(self._handed)
 
     def _begin(self, output: Tensor, sample: Tensor, kwargs: dict[str, Any]) -> None:
         """Starts the solver, in lane 0's first step."""
-        hub = self._hub
+        shared = self._shared
         timesteps = self._iterations.begin()
-        hub.loop, played, random, scope = self._marks[id(timesteps)]
+        shared.loop, played, random, scope = self._marks[id(timesteps)]
         if scope is not None:
             raise Elsewhere(scope)
-        if not all(torch.equal(a, b) for a, b in zip(random, hub.random(), strict=False)):
+        if not all(torch.equal(a, b) for a, b in zip(random, shared.random_states(), strict=False)):
             raise Unsupported("the loop draws random numbers besides its scheduler's")
-        del hub.log.entries[played:]
+        del shared.log.entries[played:]
         self._played = played
         self._inside = True
-        hub.drive.prepare(real_scheduler(self.scheduler), timesteps)
+        shared.drive.prepare(real_scheduler(self.scheduler), timesteps)
         with Modes.exact().entered():
-            hub.drive.begin(output, sample, kwargs)
-        hub.index = first_index(self.scheduler, timesteps[0])
-        hub.origin = sample
+            shared.drive.begin(output, sample, kwargs)
+        shared.index = first_index(self.scheduler, timesteps[0])
+        shared.origin = sample
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers a network call of this lane."""
-        hub = self._hub
+        shared = self._shared
         if self._leading or self._over:
             return forward(*args, **kwargs)
         call = Call.of(module, forward, args, kwargs, len(self._calls), self._known)
         for earlier in self._calls:
-            hub.order.add((id(earlier), id(module)))
+            shared.order.add((id(earlier), id(module)))
         self._calls.append(module)
         if not self._inside and self.number:
             self._played += 1
-            return hub.log.play(self._played - 1, call.signature)
-        if not self._inside or (self.dry and call.signature not in hub.shapes):
+            return shared.log.play(self._played - 1, call.signature)
+        if not self._inside or (self.dry and call.signature not in shared.shapes):
             self._leading = True
             try:
                 output = forward(*args, **kwargs)
             finally:
                 self._leading = False
-            hub.learn(call, output)
+            shared.learn(call, output)
             if not self._inside:
-                hub.log.add(call.signature, output)
+                shared.log.add(call.signature, output)
             return output
         if self.dry:
-            return _pytree.tree_map_only(Shape, Shape.zeros, hub.shapes[call.signature])
+            return _pytree.tree_map_only(Shape, Shape.zeros, shared.shapes[call.signature])
         self.call = call
         self._wait()
         self.call, answer, self.answer = None, self.answer, None
@@ -238,10 +221,10 @@ class Lane(greenlet.greenlet):
         vars(self).clear()  # breaks the cycles that would keep tensors until they are collected
 
     def _wait(self) -> None:
-        """Gives way to the hub until it wants the lane to go on."""
+        """Gives way to the other lanes until this one is resumed."""
         while True:
             self.modes = Modes.now()
-            self._hub.greenlet.switch()
+            self._shared.greenlet.switch()
             if self.task is None:
                 return
             task, self.task, self._leading = self.task, None, True
@@ -249,16 +232,6 @@ class Lane(greenlet.greenlet):
                 self.answer = task()
             finally:
                 self._leading = False
-
-
-class Shape:
-    """What is kept of a network's output to answer a dry pass."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 def _near(sample: Tensor, origin: Tensor) -> bool:
@@ -269,7 +242,3 @@ def _near(sample: Tensor, origin: Tensor) -> bool:
     if sample.shape != origin.shape:
         return False
     return bool((sample - origin).to(torch.float32).norm() <= 0.02 * origin.to(torch.float32).norm())
-
-
-def _copied(output: Any) -> Any:
-    return _pytree.tree_map_only(Tensor, torch.clone, output)

@@ -21,15 +21,15 @@ import functools
 import inspect
 from typing import Any
 
-import greenlet
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, counting
-from paradiff.pipelines.executors.coalesce import Call, Coalescer
-from paradiff.pipelines.executors.lane import Elsewhere, Lane, Log, Shape
+from paradiff.pipelines.executors.coalesce import Coalescer
+from paradiff.pipelines.executors.lane import Elsewhere, Lane
+from paradiff.pipelines.executors.shared_call import SharedCall
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.loop.torch_modes import Modes
@@ -59,34 +59,26 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, drive: LoopSolver, me
     while True:
         try:
             with counting(scopes):
-                return Hub(call, pipeline, drive, merge).run()
+                return Lockstep(call, pipeline, drive, merge).run()
         except Elsewhere as elsewhere:
             scopes.append(elsewhere.scope)
             snapshot.restore()
 
 
-class Hub:
-    """Advances the lanes of one pipeline call."""
+class Lockstep:
+    """Resumes the lanes of one pipeline call, pass by pass."""
 
     def __init__(self, call: functools.partial[Any], pipeline: Any, drive: LoopSolver, merge: Batching) -> None:
-        self.call, self.pipeline, self.drive = call, pipeline, drive
-        self.greenlet = greenlet.getcurrent()
+        self.shared, self.drive = SharedCall(call, pipeline, drive), drive
         self.gather = Coalescer(merge)
-        self.log = Log()
-        self.shapes: dict[tuple[Any, ...], Any] = {}
-        self.order: set[tuple[int, int]] = set()
-        self.loop = -1
-        self.index: int | None = None
-        self.origin: Any = None
         self.lanes: list[Lane] = []
-        self._generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
-        self._start = self._generators_states(), Snapshot({})
+        self._start = self.shared.generator_states(), Snapshot({})
         self._result: Any = None
 
     def run(self) -> Any:
         """Runs the call to its end."""
         try:
-            first = Lane(self, 0, self.call.keywords)
+            first = Lane(self.shared, 0, self.shared.call.keywords)
             self.lanes.append(first)
             self._resume(first)
             if first.dead:
@@ -106,16 +98,6 @@ class Hub:
                     ends.callback(lane.end)
                 self.lanes.clear()
 
-    def random(self) -> list[Tensor]:
-        """The states of all generators that the loop may draw from."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return [*self._generators_states(), torch.get_rng_state(), *devices]
-
-    def learn(self, call: Call, output: Any) -> None:
-        """Keeps what a network's output looks like."""
-        if call.signature not in self.shapes:
-            self.shapes[call.signature] = _pytree.tree_map_only(Tensor, Shape, output)
-
     def _round(self) -> None:
         """One pass of all wanted nodes."""
         drive = self.drive
@@ -129,7 +111,7 @@ class Hub:
                 group[0].task = functools.partial(self.gather, calls)
                 self._resume(group[0])
                 answers = group[0].answer
-                self.learn(calls[0], answers[0])
+                self.shared.learn(calls[0], answers[0])
                 for lane, answer in zip(group, answers, strict=True):
                     lane.answer = answer
                 going += group
@@ -166,14 +148,14 @@ class Hub:
     def _new(self) -> Lane:
         """A further lane, not begun yet."""
         states, _ = self._start
-        copies = {id(g): _generator(g, state) for g, state in zip(self._generators, states, strict=True)}
+        copies = {id(g): _generator(g, state) for g, state in zip(self.shared.generators, states, strict=True)}
         keywords = {
             name: _pytree.tree_map_only(torch.Generator, lambda g: copies[id(g)], value)
             if any(isinstance(leaf, torch.Generator) for leaf in _pytree.tree_leaves(value))
             else value
-            for name, value in self.call.keywords.items()
+            for name, value in self.shared.call.keywords.items()
         }
-        lane = Lane(self, len(self.lanes), keywords)
+        lane = Lane(self.shared, len(self.lanes), keywords)
         self.lanes.append(lane)
         return lane
 
@@ -211,14 +193,11 @@ class Hub:
 
     def _before(self, a: int, b: int) -> bool:
         """Whether network a is called before network b, and never after it."""
-        return (a, b) in self.order and (b, a) not in self.order
-
-    def _generators_states(self) -> list[Tensor]:
-        return [g.get_state() for g in self._generators]
+        return (a, b) in self.shared.order and (b, a) not in self.shared.order
 
     def _keep(self, lane: Lane) -> None:
         """Leaves in the user's pipeline what the call wrote into its copy."""
-        mine = vars(self.pipeline)
+        mine = vars(self.shared.pipeline)
         for name, value in vars(lane.pipeline).items():
             if name != "scheduler" and mine.get(name, self) is not value and not hasattr(value, "prepare_inputs"):
                 mine[name] = value

@@ -1,0 +1,89 @@
+"""What the lanes of one pipeline call have in common."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from paradiff.errors import Unsupported
+from paradiff.pipelines.executors.coalesce import Call
+from paradiff.pipelines.loop.driver import LoopSolver
+
+
+class SharedCall:
+    """A pipeline call that several lanes make, and what lane 0 found out about it.
+
+    Args:
+        call: The pipeline's own `__call__` with all its arguments by name.
+        pipeline: The user's pipeline.
+        drive: The solver's side.
+
+    Attributes:
+        greenlet: The greenlet that resumes the lanes.
+        log: The outputs of the networks that lane 0 called before its loop.
+        shapes: The outputs of the network calls in the loop, by signature, as `Shape` in place of tensors.
+        order: Pairs of networks `(id, id)` of which a pass calls the first one earlier.
+        loop: The number of the iteration over the timesteps that is the loop; -1 before its first step.
+        index: The scheduler's step index at the loop's start; None for a scheduler that counts no steps.
+        origin: The state x[0].
+        generators: The generators among the call's arguments.
+    """
+
+    def __init__(self, call: functools.partial[Any], pipeline: Any, drive: LoopSolver) -> None:
+        self.call, self.pipeline, self.drive = call, pipeline, drive
+        self.greenlet = greenlet.getcurrent()
+        self.log = Log()
+        self.shapes: dict[tuple[Any, ...], Any] = {}
+        self.order: set[tuple[int, int]] = set()
+        self.loop = -1
+        self.index: int | None = None
+        self.origin: Any = None
+        self.generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
+
+    def generator_states(self) -> list[Tensor]:
+        """The states of the generators among the arguments."""
+        return [g.get_state() for g in self.generators]
+
+    def random_states(self) -> list[Tensor]:
+        """The states of all generators that the loop may draw from, torch's global ones included."""
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return [*self.generator_states(), torch.get_rng_state(), *devices]
+
+    def learn(self, call: Call, output: Any) -> None:
+        """Keeps the shapes of a network call's output."""
+        if call.signature not in self.shapes:
+            self.shapes[call.signature] = _pytree.tree_map_only(Tensor, Shape, output)
+
+
+class Log:
+    """The outputs of the networks that lane 0 called before its loop, in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[tuple[Any, ...], Any]] = []
+
+    def add(self, signature: tuple[Any, ...], output: Any) -> None:
+        self.entries.append((signature, _copied(output)))
+
+    def play(self, place: int, signature: tuple[Any, ...]) -> Any:
+        if place >= len(self.entries) or self.entries[place][0] != signature:
+            raise Unsupported("the call takes another way to its loop when it is made again")
+        return _copied(self.entries[place][1])
+
+
+class Shape:
+    """The shape, dtype and device of a network's output, from which a dry pass gets zeros."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+def _copied(output: Any) -> Any:
+    return _pytree.tree_map_only(Tensor, torch.clone, output)
