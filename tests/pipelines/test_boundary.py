@@ -42,8 +42,8 @@ class Network(nn.Module):
         return self.function(*args, **kwargs)
 
 
-def run_of(merge: Batching | None = None) -> Any:
-    return types.SimpleNamespace(merge=merge or Batching(check="every"))
+def run_of(batching: Batching | None = None) -> Any:
+    return types.SimpleNamespace(batching=batching or Batching(check="every"))
 
 
 def windowed(run: Any, *shape: int, width: int = W, seed: int = 0) -> Windowed:
@@ -62,10 +62,10 @@ def tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def check(function: Callable[..., Any], *args: Any, merge: Batching | None = None, **kwargs: Any) -> Network:
+def check(function: Callable[..., Any], *args: Any, batching: Batching | None = None, **kwargs: Any) -> Network:
     """The call with a window equals the calls of its states alone, state by state; the network is returned."""
-    network, merge = Network(function), merge or Batching(check="off")
-    run = run_of(merge)
+    network, batching = Network(function), batching or Batching(check="off")
+    run = run_of(batching)
     args, kwargs = each(lambda leaf, _: Windowed.wrap(leaf.window, run) if isinstance(leaf, Windowed) else leaf, (args, kwargs))
     with install([network]):
         found = network(*args, **kwargs)
@@ -178,7 +178,7 @@ def test_lists_of_one_tensor_a_sample_grow_by_the_window() -> None:
     x = [windowed(None, 3, 2, seed=k) for k in range(2)]
     texts = [drawn(k + 1, 3, seed=k) for k in range(2)]
     assert check(per_sample, x, windowed(None, 2), texts).calls[0] == 2 * W
-    check(per_sample, x, windowed(None, 2), texts, merge=Batching(max_rows=4, check="off"))
+    check(per_sample, x, windowed(None, 2), texts, batching=Batching(max_rows=4, check="off"))
 
 
 def test_positions_are_not_repeated_even_when_as_long_as_the_batch() -> None:
@@ -215,11 +215,11 @@ def test_a_number_as_the_main_input_is_called_state_by_state() -> None:
 
 @pytest.mark.parametrize(("bound", "rows"), [(1, [4] * 5), (4, [4] * 5), (9, [8, 8, 4]), (12, [12, 8]), (20, [20]), (99, [20])])
 def test_chunks_are_of_whole_states_within_the_bound(bound: int, rows: list[int]) -> None:
-    merge = Batching(max_rows=bound, check="off")
-    network = check(guided, X, T, TEXT, merge=merge)
+    batching = Batching(max_rows=bound, check="off")
+    network = check(guided, X, T, TEXT, batching=batching)
     assert network.calls == rows
-    assert (merge.rows, merge.calls) == (20, len(rows))
-    assert merge.seconds > 0
+    assert (batching.rows, batching.calls) == (20, len(rows))
+    assert batching.seconds > 0
 
 
 def test_out_of_memory_halves_the_bound_and_keeps_it() -> None:
@@ -228,11 +228,11 @@ def test_out_of_memory_halves_the_bound_and_keeps_it() -> None:
             raise torch.OutOfMemoryError(f"{len(x)} rows")
         return guided(x, t, text)
 
-    merge = Batching(check="off")
-    network = check(limited, X, T, TEXT, merge=merge)
+    batching = Batching(check="off")
+    network = check(limited, X, T, TEXT, batching=batching)
     assert network.calls == [20, 12, 8, 8, 4]
-    assert merge.bound.max_rows == 8
-    assert merge.rows == 20
+    assert batching.bound.max_rows == 8
+    assert batching.rows == 20
 
     def never(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("all")
@@ -245,16 +245,16 @@ def test_out_of_memory_halves_the_bound_and_keeps_it() -> None:
     ("pad", "bound", "rows"), [(8, None, [32]), (8, 12, [12, 12]), (2, None, [8, 8, 8]), (5, None, [20]), (True, None, [20])]
 )
 def test_padding_keeps_the_shape_and_the_values(pad: int | bool, bound: int | None, rows: list[int]) -> None:
-    merge = Batching(max_rows=bound, pad=pad, check="off")
-    network = check(guided, X, T, TEXT, merge=merge)
+    batching = Batching(max_rows=bound, pad=pad, check="off")
+    network = check(guided, X, T, TEXT, batching=batching)
     assert network.calls == rows
-    assert merge.rows == 20
+    assert batching.rows == 20
 
 
 def test_padding_to_the_widest_window_keeps_its_width() -> None:
-    merge = Batching(pad=True, check="off")
+    batching = Batching(pad=True, check="off")
     for width in (5, 3, 1):
-        network = check(guided, windowed(None, 4, 3, 2, 2, width=width), windowed(None, width=width), TEXT, merge=merge)
+        network = check(guided, windowed(None, 4, 3, 2, 2, width=width), windowed(None, width=width), TEXT, batching=batching)
         assert network.calls == [20]
 
 
@@ -262,14 +262,14 @@ def test_a_network_whose_rows_influence_each_other_is_refused() -> None:
     with pytest.raises(
         Unsupported, match=r"Network gave a state other values among 5 states than by itself .*influence each other"
     ):
-        check(lambda x: x - x.mean(0, keepdim=True), X, merge=Batching())
-    check(lambda x: x, X, merge=Batching())
+        check(lambda x: x - x.mean(0, keepdim=True), X, batching=Batching())
+    check(lambda x: x, X, batching=Batching())
 
 
 def test_the_first_states_time_for_all_is_caught() -> None:
     """The fault that leaves the sample right: the window's first state is always served well."""
     with pytest.raises(Unsupported, match="relative difference"):
-        check(lambda x, t: x * t.flatten()[0], X, T, merge=Batching())
+        check(lambda x, t: x * t.flatten()[0], X, T, batching=Batching())
 
 
 def test_conditioning_in_another_order_is_caught() -> None:
@@ -278,7 +278,7 @@ def test_conditioning_in_another_order_is_caught() -> None:
 
     x, text = windowed(None, 4, 3), drawn(4, 3)
     with pytest.raises(Unsupported, match="conditioning is in another order"):
-        check(shuffled, x, text, merge=Batching())
+        check(shuffled, x, text, batching=Batching())
 
 
 def test_a_fault_in_later_calls_is_caught_by_checking_every_call() -> None:
@@ -305,7 +305,7 @@ def test_the_first_call_of_each_shape_is_checked_once() -> None:
         for x in (X, X, windowed(None, 4, 5), windowed(None, 4, 5), X):
             network(Windowed.wrap(x.window, run))
     assert network.calls == [20, 4, 20, 20, 4, 20, 20]
-    assert (run.merge.calls, run.merge.rows) == (5, 100)
+    assert (run.batching.calls, run.batching.rows) == (5, 100)
 
 
 def test_a_window_of_one_state_is_no_check() -> None:
@@ -340,7 +340,7 @@ def test_randomness_is_refused() -> None:
 
 
 def test_equal_nans_are_no_difference() -> None:
-    check(lambda x: x / 0 * 0, X, merge=Batching())
+    check(lambda x: x / 0 * 0, X, batching=Batching())
 
 
 @pytest.mark.parametrize(
@@ -388,9 +388,9 @@ def test_unchanging_inputs_are_repeated_once() -> None:
         torch.testing.assert_close(found.window, x.window)
         other = module(Windowed.wrap(x.window[:2], run), text)
     torch.testing.assert_close(other.window, x.window[:2])
-    assert len(run.merge._kept) == 1
+    assert len(run.batching._kept) == 1
     del text
-    assert len(run.merge._kept) == 0
+    assert len(run.batching._kept) == 0
 
 
 def test_calls_without_a_window_pass_through_untouched() -> None:
@@ -458,7 +458,7 @@ def test_a_module_within_a_module_passes_its_calls() -> None:
     run = run_of()
     with torch.no_grad(), install([outer, inner]):
         found = outer(windowed(run, 2, 3))
-    assert run.merge.calls == 1
+    assert run.batching.calls == 1
     torch.testing.assert_close(found.window, outer(windowed(run, 2, 3).window))
 
 
@@ -486,7 +486,7 @@ def test_compiled_modules_have_their_boundary_outside() -> None:
         run, x = run_of(Batching(check="off")), windowed(None, 2, 3)
         with torch.no_grad(), install([layer, outer]):
             found = outer(Windowed.wrap(x.window, run))
-            assert run.merge.calls == 1
+            assert run.batching.calls == 1
             torch.testing.assert_close(found.window, x.window * 3 + 1)
         assert outer.__dict__.keys() == before.keys()
         assert all(outer.__dict__[name] is before[name] for name in ("forward", "_compiled_call_impl") if name in before)
@@ -521,7 +521,7 @@ def test_two_threads_share_a_module() -> None:
                     found = network(x)
                     plain = network(x.window[0])
                 torch.testing.assert_close(found.window[0], plain)
-                assert run.merge.calls == 1
+                assert run.batching.calls == 1
         except BaseException as error:
             errors.append(error)
 

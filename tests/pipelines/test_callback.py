@@ -28,8 +28,8 @@ def test_states_are_told_in_order_with_the_step_that_led_to_them() -> None:
     told: list[tuple[Any, int, int, Tensor]] = []
     callback, pipeline = given(lambda pipe, step, time, tensors: told.append((pipe, step, int(time), tensors["latents"])))
     states = torch.arange(8.0).view(4, 2)
-    callback.settled(1, states[:1])
-    callback.settled(2, states[1:])
+    callback.on_final(1, states[:1])
+    callback.on_final(2, states[1:])
     assert [(pipe is pipeline, step, time) for pipe, step, time, _ in told] == [
         (True, step, int(TIMES[step])) for step in range(4)
     ]
@@ -42,7 +42,7 @@ def test_states_are_told_in_the_loops_dtype_as_copies(dtype: torch.dtype) -> Non
     callback, _ = given(lambda pipe, step, time, tensors: kept.append(tensors["latents"]), dtype)
     states = torch.rand(2, 3)
     before = states.clone()
-    callback.settled(1, states)
+    callback.on_final(1, states)
     assert {latents.dtype for latents in kept} == {dtype}
     for latents in kept:
         latents.zero_()  # what is kept belongs to the callback
@@ -66,7 +66,7 @@ def test_answers_that_change_nothing_are_welcome(answer: Any) -> None:
         return answer(tensors)
 
     callback, pipeline = given(look)
-    callback.settled(1, torch.rand(4, 2))
+    callback.on_final(1, torch.rand(4, 2))
     assert (pipeline.seen, pipeline.parts) == (3, [0, 1, 2, 3])
 
 
@@ -103,9 +103,9 @@ def turns_guidance_off(pipe: Any, step: int, time: Tensor, tensors: dict[str, Te
 )
 def test_callbacks_that_steer_are_refused_at_the_step_that_they_steer(function: Any, what: str) -> None:
     callback, _ = given(function)
-    callback.settled(1, torch.rand(1, 2))
+    callback.on_final(1, torch.rand(1, 2))
     with pytest.raises(ValueError, match=f"callback_on_step_end changed {what} after step 1; .*leave the change out"):
-        callback.settled(2, torch.rand(3, 2))
+        callback.on_final(2, torch.rand(3, 2))
 
 
 @pytest.mark.parametrize(

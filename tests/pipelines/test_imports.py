@@ -24,7 +24,7 @@ def imports(file: Path, names: set[str]) -> set[str]:
 
 def test_no_module_imports_itself_through_others() -> None:
     files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in ROOT.glob("paradiff/pipelines/**/*.py")}
-    modules = {name: file for name, file in files.items() if file.name != "__init__.py"}  # these only gather names
+    modules = {name: file for name, file in files.items() if file.name != "__init__.py"}  # these only re-export names
     assert "paradiff.pipelines.run" in modules
     graph = {name: imports(file, set(modules)) for name, file in modules.items()}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError

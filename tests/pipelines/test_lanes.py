@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import paradiff
 from paradiff.errors import Unsupported
 from paradiff.methods.window.method import WindowMethod
-from paradiff.pipelines.executors import coalesce as gather
+from paradiff.pipelines.executors import coalesce
 from paradiff.pipelines.executors.lane import Lane
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.loop.driver import LoopSolver
@@ -43,14 +43,14 @@ class Run:
 
     def __init__(self, pipeline: Any, method: WindowMethod = TIGHT) -> None:
         self.pipeline = pipeline
-        self.drive = LoopSolver(method)
-        self.merge = Batching()
+        self.solver = LoopSolver(method)
+        self.batching = Batching()
 
     def __call__(self, **arguments: Any) -> Any:
         networks = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
         with boundary.install(networks):
             call = functools.partial(type(self.pipeline).__call__, **arguments)
-            return run_lanes(call, self.pipeline, self.drive, self.merge)
+            return run_lanes(call, self.pipeline, self.solver, self.batching)
 
 
 class Encoder(nn.Module):
@@ -163,7 +163,7 @@ def test_pipelines_give_their_own_sample(name: str) -> None:
     got = case.call(run, generator=generator)
     # The tolerance is 1e-5 of a state's scale, and samples are decoded, which adds rounding.
     assert relative(got, expected) < 5e-5
-    assert run.drive.passes <= run.drive.table.steps
+    assert run.solver.passes <= run.solver.table.steps
     assert torch.equal(generator.get_state(), expected_generator.get_state())
     assert relative(case.run(pipe, generator=seeded(3)), expected) == 0  # the pipeline is as it was
 
@@ -184,7 +184,7 @@ def test_rounds_are_fewer_than_steps_and_the_sample_is_the_same(loop: Any, edite
     run = Run(loop)
     got = run(generator=seeded(), **arguments)
     assert relative(got, expected) < 1e-5
-    assert run.drive.passes < 30
+    assert run.solver.passes < 30
     if edited:
         assert torch.equal(got[:, [1, 4]], origin[:, [1, 4]])
 
@@ -236,29 +236,29 @@ def test_each_lane_sees_the_step_number_and_the_time_of_its_node(loop: Any, wind
     lanes = {number for _, number, _, _ in passes}
     assert len(lanes) == min(window, 11)
     assert len({pipe for _, _, pipe, _ in passes}) == len(lanes)
-    assert len([0 for *_, dry in passes if not dry]) == run.drive.rows
+    assert len([0 for *_, dry in passes if not dry]) == run.solver.rows
     assert edits[0] == 11  # the user's call ends at the last step
 
 
 def test_calls_of_all_lanes_are_one_call_of_the_network(loop: Any) -> None:
     run = Run(loop, paradiff.parasolver(tolerance=1e-5))
-    run.merge = Batching(check="off")
+    run.batching = Batching(check="off")
     run(generator=seeded(), steps=12)
     rows = loop.network.rows
-    assert len(rows) == run.drive.passes
-    assert sum(rows) == 2 * run.drive.rows
+    assert len(rows) == run.solver.passes
+    assert sum(rows) == 2 * run.solver.rows
     assert max(rows) == 2 * 11
 
 
 def test_calls_that_differ_are_as_many_calls_as_there_are_kinds(loop: Any) -> None:
     run = Run(loop, paradiff.parasolver(tolerance=1e-5))
-    run.merge = Batching(check="off")
+    run.batching = Batching(check="off")
     arguments = {"steps": 12, "strength": lambda i: 1.0 if i < 6 else 0.5}
     expected = loop(generator=seeded(), **arguments)
     loop.network.rows.clear()
     got = run(generator=seeded(), **arguments)
     assert relative(got, expected) < 1e-5
-    assert len(loop.network.rows) <= 2 * run.drive.passes
+    assert len(loop.network.rows) <= 2 * run.solver.passes
 
 
 def test_a_network_that_some_lanes_call_first_does_not_split_the_next_ones_calls() -> None:
@@ -276,9 +276,9 @@ def test_a_network_that_some_lanes_call_first_does_not_split_the_next_ones_calls
     expected = pipe(generator=seeded())
     pipe.network.rows.clear()
     run = Run(pipe)
-    run.merge = Batching(check="off")
+    run.batching = Batching(check="off")
     assert relative(run(generator=seeded()), expected) < 1e-5
-    assert len(pipe.network.rows) == run.drive.passes
+    assert len(pipe.network.rows) == run.solver.passes
 
 
 def test_what_comes_before_the_loop_is_computed_once(loop: Any) -> None:
@@ -545,7 +545,7 @@ def test_a_loop_of_one_step_is_one_pass(loop: Any) -> None:
     expected = loop(generator=seeded(), steps=1)
     run = Run(loop)
     assert relative(run(generator=seeded(), steps=1), expected) < 1e-6  # rounding of one step
-    assert run.drive.passes == 1
+    assert run.solver.passes == 1
 
 
 def test_an_iteration_before_the_loop_is_walked_in_order(loop: Any) -> None:
@@ -615,16 +615,16 @@ def test_the_solver_is_shown_what_the_loop_makes_of_its_states(loop: Any, kind: 
         return x
 
     run = Run(loop)
-    answer = run.drive.answer
+    tell = run.solver.tell
 
     def spy(outputs: Tensor, states: Tensor) -> None:
-        assert (states is run.drive.states) == (kind == "none")
+        assert (states is run.solver.states) == (kind == "none")
         if kind != "none":
-            assert torch.equal(states[:, 0, 0], (run.drive.nodes - 1).to(states.dtype))
-            assert torch.equal(states[..., 1:], run.drive.states[..., 1:])
-        answer(outputs, states)
+            assert torch.equal(states[:, 0, 0], (run.solver.nodes - 1).to(states.dtype))
+            assert torch.equal(states[..., 1:], run.solver.states[..., 1:])
+        tell(outputs, states)
 
-    run.drive.answer = spy
+    run.solver.tell = spy
     run(generator=seeded(), edit=edit)
 
 
@@ -644,8 +644,8 @@ def test_one_progress_bar_is_shown(loop: Any) -> None:
 def test_values_are_compared_when_lanes_start_and_not_again(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison waits for the device."""
     compared: list[int] = []
-    equal = gather._equal
-    monkeypatch.setattr(gather, "_equal", lambda columns: (compared.append(len(columns)), equal(columns))[1])
+    equal = coalesce._equal
+    monkeypatch.setattr(coalesce, "_equal", lambda columns: (compared.append(len(columns)), equal(columns))[1])
     Run(loop)(generator=seeded())
     assert compared[0] == 3  # state, time, condition
     assert set(compared[1:]) == {0}

@@ -96,8 +96,8 @@ def explain(
     table = None
     try:
         table = probe(scheduler, scheduler.timesteps, step_options)
-    except Unsupported as refusal:
-        refused.append(str(refusal))
+    except Unsupported as unsupported:
+        refused.append(str(unsupported))
     if table is not None and not table.exact_levels:
         notes.append(table.about_levels)
     executor = _executor(run, type(pipeline), refused, notes)

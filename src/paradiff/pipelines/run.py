@@ -1,10 +1,9 @@
 """`parallelize`: the same pipeline call, in parallel over time.
 
-Within the context the pipeline object is of a subclass of its own class whose `__call__` gives it, for the length of one
-call, a scheduler that a solver answers (hijack.py) and networks that take windows (boundary.py); the call itself is the
-pipeline's own, with all its arguments. Executors are tried in order: `vector` where the loop allows it, `lanes` where each
-state needs a loop of its own, and the plain call, with a warning, where there is no parallel form. Between two tries the
-generators are put back to where they were.
+A parallel call is the pipeline's own `__call__` with all its arguments. For its length the pipeline has a scheduler proxy
+(scheduler_proxy.py), whose steps the solver takes, and a boundary before each network (boundary.py), which accepts windows.
+Three executors are tried in order: `vector` where the loop allows it, `lanes` where each state needs a loop of its own, and
+the plain call, with a warning, where there is no parallel form. The generators are reset between two tries.
 """
 
 from __future__ import annotations
@@ -167,16 +166,16 @@ class Run:
         snapshot = Snapshot(arguments)
         callback = Callback.of(self.pipeline, arguments)
         for executor in self._executors(notes):
-            drive, merge = self._new_drive(callback), self._new_merge()
+            solver, batching = self._new_solver(callback), self._new_batching()
             try:
-                result = self._run(executor, Callback.without(arguments), drive, merge)
-            except Unsupported as refusal:
+                result = self._run(executor, Callback.without(arguments), solver, batching)
+            except Unsupported as unsupported:
                 snapshot.restore()
-                notes.append(f"{executor}: {refusal}")
-                if not drive.started and not isinstance(refusal, NeedsLanes):
-                    break  # the scheduler's own refusal, whatever the executor
+                notes.append(f"{executor}: {unsupported}")
+                if not solver.started and not isinstance(unsupported, NeedsLanes):
+                    break  # the scheduler has no parallel form, whatever the executor
             else:
-                self.reports.append(self._report(executor, drive, merge, time.perf_counter() - begin, notes))
+                self.reports.append(self._report(executor, solver, batching, time.perf_counter() - begin, notes))
                 return result
         if self.executor != "sequential":
             reason = "; ".join(notes) or "there is no executor for its loop"
@@ -212,20 +211,20 @@ class Run:
             return [self.executor]
         return ["vector", "lanes"] if reads_index(self._class) == [] else ["lanes"]
 
-    def _run(self, executor: str, arguments: dict[str, Any], drive: LoopSolver, merge: Batching) -> Any:
+    def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
         """The pipeline's own call, with another scheduler and its networks' boundaries in place."""
         pipeline, scheduler = self.pipeline, cast(Any, self.pipeline).scheduler
         with boundary.install(self._modules().values()):
             if executor == "lanes":
-                return run_lanes(partial(self._class.__call__, **arguments), pipeline, drive, merge)
-            loop = Vector(scheduler, drive, merge)
+                return run_lanes(partial(self._class.__call__, **arguments), pipeline, solver, batching)
+            loop = Vector(scheduler, solver, batching)
             object.__setattr__(pipeline, "scheduler", loop.scheduler)
             try:
                 result = self._class.__call__(pipeline, **arguments)
             finally:
                 object.__setattr__(pipeline, "scheduler", scheduler)
-        if not drive.done:
-            raise Unsupported("its loop took no step" if not drive.started else "its loop ended before its states were solved")
+        if not solver.done:
+            raise Unsupported("its loop took no step" if not solver.started else "its loop ended before its states were solved")
         return result
 
     def cached(self) -> list[str]:
@@ -235,28 +234,28 @@ class Run:
     def _modules(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
 
-    def _new_drive(self, callback: Callback | None) -> LoopSolver:
+    def _new_solver(self, callback: Callback | None) -> LoopSolver:
         return LoopSolver(self.method, dtype=self.dtype, callback=callback)
 
-    def _new_merge(self) -> Batching:
+    def _new_batching(self) -> Batching:
         return Batching(max_rows=self._max_rows, pad=self._pad, check=self._check)
 
-    def _report(self, executor: str, drive: LoopSolver, merge: Batching, seconds: float, notes: list[str]) -> Report:
-        solution = drive.solution
+    def _report(self, executor: str, solver: LoopSolver, batching: Batching, seconds: float, notes: list[str]) -> Report:
+        solution = solver.solution
         assert solution is not None
-        if drive.raised_tolerance is not None:
-            notes = [*notes, f"the tolerance was raised to {drive.raised_tolerance:g}, which the networks' dtype resolves"]
+        if solver.raised_tolerance is not None:
+            notes = [*notes, f"the tolerance was raised to {solver.raised_tolerance:g}, which the networks' dtype resolves"]
         return Report(
             self._class.__name__,
             type(cast(Any, self.pipeline).scheduler).__name__,
             self.method.name,
             executor,
-            drive.table.steps,
-            drive.passes,
-            drive.rows,
-            merge.rows,
+            solver.table.steps,
+            solver.passes,
+            solver.rows,
+            batching.rows,
             seconds,
-            merge.seconds,
+            batching.seconds,
             solution.status,
             solution.message,
             solution.error_estimates[0],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.pipelines.network.batching import Batching, merged_call
+from paradiff.pipelines.network.batching import Batching, batched_call
 from paradiff.pipelines.tensor.windowed import Windowed
 
 Key = tuple[int, int, int]
@@ -34,7 +34,7 @@ Known = tuple[Tensor, int, Shared]
 
 
 @dataclass
-class Call:
+class NetworkCall:
     """A network call that a lane waits for.
 
     Attributes:
@@ -54,10 +54,10 @@ class Call:
     known: dict[Key, Known]
 
     @staticmethod
-    def of(module: Any, forward: Callable[..., Any], args: Any, kwargs: Any, turn: int, known: dict[Key, Known]) -> Call:
+    def of(module: Any, forward: Callable[..., Any], args: Any, kwargs: Any, turn: int, known: dict[Key, Known]) -> NetworkCall:
         """The call `module(*args, **kwargs)`."""
         leaves, spec = _pytree.tree_flatten((args, kwargs))
-        return Call(module, forward, leaves, spec, turn, known)
+        return NetworkCall(module, forward, leaves, spec, turn, known)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ class Call:
         shapes = [(tuple(leaf.shape), leaf.dtype) for leaf in self.leaves if isinstance(leaf, Tensor)]
         return (id(self.module), *shapes)
 
-    def joins(self, other: Call) -> bool:
+    def joins(self, other: NetworkCall) -> bool:
         """Whether both can be one network call."""
         return (
             self.module is other.module
@@ -79,27 +79,27 @@ class Coalescer:
     """Makes one network call of several.
 
     Attributes:
-        merge: How windows meet networks (boundary.py).
+        batching: The run's batching (network/batching.py).
         differing: Places where values were seen to differ between lanes.
     """
 
-    merge: Batching
+    batching: Batching
     differing: set[Key] = field(default_factory=set)
 
-    def __call__(self, calls: list[Call]) -> list[Any]:
+    def __call__(self, calls: list[NetworkCall]) -> list[Any]:
         """The result of each call."""
         first = calls[0]
         columns = [list(column) for column in zip(*[call.leaves for call in calls], strict=True)]
         leaves: list[Any] = self._leaves(calls, columns) if len(calls) > 1 else self._single(first)
         args, kwargs = _pytree.tree_unflatten(leaves, first.spec)
-        output = merged_call(self.merge, type(first.module).__name__, first.forward, args, kwargs)
+        output = batched_call(self.batching, type(first.module).__name__, first.forward, args, kwargs)
         result, spec = _pytree.tree_flatten(output)
         return [
             _pytree.tree_unflatten([leaf.window[w] if isinstance(leaf, Windowed) else leaf for leaf in result], spec)
             for w in range(len(calls))
         ]
 
-    def _single(self, call: Call) -> list[Any]:
+    def _single(self, call: NetworkCall) -> list[Any]:
         """The arguments of one lane alone: the first tensor that has rows stands for the window."""
         leaves = list(call.leaves)
         main = next(
@@ -110,7 +110,7 @@ class Coalescer:
         leaves[main] = Windowed.wrap(leaves[main][None], self)
         return leaves
 
-    def _leaves(self, calls: list[Call], columns: list[list[Any]]) -> list[Any]:
+    def _leaves(self, calls: list[NetworkCall], columns: list[list[Any]]) -> list[Any]:
         """The arguments of several lanes: one for all of them where they are the same, else stacked."""
         first = calls[0]
         rows = next((leaf.shape[0] for leaf in first.leaves if isinstance(leaf, Tensor) and leaf.ndim > 1), 0)
@@ -156,7 +156,7 @@ def _alike(a: Any, b: Any) -> bool:
         return False
 
 
-def _shared(call: Call, key: Key, leaf: Tensor) -> Shared | None:
+def _shared(call: NetworkCall, key: Key, leaf: Tensor) -> Shared | None:
     """What a lane's argument was found to be equal to, if it is the tensor that was handed over before."""
     if key not in call.known:
         return None

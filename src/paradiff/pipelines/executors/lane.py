@@ -20,9 +20,9 @@ from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
-from paradiff.pipelines.executors.coalesce import Call, Key, Known
+from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.shared_call import Shape, SharedCall
-from paradiff.pipelines.loop.scheduler_proxy import Iterations, first_index, hijack, place, real_scheduler
+from paradiff.pipelines.loop.scheduler_proxy import Iterations, first_index, make_proxy, place, real_scheduler
 from paradiff.pipelines.loop.torch_modes import Modes
 
 
@@ -34,7 +34,7 @@ class Elsewhere(BaseException):
 
 
 class Lane(greenlet.greenlet):
-    """One call of the pipeline, and the loop that its scheduler talks to (see hijack.py's `Loop`).
+    """One call of the pipeline, and the handler of its scheduler's requests (see `LoopHandler`).
 
     Args:
         shared: What the lanes of the call have in common.
@@ -47,7 +47,7 @@ class Lane(greenlet.greenlet):
         turns: The passes to come, as (node, dry).
         state: The state that the step before the next real pass returns.
         call: The network call that the lane waits for, or None.
-        answer: The call's result.
+        result: The call's result.
         task: What is to be run within the lane, in its modes and context.
         output: The step's model output in the present pass.
         sample: The step's sample.
@@ -61,7 +61,7 @@ class Lane(greenlet.greenlet):
         self.gr_context = contextvars.copy_context()
         self._shared, self.number = shared, number
         self.modes = Modes.now()
-        self.scheduler = hijack(shared.pipeline.scheduler, self)
+        self.scheduler = make_proxy(shared.pipeline.scheduler, self)
         attributes = vars(self.pipeline)
         attributes["scheduler"] = self.scheduler
         if number:
@@ -71,8 +71,8 @@ class Lane(greenlet.greenlet):
                 attributes[name] = copy.copy(value)
         self.node, self.dry, self.turns = 0, False, deque[tuple[int, bool]]()
         self.state: Tensor | None = None
-        self.call: Call | None = None
-        self.answer: Any = None
+        self.call: NetworkCall | None = None
+        self.result: Any = None
         self.task: Callable[[], Any] | None = None
         self.output: Any = None
         self.sample: Any = None
@@ -119,7 +119,7 @@ class Lane(greenlet.greenlet):
             self._calls, self._stepped = [], False
             if shared.index is not None:
                 place(self.scheduler, shared.index + self.node)
-            self._time = shared.drive.timesteps[self.node]
+            self._time = shared.solver.timesteps[self.node]
             yield self._time
             if not self._stepped:
                 raise Unsupported("the loop passed over a step")
@@ -135,7 +135,7 @@ class Lane(greenlet.greenlet):
         if not self._inside:
             self._real = self._real or real_scheduler(self.scheduler)
             return self._real.scale_model_input(sample, timestep)
-        factor = float(self._shared.drive.scale(torch.tensor([self.node]))[0])
+        factor = float(self._shared.solver.scale(torch.tensor([self.node]))[0])
         if factor == 1:
             return sample
         return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * factor).to(sample.dtype)
@@ -149,7 +149,7 @@ class Lane(greenlet.greenlet):
             self._begin(output, sample, kwargs)
         if self._stepped:
             raise Unsupported("the loop takes several steps in one iteration")
-        shared.drive.check_options(kwargs)
+        shared.solver.check_options(kwargs)
         self._stepped = True
         self._iterations.steps += 1
         if self._handed is None and not _near(sample, shared.origin):
@@ -164,7 +164,7 @@ class Lane(greenlet.greenlet):
         with torch.inference_mode(False), torch.no_grad():  # so that torch counts changes in place
             self._handed = self.state.clone()
         self._version = self._handed._version
-        return shared.drive.result(self._handed)
+        return shared.solver.result(self._handed)
 
     def _begin(self, output: Tensor, sample: Tensor, kwargs: dict[str, Any]) -> None:
         """Starts the solver, in lane 0's first step."""
@@ -178,9 +178,9 @@ class Lane(greenlet.greenlet):
         del shared.log.entries[played:]
         self._played = played
         self._inside = True
-        shared.drive.prepare(real_scheduler(self.scheduler), timesteps)
+        shared.solver.prepare(real_scheduler(self.scheduler), timesteps)
         with Modes.exact().entered():
-            shared.drive.begin(output, sample, kwargs)
+            shared.solver.begin(output, sample, kwargs)
         shared.index = first_index(self.scheduler, timesteps[0])
         shared.origin = sample
 
@@ -189,7 +189,7 @@ class Lane(greenlet.greenlet):
         shared = self._shared
         if self._leading or self._over:
             return forward(*args, **kwargs)
-        call = Call.of(module, forward, args, kwargs, len(self._calls), self._known)
+        call = NetworkCall.of(module, forward, args, kwargs, len(self._calls), self._known)
         for earlier in self._calls:
             shared.order.add((id(earlier), id(module)))
         self._calls.append(module)
@@ -210,8 +210,8 @@ class Lane(greenlet.greenlet):
             return _pytree.tree_map_only(Shape, Shape.zeros, shared.shapes[call.signature])
         self.call = call
         self._wait()
-        self.call, answer, self.answer = None, self.answer, None
-        return answer
+        self.call, result, self.result = None, self.result, None
+        return result
 
     def end(self) -> None:
         """Ends the lane's call where it waits, as an exit of its thread would."""
@@ -229,7 +229,7 @@ class Lane(greenlet.greenlet):
                 return
             task, self.task, self._leading = self.task, None, True
             try:
-                self.answer = task()
+                self.result = task()
             finally:
                 self._leading = False
 

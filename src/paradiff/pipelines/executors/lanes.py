@@ -1,17 +1,17 @@
 """The lane executor: as many ordinary calls of the pipeline as there are states, advanced together.
 
-Every lane is a call of the pipeline's own `__call__` on a shallow copy of the pipeline, with a hijacked scheduler of its own
-(hijack.py); it has ordinary integers for step numbers, ordinary times and states of one node. Lanes are greenlets of one
-thread: a lane runs until it calls a network, or steps. When all lanes wait, equal network calls become one (gather.py), and
-when all have stepped, their outputs go to the solver, which says which nodes come next.
+A lane is a call of the pipeline's own `__call__` on a shallow copy of the pipeline with a scheduler proxy of its own
+(scheduler_proxy.py). Its step numbers are ordinary integers, and its times and states belong to one node. Lanes are greenlets
+of one thread: a lane runs until it calls a network or takes a step. When all lanes wait, network calls that fit together
+become one call (coalesce.py). When all lanes have stepped, their outputs go to the solver, which names the next nodes.
 
-Lane 0 is the user's call. Its first pass is an ordinary one; its `step` starts the solver. The other lanes are begun when
-states ask for them, and what comes before their loop is played back: networks that lane 0 called there are answered from a
-log, and random numbers come from copies of the generators.
+Lane 0 is the user's call. Its first pass is an ordinary one; its `step` starts the solver. Another lane starts when the solver
+wants more states than there are lanes. What precedes its loop is replayed: outputs of the networks that lane 0 called there
+come from a log, and random numbers come from copies of the generators.
 
-A pipeline may edit its latents after a step, and the edit belongs to the step's number. So the lane that is to have node j
-must be at node j - 1 when it gets its state. A lane that has just finished node j - 1 is; any other makes a dry pass first:
-it goes through its loop's body as node j - 1, its networks answer zeros, and its step returns node j's state.
+A pipeline may edit its latents after a step, and the edit depends on the step's number. So a lane must be at node j - 1 when
+it receives the state of node j. A lane that has just finished node j - 1 is there. Any other lane makes a dry pass first: it
+runs its loop's body as node j - 1 with zeros for the networks' outputs, and its step returns the state of node j.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
 
 
-def run_lanes(call: functools.partial[Any], pipeline: Any, drive: LoopSolver, merge: Batching) -> Any:
+def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> Any:
     """Runs a pipeline call with a lane for every state.
 
     Networks reach their lane as `greenlet.getcurrent().route(module, forward, args, kwargs)`, which the wrapped `forward` of
@@ -45,21 +45,21 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, drive: LoopSolver, me
     Args:
         call: The pipeline's own `__call__` with all its arguments by name; it is called with copies of the pipeline.
         pipeline: The user's pipeline. What the call leaves in its attributes is there afterwards; its scheduler is not used.
-        drive: The solver's side (drive.py).
-        merge: How windows meet networks.
+        solver: The call's solver (loop/driver.py).
+        batching: The run's batching (network/batching.py).
 
     Returns:
         What the pipeline's `__call__` returns.
 
     Raises:
-        Refusal: If the loop cannot be run so.
+        Unsupported: If the loop cannot be run so.
     """
     snapshot = Snapshot(call.keywords)
     scopes: list[Scope] = [inspect.unwrap(call.func).__globals__]
     while True:
         try:
             with counting(scopes):
-                return Lockstep(call, pipeline, drive, merge).run()
+                return Lockstep(call, pipeline, solver, batching).run()
         except Elsewhere as elsewhere:
             scopes.append(elsewhere.scope)
             snapshot.restore()
@@ -68,9 +68,9 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, drive: LoopSolver, me
 class Lockstep:
     """Resumes the lanes of one pipeline call, pass by pass."""
 
-    def __init__(self, call: functools.partial[Any], pipeline: Any, drive: LoopSolver, merge: Batching) -> None:
-        self.shared, self.drive = SharedCall(call, pipeline, drive), drive
-        self.gather = Coalescer(merge)
+    def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
+        self.shared, self.solver = SharedCall(call, pipeline, solver), solver
+        self.coalescer = Coalescer(batching)
         self.lanes: list[Lane] = []
         self._start = self.shared.generator_states(), Snapshot({})
         self._result: Any = None
@@ -83,10 +83,10 @@ class Lockstep:
             self._resume(first)
             if first.dead:
                 raise Unsupported("its loop took no step")
-            while not self.drive.done:
+            while not self.solver.done:
                 self._round()
-            last = len(self.drive.timesteps) - 1
-            first.state = self.drive.final
+            last = len(self.solver.timesteps) - 1
+            first.state = self.solver.final
             first.turns.extend([] if first.node == last else [(last, True)])
             self._resume(first)
             assert first.dead
@@ -100,33 +100,33 @@ class Lockstep:
 
     def _round(self) -> None:
         """One pass of all wanted nodes."""
-        drive = self.drive
-        lanes = self._assign(drive.nodes.tolist())
+        solver = self.solver
+        lanes = self._assign(solver.nodes.tolist())
         for lane in lanes:
             self._resume(lane)
         while waiting := [lane for lane in lanes if lane.call is not None]:
             going = []
             for group in self._due(waiting):
                 calls = [lane.call for lane in group if lane.call is not None]
-                group[0].task = functools.partial(self.gather, calls)
+                group[0].task = functools.partial(self.coalescer, calls)
                 self._resume(group[0])
-                answers = group[0].answer
-                self.shared.learn(calls[0], answers[0])
-                for lane, answer in zip(group, answers, strict=True):
-                    lane.answer = answer
+                results = group[0].result
+                self.shared.learn(calls[0], results[0])
+                for lane, result in zip(group, results, strict=True):
+                    lane.result = result
                 going += group
             for lane in going:
                 self._resume(lane)
-        shapes = {tuple(lane.sample.shape) for lane in lanes} | {tuple(drive.states.shape[1:])}
+        shapes = {tuple(lane.sample.shape) for lane in lanes} | {tuple(solver.states.shape[1:])}
         if len(shapes) > 1:
             raise Unsupported("the loop changes the shape of its state")
         with Modes.exact().entered():
             outputs = torch.stack([lane.output for lane in lanes])
             edited = any(lane.edited for lane in lanes)
-            samples = torch.stack([lane.sample for lane in lanes]) if edited else drive.states
+            samples = torch.stack([lane.sample for lane in lanes]) if edited else solver.states
             for lane in lanes:
                 lane.output = lane.sample = None
-            drive.answer(outputs, samples)
+            solver.tell(outputs, samples)
 
     def _assign(self, wanted: list[int]) -> list[Lane]:
         """A lane for each wanted node, in their order: the one that is just before it, else a free one, else a new one."""
@@ -134,7 +134,7 @@ class Lockstep:
         straight = {node: after[node] for node in wanted if node in after}
         free = [lane for lane in self.lanes if straight.get(lane.node + 1) is not lane]
         chosen: list[Lane] = []
-        for node, state in zip(wanted, self.drive.states, strict=True):
+        for node, state in zip(wanted, self.solver.states, strict=True):
             lane = straight.get(node)
             turns = [(node, False)]
             if lane is None:
@@ -172,7 +172,7 @@ class Lockstep:
             if now is not None:
                 now.restore()
         if lane.dead:
-            if not self.drive.done and self.drive.started:
+            if not self.solver.done and self.solver.started:
                 raise Unsupported("its loop ended before its states were solved")
             self._result = result
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
-from paradiff.pipelines.executors.coalesce import Call
+from paradiff.pipelines.executors.coalesce import NetworkCall
 from paradiff.pipelines.loop.driver import LoopSolver
 
 
@@ -21,7 +21,7 @@ class SharedCall:
     Args:
         call: The pipeline's own `__call__` with all its arguments by name.
         pipeline: The user's pipeline.
-        drive: The solver's side.
+        solver: The call's solver (loop/driver.py).
 
     Attributes:
         greenlet: The greenlet that resumes the lanes.
@@ -34,8 +34,8 @@ class SharedCall:
         generators: The generators among the call's arguments.
     """
 
-    def __init__(self, call: functools.partial[Any], pipeline: Any, drive: LoopSolver) -> None:
-        self.call, self.pipeline, self.drive = call, pipeline, drive
+    def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver) -> None:
+        self.call, self.pipeline, self.solver = call, pipeline, solver
         self.greenlet = greenlet.getcurrent()
         self.log = Log()
         self.shapes: dict[tuple[Any, ...], Any] = {}
@@ -54,7 +54,7 @@ class SharedCall:
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return [*self.generator_states(), torch.get_rng_state(), *devices]
 
-    def learn(self, call: Call, output: Any) -> None:
+    def learn(self, call: NetworkCall, output: Any) -> None:
         """Keeps the shapes of a network call's output."""
         if call.signature not in self.shapes:
             self.shapes[call.signature] = _pytree.tree_map_only(Tensor, Shape, output)

@@ -63,7 +63,7 @@ class Callback:
         """The arguments for the loop itself."""
         return {name: value for name, value in arguments.items() if name not in (CALLBACK, INPUTS)}
 
-    def settled(self, first: int, states: Tensor) -> None:
+    def on_final(self, first: int, states: Tensor) -> None:
         """Tells of the states `[n, ...]` from node `first` on, which are final.
 
         Raises:

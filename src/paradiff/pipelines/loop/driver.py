@@ -75,7 +75,7 @@ class LoopSolver:
             kwargs: The step's further arguments.
 
         Raises:
-            Refusal: If the chain has no table.
+            Unsupported: If the chain has no table.
             ValueError: If the method does not fit the table.
         """
         self._check(output, sample, kwargs)
@@ -97,14 +97,14 @@ class LoopSolver:
             dtype=self._dtype,
             shared_window=True,
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
-            on_final=None if self._callback is None else self._callback.settled,
+            on_final=None if self._callback is None else self._callback.on_final,
         )
         self.started = True
         self.passes = self.rows = 1
         self._last = torch.zeros(1, dtype=torch.int64), output[None], sample[None]
         self._take(next(self._solver))
 
-    def answer(self, outputs: Tensor, states: Tensor) -> None:
+    def tell(self, outputs: Tensor, states: Tensor) -> None:
         """Takes what came of a pass.
 
         Args:
@@ -133,7 +133,7 @@ class LoopSolver:
         """Takes a later step's arguments: they have to be the first one's, as all steps are taken with those.
 
         Raises:
-            Refusal: If they differ.
+            Unsupported: If they differ.
         """
         for name in {*kwargs, *self._kwargs}:
             first, now = self._kwargs.get(name), kwargs.get(name)

@@ -1,8 +1,8 @@
 """The scheduler a pipeline's loop sees during a parallel run.
 
-A denoising loop asks its scheduler for three things: the times to pass through, a scaled network input, and a step. A
-hijacked scheduler is an instance of a subclass of the user's scheduler class that hands these to a `Loop`, and is the
-user's scheduler in every other respect. Its `timesteps` are a tensor with the true values that is *iterated* by the `Loop`.
+A denoising loop requests three things from its scheduler: the times, a scaled network input, and a step. A scheduler proxy is
+an instance of a subclass of the user's scheduler class. It passes these requests to a `LoopHandler` and is the user's scheduler
+in every other respect. Its `timesteps` are a tensor with the true values whose *iteration* the `LoopHandler` decides.
 
 An iteration over the timesteps need not be the loop: pipelines also walk them to prepare something. `Iterations` tells the
 two apart: values come in order until a step is taken between two of them; from there on the iteration is the loop.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from paradiff.errors import NeedsLanes, Unsupported
 
-LOOP = "_paradiff_loop"
+HANDLER = "_paradiff_handler"
 STEP = ("model_output", "timestep", "sample")
 STRAY = ("step_", "undo_step", "batch_step_no_noise")  # methods that take a step in another way
 REPEATABLE = {
@@ -46,8 +46,8 @@ REPEATABLE = {
 }
 
 
-class Loop(Protocol):
-    """What a hijacked scheduler hands the loop's requests to."""
+class LoopHandler(Protocol):
+    """The receiver of a loop's requests to its scheduler."""
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The iteration over `timesteps` `[n]`, a plain tensor: all of them, or the slice the pipeline took."""
@@ -62,15 +62,15 @@ class Loop(Protocol):
         ...
 
 
-def hijack(scheduler: Any, loop: Loop) -> Any:
-    """A copy of `scheduler` whose timesteps, `step` and `scale_model_input` go to `loop`.
+def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
+    """A copy of `scheduler` whose timesteps, `step` and `scale_model_input` go to `handler`.
 
     Args:
         scheduler: A diffusers scheduler. It is not changed, nor is anything that the copy changes.
-        loop: The executor.
+        handler: The executor.
 
     Raises:
-        Refusal: If the scheduler's `step` does not take a model output, a time and a sample first.
+        Unsupported: If the scheduler's `step` does not take a model output, a time and a sample first.
     """
     real = type(scheduler)
     if issubclass(real, SchedulerProxy):
@@ -78,43 +78,43 @@ def hijack(scheduler: Any, loop: Loop) -> Any:
     names = tuple(inspect.signature(real.step).parameters)[1:4] if hasattr(real, "step") else ()
     if names != STEP:
         raise Unsupported(f"{real.__name__}.step takes {', '.join(names) or 'nothing'} first and not {', '.join(STEP)}")
-    hijacked = object.__new__(_subclass(real))
-    vars(hijacked).update({name: _own(value) for name, value in vars(scheduler).items()})
-    vars(hijacked)[LOOP] = loop
-    return hijacked
+    proxy = object.__new__(_subclass(real))
+    vars(proxy).update({name: _own(value) for name, value in vars(scheduler).items()})
+    vars(proxy)[HANDLER] = handler
+    return proxy
 
 
-def real_scheduler(hijacked: Any) -> Any:
-    """A deep copy of a hijacked scheduler, in its present state and of the user's class."""
-    real = object.__new__(_real_class(hijacked))
-    state = {name: None if value is BLURRED else value for name, value in vars(hijacked).items() if name != LOOP}
+def real_scheduler(proxy: Any) -> Any:
+    """A deep copy of a proxy's scheduler: of the user's class, in the proxy's present state."""
+    real = object.__new__(_real_class(proxy))
+    state = {name: None if value is BLURRED else value for name, value in vars(proxy).items() if name != HANDLER}
     vars(real).update(copy.deepcopy(state))
     return real
 
 
-def first_index(hijacked: Any, time: Tensor) -> int | None:
+def first_index(proxy: Any, time: Tensor) -> int | None:
     """The step index of a loop that starts at `time`, for a scheduler that counts its steps; else None."""
-    state = vars(hijacked)
+    state = vars(proxy)
     if "_step_index" not in state:
         return None
     if state.get("_begin_index") is not None:
         return int(state["_begin_index"])
-    return int(hijacked.index_for_timestep(time))
+    return int(proxy.index_for_timestep(time))
 
 
-def place(hijacked: Any, index: int) -> None:
+def place(proxy: Any, index: int) -> None:
     """Puts a scheduler that counts its steps at a step index: pipelines that add noise within the loop depend on it."""
-    vars(hijacked)["_step_index"] = index
+    vars(proxy)["_step_index"] = index
 
 
-def blur(hijacked: Any) -> None:
+def blur(proxy: Any) -> None:
     """Makes reading the step index of a scheduler that counts its steps a `NeedsLanes`: several steps are taken at once."""
-    if "_step_index" in vars(hijacked):
-        vars(hijacked)["_step_index"] = BLURRED
+    if "_step_index" in vars(proxy):
+        vars(proxy)["_step_index"] = BLURRED
 
 
 class SchedulerProxy:
-    """Marks hijacked schedulers, and keeps their timesteps: plain in the instance, iterated by the loop when asked for."""
+    """The base of all scheduler proxies. Timesteps are kept as a plain tensor and read as `RoundTimesteps`."""
 
     @property
     def timesteps(self) -> Any:
@@ -122,8 +122,8 @@ class SchedulerProxy:
             value = vars(self)["timesteps"]
         except KeyError:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute 'timesteps'") from None
-        loop = vars(self)[LOOP]
-        return RoundTimesteps.wrap(value, loop) if isinstance(value, Tensor) and value.ndim == 1 else value
+        handler = vars(self)[HANDLER]
+        return RoundTimesteps.wrap(value, handler) if isinstance(value, Tensor) and value.ndim == 1 else value
 
     @timesteps.setter
     def timesteps(self, value: Any) -> None:
@@ -148,23 +148,23 @@ BLURRED = object()
 
 
 class RoundTimesteps(torch.Tensor):
-    """Timesteps `[n]` with their true values, iterated by a `Loop`.
+    """Timesteps `[n]` with their true values, iterated by a `LoopHandler`.
 
     What remains a run of times (slices, moves to a device, casts, copies) stays iterated by the loop; everything else is a
     plain tensor.
     """
 
-    loop: Loop
+    handler: LoopHandler
 
     @staticmethod
-    def wrap(values: Tensor, loop: Loop) -> RoundTimesteps:
-        """`values`, iterated by `loop`; shares their memory."""
+    def wrap(values: Tensor, handler: LoopHandler) -> RoundTimesteps:
+        """`values`, iterated by `handler`; shares their memory."""
         wrapped = _plain(values).as_subclass(RoundTimesteps)
-        wrapped.loop = loop
+        wrapped.handler = handler
         return wrapped
 
     def __iter__(self) -> Iterator[Tensor]:
-        return self.loop.rounds(_plain(self))
+        return self.handler.rounds(_plain(self))
 
     @classmethod
     def __torch_function__(
@@ -172,16 +172,16 @@ class RoundTimesteps(torch.Tensor):
     ) -> Any:
         plain = [_plain(value) for value in args]
         result = func(*plain, **{name: _plain(value) for name, value in (kwargs or {}).items()})
-        loop = getattr(args[0], "loop", None) if args and isinstance(args[0], RoundTimesteps) else None
-        if loop is None or type(result) is not Tensor or result.ndim != 1:
+        handler = getattr(args[0], "handler", None) if args and isinstance(args[0], RoundTimesteps) else None
+        if handler is None or type(result) is not Tensor or result.ndim != 1:
             return result
         if func in REPEATABLE or (func is Tensor.__getitem__ and isinstance(args[1], slice) and args[1].step in (None, 1)):
-            return RoundTimesteps.wrap(result, loop)
+            return RoundTimesteps.wrap(result, handler)
         return result
 
 
 class Iterations:
-    """The iterations over a hijacked scheduler's timesteps in one pipeline call, and which of them is the loop.
+    """The iterations over a proxy's timesteps in one pipeline call, and which of them is the loop.
 
     Attributes:
         steps: Steps taken in this call.
@@ -210,7 +210,7 @@ class Iterations:
         """The loop's times `[n]`, at its first step.
 
         Raises:
-            Refusal: If the step was not taken in the first iteration of a loop over the timesteps.
+            Unsupported: If the step was not taken in the first iteration of a loop over the timesteps.
         """
         if self.timesteps is None:
             raise Unsupported("the loop does not walk over scheduler.timesteps")
@@ -236,8 +236,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _real_class(hijacked: Any) -> type:
-    return type(hijacked).__mro__[2]
+def _real_class(proxy: Any) -> type:
+    return type(proxy).__mro__[2]
 
 
 @functools.cache
@@ -252,15 +252,15 @@ def _subclass(real: Any) -> type:
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given.update(given.pop(name, {}))
-        return vars(self)[LOOP].step(*(given.pop(name) for name in STEP), given)
+        return vars(self)[HANDLER].step(*(given.pop(name) for name in STEP), given)
 
     @functools.wraps(real.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loop, vars(self)[LOOP] = vars(self)[LOOP], _InOrder()
+        handler, vars(self)[HANDLER] = vars(self)[HANDLER], _InOrder()
         try:
             return real.set_timesteps(self, *args, **kwargs)
         finally:
-            vars(self)[LOOP] = loop
+            vars(self)[HANDLER] = handler
 
     namespace: dict[str, Any] = {
         "__module__": real.__module__,
@@ -272,7 +272,7 @@ def _subclass(real: Any) -> type:
 
         @functools.wraps(real.scale_model_input)
         def scale_model_input(self: Any, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-            return vars(self)[LOOP].scale(sample, timestep)
+            return vars(self)[HANDLER].scale(sample, timestep)
 
         namespace["scale_model_input"] = scale_model_input
     if hasattr(real, "from_config"):
@@ -291,7 +291,7 @@ def _stray(name: str) -> Callable[..., Any]:
 
 
 class _InOrder:
-    """The loop of a scheduler that is at work itself."""
+    """The handler while a scheduler's own `set_timesteps` runs."""
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
         return iter(timesteps)

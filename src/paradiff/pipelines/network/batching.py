@@ -103,10 +103,10 @@ class Batching:
         return result
 
 
-CollocationRecord = Callable[[Any, str], Any]
+Visitor = Callable[[Any, str], Any]
 
 
-def each(f: CollocationRecord, value: Any, name: str = "", lists: CollocationRecord | None = None) -> Any:
+def each(f: Visitor, value: Any, name: str = "", lists: Visitor | None = None) -> Any:
     """`value` with `f(leaf, name)` for all that is no list, tuple or dict in it; the name is that of the nearest key.
 
     A list may be replaced as a whole: `lists(value, name)` is asked first, and answers None where it may not.
@@ -132,22 +132,24 @@ def windowed_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Windo
     return found
 
 
-def merged_call(merge: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def batched_call(
+    batching: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """The network's outputs for all states of a window, as windowed tensors.
 
     Args:
-        merge: The run's bound, padding and check; it counts the call.
+        batching: The run's bound, padding and check; it counts the call.
         name: The network's name in messages.
         forward: The network.
         args: Its arguments; at least one tensor in them or in `kwargs` is windowed.
         kwargs: Its named arguments.
 
     Raises:
-        Refusal: If the network fails or returns something without the rows it was given, or a check fails.
+        Unsupported: If the network fails or returns something without the rows it was given, or a check fails.
         torch.OutOfMemoryError: If one state alone does not fit.
     """
     begin = time.perf_counter()
-    call = _Call(merge, name, forward, args, kwargs)
+    call = _Call(batching, name, forward, args, kwargs)
     try:
         return call.outputs()
     except (Unsupported, torch.OutOfMemoryError):
@@ -158,16 +160,16 @@ def merged_call(merge: Batching, name: str, forward: Callable[..., Any], args: t
             f"{first_line(error)})"
         ) from error
     finally:
-        merge.seconds += time.perf_counter() - begin
+        batching.seconds += time.perf_counter() - begin
 
 
 class _Call:
     """One call of a network with a window."""
 
     def __init__(
-        self, merge: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, batching: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.merge, self.name, self.forward, self.args, self.kwargs = merge, name, forward, args, kwargs
+        self.batching, self.name, self.forward, self.args, self.kwargs = batching, name, forward, args, kwargs
         self.leaves = windowed_inputs(args, kwargs)
         self.run, self.states = common_run(self.leaves), self.leaves[0].width
         self.device = self.leaves[0].window.device
@@ -188,14 +190,14 @@ class _Call:
     def outputs(self) -> Any:
         states, rows = self.states, self.rows
         signature = (self.name, self.forward, tuple(self.kwargs), tuple([leaf.window.shape[1:] for leaf in self.leaves]))
-        suspects = self.merge.wants(signature, states)
+        suspects = self.batching.wants(signature, states)
         before = self._random_state() if suspects else []
         if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
             parts, suspects = [self._taken(self._alone(w), 1) for w in range(states)], []
-            self.merge.calls += states
+            self.batching.calls += states
         else:
-            parts = self.merge.bound.parts(states, self._part, self.device, rows=rows, width=self.merge.width(states))
-        self.merge.rows += states * (rows or 1)
+            parts = self.batching.bound.parts(states, self._part, self.device, rows=rows, width=self.batching.width(states))
+        self.batching.rows += states * (rows or 1)
         structure = parts[0][0]
         pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
         windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
@@ -223,12 +225,12 @@ class _Call:
 
     def _part(self, part: slice) -> tuple[Any, list[Tensor]]:
         """The network's output for some of the states, taken apart."""
-        count = part.stop - part.start if self.merge.pad else min(part.stop, self.states) - part.start
-        self.merge.calls += 1
+        count = part.stop - part.start if self.batching.pad else min(part.stop, self.states) - part.start
+        self.batching.calls += 1
         if count == 1:
             return self._taken(self._alone(part.start), 1)
-        args = [self._merged(value, name, part.start, count) for value, name in zip(self.args, self._names(), strict=True)]
-        kwargs = {name: self._merged(value, name, part.start, count) for name, value in self.kwargs.items()}
+        args = [self._batched(value, name, part.start, count) for value, name in zip(self.args, self._names(), strict=True)]
+        kwargs = {name: self._batched(value, name, part.start, count) for name, value in self.kwargs.items()}
         return self._taken(self.forward(*args, **kwargs), count)
 
     def _names(self) -> list[str]:
@@ -240,12 +242,12 @@ class _Call:
         names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
         return (names + [""] * len(self.args))[: len(self.args)]
 
-    def _merged(self, value: Any, name: str, start: int, count: int) -> Any:
+    def _batched(self, value: Any, name: str, start: int, count: int) -> Any:
         """An argument for `count` states from `start` on; beyond the window's end, its last state."""
 
         def tensor(leaf: Any, name: str) -> Any:
             if isinstance(leaf, Windowed):
-                return self._merged_window(leaf.window, start, count)
+                return self._batched_window(leaf.window, start, count)
             return self._repeated(leaf, name, count) if isinstance(leaf, Tensor) else leaf
 
         def whole_list(value: list[Any], name: str) -> list[Any] | None:
@@ -256,7 +258,7 @@ class _Call:
 
         return each(tensor, value, name, whole_list)
 
-    def _merged_window(self, window: Tensor, start: int, count: int) -> Tensor:
+    def _batched_window(self, window: Tensor, start: int, count: int) -> Tensor:
         rows = self.rows
         assert rows is not None
         window = window[start : start + count]
@@ -277,7 +279,7 @@ class _Call:
             return leaf
         if leaf.shape[0] == rows or any(leaf.shape[0] == rows * frames for frames in self.frames):
             key = (rows, count)
-            return self.merge.repeated(
+            return self.batching.repeated(
                 leaf, key, lambda: leaf.unflatten(0, (rows, -1)).repeat_interleave(count, 0).flatten(0, 1)
             )
         return leaf

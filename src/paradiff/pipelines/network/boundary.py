@@ -1,4 +1,4 @@
-"""The place before a network's `forward`: calls with windowed tensors are merged (merge.py), all others pass through."""
+"""The place before a network's `forward`: calls with windowed tensors become batched calls (batching.py), all others pass."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import greenlet
 from torch import nn
 
-from paradiff.pipelines.network.batching import Batching, Check, merged_call, windowed_inputs
+from paradiff.pipelines.network.batching import Batching, Check, batched_call, windowed_inputs
 from paradiff.pipelines.tensor.windowed import common_run
 
-__all__ = ["Batching", "Check", "Installed", "install", "merged_call"]
+__all__ = ["Batching", "Check", "Installed", "batched_call", "install"]
 
 
 def install(modules: Iterable[nn.Module]) -> Installed:
@@ -105,6 +105,6 @@ def _boundary(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., A
         leaves = windowed_inputs(args, kwargs)
         if not leaves:
             return forward(*args, **kwargs)
-        return merged_call(common_run(leaves).merge, name, forward, args, kwargs)
+        return batched_call(common_run(leaves).batching, name, forward, args, kwargs)
 
     return boundary

@@ -138,7 +138,7 @@ def common_run(leaves: list[Windowed]) -> Any:
     """The run of all these leaves.
 
     Raises:
-        Divergence: If they are states of different windows.
+        NeedsLanes: If they are states of different windows.
     """
     first = leaves[0]
     for leaf in leaves:
@@ -165,7 +165,7 @@ def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     """The operation on each state by itself, under `torch.vmap`.
 
     Raises:
-        Divergence: If it writes states into a plain tensor, changes a shape in place, or mixes two windows.
+        NeedsLanes: If it writes states into a plain tensor, changes a shape in place, or mixes two windows.
     """
     name = getattr(func, "__name__", "")
     if kwargs.get("out") is not None:

@@ -14,7 +14,15 @@ from diffusers.schedulers.deprecated import ScoreSdeVpScheduler
 from torch import Tensor
 
 from paradiff.errors import NeedsLanes, Unsupported
-from paradiff.pipelines.loop.scheduler_proxy import Iterations, RoundTimesteps, blur, first_index, hijack, place, real_scheduler
+from paradiff.pipelines.loop.scheduler_proxy import (
+    Iterations,
+    RoundTimesteps,
+    blur,
+    first_index,
+    make_proxy,
+    place,
+    real_scheduler,
+)
 
 SCHEDULERS = [
     diffusers.DDIMScheduler,
@@ -64,34 +72,34 @@ def state(scheduler: Any) -> dict[str, str]:
 
 
 @every
-def test_a_hijacked_scheduler_is_the_users_in_every_other_respect(make: Any) -> None:
+def test_a_proxy_is_the_users_in_every_other_respect(make: Any) -> None:
     scheduler = make()
     before = state(scheduler)
-    hijacked = hijack(scheduler, Spy())
+    proxy = make_proxy(scheduler, Spy())
     real = copy.deepcopy(scheduler)
-    assert isinstance(hijacked, type(scheduler))
-    assert (type(hijacked).__name__, type(hijacked).__module__) == (type(scheduler).__name__, type(scheduler).__module__)
+    assert isinstance(proxy, type(scheduler))
+    assert (type(proxy).__name__, type(proxy).__module__) == (type(scheduler).__name__, type(scheduler).__module__)
     for method in ("step", "set_timesteps"):
-        assert inspect.signature(getattr(hijacked, method)) == inspect.signature(getattr(scheduler, method))
-    for one in (hijacked, real):
+        assert inspect.signature(getattr(proxy, method)) == inspect.signature(getattr(scheduler, method))
+    for one in (proxy, real):
         one.set_timesteps(10)
-    assert hijacked.config == real.config
-    assert hijacked.order == real.order
-    assert getattr(hijacked, "init_noise_sigma", None) == getattr(real, "init_noise_sigma", None)
-    assert torch.equal(hijacked.timesteps, real.timesteps)
-    assert hijacked.timesteps.dtype == real.timesteps.dtype
+    assert proxy.config == real.config
+    assert proxy.order == real.order
+    assert getattr(proxy, "init_noise_sigma", None) == getattr(real, "init_noise_sigma", None)
+    assert torch.equal(proxy.timesteps, real.timesteps)
+    assert proxy.timesteps.dtype == real.timesteps.dtype
     if hasattr(real, "sigmas"):
-        assert torch.equal(hijacked.sigmas, real.sigmas)
+        assert torch.equal(proxy.sigmas, real.sigmas)
     if hasattr(real, "index_for_timestep"):
         for t in real.timesteps:
-            assert hijacked.index_for_timestep(t) == real.index_for_timestep(t)
+            assert proxy.index_for_timestep(t) == real.index_for_timestep(t)
     x, noise, times = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), real.timesteps[[3, 5]]
     for method in ("add_noise", "get_velocity", "scale_noise"):
         if hasattr(real, method):
             order = (x, times, noise) if method == "scale_noise" else (x, noise, times)
-            assert torch.equal(getattr(hijacked, method)(*order), getattr(real, method)(*order))
-    assert type(type(hijacked).from_config(hijacked.config)) is type(scheduler)
-    assert [c.__name__ for c in hijacked.compatibles] == [c.__name__ for c in scheduler.compatibles]
+            assert torch.equal(getattr(proxy, method)(*order), getattr(real, method)(*order))
+    assert type(type(proxy).from_config(proxy.config)) is type(scheduler)
+    assert [c.__name__ for c in proxy.compatibles] == [c.__name__ for c in scheduler.compatibles]
     assert state(scheduler) == before
 
 
@@ -99,13 +107,13 @@ def test_a_hijacked_scheduler_is_the_users_in_every_other_respect(make: Any) -> 
 def test_the_real_scheduler_is_the_users_class_and_steps_as_it_does(make: Any) -> None:
     scheduler = make()
     loop = Spy()
-    hijacked = hijack(scheduler, loop)
+    proxy = make_proxy(scheduler, loop)
     reference = copy.deepcopy(scheduler)
-    for one in (hijacked, reference):
+    for one in (proxy, reference):
         one.set_timesteps(10)
         if hasattr(one, "set_begin_index"):
             one.set_begin_index(2)
-    real = real_scheduler(hijacked)
+    real = real_scheduler(proxy)
     assert type(real) is type(scheduler)
     assert type(real.timesteps) is Tensor
     assert real.config == reference.config
@@ -129,8 +137,8 @@ def takes_noise(scheduler: Any) -> bool:
 def test_a_scheduler_that_has_its_timesteps_is_iterated_by_the_loop_at_once() -> None:
     scheduler = diffusers.DDIMScheduler()
     scheduler.set_timesteps(4)
-    hijacked = hijack(scheduler, Spy())
-    assert isinstance(hijacked.timesteps, RoundTimesteps)
+    proxy = make_proxy(scheduler, Spy())
+    assert isinstance(proxy.timesteps, RoundTimesteps)
     assert not isinstance(scheduler.timesteps, RoundTimesteps)
 
 
@@ -177,32 +185,32 @@ def test_a_run_of_timesteps_stays_with_the_loop() -> None:
         copy.deepcopy(timesteps),
     ):
         assert isinstance(run, RoundTimesteps)
-        assert run.loop is loop
+        assert run.handler is loop
     assert [int(t) for t in reversed(timesteps)] == [0, 300, 600, 900]
 
 
 def test_an_iteration_is_the_loop_once_a_step_comes_between_two_turns() -> None:
     loop = Spy()
-    hijacked = hijack(diffusers.DDIMScheduler(), loop)
-    hijacked.set_timesteps(5)
-    assert [int(t) for t in hijacked.timesteps] == [800, 600, 400, 200, 0]
-    assert all(type(t) is Tensor and t.ndim == 0 for t in hijacked.timesteps)
-    next(iter(hijacked.timesteps))  # an iteration that is given up
+    proxy = make_proxy(diffusers.DDIMScheduler(), loop)
+    proxy.set_timesteps(5)
+    assert [int(t) for t in proxy.timesteps] == [800, 600, 400, 200, 0]
+    assert all(type(t) is Tensor and t.ndim == 0 for t in proxy.timesteps)
+    next(iter(proxy.timesteps))  # an iteration that is given up
     seen = []
-    for t in hijacked.timesteps[1:]:
-        assert [int(u) for u in hijacked.timesteps[:2]] == [800, 600]  # within the loop's body
+    for t in proxy.timesteps[1:]:
+        assert [int(u) for u in proxy.timesteps[:2]] == [800, 600]  # within the loop's body
         assert loop.iterations.begin().tolist() == [600, 400, 200, 0]
         seen.append(int(t))
-        hijacked.step(torch.zeros(1), t, torch.zeros(1))
+        proxy.step(torch.zeros(1), t, torch.zeros(1))
     assert seen == [600]  # Spy's rounds are none
 
 
 def test_a_first_step_late_in_the_loop_is_refused() -> None:
     loop = Spy()
-    hijacked = hijack(diffusers.DDIMScheduler(), loop)
+    proxy = make_proxy(diffusers.DDIMScheduler(), loop)
     with pytest.raises(Unsupported, match="does not walk over"):
         loop.iterations.begin()
-    times = iter(hijacked.timesteps)
+    times = iter(proxy.timesteps)
     next(times)
     next(times)
     with pytest.raises(Unsupported, match="iteration number 2"):
@@ -211,70 +219,70 @@ def test_a_first_step_late_in_the_loop_is_refused() -> None:
 
 def test_step_is_taken_by_position_and_by_name() -> None:
     loop = Spy()
-    hijacked = hijack(diffusers.DDIMScheduler(), loop)
+    proxy = make_proxy(diffusers.DDIMScheduler(), loop)
     m, x, t = torch.ones(2), torch.zeros(2), torch.tensor(3)
-    hijacked.step(m, t, x, 0.5, generator=None)
-    hijacked.step(sample=x, timestep=t, model_output=m, return_dict=False)
-    hijacked.scale_model_input(x, timestep=t)
+    proxy.step(m, t, x, 0.5, generator=None)
+    proxy.step(sample=x, timestep=t, model_output=m, return_dict=False)
+    proxy.scale_model_input(x, timestep=t)
     first, second, scaled = loop.calls
     assert first[:4] == second[:4] == ("step", m, t, x)
     assert first[4] == {"eta": 0.5, "generator": None}
     assert second[4] == {"return_dict": False}
     assert scaled == ("scale", x, t)
     with pytest.raises(TypeError, match="unexpected"):
-        hijacked.step(m, t, x, nonsense=1)
+        proxy.step(m, t, x, nonsense=1)
 
 
 def test_another_kind_of_step_is_refused() -> None:
     with pytest.raises(Unsupported, match="step takes model_output, old_pred_original_sample, timestep first"):
-        hijack(diffusers.CogVideoXDPMScheduler(), Spy())
+        make_proxy(diffusers.CogVideoXDPMScheduler(), Spy())
     with pytest.raises(Unsupported, match="takes nothing first"):
-        hijack(ScoreSdeVpScheduler(), Spy())
-    hijacked = hijack(diffusers.RePaintScheduler(), Spy())
+        make_proxy(ScoreSdeVpScheduler(), Spy())
+    proxy = make_proxy(diffusers.RePaintScheduler(), Spy())
     with pytest.raises(Unsupported, match="undo_step"):
-        hijacked.undo_step(torch.zeros(1), 3)
+        proxy.undo_step(torch.zeros(1), 3)
     with pytest.raises(Unsupported, match="already belongs"):
-        hijack(hijacked, Spy())
+        make_proxy(proxy, Spy())
 
 
 def test_a_pipelines_copy_of_its_scheduler_is_refused() -> None:
     with pytest.raises(Unsupported, match="coupled states"):
-        copy.deepcopy(hijack(diffusers.DDIMScheduler(), Spy()))
+        copy.deepcopy(make_proxy(diffusers.DDIMScheduler(), Spy()))
 
 
 def test_the_copys_containers_are_its_own() -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler()
     scheduler.set_timesteps(4)
-    hijacked = hijack(scheduler, Spy())
-    hijacked.model_outputs[0] = 1
-    hijacked.set_timesteps(7)
+    proxy = make_proxy(scheduler, Spy())
+    proxy.model_outputs[0] = 1
+    proxy.set_timesteps(7)
     assert scheduler.model_outputs == [None, None]
     assert len(scheduler.timesteps) == 4
 
 
 def test_noise_added_within_the_loop_has_the_level_of_the_step() -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler()
-    hijacked, real = hijack(scheduler, Spy()), copy.deepcopy(scheduler)
+    proxy, real = make_proxy(scheduler, Spy()), copy.deepcopy(scheduler)
     x, noise = torch.randn(1, 4), torch.randn(1, 4)
-    for one in (hijacked, real):
+    for one in (proxy, real):
         one.set_timesteps(8)
         one.set_begin_index(2)
-    base = first_index(hijacked, hijacked.timesteps[2])
+    base = first_index(proxy, proxy.timesteps[2])
     assert base == 2
     for i, t in enumerate(real.timesteps[2:-1]):
         real.step(noise, t, x)
-        place(hijacked, base + i + 1)
+        place(proxy, base + i + 1)
         after: Any = real.timesteps[i + 3].reshape(1)
-        assert torch.equal(hijacked.add_noise(x, noise, after), real.add_noise(x, noise, after))
-    blur(hijacked)
+        assert torch.equal(proxy.add_noise(x, noise, after), real.add_noise(x, noise, after))
+    blur(proxy)
     last: Any = real.timesteps[-1:]
     with pytest.raises(NeedsLanes, match="step index"):
-        hijacked.add_noise(x, noise, last)
-    assert real_scheduler(hijacked).step_index is None
+        proxy.add_noise(x, noise, last)
+    assert real_scheduler(proxy).step_index is None
 
 
 def test_the_first_index_is_looked_up_where_the_pipeline_does_not_set_it() -> None:
-    hijacked = hijack(diffusers.EulerDiscreteScheduler(), Spy())
-    hijacked.set_timesteps(8)
-    assert first_index(hijacked, hijacked.timesteps[3]) == 3
-    assert first_index(hijack(diffusers.DDIMScheduler(), Spy()), torch.tensor(0)) is None
+    proxy = make_proxy(diffusers.EulerDiscreteScheduler(), Spy())
+    proxy.set_timesteps(8)
+    assert first_index(proxy, proxy.timesteps[3]) == 3
+    assert first_index(make_proxy(diffusers.DDIMScheduler(), Spy()), torch.tensor(0)) is None
