@@ -22,7 +22,8 @@ from paradiff.errors import Unsupported
 from paradiff.methods.presets import parasolver
 from paradiff.models.exact import Mixture
 from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
-from paradiff.pipelines.run import Run, parallelize
+from paradiff.pipelines.run import Run
+from paradiff.pipelines.settings import Settings
 from paradiff.samplers.scheduler.probe import probe
 from paradiff.solver.loop import drive, solve
 from paradiff.solver.protocol import Batch, Method
@@ -32,7 +33,7 @@ CLUSTERS, DIMENSION, SPREAD = 10, 64, 0.05
 UNIT_MU = 1.0  # the shift of a flow schedule that depends on the picture's size, where the pipeline would compute it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
     """What `explain` found.
 
@@ -86,7 +87,7 @@ def explain(
             fit its chain.
     """
     method = parasolver() if method is None else method
-    run = parallelize(pipeline, method)  # refuses what is no pipeline
+    run = Run(pipeline, Settings(method=method))  # refuses what is no pipeline
     scheduler = copy.deepcopy(pipeline.scheduler)
     refused, notes = [], []
     steps = _default_steps(pipeline) if num_inference_steps is None else num_inference_steps
@@ -106,7 +107,13 @@ def explain(
         _will_it_pay(pipeline, table, expected, notes)
     kind = type(pipeline).__name__
     return Explanation(
-        kind, type(scheduler).__name__, table, executor if not refused else "sequential", expected, refused, notes
+        pipeline=kind,
+        scheduler=type(scheduler).__name__,
+        table=table,
+        executor=executor if not refused else "sequential",
+        expected=expected,
+        refused=refused,
+        notes=notes,
     )
 
 

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorEstimate, Status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """One call of a pipeline.
 
     Attributes:
-        pipeline: Its class's name.
-        scheduler: Its scheduler's.
+        pipeline: The name of the pipeline's class.
+        scheduler: The name of the scheduler's class.
         method: The method's name.
         executor: `vector`, `lanes` or `sequential`.
-        steps: Steps of the chain; None where the call ran sequentially.
-        rounds: Sequential batched passes of the loop body, the first one included.
-        rows: States that the network was evaluated at.
-        network_rows: Rows that the networks saw in the loop after its first pass: several a state with guidance or several
-            images.
-        seconds: The whole call: text encoders, solver, decoding.
-        network_seconds: Of these, within network calls of the loop, as seen from the host.
-        status: How the solver ended; `Status.SEQUENTIAL` for a plain call.
+        steps: Steps of the chain; None for a sequential call.
+        rounds: Sequential batched passes of the loop's body, the first one included; 0 for a sequential call.
+        rows: States at which the network was evaluated; 0 for a sequential call.
+        network_rows: Rows that entered the networks in the loop after its first pass. A state has several with guidance, or
+            with several images.
+        seconds: Duration of the whole call: text encoders, solver, decoding.
+        network_seconds: The part of it within network calls of the loop, as seen from the host.
+        status: How the solver ended; `Status.SEQUENTIAL` for a sequential call.
         message: The same as a sentence with the run's own numbers.
-        certificate: How far to trust the state at the loop's end; of the worst image. None where the call ran sequentially.
+        error_estimate: Estimated error of the state at the loop's end, for the worst image; None for a sequential call.
         warnings: Sentences.
-        history: One entry a sweep.
+        history: One record a sweep; empty for a sequential call.
     """
 
     pipeline: str
@@ -45,7 +45,14 @@ class Report:
     message: str
     error_estimate: ErrorEstimate | None
     warnings: list[str]
-    history: list[Record] = field(repr=False)
+    history: list[Record]
+
+    def __repr__(self) -> str:
+        head = f"Report({self.pipeline}, {self.scheduler}, {self.method}, {self.executor}"
+        if self.error_estimate is not None:
+            head += f",\n       {self.rounds} rounds and {self.rows} rows for {self.steps} steps, "
+            head += f"estimated error {self.error_estimate.estimated_error:.2g}"
+        return head + f",\n       {self.seconds:.2f} s, {len(self.warnings)} warnings)"
 
     def __str__(self) -> str:
         lines = [f"{self.pipeline} with {self.scheduler}, {self.method}, {self.executor}: {self.message}"]

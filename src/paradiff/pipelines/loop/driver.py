@@ -20,7 +20,7 @@ from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.loop import solve
-from paradiff.solver.protocol import Batch, EditedOutputs, Method
+from paradiff.solver.protocol import Batch, EditedOutputs, Method, Observer
 from paradiff.solver.solution import Solution
 
 GIVEN_NOISE = "variance_noise"
@@ -33,7 +33,8 @@ class LoopSolver:
     Args:
         method: The method.
         dtype: Dtype of the solver's states; float32 or float64.
-        callback: What is told of final states.
+        callback: The user's callback, which is called with final states.
+        observer: Called after each round; it may ask the run to stop.
 
     Attributes:
         started: Whether the loop's first step has been taken.
@@ -55,8 +56,9 @@ class LoopSolver:
         *,
         dtype: torch.dtype = torch.float32,
         callback: Callback | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self.method, self._dtype, self._callback = method, dtype, callback
+        self.method, self._dtype, self._callback, self._observer = method, dtype, callback, observer
         self.started = self.done = False
         self.passes = self.rows = 0
         self.solution: Solution | None = None
@@ -95,6 +97,7 @@ class LoopSolver:
             start=sample[None].to(self._dtype),
             device=sample.device,
             dtype=self._dtype,
+            observer=self._observer,
             shared_window=True,
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
             on_final=None if self._callback is None else self._callback.on_final,

@@ -1,0 +1,55 @@
+"""The settings of a parallel run of a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+
+from paradiff.methods.presets import parasolver
+from paradiff.pipelines.network.batching import Check
+from paradiff.solver.protocol import Method, Observer
+
+Executor = Literal["auto", "vector", "lanes", "sequential"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a pipeline is run in parallel. See `parallelize` for the meaning of each field.
+
+    Raises:
+        ValueError: If a field has a value that is not listed there.
+    """
+
+    method: Method = field(default_factory=parasolver)
+    executor: Executor = "auto"
+    max_rows: int | None = None
+    pad: bool = False
+    check: Check = "first"
+    dtype: torch.dtype = torch.float32
+    observer: Observer | None = None
+
+    def __post_init__(self) -> None:
+        method = self.method
+        for name, value, known in (
+            ("executor", self.executor, get_args(Executor)),
+            ("check", self.check, get_args(Check)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if not isinstance(method, Method):
+            raise ValueError(
+                f"method is a {type(method).__name__}; give one of paradiff's, such as paradiff.parasolver(window=16)"
+            )
+        if not method.solves_chain:
+            raise ValueError(
+                f"{method.name} was given another target than the chain, whose times lie between those of the pipeline's loop; "
+                "leave the target at 'chain', or sample the network itself with paradiff.sample"
+            )
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the solver's states were asked for in {self.dtype}; they are kept in float32 or float64")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows is {self.max_rows}; a network call needs at least 1 row, or None for no bound")
+        if self.observer is not None and not callable(self.observer):
+            raise ValueError(f"observer is a {type(self.observer).__name__}; give a function of a round")
