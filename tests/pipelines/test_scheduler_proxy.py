@@ -14,15 +14,8 @@ from diffusers.schedulers.deprecated import ScoreSdeVpScheduler
 from torch import Tensor
 
 from paradiff.errors import NeedsLanes, Unsupported
-from paradiff.pipelines.loop.scheduler_proxy import (
-    Iterations,
-    RoundTimesteps,
-    blur,
-    first_index,
-    make_proxy,
-    place,
-    real_scheduler,
-)
+from paradiff.pipelines.loop.scheduler_proxy import blur, first_index, make_proxy, place, real_scheduler
+from paradiff.pipelines.loop.timesteps import Iterations, RoundTimesteps
 
 SCHEDULERS = [
     diffusers.DDIMScheduler,
@@ -122,7 +115,6 @@ def test_the_real_scheduler_is_the_users_class_and_steps_as_it_does(make: Any) -
     for one in (real, reference):
         if hasattr(one, "scale_model_input"):
             one.scale_model_input(x, one.timesteps[2])
-        noise = {"generator": torch.Generator().manual_seed(0)} if takes_noise(one) else {}
         noise = {"generator": torch.Generator().manual_seed(0)} if takes_noise(one) else {}
         y = one.step(m, one.timesteps[2], x, **noise)
         results.append(y.prev_sample)

@@ -17,7 +17,7 @@ from typing import Any
 import greenlet
 
 from paradiff.errors import Unsupported
-from paradiff.pipelines.loop.scheduler_proxy import RoundTimesteps
+from paradiff.pipelines.loop.timesteps import RoundTimesteps
 
 Scope = dict[str, Any]
 """The global names of a module."""

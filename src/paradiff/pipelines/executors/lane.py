@@ -22,7 +22,8 @@ from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.shared_call import Shape, SharedCall
-from paradiff.pipelines.loop.scheduler_proxy import Iterations, first_index, make_proxy, place, real_scheduler
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler
+from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 
 

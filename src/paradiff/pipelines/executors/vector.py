@@ -17,7 +17,8 @@ from torch import Tensor
 from paradiff.chain.table import column
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.driver import LoopSolver
-from paradiff.pipelines.loop.scheduler_proxy import Iterations, blur, make_proxy, real_scheduler
+from paradiff.pipelines.loop.scheduler_proxy import blur, make_proxy, real_scheduler
+from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.tensor.windowed import Windowed

@@ -3,9 +3,6 @@
 A denoising loop requests three things from its scheduler: the times, a scaled network input, and a step. A scheduler proxy is
 an instance of a subclass of the user's scheduler class. It passes these requests to a `LoopHandler` and is the user's scheduler
 in every other respect. Its `timesteps` are a tensor with the true values whose *iteration* the `LoopHandler` decides.
-
-An iteration over the timesteps need not be the loop: pipelines also walk them to prepare something. `Iterations` tells the
-two apart: values come in order until a step is taken between two of them; from there on the iteration is the loop.
 """
 
 from __future__ import annotations
@@ -14,52 +11,17 @@ import copy
 import functools
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from paradiff.errors import NeedsLanes, Unsupported
+from paradiff.pipelines.loop.timesteps import LoopHandler, RoundTimesteps, plain
 
 HANDLER = "_paradiff_handler"
 STEP = ("model_output", "timestep", "sample")
 STRAY = ("step_", "undo_step", "batch_step_no_noise")  # methods that take a step in another way
-REPEATABLE = {
-    Tensor.to,
-    Tensor.clone,
-    Tensor.contiguous,
-    Tensor.detach,
-    Tensor.cpu,
-    Tensor.cuda,
-    Tensor.float,
-    Tensor.double,
-    Tensor.half,
-    Tensor.bfloat16,
-    Tensor.long,
-    Tensor.int,
-    Tensor.type,
-    Tensor.flip,
-    Tensor.__deepcopy__,
-    torch.clone,
-    torch.flip,
-}
-
-
-class LoopHandler(Protocol):
-    """The receiver of a loop's requests to its scheduler."""
-
-    def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
-        """The iteration over `timesteps` `[n]`, a plain tensor: all of them, or the slice the pipeline took."""
-        ...
-
-    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
-        """The network's input for `sample`: the scheduler's `scale_model_input`."""
-        ...
-
-    def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
-        """What the scheduler's `step` returns; `kwargs` are its further arguments, by name, as far as they were given."""
-        ...
 
 
 def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
@@ -127,7 +89,7 @@ class SchedulerProxy:
 
     @timesteps.setter
     def timesteps(self, value: Any) -> None:
-        vars(self)["timesteps"] = _plain(value)
+        vars(self)["timesteps"] = plain(value)
 
     @property
     def _step_index(self) -> Any:
@@ -147,93 +109,11 @@ class SchedulerProxy:
 BLURRED = object()
 
 
-class RoundTimesteps(torch.Tensor):
-    """Timesteps `[n]` with their true values, iterated by a `LoopHandler`.
-
-    What remains a run of times (slices, moves to a device, casts, copies) stays iterated by the loop; everything else is a
-    plain tensor.
-    """
-
-    handler: LoopHandler
-
-    @staticmethod
-    def wrap(values: Tensor, handler: LoopHandler) -> RoundTimesteps:
-        """`values`, iterated by `handler`; shares their memory."""
-        wrapped = _plain(values).as_subclass(RoundTimesteps)
-        wrapped.handler = handler
-        return wrapped
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.handler.rounds(_plain(self))
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        plain = [_plain(value) for value in args]
-        result = func(*plain, **{name: _plain(value) for name, value in (kwargs or {}).items()})
-        handler = getattr(args[0], "handler", None) if args and isinstance(args[0], RoundTimesteps) else None
-        if handler is None or type(result) is not Tensor or result.ndim != 1:
-            return result
-        if func in REPEATABLE or (func is Tensor.__getitem__ and isinstance(args[1], slice) and args[1].step in (None, 1)):
-            return RoundTimesteps.wrap(result, handler)
-        return result
-
-
-class Iterations:
-    """The iterations over a proxy's timesteps in one pipeline call, and which of them is the loop.
-
-    Attributes:
-        steps: Steps taken in this call.
-        timesteps: `[n]` times of the iteration that was last advanced, or None.
-        position: Index of the time which that iteration gave last.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.timesteps: Tensor | None = None
-        self.position = -1
-
-    def walk(self, timesteps: Tensor, rounds: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
-        """The times in order; goes on with `rounds()` once a step was taken between two of them."""
-        outer = self.timesteps, self.position
-        for position, time in enumerate(timesteps.unbind()):
-            self.timesteps, self.position = timesteps, position
-            steps = self.steps
-            yield time
-            if self.steps != steps:
-                yield from rounds()
-                return
-        self.timesteps, self.position = outer
-
-    def begin(self) -> Tensor:
-        """The loop's times `[n]`, at its first step.
-
-        Raises:
-            Unsupported: If the step was not taken in the first iteration of a loop over the timesteps.
-        """
-        if self.timesteps is None:
-            raise Unsupported("the loop does not walk over scheduler.timesteps")
-        if self.position != 0:
-            raise Unsupported(f"the loop takes its first step in its iteration number {self.position + 1}")
-        return self.timesteps
-
-
 def _own(value: Any) -> Any:
     """What the copy of a scheduler holds for an attribute: containers and inner schedulers are its own."""
     if type(value) in (list, dict, set, deque):
         return copy.copy(value)
     return copy.deepcopy(value) if hasattr(value, "set_timesteps") else value
-
-
-def _plain(value: Any) -> Any:
-    """`value` with timesteps as plain tensors, also within lists and tuples."""
-    if isinstance(value, RoundTimesteps):
-        with torch._C.DisableTorchFunctionSubclass():
-            return value.as_subclass(Tensor)
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
 
 
 def _real_class(proxy: Any) -> type:
