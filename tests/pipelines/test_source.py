@@ -10,7 +10,8 @@ from typing import Any
 import diffusers
 import pytest
 
-from paradiff.pipelines.loop.source import obstacles, outer_loops, read_loops, reads_index
+from paradiff.pipelines.loop.reader import read_loops
+from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
 
 
 def pipeline(call: Callable[..., Any]) -> type:

@@ -1,0 +1,220 @@
+"""The loops over timesteps of a pipeline class, read from the source of its methods."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from paradiff.pipelines.loop import syntax
+
+GRADIENTS = {"enable_grad", "autograd", "backward"}
+RANDOM = {"randn_tensor", "randn", "randn_like", "rand", "rand_like", "randint", "normal", "normal_"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSource:
+    """A loop over timesteps.
+
+    Attributes:
+        line: The line that opens it.
+        index_reads: The lines that use the step number for anything but a progress bar, a callback or a log.
+        outer: The lines that open loops around it, outermost first. A call then solves several chains.
+        inner_steps: Whether the scheduler steps within an inner loop, several times in a pass.
+        gradients: Lines that compute gradients.
+        numpy: Lines that leave torch.
+        random: Lines that draw random numbers.
+        carried: Names of values that one pass sets and the next one reads, except the state and values that callbacks replace.
+    """
+
+    line: str
+    index_reads: list[str]
+    outer: list[str]
+    inner_steps: bool
+    gradients: list[str]
+    numpy: list[str]
+    random: list[str]
+    carried: list[str]
+
+
+def read_loops(pipeline: type) -> list[LoopSource]:
+    """The loops over timesteps of a pipeline class: those of `__call__`, or else of the methods that it calls."""
+    seen: set[str] = set()
+    names = ["__call__"]
+    while names:
+        sources = [source for name in names if (source := MethodSource.of(pipeline, name)) is not None]
+        loops = [loop for source in sources for loop in source.loops()]
+        if loops:
+            return loops
+        seen.update(names)
+        names = [name for name in dict.fromkeys(name for source in sources for name in source.called()) if name not in seen]
+    return []
+
+
+_PARSER = threading.Lock()  # CPython builds one syntax tree at a time (gh-106905)
+
+
+class MethodSource:
+    """The source of one method and the loops in it."""
+
+    def __init__(self, pipeline: type, tree: ast.FunctionDef, lines: list[str]) -> None:
+        self.pipeline, self.tree, self.lines = pipeline, tree, lines
+        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+    @classmethod
+    def of(cls, pipeline: type, name: str) -> MethodSource | None:
+        method: Any = inspect.getattr_static(pipeline, name, None)
+        method = getattr(method, "__func__", method)
+        try:
+            text = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
+            with _PARSER:
+                tree = ast.parse(text).body[0]
+        except (TypeError, OSError, SyntaxError, IndexError, ValueError):
+            return None
+        return cls(pipeline, tree, text.splitlines()) if isinstance(tree, ast.FunctionDef) else None
+
+    def line(self, node: Any) -> str:
+        return self.lines[node.lineno - 1].strip()
+
+    def called(self) -> list[str]:
+        """The methods of the pipeline that are called, in order."""
+        return [
+            node.func.attr
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and syntax.is_self(node.func.value)
+        ]
+
+    def loops(self) -> list[LoopSource]:
+        """The loops over timesteps in which a scheduler steps; if there are none, those that call a method in each pass."""
+        every = [node for node in ast.walk(self.tree) if isinstance(node, ast.For)]
+        fors = [node for node in every if syntax.over_timesteps(node)]
+        stepping = [node for node in fors if any(syntax.steps(node))]
+        stepping = stepping or [node for node in every if any(syntax.steps(node, inner=False))]
+        # A loop around the loop of the steps is its outer loop.
+        inner = [node for node in stepping if not any(other is not node and other in ast.walk(node) for other in stepping)]
+        calling = [node for node in fors if not isinstance(node.iter, ast.Call) or not syntax.is_named(node.iter.func, "range")]
+        calling = [node for node in calling if any(syntax.is_helper_call(part) for part in syntax.body(node))]
+        return [self._loop(node) for node in sorted(inner or calling, key=lambda node: node.lineno)]
+
+    def _loop(self, loop: ast.For) -> LoopSource:
+        around: list[str] = []
+        parent = self.parents.get(loop)
+        while parent is not None:
+            if isinstance(parent, (ast.For, ast.While)):
+                around.insert(0, self.line(parent))
+            parent = self.parents.get(parent)
+        counted = set(syntax.indices(loop)) | self._counters(loop)
+        uses = [
+            node
+            for node in syntax.names(loop, ast.Load)
+            if node.id in counted and not (self._uncounted(node, loop) or self._counts(node) or self._bound_inside(node, loop))
+        ]
+        inner_steps = any(
+            isinstance(above, (ast.For, ast.While)) for step in syntax.steps(loop) for above in self._above(step, loop)
+        )
+        return LoopSource(
+            line=self.line(loop),
+            index_reads=self._unique(uses),
+            outer=around,
+            inner_steps=inner_steps,
+            gradients=self._unique(self._deep(loop, lambda node: syntax.called_like(node, GRADIENTS))),
+            numpy=self._unique([n for n in syntax.body(loop) if syntax.is_named(n, "np") or syntax.is_named(n, "numpy")]),
+            random=self._unique([n for n in syntax.body(loop) if isinstance(n, ast.Call) and syntax.last(n.func) in RANDOM]),
+            carried=self._carried(loop),
+        )
+
+    def _unique(self, nodes: list[Any]) -> list[str]:
+        lines = {node.lineno: self.line(node) for node in sorted(nodes, key=lambda node: node.lineno) if node is not None}
+        return list(dict.fromkeys(lines.values()))
+
+    def _above(self, node: ast.AST, loop: ast.For) -> Iterator[ast.AST]:
+        while (node := self.parents[node]) is not loop:
+            yield node
+
+    def _uncounted(self, node: ast.AST, loop: ast.For) -> bool:
+        """Whether a name is used for a progress bar, a callback or a log."""
+        for above in self._above(node, loop):
+            if isinstance(above, ast.Call) and syntax.uncounted_call(above):
+                return True
+            if isinstance(above, ast.If) and (syntax.about_callback(above.test) or syntax.idle(above)):
+                return True
+        return False
+
+    def _counters(self, loop: ast.For) -> set[str]:
+        """Names that count passes: `k += 1`."""
+        return {
+            node.target.id
+            for node in syntax.body(loop)
+            if isinstance(node, ast.AugAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, int)
+            and not self._within_for(node, loop)
+        }
+
+    def _within_for(self, node: ast.AST, loop: ast.For) -> bool:
+        return any(isinstance(above, (ast.For, ast.While)) for above in self._above(node, loop))
+
+    def _counts(self, node: ast.Name) -> bool:
+        return isinstance(self.parents[node], ast.AugAssign)
+
+    def _carried(self, loop: ast.For) -> list[str]:
+        """Names that are read in a pass before they are set in it."""
+        state = set(syntax.indices(loop)) | {
+            name.id for step in syntax.steps(loop) for name in ast.walk(step) if isinstance(name, ast.Name)
+        }
+        for step in syntax.steps(loop):
+            for above in self._above(step, loop):
+                if isinstance(above, ast.Assign):
+                    state |= {name.id for target in above.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        carried = []
+        stores = [
+            node for node in syntax.names(loop, ast.Store) if not self._uncounted(node, loop) and not self._replaced(node, loop)
+        ]
+        for name in dict.fromkeys(node.id for node in stores if node.id not in state):
+            first = min(self._statement(node, loop) for node in stores if node.id == name)
+            loads = [node for node in syntax.names(loop, ast.Load) if node.id == name]
+            if any(self._statement(node, loop) <= first and not self._local(node, loop) for node in loads):
+                carried.append(name)
+        return carried
+
+    def _bound_inside(self, node: ast.Name, loop: ast.For) -> bool:
+        """Whether a name is a comprehension's own."""
+        kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        return any(
+            node.id in syntax.target_names(part.target)
+            for above in self._above(node, loop)
+            if isinstance(above, kinds)
+            for part in above.generators
+        )
+
+    def _statement(self, node: ast.AST, loop: ast.For) -> int:
+        """The line of the statement that holds a node."""
+        while not isinstance(node, ast.stmt):
+            node = self.parents[node]
+        return node.lineno
+
+    def _replaced(self, node: ast.AST, loop: ast.For) -> bool:
+        """Whether an assignment only hands on what a callback returned."""
+        return any(isinstance(above, ast.Assign) and syntax.about_callback(above.value) for above in self._above(node, loop))
+
+    def _local(self, node: ast.AST, loop: ast.For) -> bool:
+        """Whether a name belongs to a comprehension, a lambda or an inner loop."""
+        kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+        return any(isinstance(above, kinds) for above in self._above(node, loop))
+
+    def _deep(self, loop: ast.For, wanted: Callable[[ast.AST], bool]) -> list[Any]:
+        """The wanted nodes of a loop, and its calls of methods of the pipeline that contain a wanted node."""
+        found = []
+        for node in syntax.body(loop):
+            if wanted(node):
+                found.append(node)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and syntax.is_self(node.func.value):
+                source = MethodSource.of(self.pipeline, node.func.attr)
+                if source is not None and any(wanted(part) for part in ast.walk(source.tree)):
+                    found.append(node)
+        return found

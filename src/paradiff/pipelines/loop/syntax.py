@@ -1,0 +1,109 @@
+"""Questions about the syntax tree of a loop over timesteps."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+UNCOUNTED = ("progress", "pbar", "callback", "mark_step", "logger", "logging", "warn", "print")
+"""Parts of the names of functions that may be given the step number."""
+
+
+def body(loop: ast.For) -> Iterator[ast.AST]:
+    """All nodes in a loop's body."""
+    for statement in loop.body:
+        yield from ast.walk(statement)
+
+
+def names(loop: ast.For, context: type[ast.expr_context]) -> list[ast.Name]:
+    """The names that a loop's body reads (`ast.Load`) or sets (`ast.Store`)."""
+    return [node for node in body(loop) if isinstance(node, ast.Name) and isinstance(node.ctx, context)]
+
+
+def is_self(node: ast.AST) -> bool:
+    """Whether a node is the name `self`."""
+    return is_named(node, "self")
+
+
+def is_named(node: ast.AST, name: str) -> bool:
+    """Whether a node is this name."""
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def last(node: ast.AST) -> str:
+    """The last part of a dotted name."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def called_like(node: ast.AST, names: set[str]) -> bool:
+    """Whether a node is an attribute with one of these names."""
+    return isinstance(node, ast.Attribute) and node.attr in names
+
+
+def is_helper_call(node: ast.AST) -> bool:
+    """Whether a node calls a method of the pipeline."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_self(node.func.value)
+
+
+def over_timesteps(loop: ast.For) -> bool:
+    """Whether a loop iterates something named timesteps."""
+    return any("timesteps" in last(node) for node in ast.walk(loop.iter))
+
+
+def steps(loop: ast.For, inner: bool = True) -> Iterator[ast.Call]:
+    """The calls of a scheduler's `step` in a loop's body; with `inner` False, without those in inner loops."""
+    waiting: list[ast.AST] = list(loop.body)
+    while waiting:
+        node = waiting.pop(0)
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr.startswith("step")
+            and "scheduler" in ast.unparse(node.func.value)
+        ):
+            yield node
+        if inner or not isinstance(node, (ast.For, ast.While)):
+            waiting.extend(ast.iter_child_nodes(node))
+
+
+def indices(loop: ast.For) -> list[str]:
+    """The names in a loop's target for the step's number, or for another quantity of the step than its time."""
+    target, iterated = loop.target, loop.iter
+    while isinstance(iterated, ast.Call) and last(iterated.func) in ("progress_bar", "tqdm", "trange") and iterated.args:
+        iterated = iterated.args[0]
+    if not isinstance(iterated, ast.Call) or not isinstance(iterated.func, ast.Name):
+        return []
+    name = iterated.func.id
+    if name == "enumerate" and isinstance(target, ast.Tuple):
+        inner = ast.For(target=target.elts[1], iter=iterated.args[0], body=[], orelse=[])
+        return [*target_names(target.elts[0]), *indices(inner)]
+    if name == "zip" and isinstance(target, ast.Tuple):
+        pairs = zip(target.elts, iterated.args, strict=False)
+        others = [part for part, source in pairs if not any("timesteps" in last(node) for node in ast.walk(source))]
+        return [found for part in others for found in target_names(part)]
+    return target_names(target) if name == "range" else []
+
+
+def target_names(target: ast.AST) -> list[str]:
+    """The names that an assignment to this target sets."""
+    return [node.id for node in ast.walk(target) if isinstance(node, ast.Name) and node.id != "_"]
+
+
+def about_callback(node: ast.AST) -> bool:
+    """Whether a name with `callback` in it occurs within a node."""
+    return any("callback" in last(part) for part in ast.walk(node))
+
+
+def uncounted_call(call: ast.Call) -> bool:
+    """Whether a call is for a progress bar, a callback or a log."""
+    name = ast.unparse(call.func)
+    return any(word in name for word in UNCOUNTED)
+
+
+def idle(node: ast.stmt) -> bool:
+    """Whether a statement only moves a progress bar, calls back, or logs."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Call) and uncounted_call(node.value)
+    if isinstance(node, ast.If):
+        return about_callback(node.test) or all(idle(part) for part in [*node.body, *node.orelse])
+    return isinstance(node, ast.Pass)
