@@ -16,8 +16,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from paradiff.errors import NeedsLanes, Unsupported
-from paradiff.pipelines.network.batching import each
-from paradiff.pipelines.network.boundary import Batching, install
+from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.boundary import install
+from paradiff.pipelines.network.tree import each
 from paradiff.pipelines.tensor.windowed import Windowed
 
 W = 5

@@ -30,7 +30,7 @@ from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network import boundary
-from paradiff.pipelines.network.boundary import Batching
+from paradiff.pipelines.network.batching import Batching
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
 

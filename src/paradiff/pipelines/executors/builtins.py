@@ -1,8 +1,7 @@
-"""`enumerate` for loops that are run by lanes: it counts the nodes that a lane visits, not its turns.
+"""`enumerate` for loops that lanes run: it yields the number of the lane's node, not that of the pass.
 
-A lane skips most of its loop's iterations, and the built-in `enumerate` would not know. During a run, the modules whose
-loops are run have an `enumerate` of their own, which is the built-in one for everybody but lanes, and a `zip`, which a
-lane refuses to apply to its times.
+A lane skips most iterations of its loop, which the built-in `enumerate` would not count. During a run, the modules of the loops
+have an `enumerate` of their own, which acts as the built-in one outside of lanes, and a `zip`, which refuses a lane's times.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LOCK = threading.Lock()
 
 
 class _Replacement:
-    """A built-in function as a module sees it during runs, and how many runs there are."""
+    """A replacement of a built-in function in a module, and the number of runs that use it."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -48,7 +47,7 @@ class _Zip(_Replacement):
 
 @contextlib.contextmanager
 def counting(scopes: Iterable[Scope]) -> Iterator[None]:
-    """Puts the replacements into modules, and takes them out again after the last run."""
+    """Puts the replacements into modules; the last run that ends removes them."""
     scopes = list(scopes)
     with LOCK:
         for scope in scopes:
@@ -66,7 +65,7 @@ def counting(scopes: Iterable[Scope]) -> Iterator[None]:
 
 
 def uncounted() -> Scope | None:
-    """The module of the loop that asks for its times now, if it enumerates with the built-in function."""
+    """The global names of the loop that now starts to iterate its times, if it uses the built-in `enumerate`; else None."""
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__", "").startswith(TRANSPARENT):
         if frame.f_back is None:

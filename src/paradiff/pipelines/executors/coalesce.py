@@ -1,8 +1,8 @@
 """Network calls of several lanes as one call.
 
-Tensors of the lanes that belong to their states are stacked to one windowed tensor. Those that are the same in all lanes
-(position tables, text embeddings) are handed on as they are. Which are the same is found by comparing values once; later the
-object itself tells: a lane hands over the very tensor that it made before its loop.
+Arguments that depend on the lane's state are stacked to one windowed tensor. Arguments that are equal in all lanes (position
+tables, text embeddings) are passed once. Equality is found by comparing values once a lane; later it follows from identity,
+since a lane passes the very tensor that it made before its loop.
 """
 
 from __future__ import annotations
@@ -15,35 +15,37 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.pipelines.network.batching import Batching, batched_call
+from paradiff.pipelines.network.batched_call import batched_call
+from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.tensor.windowed import Windowed
 
 Key = tuple[int, int, int]
+"""The place of an argument: the network's id, the number of the call in its pass, and the number of the leaf."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A tensor that stands for the equal ones of all lanes, and its version."""
+    """The tensor that is passed in place of the equal tensors of all lanes, and its version."""
 
     tensor: Tensor
     version: int
 
 
 Known = tuple[Tensor, int, Shared]
-"""A tensor that a lane handed over, its version, and what it was found to be equal to."""
+"""A tensor that a lane passed, its version, and the shared tensor that it equals."""
 
 
 @dataclass
 class NetworkCall:
-    """A network call that a lane waits for.
+    """A network call for which a lane waits.
 
     Attributes:
         module: The network.
-        forward: Its own forward.
-        leaves: The arguments, flat.
-        spec: Their structure.
-        turn: How many calls the lane made before this one in its pass.
-        known: What the lane handed over before, by place, and was found to be the same in other lanes.
+        forward: The network's own `forward`.
+        leaves: The arguments, flattened.
+        spec: The structure of the arguments.
+        turn: Number of network calls that the lane made before this one in its pass.
+        known: Tensors that the lane passed in earlier calls and that are equal in all lanes, by place.
     """
 
     module: Any
@@ -61,12 +63,12 @@ class NetworkCall:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What of a call does not depend on values."""
+        """The network, and the shapes and dtypes of the tensors among the arguments."""
         shapes = [(tuple(leaf.shape), leaf.dtype) for leaf in self.leaves if isinstance(leaf, Tensor)]
         return (id(self.module), *shapes)
 
     def joins(self, other: NetworkCall) -> bool:
-        """Whether both can be one network call."""
+        """Whether both calls fit into one network call: same network, same structure, same shapes and equal numbers."""
         return (
             self.module is other.module
             and self.spec == other.spec
@@ -76,18 +78,18 @@ class NetworkCall:
 
 @dataclass
 class Coalescer:
-    """Makes one network call of several.
+    """Combines network calls of several lanes into one.
 
     Attributes:
         batching: The run's batching (network/batching.py).
-        differing: Places where values were seen to differ between lanes.
+        differing: Places whose values differed between lanes in an earlier call.
     """
 
     batching: Batching
     differing: set[Key] = field(default_factory=set)
 
     def __call__(self, calls: list[NetworkCall]) -> list[Any]:
-        """The result of each call."""
+        """The result of each call, in order."""
         first = calls[0]
         columns = [list(column) for column in zip(*[call.leaves for call in calls], strict=True)]
         leaves: list[Any] = self._leaves(calls, columns) if len(calls) > 1 else self._single(first)
@@ -100,7 +102,7 @@ class Coalescer:
         ]
 
     def _single(self, call: NetworkCall) -> list[Any]:
-        """The arguments of one lane alone: the first tensor that has rows stands for the window."""
+        """The arguments of a single lane, with its first tensor that has rows as a window of width 1."""
         leaves = list(call.leaves)
         main = next(
             path
@@ -111,10 +113,10 @@ class Coalescer:
         return leaves
 
     def _leaves(self, calls: list[NetworkCall], columns: list[list[Any]]) -> list[Any]:
-        """The arguments of several lanes: one for all of them where they are the same, else stacked."""
+        """The arguments of several lanes: passed once where they are equal, else stacked."""
         first = calls[0]
         rows = next((leaf.shape[0] for leaf in first.leaves if isinstance(leaf, Tensor) and leaf.ndim > 1), 0)
-        asked: list[int] = []
+        unknown: list[int] = []
         leaves: list[Any] = []
         for path, column in enumerate(columns):
             key, leaf = (id(first.module), first.turn, path), column[0]
@@ -130,8 +132,8 @@ class Coalescer:
             if key in self.differing or (again and leaf.ndim > 0 and leaf.shape[0] == rows):
                 leaves[path] = Windowed.wrap(torch.stack(column), self)
             else:
-                asked.append(path)
-        for path, equal in zip(asked, _equal([columns[path] for path in asked]), strict=True):
+                unknown.append(path)
+        for path, equal in zip(unknown, _equal([columns[path] for path in unknown]), strict=True):
             key, column = (id(first.module), first.turn, path), columns[path]
             if not equal:
                 self.differing.add(key)
@@ -157,7 +159,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _shared(call: NetworkCall, key: Key, leaf: Tensor) -> Shared | None:
-    """What a lane's argument was found to be equal to, if it is the tensor that was handed over before."""
+    """The shared tensor that a lane's argument equals, if the argument is the tensor that was passed there before."""
     if key not in call.known:
         return None
     tensor, version, shared = call.known[key]
@@ -166,7 +168,7 @@ def _shared(call: NetworkCall, key: Key, leaf: Tensor) -> Shared | None:
 
 
 def _version(leaf: Tensor) -> int:
-    """How often a tensor was changed in place; -1 where torch does not count."""
+    """The number of changes of a tensor in place; -1 for inference tensors, where torch does not count."""
     return -1 if leaf.is_inference() else leaf._version
 
 

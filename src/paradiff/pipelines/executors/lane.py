@@ -1,7 +1,7 @@
-"""A lane: one ordinary call of the pipeline, advanced pass by pass.
+"""A lane: one ordinary call of the pipeline, resumed pass by pass.
 
-A lane's own `__call__` walks its loop as ever. What it is asked for goes on here: the next time, which decides the pass that
-the lane makes; the networks, which wait for the other lanes; the step, which waits for the solver.
+A lane's `__call__` runs its loop as in a plain call. Three requests of the loop end up here: the next time, which is that of
+the lane's next node; a network call, which waits for the other lanes; and a step, which waits for the solver.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from paradiff.pipelines.loop.torch_modes import Modes
 
 
 class Elsewhere(BaseException):
-    """The loop is in another module, where `enumerate` has to be replaced too."""
+    """The loop is in another module, whose `enumerate` must be replaced too."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
@@ -39,20 +39,20 @@ class Lane(greenlet.greenlet):
 
     Args:
         shared: What the lanes of the call have in common.
-        number: 0 is the user's call.
-        keywords: The call's arguments; the lane's own generators are among them.
+        number: The lane's number; lane 0 is the user's call.
+        keywords: The call's arguments, with the lane's own generators.
 
     Attributes:
-        node: The node of the present pass, and the number that `enumerate` gives.
-        dry: Whether the present pass is a dry one.
-        turns: The passes to come, as (node, dry).
-        state: The state that the step before the next real pass returns.
-        call: The network call that the lane waits for, or None.
+        node: The node of the present pass, and the number that `enumerate` yields.
+        dry: Whether the present pass is a dry one (lanes.py).
+        turns: The next passes, as (node, dry).
+        state: The state that the step before the next pass that is not dry returns.
+        call: The network call for which the lane waits, or None.
         result: The call's result.
-        task: What is to be run within the lane, in its modes and context.
-        output: The step's model output in the present pass.
-        sample: The step's sample.
-        edited: Whether the sample is another one than the lane was given.
+        task: A function to run within the lane, in its modes and context, when it is resumed; or None.
+        output: The model output that the loop gave its step in the present pass.
+        sample: The sample that the loop gave its step.
+        edited: Whether the loop changed the state that it got from the step before.
         modes: torch's modes within the lane.
     """
 
@@ -68,7 +68,7 @@ class Lane(greenlet.greenlet):
         if number:
             attributes["_progress_bar_config"] = {**attributes.get("_progress_bar_config", {}), "disable": True}
         for name, value in attributes.items():
-            if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider knows the step it is at
+            if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider holds its step number
                 attributes[name] = copy.copy(value)
         self.node, self.dry, self.turns = 0, False, deque[tuple[int, bool]]()
         self.state: Tensor | None = None
@@ -92,14 +92,14 @@ class Lane(greenlet.greenlet):
         self._real: Any = None
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
-        """The times that the loop walks: the first one, then those of the lane's own passes."""
+        """The iteration over `timesteps`. For the loop it yields the first time, then those of the lane's passes."""
         number, self._begun = self._begun, self._begun + 1
         if self.number and not self._over and number == self._shared.loop:
             return self._passes()
         return self._walk(number, timesteps, uncounted())
 
     def _walk(self, number: int, timesteps: Tensor, scope: Scope | None) -> Iterator[Tensor]:
-        """An iteration of which it is not known whether it is the loop."""
+        """An iteration that may turn out to be the loop."""
         for position, time in enumerate(self._iterations.walk(timesteps, self._passes)):
             if position == 0 and not self._inside:
                 self._marks[id(timesteps)] = number, len(self._shared.log.entries), self._shared.random_states(), scope
@@ -127,12 +127,12 @@ class Lane(greenlet.greenlet):
         self._inside, self._over = False, True
 
     def count(self, iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
-        """`enumerate`, which gives nodes for the loop's times."""
+        """`enumerate`, which numbers the loop's times by their nodes."""
         for position, value in enumerate(iterable, start):
             yield (start + self.node if self._inside and value is self._time else position), value
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
-        """The state as the network expects it."""
+        """The scheduler's `scale_model_input` at the lane's node."""
         if not self._inside:
             self._real = self._real or real_scheduler(self.scheduler)
             return self._real.scale_model_input(sample, timestep)
@@ -142,7 +142,7 @@ class Lane(greenlet.greenlet):
         return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * factor).to(sample.dtype)
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
-        """Takes a pass's output; gives the state of the next one, or the sample."""
+        """Ends a pass with its output; returns the state of the next pass, or the sample."""
         shared = self._shared
         if self._over:
             raise Unsupported("the call has a second loop")
@@ -168,7 +168,7 @@ class Lane(greenlet.greenlet):
         return shared.solver.result(self._handed)
 
     def _begin(self, output: Tensor, sample: Tensor, kwargs: dict[str, Any]) -> None:
-        """Starts the solver, in lane 0's first step."""
+        """Starts the solver, at lane 0's first step."""
         shared = self._shared
         timesteps = self._iterations.begin()
         shared.loop, played, random, scope = self._marks[id(timesteps)]
@@ -186,7 +186,7 @@ class Lane(greenlet.greenlet):
         shared.origin = sample
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answers a network call of this lane."""
+        """Makes a network call of this lane: from the log before the loop, with other lanes in it, as zeros in a dry pass."""
         shared = self._shared
         if self._leading or self._over:
             return forward(*args, **kwargs)
@@ -215,14 +215,14 @@ class Lane(greenlet.greenlet):
         return result
 
     def end(self) -> None:
-        """Ends the lane's call where it waits, as an exit of its thread would."""
+        """Ends the lane's call where it waits, by GreenletExit."""
         if not self.dead:
             with self.modes.entered():
                 self.throw()
         vars(self).clear()  # breaks the cycles that would keep tensors until they are collected
 
     def _wait(self) -> None:
-        """Gives way to the other lanes until this one is resumed."""
+        """Switches to the other lanes until this one is resumed without a task."""
         while True:
             self.modes = Modes.now()
             self._shared.greenlet.switch()
@@ -236,8 +236,10 @@ class Lane(greenlet.greenlet):
 
 
 def _near(sample: Tensor, origin: Tensor) -> bool:
-    """Whether two calls come to their loop with one state. Encoders that are not deterministic are granted 2 percent; noise
-    drawn otherwise changes a state by much more."""
+    """Whether two calls start their loop at the same state, up to 2 percent of its norm.
+
+    Encoders that are not deterministic stay within that; other noise changes a state by much more.
+    """
     if sample is origin:
         return True
     if sample.shape != origin.shape:

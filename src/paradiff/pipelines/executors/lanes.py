@@ -44,7 +44,7 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, b
 
     Args:
         call: The pipeline's own `__call__` with all its arguments by name; it is called with copies of the pipeline.
-        pipeline: The user's pipeline. What the call leaves in its attributes is there afterwards; its scheduler is not used.
+        pipeline: The user's pipeline. It gets the attributes that the call sets; its scheduler is not used.
         solver: The call's solver (loop/driver.py).
         batching: The run's batching (network/batching.py).
 
@@ -52,7 +52,7 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, b
         What the pipeline's `__call__` returns.
 
     Raises:
-        Unsupported: If the loop cannot be run so.
+        Unsupported: If lanes cannot run the loop.
     """
     snapshot = Snapshot(call.keywords)
     scopes: list[Scope] = [inspect.unwrap(call.func).__globals__]
@@ -93,7 +93,7 @@ class Lockstep:
             self._keep(first)
             return self._result
         finally:
-            with contextlib.ExitStack() as ends:  # ends all of them, even where one fails to
+            with contextlib.ExitStack() as ends:  # ends all of them, even if one raises
                 for lane in self.lanes:
                     ends.callback(lane.end)
                 self.lanes.clear()
@@ -129,7 +129,7 @@ class Lockstep:
             solver.tell(outputs, samples)
 
     def _assign(self, wanted: list[int]) -> list[Lane]:
-        """A lane for each wanted node, in their order: the one that is just before it, else a free one, else a new one."""
+        """A lane for each wanted node, in order: the lane at the node before, else a free lane, else a new one."""
         after = {lane.node + 1: lane for lane in self.lanes}
         straight = {node: after[node] for node in wanted if node in after}
         free = [lane for lane in self.lanes if straight.get(lane.node + 1) is not lane]
@@ -146,7 +146,7 @@ class Lockstep:
         return chosen
 
     def _new(self) -> Lane:
-        """A further lane, not begun yet."""
+        """A further lane, not started yet."""
         states, _ = self._start
         copies = {id(g): _generator(g, state) for g, state in zip(self.shared.generators, states, strict=True)}
         keywords = {
@@ -160,7 +160,7 @@ class Lockstep:
         return lane
 
     def _resume(self, lane: Lane) -> None:
-        """Lets a lane run until it waits or ends."""
+        """Runs a lane until it waits or ends."""
         begins = lane.number > 0 and not lane
         now = Snapshot({}) if begins else None
         if begins:
@@ -177,7 +177,7 @@ class Lockstep:
             self._result = result
 
     def _due(self, waiting: list[Lane]) -> list[list[Lane]]:
-        """Groups of lanes with one network call each, but for those whose network comes later in the loop's body."""
+        """Groups of lanes that share one network call each, without those whose network is called later in the loop's body."""
         groups: list[list[Lane]] = []
         for lane in waiting:
             group = next(
@@ -196,7 +196,7 @@ class Lockstep:
         return (a, b) in self.shared.order and (b, a) not in self.shared.order
 
     def _keep(self, lane: Lane) -> None:
-        """Leaves in the user's pipeline what the call wrote into its copy."""
+        """Copies to the user's pipeline the attributes that the call set on its copy."""
         mine = vars(self.shared.pipeline)
         for name, value in vars(lane.pipeline).items():
             if name != "scheduler" and mine.get(name, self) is not value and not hasattr(value, "prepare_inputs"):

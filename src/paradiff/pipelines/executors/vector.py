@@ -54,7 +54,7 @@ class Vector:
         self.scheduler = make_proxy(scheduler, self)
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
-        """The times that the loop walks: the first one, then a window of them for every further round."""
+        """The iteration over `timesteps`. For the loop it yields the first time, then a window of times a round."""
         return self._iterations.walk(timesteps, self._rounds)
 
     def _rounds(self) -> Iterator[Tensor]:
@@ -66,7 +66,7 @@ class Vector:
                 raise Unsupported("the loop passed over a step")
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
-        """The states as the network expects them."""
+        """The scheduler's `scale_model_input`, for each state at its node."""
         solver = self._solver
         if not solver.started:
             return real_scheduler(self.scheduler).scale_model_input(sample, timestep)
@@ -80,7 +80,7 @@ class Vector:
         return Windowed.wrap(scaled.to(window.dtype), self._round)
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
-        """Takes a round's outputs; gives the next window, or the sample."""
+        """Ends a round with its outputs; returns the next window of states, or the sample."""
         solver = self._solver
         if not solver.started:
             solver.prepare(real_scheduler(self.scheduler), self._iterations.begin())

@@ -1,4 +1,4 @@
-"""The place before a network's `forward`: calls with windowed tensors become batched calls (batching.py), all others pass."""
+"""The boundary before a network's `forward`: calls with windowed tensors are batched (batched_call.py), all others pass."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import Any
 import greenlet
 from torch import nn
 
-from paradiff.pipelines.network.batching import Batching, Check, batched_call, windowed_inputs
+from paradiff.pipelines.network.batched_call import batched_call
+from paradiff.pipelines.network.tree import windowed_inputs
 from paradiff.pipelines.tensor.windowed import common_run
-
-__all__ = ["Batching", "Check", "Installed", "batched_call", "install"]
 
 
 def install(modules: Iterable[nn.Module]) -> Installed:
     """Puts a boundary before the `forward` of each module, until `remove()` or the end of a `with` block.
 
-    Calls without windowed inputs pass through, so runs and threads may share modules: each installs for itself, and the last
-    one to remove restores what was there. A module within a compiled one has no boundary of its own.
+    Calls without windowed inputs pass through, so runs and threads may share modules: each run installs boundaries for itself,
+    and the last run that removes them restores the `forward`. A module within a compiled one gets no boundary.
     """
     return Installed(modules)
 
 
 class Installed:
-    """Boundaries that are in place. See `install`."""
+    """The boundaries of one run. See `install`."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         listed = list({id(module): module for module in modules}.values())
@@ -38,7 +37,7 @@ class Installed:
                     self._records.append(_Record.of(module))
 
     def remove(self) -> None:
-        """Takes the boundaries away again; those that another run needs, when that run removes them."""
+        """Removes the run's boundaries. One that another run shares stays until that run removes it."""
         with _LOCK:
             records, self._records = self._records, []
             for record in records:
@@ -59,7 +58,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class _Record:
-    """One module's boundary and the number of runs that need it. Found again through the function in the module's dict."""
+    """One module's boundary and the number of runs that use it. It is found through the function in the module's dict."""
 
     def __init__(self, module: nn.Module) -> None:
         # `module.compile()` compiles the call around `forward`; the boundary belongs before it.
@@ -87,7 +86,7 @@ class _Record:
     def release(self) -> None:
         self.count -= 1
         if self.count or self.module.__dict__.get(self.attribute) is not self.boundary:
-            return  # In the second case somebody else has put a function of theirs there.
+            return  # Other runs use it, or another library has replaced the function since.
         if self.had:
             self.module.__dict__[self.attribute] = self.before
         else:

@@ -1,0 +1,267 @@
+"""A network call for all states of a window: the window's axis becomes part of the batch axis.
+
+A network called with windowed tensors is called with plain ones, of K * W rows for K rows and W states, the window fastest:
+
+    row k * W + w  =  row k of state w.
+
+So a network that cuts its batch into two or three parts, for guidance, cuts it at the same rows as for one state. A plain
+input of K rows is repeated in this order; frames of K videos, K * F rows, become (k, w, f). Inputs without rows (positions,
+rotary embeddings, numbers) stay. Outputs are split into states again.
+
+The rule by which inputs have rows may be wrong for a network, and a network's rows may influence each other. So at a network's
+first call with a window the middle state is evaluated again by itself, as in the sequential loop, and compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paradiff.errors import Unsupported
+from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.tree import each, windowed_inputs
+from paradiff.pipelines.tensor.windowed import HERE, Windowed, common_run, first_line
+
+MAIN_INPUTS = ("sample", "hidden_states", "x", "latent_model_input")
+POSITIONS = {"img_ids", "txt_ids", "image_ids", "text_ids", "latent_ids", "latent_image_ids"}
+ROW_LISTS = {"img_shapes", "txt_seq_lens"}
+
+
+def batched_call(
+    batching: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The network's outputs for all states of a window, as windowed tensors.
+
+    Args:
+        batching: The run's bound, padding, check and counters.
+        name: The network's name in messages.
+        forward: The network.
+        args: Its arguments; at least one tensor in them or in `kwargs` is windowed.
+        kwargs: Its named arguments.
+
+    Raises:
+        Unsupported: If the network fails or returns something without the rows it was given, or a check fails.
+        torch.OutOfMemoryError: If one state alone does not fit.
+    """
+    begin = time.perf_counter()
+    call = _WindowCall(batching, name, forward, args, kwargs)
+    try:
+        return call.outputs()
+    except (Unsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"{name} could not be called with the states of a window as further rows ({type(error).__name__}: "
+            f"{first_line(error)})"
+        ) from error
+    finally:
+        batching.seconds += time.perf_counter() - begin
+
+
+class _WindowCall:
+    """One call of a network with a window."""
+
+    def __init__(
+        self, batching: Batching, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.batching, self.name, self.forward, self.args, self.kwargs = batching, name, forward, args, kwargs
+        self.leaves = windowed_inputs(args, kwargs)
+        self.run, self.states = common_run(self.leaves), self.leaves[0].width
+        self.device = self.leaves[0].window.device
+        main = self._main()
+        self.listed = isinstance(main, list)
+        shape: list[int] = [] if isinstance(main, list) else list(main.shape)
+        self.rows = len(main) if isinstance(main, list) else shape[0] if shape else None
+        self.frames = {size for size in shape[1:3] if size > 1} if len(shape) == 5 else set()
+
+    def _main(self) -> Any:
+        """The input whose rows are the batch: a tensor, or a list with one tensor a row."""
+        named = [self.kwargs.get(key) for key in MAIN_INPUTS]
+        for value in (*self.args, *named, *self.leaves):
+            if isinstance(value, Tensor) or (isinstance(value, list) and value and isinstance(value[0], Tensor)):
+                return value
+        raise Unsupported(f"{self.name} was called without a tensor")
+
+    def outputs(self) -> Any:
+        states, rows = self.states, self.rows
+        signature = (self.name, self.forward, tuple(self.kwargs), tuple([leaf.window.shape[1:] for leaf in self.leaves]))
+        suspects = self.batching.wants(signature, states)
+        before = self._random_state() if suspects else []
+        if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
+            parts, suspects = [self._taken(self._alone(w), 1) for w in range(states)], []
+            self.batching.calls += states
+        else:
+            parts = self.batching.bound.parts(states, self._part, self.device, rows=rows, width=self.batching.width(states))
+        self.batching.rows += states * (rows or 1)
+        structure = parts[0][0]
+        pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
+        windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
+        if suspects and any(not torch.equal(a, b) for a, b in zip(before, self._random_state(), strict=True)):
+            raise Unsupported(
+                f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode"
+            )
+        for w in suspects:
+            self._compare(w, windows)
+        rest = iter(windows)
+        return each(lambda leaf, _: Windowed.wrap(next(rest), self.run) if leaf is HERE else leaf, structure)
+
+    def _random_state(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
+
+    # Inputs.
+
+    def _state(self, value: Any, w: int) -> Any:
+        """An argument of the call for state w alone."""
+        return each(lambda leaf, _: leaf.window[w] if isinstance(leaf, Windowed) else leaf, value)
+
+    def _alone(self, w: int) -> Any:
+        """The network's output for state w alone, called as in the sequential loop."""
+        return self.forward(*self._state(self.args, w), **self._state(self.kwargs, w))
+
+    def _part(self, part: slice) -> tuple[Any, list[Tensor]]:
+        """The network's output for some of the states, split into its structure and its tensors."""
+        count = part.stop - part.start if self.batching.pad else min(part.stop, self.states) - part.start
+        self.batching.calls += 1
+        if count == 1:
+            return self._taken(self._alone(part.start), 1)
+        args = [self._batched(value, name, part.start, count) for value, name in zip(self.args, self._names(), strict=True)]
+        kwargs = {name: self._batched(value, name, part.start, count) for name, value in self.kwargs.items()}
+        return self._taken(self.forward(*args, **kwargs), count)
+
+    def _names(self) -> list[str]:
+        """The names of the positional arguments."""
+        try:
+            parameters = list(inspect.signature(self.forward).parameters.values()) if len(self.args) > 1 else []
+        except (TypeError, ValueError):
+            parameters = []
+        names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+        return (names + [""] * len(self.args))[: len(self.args)]
+
+    def _batched(self, value: Any, name: str, start: int, count: int) -> Any:
+        """An argument for `count` states from `start` on; states beyond the window's end are copies of its last one."""
+
+        def tensor(leaf: Any, name: str) -> Any:
+            if isinstance(leaf, Windowed):
+                return self._batched_window(leaf.window, start, count)
+            return self._repeated(leaf, name, count) if isinstance(leaf, Tensor) else leaf
+
+        def whole_list(value: list[Any], name: str) -> list[Any] | None:
+            if len(value) != self.rows or not (self.listed or name in ROW_LISTS) or _stays(name):
+                return None
+            states = [min(start + n, self.states - 1) for n in range(count)]
+            return [self._state(part, w) for part in value for w in states]
+
+        return each(tensor, value, name, whole_list)
+
+    def _batched_window(self, window: Tensor, start: int, count: int) -> Tensor:
+        rows = self.rows
+        assert rows is not None
+        window = window[start : start + count]
+        if len(window) < count:
+            window = torch.cat([window, window[-1:].expand(count - len(window), *window.shape[1:])])
+        if window.dim() == 1:
+            return window.repeat(rows)
+        if window.shape[1] == 1:
+            window = window.expand(count, rows, *window.shape[2:])
+        if window.shape[1] % rows:
+            raise Unsupported(f"{self.name} was given {window.shape[1]} rows of a window beside an input of {rows} rows")
+        return window.unflatten(1, (rows, -1)).transpose(0, 1).flatten(0, 2)
+
+    def _repeated(self, leaf: Tensor, name: str, count: int) -> Tensor:
+        rows = self.rows
+        assert rows is not None
+        if leaf.dim() == 0 or _stays(name, leaf):
+            return leaf
+        if leaf.shape[0] == rows or any(leaf.shape[0] == rows * frames for frames in self.frames):
+            key = (rows, count)
+            return self.batching.repeated(
+                leaf, key, lambda: leaf.unflatten(0, (rows, -1)).repeat_interleave(count, 0).flatten(0, 1)
+            )
+        return leaf
+
+    # Outputs.
+
+    def _taken(self, value: Any, count: int) -> tuple[Any, list[Tensor]]:
+        """The structure of an output for `count` states, and its tensors `[count, K, ...]`."""
+        found: list[Tensor] = []
+        rows = self.rows or 1
+
+        def tensor(leaf: Any, name: str) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if isinstance(leaf, Windowed):
+                raise Unsupported(
+                    f"{self.name} was given states of a window within an argument of a kind that is not known here"
+                )
+            if count == 1:
+                found.append(leaf[None])
+            elif leaf.dim() == 0 or leaf.shape[0] % (rows * count):
+                raise Unsupported(
+                    f"{self.name} returned a tensor of shape {tuple(leaf.shape)} for {rows * count} rows; an output must have "
+                    "a row for each"
+                )
+            else:
+                found.append(leaf.unflatten(0, (rows, count, -1)).transpose(0, 1).flatten(1, 2).contiguous())
+            return HERE
+
+        def whole_list(value: list[Any], name: str) -> list[Any] | None:
+            if not self.listed or count == 1 or len(value) != rows * count:
+                return None
+            found.extend(torch.stack(value[k * count : (k + 1) * count]) for k in range(rows))
+            return [HERE] * rows
+
+        return each(tensor, value, "", whole_list), found
+
+    # Check.
+
+    def _compare(self, w: int, windows: list[Tensor]) -> None:
+        """Compares state w of the batched call with a call of its own.
+
+        The two may differ by sqrt(eps) relative to the output's norm, with eps of the coarsest dtype involved, since rounding
+        depends on the size of a batch and grows through a deep network. On CUDA, eps is at least that of TF32, 2^-10, in which
+        convolutions are computed.
+        """
+        _, alone = self._taken(self._alone(w), 1)
+        digits = [torch.finfo(leaf.dtype).eps for leaf in [*alone, *self._tensors()] if leaf.is_floating_point()]
+        if self.device.type == "cuda":
+            digits.append(2.0**-10)
+        if torch.is_autocast_enabled(self.device.type):
+            digits.append(torch.finfo(torch.get_autocast_dtype(self.device.type)).eps)
+        granted = max(digits, default=0.0) ** 0.5
+        for window, own in zip(windows, alone, strict=True):
+            batched, own = window[w].to(torch.float64), own[0].to(torch.float64)
+            if batched.shape != own.shape:
+                raise Unsupported(f"{self.name} returned shape {tuple(batched.shape)} for a state of shape {tuple(own.shape)}")
+            same = (batched == own) | (batched.isnan() & own.isnan())
+            size = torch.where(own.isfinite(), own, 0.0).norm().clamp_min(1e-300)
+            difference = torch.where(same, 0.0, batched - own).norm() / size
+            if not float(difference) <= granted:
+                raise Unsupported(
+                    f"{self.name} gave a state other values among {self.states} states than by itself (relative difference "
+                    f"{float(difference):.2g}, where rounding explains {granted:.2g}): its rows influence each other, or its "
+                    "conditioning is in another order"
+                )
+
+    def _tensors(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        each(
+            lambda leaf, _: (
+                found.append(leaf.window if isinstance(leaf, Windowed) else leaf) if isinstance(leaf, Tensor) else None
+            ),
+            (self.args, self.kwargs),
+        )
+        return found
+
+
+def _stays(name: str, leaf: Tensor | None = None) -> bool:
+    """Whether an input of this name has no rows of the batch."""
+    if leaf is not None and name in POSITIONS:
+        return leaf.dim() < 3
+    if leaf is not None and leaf.dim() == 1 and len(leaf) == 1 and ("timestep" in name or "scale" in name):
+        return True
+    return name.startswith("freqs") or "rotary" in name or "rope" in name or name == "padding_mask"
