@@ -75,8 +75,8 @@ def parallelize(
         check: Which batched network calls are compared, row by row, with calls of their own: each network's `first` one,
             `every` one (slow; for tests), or none with `off`.
         dtype: Dtype of the solver's states, float32 or float64; the networks keep theirs.
-        observer: Called after each round (`Observer` of paradiff.solver); it may ask the run to stop. When an executor fails and
-            the next one is tried, rounds are counted from 1 again.
+        observer: Called after each round (`Observer` of paradiff.solver); it may ask the run to stop. When an executor fails
+            and the next one is tried, rounds are counted from 1 again.
 
     Raises:
         ValueError: If the argument is no pipeline, has no scheduler or is already parallel, or an option is unknown.

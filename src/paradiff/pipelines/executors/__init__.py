@@ -1,1 +1,1 @@
-"""Ways of running a loop for all states of a window: vectorised, or in lanes."""
+"""Ways of running a loop for all states of a window: with windowed tensors, or in lanes."""

@@ -22,6 +22,7 @@ from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.shared_call import Shape, SharedCall
+from paradiff.pipelines.loop.first_step import FirstStep
 from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
@@ -120,7 +121,7 @@ class Lane(greenlet.greenlet):
             self._calls, self._stepped = [], False
             if shared.index is not None:
                 place(self.scheduler, shared.index + self.node)
-            self._time = shared.solver.timesteps[self.node]
+            self._time = shared.solver.first.timesteps[self.node]
             yield self._time
             if not self._stepped:
                 raise Unsupported("the loop passed over a step")
@@ -150,10 +151,10 @@ class Lane(greenlet.greenlet):
             self._begin(output, sample, kwargs)
         if self._stepped:
             raise Unsupported("the loop takes several steps in one iteration")
-        shared.solver.check_options(kwargs)
+        shared.solver.first.check_options(kwargs)
         self._stepped = True
         self._iterations.steps += 1
-        if self._handed is None and not _near(sample, shared.origin):
+        if self._handed is None and not _near(sample, shared.solver.first.sample):
             raise Unsupported("the call comes to its loop with another state when it is made again")
         if not self.dry:
             self.output, self.sample = output, sample
@@ -179,11 +180,11 @@ class Lane(greenlet.greenlet):
         del shared.log.entries[played:]
         self._played = played
         self._inside = True
-        shared.solver.prepare(real_scheduler(self.scheduler), timesteps)
+        scheduler = real_scheduler(self.scheduler)
+        first = FirstStep(scheduler=scheduler, timesteps=timesteps, output=output, sample=sample, kwargs=kwargs)
         with Modes.exact().entered():
-            shared.solver.begin(output, sample, kwargs)
+            shared.solver.begin(first)
         shared.index = first_index(self.scheduler, timesteps[0])
-        shared.origin = sample
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Makes a network call of this lane: from the log before the loop, with other lanes in it, as zeros in a dry pass."""

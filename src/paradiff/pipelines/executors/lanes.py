@@ -85,7 +85,7 @@ class Lockstep:
                 raise Unsupported("its loop took no step")
             while not self.solver.done:
                 self._round()
-            last = len(self.solver.timesteps) - 1
+            last = len(self.solver.first.timesteps) - 1
             first.state = self.solver.final
             first.turns.extend([] if first.node == last else [(last, True)])
             self._resume(first)

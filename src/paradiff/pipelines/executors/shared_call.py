@@ -30,7 +30,6 @@ class SharedCall:
         order: Pairs of networks `(id, id)` of which a pass calls the first one earlier.
         loop: The number of the iteration over the timesteps that is the loop; -1 before its first step.
         index: The scheduler's step index at the loop's start; None for a scheduler that counts no steps.
-        origin: The state x[0].
         generators: The generators among the call's arguments.
     """
 
@@ -42,7 +41,6 @@ class SharedCall:
         self.order: set[tuple[int, int]] = set()
         self.loop = -1
         self.index: int | None = None
-        self.origin: Any = None
         self.generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
 
     def generator_states(self) -> list[Tensor]:

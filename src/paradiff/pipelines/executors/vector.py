@@ -17,6 +17,7 @@ from torch import Tensor
 from paradiff.chain.table import column
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.loop.first_step import FirstStep
 from paradiff.pipelines.loop.scheduler_proxy import blur, make_proxy, real_scheduler
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
@@ -59,9 +60,10 @@ class Vector:
 
     def _rounds(self) -> Iterator[Tensor]:
         solver = self._solver
+        timesteps = solver.first.timesteps
         while not solver.done:
             passes = solver.passes
-            yield Windowed.wrap(solver.timesteps[solver.nodes.to(solver.timesteps.device)], self._round)
+            yield Windowed.wrap(timesteps[solver.nodes.to(timesteps.device)], self._round)
             if solver.passes == passes:
                 raise Unsupported("the loop passed over a step")
 
@@ -83,14 +85,20 @@ class Vector:
         """Ends a round with its outputs; returns the next window of states, or the sample."""
         solver = self._solver
         if not solver.started:
-            solver.prepare(real_scheduler(self.scheduler), self._iterations.begin())
+            first = FirstStep(
+                scheduler=real_scheduler(self.scheduler),
+                timesteps=self._iterations.begin(),
+                output=output,
+                sample=sample,
+                kwargs=kwargs,
+            )
             with Modes.exact().entered():
-                solver.begin(output, sample, kwargs)
+                solver.begin(first)
             blur(self.scheduler)
         else:
             if not isinstance(output, Windowed) or not isinstance(sample, Windowed):
                 raise Unsupported("the loop steps a state that is not of its window")
-            solver.check_options(kwargs)
+            solver.first.check_options(kwargs)
             with Modes.exact().entered():
                 solver.tell(output.window, sample.window)
         self._iterations.steps += 1

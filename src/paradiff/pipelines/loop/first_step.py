@@ -1,0 +1,133 @@
+"""The first step of a pipeline's loop, and what a loop's later steps return in its form.
+
+The loop's first pass is an ordinary one, at x[0]. Its step shows what no argument of the pipeline does: the state's shape and
+dtype, the times of the loop, the generator and the options of `step`, and the form of the step's result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paradiff.errors import Unsupported
+
+GIVEN_NOISE = "variance_noise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStep:
+    """The loop's first step.
+
+    Attributes:
+        scheduler: A copy of the user's scheduler, in its state before the step.
+        timesteps: `[N]` the loop's times.
+        output: `[B, ...]` the network's output at x[0].
+        sample: `[B, ...]` the state x[0].
+        kwargs: The further arguments of the step, by name.
+
+    Raises:
+        Unsupported: If the output and the sample are no tensors of floats of one shape, or the loop gives the step's noise.
+        ValueError: If the output is not finite.
+    """
+
+    scheduler: Any
+    timesteps: Tensor
+    output: Tensor
+    sample: Tensor
+    kwargs: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        output, sample = self.output, self.sample
+        if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or not sample.is_floating_point():
+            raise Unsupported(
+                f"the loop steps a {type(sample).__name__} with a {type(output).__name__}; both must be tensors of floats"
+            )
+        if output.shape != sample.shape:
+            raise Unsupported(
+                f"the network's output of shape {tuple(output.shape)} is not of its state's, {tuple(sample.shape)}: it also "
+                "predicts a variance, or the scheduler keeps a state of another kind"
+            )
+        if self.kwargs.get(GIVEN_NOISE) is not None:
+            raise Unsupported("the loop gives the step's noise itself")
+        if not torch.isfinite(output).all():
+            raise ValueError("the network's output at the first time is not finite; check its weights, dtype and inputs")
+
+    @property
+    def generator(self) -> Any:
+        """The generator that the step draws from: one, a list of them, or None for torch's global one."""
+        return self.kwargs.get("generator")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of the step that its coefficients depend on, such as `eta`."""
+        return {k: v for k, v in self.kwargs.items() if k not in ("generator", "return_dict", GIVEN_NOISE)}
+
+    def check_options(self, kwargs: Mapping[str, Any]) -> None:
+        """Checks that a later step has the arguments of this one, since the chain is probed with these.
+
+        Raises:
+            Unsupported: If they differ.
+        """
+        for name in {*kwargs, *self.kwargs}:
+            first, now = self.kwargs.get(name), kwargs.get(name)
+            if name != "generator" and now is not first and (isinstance(now, Tensor) or now != first):
+                raise Unsupported(f"the loop gives its scheduler's step another {name} as it goes")
+
+    def real_step(self, index: int, output: Tensor, sample: Tensor) -> Any:
+        """What the scheduler's own `step` number `index` returns, made on copies of the scheduler and the generators."""
+        scheduler = copy.deepcopy(self.scheduler)
+        if index and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(_first_index(scheduler, self.timesteps) + index)
+        kwargs = dict(self.kwargs)
+        if kwargs.get("generator") is not None:
+            kwargs["generator"] = _clones(kwargs["generator"])
+        devices = [sample.device] if sample.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            scale_model_input = getattr(scheduler, "scale_model_input", None)
+            if scale_model_input is not None:
+                scale_model_input(sample, self.timesteps[index])
+            return scheduler.step(output, self.timesteps[index], sample, **kwargs)
+
+
+def step_result(template: Any, sample: Tensor, real: Any = None) -> Any:
+    """A step's result with `sample` as its new state.
+
+    Args:
+        template: The result of another step of the scheduler, whose form it takes: a tuple, or an output with fields.
+        sample: `[B, ...]` the new state.
+        real: A result of the scheduler's own step, for the other fields, such as an estimate of the clean data. Without it,
+            reading them raises `Unsupported`.
+    """
+    if isinstance(template, tuple):
+        rest = [_Unread()] * (len(template) - 1) if real is None else list(real[1:])
+        return (sample, *rest)
+    known = template if real is None else real
+    fields = {k: v if real is not None or v is None else _Unread() for k, v in vars(known).items() if k != "prev_sample"}
+    return type(template)(prev_sample=sample, **fields)
+
+
+class _Unread:
+    """A field of a step's result that does not exist in a parallel run."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unsupported("the loop reads more of a step's result than the new state")
+
+
+def _first_index(scheduler: Any, timesteps: Tensor) -> int:
+    """The index of the loop's first time among the scheduler's."""
+    begin = getattr(scheduler, "_begin_index", None)
+    return len(scheduler.timesteps) - len(timesteps) if begin is None else int(begin)
+
+
+def _clones(generators: Any) -> Any:
+    """Copies of generators, a list of them or one."""
+    if isinstance(generators, list | tuple):
+        return [_clones(g) for g in generators]
+    clone = torch.Generator(device=generators.device)
+    clone.set_state(generators.get_state())
+    return clone
