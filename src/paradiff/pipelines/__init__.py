@@ -1,4 +1,4 @@
-"""Diffusers pipelines run in parallel over time: their own call, their own loop, one sweep a turn."""
+"""Diffusers pipelines in parallel over time: their own call and their own loop, whose passes are the solver's rounds."""
 
 from typing import TYPE_CHECKING
 

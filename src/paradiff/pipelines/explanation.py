@@ -1,9 +1,8 @@
-"""`explain`: what a parallel run of a pipeline would do, before anything is spent on its networks.
+"""`explain`: a forecast of a parallel run of a pipeline, without a call of its networks.
 
-The scheduler is probed at the number of steps asked for, the loop's source is read, and the method is tried on a closed-form
-problem, a mixture of Gaussians, with the very same chain; its round counts are of the size of a trained network's. Whether
-fewer rounds save time is up to the device: a round costs about as much as one network call only as long as the device has
-room for the window's rows.
+The scheduler is probed at the given number of steps, the loop's source is read, and the method is run on a closed-form
+problem, a mixture of Gaussians, with the same chain; its number of rounds is of the order of a trained network's. Whether fewer
+rounds save time depends on the device: a round costs about one network call while the device has room for the window's rows.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ from paradiff.solver.protocol import Batch, Method
 from paradiff.solver.solution import Solution
 
 CLUSTERS, DIMENSION, SPREAD = 10, 64, 0.05
-UNIT_MU = 1.0  # the shift of a flow schedule that depends on the picture's size, where the pipeline would compute it
+"""The number of Gaussians in the closed-form problem, their dimension and their standard deviation."""
+UNIT_MU = 1.0
+"""The shift mu of a flow schedule, in place of the one that the pipeline computes from the picture's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,13 @@ class Explanation:
     """What `explain` found.
 
     Attributes:
-        pipeline: The pipeline's class.
-        scheduler: The scheduler's class.
-        table: The chain; None where it has none.
-        executor: The one that would be tried first: `vector`, `lanes` or `sequential`.
-        expected: A run of the method on a closed-form problem with this chain; None where there is no chain.
-        refused: Sentences: why there is no parallel run.
-        notes: Sentences.
+        pipeline: The name of the pipeline's class.
+        scheduler: The name of the scheduler's class.
+        table: The chain; None if the scheduler's step is not linear.
+        executor: The executor that would be tried first: `vector`, `lanes` or `sequential`.
+        expected: A run of the method on a closed-form problem with this chain; None without a chain.
+        refused: Sentences: the reasons why there is no parallel run; empty if there is one.
+        notes: Sentences: what else the run depends on.
     """
 
     pipeline: str
@@ -74,17 +75,17 @@ class Explanation:
 def explain(
     pipeline: Any, method: Method | None = None, *, num_inference_steps: int | None = None, **step_options: Any
 ) -> Explanation:
-    """Says what a parallel run of a pipeline would do: is its scheduler linear, which executor, what is refused, will it pay.
+    """Forecasts a parallel run of a pipeline: its chain, its executor, its rounds, and the reasons against it.
 
     Args:
         pipeline: A diffusers pipeline.
         method: The method; `parasolver()` by default.
-        num_inference_steps: Steps; the pipeline's own default if left out.
+        num_inference_steps: Number of steps, at least 1; the default of the pipeline's call if left out.
         step_options: Further arguments of the scheduler's `step` that the pipeline would pass, such as `eta`.
 
     Raises:
-        ValueError: If the pipeline is none or has no scheduler, the scheduler cannot make so many steps, or the method does not
-            fit its chain.
+        ValueError: If the argument is no pipeline or has no scheduler, the scheduler cannot make this number of steps, or the
+            method does not fit its chain.
     """
     method = parasolver() if method is None else method
     run = Run(pipeline, Settings(method=method))  # refuses what is no pipeline
@@ -158,7 +159,7 @@ def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str
 
 
 def _tried(table: Table, method: Method) -> Solution:
-    """The method on a mixture of Gaussians with this chain."""
+    """A run of the method on a mixture of Gaussians with this chain."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(CLUSTERS, DIMENSION, generator=generator, dtype=torch.float64).clamp(-1, 1)
     target = Mixture(torch.full((CLUSTERS,), 1 / CLUSTERS), means, torch.full((CLUSTERS,), SPREAD))

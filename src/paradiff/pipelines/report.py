@@ -1,4 +1,4 @@
-"""What a pipeline's parallel call cost, and how far to trust it."""
+"""The cost and the estimated error of a pipeline's parallel call."""
 
 from __future__ import annotations
 

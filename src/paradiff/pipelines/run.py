@@ -246,7 +246,7 @@ class Run:
         return result
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments by name."""
+        """The arguments of a call by name."""
         signature = inspect.signature(self._plain_class.__call__)
         arguments = dict(signature.bind(self.pipeline, *args, **kwargs).arguments)
         for name, parameter in signature.parameters.items():
@@ -256,7 +256,7 @@ class Run:
         return arguments
 
     def _executors(self, notes: list[str]) -> list[str]:
-        """The executors to try, in order; why there is none is put into `notes`."""
+        """The executors to try, in order; if there is none, the reason is appended to `notes`."""
         if self.settings.executor == "sequential":
             return []
         cached = self.cached()
@@ -272,7 +272,7 @@ class Run:
         return ["vector", "lanes"] if reads_index(self._plain_class) == [] else ["lanes"]
 
     def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
-        """The pipeline's own call, with another scheduler and its networks' boundaries in place."""
+        """The pipeline's own call, with a scheduler proxy and boundaries before its networks."""
         pipeline, scheduler = self.pipeline, cast(Any, self.pipeline).scheduler
         with boundary.install(self._modules().values()):
             if executor == "lanes":

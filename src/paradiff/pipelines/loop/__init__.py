@@ -1,1 +1,1 @@
-"""A pipeline's denoising loop, driven by a solver: its scheduler, its source, its random state."""
+"""A pipeline's denoising loop under a solver: its scheduler, its steps, its source, its callback, its random state."""

@@ -1,7 +1,7 @@
 """`callback_on_step_end` in a parallel run: called in order, once a step, with states that are final.
 
-A callback that only looks (previews, logging, progress) sees what it would see in the plain call, several steps at a time. One
-that changes the course of the loop cannot be honoured, since later steps have been swept already, and is refused by name.
+A callback that only reads (previews, logging, progress) gets the states of the plain call, several steps at a time. A callback
+that changes the loop's course is refused by name, since later steps have been swept before it is called.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_
 
 
 class Callback:
-    """A user's callback and the steps it has been told of.
+    """A user's callback.
 
     Args:
-        pipeline: The pipeline it is called with.
+        pipeline: The pipeline that it is called with.
         function: `function(pipeline, step, time, {"latents": ...})`.
 
     Attributes:
-        timesteps: `[N]` the loop's times; set before the first state.
-        dtype: The loop's dtype.
+        timesteps: `[N]` the loop's times; set at the loop's first step.
+        dtype: Dtype of the loop's states; set at the loop's first step.
     """
 
     timesteps: Tensor
@@ -60,11 +60,11 @@ class Callback:
 
     @staticmethod
     def without(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments for the loop itself."""
+        """The arguments of the call without those of the callback."""
         return {name: value for name, value in arguments.items() if name not in (CALLBACK, INPUTS)}
 
     def on_final(self, first: int, states: Tensor) -> None:
-        """Tells of the states `[n, ...]` from node `first` on, which are final.
+        """Calls the callback with the final states `[n, ...]` of the nodes from `first` on, in order.
 
         Raises:
             ValueError: If the callback changes the latents or the pipeline.
@@ -75,9 +75,9 @@ class Callback:
             latents = state.to(self.dtype, copy=True)
             given, before = latents.clone(), _simple(self._pipeline)
             step = first - 1 + k
-            answer = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
-            back = answer.get("latents", latents) if isinstance(answer, Mapping) else latents
-            extra = [k for k in answer if k != "latents"] if isinstance(answer, Mapping) else []
+            returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
+            back = returned.get("latents", latents) if isinstance(returned, Mapping) else latents
+            extra = [k for k in returned if k != "latents"] if isinstance(returned, Mapping) else []
             after = _simple(self._pipeline).items()
             changed = [name for name, value in after if name in self._own and before.get(name, value) != value]
             what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
@@ -89,4 +89,5 @@ class Callback:
 
 
 def _simple(pipeline: Any) -> dict[str, Any]:
+    """The pipeline's attributes that are numbers, strings or None."""
     return {k: v for k, v in vars(pipeline).items() if isinstance(v, bool | int | float | str | None)}

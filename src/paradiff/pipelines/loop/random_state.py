@@ -1,4 +1,4 @@
-"""The random states that a pipeline call starts from, so that it can start again."""
+"""The random states at the start of a pipeline call, from which it can start again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Snapshot:
-    """The states of the generators among a call's arguments, alone or in lists, and of torch's global ones.
+    """The states of the generators among a call's arguments, single or in lists, and of torch's global generators.
 
     Args:
         arguments: The call's arguments.
@@ -22,7 +22,7 @@ class Snapshot:
         self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
-        """Puts all of them back."""
+        """Sets all generators to these states."""
         for generator, state in self._states:
             generator.set_state(state)
         torch.set_rng_state(self._host)

@@ -21,15 +21,15 @@ from paradiff.pipelines.loop.timesteps import LoopHandler, RoundTimesteps, plain
 
 HANDLER = "_paradiff_handler"
 STEP = ("model_output", "timestep", "sample")
-STRAY = ("step_", "undo_step", "batch_step_no_noise")  # methods that take a step in another way
+STRAY = ("step_", "undo_step", "batch_step_no_noise")  # prefixes of methods that take a step in another way
 
 
 def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
     """A copy of `scheduler` whose timesteps, `step` and `scale_model_input` go to `handler`.
 
     Args:
-        scheduler: A diffusers scheduler. It is not changed, nor is anything that the copy changes.
-        handler: The executor.
+        scheduler: A diffusers scheduler; the proxy's changes do not reach it.
+        handler: The executor of the loop.
 
     Raises:
         Unsupported: If the scheduler's `step` does not take a model output, a time and a sample first.
@@ -55,7 +55,7 @@ def real_scheduler(proxy: Any) -> Any:
 
 
 def first_index(proxy: Any, time: Tensor) -> int | None:
-    """The step index of a loop that starts at `time`, for a scheduler that counts its steps; else None."""
+    """The step index of a loop that starts at `time`; None for a scheduler that counts no steps."""
     state = vars(proxy)
     if "_step_index" not in state:
         return None
@@ -65,12 +65,12 @@ def first_index(proxy: Any, time: Tensor) -> int | None:
 
 
 def place(proxy: Any, index: int) -> None:
-    """Puts a scheduler that counts its steps at a step index: pipelines that add noise within the loop depend on it."""
+    """Sets the step index of a scheduler that counts its steps; it decides on the level of noise added within the loop."""
     vars(proxy)["_step_index"] = index
 
 
 def blur(proxy: Any) -> None:
-    """Makes reading the step index of a scheduler that counts its steps a `NeedsLanes`: several steps are taken at once."""
+    """Makes every read of the step index raise `NeedsLanes`, for a round that takes several steps at once."""
     if "_step_index" in vars(proxy):
         vars(proxy)["_step_index"] = BLURRED
 
@@ -107,10 +107,11 @@ class SchedulerProxy:
 
 
 BLURRED = object()
+"""The step index of a scheduler that takes several steps at once."""
 
 
 def _own(value: Any) -> Any:
-    """What the copy of a scheduler holds for an attribute: containers and inner schedulers are its own."""
+    """An attribute for a scheduler's proxy: a copy of containers and inner schedulers, else the attribute itself."""
     if type(value) in (list, dict, set, deque):
         return copy.copy(value)
     return copy.deepcopy(value) if hasattr(value, "set_timesteps") else value
@@ -122,7 +123,7 @@ def _real_class(proxy: Any) -> type:
 
 @functools.cache
 def _subclass(real: Any) -> type:
-    """The subclass of a scheduler class: same name, same module, same signatures."""
+    """The proxy class of a scheduler class, with the same name, module and signatures."""
     signature = inspect.signature(real.step)
 
     @functools.wraps(real.step)

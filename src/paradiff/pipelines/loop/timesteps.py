@@ -43,7 +43,7 @@ class LoopHandler(Protocol):
     """The receiver of a loop's requests to its scheduler."""
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
-        """The iteration over `timesteps` `[n]`, a plain tensor: all of them, or the slice the pipeline took."""
+        """The iteration over `timesteps` `[n]`, a plain tensor: all times of the scheduler, or the pipeline's slice of them."""
         ...
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
@@ -51,15 +51,15 @@ class LoopHandler(Protocol):
         ...
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
-        """What the scheduler's `step` returns; `kwargs` are its further arguments, by name, as far as they were given."""
+        """What the scheduler's `step` returns; `kwargs` are the further arguments that were given, by name."""
         ...
 
 
 class RoundTimesteps(torch.Tensor):
     """Timesteps `[n]` with their true values, iterated by a `LoopHandler`.
 
-    What remains a run of times (slices, moves to a device, casts, copies) stays iterated by the loop; everything else is a
-    plain tensor.
+    Slices, moves to a device, casts and copies of timesteps are iterated by the handler too; the result of any other operation
+    is a plain tensor.
     """
 
     handler: LoopHandler
@@ -94,7 +94,7 @@ class Iterations:
     Attributes:
         steps: Steps taken in this call.
         timesteps: `[n]` times of the iteration that was last advanced, or None.
-        position: Index of the time which that iteration gave last.
+        position: Index of the time that this iteration yielded last.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Iterations:
         self.position = -1
 
     def walk(self, timesteps: Tensor, rounds: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
-        """The times in order; goes on with `rounds()` once a step was taken between two of them."""
+        """Yields the times in order, until a step is taken between two of them; from there on yields from `rounds()`."""
         outer = self.timesteps, self.position
         for position, time in enumerate(timesteps.unbind()):
             self.timesteps, self.position = timesteps, position

@@ -1,4 +1,4 @@
-"""What torch keeps for each thread, kept for each lane: gradient mode, inference mode, autocast."""
+"""Torch's modes of a thread (gradients, inference, autocast), kept for each lane."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes at one moment."""
+    """The modes at one moment: gradients, inference, and for each device of DEVICES whether autocast is on and its dtype."""
 
     grad: bool
     inference: bool
@@ -27,12 +27,12 @@ class Modes:
 
     @staticmethod
     def exact() -> Modes:
-        """Those for a solver's arithmetic: no gradients, and no autocast, which would compute in half precision."""
+        """The modes for a solver's arithmetic: no gradients, and no autocast, which would compute in half precision."""
         return Modes(False, torch.is_inference_mode_enabled(), tuple((False, dtype) for _, dtype in Modes.now().autocast))
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Sets these modes; at the end those of before are in force, whatever was left behind within."""
+        """Sets these modes; at the end the modes of before are set again, even if they were changed within."""
         before = Modes.now()
         with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
             self._autocast()

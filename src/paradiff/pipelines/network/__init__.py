@@ -1,1 +1,1 @@
-"""Where a window enters the networks: rows batched, outputs handed back."""
+"""Network calls for all states of a window: their rows batched, their outputs split again."""

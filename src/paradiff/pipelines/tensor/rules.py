@@ -1,7 +1,7 @@
-"""What is done on a window's states at once, for the functions of torch of which it is plain how (see windowed.py).
+"""Rules that compute functions of torch on all states of a window at once (see windowed.py).
 
-Each rule takes a function of torch and its arguments, and returns UNSUITABLE where it does not cover them; then the function
-is mapped over the states, which gives the same and takes longer.
+A rule takes a function of torch and its arguments. It returns UNSUITABLE for arguments that it does not cover; the function is
+then mapped over the states, with the same result in more time.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What is answered for the shape of one state."""
+    """Attributes of one state that need no values, such as its shape."""
     with DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
 def unchanged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What changes no value here."""
+    """Functions that return their tensor as it is, such as `detach`."""
     return args[0]
 
 
@@ -46,17 +46,17 @@ def version(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def on_window(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What concerns the memory of the window and returns no tensor."""
+    """Functions of the window's memory that return no tensor."""
     return func(args[0].window, *args[1:], **kwargs)
 
 
 def addressed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-    """What asks for memory that holds one state."""
+    """Functions that need memory of one state: refused."""
     raise NeedsLanes(f"the loop asks for the memory of a tensor (`{title(func)}`), which holds the states of a window")
 
 
 def moved(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dtype and device; the same object where nothing changes."""
+    """Changes of dtype and device; the same object if nothing changes."""
     kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
     bare = mapped(lambda leaf: leaf.window if isinstance(leaf, Windowed) else leaf, (args, kwargs))
     result = func(*bare[0], **bare[1])
@@ -66,7 +66,7 @@ def moved(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def contiguous(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each state contiguous; memory formats change no value and are passed over."""
+    """`contiguous` for each state; a memory format is ignored, since it changes no value."""
     x = args[0]
     if kwargs or len(args) > 1 or not len(x.window) or x.window[0].is_contiguous():
         return x
@@ -74,7 +74,7 @@ def contiguous(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 def read(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value in Python that all states agree in. Waits for the device."""
+    """Reads of a value in Python, which must be equal for all states. Waits for the device."""
     leaves = windowed_leaves((args, kwargs))
     common_run(leaves)
 
@@ -97,7 +97,7 @@ def read(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One tensor, and numbers."""
+    """Elementwise functions of one tensor and numbers."""
     if not isinstance(args[0], Windowed) or any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
         return UNSUITABLE
     x = args[0]
@@ -106,10 +106,10 @@ def elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def aligned(values: tuple[Any, ...]) -> list[Any] | None:
-    """Windows, plain tensors and numbers, such that broadcasting keeps the window's axis in front.
+    """Operands with windows in place of windowed tensors, such that broadcasting keeps the window's axis in front.
 
-    None where that is not plain to see: for other dtypes among the tensors, which torch promotes by their ranks, and other
-    kinds of values.
+    None for tensors of several dtypes, which torch promotes by their ranks, and for operands that are neither tensors nor
+    numbers.
     """
     leaves = [value for value in values if isinstance(value, Windowed)]
     if not leaves:
@@ -139,7 +139,7 @@ def aligned(values: tuple[Any, ...]) -> list[Any] | None:
 
 
 def broadcast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Operations of two values that broadcast. Axes align from the end."""
+    """Operations of two operands that broadcast; axes align from the end."""
     parts = aligned(args) if len(args) == 2 and not kwargs else None
     if parts is None:
         return UNSUITABLE
@@ -149,7 +149,7 @@ def broadcast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def chosen(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`where` with three values, the last two of one dtype."""
+    """`where` with three tensors, the last two of one dtype."""
     if len(args) != 3 or kwargs:
         return UNSUITABLE
     tensors = [value for value in args if isinstance(value, Tensor)]
@@ -184,7 +184,7 @@ def broadcast_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def axis(dim: Any, rank: int) -> int | None:
-    """The window's axis for the visible axis `dim` of a tensor of visible rank `rank`; None where there is none."""
+    """The window's axis for the visible axis `dim` of a tensor of visible rank `rank`; None if `dim` is out of range."""
     if type(dim) is not int or not -rank <= dim < rank:
         return None
     return dim + 1 if dim >= 0 else dim
@@ -252,14 +252,14 @@ def rearranged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 def applied(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A plain linear map of the last axis."""
+    """`linear` with plain weights, which acts on the last axis."""
     if windowed_leaves((args[1:], kwargs)) or args[0].window.dim() < 2:
         return UNSUITABLE
     return Windowed.wrap(func(args[0].window, *args[1:], **kwargs), args[0].run)
 
 
 def whole(value: Any) -> Any:
-    """A windowed size or bound as the number that all states agree in."""
+    """A size or bound as a number; a windowed one must be equal for all states."""
     return operator.index(value) if isinstance(value, Windowed) and value.window.dim() == 1 else value
 
 

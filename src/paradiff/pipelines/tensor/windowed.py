@@ -5,12 +5,12 @@ the loop body acts on each state by itself,
 
     f(x, y)[w] = f(x[w], y[w])        for windowed x and y,      f(x, p)[w] = f(x[w], p)        for a plain tensor p,
 
-so that no axis has to be guessed: concatenation for guidance, chunks, reshapes and time factors mean what they mean in the
-sequential loop. Operations that broadcast, or whose axes are plain to see, run on the window directly (rules.py); every other
-one runs under `torch.vmap`.
+so that no axis has to be guessed: concatenation for guidance, chunks, reshapes and time factors mean the same as in the
+sequential loop. Operations that broadcast, or that name their axes, run on the window directly (rules.py); all others run under
+`torch.vmap`.
 
-A value read in Python (`bool`, `float`, `.item()`) is the same for all states or there is no such value: then `NeedsLanes`.
-There is no storage behind a `Windowed`: code that reads it past these rules fails, and never sees a wrong number.
+A value read in Python (`bool`, `float`, `.item()`) must be equal for all states; else the read raises `NeedsLanes`. There is
+no storage behind a `Windowed`: code that reads it past these rules fails, and never gets a wrong number.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ RULES: dict[Any, Rule] = {}
 class Windowed(torch.Tensor):
     """The states of a window behind the shape of one of them.
 
-    A read of a value in Python waits for the device. `_version` is the window's: it tells whether an operation changed the
-    values in place. Operations that change nothing (`.to` the dtype and device that it has) return the very same object.
+    A read of a value in Python waits for the device. `_version` is the window's count of changes in place. Operations that
+    change nothing, such as `.to` its own dtype and device, return the same object.
 
     Attributes:
         window: `[W, *v]` the values of all states; `shape` is `[*v]`.
-        run: The object given to `wrap`; results of operations carry it on. States with different `run` do not mix.
+        run: The object given to `wrap`, which results of operations share. Windows with different `run` do not mix.
     """
 
     window: Tensor
@@ -110,7 +110,7 @@ class Windowed(torch.Tensor):
 
 
 def mapped(f: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with `f` applied to all that is no list, tuple or dict in it; the bounds of slices too."""
+    """`value` with `f(leaf)` in place of each leaf of its nested lists, tuples, dicts and slices."""
     kind = type(value)
     if kind is tuple:
         return tuple([mapped(f, part) for part in value])
@@ -135,10 +135,10 @@ def windowed_leaves(value: Any) -> list[Windowed]:
 
 
 def common_run(leaves: list[Windowed]) -> Any:
-    """The run of all these leaves.
+    """The run that these windowed tensors share.
 
     Raises:
-        NeedsLanes: If they are states of different windows.
+        NeedsLanes: If they belong to different windows.
     """
     first = leaves[0]
     for leaf in leaves:
@@ -150,7 +150,7 @@ def common_run(leaves: list[Windowed]) -> Any:
 
 
 def title(func: Callable[..., Any]) -> str:
-    """The name of a torch function as users know it."""
+    """The name of a torch function as users write it."""
     name = getattr(func, "__name__", str(func))
     owner = getattr(func, "__self__", None) if name in ("__get__", "__set__") else None
     return name if owner is None else getattr(owner, "__name__", name)
