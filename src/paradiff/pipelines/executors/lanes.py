@@ -22,7 +22,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
@@ -31,7 +30,7 @@ from paradiff.pipelines.executors.coalesce import Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane
 from paradiff.pipelines.executors.shared_call import SharedCall
 from paradiff.pipelines.loop.driver import LoopSolver
-from paradiff.pipelines.loop.random_state import Snapshot
+from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
 
@@ -148,7 +147,7 @@ class Lockstep:
     def _new(self) -> Lane:
         """A further lane, not started yet."""
         states, _ = self._start
-        copies = {id(g): _generator(g, state) for g, state in zip(self.shared.generators, states, strict=True)}
+        copies = {id(g): clone(g, state) for g, state in zip(self.shared.generators, states, strict=True)}
         keywords = {
             name: _pytree.tree_map_only(torch.Generator, lambda g: copies[id(g)], value)
             if any(isinstance(leaf, torch.Generator) for leaf in _pytree.tree_leaves(value))
@@ -201,9 +200,3 @@ class Lockstep:
         for name, value in vars(lane.pipeline).items():
             if name != "scheduler" and mine.get(name, self) is not value and not hasattr(value, "prepare_inputs"):
                 mine[name] = value
-
-
-def _generator(original: torch.Generator, state: Tensor) -> torch.Generator:
-    clone = torch.Generator(device=original.device)
-    clone.set_state(state)
-    return clone

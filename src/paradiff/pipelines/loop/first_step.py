@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
+from paradiff.pipelines.loop.random_state import clone
 
 GIVEN_NOISE = "variance_noise"
 
@@ -85,7 +87,7 @@ class FirstStep:
             scheduler.set_begin_index(_first_index(scheduler, self.timesteps) + index)
         kwargs = dict(self.kwargs)
         if kwargs.get("generator") is not None:
-            kwargs["generator"] = _clones(kwargs["generator"])
+            kwargs["generator"] = _pytree.tree_map_only(torch.Generator, clone, kwargs["generator"])
         devices = [sample.device] if sample.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             scale_model_input = getattr(scheduler, "scale_model_input", None)
@@ -122,12 +124,3 @@ def _first_index(scheduler: Any, timesteps: Tensor) -> int:
     """The index of the loop's first time among the scheduler's."""
     begin = getattr(scheduler, "_begin_index", None)
     return len(scheduler.timesteps) - len(timesteps) if begin is None else int(begin)
-
-
-def _clones(generators: Any) -> Any:
-    """Copies of generators, a list of them or one."""
-    if isinstance(generators, list | tuple):
-        return [_clones(g) for g in generators]
-    clone = torch.Generator(device=generators.device)
-    clone.set_state(generators.get_state())
-    return clone

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Snapshot:
@@ -28,3 +29,10 @@ class Snapshot:
         torch.set_rng_state(self._host)
         if self._devices:
             torch.cuda.set_rng_state_all(self._devices)
+
+
+def clone(generator: torch.Generator, state: Tensor | None = None) -> torch.Generator:
+    """A generator on the device of `generator`, at this state, or at that of `generator`."""
+    copied = torch.Generator(device=generator.device)
+    copied.set_state(generator.get_state() if state is None else state)
+    return copied
