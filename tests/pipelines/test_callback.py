@@ -114,7 +114,7 @@ def test_callbacks_that_steer_are_refused_at_the_step_that_they_steer(function: 
         ({"callback": print}, "callback= was given, .*use callback_on_step_end=, or leave it out"),
         (
             {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds", "timesteps"]},
-            "callback_on_step_end asks for prompt_embeds, timesteps, by which it could change later steps",
+            "callback_on_step_end asks for prompt_embeds, timesteps, with which it could change later steps",
         ),
         (
             {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.5)},

@@ -149,7 +149,7 @@ def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str
         refused += found
         return "sequential"
     if outer := outer_loops(kind):
-        notes.append(f"the loop is within another one, of which more than one turn is called sequentially: {outer[0]}")
+        notes.append(f"the loop is within another one; a call that runs it more than once is sequential: {outer[0]}")
     read = reads_index(kind)
     if read:
         notes.append(f"the loop reads its step number, so each state gets a lane of its own: {read[0].strip()}")

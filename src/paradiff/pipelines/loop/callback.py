@@ -43,8 +43,8 @@ class Callback:
         """
         if arguments.get(LEGACY) is not None:
             raise ValueError(
-                f"{LEGACY}= was given, which may read anything of the loop while it runs; a parallel run tells of final "
-                f"states: use {CALLBACK}=, or leave it out"
+                f"{LEGACY}= was given, which may read any value of the loop while it runs; a parallel run gives final "
+                f"states only: use {CALLBACK}=, or leave it out"
             )
         function = arguments.get(CALLBACK)
         if function is None:
@@ -53,8 +53,8 @@ class Callback:
         more = [name for name in wanted if name != "latents"]
         if more:
             raise ValueError(
-                f"{CALLBACK} asks for {', '.join(more)}, by which it could change later steps; a parallel run has swept those "
-                "already and can only tell of the latents: ask for these alone, or call the pipeline outside of parallelize"
+                f"{CALLBACK} asks for {', '.join(more)}, with which it could change later steps; a parallel run has swept "
+                "those already and gives the latents only: ask for these alone, or call the pipeline outside of parallelize"
             )
         return cls(pipeline, function)
 

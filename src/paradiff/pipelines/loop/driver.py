@@ -123,7 +123,7 @@ class LoopSolver:
         if states is not self.states:
             if self._callback is not None:
                 raise ValueError(
-                    "the loop changes its latents after a step, of which a parallel run can tell no callback in time: leave "
+                    "the loop changes its latents after a step, so a parallel run has no final latents for a callback: leave "
                     "out callback_on_step_end"
                 )
             edited = torch.where(states == self.states, self._batch.x[self._places], states.to(self._dtype))

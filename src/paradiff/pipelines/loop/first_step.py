@@ -51,7 +51,7 @@ class FirstStep:
             )
         if output.shape != sample.shape:
             raise Unsupported(
-                f"the network's output of shape {tuple(output.shape)} is not of its state's, {tuple(sample.shape)}: it also "
+                f"the network's output has shape {tuple(output.shape)} and its state {tuple(sample.shape)}: the network also "
                 "predicts a variance, or the scheduler keeps a state of another kind"
             )
         if self.kwargs.get(GIVEN_NOISE) is not None:
@@ -78,7 +78,7 @@ class FirstStep:
         for name in {*kwargs, *self.kwargs}:
             first, now = self.kwargs.get(name), kwargs.get(name)
             if name != "generator" and now is not first and (isinstance(now, Tensor) or now != first):
-                raise Unsupported(f"the loop gives its scheduler's step another {name} as it goes")
+                raise Unsupported(f"the loop changes the {name} of its scheduler's step")
 
     def real_step(self, index: int, output: Tensor, sample: Tensor) -> Any:
         """What the scheduler's own `step` number `index` returns, made on copies of the scheduler and the generators."""

@@ -195,9 +195,7 @@ class _WindowCall:
             if not isinstance(leaf, Tensor):
                 return leaf
             if isinstance(leaf, Windowed):
-                raise Unsupported(
-                    f"{self.name} was given states of a window within an argument of a kind that is not known here"
-                )
+                raise Unsupported(f"{self.name} was given states of a window within an argument that is no list, tuple or dict")
             if count == 1:
                 found.append(leaf[None])
             elif leaf.dim() == 0 or leaf.shape[0] % (rows * count):
