@@ -13,7 +13,8 @@ import torch
 from tiny import CASES
 from torch import Tensor
 
-from paradiff import freeze_epsilon, parallelize, parasolver, srds
+from paradiff import parallelize, parasolver, srds
+from paradiff.chain.slope import freeze_epsilon
 from paradiff.pipelines import Explanation, Report, Run, explain
 from paradiff.solver.protocol import Round
 
