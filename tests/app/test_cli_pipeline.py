@@ -217,7 +217,8 @@ def test_what_is_left_out_is_the_pipelines_own(cli: Cli, saved: Saved, tmp_path:
     assert [asked[k] for k in ("sampler", "steps", "eta", "prompt", "guidance", "size")] == [None] * 6
 
 
-def test_the_frames_of_a_video_are_a_contact_sheet(cli: Cli, saved: Saved, tmp_path: Path) -> None:
+def test_the_frames_of_a_video_are_a_video_and_a_contact_sheet(cli: Cli, saved: Saved, tmp_path: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg")
     options = ("--prompt", "a cat", "--steps", 6, "--size", "16x16", "--argument", "num_frames=3", "--device", "cpu")
     assert cli("sample", saved("animatediff"), *options, *TIGHT, "--compare", "--out", tmp_path / "out").code == 0
     call = {"prompt": "a cat", "num_inference_steps": 6, "width": 16, "height": 16, "num_frames": 3}
@@ -225,11 +226,12 @@ def test_the_frames_of_a_video_are_a_contact_sheet(cli: Cli, saved: Saved, tmp_p
     assert len(frames) == 3
     sheet = grid(2 * frames.permute(0, 3, 1, 2).float() / 255 - 1)
     assert (pixels(tmp_path / "out" / "seed-0.png") - levels(sheet)).abs().max() <= 1
-    assert names(tmp_path / "out") == {"samples.png", "seed-0.png", "run.json"}
+    assert names(tmp_path / "out") == {"samples.png", "seed-0.png", "seed-0.mp4", "run.json"}
     read(tmp_path / "out")
 
 
 def test_sound_is_written_as_a_wave_file(cli: Cli, saved: Saved, tmp_path: Path) -> None:
+    pytest.importorskip("soundfile")
     folder = saved("stable_audio")
     options = ("--prompt", "a cat", "--steps", 6, "--device", "cpu", "--seeds", 2)
     result = cli("sample", folder, *options, *TIGHT, "--compare", "--out", tmp_path / "out")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import wave
+import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import export_to_video
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +21,12 @@ from paradiff.app import plots
 SOUND = ("audios", "audio")
 RATES = (("vae", "sampling_rate"), ("vocoder", "output_sampling_rate"), ("vocoder", "sampling_rate"))
 """Components, and where they keep the samples a second of the sound that they make."""
+
+FRAMES_A_SECOND = 10
+"""Of a video whose pipeline names no number of its own: the default of `diffusers.utils.export_to_video`."""
+
+EXTRAS = {"video": ("imageio", "imageio_ffmpeg"), "sound": ("soundfile",)}
+"""Optional dependency groups of this package, and the modules that each brings."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,13 @@ class Output:
         pictures: `[K, C, H, W]` pictures or frames, -1 to 1; None where there are none.
         sound: `[C, T]` sound, -1 to 1; None where there is none.
         rate: Samples a second of the sound.
+        fps: Frames a second where the pictures are a video's frames; 0 where they are single pictures.
     """
 
     pictures: Tensor | None
     sound: Tensor | None
     rate: int
+    fps: float = 0
 
     @property
     def data(self) -> Tensor:
@@ -48,17 +59,35 @@ class Output:
         return plots.to_image(self.pictures[0]) if len(self.pictures) == 1 else plots.grid(self.pictures)
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes `name.png` and `name.wav`, as far as there are pictures and sound."""
+        """Writes `name.png`, `name.mp4` and `name.wav`, as far as there are pictures, frames of a video, and sound.
+
+        A video's PNG is the contact sheet of its frames. Where the extra that writes a format is not installed, a warning
+        names it, and the other files are written.
+        """
         sheet = self.sheet()
         if sheet is not None:
             sheet.save(folder / f"{name}.png", format="PNG")
-        if self.sound is not None:
-            levels = (self.sound.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().numpy().astype("<i2")
-            with wave.open(str(folder / f"{name}.wav"), "wb") as file:
-                file.setnchannels(levels.shape[1])
-                file.setsampwidth(2)
-                file.setframerate(self.rate)
-                file.writeframes(levels.tobytes())
+        if self.pictures is not None and self.fps and _can_write("video", folder / f"{name}.mp4"):
+            frames = [plots.to_image(frame).convert("RGB") for frame in self.pictures]
+            # 4:2:0 video has even sides: a macro block of 2 enlarges odd ones by a pixel, and leaves all others as they are.
+            export_to_video(frames, str(folder / f"{name}.mp4"), fps=self.fps, macro_block_size=2)  # pyright: ignore[reportArgumentType]
+        if self.sound is not None and _can_write("sound", folder / f"{name}.wav"):
+            import soundfile  # pyright: ignore[reportMissingImports]  (optional)
+
+            levels = (self.sound.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().numpy()
+            soundfile.write(folder / f"{name}.wav", levels, self.rate, subtype="PCM_16")
+
+
+def _can_write(extra: str, path: Path) -> bool:
+    """Whether an optional dependency group is installed; a warning names the group and the file that needs it where not."""
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        warnings.warn(
+            f"{path.name} is not written, because {' and '.join(missing)} is not installed; install what is missing by "
+            f"pip install 'paradiff[{extra}]'",
+            stacklevel=3,
+        )
+    return not missing
 
 
 def read_output(result: Any, pipeline: Any) -> Output:
@@ -70,18 +99,20 @@ def read_output(result: Any, pipeline: Any) -> Output:
     fields = dict(result) if isinstance(result, Mapping) else {"images": result[0]}
     given = {name: _array(value) for name, value in fields.items() if value is not None}
     sound = next((given.pop(name) for name in SOUND if given.get(name) is not None), None)
-    shown = next(iter(given.values()), None)
+    name, shown = next(iter(given.items()), ("", None))
     title = f"the {type(pipeline).__name__}"
     if shown is None and sound is None:
         raise ValueError(
             f"{title} returned {', '.join(fields) or 'nothing'}, which is neither pictures nor sound; call it from Python"
         )
+    video = False
     if shown is not None:
         if shown.ndim not in (3, 4, 5) or shown.shape[-1] not in (1, 3, 4):
             raise ValueError(
                 f"{title} returned an array of shape {tuple(shown.shape)}; this command saves pictures [n, height, width, "
                 "channels] and sound: call it from Python"
             )
+        video = name == "frames" or shown.ndim == 5
         shown = 2 * shown.reshape(-1, *shown.shape[-3:]).permute(0, 3, 1, 2) - 1
     if sound is not None:
         if sound.ndim > 3 or (sound.ndim > 1 and len(sound) != 1):
@@ -89,7 +120,7 @@ def read_output(result: Any, pipeline: Any) -> Output:
                 f"{title} returned sound of shape {tuple(sound.shape)}; this command saves one piece a seed: ask for one"
             )
         sound = sound.reshape(-1, sound.shape[-1])
-    return Output(shown, sound, 0 if sound is None else _rate(pipeline))
+    return Output(shown, sound, 0 if sound is None else _rate(pipeline), _fps(pipeline) if video else 0)
 
 
 def _array(value: Any) -> Tensor | None:
@@ -115,3 +146,10 @@ def _rate(pipeline: Any) -> int:
     raise ValueError(
         f"the {type(pipeline).__name__} made sound, but does not say how many samples a second; call it from Python"
     )
+
+
+def _fps(pipeline: Any) -> float:
+    """Frames a second: the default of the call's `frame_rate` or `fps` where the pipeline has one."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    given = (parameters[name].default for name in ("frame_rate", "fps") if name in parameters)
+    return next((value for value in given if isinstance(value, int | float)), FRAMES_A_SECOND)
