@@ -5,31 +5,29 @@ Loss (Ho, Jain and Abbeel, 2020, "Denoising Diffusion Probabilistic Models", eq.
     L = E || eps - unet(alpha[t] x0 + sigma[t] eps, t) ||^2,      t uniform on 0 ... 999
 
 with the exponential moving average of the weights as the result. Times are stratified over the batch, which lowers the
-variance of the gradient without changing its mean.
+variance of the gradient without changing its mean. The loop is that of training/fit.py; its docstring says how the loop that
+made the bundled weights differed. That script also drew the weights of a second network first, so its batches were others.
 
 A fifth of the digits (`HELD_OUT`, fixed by `SPLIT_SEED`) is never shown to the network, so that training/digits_quality.py
 can compare its samples with digits it has not seen.
 
     python training/digits.py                  # resumes from training/checkpoints/digits.pt if it is there
-    python training/digits.py --steps 200      # a short trial
+    python training/digits.py --steps 200 --out /tmp/digits --checkpoint /tmp/digits.pt   # a short trial
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from fit import fit, options, replace_folder, write_record
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
 SPLIT_SEED = 0
 HELD_OUT = 360
 
@@ -65,98 +63,28 @@ def build_scheduler() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` beside `path` and move it into place, so that an interruption leaves the old checkpoint whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    torch.save(state, scratch)
-    os.replace(scratch, path)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "training/checkpoints/digits.pt")
-    parser.add_argument("--out", type=Path, default=ROOT / "src/paradiff/models/bundled/digits")
-    arguments = parser.parse_args()
-
+    arguments = options(__doc__, "digits", steps=4000, minutes=math.inf, batch=128, rate=1.5e-3)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    images = load_split()[0]
-    scheduler = build_scheduler()
-    unet = build_unet()
-    average = build_unet()
-    average.load_state_dict(unet.state_dict())
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.rate, weight_decay=1e-2)
-    done, seconds = 0, 0.0
-    if arguments.checkpoint.exists():
-        state = torch.load(arguments.checkpoint, weights_only=True)
-        unet.load_state_dict(state["unet"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        done, seconds = state["done"], state["seconds"]
-        print(f"resuming after {done} steps")
+    images, scheduler = load_split()[0], build_scheduler()
 
-    def checkpoint() -> None:
-        save_checkpoint(
-            arguments.checkpoint,
-            {
-                "unet": unet.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-                "done": done,
-                "seconds": seconds + time.perf_counter() - start,
-            },
-        )
+    def loss(parts: dict[str, nn.Module], batch: int, _: int) -> Tensor:
+        x0 = images[torch.randint(len(images), (batch,))]
+        times = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
+        eps = torch.randn_like(x0)
+        noisy = scheduler.add_noise(x0, eps, cast(Any, times))
+        return (parts["unet"](noisy, times).sample - eps).square().mean()
 
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
-    start = time.perf_counter()
-    smoothed = float("nan")
-    strata = torch.arange(arguments.batch)
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        bar = progress.add_task("training", total=arguments.steps, completed=done, loss=smoothed)
-        for step in range(done, arguments.steps):
-            fraction = step / arguments.steps
-            rate = arguments.rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * fraction))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            x0 = images[torch.randint(len(images), (arguments.batch,))]
-            times = ((strata + torch.rand(arguments.batch)) / arguments.batch * 1000).long().clamp(max=999)
-            eps = torch.randn_like(x0)
-            noisy = scheduler.add_noise(x0, eps, times)
-            loss = (unet(noisy, times).sample - eps).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            decay = min(0.999, (step + 1) / (step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
-            done = step + 1
-            smoothed = loss.item() if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * loss.item()
-            progress.update(bar, completed=done, loss=smoothed)
-            if done % 500 == 0 or done == arguments.steps:
-                checkpoint()
-                progress.console.print(f"step {done}  loss {smoothed:.4f}  {time.perf_counter() - start:.0f} s")
-    DDPMPipeline(unet=average.eval(), scheduler=scheduler).save_pretrained(arguments.out, safe_serialization=True)
-    record = {
-        "script": "training/digits.py",
-        "seed": arguments.seed,
-        "steps": arguments.steps,
-        "batch": arguments.batch,
-        "rate": arguments.rate,
-        "loss": smoothed,
-        "seconds": seconds + time.perf_counter() - start,
-        "parameters": sum(p.numel() for p in average.parameters()),
-        "torch": torch.__version__,
-    }
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    def export(parts: dict[str, nn.Module], record: dict[str, Any]) -> None:
+        def write(folder: Path) -> None:
+            unet = cast(UNet2DModel, parts["unet"])
+            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+            write_record(folder, "training/digits.py", record)
+
+        replace_folder(arguments.out, write)
+
+    fit({"unet": build_unet()}, loss, arguments, export, decay=0.999)
 
 
 if __name__ == "__main__":

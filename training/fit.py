@@ -1,8 +1,12 @@
-"""The training loop of the text-conditioned pipelines: AdamW, cosine rate, moving average of the weights, resumable.
+"""The training loop of the bundled pipelines: AdamW, cosine rate, moving average of the weights, resumable.
 
-With the share p of the run that is over (of the steps or of the minutes, whichever is further), the rate is
+With the share p of the run that is over (of the steps or of the minutes, whichever is further), step n = 0, 1, ... has the rate
 
-    rate min(1, (step + 1) / 200) (1 + cos(pi p)) / 2 .
+    rate min(1, (n + 1) / 200) (1 + cos(pi p)) / 2
+
+by torch's `LambdaLR`; the schedules of `diffusers.optimization` count steps only. The average is diffusers' `EMAModel`, of
+decay min(`decay`, n / (n + 9)) after n steps. The bundled weights were made by a loop of the same arithmetic, but for rounding
+and for the average after the first step: it kept a tenth of the initial weights, where `EMAModel` keeps none.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "training/checkpoints"
@@ -75,6 +81,7 @@ def fit(
     loss: Callable[[dict[str, nn.Module], int, int], Tensor],
     arguments: argparse.Namespace,
     export: Callable[[dict[str, nn.Module], dict[str, Any]], None],
+    decay: float = 0.998,
 ) -> dict[str, Any]:
     """Train the parts together and export their moving average at every checkpoint.
 
@@ -83,23 +90,32 @@ def fit(
         loss: the loss of a fresh batch, given the parts, the batch size and the number of steps done.
         arguments: from `options`.
         export: writes the averaged parts, given also the record of the run so far.
+        decay: the largest decay of the average.
 
     Returns:
         The record of the run, for training.json.
     """
     model = nn.ModuleDict(parts)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    average = EMAModel(model.parameters(), decay=decay, foreach=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=1e-2)
     done, before, smoothed = 0, 0.0, float("nan")
+    start = saved = time.perf_counter()
+
+    def over(step: int) -> float:
+        minutes = (before + time.perf_counter() - start) / 60
+        return min(1.0, max(step / arguments.steps, minutes / arguments.minutes))
+
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * over(step))))
     if arguments.checkpoint.exists():
         state = torch.load(arguments.checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"])
         done, before, smoothed = state["done"], state["seconds"], state["loss"]
         print(f"resuming after {done} steps", flush=True)
-    start = saved = time.perf_counter()
 
     def record() -> dict[str, Any]:
         return {
@@ -119,28 +135,29 @@ def fit(
     def save() -> None:
         seconds = before + time.perf_counter() - start
         state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"rng": torch.get_rng_state(), "done": done, "seconds": seconds, "loss": smoothed}
+        state |= {
+            "schedule": schedule.state_dict(),
+            "rng": torch.get_rng_state(),
+            "done": done,
+            "seconds": seconds,
+            "loss": smoothed,
+        }
         save_checkpoint(arguments.checkpoint, state)
         rng = torch.get_rng_state()
-        export(dict(average.items()), record())
+        average.copy_to(averaged.parameters())
+        export(dict(averaged.items()), record())
         torch.set_rng_state(rng)
         print(f"step {done}  loss {smoothed:.4f}  {seconds:.0f} s", flush=True)
 
     model.train()
-    while True:
-        over = max(done / arguments.steps, (before + time.perf_counter() - start) / (60 * arguments.minutes))
-        if over >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.rate * min(1.0, (done + 1) / 200) * 0.5 * (1 + math.cos(math.pi * over))
+    while over(done) < 1:
         value = loss(parts, arguments.batch, done)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.998, (done + 1) / (done + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        schedule.step()
+        average.step(model.parameters())
         done += 1
         smoothed = value.item() if math.isnan(smoothed) else 0.99 * smoothed + 0.01 * value.item()
         if time.perf_counter() - saved > 60 * arguments.save_minutes:
