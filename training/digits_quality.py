@@ -9,7 +9,8 @@ Every figure stands beside the same figure for real digits, so that the reader n
 - distribution: unbiased squared maximum mean discrepancy (Gretton et al., JMLR 13, 2012, eq. 3; Gaussian kernel, its
   width the median distance of training digits) and energy distance (Szekely and Rizzo, 2013, in its unbiased form) to
   the held-out digits, beside those of random subsets of the training digits of the same size. Both are zero in the mean
-  for equal distributions, hence sometimes negative; p is the share of random relabellings that give at least as much.
+  for equal distributions, hence sometimes negative; p is the share of random relabellings that give at least as much
+  (`scipy.stats.permutation_test`; the committed figures are from another draw of 999 relabellings).
   The subsets meet the same held-out digits, so they spread less than chance allows: judge by p. What 360 images can
   show: real digits with their ink thinned by a tenth, or without ones and sevens, get p = 0.001;
 - memorisation: distance to the nearest training digit, beside that of the held-out digits.
@@ -21,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import time
 from pathlib import Path
@@ -32,14 +31,19 @@ import numpy as np
 import sklearn
 import torch
 from diffusers import DDPMPipeline
-from digits import ROOT, load_split
-from PIL import Image
+from diffusers.utils import make_image_grid
+from digits import load_split
+from fit import ROOT
+from PIL import Image, ImageOps
 from rich.progress import Progress
+from scipy.stats import permutation_test
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
+
+from paradiff.app.environment import environment
 
 SUBSETS = 20
 RELABELLINGS = 999
@@ -92,20 +96,23 @@ def distribution(
     bandwidth = float(np.median(distances[np.ix_(real, real)][np.triu_indices(len(real), 1)]))
     statistics = {"mmd2": np.exp(-(distances**2) / (2 * bandwidth**2)), "energy": -distances}
     subsets = [random.choice(real, size, replace=False) for _ in range(SUBSETS)]
-    both = np.concatenate([here, drawn])
-    shuffles = [random.permutation(both) for _ in range(RELABELLINGS)]
     report = {}
     for name, matrix in statistics.items():
-        found = contrast(matrix, drawn, here)
-        reference = np.array([contrast(matrix, subset, here) for subset in subsets])
-        relabelled = np.array([contrast(matrix, order[len(held) :], order[: len(held)]) for order in shuffles])
+
+        def statistic(first: np.ndarray, second: np.ndarray, matrix: np.ndarray = matrix) -> float:
+            return contrast(matrix, first, second)
+
+        reference = np.array([statistic(subset, here) for subset in subsets])
+        test = permutation_test(
+            (drawn, here), statistic, vectorized=False, n_resamples=RELABELLINGS, alternative="greater", rng=random
+        )
         report[name] = {
-            "samples": found,
-            "p": float((1 + (relabelled >= found).sum()) / (1 + RELABELLINGS)),
+            "samples": float(test.statistic),
+            "p": float(test.pvalue),
             "train_mean": float(reference.mean()),
             "train_deviation": float(reference.std(ddof=1)),
             "train_largest": float(reference.max()),
-            "relabelled_95": float(np.quantile(relabelled, 0.95)),
+            "relabelled_95": float(np.quantile(test.null_distribution, 0.95)),
         }
     report["mmd2"]["bandwidth"] = bandwidth
     return report
@@ -155,43 +162,30 @@ def memorisation(samples: np.ndarray, train: np.ndarray, held: np.ndarray) -> di
     return report
 
 
-def environment(threads: int) -> dict[str, object]:
+def measured_on() -> dict[str, object]:
     """What the figures depend on."""
-    model = platform.processor() or platform.machine()
-    cpus = Path("/proc/cpuinfo")
-    if cpus.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpus.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+    line = ["git", "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {
-        "hardware": f"{model}, {os.cpu_count()} logical cores",
-        "threads": threads,
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "scikit-learn": sklearn.__version__,
-        "numpy": np.__version__,
-    }
+    found = environment()
+    kept = {name: found[name] for name in ("threads", "python", "torch", "diffusers", "numpy")}
+    hardware = f"{found['processor']}, {found['cores']} logical cores"
+    return {"hardware": hardware, "commit": commit, **kept, "scikit-learn": sklearn.__version__}
 
 
 def save_grid(samples: np.ndarray, held: np.ndarray, path: Path, rows: int = 8, columns: int = 12, zoom: int = 5) -> None:
     """Samples on the left, held-out digits on the right, in one picture."""
 
-    def tile(images: np.ndarray) -> np.ndarray:
-        padded = np.full((rows * columns, 10, 10), -1.0)
-        padded[: len(images), 1:9, 1:9] = images[: rows * columns].reshape(-1, 8, 8)
-        return padded.reshape(rows, columns, 10, 10).transpose(0, 2, 1, 3).reshape(rows * 10, columns * 10)
+    def tiles(images: np.ndarray) -> Image.Image:
+        levels = np.full((rows * columns, 8, 8), -1.0)
+        levels[: len(images)] = images[: rows * columns].reshape(-1, 8, 8)
+        shown = [Image.fromarray(np.rint((x + 1) * 127.5).astype(np.uint8)) for x in levels]
+        return make_image_grid([ImageOps.expand(x, border=1) for x in shown], rows, columns)
 
-    gap = np.ones((rows * 10, 2))
-    grid = np.concatenate([tile(samples), gap, tile(held)], axis=1)
-    picture = Image.fromarray(np.rint((grid + 1) * 127.5).astype(np.uint8))
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
+    grid = make_image_grid([ImageOps.expand(tiles(images), border=1, fill="white") for images in (samples, held)], 1, 2)
+    grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
 def print_report(report: dict) -> None:
@@ -254,7 +248,7 @@ def main() -> None:
             "legibility": legibility(samples, train, train_labels, held, held_labels),
             "distribution": distribution(samples, train, held, np.random.default_rng(arguments.seed)),
             "memorisation": memorisation(samples, train, held),
-            "environment": environment(arguments.threads),
+            "environment": measured_on(),
         }
     print_report(report)
     if arguments.json:

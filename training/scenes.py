@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageOps
 
 SIDE = 32
 SUPERSAMPLING = 4
@@ -196,11 +197,9 @@ def nearest_shape(cover: np.ndarray, mask: np.ndarray) -> str:
 
 
 def contact_sheet(rows: Iterable[Iterable[np.ndarray]], scale: int = 3) -> Image.Image:
-    """The pictures in rows, each enlarged `scale` times, two pixels apart."""
-    grid = [[np.kron(picture, np.ones((scale, scale, 1), np.uint8)) for picture in row] for row in rows]
-    edge = SIDE * scale + 2
-    sheet = Image.new("RGB", (edge * max(map(len, grid)), edge * len(grid)))
-    for i, row in enumerate(grid):
-        for j, picture in enumerate(row):
-            sheet.paste(Image.fromarray(picture), (j * edge, i * edge))
-    return sheet
+    """The pictures in rows, each enlarged `scale` times, two pixels apart; short rows end in black."""
+    side = SIDE * scale
+    tiles = [[Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST) for picture in row] for row in rows]
+    columns, empty = max(map(len, tiles)), Image.new("RGB", (side, side))
+    filled = [tile for row in tiles for tile in row + [empty] * (columns - len(row))]
+    return make_image_grid([ImageOps.expand(tile, border=1) for tile in filled], len(tiles), columns)
