@@ -1,12 +1,14 @@
-"""PIADM-ODE's corrector: does underdamped Langevin dynamics after every block ever bring samples nearer to the data's law?
+"""PIADM-ODE's corrector: does underdamped Langevin dynamics after every block bring samples nearer to the data's law?
 
-The same chain is run without and with it, beside its rivals: the ODE with more steps, and the SDE, clean-data and epsilon form.
+Claim measured: the corrector repairs what a wrong score does to the ODE, but the SDE does the same in fewer rounds. The same
+chain is run without and with it, beside its rivals: the ODE with more steps, and the SDE in clean-data and epsilon form.
 
-- mixture: 8 Gaussians in 2 and 16 dimensions, stopped at the level 1e-3, where the law is known; the score exact, or wrong on
-  purpose: too small, too large, with a smooth random field added (of a root mean square beside the score's), with that field at
-  high noise only, or that of other weights or variances.
+- mixture: 8 Gaussians in 2 and 16 dimensions, stopped at the level 1e-3, where the law is known. The score is exact, or wrong
+  on purpose: times 0.95 or 1.05, with a smooth random field added (its root mean square is that share of the score's), with
+  that field at high noise only, or the score of other weights or variances.
 - settings: friction, steps, their length, sweeps and blocks of the corrector, one at a time, for 40 steps of the ODE.
-- digits: the bundled network; whether two classifiers agree on a sample, and distances to digits that it never saw.
+- digits: the bundled network: the share of samples to which two classifiers give the same label, and distances to held-out
+  digits.
 
 Distances are means over seeds with their standard error, beside those of as many `exact draws`: sliced Wasserstein `sw2`, total
 variation of the modes' `weights`, relative error of the `covariance`, `energy` distance, Kolmogorov-Smirnov distance of log p
@@ -14,12 +16,15 @@ variation of the modes' `weights`, relative error of the `covariance`, `energy` 
 sweeps, `MxK`; `rounds` and `evaluations` those of PIADM with the error rule; `sequential` the calls of both chains in turn. A
 gain is the distance of the best rival at no more of that cost over that of the corrected chain: above 1 the corrector pays.
 
-    python benchmarks/corrector.py [--quick] [--json FILE]      (the plot goes to FILE's name with .png)
+    python benchmarks/corrector.py --quick
+    python benchmarks/corrector.py --json benchmarks/results/corrector.json          (the picture goes to corrector.png)
+    python benchmarks/corrector.py --json benchmarks/results/corrector.json --draw-only
 """
 
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,10 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import arguments, finish
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table as Sheet
+from drawing import BLACK, BLUE, VERMILION, heading, legend, panels, plain_log, save
+from harness import Results, Row, options, show
 from torch import Tensor
 
 from paradiff import Keyed, Table
@@ -47,9 +50,9 @@ from paradiff.solver import Denoiser
 from paradiff.solver.loop import sample
 
 STOP, MODES, VARIANCE, SLOPE = 1e-3, 8, 0.04, shifted(0.5)
+SEEDS = 3  # of mixtures
 COSTS = ("rounds", "evaluations", "sequential")
 CHAINS: dict[str, tuple[float, Form]] = {"ODE": (0.0, "clean"), "SDE": (1.0, "clean"), "SDE epsilon": (1.0, "epsilon")}
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,11 @@ Setting = tuple[str, int, int, Scaled | None]  # chain, steps, blocks, corrector
 NOTHING = dict.fromkeys(("steps", "blocks", *COSTS), 0) | {"score": "", "corrector": ""}
 
 
-def on_mixtures(scores: Sequence[str], settings: Sequence[Setting], quick: bool) -> Iterator[Row]:
+def on_mixtures(scores: Sequence[str], settings: Sequence[Setting], given: Namespace) -> Iterator[Row]:
     """One row a problem, score and setting; levels are equally far apart in log(alpha/sigma)."""
-    samples, seeds = (1000, 2) if quick else (4000, 3)
-    for dimension in (2,) if quick else (2, 16):
+    samples, seeds = (1000, 2) if given.quick else (4000, SEEDS)
+    seeds = min(seeds, given.seeds)
+    for dimension in (2,) if given.quick else (2, 16):
         law, problem = Law(dimension, samples), {"problem": f"mixture, d = {dimension}"}
         yield problem | NOTHING | {"chain": "exact draws"} | spread([law.distances(law.draw(samples)) for _ in range(8)])
         for score in scores:
@@ -186,29 +190,30 @@ def on_mixtures(scores: Sequence[str], settings: Sequence[Setting], quick: bool)
                 yield row | spread([law.distances(x[0]) for x in drawn])
 
 
-def mixture(quick: bool) -> Iterator[Row]:
+def mixture(given: Namespace) -> Iterator[Row]:
     """All scores; chains of all lengths, corrected ones up to 80 steps."""
-    lengths = (10, 40) if quick else (10, 14, 20, 28, 40, 56, 80, 112, 160)
+    lengths = (10, 40) if given.quick else (10, 14, 20, 28, 40, 56, 80, 112, 160)
     chosen: list[Setting] = [(chain, steps, 4, None) for chain in CHAINS for steps in lengths]
     chosen += [("ODE", steps, 4, c) for steps in lengths[:7:2] for c in CORRECTORS]
-    yield from on_mixtures(["exact", "field 0.2"] if quick else list(SCORES), chosen, quick)
+    yield from on_mixtures(["exact", "field 0.2"] if given.quick else list(SCORES), chosen, given)
 
 
-def settings(quick: bool) -> Iterator[Row]:
+def settings(given: Namespace) -> Iterator[Row]:
     """Two scores; one setting of the corrector at a time."""
     changes: list[dict[str, Any]] = [{}, {"gamma": 2**0.5}, {"gamma": 32**0.5}]
     changes += [{"length": e} for e in (0.0625, 0.125, 0.5, 1.0)]
     changes += [{"steps": m, "sweeps": k} for m, k in ((1, 1), (2, 2), (8, 1), (8, 2), (8, 4), (8, 8), (32, 8))]
-    tried = [replace(BASE, **change) for change in (changes[:3] if quick else changes)]
+    tried = [replace(BASE, **change) for change in (changes[:3] if given.quick else changes)]
     chosen: list[Setting] = [("ODE", 40, 4, c) for c in (None, *tried)] + [("ODE", 40, 8, BASE)]
-    yield from on_mixtures(["field 0.2"] if quick else ["exact", "field 0.2"], chosen, quick)
+    yield from on_mixtures(["field 0.2"] if given.quick else ["exact", "field 0.2"], chosen, given)
 
 
-def digits(quick: bool) -> Iterator[Row]:
+def digits(given: Namespace) -> Iterator[Row]:
     """The bundled network: ODE and SDE of several lengths, and correctors; four seeds of 64 samples."""
     from sklearn import datasets, neighbors, svm
 
-    model, (samples, seeds) = load("digits"), (8, 2) if quick else (64, 4)
+    model, (samples, seeds) = load("digits"), (8, 2) if given.quick else (64, 4)
+    seeds = min(seeds, given.seeds)
     pixels, labels = (np.asarray(v) for v in datasets.load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(pixels))  # the split of training/digits.py
     held, real = torch.from_numpy(pixels[order] / 8 - 1).float().tensor_split([360])
@@ -221,11 +226,11 @@ def digits(quick: bool) -> Iterator[Row]:
 
     yield NOTHING | {"problem": "digits", "chain": "real, seen"} | spread([distances(x) for x in real[:1024].split(64)])
     yield NOTHING | {"problem": "digits", "chain": "real, unseen"} | spread([{"agree": distances(held)["agree"]}])
-    lengths = (10,) if quick else (10, 20, 50)
+    lengths = (10,) if given.quick else (10, 20, 50)
     tried = (None, Scaled(2, 2, length=0.5), Scaled(4, 3), Scaled(8, 4, length=0.5))
     chosen: list[Setting] = [("ODE", n, 4, c) for n in lengths for c in tried]
     chosen += [(chain, n, 4, None) for chain in ("SDE", "SDE epsilon") for n in lengths]
-    chosen += [] if quick else [(chain, n, 4, None) for chain in ("ODE", "SDE") for n in (30, 100)]
+    chosen += [] if given.quick else [(chain, n, 4, None) for chain in ("ODE", "SDE") for n in (30, 100)]
     for chain, steps, blocks, corrector in chosen:
         table = model.exponential(f"exponential_{chain[:3].lower()}", steps, form=CHAINS[chain][1])
         drawn, row = measured([model] * seeds, table, model.shape, samples, blocks, corrector)
@@ -233,7 +238,7 @@ def digits(quick: bool) -> Iterator[Row]:
         yield row | spread([distances(x.flatten(1).clamp(-1, 1)) for x in drawn])
 
 
-PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {"mixture": mixture, "settings": settings, "digits": digits}
+PARTS: dict[str, Callable[[Namespace], Iterator[Row]]] = {"mixture": mixture, "settings": settings, "digits": digits}
 JUDGED = ("sw2", "weights", "covariance", "density")
 SHOWN = ("problem", "score", "chain", "steps", "blocks", "corrector", *COSTS)
 GAINS = ("problem", "score", "metric", "cost", "gain", "wins", "corrected", "at", "rival", "rival at", "spent")
@@ -255,47 +260,52 @@ def gains(rows: list[Row], chains: Sequence[str]) -> list[Row]:
     return list(found.values())
 
 
-def show(rows: list[Row], columns: Sequence[str]) -> None:
-    """Prints rows as a table."""
-    sheet = Sheet(*columns)
-    for row in rows:
-        sheet.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns)))
-    Console(width=210).print(sheet)
+def pays(gain: Row) -> bool:
+    """Whether the best corrected chain wins by 5 %, and for every seed."""
+    return gain["gain"] > 1.05 and gain["wins"] == SEEDS
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """A distance against rounds, one panel a problem and score, one curve a chain and corrector."""
-    rows = [r for r in rows if r["score"] and r["part"] != "settings"]
-    keys = list(dict.fromkeys((r["problem"], r["score"]) for r in rows))
-    figure = Figure(figsize=(16, 3.2 * math.ceil(len(keys) / 4)), layout="constrained")
-    for place, key in enumerate(keys, start=1):
-        own = [r for r in rows if (r["problem"], r["score"]) == key]
-        axes = figure.add_subplot(math.ceil(len(keys) / 4), 4, place)
-        metric = "sw2" if "sw2" in own[0] else "energy"
-        for name in dict.fromkeys((r["chain"], r["corrector"]) for r in own):
-            curve = sorted((r for r in own if (r["chain"], r["corrector"]) == name), key=lambda r: r["rounds"])
-            x, y, error = ([r[k] for r in curve] for k in ("rounds", metric, f"{metric}_error"))
-            axes.errorbar(x, y, error, fmt="s:" if name[1] else "o-", ms=3, label=name[1] or name[0])
-        axes.set(title=", ".join(key), xlabel="rounds", ylabel=metric)
-        if place in (1, len(keys)):
-            axes.legend(fontsize=6)
-    figure.savefig(path, dpi=100)
+def draw(contents: dict[str, Any], path: Path) -> None:
+    """The corrector's gain at equal rounds, for every score, dimension and distance, over three sets of rivals."""
+    rivals = {"ODE": "rival: ODE", "ODE_SDE": "ODE or SDE", "ODE_SDE_SDE epsilon": "ODE or either SDE"}
+    figure, found = panels("The corrector improves on the ODE, and seldom on the SDE", 4.6, 1, 3, sharex=True, sharey=True)
+    for axes, (key, title) in zip(found[0], rivals.items(), strict=True):
+        own = [g for g in contents[f"gains_over_{key}"] if g["cost"] == "rounds"]
+        scores = list(dict.fromkeys(g["score"] for g in own))
+        for place, score in enumerate(scores):
+            chosen = [g for g in own if g["score"] == score]
+            for shift, gain in zip(np.linspace(-0.3, 0.3, len(chosen)), chosen, strict=True):
+                colour = BLUE if pays(gain) else VERMILION
+                axes.plot(gain["gain"], place + shift, "o", ms=5, color=colour, mfc=colour if pays(gain) else "white")
+        axes.axvline(1, color=BLACK, lw=1.2)
+        axes.set_yticks(range(len(scores)), scores)
+        axes.set(ylim=(len(scores) - 0.5, -0.5))
+        heading(axes, f"{title}: {sum(map(pays, own))} of {len(own)}")
+        plain_log(axes, "x", (0.5, 1, 2, 5, 10))
+    found[0][0].set_ylabel("score of the network")
+    found[0][1].set_xlabel("distance to the law of the best rival / of the best corrected chain, at no more rounds")
+    wins = {"the corrector wins by 5 % and for every seed": {"mec": BLUE, "mfc": BLUE}}
+    legend(figure, wins | {"it does not": {"mec": VERMILION, "mfc": "white"}})
+    save(figure, path)
 
 
 def main() -> None:
-    given = arguments(__doc__ or "")
-    rows: list[Row] = []
-    best: dict[str, list[Row]] = {}
-    for part, make in PARTS.items():
-        own = [{"part": part} | row for row in make(given.quick)]
-        rows += own
+    given = options(__doc__, tuple(PARTS), draws=True)
+    results = Results(given.json, given.keep)
+    for part in () if given.draw_only else given.only:
+        results.drop(row for row in results.rows if row["part"] != part)
+        own = []
+        for row in PARTS[part](given):
+            own.append({"part": part} | row)
+            results.add(own[-1])
         show(own, (*SHOWN, "agree", "energy", "energy_error", "mmd2") if part == "digits" else (*SHOWN, *JUDGED, "energy"))
         if part == "mixture":
             best = {"gains_over_" + "_".join(c): gains(own, c) for c in (["ODE"], ["ODE", "SDE"], list(CHAINS))}
             show([row for found in best.values() for row in found], GAINS)
-        finish(rows, given, best, show=False)
-        if given.json:
-            draw(rows, given.json.with_suffix(".png"))
+            results.save(**best)
+        results.save()
+    if given.json and "gains_over_ODE" in results.contents:
+        draw(results.contents, given.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

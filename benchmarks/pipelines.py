@@ -1,20 +1,21 @@
-"""Pipelines, unchanged but for two lines: the bundled text pipelines with guidance, methods beside schedulers.
+"""Pipelines: whole calls of the bundled text pipelines with guidance, methods beside schedulers.
 
-Every row is a set of whole pipeline calls, one image each (a prompt and a seed of its own), latents out: text encoder, loop and
-solver are in the seconds. Beside it stands the plain call, timed in the same run. Errors are root mean square differences of
-the latents to those of the plain call, in units of the latents' standard deviation; `error_max` is that of the worst image.
+Claim measured: with `parallelize`, two lines around an unchanged call, a pipeline takes fewer rounds than its scheduler has
+steps, at a small error of its latents. A row is a set of whole calls, one image each (a prompt and a seed of its own), latents
+out: the seconds include text encoder, loop and solver. Beside it stands the plain call, timed in the same run. Errors are root
+mean square differences of the latents to those of the plain call, in units of the latents' standard deviation; `error_max` is
+that of the worst image.
 
 `StableDiffusionParadigmsPipeline` is diffusers' own parallel pipeline, on the same components; it has DDIM and DDPM only. Its
-rounds are counted as calls of its network.
+rounds are counted as calls of its network. `bookkeeping` is the time of a round outside a network that costs nothing.
 
     python benchmarks/pipelines.py --quick
     python benchmarks/pipelines.py --json benchmarks/results/pipelines.json
+    python benchmarks/pipelines.py --only 'DPM*' 'flow*' --json FILE
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any
 
 import diffusers
 import torch
-from harness import arguments, finish
+from harness import Results, Row, options, show
 from torch import Tensor
 
 from paradiff import paradigms, parallelize, parasolver, quasi_newton, srds
@@ -63,16 +64,18 @@ SCHEDULERS: dict[str, tuple[str, Make]] = {
     ),
     "flow Euler": ("shapes-flow", diffusers.FlowMatchEulerDiscreteScheduler.from_config),
 }
-CHAINS = (
-    ("DDIM", 50),
-    ("DPM++(2M)", 25),
-    ("SDE-DPM++(2M)", 25),
-    ("Euler ancestral", 50),
-    ("UniPC", 25),
-    ("DDPM", 100),
-    ("flow Euler", 28),
-)
-QUICK = (("DDIM", 50), ("DPM++(2M)", 25), ("flow Euler", 28))
+CHAINS = {
+    "DDIM": 50,
+    "DPM++(2M)": 25,
+    "SDE-DPM++(2M)": 25,
+    "Euler ancestral": 50,
+    "UniPC": 25,
+    "DDPM": 100,
+    "flow Euler": 28,
+}
+QUICK = ("DDIM", "DPM++(2M)", "flow Euler")
+COLUMNS = ("model", "scheduler", "steps", "method", "rounds", "rounds_max", "evaluations", "error_median", "error_max")
+COLUMNS += ("seconds", "sequential_seconds")
 
 
 def methods(stochastic: bool, one_step: bool) -> dict[str, Any]:
@@ -126,9 +129,7 @@ class Bench:
         ).images
         return found, time.perf_counter() - begin
 
-    def row(
-        self, label: str, found: list[tuple[Tensor, float]], rounds: list[int], rows: list[int], **more: Any
-    ) -> dict[str, Any]:
+    def row(self, label: str, found: list[tuple[Tensor, float]], rounds: list[int], rows: list[int], **more: Any) -> Row:
         """The figures of a set of calls."""
         gaps = torch.stack([latents for latents, _ in found]) - self.references
         errors = gaps.double().square().flatten(1).mean(1).sqrt() / self.spread
@@ -148,7 +149,7 @@ class Bench:
             **more,
         }
 
-    def measure(self, label: str, method: Any) -> dict[str, Any]:
+    def measure(self, label: str, method: Any) -> Row:
         """A method of this library's."""
         found, reports = [], []
         with parallelize(self.pipe, method) as run:
@@ -169,7 +170,7 @@ class Bench:
             milliseconds_outside_networks_a_round=1000 * sum(outside) / len(outside),
         )
 
-    def measure_diffusers(self) -> dict[str, Any]:
+    def measure_diffusers(self) -> Row:
         """diffusers' own parallel pipeline."""
         kind = {"DDIM": diffusers.DDIMParallelScheduler, "DDPM": diffusers.DDPMParallelScheduler}[self.chain]
         with warnings.catch_warnings():
@@ -192,7 +193,7 @@ class Bench:
         return self.row("diffusers' paradigms", found, rounds, rows, tolerance=tolerance, rule="change", executor="its own")
 
 
-def bookkeeping(repeats: int) -> list[dict[str, Any]]:
+def bookkeeping(repeats: int) -> list[Row]:
     """Milliseconds of a round that are not the network's: guided calls of the text pipeline with a network that returns a
     tenth of its input, with 50 more steps against without, by the rounds that these take; the best of some repeats."""
     pipe = load("shapes")
@@ -235,30 +236,23 @@ def load(model: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="chains whose name has this in it; rows of others that the file holds already stay")
-    given = arguments(__doc__ or "", parser)
-    images = 2 if given.quick else 8
-    rows: list[dict[str, Any]] = []
-    if given.only and given.json and given.json.exists():
-        kept = json.loads(given.json.read_text(encoding="utf-8"))["rows"]
-        rows = [row for row in kept if given.only not in row["scheduler"]]
-    for chain, steps in QUICK if given.quick else CHAINS:
-        if given.only and given.only not in chain:
+    given = options(__doc__, tuple(CHAINS))
+    results = Results(given.json, given.keep)
+    for chain in given.only:
+        if given.quick and chain not in QUICK:
             continue
-        bench = Bench(chain, steps, min(images, 4) if chain.startswith("flow") else images)
+        results.drop(row for row in results.rows if row["scheduler"] != chain)
+        images = min(2 if given.quick else 4 if chain.startswith("flow") else 8, given.seeds)
+        bench = Bench(chain, CHAINS[chain], images)
         one_step = chain not in ("DPM++(2M)", "SDE-DPM++(2M)", "UniPC")
         for label, method in methods(chain in ("SDE-DPM++(2M)", "Euler ancestral", "DDPM"), one_step).items():
-            rows.append(bench.measure(label, method))
+            results.add(bench.measure(label, method))
         if chain in ("DDIM", "DDPM"):
-            rows.append(bench.measure_diffusers())
-        finish(rows, given, show=False)
-    extra = {"bookkeeping": bookkeeping(2 if given.quick else 9)}
-    for row in extra["bookkeeping"]:
-        print(*(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()))
-    columns = ("model", "scheduler", "steps", "method")
-    figures = ("rounds", "rounds_max", "evaluations", "error_median", "error_max", "seconds", "sequential_seconds")
-    finish(rows, given, extra, columns=columns, figures=figures)
+            results.add(bench.measure_diffusers())
+        results.save()
+    results.save(bookkeeping=bookkeeping(2 if given.quick else 9))
+    show(results.contents["bookkeeping"], tuple(results.contents["bookkeeping"][0]))
+    show(results.rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
 """PIADM: does the number of rounds grow like a power of log d, and what does it take on a trained network?
 
-Parts, each written to the JSON as it ends:
+Claim measured: PIADM's rounds grow like log^2 d where the sequential chain's steps grow like sqrt(d), d the dimension. Parts:
 
 - gaussian: Gaussian data of dimension 2 ... 2^20, exactly (no sampling): the steps that bring the sequential chain to half of
   the tolerated Kullback-Leibler divergence, and the sweeps that bring PIADM to all of it, with blocks in turn and in flight
-  together. Fits of rounds against log^2 d and log d, and of sequential steps against sqrt(d).
+  together. `fits` are lines of rounds against log^2 d and log d, and of sequential steps against sqrt(d).
 - horizon: the same for the SDE in turn from a level one higher, in every power of two.
 - mixture: 8 Gaussians in 2048 dimensions: sweeps until the squared distance to the sequential sample is below 1e-2, for
-  every linear part, and how large the iterates get on the way.
-- digits: the bundled network: rounds and evaluations at equal error beside `parasolver` and `srds`, whether two classifiers
-  recognise the samples, and what the nearest whole times cost beside the real ones.
+  every linear part, and the largest mean square of an iterate on the way.
+- digits-ode, digits-sde, digits-ddim, digits-ddpm: the bundled network: rounds and evaluations at equal error beside
+  `parasolver` and `srds`.
+- recognised: the share of samples to which two classifiers give the same label, and the error that the nearest whole times
+  make beside the real ones.
 
-    python benchmarks/polylog.py [--quick] [--part NAME ...] [--json FILE]
-    python benchmarks/polylog.py --clock --json FILE             (adds seconds to the best settings of a former run)
+    python benchmarks/polylog.py --quick
+    python benchmarks/polylog.py --json benchmarks/results/polylog.json              (the picture goes to polylog.png)
+    python benchmarks/polylog.py --clock --json FILE             (adds seconds to the best settings of the file)
+    python benchmarks/polylog.py --json benchmarks/results/polylog.json --draw-only
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,15 +32,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import arguments, commit
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table as Sheet
-from srds import Candidate, Problem
+from drawing import BLACK, BLUE, GREEN, GREY, PALE, VERMILION, beside, heading, legend, panels, plain_log, save
+from harness import Results, Row, console, measured_on, options, show
+from problem import Candidate, at_equal_error, clock, setting_row, trained
 from torch import Tensor
 
 from paradiff import Keyed, Table, parasolver, piadm_ode, piadm_sde, sample, sequential, srds
-from paradiff.app.environment import environment
 from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import WindowMethod
 from paradiff.methods.window.solver import WindowSetup, WindowSolver
@@ -48,8 +47,6 @@ from paradiff.samplers import exponential_integrator, log_snr_grid, ornstein_uhl
 from paradiff.samplers.exponential import Form
 
 TOLERANCE, STOP = 1e-2, 1e-3
-EQUAL = 4e-3
-console = Console(stderr=True)
 
 
 # -- Gaussian data -----------------------------------------------------------------------------------------------------
@@ -113,9 +110,9 @@ def timetables(stochastic: bool) -> list[Timetable]:
     ]
 
 
-def gaussian(quick: bool) -> Iterator[dict[str, Any]]:
+def gaussian(given: Namespace) -> Iterator[Row]:
     """One row a dimension, equation and schedule."""
-    powers = (1, 2, 4, 6, 8) if quick else (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20)
+    powers = (1, 2, 4, 6, 8) if given.quick else (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20)
     for power in powers:
         dimension = 2**power
         for stochastic in (True, False):
@@ -157,9 +154,9 @@ def gaussian(quick: bool) -> Iterator[dict[str, Any]]:
                 }
 
 
-def horizon(quick: bool) -> Iterator[dict[str, Any]]:
+def horizon(given: Namespace) -> Iterator[Row]:
     """The SDE in turn from T = ln(d/tol) + 3, where rounds/N^2 stays within 0.4 and 0.7 in every dimension."""
-    for power in range(1, 9 if quick else 21):
+    for power in range(1, 9 if given.quick else 21):
         chain_of, edges, distances = gaussian_chain(2**power, True, 64, "score", 3.0)
         chain, sweeps = chain_of(freeze_epsilon), 1
         while distances(law.picard_weights(chain, edges, sweeps))[0] > TOLERANCE:
@@ -170,7 +167,7 @@ def horizon(quick: bool) -> Iterator[dict[str, Any]]:
         yield row | counts
 
 
-def fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def fits(rows: list[Row]) -> list[Row]:
     """Least-squares lines through each curve, and how much of its variance they explain."""
     found = []
     for equation in ("SDE", "ODE"):
@@ -198,38 +195,45 @@ def line(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"slope": float(slope), "intercept": float(intercept), "r2": float(1 - rest.var() / y.var())}
 
 
-STYLES = ("o-", "v:", "s--", "o:", "x--", "*-", "P-")
+HIGHLIGHTED = {"score, in turn (the paper)": VERMILION, "score, in flight": BLUE, "shifted, one block": GREEN}
 
 
-def draw_gaussian(rows: list[dict[str, Any]], path: Path) -> None:
-    """Rounds against log^2 d, and sequential steps against sqrt(d), side by side."""
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colours = {"SDE": "tab:blue", "ODE": "tab:orange"}
-    for equation, colour in colours.items():
+def draw_gaussian(rows: list[Row], path: Path) -> None:
+    """Network calls in turn against the dimension: the chain's steps beside the rounds of three schedules, the others pale."""
+    figure, found = panels("Sequential steps grow like √d, PIADM's rounds like a power of log d", 4.6, 1, 2, sharey=True)
+    for axes, equation in zip(found[0], ("SDE", "ODE"), strict=True):
         own = [r for r in rows if r["equation"] == equation]
-        for schedule, style in zip(dict.fromkeys(r["schedule"] for r in own), STYLES, strict=True):
+        schedules = list(dict.fromkeys(r["schedule"] for r in own))
+        for schedule in sorted(schedules, key=lambda name: name.startswith(tuple(HIGHLIGHTED))):
             curve = [r for r in own if r["schedule"] == schedule]
-            x = np.log([r["dimension"] for r in curve]) ** 2
-            left.plot(x, [r["rounds"] for r in curve], style, color=colour, ms=4, label=f"{equation}, {schedule}")
-        curve = [r for r in own if r["schedule"] == own[0]["schedule"]]
-        roots, steps = np.sqrt([r["dimension"] for r in curve]), np.array([r["steps"] for r in curve])
-        right.plot(roots, steps, "o-", color=colour, ms=4, label=f"{equation}, sequential")
-        fit = np.exp(np.mean(np.log(steps / roots)))
-        right.plot(roots, fit * roots, ":", color=colour, lw=1, label=f"{fit:.0f} sqrt(d)")
-    left.set_xlabel("log² d")
-    left.set_ylabel("rounds to KL 1e-2")
-    left.set_title("rounds: a power of log d", fontsize=10)
-    right.set_xlabel("√d")
-    right.set_ylabel("sequential steps to KL 5e-3")
-    right.set_title("sequential steps: √d (both axes logarithmic)", fontsize=10)
-    right.set_xscale("log")
-    right.set_yscale("log")
-    left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    right.legend(fontsize=7)
-    left.grid(alpha=0.3)
-    right.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+            colour = next((c for name, c in HIGHLIGHTED.items() if schedule.startswith(name)), PALE)
+            x, y = [r["dimension"] for r in curve], [r["rounds"] for r in curve]
+            axes.plot(x, y, "-" if colour == PALE else "o-", color=colour, ms=4, lw=1 if colour == PALE else 1.8)
+            if colour != PALE:
+                beside(
+                    axes,
+                    x[-1],
+                    y[-1],
+                    f"{schedule.replace(' (the paper)', '')}: {y[-1]}",
+                    colour,
+                    (0, 9 if y[-1] > 100 else -15),
+                    ha="right",
+                )
+        chain = [r for r in own if r["schedule"] == schedules[0]]
+        x, steps = np.array([r["dimension"] for r in chain]), np.array([r["steps"] for r in chain])
+        axes.plot(x, steps, "o-", color=BLACK, ms=4, lw=1.8)
+        beside(axes, x[-1], steps[-1], f"sequential steps: {steps[-1]:,}", BLACK, (-8, 4), ha="right")
+        fit = np.exp(np.mean(np.log(steps / np.sqrt(x))))
+        axes.plot(x, fit * np.sqrt(x), ":", color=GREY, lw=1.2)
+        beside(axes, x[4], fit * np.sqrt(x[4]), f"{fit:.0f} √d", GREY, (8, -8))
+        heading(axes, f"{equation}, Gaussian data")
+        axes.set_xlabel("dimension d")
+        plain_log(axes, "y", (1, 10, 100, 1000, 10_000, 100_000))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([2**k for k in (1, 5, 10, 15, 20)])
+    found[0][0].set_ylabel("network calls in turn")
+    legend(figure, {"the other four schedules of the JSON file": {"ls": "-", "color": PALE, "marker": ""}})
+    save(figure, path)
 
 
 # -- a mixture in 2048 dimensions --------------------------------------------------------------------------------------
@@ -258,7 +262,7 @@ def mixture_network(table: Table, means: Tensor) -> Callable[[Tensor, Tensor], T
     return network
 
 
-def mixture(quick: bool) -> Iterator[dict[str, Any]]:
+def mixture(given: Namespace) -> Iterator[Row]:
     """One row an equation, number of blocks and linear part; two samples, the slower one counts."""
     means = mixture_means()
     spread = float(means.square().mean()) + COMPONENT
@@ -268,7 +272,7 @@ def mixture(quick: bool) -> Iterator[dict[str, Any]]:
         f"shifted, data variance {spread:.2f}": ("clean", shifted(spread), "copy"),
         f"shifted, component variance {COMPONENT:g}": ("clean", shifted(COMPONENT), "copy"),
     }
-    for stochastic, steps in ((True, 60 if quick else 240), (False, 40 if quick else 120)):
+    for stochastic, steps in ((True, 60 if given.quick else 240), (False, 40 if given.quick else 120)):
         for blocks in (1, 4):
             grid = log_snr_grid(10.0, STOP, blocks, steps // blocks)
             for name, (form, slope, start) in parts.items():
@@ -277,9 +281,7 @@ def mixture(quick: bool) -> Iterator[dict[str, Any]]:
                 yield row | block_by_block(table, mixture_network(table, means), grid.edges, slope, start)
 
 
-def block_by_block(
-    table: Table, network: Callable[[Tensor, Tensor], Tensor], edges: Any, slope: Any, start: Any
-) -> dict[str, Any]:
+def block_by_block(table: Table, network: Callable[[Tensor, Tensor], Tensor], edges: Any, slope: Any, start: Any) -> Row:
     """Sweeps of each block until its end is within its share of the squared error 1e-2; the next starts from there."""
     noise = Keyed((DIMENSION,), 0, 2)
     sweeps, error, peak, evaluations = [0] * (len(edges) - 1), 0.0, 0.0, 0
@@ -377,25 +379,23 @@ def digit_candidates(table: Table) -> Iterator[Candidate]:
             yield Candidate("srds", f"{coarse}, tolerance {tolerance:g}", srds(coarse=coarse, tolerance=tolerance))
 
 
-def digits(quick: bool, chain: str) -> Iterator[dict[str, Any]]:
+def digits(given: Namespace, chain: str) -> Iterator[Row]:
     """One row a setting, for one chain on the bundled network."""
-    model, (sampler, steps) = load("digits"), CHAINS[chain]
-    table = model.exponential(sampler, steps) if sampler.startswith("exp") else model.table(sampler, steps)
-    problem = Problem("digits", sampler, model, table, 2 if quick else 8)
-    for candidate in digit_candidates(table):
-        yield problem.row(candidate)
-        if quick:
+    problem = trained(*CHAINS[chain])
+    for candidate in digit_candidates(problem.table):
+        yield setting_row(problem, candidate, min(2 if given.quick else 8, given.seeds))
+        if given.quick:
             break
 
 
-def recognised(quick: bool) -> Iterator[dict[str, Any]]:
+def recognised(given: Namespace) -> Iterator[Row]:
     """How often two classifiers, trained on real digits, agree on the samples of a table, and on held-out digits."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
 
-    model, count = load("digits"), 16 if quick else 128
+    model, count = load("digits"), 16 if given.quick else 128
     pixels, labels = (np.asarray(v) for v in load_digits(return_X_y=True))
     train, held, labels, _ = train_test_split(pixels / 8 - 1, labels, test_size=360, random_state=0)
     judges = [SVC(C=10).fit(train, labels), KNeighborsClassifier(3).fit(train, labels)]
@@ -447,38 +447,23 @@ CHAINS = {
 }
 
 
-def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The setting of fewest rounds of every family and chain whose error is below half a grey level for every seed."""
-    found = []
-    for key in dict.fromkeys((r["sampler"], r["steps"], r["family"]) for r in rows):
-        own = [r for r in rows if (r["sampler"], r["steps"], r["family"]) == key and r["error_max"] < EQUAL]
-        if own:
-            found.append(min(own, key=lambda r: (r["rounds"], r["evaluations"])))
-    return found
-
-
-def clock(contents: dict[str, Any]) -> None:
-    """Adds whole-clock seconds at batch 1, and the gain over the sequential chain of the same run, to the best settings."""
-    model = load("digits")
-    for chain in CHAINS:
-        if chain not in contents:
-            continue
-        sampler, steps = CHAINS[chain]
-        table = model.exponential(sampler, steps) if sampler.startswith("exp") else model.table(sampler, steps)
-        known = {(c.family, c.setting): c.method for c in digit_candidates(table)}
-        rows = contents[chain]["best"]
-        methods = [known[r["family"], r["setting"]] for r in rows]
-        problem = Problem("digits", sampler, model, table, 4)
-        plain, *seconds = problem.clock([sequential(), *methods])
-        for row, value in zip(rows, seconds, strict=True):
+def time_best(results: Results, chains: Sequence[str], seeds: int) -> None:
+    """Adds seconds of the whole call at batch 1, and the gain over the sequential chain, to the best settings of the file."""
+    for chain in (c for c in chains if c in results.contents):
+        problem, contents = trained(*CHAINS[chain]), results.contents[chain]
+        known = {(c.family, c.setting): c.method for c in digit_candidates(problem.table)}
+        methods = [known[r["family"], r["setting"]] for r in contents["best"]]
+        plain, *seconds = clock(problem, [sequential(), *methods], min(4, seeds))
+        for row, value in zip(contents["best"], seconds, strict=True):
             row |= {"seconds": value, "sequential_seconds": plain, "gain": plain / value}
-        contents[chain]["clocked"] = {**environment(), "commit": commit()}
-        show(rows, (*SHOWN[chain], "seconds", "gain"))
+        contents["clocked"] = measured_on()
+        results.save()
+        show(contents["best"], (*SHOWN[chain], "seconds", "gain"))
 
 
 # -- the script --------------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Namespace], Iterator[Row]]] = {
     "gaussian": gaussian,
     "horizon": horizon,
     "mixture": mixture,
@@ -505,45 +490,28 @@ SHOWN = {
 }
 
 
-def show(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Prints rows as a table."""
-    sheet = Sheet(*columns)
-    for row in rows:
-        sheet.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row[c] for c in columns)))
-    Console(width=180).print(sheet)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="which parts; all by default")
-    parser.add_argument("--clock", action="store_true", help="only time the best settings that the JSON file holds")
-    given = arguments("", parser)
-    contents: dict[str, Any] = {}
-    if given.json and given.json.is_file():
-        contents = json.loads(given.json.read_text(encoding="utf-8"))
+    given = options(__doc__, tuple(PARTS), draws=True, clocks=True)
+    results = Results(given.json, given.keep, stamp=False)
     if given.clock:
-        clock(contents)
-        given.json.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        return
-    for part in given.part:
-        rows = []
-        for row in PARTS[part](given.quick):
+        return time_best(results, given.only, given.seeds)
+    for part in () if given.draw_only else given.only:
+        rows: list[Row] = []
+        results.contents[part] = {"environment": measured_on(), "rows": rows}
+        for row in PARTS[part](given):
             rows.append(row)
+            results.tick()
             console.print(f"{part}: " + ", ".join(f"{row[c]}" for c in SHOWN[part]))
-        shown = best(rows) if part in CHAINS else rows
-        show(shown, SHOWN[part])
-        contents[part] = {"environment": {**environment(), "commit": commit()}, "rows": rows}
         if part == "gaussian":
-            contents[part]["fits"] = fits(rows)
-            show(contents[part]["fits"], ("equation", "schedule", "of", "against", "slope", "intercept", "r2"))
+            results.contents[part]["fits"] = fits(rows)
+            show(results.contents[part]["fits"], ("equation", "schedule", "of", "against", "slope", "intercept", "r2"))
         if part in CHAINS:
-            contents[part]["best"] = shown
-        if given.json:
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-            if part == "gaussian":
-                draw_gaussian(rows, given.json.with_suffix(".png"))
+            results.contents[part]["best"] = at_equal_error(rows)
+        show(results.contents[part].get("best", rows), SHOWN[part])
+        results.save()
+    if given.json and "gaussian" in results.contents:
+        draw_gaussian(results.contents["gaussian"]["rows"], given.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

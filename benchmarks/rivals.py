@@ -17,9 +17,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from harness import Denoiser
+from harness import Row
 from pipelines import GUIDANCE
-from problem import DIMENSIONS, EQUAL, IMAGE, STEPS, WINDOWS, Problem, Row, mixture, rms, trained
+from problem import DIMENSIONS, EQUAL, IMAGE, STEPS, WINDOWS, Problem, mixture, rms, trained
 from shift import Chain
 from torch import Tensor
 
@@ -35,6 +35,7 @@ from paradiff.samplers import ddim, ddpm
 from paradiff.samplers.continuum import continuum
 from paradiff.samplers.exponential import exponential_integrator
 from paradiff.samplers.grid import Grid
+from paradiff.solver import Denoiser
 
 RIVAL_STEPS = (10, 15, 20, 25, 30, 40, 50)
 LONG_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500)
@@ -116,7 +117,7 @@ def on_guided_networks(seeds: Sequence[int]) -> Iterator[Row]:
     for model, sampler in GUIDED:
         chain = Chain(model, sampler, STEPS if len(seeds) >= 8 else QUICK_STEPS)
         problem = Problem(
-            f"{model}, guidance {GUIDANCE:g}", chain.network, chain.table, chain.shape, told=chain.of_seeds, unit=None
+            f"{model}, guidance {GUIDANCE:g}", chain.network, chain.table, chain.shape, conditioning=chain.of_seeds, unit=None
         )
         reference, kind = problem.references(seeds), "ddpm" if chain.table.stochastic else "ddim"
         for window in WINDOWS[kind]:
@@ -175,7 +176,7 @@ class Solver:
         name: Its name.
         spacing: Of its levels.
         make: Its scheduler for a number of steps.
-        real: Whether the network hears the times of the levels and not those that they round to.
+        real: Whether the network is given the times of the levels, not the whole times that they round to.
     """
 
     name: str
@@ -232,16 +233,16 @@ def flow_solvers(config: dict[str, Any]) -> Iterator[Solver]:
 
 @torch.inference_mode()
 def walk(network: Denoiser, scheduler: Any, x: Tensor, real: bool) -> Tensor:
-    """A scheduler's own loop; with `real`, the network hears the times of the levels and not those that they round to."""
+    """A scheduler's own loop; with `real`, the network is given the times of the levels, not those that they round to."""
     scheduler.set_begin_index(0)
     x, times = x * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
     if real:
         known = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().sqrt().log().numpy()
         levels = scheduler.sigmas[: len(scheduler.timesteps)].double().log().numpy()
         times = torch.from_numpy(np.interp(levels, known, np.arange(len(known)))).float()
-    for told, t in zip(times, scheduler.timesteps, strict=True):
+    for given, t in zip(times, scheduler.timesteps, strict=True):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(network(seen, told.expand(len(x))), t, x).prev_sample
+        x = scheduler.step(network(seen, given.expand(len(x))), t, x).prev_sample
     return x
 
 

@@ -1,30 +1,35 @@
-"""Rounds, evaluations, errors and seconds of every method, on closed-form digits and on the trained digits.
+"""How many rounds every window method takes to the sequential sample, on closed-form digits and on the trained digits.
 
-Every row is measured one seed at a time (batch 1) on this machine, beside the sequential chain of the same run; `error_max`
-is the root mean square difference to the sequential sample, worst seed. The last part profiles the solver's own bookkeeping.
+Claim measured: a window method takes far fewer rounds than the chain has steps; the slope decides which takes the fewest.
+A row is a method on a chain at a window: mean and largest number of rounds, evaluations, seconds of the whole call at batch 1
+beside the sequential chain's in the same run, and `error_max`, the root mean square difference to the sequential sample of the
+worst seed. Published stop rules have their paper's tolerance, `parasolver` its default besides.
 
-    python benchmarks/rounds.py [--quick] [--json FILE] [--png FILE]
+`bookkeeping` is the time of a round that the network does not take, for one sample.
+
+    python benchmarks/rounds.py --quick
+    python benchmarks/rounds.py --json benchmarks/results/rounds.json                (the picture goes to rounds.png)
+    python benchmarks/rounds.py --json benchmarks/results/rounds.json --draw-only
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from harness import Problem, arguments, finish
-from matplotlib.figure import Figure
-from rich.console import Console
+from drawing import BLACK, BLUE, VERMILION, beside, heading, legend, panels, plain_log, save
+from harness import Results, Row, console, options, show
+from problem import EQUAL, IMAGES, Problem
 
-from paradiff import Evaluator, Recorded, Schedule, jacobi, paradigms, parasolver, sample, sequential
+from paradiff import Evaluator, Recorded, jacobi, paradigms, parasolver, sample, sequential
 from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import WindowMethod
-from paradiff.models.exact import digits
-from paradiff.models.pixel import load
-from paradiff.samplers import ddim, ddpm
 
+COLUMNS = ("problem", "sampler", "steps", "window", "method", "slope", "rule", "tolerance", "warmup")
+COLUMNS += ("rounds", "rounds_max", "evaluations", "error_max", "estimated_error_max", "seconds", "sequential_seconds")
+CHAINS = (("ddpm", 1000, (32, 200)), ("ddim", 50, (None,)), ("ddim", 200, (None,)))
+QUICK = (("ddpm", 200, (32,)), ("ddim", 50, (None,)))
 SLOPES = {
     "identity": identity,
     "freeze-epsilon": freeze_epsilon,
@@ -44,7 +49,34 @@ def methods(window: int | None, deterministic: bool) -> list[tuple[WindowMethod,
     return rows
 
 
-def bookkeeping(problem: Problem, window: int) -> dict[str, Any]:
+def measure(problem: Problem, method: WindowMethod, slope: str, seeds: int) -> Row:
+    """The row of a method, one seed at a time."""
+    reference = problem.references(range(seeds), alone=True)
+    found = [problem.solve(method, [seed]) for seed in range(seeds)]
+    errors = [problem.errors(s.sample, reference[k : k + 1])[0] for k, (s, _) in enumerate(found)]
+    return {
+        "problem": problem.name,
+        "sampler": problem.sampler,
+        "steps": problem.table.steps,
+        "method": method.name,
+        "slope": slope,
+        "window": method.window or problem.table.steps,
+        "rule": method.rule,
+        "tolerance": method.tolerance,
+        "warmup": method.warmup,
+        "seeds": seeds,
+        "rounds": sum(s.rounds for s, _ in found) / seeds,
+        "rounds_max": max(s.rounds for s, _ in found),
+        "evaluations": sum(s.evaluations for s, _ in found) / seeds,
+        "error_max": max(errors),
+        "estimated_error_max": max(s.estimated_error for s, _ in found),
+        "estimate_holds": all(s.estimated_error >= e or e < 1e-6 for (s, _), e in zip(found, errors, strict=True)),
+        "seconds": sum(t for _, t in found) / seeds,
+        "sequential_seconds": sum(problem.sequential_seconds[seed] for seed in range(seeds)) / seeds,
+    }
+
+
+def bookkeeping(problem: Problem, window: int) -> Row:
     """Seconds a round outside the network, as a share of the round, for one sample."""
     noise = Recorded(problem.shape, torch.Generator().manual_seed(0))
     evaluator = Evaluator(problem.denoiser)
@@ -56,67 +88,63 @@ def bookkeeping(problem: Problem, window: int) -> dict[str, Any]:
     return {"problem": problem.name, "window": window, "milliseconds_per_round": 1e3 * outside, "share": share}
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean rounds of every method, one panel a problem."""
-    keys = list(dict.fromkeys((r["problem"], r["sampler"], r["steps"], r["window"]) for r in rows))
-    figure = Figure(figsize=(13, 3 * ((len(keys) + 1) // 2)), layout="constrained")
-    panels = figure.subplots((len(keys) + 1) // 2, 2, squeeze=False).flat
-    for axes, key in zip(panels, keys, strict=False):
-        chosen = [
-            r for r in rows if (r["problem"], r["sampler"], r["steps"], r["window"]) == key and r["method"] != "sequential"
-        ]
-        labels = [f"{r['method']} {r['slope']} {r['rule']} {r['tolerance']:g} warmup {r['warmup']}" for r in chosen]
-        colours = ["tab:green" if r["error_max"] < 4e-3 else "tab:red" for r in chosen]
-        axes.barh(labels, [r["rounds"] for r in chosen], color=colours)
-        axes.axvline(key[2] / key[3], color="black", lw=1)
-        axes.set_title(f"{key[0]}, {key[1]} {key[2]}, window {key[3]}", fontsize=9)
-        axes.tick_params(labelsize=6)
-        axes.set_xlabel("rounds, mean (green: worst error below 4e-3; line: steps/window)", fontsize=7)
-        axes.set_xscale("log")
-    figure.savefig(path, dpi=110)
+def draw(rows: list[Row], path: Path) -> None:
+    """Mean rounds of every method at its default, a panel for each chain and window, beside the number of steps."""
+    keys = sorted({(r["sampler"] == "ddim", r["steps"], r["window"]) for r in rows if r["method"] == "parasolver"})
+    names = {("paradigms", "identity"): "paradigms"} | {("parasolver", slope): f"parasolver, {slope}" for slope in SLOPES}
+    figure, found = panels(
+        "Every window method takes far fewer rounds than the chain has steps", 1.9 * len(keys) + 0.9, len(keys), 2, sharey=True
+    )
+    for line, (smooth, steps, window) in zip(found, keys, strict=True):
+        for axes, problem in zip(line, IMAGES, strict=True):
+            own = [r for r in rows if (r["problem"], r["sampler"] == "ddim", r["steps"]) == (problem, smooth, steps)]
+            for place, (method, slope) in enumerate(names):
+                rule = "change" if method == "paradigms" else "error"
+                wanted = (method, slope, rule, window)
+                row = next(r for r in own if (r["method"], r["slope"], r["rule"], r["window"]) == wanted)
+                close = row["error_max"] < EQUAL
+                colour = BLUE if close else VERMILION
+                axes.plot(row["rounds"], place, "o", color=colour, mfc=colour if close else "white", ms=7, mew=1.6)
+                beside(axes, row["rounds"], place, f"{row['rounds']:.0f}", colour, (8, 0))
+            axes.axvline(steps, color=BLACK, lw=1.2)
+            axes.text(steps * 0.94, 1.2, f"{steps} steps", rotation=90, ha="right", va="center")
+            kind = "DDIM" if smooth else "DDPM"
+            heading(axes, f"{problem.replace('form-', 'form ')}, {kind} {steps}, window {window}")
+            axes.set_yticks(range(len(names)), list(names.values()))
+            axes.set(xlim=(4, 1250), ylim=(len(names) - 0.5, -0.5))
+            plain_log(axes, "x", (5, 10, 20, 50, 100, 200, 500, 1000))
+    for axes in found[-1]:
+        axes.set_xlabel("rounds, mean of the seeds")
+    close = {f"error of the worst seed below {EQUAL:g}": {"mec": BLUE, "mfc": BLUE}}
+    legend(figure, close | {"above": {"mec": VERMILION, "mfc": "white", "mew": 1.6}})
+    save(figure, path)
 
 
 def main() -> None:
-    given = arguments(__doc__ or "")
-    console = Console(stderr=True)
-    schedule, target, trained = Schedule.linear(), digits(), load("digits")
-    seeds = 2 if given.quick else 8
-    chains = [("ddpm", 1000, (32, 200)), ("ddim", 50, (None,)), ("ddim", 200, (None,))]
-    if given.quick:
-        chains = [("ddpm", 200, (32,)), ("ddim", 50, (None,))]
-    rows: list[dict[str, Any]] = []
-    overhead: list[dict[str, Any]] = []
-    for name in ("closed-form-digits", "digits"):
-        for sampler, steps, windows in chains:
-            if name == "digits":
-                table, denoiser = trained.table(sampler, steps), trained
-            else:
-                table = ddpm(schedule, steps) if sampler == "ddpm" else ddim(schedule, steps)
-                denoiser = target.denoiser(table)
-            with torch.inference_mode():
-                for _ in range(3):  # what a first call sets up is in nobody's clock
-                    denoiser(torch.zeros(1, 1, 8, 8), table.t[:1].long())
-            problem = Problem(name, sampler, denoiser, table, (1, 8, 8), seeds)
-            rows.append(problem.row(sequential(), "zero"))
+    given = options(__doc__, draws=True)
+    results = Results(given.json, given.keep)
+    if given.draw_only:
+        return draw(results.rows, given.json.with_suffix(".png"))
+    seeds, overhead = min(2 if given.quick else 8, given.seeds), []
+    for name, make in IMAGES.items():
+        for sampler, steps, windows in QUICK if given.quick else CHAINS:
+            problem = make(sampler, steps)
+            results.add(measure(problem, sequential(), "zero", seeds))
             for window in windows:
                 slow = 2 if name == "digits" and steps == 1000 else seeds
-                rows.append(problem.row(jacobi(window), "zero", slow))
+                results.add(measure(problem, jacobi(window), "zero", min(slow, seeds)))
                 for method, slope in methods(window, sampler == "ddim"):
-                    console.print(
-                        f"{name} {sampler} {steps} window {window}: {method.name} {slope} {method.rule} {method.tolerance:g}"
-                    )
-                    rows.append(problem.row(method, slope))
+                    label = f"{method.name} {slope} {method.rule} {method.tolerance:g}"
+                    console.print(f"{name} {sampler} {steps} window {window}: {label}")
+                    results.add(measure(problem, method, slope, seeds))
             if sampler == "ddpm":
                 overhead.append(bookkeeping(problem, 32))
-    finish(rows, given, {"bookkeeping": overhead})
-    for row in overhead:
-        print(
-            f"bookkeeping, {row['problem']}, window {row['window']}: {row['milliseconds_per_round']:.2f} ms a round, "
-            f"{100 * row['share']:.1f} % of it"
-        )
+    results.save(bookkeeping=overhead)
+    show(results.rows, COLUMNS)
+    show(overhead, tuple(overhead[0]), "bookkeeping")
     if given.json:
-        draw(rows, given.json.with_suffix(".png"))
+        draw(results.rows, given.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,8 @@
-"""The shift of `collocation`: would more than one data variance make the drive flatter, so that fewer nodes suffice?
+"""The shift of `collocation`: would more than one data variance make the forcing flatter, so that fewer nodes suffice?
 
-What is interpolated is the drive, equation (1) of methods/collocation/interval.py, which knows the data by one
-variance v, 1/4 by default.
-In an orthogonal basis the chain's noises remain white, so every coordinate may have a variance of its own. Kinds:
+Claim measured: more than one variance does not pay. What is interpolated is the forcing, equation (1) of
+methods/collocation/interval.py; it depends on the variance v of the data, 1/4 by default. In an orthogonal basis the chain's
+noises remain white, so every coordinate may have a variance of its own. Kinds:
 
 - 1/4: the default; and other numbers.
 - variance, channel, frequency: that of sequential samples, as one number, for every channel, for every frequency of the
@@ -10,33 +10,29 @@ In an orthogonal basis the chain's noises remain white, so every coordinate may 
 - power law: proportional to 1/(1 + k^2) at frequency k, the mean that of `variance`.
 - axes: along the principal axes of the data that the digits network was trained on.
 - secant, secant channel, secant frequency: the one whose g, over the levels `LEVELS`, is nearest to the least squares slope of
-  the clean-data estimate against perturbations of the chain's states, half as large as what a gap changes them by.
+  the clean-data estimate against perturbations of the chain's states, half as large as the change over an interval.
 - secant level: one number for every level, with which g is that slope.
-- fitted, fitted channel, fitted frequency: the one with which the gaps of sequential chains leave out least of the sample.
+- fitted, fitted channel, fitted frequency: the one with the least interpolation error on the intervals of sequential chains.
 
-Estimates are from other seeds than those measured; of guided networks, where the prompt decides the mean, from the scatter
-about the mean of each prompt. Variances are rounded to powers of 2^(1/2), but for those of a level; only with a constant one is
-the drive free of drift, whatever the state. All kinds have the same edges, and ask at the same fine nodes. The guided networks
-have too few samples for axes, and digits have one channel.
+Variances are estimated from other seeds than those measured; of guided networks, where the prompt decides the mean, from the
+scatter about the mean of each prompt. They are rounded to powers of 2^(1/2), but for those of a level; only with a constant one
+is the forcing free of drift, whatever the state. All kinds have the same mesh and the same fine nodes. The guided networks have
+too few samples for axes, and digits have one channel.
 
-Measured is the fixed point: the sample of the sparse system (methods/collocation/system.py), swept from the drives of the
-sequential
-chain until it is at rest, minus the sequential chain's sample; root mean square, in units of the sequential samples' standard
-deviation. `median_beside` is the median over seeds of the ratio to 1/4, `worst_beside` the ratio of the worst; `rest` the last
-change of the worst seed's sample. Before all that, with as many nodes as steps, the error must be rounding.
+Measured is the fixed point: the sample of the collocation system (methods/collocation/system.py), swept from the forcing of the
+sequential chain until it converged, minus the sequential chain's sample; root mean square, in units of the sequential samples'
+standard deviation. `median_beside` is the median over seeds of the ratio to 1/4, `worst_beside` the ratio of the worst; `rest`
+the last change of the worst seed's sample. Before all that, with as many nodes as steps, the error must be rounding.
 
     python benchmarks/shift.py --quick
     python benchmarks/shift.py --json benchmarks/results/shift.json
-    python benchmarks/shift.py --only flow --json FILE                         (rows of other chains in the file stay)
+    python benchmarks/shift.py --only 'shapes-flow *' --json FILE              (rows of other chains in the file stay)
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -46,10 +42,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import arguments, finish
+from harness import Results, Row, console, options, show
 from pipelines import GUIDANCE, PROMPTS, SCHEDULERS
 from pipelines import load as load_bundled
-from rich.console import Console
 from scipy.fft import dct
 from torch import Tensor
 
@@ -81,8 +76,9 @@ MOST_PASSES, PASS_REST = 6, 1e-4  # at one node of a stochastic chain, whose ave
 LEVELS, MOST_LEVELS = (-4.0, 2.0), 12  # of log(alpha^2/sigma^2)
 GRID = [2 ** (k / 2) for k in range(-20, 13)]
 CHECK_STEPS, ROUNDING = 60, 1e-5
+COLUMNS = ("model", "chain", "steps", "nodes", "kind", "seeds", "variances", "least", "greatest", "error_median", "error_max")
+COLUMNS += ("median_beside", "worst_beside", "rest")
 
-Row = dict[str, Any]
 Call = Callable[..., Tensor]
 
 
@@ -116,7 +112,7 @@ class Chain:
 
     def __init__(self, model: str, sampler: str, steps: int) -> None:
         self.model, self.sampler, self.steps = model, sampler, steps
-        self.rows: dict[str, Tensor] = {}  # what the network is told of every prompt
+        self.rows: dict[str, Tensor] = {}  # what the network is conditioning of every prompt
         self.config: dict[str, Any] = {}  # of its scheduler
         self.network: Call
         if model == "digits":
@@ -161,19 +157,19 @@ class Chain:
 
         self.network = guided
 
-    def told(self, prompts: Sequence[int]) -> dict[str, Tensor]:
-        """What the network is told in every row."""
+    def conditioning(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """What the network is conditioning in every row."""
         return {name: value[list(prompts)] for name, value in self.rows.items()}
 
     def of_seeds(self, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """What the network is told for some seeds, which take the prompts in turn."""
-        return self.told([seed % len(PROMPTS) for seed in seeds])
+        """What the network is conditioning for some seeds, which take the prompts in turn."""
+        return self.conditioning([seed % len(PROMPTS) for seed in seeds])
 
     @torch.inference_mode()
     def clean(self, x: Tensor, node: int, prompts: Sequence[int]) -> Tensor:
         """The clean-data estimates `[B, d]` of states `[B, d]` at a fine node."""
         t = self.table.t[node].float().expand(len(x))
-        m = self.network(x.float().view(-1, *self.shape), t, **self.told(prompts)).double().flatten(1)
+        m = self.network(x.float().view(-1, *self.shape), t, **self.conditioning(prompts)).double().flatten(1)
         return float(self.table.p[node]) * x + float(self.table.q[node]) * m
 
     def run(self, seeds: Sequence[int]) -> Run:
@@ -182,12 +178,12 @@ class Chain:
         prompts = [seed % len(PROMPTS) for seed in seeds]
         seen: list[tuple[Tensor, Tensor]] = []
 
-        def recorded(x: Tensor, t: Tensor, **told: Tensor) -> Tensor:
-            m = self.network(x, t, **told)
+        def recorded(x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+            m = self.network(x, t, **conditioning)
             seen.append((x.flatten(1), m.flatten(1)))
             return m
 
-        found = sample(Evaluator(recorded, conditioning=self.told(prompts)), self.table, noise, sequential()).sample
+        found = sample(Evaluator(recorded, conditioning=self.conditioning(prompts)), self.table, noise, sequential()).sample
         states, outputs = (torch.stack(values).double() for values in zip(*seen, strict=True))
         clean = self.table.p[:, None, None] * states + self.table.q[:, None, None] * outputs
         drawn = torch.zeros_like(states)
@@ -516,35 +512,30 @@ def check() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="chains whose model or sampler has this in it; rows of others in the file stay")
-    given = arguments(__doc__ or "", parser)
+    chains = {f"{model} {sampler}": (model, sampler, steps) for model, sampler, steps in CHAINS}
+    given = options(__doc__, tuple(chains))
+    if given.quick:
+        chains |= {f"{model} {sampler}": (model, sampler, steps) for model, sampler, steps in QUICK}
     warnings.filterwarnings("ignore")
     check()
-    rows: list[Row] = []
-    if given.only and given.json and given.json.exists():
-        kept = json.loads(given.json.read_text(encoding="utf-8"))["rows"]
-        rows = [r for r in kept if given.only not in f"{r['model']} {r['chain']}"]
-    for model, sampler, steps in QUICK if given.quick else CHAINS:
-        if given.only and given.only not in f"{model} {sampler}":
+    results = Results(given.json, given.keep)
+    for model, sampler, steps in (chains[name] for name in given.only):
+        if given.quick and (model, sampler, steps) not in QUICK:
             continue
+        results.drop(r for r in results.rows if (r["model"], r["chain"]) != (model, sampler))
         begin, mine, chain = time.perf_counter(), [], Chain(model, sampler, steps)
-        seeds = 2 if given.quick else FEWER_SEEDS if sampler in LONG else SEEDS
+        seeds = min(2 if given.quick else FEWER_SEEDS if sampler in LONG else SEEDS, given.seeds)
         for row in measure(chain, seeds, 16 if given.quick else ESTIMATES[model]):
             mine.append(row)
             compare(mine)
-            finish(rows + mine, given, show=False)
-            label = (
-                f"{model} {sampler} {steps}, {row['nodes']} nodes, {row['kind']}, {row['least']:.3g} to {row['greatest']:.3g}"
-            )
+            results.add(row)
+            label = f"{model} {sampler} {steps}, {row['nodes']} nodes, {row['kind']}"
             found = f"{row['error_median']:.3g} ({row['error_max']:.3g}), rest {row['rest']:.1e}, {row['seconds']:.0f} s"
-            Console(stderr=True, width=160).print(f"{label}: {found}", highlight=False)
-        rows += mine
-        Console(stderr=True).print(f"{time.perf_counter() - begin:.0f} s in all", highlight=False)
-    columns = ("model", "chain", "steps", "nodes", "kind", "seeds", "variances")
-    figures = ("least", "greatest", "error_median", "error_max", "median_beside", "worst_beside", "rest")
-    finish(rows, given, columns=columns, figures=figures)
+            console.print(f"{label}, {row['least']:.3g} to {row['greatest']:.3g}: {found}")
+        results.save()
+        console.print(f"{time.perf_counter() - begin:.0f} s in all")
+    show(results.rows, COLUMNS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,16 +13,14 @@ Parts, each written to the JSON as it ends; root mean square errors to the seque
 
     python benchmarks/sparse.py --quick
     python benchmarks/sparse.py --json benchmarks/results/sparse.json
-    python benchmarks/sparse.py --only rivals,scatter --json FILE              (rows of other parts in the file stay)
+    python benchmarks/sparse.py --only rivals scatter --json FILE              (rows of other parts in the file stay)
+    python benchmarks/sparse.py --json benchmarks/results/sparse.json --draw-only
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -30,21 +28,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from harness import arguments, finish
-from matplotlib.figure import Figure
+from drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, heading, panels, plain_log, save
+from harness import Results, Row, console, number, options
+from harness import show as show_columns
 from pipelines import GUIDANCE, Bench
-from problem import DIMENSIONS, EQUAL, IMAGE, STEPS, WINDOWS, Problem, Row, mixture, nodes_of, rms, row, trained
+from problem import DIMENSIONS, EQUAL, IMAGE, STEPS, WINDOWS, Problem, mixture, nodes_of, rms, row, trained
 from rich.console import Console
 from rich.table import Table as Sheet
 from rivals import part_rivals, smallest
 
 from paradiff import Schedule, parallelize, sequential
 from paradiff.methods.collocation.options import VARIANCE
-from paradiff.methods.presets import Method, collocation, parasolver, quasi_newton
+from paradiff.methods.presets import collocation, parasolver, quasi_newton
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
 from paradiff.samplers import ddim, ddpm
+from paradiff.solver.protocol import Method
 
 TOLERANCES = (4e-3, 1e-2, 2e-3)
 BATCH, MOST_ROWS = 64, 256
@@ -250,36 +251,35 @@ def part_fixed(seeds: Sequence[int]) -> Iterator[Row]:
                     )
                 except ValueError as error:
                     label = f"{sampler}, {nodes} nodes, order {order}, shift {shift:g}"
-                    Console(stderr=True).print(f"[red]{label}: {error}[/red]")
+                    console.print(f"{label}: {error}")
 
 
 def draw_nodes(rows: list[Row], path: Path) -> None:
     """Error against nodes: above by order, below by shift; lines are medians, dotted lines the worst."""
     chosen = [r for r in rows if r["part"] == "fixed"]
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2, sharey=True)
+    colours = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+    figure, found = panels("Trained digits: the interpolation error falls with the nodes", 7, 2, 2, sharey=True)
     for column, sampler in enumerate(ORDERS):
         usual = 0 if sampler == "ddpm" else 3
         for line, field in enumerate(("order", "shift")):
-            axes = panels[line][column]
+            axes = found[line][column]
             mine = [r for r in chosen if r["table"] == sampler]
             mine = [r for r in mine if (r["shift"] == VARIANCE if field == "order" else r["order"] == usual)]
-            for number, value in enumerate(sorted({r[field] for r in mine})):
+            for k, value in enumerate(sorted({r[field] for r in mine})):
                 curve = sorted((r["nodes"], r["error_median"], r["error_max"]) for r in mine if r[field] == value)
                 x, middle, worst = zip(*curve, strict=True)
                 label = f"{field} {value:g}" + (" (averaged states)" if field == "order" and value == 0 else "")
-                axes.plot(x, middle, "o-", color=f"C{number}", label=label, ms=4)
-                axes.plot(x, worst, ":", color=f"C{number}", lw=1)
-            axes.axhline(EQUAL, color="black", lw=0.8)
+                axes.plot(x, middle, "o-", color=colours[k], label=label, ms=4)
+                axes.plot(x, worst, ":", color=colours[k], lw=1)
+            axes.axhline(EQUAL, color=BLACK, lw=0.8)
             shared = f"shift {VARIANCE:g}" if field == "order" else f"order {usual}"
-            axes.set(xscale="log", yscale="log", title=f"{sampler.upper()} {STEPS}, {shared}", xlabel="nodes")
-            axes.set_xticks(NODES, [str(n) for n in NODES])
-            axes.minorticks_off()
-            axes.legend(fontsize=8)
-    for line in panels:
-        line[0].set_ylabel("error to the sequential sample")
-    figure.suptitle("Trained digits: what interpolation leaves out; median of the seeds, dotted: the worst")
-    figure.savefig(path, dpi=110)
+            heading(axes, f"{sampler.upper()} {STEPS}, {shared}")
+            axes.set(xlabel="nodes", yscale="log")
+            plain_log(axes, "x", NODES)
+            axes.legend(frameon=False)
+    for line in found:
+        line[0].set_ylabel("error; dotted: worst seed")
+    save(figure, path)
 
 
 # -- scatter ------------------------------------------------------------------------------------------------------------------
@@ -316,29 +316,29 @@ def shares(rows: list[Row]) -> list[Row]:
 
 
 def draw_scatter(rows: list[Row], path: Path) -> None:
-    """True errors against estimated ones."""
-    groups, counted = pairs_of(rows), {s["samples_of"]: s for s in shares(rows)}
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    axes = figure.subplots()
-    parts = list(dict.fromkeys(name.split(",")[0] for name in groups))
-    for name, pairs in groups.items():
-        count = counted[name]
-        marker = "o" if name.endswith(", stochastic") else "^"
-        label = f"{name}: {count['samples']}, {count['above_estimate']} above, {count['above_twice']} above twice"
-        guess, true = zip(*pairs, strict=True)
-        axes.scatter(guess, true, s=14, marker=marker, color=f"C{parts.index(name.split(',')[0])}", alpha=0.6, label=label)
-    values = [v for pairs in groups.values() for pair in pairs for v in pair if v > 0]
-    ends = [min(values) / 2, max(values) * 2]
-    axes.plot(ends, ends, "k-", lw=1, label="true = estimated")
-    axes.plot(ends, [2 * v for v in ends], "k--", lw=1, label="true = 2 estimated")
-    axes.set(xscale="log", yscale="log", xlabel="estimated error", ylabel="true error", xlim=ends, ylim=ends)
+    """True errors over estimated ones, a line for each part and kind of chain."""
+    groups, counted = dict(sorted(pairs_of(rows).items())), {s["samples_of"]: s for s in shares(rows)}
     everything = counted["all"]
-    axes.set_title(
-        f"{everything['samples']} samples: {everything['above_estimate']} above the estimate, {everything['above_twice']} "
-        f"above twice ({100 * everything['share_above_twice']:.1f} %)"
+    kept = 100 * (1 - everything["share_above_twice"])
+    figure, found = panels(
+        f"{kept:.1f} % of {everything['samples']} samples err by less than twice their estimate", 0.48 * len(groups) + 1.4
     )
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    axes, jitter = found[0, 0], np.random.default_rng(0)
+    for place, (name, pairs) in enumerate(groups.items()):
+        ratios = np.array([true / guess for guess, true in pairs if guess > 0])
+        colours = np.select([ratios > 2, ratios > 1], [VERMILION, ORANGE], BLUE)
+        axes.scatter(ratios.clip(1e-3), place + jitter.uniform(-0.3, 0.3, len(ratios)), s=11, c=colours, alpha=0.75, lw=0)
+        count = counted[name]
+        text = f"{count['above_estimate']} / {count['above_twice']} of {count['samples']}"
+        axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center")
+    axes.text(1.02, -0.75, "above 1 / above 2", transform=axes.get_yaxis_transform(), va="center", color=GREY)
+    for ratio, colour in ((1, ORANGE), (2, VERMILION)):
+        axes.axvline(ratio, color=colour, lw=1.2, zorder=0)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set(ylim=(len(groups) - 0.4, -0.6), xlabel="true error / estimated error (left edge: 0.001 or less)", xlim=(8e-4, 15))
+    plain_log(axes, "x", (0.001, 0.01, 0.1, 0.5, 1, 2, 10))
+    axes.grid(axis="y", visible=False)
+    save(figure, path)
 
 
 # -- the command --------------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ PARTS: dict[str, Callable[[Sequence[int]], Iterator[Row]]] = {
 def show(title: str, rows: list[Row]) -> None:
     """A compact table of rows."""
     sheet = Sheet("problem", "table", "method", "window", "tolerance", "seeds", title=title)
-    for heading in (
+    for column in (
         "rounds (most)",
         "evaluations (most)",
         "error median (worst)",
@@ -366,7 +366,7 @@ def show(title: str, rows: list[Row]) -> None:
         "sequential",
         "also",
     ):
-        sheet.add_column(heading, justify="right")
+        sheet.add_column(column, justify="right")
     for r in rows:
         also = {k: r[k] for k in ("target", "batch", "ratio", "fastest", "nodes", "order", "shift") if k in r}
         sheet.add_row(
@@ -388,18 +388,9 @@ def show(title: str, rows: list[Row]) -> None:
 
 
 def show_records(title: str, records: list[Row]) -> None:
-    """A table of plain records."""
+    """A table of all fields that are no lists."""
     if records:
-        names = [k for k, v in records[0].items() if not isinstance(v, list)]
-        sheet = Sheet(*names, title=title)
-        for record in records:
-            sheet.add_row(*(number(record[k]) if not isinstance(record[k], str) else record[k] for k in names))
-        Console(width=190).print(sheet)
-
-
-def number(value: float | None) -> str:
-    """Three digits."""
-    return "-" if value is None else f"{value:.3g}"
+        show_columns(records, [k for k, v in records[0].items() if not isinstance(v, list)], title)
 
 
 def finite(value: Any) -> Any:
@@ -412,45 +403,41 @@ def finite(value: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*PARTS, "scatter"]
-    parser.add_argument("--only", help=f"parts, with commas between: {', '.join(names)}; rows of others in the file stay")
-    given = arguments(__doc__ or "", parser)
-    wanted = given.only.split(",") if given.only else names
-    if strange := set(wanted) - set(names):
-        parser.error(f"there is no part {sorted(strange)[0]!r}; it must be of {', '.join(names)}")
-    known = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.exists() else {}
-    rows: list[Row] = known.get("rows", [])
-    extra: dict[str, Any] = {k: known[k] for k in ("seconds_of_parts", "smallest", "scatter") if k in known}
+    given = options(__doc__, (*PARTS, "scatter"), draws=True)
+    results = Results(given.json, given.keep)
+    if given.draw_only:
+        return draw(results.rows, given.json)
     warnings.filterwarnings("ignore", module="diffusers")
-    for part, make in PARTS.items():
-        if part not in wanted:
-            continue
-        kept, mine, begin = [r for r in rows if r["part"] != part], [], time.perf_counter()
-        for found in make(range(2 if given.quick else 8)):
+    for part in (p for p in given.only if p in PARTS):
+        mine, begin = [], time.perf_counter()
+        results.drop(r for r in results.rows if r["part"] != part)
+        for found in PARTS[part](range(min(2 if given.quick else 8, given.seeds))):
             mine.append(finite(found))
+            results.add(mine[-1])
             if part != "rivals" or found["method"] == "collocation":
                 label = f"{found['problem']} {found['table']} {found['steps']} {found['method']} {found['window']}"
-                errors = f"{found['rounds']:.1f} rounds, error {number(found['error_max'])}"
-                Console(stderr=True, width=160).print(f"{part}: {label}: {errors}", highlight=False)
-        rows = kept + mine
+                console.print(f"{part}: {label}: {found['rounds']:.1f} rounds, error {number(found['error_max'])}")
         seconds = time.perf_counter() - begin
-        extra["seconds_of_parts"] = {**extra.get("seconds_of_parts", {}), part: seconds}
-        if part == "rivals":
-            extra["smallest"] = smallest(mine)
-        finish(rows, given, extra, show=False)
+        results.save(seconds_of_parts={**results.contents.get("seconds_of_parts", {}), part: seconds})
         show(f"{part}, {seconds:.0f} s", [r for r in mine if part != "rivals" or r["method"] == "collocation"])
         if part == "rivals":
-            show_records(f"fewest sequential network calls with every error below {EQUAL:g}", extra["smallest"])
-        if part == "fixed" and given.json:
-            draw_nodes(rows, given.json.with_name(f"{given.json.stem}_nodes.png"))
-    if "scatter" in wanted and pairs_of(rows):
-        extra["scatter"] = shares(rows)
-        show_records("estimates and true errors", extra["scatter"])
-        finish(rows, given, extra, show=False)
-        if given.json:
-            draw_scatter(rows, given.json.with_name(f"{given.json.stem}_scatter.png"))
+            results.save(smallest=smallest(mine))
+            title = f"fewest sequential network calls with every error below {EQUAL:g}"
+            show_records(title, results.contents["smallest"])
+    if "scatter" in given.only and pairs_of(results.rows):
+        results.save(scatter=shares(results.rows))
+        show_records("estimates and true errors", results.contents["scatter"])
+    if given.json:
+        draw(results.rows, given.json)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """The pictures for which there are rows, beside the JSON file."""
+    if any(r["part"] == "fixed" for r in rows):
+        draw_nodes(rows, path.with_name(f"{path.stem}_nodes.png"))
+    if pairs_of(rows):
+        draw_scatter(rows, path.with_name(f"{path.stem}_scatter.png"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

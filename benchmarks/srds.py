@@ -1,108 +1,36 @@
-"""SRDS beside the window methods: rounds, evaluations and whole-clock seconds at equal measured error.
+"""SRDS beside the window methods: rounds, evaluations and seconds of the whole call at equal measured error.
 
-For every problem (closed-form digits and trained digits; DDIM and DDPM; 25, 100, 961 and 1000 steps) each family of methods is
-swept over its settings, all seeds in one batch (8, or 4 of the long chains): a sample's rounds do not depend on its neighbours.
-Of the settings whose root mean square error to the sequential sample stays below 4e-3 for every seed, the one with the fewest
-rounds is then timed one seed at a time (batch 1), in turns with the sequential chain.
+Claim measured: a window method takes fewer rounds than SRDS; on short chains SRDS takes fewer evaluations. On every chain
+(closed-form and trained digits; DDIM and DDPM; 25, 100, 961 and 1000 steps) each family of methods is swept over its settings,
+all seeds in one batch (8, or 4 on long chains). Of the settings whose root mean square error to the sequential sample is below
+4e-3 for every seed, the one of fewest rounds is then timed at batch 1, in turns with the chain.
 
-Also measured: how the error falls with the iterations for each coarse propagator, and what the stop rules cost.
+`iterations` has the error after each forced number of iterations, by coarse propagator and number of blocks.
 
-    python benchmarks/srds.py [--quick] [--json FILE] [--threads N] [--only NAME,SAMPLER,STEPS ...] [--clock]
-
-With --only the other problems of the file are kept, so that the sweep can be made in parts; --clock then times them.
+    python benchmarks/srds.py --quick
+    python benchmarks/srds.py --json benchmarks/results/srds.json                    (the picture goes to srds.png)
+    python benchmarks/srds.py --only 'digits-ddim-*' --json FILE                     (then --clock, to time the best settings)
+    python benchmarks/srds.py --json benchmarks/results/srds.json --draw-only
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from harness import Denoiser, arguments, finish
-from matplotlib.figure import Figure
-from rich.console import Console
+from drawing import BLACK, BLUE, ORANGE, PALE, PURPLE, VERMILION, heading, legend, panels, plain_log, save
+from harness import Results, Row, console, options, show
+from problem import EQUAL, IMAGES, Candidate, Problem, at_equal_error, clock, setting_row
 
-from paradiff import Recorded, Schedule, Solution, Table, paradigms, parasolver, sample, sequential, srds
+from paradiff import paradigms, parasolver, sequential, srds
 from paradiff.chain.slope import freeze_clean_data, identity
-from paradiff.methods import PararealMethod, WindowMethod
-from paradiff.models.exact import digits
-from paradiff.models.pixel import load
-from paradiff.samplers import ddim, ddpm
-from paradiff.solver import PararealRecord
 
-EQUAL = 4e-3  # half a grey level of data in -1 ... 1
-SHAPE = (1, 8, 8)
 CLOCKED = 4  # seeds that are timed
-COLUMNS = ("problem", "sampler", "steps", "family", "setting", "seeds")
-FIGURES = ("rounds", "rounds_max", "widest", "evaluations", "error_max", "estimated_error_max", "seconds", "speedup")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One setting of one family of methods."""
-
-    family: str
-    setting: str
-    method: WindowMethod | PararealMethod
-
-
-class Problem:
-    """A network, a table and seeds, with the sequential samples."""
-
-    def __init__(self, name: str, sampler: str, denoiser: Denoiser, table: Table, seeds: int) -> None:
-        self.name, self.sampler, self.denoiser, self.table, self.seeds = name, sampler, denoiser, table, seeds
-        self.reference = self.solve(sequential(), range(seeds))[0].sample
-
-    def solve(self, method: WindowMethod | PararealMethod, seeds: Iterable[int]) -> tuple[Solution, float]:
-        """The samples of some seeds in one batch, and the whole clock, noise included."""
-        begin = time.perf_counter()
-        noise = Recorded(SHAPE, [torch.Generator().manual_seed(seed) for seed in seeds])
-        solution = sample(self.denoiser, self.table, noise, method)
-        return solution, time.perf_counter() - begin
-
-    def row(self, candidate: Candidate) -> dict[str, Any]:
-        """All seeds in one batch: rounds, evaluations and errors."""
-        solution, _ = self.solve(candidate.method, range(self.seeds))
-        error = (solution.sample - self.reference).flatten(1).double().square().mean(1).sqrt()
-        found = solution.error_estimates
-        pairs = zip(found, error.tolist(), strict=True)
-        return {
-            "problem": self.name,
-            "sampler": self.sampler,
-            "steps": self.table.steps,
-            "family": candidate.family,
-            "setting": candidate.setting,
-            "seeds": self.seeds,
-            "rounds": sum(c.rounds for c in found) / self.seeds,
-            "rounds_max": max(c.rounds for c in found),
-            "widest": widest(solution),
-            "evaluations": sum(c.evaluations for c in found) / self.seeds,
-            "error_max": float(error.max()),
-            "errors": [float(f"{e:.3g}") for e in error.tolist()],
-            "estimated_error_max": solution.estimated_error,
-            "estimate_holds": sum(c.estimated_error >= e or e < 1e-6 for c, e in pairs),
-        }
-
-    def clock(self, methods: Sequence[WindowMethod | PararealMethod]) -> list[float]:
-        """Mean seconds of each method one seed at a time, in turns, so that what else the machine does falls on all alike."""
-        totals = [0.0] * len(methods)
-        for seed in range(min(self.seeds, CLOCKED)):
-            for k, method in enumerate(methods):
-                totals[k] += self.solve(method, [seed])[1]
-        return [total / min(self.seeds, CLOCKED) for total in totals]
-
-
-def widest(solution: Solution) -> int:
-    """The most rows that one sample put in one round."""
-    sizes = (len(entry.rows) if isinstance(entry, PararealRecord) else len(entry.change) for entry in solution.history)
-    return max(sizes)
+COLUMNS = ("problem", "sampler", "steps", "family", "setting", "seeds", "rounds", "rounds_max", "widest", "evaluations")
+COLUMNS += ("error_max", "estimated_error_max", "seconds", "speedup")
+LENGTHS, QUICK = (25, 100, 961, 1000), (25, 100)
+CHAINS = {f"{n}-{a}-{k}": (n, a, k) for n in IMAGES for a in ("ddim", "ddpm") for k in LENGTHS}
 
 
 def candidates(problem: Problem) -> Iterator[Candidate]:
@@ -137,112 +65,98 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
                 yield Candidate(f"srds, slope {name}", f"{blocks} blocks, tolerance {tolerance:g}", method)
 
 
-def compare(problem: Problem, console: Console) -> list[dict[str, Any]]:
+def compare(problem: Problem, seeds: int, results: Results) -> None:
     """Every setting once; of every family the one of fewest rounds at equal error is marked."""
     rows = []
     for candidate in candidates(problem):
-        rows.append(problem.row(candidate))
-    for family in dict.fromkeys(row["family"] for row in rows):
-        good = [row for row in rows if row["family"] == family and row["error_max"] < EQUAL]
-        label = f"{problem.name} {problem.sampler} {problem.table.steps}: {family}"
-        if not good:
-            console.print(f"{label}: no setting reaches {EQUAL:g}")
-            continue
-        best = min(good, key=lambda r: (r["rounds"], r["evaluations"]))
-        best["best"] = True
-        console.print(f"{label}: {best['rounds']:.1f} rounds, {best['evaluations']:.0f} evaluations ({best['setting']})")
-    return rows
+        rows.append(setting_row(problem, candidate, seeds))
+        results.add(rows[-1])
+    for row in at_equal_error(rows):
+        row["best"] = True
+        label = f"{problem.name} {problem.sampler} {problem.table.steps}: {row['family']}"
+        console.print(f"{label}: {row['rounds']:.1f} rounds, {row['evaluations']:.0f} evaluations ({row['setting']})")
 
 
-def clock(problem: Problem, rows: list[dict[str, Any]]) -> None:
-    """Times the best of every family, in turns with the sequential chain."""
+def time_best(problem: Problem, rows: list[Row], seeds: int) -> None:
+    """Times the best setting of every family, in turns with the sequential chain."""
     methods = {(c.family, c.setting): c.method for c in candidates(problem)}
     chosen = [row for row in rows if row.get("best")]
-    sequence, *seconds = problem.clock([sequential(), *(methods[row["family"], row["setting"]] for row in chosen)])
+    timed = [sequential(), *(methods[row["family"], row["setting"]] for row in chosen)]
+    plain, *seconds = clock(problem, timed, min(seeds, CLOCKED))
     for row, found in zip(chosen, seconds, strict=True):
-        row["seconds"], row["sequential_seconds"], row["speedup"] = found, sequence, sequence / found
+        row |= {"seconds": found, "sequential_seconds": plain, "speedup": plain / found}
 
 
-def convergence(problem: Problem) -> list[dict[str, Any]]:
+def convergence(problem: Problem, seeds: int) -> Iterator[Row]:
     """Error after each forced number of iterations, by coarse propagator and number of blocks."""
     root, smooth = math.sqrt(problem.table.steps), problem.sampler == "ddim"
-    rows = []
     for blocks in sorted({round(root), round(1.42 * root)}):
         for coarse in ("one step", "two step", 2) if smooth else ("one step", 2):
             for iterations in range(4):
                 setting = f"{blocks} blocks, {iterations} iterations"
-                rows.append(problem.row(Candidate(f"srds, {coarse}", setting, srds(blocks, coarse, iterations=iterations))))
-    return rows
+                method = srds(blocks, coarse, iterations=iterations)
+                yield setting_row(problem, Candidate(f"srds, {coarse}", setting, method), seeds)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Evaluations against rounds of every setting at equal error, one panel a problem."""
-    keys = list(dict.fromkeys((r["problem"], r["sampler"], r["steps"]) for r in rows))
-    families = list(dict.fromkeys(r["family"] for r in rows))
-    lines = (len(keys) + 3) // 4
-    figure = Figure(figsize=(16, 3.6 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, 4, squeeze=False).flat)
-    for axes, key in zip(panels, keys, strict=False):
-        for number, family in enumerate(families):
-            chosen = [
-                r
-                for r in rows
-                if (r["problem"], r["sampler"], r["steps"]) == key and r["family"] == family and r["error_max"] < EQUAL
-            ]
-            marker = "o" if family.startswith("srds") else "s"
-            points = ([r["rounds"] for r in chosen], [r["evaluations"] for r in chosen])
-            axes.scatter(*points, s=18, marker=marker, color=f"C{number % 10}", label=family)
-        axes.axvline(key[2], color="black", lw=1)
-        axes.axhline(key[2], color="black", lw=1)
-        axes.set(xscale="log", yscale="log", title=f"{key[0]}, {key[1]} {key[2]}", xlabel="rounds", ylabel="evaluations")
-    panels[0].legend(fontsize=6)
-    for axes in panels[len(keys) :]:
-        axes.set_axis_off()
-    figure.suptitle(f"Settings with every seed's error below {EQUAL:g}; lines: the sequential chain")
-    figure.savefig(path, dpi=100)
+GROUPS = {"paradigms": ORANGE, "parasolver": BLUE, "srds, one step": VERMILION, "srds, two step": PURPLE}
 
 
-def make(name: str, sampler: str, steps: int, seeds: int) -> Problem:
-    """A problem by name: `closed-form-digits` or `digits`."""
-    if name == "digits":
-        trained = load("digits")
-        return Problem(name, sampler, trained, trained.table(sampler, steps), seeds)
-    table = ddpm(Schedule.linear(), steps) if sampler == "ddpm" else ddim(Schedule.linear(), steps)
-    return Problem(name, sampler, digits().denoiser(table), table, seeds)
+def draw(rows: list[Row], path: Path) -> None:
+    """Evaluations against rounds of every setting at equal error, a panel for each chain of the trained digits."""
+    lengths = sorted({r["steps"] for r in rows} - {961})
+    figure, found = panels(
+        "A window method takes fewer rounds than SRDS; on short chains SRDS takes fewer evaluations", 6.4, 2, len(lengths)
+    )
+    for line, sampler in zip(found, ("ddim", "ddpm"), strict=True):
+        for axes, steps in zip(line, lengths, strict=True):
+            own = [r for r in rows if chain_of(r) == ("digits", sampler, steps) and r["error_max"] < EQUAL]
+            for r in sorted(own, key=lambda r: r["family"] in GROUPS):
+                colour = GROUPS.get(r["family"], PALE)
+                marker = "o" if r["family"].startswith("srds") else "s"
+                axes.plot(r["rounds"], r["evaluations"], marker, color=colour, ms=5, alpha=0.85, mew=0)
+            axes.axvline(steps, color=BLACK, lw=1)
+            axes.axhline(steps, color=BLACK, lw=1)
+            heading(axes, f"{sampler.upper()} {steps}")
+            plain_log(axes, "x", ((8, 10, 15, 20, 25) if steps == 25 else (10, 20, 50, 100, 200, 500, 1000)))
+            plain_log(axes, "y", (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000))
+            least = min((r["rounds"] for r in own), default=steps)
+            most = max((r["evaluations"] for r in own), default=steps)
+            axes.set(xlim=(0.8 * least, 1.2 * steps), ylim=(0.8 * steps, 1.2 * most))
+    for axes in found[-1]:
+        axes.set_xlabel("rounds")
+    for line in found:
+        line[0].set_ylabel("evaluations")
+    marks = {name: {"color": c, "marker": "o" if name.startswith("srds") else "s"} for name, c in GROUPS.items()}
+    legend(figure, marks | {"srds, other settings": {"color": PALE}, "sequential": {"color": BLACK, "marker": "", "ls": "-"}})
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", help="NAME,SAMPLER,STEPS: this problem alone; may be given again")
-    parser.add_argument("--clock", action="store_true", help="only time the best settings that the JSON file names")
-    given = arguments(__doc__ or "", parser)
-    console = Console(stderr=True, width=160)
-    lengths = (25, 100) if given.quick else (25, 100, 961, 1000)
-    keys = [(n, a, k) for n in ("closed-form-digits", "digits") for a in ("ddim", "ddpm") for k in lengths]
-    if given.only:
-        parts = [text.split(",") for text in given.only]
-        keys = [(name, sampler, int(steps)) for name, sampler, steps in parts]
-    known = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.exists() else {}
-    rows, iterations = known.get("rows", []), known.get("iterations", [])
-    for key in keys:
-        problem = make(*key, 2 if given.quick else 8 if key[2] <= 100 else 4)
+    given = options(__doc__, tuple(CHAINS), draws=True, clocks=True)
+    results = Results(given.json, given.keep)
+    iterations: list[Row] = results.contents.setdefault("iterations", [])
+    for key in () if given.draw_only else [CHAINS[name] for name in given.only]:
+        name, sampler, steps = key
+        if given.quick and steps not in QUICK:
+            continue
+        problem, seeds = IMAGES[name](sampler, steps), min(2 if given.quick else 8 if steps <= 100 else 4, given.seeds)
         if not given.clock:
-            rows = [r for r in rows if identify(r) != key] + compare(problem, console)
-            if key[2] != 961:
-                iterations = [r for r in iterations if identify(r) != key] + convergence(problem)
-        if given.clock or not given.only:
-            clock(problem, [r for r in rows if identify(r) == key])
-        finish(rows, given, {"iterations": iterations}, show=False)
-    shown = [row for row in rows if "seconds" in row]
-    finish(shown, argparse.Namespace(json=None), columns=COLUMNS, figures=FIGURES)
+            results.drop(r for r in results.rows if chain_of(r) != key)
+            compare(problem, seeds, results)
+            if steps != 961:
+                iterations[:] = [r for r in iterations if chain_of(r) != key] + list(convergence(problem, seeds))
+        if given.clock or not given.keep:
+            time_best(problem, [r for r in results.rows if chain_of(r) == key], seeds)
+        results.save()
+    show([row for row in results.rows if "seconds" in row], COLUMNS)
     if given.json:
-        draw(rows, given.json.with_suffix(".png"))
+        draw(results.rows, given.json.with_suffix(".png"))
 
 
-def identify(row: dict[str, Any]) -> tuple[str, str, int]:
-    """The problem that a row belongs to."""
+def chain_of(row: Row) -> tuple[str, str, int]:
+    """Problem, sampler and steps of a row."""
     return row["problem"], row["sampler"], row["steps"]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
