@@ -50,7 +50,6 @@ from paradiff.solver import Denoiser
 from paradiff.solver.loop import sample
 
 STOP, MODES, VARIANCE, SLOPE = 1e-3, 8, 0.04, shifted(0.5)
-SEEDS = 3  # of mixtures
 COSTS = ("rounds", "evaluations", "sequential")
 CHAINS: dict[str, tuple[float, Form]] = {"ODE": (0.0, "clean"), "SDE": (1.0, "clean"), "SDE epsilon": (1.0, "epsilon")}
 
@@ -175,7 +174,7 @@ NOTHING = dict.fromkeys(("steps", "blocks", *COSTS), 0) | {"score": "", "correct
 
 def on_mixtures(scores: Sequence[str], settings: Sequence[Setting], given: Namespace) -> Iterator[Row]:
     """One row a problem, score and setting; levels are equally far apart in log(alpha/sigma)."""
-    samples, seeds = (1000, 2) if given.quick else (4000, SEEDS)
+    samples, seeds = (1000, 2) if given.quick else (4000, 3)
     seeds = min(seeds, given.seeds)
     for dimension in (2,) if given.quick else (2, 16):
         law, problem = Law(dimension, samples), {"problem": f"mixture, d = {dimension}"}
@@ -260,27 +259,28 @@ def gains(rows: list[Row], chains: Sequence[str]) -> list[Row]:
     return list(found.values())
 
 
-def pays(gain: Row) -> bool:
+def pays(gain: Row, seeds: int) -> bool:
     """Whether the best corrected chain wins by 5 %, and for every seed."""
-    return gain["gain"] > 1.05 and gain["wins"] == SEEDS
+    return gain["gain"] > 1.05 and gain["wins"] == seeds
 
 
 def draw(contents: dict[str, Any], path: Path) -> None:
     """The corrector's gain at equal rounds, for every score, dimension and distance, over three sets of rivals."""
     rivals = {"ODE": "rival: ODE", "ODE_SDE": "ODE or SDE", "ODE_SDE_SDE epsilon": "ODE or either SDE"}
     figure, found = panels("The corrector improves on the ODE, and seldom on the SDE", 4.6, 1, 3, sharex=True, sharey=True)
+    seeds = max(len(r["sw2_seeds"]) for r in contents["rows"] if r["part"] == "mixture" and r["corrector"])
     for axes, (key, title) in zip(found[0], rivals.items(), strict=True):
         own = [g for g in contents[f"gains_over_{key}"] if g["cost"] == "rounds"]
         scores = list(dict.fromkeys(g["score"] for g in own))
         for place, score in enumerate(scores):
             chosen = [g for g in own if g["score"] == score]
             for shift, gain in zip(np.linspace(-0.3, 0.3, len(chosen)), chosen, strict=True):
-                colour = BLUE if pays(gain) else VERMILION
-                axes.plot(gain["gain"], place + shift, "o", ms=5, color=colour, mfc=colour if pays(gain) else "white")
+                colour, fill = (BLUE, BLUE) if pays(gain, seeds) else (VERMILION, "white")
+                axes.plot(gain["gain"], place + shift, "o", ms=5, color=colour, mfc=fill)
         axes.axvline(1, color=BLACK, lw=1.2)
         axes.set_yticks(range(len(scores)), scores)
         axes.set(ylim=(len(scores) - 0.5, -0.5))
-        heading(axes, f"{title}: {sum(map(pays, own))} of {len(own)}")
+        heading(axes, f"{title}: {sum(pays(g, seeds) for g in own)} of {len(own)}")
         plain_log(axes, "x", (0.5, 1, 2, 5, 10))
     found[0][0].set_ylabel("score of the network")
     found[0][1].set_xlabel("distance to the law of the best rival / of the best corrected chain, at no more rounds")

@@ -239,7 +239,7 @@ def main() -> None:
     given = options(__doc__, tuple(CHAINS))
     results = Results(given.json, given.keep)
     for chain in given.only:
-        if given.quick and chain not in QUICK:
+        if given.quick and chain not in QUICK and not given.keep:
             continue
         results.drop(row for row in results.rows if row["scheduler"] != chain)
         images = min(2 if given.quick else 4 if chain.startswith("flow") else 8, given.seeds)

@@ -1,9 +1,10 @@
-"""The honest rivals: how many network calls in turn a sequential solver of higher order takes to be as near as half a grey
-level, beside the rounds of `collocation`. A part of sparse.py.
+"""Sequential solvers of higher order beside `collocation`. A part of sparse.py.
 
-Deterministic chains: diffusers' solvers, at the times that they round to and at the real ones of their levels. Stochastic
-chains: long steps on the chain's own Brownian path. Problems: the trained digits, the closed forms, and the trained text
-networks with guidance.
+Claim measured: to come within half a grey level of a long chain's sample, a sequential solver of higher order takes more
+network calls in turn than `collocation` takes rounds, on every problem but one (empirical digits, DDIM: 10 calls, 10.4
+rounds). Deterministic chains: diffusers' solvers, at the times that they round to and at the real ones of their levels.
+Stochastic chains: long steps on the chain's own Brownian path. Problems: the trained digits, the closed forms, and the trained
+text networks with guidance.
 """
 
 from __future__ import annotations
@@ -336,8 +337,8 @@ class Brownian:
         return x
 
     def averaged(self, sparse: CollocationSystem, noise: Recorded, passes: int) -> Tensor:
-        """The sparse system's own integrator, but in turn: the drive of a gap, in its own averaged state, is the last gap's;
-        further passes take it from the network again."""
+        """The collocation system's integrator, one interval after another: the first pass over an interval takes the forcing of
+        the one before, further passes evaluate the network again."""
         table, rec, seeds = self.problem.table, sparse.recurrence, range(len(self.z))
         drawn = [[draw(gap, noise, k) for k in seeds] for gap in sparse.gaps]
         parts = [(torch.stack([e for e, _ in d], 1), torch.stack([own for _, own in d])) for d in drawn]

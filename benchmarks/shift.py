@@ -196,12 +196,13 @@ class Chain:
 
 
 class Pinned(Recurrence):
-    """A recurrence whose gaps ask at the fine nodes given, which for gaps that average depend on the variance a little.
+    """A recurrence whose network is evaluated at the fine nodes given; without them, those of averaged states depend on the
+    variance a little.
 
     Args:
         table: The sampler.
         variance: v, or `[N]` that of every fine node.
-        nodes: Fine nodes, one in each gap that will be asked for.
+        nodes: Fine nodes, one in each interval that will be used.
     """
 
     def __init__(self, table: Table, variance: float | Tensor, nodes: Tensor) -> None:
@@ -235,13 +236,13 @@ class Kind:
 
 
 class System:
-    """Equation (1) of sparse.py with a variance for every coordinate.
+    """The collocation system, equation (1) of methods/collocation/system.py, with a variance for every coordinate.
 
     Args:
         chain: The network and table.
         edges: Edges of all coordinates.
         kind: The variances.
-        tables: Sparse tables by variance, filled as needed.
+        tables: Systems by variance, filled as needed.
     """
 
     def __init__(self, chain: Chain, edges: list[int], kind: Kind, tables: dict[float, CollocationSystem]) -> None:
@@ -293,7 +294,7 @@ def rms(values: Tensor) -> Tensor:
 
 
 def sparse_of(table: Table, edges: list[int], variance: float, tables: dict[float, CollocationSystem]) -> CollocationSystem:
-    """The sparse table of a variance, which asks where that of the default does."""
+    """The system of a variance, evaluated at the nodes of the default's."""
     if DEFAULT not in tables:
         tables[DEFAULT] = CollocationSystem(Recurrence(table, DEFAULT), edges, ORDER[table.stochastic])
     if variance not in tables:
@@ -398,11 +399,11 @@ def secant(chain: Chain, edges: list[int], run: Run, waves: Tensor) -> tuple[Ten
 
 
 def fitted(chain: Chain, edges: list[int], run: Run, waves: Tensor, variance: float) -> Tensor:
-    """`[len(GRID), d]` mean squares of what gaps of sequential chains leave out of the sample.
+    """`[len(GRID), d]` mean squares of the interpolation error of each interval of sequential chains, carried to the sample.
 
-    A gap begins with the chain's own state. Where it averages, the network is asked at the averaged state of one variance, and
-    taken to answer to the small differences of others' as data of that variance do. What a gap leaves out is carried to the
-    sample as that variance has it."""
+    An interval begins with the chain's own state. Where states are averaged, the network is evaluated at the averaged state of
+    one variance; the small differences of other variances' states are taken with the slope of data of that variance. The error
+    is carried to the sample with that variance's weights."""
     table, tables = chain.table, {}
     states, noise = (values @ waves for values in (run.states, run.noise))
     clean, ends = run.clean @ waves, torch.cat([states, (run.sample @ waves)[None]])
@@ -437,8 +438,8 @@ def fitted(chain: Chain, edges: list[int], run: Run, waves: Tensor, variance: fl
 def averaged_state(
     sparse: CollocationSystem, k: int, states: Tensor, noise: Tensor, asked: tuple[Tensor, Tensor], slope: float = 0.0
 ) -> Tensor:
-    """The averaged state `[B, d]` of a gap that begins with the chain's own state, where the network's estimate at the state
-    y is D + slope (x - y), `asked` being (y, D)."""
+    """The averaged state `[B, d]` of an interval that begins with the chain's own state, where the network's estimate at a
+    state x is D + slope (x - y), `asked` being (y, D)."""
     gap, rec = sparse.gaps[k], sparse.recurrence
     base = gap.state_carry[0] * states[gap.left] + torch.tensordot(gap.state_noise, noise[gap.left : gap.right], 1)
     weight = gap.state_drive * float(rec.nu[gap.node])
@@ -520,7 +521,7 @@ def main() -> None:
     check()
     results = Results(given.json, given.keep)
     for model, sampler, steps in (chains[name] for name in given.only):
-        if given.quick and (model, sampler, steps) not in QUICK:
+        if given.quick and (model, sampler, steps) not in QUICK and not given.keep:
             continue
         results.drop(r for r in results.rows if (r["model"], r["chain"]) != (model, sampler))
         begin, mine, chain = time.perf_counter(), [], Chain(model, sampler, steps)

@@ -1,19 +1,21 @@
-"""Sparse nodes: rounds, evaluations, errors and seconds of `collocation`, and how far its estimate of the error holds.
+"""`collocation`: rounds, evaluations, errors and seconds, and how often its error estimate holds.
 
-Parts, each written to the JSON as it ends; root mean square errors to the sequential sample of the same noises:
+Claim measured: `collocation` gives the sample of a chain of 1000 steps within half a grey level from fewer network evaluations
+than the chain has steps, in tens of rounds. Errors are root mean square differences to the sequential sample of the same
+noises. Parts:
 
 - digits: the trained network, DDPM and DDIM of 1000 steps, one seed at a time, beside the window methods.
-- many: the same network and DDPM, 64 more seeds in one batch: how often samples are dear, and how often estimates hold.
-- clock: whole-clock seconds beside the sequential chain of the same run, one sample and a batch, two threads.
-- rivals: how many calls in turn a sequential solver of higher order takes to be as near (rivals.py).
+- many: the same network and DDPM, 64 further seeds in one batch, for the spread of costs and of errors over estimates.
+- clock: seconds of the whole call beside the sequential chain of the same run, one sample and a batch, on two threads.
+- rivals: network calls in turn of sequential solvers of higher order at the same error (rivals.py).
 - closed: mixtures of Gaussians in 2, 64 and 1024 dimensions and empirical digits, whose denoisers are exact.
 - pipelines: the bundled text pipelines with guidance; errors in units of the latents' standard deviation.
-- fixed: what interpolation alone leaves out, by the number of nodes, the order and the shift.
-- scatter: every estimate of the file beside the true error; the share of samples that erred by more than twice the estimate.
+- fixed: the interpolation error alone, by the number of nodes, the order and the shift.
+- scatter: every estimate of the file beside the true error; the share of samples whose error is above twice the estimate.
 
     python benchmarks/sparse.py --quick
-    python benchmarks/sparse.py --json benchmarks/results/sparse.json
-    python benchmarks/sparse.py --only rivals scatter --json FILE              (rows of other parts in the file stay)
+    python benchmarks/sparse.py --json benchmarks/results/sparse.json       (pictures: sparse_scatter.png, sparse_nodes.png)
+    python benchmarks/sparse.py --only rivals scatter --json FILE               (rows of other parts in the file stay)
     python benchmarks/sparse.py --json benchmarks/results/sparse.json --draw-only
 """
 
@@ -76,7 +78,7 @@ def part_digits(seeds: Sequence[int]) -> Iterator[Row]:
 
 
 def part_many(seeds: Sequence[int]) -> Iterator[Row]:
-    """Seeds that no other part has."""
+    """Seeds that are in no other part."""
     problem, more = trained("ddpm"), MANY if len(seeds) >= 8 else MANY[:8]
     for method in (collocation(window=16), quasi_newton(16), parasolver(16)):
         yield problem.measure("many", method, more, alone=False)
@@ -95,7 +97,7 @@ def part_clock(seeds: Sequence[int]) -> Iterator[Row]:
 
 
 def clock_alone(seeds: Sequence[int]) -> Iterator[Row]:
-    """Batch 1, in turns, so that what else the machine does falls on all alike."""
+    """Batch 1, in turns, so that other load on the machine falls on all alike."""
     problem = trained("ddpm")
     methods: list[Method] = [collocation(window=window) for window in WINDOWS["ddpm"]]
     fresh = [load("digits").table("ddpm", STEPS) for _ in methods]
@@ -210,7 +212,7 @@ def guided(bench: Bench, method: Any, **more: Any) -> Row:
 
 
 def remembered(bench: Bench, folder: Path) -> Row:
-    """The same, after as many other prompts and seeds as `REMEMBERED` have shown where nodes are needed."""
+    """The same with a store of node counts and meshes, filled by `REMEMBERED` calls with other prompts and seeds."""
     method = collocation(window=16, memory=folder / f"{bench.chain}-{bench.steps}.json")
     with parallelize(bench.pipe, method):
         for image in range(100, 100 + REMEMBERED):
@@ -236,7 +238,7 @@ def part_pipelines(seeds: Sequence[int]) -> Iterator[Row]:
 
 
 def part_fixed(seeds: Sequence[int]) -> Iterator[Row]:
-    """A fixed number of nodes, swept until the sweeps leave nothing: what is left is what interpolation leaves out."""
+    """A fixed number of nodes, swept to a small iteration error: the rest is the interpolation error."""
     for sampler, orders in ORDERS.items():
         problem = trained(sampler)
         reference = problem.references(seeds)

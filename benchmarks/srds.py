@@ -137,7 +137,7 @@ def main() -> None:
     iterations: list[Row] = results.contents.setdefault("iterations", [])
     for key in () if given.draw_only else [CHAINS[name] for name in given.only]:
         name, sampler, steps = key
-        if given.quick and steps not in QUICK:
+        if given.quick and steps not in QUICK and not given.keep:
             continue
         problem, seeds = IMAGES[name](sampler, steps), min(2 if given.quick else 8 if steps <= 100 else 4, given.seeds)
         if not given.clock:
