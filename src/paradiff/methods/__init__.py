@@ -1,5 +1,6 @@
 """How a chain is solved: the published methods as presets, and a folder for each family of solvers."""
 
+from paradiff.methods import presets
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.window.blocks import Blocks
@@ -12,5 +13,6 @@ __all__ = [
     "Corrector",
     "PararealMethod",
     "WindowMethod",
+    "presets",
     "underdamped_langevin",
 ]
