@@ -19,8 +19,11 @@ EXTRAS = {
     "PIL": "plots",
     "diffusers": "pipelines",
     "greenlet": "pipelines",
+    "imageio": "video",
+    "imageio_ffmpeg": "video",
     "matplotlib": "plots",
     "rich": "cli",
+    "soundfile": "sound",
     "transformers": "text",
     "typer": "cli",
 }
