@@ -120,6 +120,13 @@ class Evaluator:
         self.evaluations = 0
         self.seconds = 0.0
 
+    def __repr__(self) -> str:
+        name = getattr(self.denoiser, "__name__", type(self.denoiser).__name__)
+        bound = "any number of rows" if self.max_rows is None else f"at most {self.max_rows} rows"
+        kind = "the states' dtype" if self.dtype is None else str(self.dtype)
+        cost = f"{self.rounds} rounds, {self.evaluations} evaluations"
+        return f"Evaluator({name} on {self.device}, {kind}, {bound} a call;\n          {cost})"
+
     @property
     def max_rows(self) -> int | None:
         """Largest number of rows in one network call now; None for no bound."""

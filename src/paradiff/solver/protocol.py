@@ -29,7 +29,7 @@ OnFinal = Callable[[int, Tensor], None]
 """Called with the fine node of the first of some states that became final, and these states, `[n, ...]`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
     """What is solved, and in which arithmetic.
 
@@ -232,7 +232,7 @@ class Method(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Rows to be evaluated in one round.
 
@@ -248,8 +248,12 @@ class Batch:
     nodes: Tensor
     samples: Tensor
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.x.shape[1:]))
+        return f"Batch({len(self.x)} rows of {shape}, {self.x.dtype}, nodes {int(self.nodes.min())} to {int(self.nodes.max())})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class EditedOutputs:
     """What a solver is sent in place of plain outputs where its caller changed states before the network saw them.
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from paradiff.solver.records import Record
@@ -43,8 +44,8 @@ class ErrorEstimate:
 
     Attributes:
         residual: The largest root mean square change that any node saw in the sweep that made it final.
-        estimated_error: Estimate of the root mean square difference to the sequential sample, in the data's units. An
-            estimate, not a bound: see docs/certificate.md.
+        estimated_error: Estimate of the root mean square difference to the sequential sample, in the data's units. It is no
+            bound: docs/error_estimate.md says how often it held.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
         interpolation_error: The part of the estimated error that comes from interpolation between nodes; 0 for methods that
@@ -65,7 +66,7 @@ class ErrorEstimate:
         return math.sqrt(max(self.estimated_error**2 - self.interpolation_error**2, 0.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """The result of a run.
 
@@ -76,8 +77,8 @@ class Solution:
         rounds: Sequential batched network calls, start-up included.
         evaluations: Rows.
         seconds: The whole clock: noise, start-up and bookkeeping included.
-        certificates: One a sample.
-        history: One entry a sweep and sample, in order; for Parareal one a round and sample.
+        error_estimates: One a sample.
+        history: One record a sweep and sample, in order; for Parareal one a round and sample.
     """
 
     sample: Tensor
@@ -92,9 +93,38 @@ class Solution:
     @property
     def residual(self) -> float:
         """The largest residual of any sample."""
-        return max(c.residual for c in self.error_estimates)
+        return max(e.residual for e in self.error_estimates)
 
     @property
     def estimated_error(self) -> float:
         """The largest estimated error of any sample."""
-        return max(c.estimated_error for c in self.error_estimates)
+        return max(e.estimated_error for e in self.error_estimates)
+
+    @property
+    def stats(self) -> dict[str, str | int | float]:
+        """What the run cost and how far to trust it, as a flat dictionary of texts and numbers."""
+        return {
+            "status": self.status.code,
+            "samples": len(self.sample),
+            "rounds": self.rounds,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "estimated_error": self.estimated_error,
+            "interpolation_error": max(e.interpolation_error for e in self.error_estimates),
+            "residual": self.residual,
+        }
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.sample.shape[1:]))
+        cost = f"{self.rounds} rounds, {self.evaluations} evaluations, {self.seconds:.3g} s"
+        return f"Solution({len(self.sample)} of {shape}, {cost},\n         {self.message})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same samples, estimates, counts and history; the clock does not count."""
+        if not isinstance(other, Solution):
+            return NotImplemented
+        mine, theirs = ({k: v for k, v in vars(s).items() if k not in ("sample", "seconds")} for s in (self, other))
+        a, b = self.sample, other.sample
+        return mine == theirs and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  (equal solutions may have been made apart)
