@@ -69,14 +69,14 @@ def continuum(table: Table, target: Literal["ode", "sde"], steps: int | None = N
     of_state, of_clean = left / sigma, a_next - left * a / sigma
     in_state, in_output = in_outputs(table.prediction, new_alpha, new_sigma, of_state[:, None], of_clean[:, None])
     return Table(
-        f"{table.name} ({target})",
-        table.prediction,
-        t,
-        new_alpha,
-        new_sigma,
-        in_state,
-        in_output,
-        c,
+        name=f"{table.name} ({target})",
+        prediction=table.prediction,
+        t=t,
+        alpha=new_alpha,
+        sigma=new_sigma,
+        a=in_state,
+        b=in_output,
+        c=c,
         scale=scale,
         start_scale=table.start_scale,
         clip=table.clip,

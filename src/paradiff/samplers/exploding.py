@@ -43,7 +43,15 @@ def euler(
     """
     times, sigma = _ratios(schedule, steps, spacing, offset, karras, final)
     shrink = sigma[1:] / sigma[:-1]
-    return _exploding("euler", spacing, prediction, times, sigma, shrink[:, None], 1 - shrink[:, None])
+    return _exploding(
+        name="euler",
+        spacing=spacing,
+        prediction=prediction,
+        times=times,
+        sigma=sigma,
+        state=shrink[:, None],
+        clean=1 - shrink[:, None],
+    )
 
 
 def euler_ancestral(
@@ -68,7 +76,16 @@ def euler_ancestral(
     before, after = sigma[:-1], sigma[1:]
     shrink = (after / before) ** 2
     up = after * ((before - after) * (before + after)).sqrt() / before
-    return _exploding("euler_ancestral", spacing, prediction, times, sigma, shrink[:, None], 1 - shrink[:, None], up)
+    return _exploding(
+        name="euler_ancestral",
+        spacing=spacing,
+        prediction=prediction,
+        times=times,
+        sigma=sigma,
+        state=shrink[:, None],
+        clean=1 - shrink[:, None],
+        c=up,
+    )
 
 
 def heun(
@@ -108,7 +125,16 @@ def heun(
     half_first, half_second = (after - before) / (2 * before), (after - before) / (2 * after)
     state[1::2] = torch.stack([half_second, 1 + half_first], dim=1)
     clean[1::2] = torch.stack([-half_second, -half_first], dim=1)
-    return _exploding("heun", spacing, prediction, times[node[:-1]], levels[node], state, clean, clip=clip)
+    return _exploding(
+        name="heun",
+        spacing=spacing,
+        prediction=prediction,
+        times=times[node[:-1]],
+        sigma=levels[node],
+        state=state,
+        clean=clean,
+        clip=clip,
+    )
 
 
 def _ratios(
@@ -125,6 +151,7 @@ def _ratios(
 
 
 def _exploding(
+    *,
     name: str,
     spacing: Spacing,
     prediction: Prediction,
@@ -141,4 +168,16 @@ def _exploding(
     a, b = in_outputs(prediction, alpha, sigma, state, clean)
     c = torch.zeros_like(sigma[1:]) if c is None else c
     start = float(root[0] if spacing == "leading" else sigma[0])
-    return Table(name, prediction, with_end(times), alpha, sigma, a, b, c, scale=1 / root, start_scale=start, clip=clip)
+    return Table(
+        name=name,
+        prediction=prediction,
+        t=with_end(times),
+        alpha=alpha,
+        sigma=sigma,
+        a=a,
+        b=b,
+        c=c,
+        scale=1 / root,
+        start_scale=start,
+        clip=clip,
+    )

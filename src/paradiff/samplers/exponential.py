@@ -84,14 +84,14 @@ def exponential_integrator(
         t[-1], scale[-1] = 0.0, 1.0  # the sample's own, never looked at
     a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
     return Table(
-        "exponential_sde" if volatility else "exponential_ode",
-        prediction,
-        t,
-        alpha,
-        sigma,
-        a,
-        b,
-        c,
+        name="exponential_sde" if volatility else "exponential_ode",
+        prediction=prediction,
+        t=t,
+        alpha=alpha,
+        sigma=sigma,
+        a=a,
+        b=b,
+        c=c,
         scale=scale,
         clip=clip,
         exact_variance=form == "clean" or (form == "epsilon" and volatility == 0),

@@ -26,4 +26,13 @@ def flow_euler(steps: int, *, shift: float = 1.0, train_steps: int = 1000) -> Ta
     level = flow_sigmas(steps, shift, train_steps)
     b = level.diff()[:, None]
     times = with_end(level[:-1] * train_steps)
-    return Table("flow_euler", "flow", times, 1 - level, level, torch.ones_like(b), b, torch.zeros_like(level[1:]))
+    return Table(
+        name="flow_euler",
+        prediction="flow",
+        t=times,
+        alpha=1 - level,
+        sigma=level,
+        a=torch.ones_like(b),
+        b=b,
+        c=torch.zeros_like(level[1:]),
+    )

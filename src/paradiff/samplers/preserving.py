@@ -77,7 +77,19 @@ def ddim(
     alpha, sigma = torch.cat([alpha, alpha_to[-1:]]), torch.cat([sigma, sigma_to[-1:]])
     a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
     reached = torch.stack([alpha_to, sigma_to], dim=1)
-    return Table("ddim", prediction, with_end(times), alpha, sigma, a, b, c, reached=reached, clip=clip, clip_weight=weight)
+    return Table(
+        name="ddim",
+        prediction=prediction,
+        t=with_end(times),
+        alpha=alpha,
+        sigma=sigma,
+        a=a,
+        b=b,
+        c=c,
+        reached=reached,
+        clip=clip,
+        clip_weight=weight,
+    )
 
 
 def ddpm(
@@ -116,7 +128,18 @@ def ddpm(
     c = torch.where(times > 0, small if variance == "fixed_small" else beta, 0.0).sqrt()
     a, b = in_outputs(prediction, alpha, sigma, state[:, None], clean[:, None])
     exact = variance == "fixed_small"
-    return Table("ddpm", prediction, with_end(times), alpha, sigma, a, b, c, clip=clip, exact_variance=exact)
+    return Table(
+        name="ddpm",
+        prediction=prediction,
+        t=with_end(times),
+        alpha=alpha,
+        sigma=sigma,
+        a=a,
+        b=b,
+        c=c,
+        clip=clip,
+        exact_variance=exact,
+    )
 
 
 def dpmpp_2m(
@@ -188,4 +211,14 @@ def dpmpp_2m(
     slope[second] = h[second] / (2 * h.roll(1)[second])
     clean[:, 0], clean[:, 1] = gain * (1 + slope), -gain * slope
     a, b = in_outputs(prediction, alpha, sigma, state, clean)
-    return Table("dpmpp_2m", prediction, with_end(times), alpha, sigma, a, b, torch.zeros_like(h), clip=clip)
+    return Table(
+        name="dpmpp_2m",
+        prediction=prediction,
+        t=with_end(times),
+        alpha=alpha,
+        sigma=sigma,
+        a=a,
+        b=b,
+        c=torch.zeros_like(h),
+        clip=clip,
+    )

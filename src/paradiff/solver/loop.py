@@ -132,7 +132,16 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         run.close()
         status, message = run.status(estimates)
     sample = torch.stack([s.final if s.done else s.newest for s in solvers])
-    return Solution(sample, status, message, rounds, evaluations, time.perf_counter() - begin, estimates, history)
+    return Solution(
+        sample=sample,
+        status=status,
+        message=message,
+        rounds=rounds,
+        evaluations=evaluations,
+        seconds=time.perf_counter() - begin,
+        error_estimates=estimates,
+        history=history,
+    )
 
 
 def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs]) -> Solution:

@@ -159,14 +159,14 @@ def _probe(request: Request) -> Probed:
     levels = levels_of(scheduler, t, main.places, main.scale, a, b, c)
     begins = bool((request.timesteps[:1] == scheduler.timesteps[:1]).all())
     table = Table(
-        name,
-        levels.prediction,
-        torch.cat([t, torch.zeros(1, dtype=torch.float64)]),
-        levels.alpha,
-        levels.sigma,
-        a,
-        b,
-        c,
+        name=name,
+        prediction=levels.prediction,
+        t=torch.cat([t, torch.zeros(1, dtype=torch.float64)]),
+        alpha=levels.alpha,
+        sigma=levels.sigma,
+        a=a,
+        b=b,
+        c=c,
         scale=torch.cat([main.scale, torch.ones(1, dtype=torch.float64)]),
         start_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)) if begins else 1.0,
         clean=levels.clean,
