@@ -7,8 +7,8 @@ import torch
 from problems import SHAPE, TABLES, gap, network, run
 from torch import Tensor
 
-from paradiff import Evaluator, Keyed, parasolver, sample
-from paradiff.solver import Batch
+from paradiff import Evaluator, Keyed, jacobi, parasolver, quasi_newton, sample, srds
+from paradiff.solver import Batch, Method
 
 
 def batch_of(rows: int, dtype: torch.dtype = torch.float32) -> Batch:
@@ -181,3 +181,72 @@ def test_an_error_of_the_network_comes_through() -> None:
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(TABLES["ddpm"], parasolver(), broken)
+
+
+# -- models that keep, write or differentiate --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [None, 3])
+@pytest.mark.parametrize(
+    "method", [jacobi(tolerance=0.0), quasi_newton(tolerance=1e-6), srds(4, tolerance=1e-6)], ids=lambda m: m.name
+)
+def test_a_model_may_return_the_same_memory_at_every_call(max_rows: int | None, method: Method) -> None:
+    buffer = torch.zeros(512, *SHAPE)
+
+    def kept(x: Tensor, t: Tensor) -> Tensor:
+        buffer[: len(x)] = network(x, t)
+        return buffer[: len(x)]
+
+    for samples in (1, 2):
+        noise = Keyed(SHAPE, samples=samples)
+        found = sample(Evaluator(kept, max_rows=max_rows), TABLES["ddpm"], noise, method)
+        assert torch.equal(found.sample, sample(Evaluator(network, max_rows=max_rows), TABLES["ddpm"], noise, method).sample)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_a_model_may_write_into_its_input(dtype: torch.dtype | None) -> None:
+    found = sample(Evaluator(lambda x, t: x.mul_(0.5), dtype=dtype), TABLES["ddpm"], Keyed(SHAPE), parasolver(tolerance=1e-4))
+    wanted = sample(Evaluator(lambda x, t: x * 0.5, dtype=dtype), TABLES["ddpm"], Keyed(SHAPE), parasolver(tolerance=1e-4))
+    assert torch.equal(found.sample, wanted.sample)
+
+
+def test_a_model_may_take_gradients() -> None:
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            return x + 0.1 * torch.autograd.grad(network(y, t).sum(), y)[0]
+
+    def written(x: Tensor, t: Tensor) -> Tensor:
+        s, u = 0.7 * x + 0.1 * t.view(-1, 1, 1) / 1000, 0.3 * torch.cos(t.view(-1, 1, 1) / 150)
+        return x + 0.1 * (0.7 * (1 - torch.tanh(s) ** 2) + u * torch.cos(x))
+
+    found, wanted = (sample(f, TABLES["ddim"], Keyed(SHAPE), parasolver(tolerance=0.0)) for f in (guided, written))
+    torch.testing.assert_close(found.sample, wanted.sample, rtol=1e-5, atol=1e-5)  # float32, 12 steps, in another order
+    assert not found.sample.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fractional_times_come_in_the_dtype_of_the_states(dtype: torch.dtype) -> None:
+    layer = torch.nn.Linear(7, 6, dtype=dtype)
+
+    def joined(x: Tensor, t: Tensor) -> Tensor:
+        return layer(torch.cat([x.flatten(1), t[:, None]], 1)).view_as(x)
+
+    assert sample(joined, TABLES["flow_euler"], Keyed(SHAPE), parasolver(), dtype=dtype).sample.dtype == dtype
+
+
+def test_half_precision_networks_get_fractional_times_in_float32() -> None:
+    seen: set[torch.dtype] = set()
+
+    def half(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(t.dtype)
+        return x
+
+    sample(Evaluator(half, dtype=torch.bfloat16), TABLES["flow_euler"], Keyed(SHAPE), parasolver())
+    assert seen == {torch.float32}
+
+
+def test_conditioning_needs_a_row_for_each_sample() -> None:
+    evaluator = Evaluator(lambda x, t, y: x * y, conditioning={"y": torch.ones(5, 1, 1)})
+    with pytest.raises(ValueError, match="the conditioning 'y' has 5 rows; the noise has 2 samples, and each needs one row"):
+        sample(evaluator, TABLES["ddpm"], Keyed(SHAPE, samples=2), parasolver())

@@ -17,7 +17,8 @@ from paradiff.solver.protocol import Batch
 
 Denoiser = Callable[..., Tensor]
 """`denoiser(x, t, **conditioning) -> m`: x `[R, ...]` states as the network sees them, t `[R]` times, conditioning `[R, ...]`
-rows; m `[R, ...]` of the shape of x. Rows must not influence each other."""
+rows; m `[R, ...]` of the shape of x. Times are int64 where all times of the chain are whole numbers, else float64 for states in
+float64 and float32 for others. Rows must not influence each other."""
 
 
 Part = TypeVar("Part")
@@ -132,24 +133,29 @@ class Evaluator:
         """Largest number of rows in one network call now; None for no bound."""
         return self.bound.max_rows
 
-    @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
         """Outputs `[R, ...]` in the dtype of the states.
+
+        The model is given copies of the states, into which it may write, and its outputs are copied, so that it may return the
+        same memory at every call. Gradients are off, and a model that turns them on finds ordinary tensors, not inference ones.
 
         Raises:
             ValueError: If the network returns something else than one floating-point tensor of the shape of its input.
         """
         begin = time.perf_counter()
         rows = len(batch.x)
-        outputs = self.bound.parts(rows, lambda part: self._call(batch, part), self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = self.bound.parts(rows, lambda part: self._call(batch, part), self.device)
         self.rounds += 1
         self.evaluations += rows
         self.seconds += time.perf_counter() - begin
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _call(self, batch: Batch, part: slice) -> Tensor:
-        x = batch.x[part].to(device=self.device, dtype=self.dtype)
+        x = batch.x[part].to(device=self.device, dtype=self.dtype, copy=True)
         t = batch.t[part].to(self.device, non_blocking=True)
+        if t.is_floating_point():
+            t = t.to(x.dtype if x.dtype == torch.float64 else torch.float32)
         rows = {name: value[batch.samples[part].to(value.device)] for name, value in self.conditioning.items()}
         m = self.denoiser(x, t, **rows)
         if not isinstance(m, Tensor):
@@ -166,4 +172,4 @@ class Evaluator:
                 f"the model returned dtype {m.dtype} for rows of dtype {x.dtype}; give the evaluator the network's own "
                 f"dtype, dtype={m.dtype}, or have the model return its input's"
             )
-        return m.to(batch.x.dtype)
+        return m.detach().to(batch.x.dtype, copy=True)

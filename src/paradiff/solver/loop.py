@@ -189,6 +189,7 @@ def sample(
         ValueError: As `solve` and `Evaluator` do.
     """
     evaluate = denoiser if evaluates(denoiser) else Evaluator(_model(denoiser))
+    _refuse_other_lengths(evaluate, noise)
     resolution = None if evaluate.dtype is None else torch.finfo(evaluate.dtype).eps
     rounds = solve(
         table, noise, method, start=start, device=evaluate.device, dtype=dtype, observer=observer, resolution=resolution
@@ -240,6 +241,20 @@ def _refuse_other_kinds(table: Any, noise: Any, method: Any) -> None:
     if not isinstance(method, Method) or isinstance(method, type):
         call = ", which has to be called" if callable(method) else ""
         raise ValueError(f"the method is {_shown(method)}{call}; give one of the presets, such as paradiff.parasolver()")
+
+
+def _refuse_other_lengths(evaluate: Evaluate, noise: Any) -> None:
+    """Refuses conditioning that has not one row for each sample.
+
+    Raises:
+        ValueError: If an evaluator has such.
+    """
+    samples = getattr(noise, "samples", None)
+    for name, value in (evaluate.conditioning if isinstance(evaluate, Evaluator) else {}).items():
+        if samples is not None and len(value) != samples:
+            raise ValueError(
+                f"the conditioning {name!r} has {len(value)} rows; the noise has {samples} samples, and each needs one row"
+            )
 
 
 def _shown(value: Any) -> str:
