@@ -4,7 +4,9 @@ of a wavefront every row."""
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,10 +17,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from problems import SHAPE, TABLES, network, run
 
-import paradiff
-from paradiff import Keyed, Solution, jacobi, paradigms, parasolver, sequential, srds
-from paradiff.app.plots import PIXELS, grid, save_history, save_trace, to_image, wavefront
-from paradiff.solver import PararealRecord, WindowRecord
+from paradiff.app.plots import PIXELS, draw, grid, save_history, to_image
+from paradiff.chain.noise import Keyed
+from paradiff.methods.presets import collocation, jacobi, paradigms, parasolver, sequential, srds
+from paradiff.solver.loop import sample
+from paradiff.solver.records import CollocationRecord, PararealRecord, Scale, Trace, WindowRecord
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -51,9 +54,9 @@ def test_lower_precision_is_drawn_too() -> None:
 @pytest.mark.parametrize("channels", [2, 4])
 def test_a_sample_that_is_no_picture_is_refused(channels: int) -> None:
     message = rf"a sample has {channels} channels; a picture has 1 \(grey\) or 3 \(colour\)"
-    for draw in (lambda x: to_image(x[0]), grid):
+    for make in (lambda x: to_image(x[0]), grid):
         with pytest.raises(ValueError, match=message):
-            draw(torch.zeros(2, channels, 4, 4))
+            make(torch.zeros(2, channels, 4, 4))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
@@ -69,10 +72,6 @@ def test_the_grid_holds_every_sample(count: int, size: tuple[int, int, int]) -> 
     assert len(np.unique(found)) == count + 1  # Each sample's level and the paper's.
 
 
-def sweeps(found: Solution) -> list[WindowRecord]:
-    return [s for s in found.history if isinstance(s, WindowRecord)]
-
-
 METHODS = {
     "sequential": sequential(),
     "jacobi": jacobi(),
@@ -80,6 +79,7 @@ METHODS = {
     "parasolver": parasolver(5),
     "stride": parasolver(stride=3),
     "exact": parasolver(tolerance=0.0),
+    "collocation": collocation(8),
 }
 
 
@@ -88,7 +88,7 @@ def test_the_trace_of_any_run_is_a_picture(method: str, tmp_path: Path) -> None:
     table = TABLES["ddpm"]
     found = run(table, METHODS[method], samples=2)
     path = tmp_path / "trace.png"
-    save_trace(sweeps(found), 1, len(METHODS[method].edges(table)) - 1, path, "a title")
+    save_history(found.history, 1, len(METHODS[method].edges(table)) - 1, path, "a title")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         pixels = np.array(picture.convert("RGB"))
@@ -99,16 +99,16 @@ def test_the_trace_of_any_run_is_a_picture(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [[0.0, 0.0], [torch.inf, torch.inf], [1e-30, 1e30], [1.0, 1.0], [0.5, torch.inf]])
 def test_extreme_changes_are_drawn(change: list[float], tmp_path: Path) -> None:
     history = [WindowRecord(1, 0, 0, change, 1), WindowRecord(2, 0, 1, change[1:], 1)]
-    save_trace(history, 0, 2, tmp_path / "trace.png", "extreme")
+    save_history(history, 0, 2, tmp_path / "trace.png", "extreme")
     assert (tmp_path / "trace.png").stat().st_size > 5000
 
 
 def test_only_the_asked_sample_is_drawn(tmp_path: Path) -> None:
     found = run(TABLES["ddim"], parasolver(5), samples=2)
-    for sample in (0, 1):
-        save_trace(sweeps(found), sample, 12, tmp_path / f"{sample}.png", "")
-    alone = [s for s in sweeps(found) if s.sample == 1]
-    save_trace(alone, 1, 12, tmp_path / "alone.png", "")
+    for one in (0, 1):
+        save_history(found.history, one, 12, tmp_path / f"{one}.png", "")
+    alone = [s for s in found.history if s.sample == 1]
+    save_history(alone, 1, 12, tmp_path / "alone.png", "")
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "1.png").read_bytes()
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
 
@@ -130,7 +130,7 @@ SRDS = {
 def waves_of(name: str) -> tuple[list[PararealRecord], int]:
     """A run of two samples on 12 steps: the rounds of the second, and the number of blocks."""
     method, table = SRDS[name], TABLES["ddpm"]
-    found = paradiff.sample(network, table, Keyed(SHAPE, 0, 2), method, dtype=torch.float64)
+    found = sample(network, table, Keyed(SHAPE, 0, 2), method, dtype=torch.float64)
     return [w for w in found.history if isinstance(w, PararealRecord) and w.sample == 1], len(method.edges(table)) - 1
 
 
@@ -151,7 +151,7 @@ class Drawn:
 @pytest.mark.parametrize("name", SRDS)
 def test_every_row_of_a_wavefront_is_a_cell_of_its_iterations_colour(name: str) -> None:
     waves, blocks = waves_of(name)
-    drawn = Drawn(wavefront(waves, blocks, "a title"))
+    drawn = Drawn(draw(waves, blocks, "a title"))
     colours, idle = defaultdict(set), set()
     for wave in waves:
         for block in range(blocks):
@@ -188,7 +188,7 @@ def test_the_wavefronts_drawn_hold_cells_of_one_row_of_two_and_of_more() -> None
 @pytest.mark.parametrize("name", SRDS)
 def test_the_front_rises_past_the_edges_that_became_final(name: str) -> None:
     waves, blocks = waves_of(name)
-    figure = wavefront(waves, blocks, "a title")
+    figure = draw(waves, blocks, "a title")
     drawn, settled, heights = Drawn(figure), 0, set()
     for wave in waves[1:]:
         settled += waves[wave.round - 2].passed  # Known before this round.
@@ -219,3 +219,50 @@ def test_the_wavefronts_file_holds_the_asked_sample_only(tmp_path: Path) -> None
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
     with Image.open(tmp_path / "0.png") as picture:
         assert picture.format == "PNG"
+
+
+# -- any record --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Own:
+    """A record of a kind that the pictures have not seen."""
+
+    round: int
+    sample: int
+    passed: int
+    shown: Trace
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+    def trace(self) -> Trace:
+        return self.shown
+
+
+@pytest.mark.parametrize("scale", get_args(Scale))
+@pytest.mark.parametrize("curves", [{}, {"size": 0.5, "other": float("inf")}])
+def test_a_new_kind_of_record_is_drawn_as_it_asks_to_be(scale: Scale, curves: dict[str, float]) -> None:
+    trace = Trace(axis="place (0 first)", scale=scale, meaning="a number", cells=[(0, 1), (1, 2)], curves=curves)
+    figure = draw([Own(1, 0, 1, trace), Own(2, 0, 1, trace)], 2, "a title")
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].get_ylabel() == "place (0 first)"
+    assert figure.axes[0].get_title() == "a title"
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert ("a number" in labels) == (scale != "marked")
+    assert ("RMS" in labels) == (scale == "marked" and bool(curves))
+
+
+def test_records_of_other_parts_than_the_first_are_left_out() -> None:
+    # A collocation run that is verified by a window over all nodes: the window's sweeps are about other parts.
+    found = CollocationRecord(1, 0, [0, 3], 2, 0.1, 0.2, 0.3)
+    figure = draw([found, WindowRecord(2, 0, 0, [0.5], 1)], 4, "")
+    assert len(figure.axes[0].collections[0].get_offsets()) == 2
+
+
+def test_a_record_shows_what_it_recorded() -> None:
+    assert WindowRecord(3, 0, 5, [0.5, 0.25], 1).trace().cells == [(6, 0.5), (7, 0.25)]
+    assert PararealRecord(1, 0, [(2, 1), (2, 0)], [], 0).trace().cells == [(2, 1), (2, 0)]
+    trace = CollocationRecord(1, 0, [0, 3], 2, 0.1, 0.2, 0.3).trace()
+    assert [place for place, _ in trace.cells] == [0, 3]
+    assert sorted(trace.curves.values()) == [0.1, 0.2, 0.3]

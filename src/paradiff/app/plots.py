@@ -1,8 +1,9 @@
-"""Pictures: samples as PNG files, and the trace of a run: nodes of a window, or blocks of a wavefront, by round."""
+"""Pictures: samples as PNG files, and the trace of a run: the parts of the chain by round, as the records show them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from paradiff.solver.records import CollocationRecord, PararealRecord, Record, WindowRecord
+from paradiff.solver.records import Record, Trace
 
 PIXELS = 96  # a small sample is enlarged to about this many pixels in the grid
 IDLE = "0.9"  # light grey, unlike any colour of viridis
@@ -50,136 +51,132 @@ def grid(samples: Tensor) -> Image.Image:
     return sheet
 
 
+@dataclass(frozen=True)
+class Column:
+    """One round of a sample's run, as its record shows it."""
+
+    round: int
+    passed: int
+    trace: Trace
+
+
 def save_history(history: Sequence[Record], sample: int, parts: int, path: Path, title: str) -> None:
-    """Draws one sample's run into a PNG file, in the way of its method.
+    """Draws one sample's run into a PNG file.
 
     Args:
         history: A solution's history.
         sample: Which sample.
-        parts: Number of sub-intervals or blocks.
+        parts: Number of parts of the chain that the records are about.
         path: Where the PNG goes.
         title: The figure's title.
     """
-    own = [entry for entry in history if entry.sample == sample]
-    waves = [entry for entry in own if isinstance(entry, PararealRecord)]
-    visits = [entry for entry in own if isinstance(entry, CollocationRecord)]
-    if waves:
-        wavefront(waves, parts, title).savefig(path, dpi=120, format="png")
-    elif visits:
-        visited(visits, title).savefig(path, dpi=120, format="png")
-    else:
-        save_trace([entry for entry in own if isinstance(entry, WindowRecord)], sample, parts, path, title)
+    draw([entry for entry in history if entry.sample == sample], parts, title).savefig(path, dpi=120, format="png")
 
 
-def visited(visits: Sequence[CollocationRecord], title: str) -> Figure:
-    """Which nodes of the chain a sparse system had evaluated in every round, and how its sample and estimates moved.
+def draw(records: Sequence[Record], parts: int, title: str) -> Figure:
+    """One sample's run, in the way that its first record is to be shown; records that are about other parts are left out.
 
     Args:
-        visits: The rounds of one sample.
+        records: The records of one sample, in order.
+        parts: Number of parts of the chain that they are about.
         title: The figure's title.
     """
+    columns = [Column(record.round, record.passed, record.trace()) for record in records]
+    first = columns[0].trace
+    own = [column for column in columns if column.trace.axis == first.axis]
+    return {"logarithmic": _logarithmic, "counted": _counted, "marked": _marked}[first.scale](own, parts, title)
+
+
+def _marked(columns: Sequence[Column], _: int, title: str) -> Figure:
+    """A mark at every cell, and below it the curves."""
+    names = list(columns[0].trace.curves)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    rounds = [visit.round for visit in visits for _ in visit.nodes]
-    nodes = [node for visit in visits for node in visit.nodes]
-    above.scatter(rounds, nodes, s=9, marker="s", color="tab:blue", linewidths=0)
-    above.set(ylabel="fine node (0 noise)", title=title)
-    for label, values in (
-        ("change of the sample", [visit.change for visit in visits]),
-        ("estimated error of the gaps", [visit.interpolation_error for visit in visits]),
-        ("estimated error of the sweeps", [visit.iteration_error for visit in visits]),
-    ):
-        shown = [(visit.round, v) for visit, v in zip(visits, values, strict=True) if 0 < v < float("inf")]
-        below.plot([r for r, _ in shown], [v for _, v in shown], marker=".", label=label)
-    below.set(xlabel="round", ylabel="RMS", yscale="log")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    below.legend(loc="upper right", fontsize="small")
+    axes = figure.subplots(1 + bool(names), 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(names)])[:, 0]
+    rounds = [column.round for column in columns for _ in column.trace.cells]
+    places = [place for column in columns for place, _ in column.trace.cells]
+    axes[0].scatter(rounds, places, s=9, marker="s", color="tab:blue", linewidths=0)
+    axes[0].set(ylabel=columns[0].trace.axis, title=title)
+    axes[-1].set(xlabel="round")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for name in names:
+        values = [(column.round, column.trace.curves[name]) for column in columns]
+        shown = [(round, value) for round, value in values if 0 < value < float("inf")]
+        axes[-1].plot([round for round, _ in shown], [value for _, value in shown], marker=".", label=name)
+    if names:
+        axes[-1].set(ylabel="RMS", yscale="log")
+        axes[-1].legend(loc="upper right", fontsize="small")
     return figure
 
 
-def save_trace(history: Sequence[WindowRecord], sample: int, nodes: int, path: Path, title: str) -> None:
-    """Draws one sample's run: the change of every node in every round, and the front of final nodes.
-
-    Args:
-        history: A solution's history.
-        sample: Which sample.
-        nodes: Number of nodes after the first (of sub-intervals).
-        path: Where the PNG goes.
-        title: The figure's title.
-    """
-    sweeps = [s for s in history if s.sample == sample]
-    change = np.full((nodes + 1, sweeps[-1].round), np.nan)
-    front = np.zeros(sweeps[-1].round + 1)
-    for sweep in sweeps:
-        end = sweep.first + len(sweep.change)
-        change[sweep.first + 1 : end + 1, sweep.round - 1] = sweep.change
-        front[sweep.round :] = sweep.first + sweep.passed
-    positive = change[np.isfinite(change) & (change > 0)]
+def _logarithmic(columns: Sequence[Column], parts: int, title: str) -> Figure:
+    """A picture of the cells' numbers in logarithmic colours, and the front of what is final after every round."""
+    rounds = columns[-1].round
+    numbers = np.full((parts + 1, rounds), np.nan)
+    front = np.zeros(rounds + 1)
+    for column in columns:
+        for place, number in column.trace.cells:
+            numbers[place, column.round - 1] = number
+        front[column.round :] += column.passed
+    positive = numbers[np.isfinite(numbers) & (numbers > 0)]
     low, high = (positive.min(), positive.max()) if positive.size else (1e-6, 1.0)
     low = max(low, high * 1e-6)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(
-        np.clip(change, low, None),
+        np.clip(numbers, low, None),
         origin="lower",
         aspect="auto",
         interpolation="nearest",
-        extent=(0.5, sweeps[-1].round + 0.5, -0.5, nodes + 0.5),
+        extent=(0.5, rounds + 0.5, -0.5, parts + 0.5),
         norm=LogNorm(low, high if high > low else low * 10),
         cmap="viridis",
     )
     axes.step(np.arange(len(front)) + 0.5, front, where="post", color="tab:red", label="final up to here")
-    axes.set(xlabel="round", ylabel="node (0 noise, last the sample)", title=title)
+    axes.set(xlabel="round", ylabel=columns[0].trace.axis, title=title)
     axes.legend(loc="upper left")
-    figure.colorbar(picture, ax=axes, label="RMS change of the node in the round")
-    figure.savefig(path, dpi=120, format="png")
+    figure.colorbar(picture, ax=axes, label=columns[0].trace.meaning)
+    return figure
 
 
-def wavefront(waves: Sequence[PararealRecord], blocks: int, title: str) -> Figure:
-    """Which iteration every block worked at in every round, and the front of final edges.
+def _counted(columns: Sequence[Column], parts: int, title: str) -> Figure:
+    """A cell for every part and round, coloured by its number, or grey if it has none; and the front of what is final.
 
-    A cell is a block in a round, coloured by iteration, or grey if the block had no row. Several rows of one block share its
-    cell as strips, later iterations above. Edge n, at the front, lies below block n.
-
-    Args:
-        waves: The rounds of one sample.
-        blocks: Number of blocks.
-        title: The figure's title.
+    Several numbers of one part share its cell as strips, larger ones above. The front after n parts lies below part n.
     """
-    rounds = waves[-1].round
+    rounds = columns[-1].round
     working: dict[tuple[int, int], list[int]] = {}
     front = np.zeros(rounds + 1)
-    for wave in waves:
-        for block, iteration in wave.rows:
-            working.setdefault((wave.round, block), []).append(iteration)
-        front[wave.round :] += wave.passed
-    strips, iterations = [], []
-    for (round, block), found in working.items():
-        strips += [_strip(round, block, k, len(found)) for k in range(len(found))]
-        iterations += sorted(found)
-    idle = [(round, block) for round in range(1, rounds + 1) for block in range(blocks) if (round, block) not in working]
+    for column in columns:
+        for place, number in column.trace.cells:
+            working.setdefault((column.round, place), []).append(int(number))
+        front[column.round :] += column.passed
+    strips, numbers = [], []
+    for (round, place), found in working.items():
+        strips += [_strip(round, place, k, len(found)) for k in range(len(found))]
+        numbers += sorted(found)
+    idle = [(round, place) for round in range(1, rounds + 1) for place in range(parts) if (round, place) not in working]
 
-    last = max(iterations)
-    figure = Figure(figsize=(min(8 + rounds / 100, 14), min(3.5 + blocks / 12, 8)), layout="constrained")
+    last = max(numbers)
+    figure = Figure(figsize=(min(8 + rounds / 100, 14), min(3.5 + parts / 12, 8)), layout="constrained")
     axes = figure.add_subplot()
     seam = 0.5 if rounds <= 150 else 0.0  # white lines between cells, where cells are wide enough
     look = {"edgecolor": "white", "linewidth": seam, "antialiased": seam > 0}
     axes.add_collection(PolyCollection([_strip(*cell, 0, 1) for cell in idle], facecolor=IDLE, **look))
     colours = ListedColormap(colormaps["viridis"](np.linspace(0.1, 1, last + 1)))
     norm = BoundaryNorm(np.arange(-0.5, last + 1), last + 1)
-    rows = axes.add_collection(PolyCollection(strips, array=np.array(iterations), cmap=colours, norm=norm, **look))
+    rows = axes.add_collection(PolyCollection(strips, array=np.array(numbers), cmap=colours, norm=norm, **look))
     (line,) = axes.step(np.arange(rounds + 1) + 0.5, front - 0.5, where="post", color="tab:red", linewidth=2, clip_on=False)
-    axes.set(xlim=(0.5, rounds + 0.5), ylim=(-0.5, blocks - 0.5), xlabel="round", ylabel="block (0 at the noise)", title=title)
+    axes.set(xlim=(0.5, rounds + 0.5), ylim=(-0.5, parts - 0.5), xlabel="round", ylabel=columns[0].trace.axis, title=title)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     key = [Patch(facecolor=IDLE, edgecolor="0.7"), line]
     figure.legend(key, ["idle", "final below"], loc="outside lower right", ncols=2, frameon=False)
     ticks = range(0, last + 1, last // 10 + 1)
-    figure.colorbar(rows, ax=axes, label="iteration", ticks=ticks, format="%d").minorticks_off()
+    figure.colorbar(rows, ax=axes, label=columns[0].trace.meaning, ticks=ticks, format="%d").minorticks_off()
     return figure
 
 
-def _strip(round: int, block: int, k: int, count: int) -> list[tuple[float, float]]:
-    """Corners of the k-th of `count` strips of a block's cell, from below."""
-    low, high = block - 0.5 + k / count, block - 0.5 + (k + 1) / count
+def _strip(round: int, place: int, k: int, count: int) -> list[tuple[float, float]]:
+    """Corners of the k-th of `count` strips of a part's cell, from below."""
+    low, high = place - 0.5 + k / count, place - 0.5 + (k + 1) / count
     return [(round - 0.5, low), (round + 0.5, low), (round + 0.5, high), (round - 0.5, high)]

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Scale = Literal["logarithmic", "counted", "marked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What a picture of a run shows of one round: a column of cells over the parts of the chain.
+
+    Attributes:
+        axis: What the parts are called, and where they begin.
+        scale: How a cell's number is shown: a positive one by `logarithmic` colours; a small whole one by colours that are
+            `counted`, where a part may have several in a round; or not at all, the cell being `marked`.
+        meaning: What a cell's number is.
+        cells: Part and number of every cell.
+        curves: Numbers to be drawn below by round, by name; none that is 0 or infinite is drawn.
+    """
+
+    axis: str
+    scale: Scale
+    meaning: str = ""
+    cells: list[tuple[int, float]]
+    curves: dict[str, float] = field(default_factory=dict)
 
 
 class Record(Protocol):
@@ -26,6 +48,10 @@ class Record(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """The record without the sample's number, as JSON has it; infinities are left as they are."""
+        ...
+
+    def trace(self) -> Trace:
+        """The record as a picture of the run shows it."""
         ...
 
 
@@ -51,6 +77,15 @@ class WindowRecord:
         """As `Record.to_json`; changes to three digits."""
         return {"round": self.round, "passed": self.passed, "first": self.first, "change": [_rounded(c) for c in self.change]}
 
+    def trace(self) -> Trace:
+        """The change of every node of the window."""
+        return Trace(
+            axis="node (0 noise, last the sample)",
+            scale="logarithmic",
+            meaning="RMS change of the node in the round",
+            cells=list(enumerate(self.change, self.first + 1)),
+        )
+
 
 @dataclass(frozen=True)
 class PararealRecord:
@@ -75,6 +110,10 @@ class PararealRecord:
         """As `Record.to_json`; changes to three digits."""
         values = [[edge, iteration, _rounded(change)] for edge, iteration, change in self.values]
         return {"round": self.round, "passed": self.passed, "rows": [list(row) for row in self.rows], "values": values}
+
+    def trace(self) -> Trace:
+        """The iteration of every row."""
+        return Trace(axis="block (0 at the noise)", scale="counted", meaning="iteration", cells=list(self.rows))
 
 
 @dataclass(frozen=True)
@@ -106,6 +145,15 @@ class CollocationRecord:
         errors = {"interpolation_error": self.interpolation_error, "iteration_error": self.iteration_error}
         visited = {"visited": self.nodes, "of": self.of, "change": _rounded(self.change)}
         return {"round": self.round, "passed": self.passed, **visited, **errors}
+
+    def trace(self) -> Trace:
+        """The nodes at which the network was evaluated, and how the sample and its estimated errors moved."""
+        curves = {
+            "change of the sample": self.change,
+            "estimated error of the gaps": self.interpolation_error,
+            "estimated error of the sweeps": self.iteration_error,
+        }
+        return Trace(axis="fine node (0 noise)", scale="marked", cells=[(node, 1) for node in self.nodes], curves=curves)
 
 
 def _rounded(value: float) -> float:
