@@ -32,7 +32,7 @@ from paradiff.methods.parareal.coarse import Coarse, between, of_table, one_step
 
 Schedule = Literal["pipelined", "batched"]
 StopRule = Literal["error", "change", "sample", "image"]
-Choice = str | int | Sequence[int] | Table | Slope
+Choice = Literal["one step", "two step"] | int | Sequence[int] | Table | Slope
 EXPECTED_ITERATIONS = 2  # K of the planner's formula when none is forced
 
 
