@@ -137,7 +137,10 @@ def test_a_missing_package_is_named_with_its_extra(use: str, missing: str) -> No
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib", "PIL", "diffusers"])
 def test_the_command_names_the_extra_of_a_missing_package(missing: str) -> None:
-    found = run(f"import sys; sys.modules[{missing!r}] = None\nfrom paradiff.app import main; main()")
+    found = run(
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['paradiff', 'sample', 'digits', '--steps', '2']\n"
+        "from paradiff.app import main; main()"
+    )
     sentence = f"the command paradiff needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
     assert (found.returncode, found.stderr.strip()) == (1, f"error: {sentence}")
 

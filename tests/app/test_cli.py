@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ import stat
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -19,13 +22,19 @@ import torch
 from PIL import Image
 from pipelines import Cli
 
-from paradiff import Keyed, Schedule, piadm_sde, sample
+from paradiff.app.folder import next_folder, output_folder
+from paradiff.app.options import PRESETS, argument_texts, effective_options, make_method, parameters, preset
 from paradiff.app.plots import save_history
-from paradiff.methods import PararealMethod, WindowMethod
+from paradiff.chain import slope
+from paradiff.chain.noise import Keyed
 from paradiff.methods import presets as methods
+from paradiff.methods.piadm import piadm_sde
 from paradiff.models.pixel import load
-from paradiff.samplers import ddpm
-from paradiff.solver import PararealRecord
+from paradiff.samplers.preserving import ddpm
+from paradiff.samplers.schedule import Schedule
+from paradiff.solver.loop import sample
+from paradiff.solver.protocol import Method
+from paradiff.solver.records import PararealRecord
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -56,7 +65,13 @@ def test_the_schema_is_one() -> None:
 
 def test_every_field_of_the_schema_is_explained() -> None:
     page = (Path(__file__).parents[2] / "docs" / "run_json.md").read_text(encoding="utf-8")
-    parts = [SCHEMA, SCHEMA["properties"]["environment"], SCHEMA["properties"]["sequential"], SCHEMA["properties"]["speedup"]]
+    parts = [
+        SCHEMA,
+        SCHEMA["properties"]["effective"],
+        SCHEMA["properties"]["environment"],
+        SCHEMA["properties"]["sequential"],
+        SCHEMA["properties"]["speedup"],
+    ]
     parts.append(SCHEMA["properties"]["samples"]["items"])
     pipeline = SCHEMA["properties"]["pipeline"]
     parts += [pipeline, pipeline["properties"]["calls"]["items"]]
@@ -67,8 +82,9 @@ def test_every_field_of_the_schema_is_explained() -> None:
     for name, text in {"sweep": sweep, "wave": wave}.items():
         for field in SCHEMA["$defs"][name]["properties"]:
             assert f"| `{field}` |" in text, (name, field)
-    for option in ("blocks", "coarse", "schedule", "iterations", "rows", "prompt", "negative_prompt", "guidance", "argument"):
-        assert f"`{option}`" in page.split("## `arguments`")[1].split("##")[0], option
+    for option in SCHEMA["properties"]["arguments"]["properties"]:
+        given = ("model", "seeds", "noise", "method", "compare", "trace", "overwrite", "dtype", "trust_remote_code")
+        assert option in given or f"`{option}`" in page.split("## `arguments`")[1].split("##")[0], option
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -88,7 +104,12 @@ def test_a_run_writes_its_pictures_and_run_json(cli: Cli, tmp_path: Path) -> Non
     assert contents["arguments"]["seeds"] == "3,5-6"
     assert contents["arguments"]["steps"] == 10
     assert contents["arguments"]["tolerance"] is None
+    assert contents["arguments"]["method_option"] == []
     assert contents["status"].startswith("converged: ")
+    assert contents["status_code"] == "converged"
+    assert contents["schema_version"] == 1
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(contents["date"])
+    assert timedelta(0) <= age < timedelta(minutes=10)
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
@@ -137,16 +158,16 @@ def test_the_measured_error_is_that_of_the_samples(cli: Cli, tmp_path: Path) -> 
         ("--method", "sequential"),
         ("--method", "jacobi", "--window", 5),
         ("--method", "paradigms", "--tolerance", 0.01, "--window", 4),
-        ("--rule", "change", "--slope", "freeze-clean-data", "--warmup", 0),
-        ("--stride", 3, "--slope", "shifted:0.5", "--max-rows", 2),
+        ("-m", "rule=change", "-m", "slope=freeze-clean-data", "-m", "warmup=0"),
+        ("-m", "stride=3", "-m", "slope=shifted:0.5", "--max-rows", 2),
         ("--sampler", "heun", "--noise", "keyed"),
-        ("--sampler", "dpmpp_2m", "--stride", 2),
+        ("--sampler", "dpmpp_2m", "-m", "stride=2"),
         ("--sampler", "ddpm", "--window", 1),
         ("--sampler", "euler_ancestral", "--tolerance", 0),
         ("--eta", 1, "--dtype", "bfloat16", "--tolerance", 0.1),
-        ("--method", "piadm_ode", "--blocks", 3, "--sweeps", 2),
-        ("--method", "piadm_sde", "--blocks", 3, "--stagger", 1, "--sampler", "exponential_sde", "--form", "score"),
-        ("--method", "piadm_ode", "--blocks", 2, "--corrector", "3x2", "--sampler", "exponential_ode", "--grid", "uniform"),
+        ("--method", "piadm_ode", "-m", "blocks=3", "-m", "sweeps=2"),
+        ("--method", "piadm_sde", "-m", "blocks=3", "-m", "stagger=1", "--sampler", "exponential_sde", "--form", "score"),
+        ("--method", "piadm_ode", "-m", "blocks=2", "-m", "corrector=3x2", "--sampler", "exponential_ode", "--grid", "uniform"),
     ],
     ids=lambda options: " ".join(map(str, options)),
 )
@@ -156,7 +177,7 @@ def test_the_counts_of_a_run_agree(options: tuple, cli: Cli, tiny: Path, tmp_pat
     samples, history = contents["samples"], contents["history"]
     assert contents["evaluations"] == sum(s["evaluations"] for s in samples)
     assert contents["rounds"] == max(s["rounds"] for s in samples)
-    stride = contents["arguments"]["stride"] or 1
+    stride = contents["effective"]["method_options"].get("stride", 1)
     steps = 19 if "heun" in options else 10
     nodes = steps if stride == 1 else -(-steps // stride)
     for one in samples:
@@ -165,7 +186,7 @@ def test_the_counts_of_a_run_agree(options: tuple, cli: Cli, tiny: Path, tmp_pat
         assert own[-1]["round"] == one["rounds"]
         if stride == 1:
             # Of a corrector's two sweeps, of 1 and 2 rows, one number is listed; the last block ends clean, without one.
-            unlisted = 2 if "--corrector" in options else 0
+            unlisted = 2 if "corrector=3x2" in options else 0
             assert sum(len(h["change"]) for h in own) + unlisted == one["evaluations"]
     if options[-1] == "sequential" or options[-2:] in (("--window", 1), ("--tolerance", 0)):
         assert contents["status"].startswith("exact: ")
@@ -174,7 +195,7 @@ def test_the_counts_of_a_run_agree(options: tuple, cli: Cli, tiny: Path, tmp_pat
 
 def test_a_corrected_chain_is_compared_with_its_own_sequential_chain(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     chain = ("--sampler", "exponential_ode", "--steps", 12, "--device", "cpu", "--threads", 1)
-    piadm = ("--method", "piadm_ode", "--blocks", 3, "--corrector", "4x4", "--sweeps", 12)
+    piadm = ("--method", "piadm_ode", "-m", "blocks=3", "-m", "corrector=4x4", "-m", "sweeps=12")
     assert cli("sample", tiny, *chain, *piadm, "--compare", "--out", tmp_path / "out").code == 0
     contents = read(tmp_path / "out")
     assert contents["status"].startswith("exact: ")
@@ -203,19 +224,19 @@ def test_the_models_folder_can_be_given(cli: Cli, tiny: Path, tmp_path: Path, mo
 
 WAVES: dict[str, tuple[int, str]] = {  # The number of blocks, and how the status begins.
     "--tolerance 2": (4, "converged"),
-    "--blocks 3 --iterations 3": (3, "exact"),
-    "--schedule batched --tolerance 2": (3, "converged"),
-    "--schedule batched --blocks 3 --iterations 3": (3, "exact"),
-    "--coarse one-step --schedule pipelined --blocks 2 --sampler ddpm": (2, "exact"),
-    "--coarse two-step --tolerance 2": (4, "converged"),
-    "--steps 20 --blocks 3 --coarse 2 --iterations 1": (3, "stopped"),
-    "--coarse freeze-epsilon --blocks 3 --rule change --tolerance 1e-4": (3, "exact"),
-    "--coarse shifted:0.5 --tolerance 20": (4, "converged"),
-    "--rows 2 --blocks 3 --tolerance 2": (3, "converged"),
-    "--window 2 --steps 20 --blocks 5 --tolerance 20 --sampler euler_ancestral": (5, "converged"),
-    "--iterations 0": (3, "stopped"),
-    "--rule image --tolerance 200 --sampler dpmpp_2m --max-rows 3": (4, "converged"),
-    "--rule sample --sampler heun --noise keyed --blocks 3": (3, "converged"),
+    "-m blocks=3 -m iterations=3": (3, "exact"),
+    "-m schedule=batched --tolerance 2": (3, "converged"),
+    "-m schedule=batched -m blocks=3 -m iterations=3": (3, "exact"),
+    "-m coarse=one-step -m schedule=pipelined -m blocks=2 --sampler ddpm": (2, "exact"),
+    "-m coarse=two-step --tolerance 2": (4, "converged"),
+    "--steps 20 -m blocks=3 -m coarse=2 -m iterations=1": (3, "stopped"),
+    "-m coarse=freeze-epsilon -m blocks=3 -m rule=change --tolerance 1e-4": (3, "exact"),
+    "-m coarse=shifted:0.5 --tolerance 20": (4, "converged"),
+    "-m rows=2 -m blocks=3 --tolerance 2": (3, "converged"),
+    "--window 2 --steps 20 -m blocks=5 --tolerance 20 --sampler euler_ancestral": (5, "converged"),
+    "-m iterations=0": (3, "stopped"),
+    "-m rule=image --tolerance 200 --sampler dpmpp_2m --max-rows 3": (4, "converged"),
+    "-m rule=sample --sampler heun --noise keyed -m blocks=3": (3, "converged"),
 }
 
 
@@ -227,10 +248,18 @@ def test_the_counts_of_a_wavefront_agree(line: str, cli: Cli, tiny: Path, tmp_pa
     blocks, status = WAVES[line]
     assert f"{3 * blocks}/{3 * blocks} blocks" in result.out
     contents = read(tmp_path / "out")
-    samples, history, asked = contents["samples"], contents["history"], contents["arguments"]
+    samples, history, asked = contents["samples"], contents["history"], contents["effective"]["method_options"]
     words = line.split()
     for option, value in zip(words[::2], words[1::2], strict=True):
-        assert str(asked[option[2:].replace("-", "_")]) == str(float(value) if option == "--tolerance" else value)
+        if option == "-m":
+            assert value in contents["arguments"]["method_option"]
+            name, _, value = value.partition("=")
+            assert str(asked[name]).replace(" ", "-") == value
+        else:
+            name = option[2:].replace("-", "_")
+            assert str(contents["arguments"][name]) == str(float(value) if name == "tolerance" else value)
+    assert contents["effective"]["parts"] == asked["blocks"] == blocks
+    assert contents["effective"]["unit"] == "blocks"
     assert contents["status"].startswith(f"{status}: ")
     assert contents["evaluations"] == sum(s["evaluations"] for s in samples)
     assert contents["rounds"] == max(s["rounds"] for s in samples)
@@ -249,7 +278,7 @@ def test_the_counts_of_a_wavefront_agree(line: str, cli: Cli, tiny: Path, tmp_pa
                 assert first[1] > 0
             else:
                 assert first[1] is None
-                assert first[0] == 0 or asked["window"]  # Which opens with the newest value before it.
+                assert first[0] == 0 or contents["arguments"]["window"]  # Which opens with the newest value before it.
             assert [iteration for iteration, _ in later] == sorted({iteration for iteration, _ in later} - {0})
             assert all(change is not None for _, change in later)
         if asked["iterations"] is not None:
@@ -283,12 +312,12 @@ def test_the_schema_refuses_what_is_no_wavefront(cli: Cli, tiny: Path, tmp_path:
 
 
 SAME = {
-    "pipelined": ("--blocks", 4),
-    "batched": ("--blocks", 4, "--schedule", "batched"),
-    "two-step": ("--coarse", "two-step"),
-    "slope": ("--coarse", "freeze-clean-data"),
+    "pipelined": ("-m", "blocks=4"),
+    "batched": ("-m", "blocks=4", "-m", "schedule=batched"),
+    "two-step": ("-m", "coarse=two-step"),
+    "slope": ("-m", "coarse=freeze-clean-data"),
     "window": ("--window", 2),
-    "all iterations": ("--blocks", 5, "--iterations", 5, "--sampler", "ddpm"),
+    "all iterations": ("-m", "blocks=5", "-m", "iterations=5", "--sampler", "ddpm"),
 }
 
 
@@ -303,18 +332,18 @@ def test_a_wavefront_gives_the_sequential_picture(options: tuple, cli: Cli, tmp_
     assert (wave - chain).abs().max() <= 1  # A level may fall on the edge between two.
     (one,) = read(tmp_path / "wave")["samples"]
     # Batches of other sizes round otherwise, by 1e-6.
-    assert one["error"]["rms"] < (1e-5 if "--iterations" in options else 2e-3)
+    assert one["error"]["rms"] < (1e-5 if "iterations=5" in options else 2e-3)
 
 
 def test_without_enough_iterations_the_picture_is_another(cli: Cli, tmp_path: Path) -> None:
-    cli("sample", "digits", *SHORT, "--method", "srds", "--iterations", 0, "--compare", "--out", tmp_path / "out")
+    cli("sample", "digits", *SHORT, "--method", "srds", "-m", "iterations=0", "--compare", "--out", tmp_path / "out")
     contents = read(tmp_path / "out")
     assert contents["status"] == "stopped: 0 iterations were made, as asked"
     assert contents["samples"][0]["error"]["rms"] > 1e-2
 
 
 def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    srds = ("--method", "srds", "--blocks", 3, "--tolerance", 0.3, "--seeds", "3,0,4")
+    srds = ("--method", "srds", "-m", "blocks=3", "--tolerance", 0.3, "--seeds", "3,0,4")
     assert cli("sample", tiny, *SHORT, "--sampler", "ddpm", *srds, "--trace", "--out", tmp_path / "out").code == 0
     contents = read(tmp_path / "out")
     first, second, third = (s["rounds"] for s in contents["samples"])
@@ -344,8 +373,98 @@ def test_the_trace_of_a_wavefront_is_that_of_its_slowest_sample(cli: Cli, tiny: 
         (piadm_sde([0, 3, 8], stagger=1), 8),
     ],
 )
-def test_the_widest_round_is_known_beforehand(method: WindowMethod | PararealMethod, rows: int) -> None:
+def test_the_widest_round_is_known_beforehand(method: Method, rows: int) -> None:
     assert method.width(ddpm(Schedule.linear(), 8)) == rows
+
+
+# -- method options ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_option_of_every_method_is_listed_with_its_default(name: str, cli: Cli) -> None:
+    found = cli("methods", name)
+    assert (found.code, found.err) == (0, "")
+    known = parameters(preset(name))
+    texts = argument_texts(preset(name))
+    for option, parameter in known.items():
+        (line,) = [line for line in found.out.splitlines() if line.startswith(f"  {option}: ")]
+        assert ("has to be given" in line) == (parameter.default is parameter.empty)
+        if option in texts:
+            assert texts[option].split()[0] in found.out
+    assert known or "It has no options." in found.out
+
+
+def test_a_methods_page_names_its_source(cli: Cli) -> None:
+    for name, source in {"srds": "arXiv 2412.08292", "paradigms": "arXiv 2305.16317", "piadm_sde": "arXiv 2405.15986"}.items():
+        assert source in cli("methods", name).out
+
+
+def test_the_methods_are_listed_in_a_line_each(cli: Cli) -> None:
+    found = cli("methods")
+    assert (found.code, found.err) == (0, "")
+    assert [line.split()[0] for line in found.out.splitlines()] == list(PRESETS)
+    assert "SRDS: self-refining diffusion samplers" in found.out
+
+
+VALUES: dict[str, tuple[str, Any]] = {
+    "window=8": ("parasolver", 8),
+    "window=none": ("parasolver", None),
+    "tolerance=1e-3": ("parasolver", 1e-3),
+    "stride=4,4,4": ("parasolver", [4, 4, 4]),
+    "slope=identity": ("parasolver", slope.identity),
+    "slope=freeze-epsilon": ("quasi_newton", slope.freeze_epsilon),
+    "blocks=0, 4, 8": ("srds", [0, 4, 8]),
+    "coarse=two-step": ("srds", "two step"),
+    "coarse=two step": ("srds", "two step"),
+    "coarse=3": ("srds", 3),
+    "coarse=zero": ("srds", slope.zero),
+    "rule=sample": ("srds", "sample"),
+    "max-nodes=40": ("collocation", 40),
+    "max_nodes=40": ("collocation", 40),
+    "nodes=auto": ("collocation", "auto"),
+    "nodes=12": ("collocation", 12),
+    "shift=0.5": ("collocation", 0.5),
+    "exact=true": ("collocation", True),
+    "exact=false": ("collocation", False),
+    "memory=a-file=b.json": ("collocation", "a-file=b.json"),
+}
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_method_option_is_read_by_its_annotation(text: str) -> None:
+    name, value = VALUES[text]
+    method, _ = make_method(name, [text])
+    found = getattr(method, text.partition("=")[0].replace("-", "_"))
+    assert type(found) is type(value)
+    assert found is value if callable(value) else found == value
+
+
+def test_a_corrector_and_a_variance_are_read() -> None:
+    method: Any = make_method("piadm_ode", ["blocks=2", "corrector=4x3", "slope=shifted:0.5"])[0]
+    assert (method.corrector.steps, method.corrector.sweeps) == (4, 3)
+    table = ddpm(Schedule.linear(), 8)
+    assert torch.equal(method.slope(table), slope.shifted(0.5)(table))
+
+
+def test_the_effective_options_are_those_after_the_methods_own_defaults() -> None:
+    srds = effective_options(*make_method("srds", ["rule=change"], window=3))
+    assert (srds["tolerance"], srds["rule"], srds["window"], srds["coarse"]) == (0.1, "change", 3, "one step")
+    assert effective_options(*make_method("parasolver"))["slope"] == "identity"
+    assert effective_options(*make_method("parasolver", ["slope=shifted:0.50"]))["slope"] == "shifted:0.50"
+    piadm = effective_options(*make_method("piadm_ode", ["blocks=2", "corrector=4x3", "sweeps=2"]))
+    assert (piadm["corrector"], piadm["slope"], piadm["start"], piadm["carry"]) == ("4x3", "freeze-epsilon", "copy", True)
+    assert effective_options(*make_method("sequential")) == {}
+
+
+def test_what_took_effect_is_written(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    assert cli("sample", tiny, *SHORT, "--out", tmp_path / "window").code == 0
+    found = read(tmp_path / "window")["effective"]
+    assert (found["tolerance"], found["window"], found["parts"], found["unit"]) == (2.4e-2, 10, 10, "nodes")
+    assert found["method_options"]["window"] == 10
+    assert cli("sample", tiny, *SHORT, "--method", "srds", "--out", tmp_path / "srds").code == 0
+    found = read(tmp_path / "srds")["effective"]
+    assert (found["tolerance"], found["window"], found["parts"], found["unit"]) == (6e-3, 4, 4, "blocks")
+    assert found["method_options"]["blocks"] == 4
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------
@@ -392,7 +511,7 @@ def test_a_run_that_fails_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise ValueError("the disk is full")
 
-    monkeypatch.setattr("paradiff.app.cli.write_json", full)
+    monkeypatch.setattr("paradiff.app.run_json.write_json", full)
     result = cli("sample", tiny, *SHORT, "--out", out, *["--overwrite"] * overwrite)
     assert result.sentence == "the disk is full"
     assert names(tmp_path) == ({"out"} if overwrite else set())
@@ -415,10 +534,92 @@ def test_an_output_that_cannot_be_written_is_refused(cli: Cli, tiny: Path) -> No
     assert found.startswith("the output '/proc/paradiff/out' cannot be written: ")
 
 
+def test_a_second_run_without_a_folder_goes_to_the_next_one(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("paradiff-out", "paradiff-out-2", "paradiff-out-3"):
+        found = cli("sample", tiny, *SHORT)
+        assert found.code == 0
+        assert f"; written to {name}\n" in found.out
+        assert (f"paradiff-out is not empty; this run goes to {name}\n" in found.out) == (name != "paradiff-out")
+        assert read(tmp_path / name)["arguments"]["out"] == name
+    before = (tmp_path / "paradiff-out" / "run.json").read_bytes()
+    assert cli("sample", tiny, *SHORT, "--overwrite").code == 0
+    assert names(tmp_path) == {"paradiff-out", "paradiff-out-2", "paradiff-out-3"}
+    assert (tmp_path / "paradiff-out" / "run.json").read_bytes() != before
+
+
+def test_the_next_folder_is_the_first_that_is_free(tmp_path: Path) -> None:
+    first = tmp_path / "out"
+    assert next_folder(first) == first
+    first.write_text("a file")
+    assert next_folder(first) == tmp_path / "out-2"
+    (tmp_path / "out-2").mkdir()
+    assert next_folder(first) == tmp_path / "out-2"
+    (tmp_path / "out-2" / "run.json").write_text("")
+    assert next_folder(first) == tmp_path / "out-3"
+
+
+@pytest.mark.parametrize("fails_at", ["a", "b/c", "d"])
+def test_files_that_cannot_all_be_replaced_are_put_back(fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("old")
+    (out / "d").write_text("old")
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target == out / fails_at and source.parent.name != out.name and (source.read_text() == "new"):
+            raise OSError(errno.ENOSPC, "no space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+
+    def run() -> None:
+        with output_folder(out, overwrite=True) as scratch:
+            (scratch / "b").mkdir()
+            for name in ("a", "b/c", "d"):
+                (scratch / name).write_text("new")
+
+    with pytest.raises(ValueError, match="cannot be written: no space left on device; give another folder"):
+        run()
+    assert {p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.is_file()} == {"a": "old", "d": "old"}
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def run() -> None:
+        with output_folder(out, overwrite=False) as scratch:
+            (scratch / "run.json").write_text("new")
+            out.mkdir()
+            (out / "run.json").write_text("another's")
+
+    with pytest.raises(ValueError, match="cannot be written: "):
+        run()
+    assert (out / "run.json").read_text() == "another's"
+    assert names(out) == {"run.json"}
+    assert names(tmp_path) == {"out"}
+
+
+def test_what_the_file_system_refuses_is_one_sentence(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device", "run.json")
+
+    monkeypatch.setattr("paradiff.app.run_json.write_json", full)
+    assert cli("sample", tiny, *SHORT, "--out", tmp_path / "out").sentence == "no space left on device: 'run.json'"
+    assert names(tmp_path) == set()
+
+
 # -- an interrupt ------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_ends_a_run_with_one_sentence_and_no_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_ends_a_run_with_one_sentence_and_no_files(sent: int, code: int, word: str, tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-c", "from paradiff.app.cli import main; main()", "sample", "digits"]
     command += ["--method", "sequential", "--steps", "1000", "--seeds", "0-63", "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -429,11 +630,11 @@ def test_ctrl_c_ends_a_run_with_one_sentence_and_no_files(tmp_path: Path) -> Non
             assert [p.name[:5] for p in tmp_path.iterdir()] == [".out-"]  # The run's scratch folder.
             time.sleep(2)  # Into the chain, which takes far longer.
             assert process.poll() is None
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130, err
-    assert err == "interrupted: nothing was written\n"
+    assert process.returncode == code, err
+    assert err == f"{word}: nothing was written\n"
     assert "Traceback" not in out
     assert list(tmp_path.iterdir()) == []

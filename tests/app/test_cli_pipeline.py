@@ -21,12 +21,13 @@ from test_cli import SCHEMA, names, pixels, read
 from tiny import CASES
 from tiny.case import quiet
 
-from paradiff import parallelize, parasolver
 from paradiff.app.calls import counted_steps
 from paradiff.app.media import read_output
 from paradiff.app.plots import grid
+from paradiff.methods.presets import parasolver, srds
 from paradiff.models.pipeline import load_pipeline, set_sampler
-from paradiff.pipelines import Run, explain
+from paradiff.pipelines.explanation import explain
+from paradiff.pipelines.run import Run, parallelize
 
 pytestmark = [
     # diffusers 0.42 hands tensors to numpy 2's asarray, which complains, and normalizes weights of sound in a deprecated way.
@@ -36,7 +37,7 @@ pytestmark = [
 
 CALL: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 10, "width": 16, "height": 16}
 PLAIN = ("--prompt", "a cat", "--steps", 10, "--size", "16x16", "--device", "cpu")
-TIGHT = ("--tolerance", 1e-5, "--slope", "freeze-epsilon")
+TIGHT = ("--tolerance", 1e-5, "-m", "slope=freeze-epsilon")
 """A network of random weights answers to the state little, so that its frozen output converges fast."""
 
 Saved = Callable[[str], Path]
@@ -110,6 +111,9 @@ def test_the_counts_of_a_pipelines_run_agree(cli: Cli, saved: Saved, tmp_path: P
         assert call["network_rows"] >= one["evaluations"]  # Two rows a state, with guidance.
         assert 0 < call["network_seconds"] < call["seconds"]
         assert call["status"].startswith("converged: ")
+        assert call["status_code"] == contents["status_code"] == "converged"
+    assert contents["effective"]["parts"] == 10
+    assert contents["effective"]["tolerance"] == 1e-5
 
 
 def test_the_measured_error_is_that_of_the_pictures(cli: Cli, saved: Saved, tmp_path: Path) -> None:
@@ -292,6 +296,8 @@ REFUSED: dict[str, str] = {
     "it takes prompt, height, width, num_inference_steps",
     "--prompt cat --argument strength": "the argument is 'strength'; give it as NAME=VALUE",
     "--prompt cat --argument =1": "the argument is '=1'; give it as NAME=VALUE",
+    "--prompt cat --argument clip_skip=": "the argument clip_skip is empty; give it a value",
+    "--prompt cat -m stride=": "the method option stride is empty; give it a value, or leave it out",
     "--prompt cat --argument generator=1": "--argument gives generator, which cannot be given: --seeds gives it",
     "--prompt cat --argument output_type=latent": "--argument gives output_type, which cannot be given: this command saves",
     "--prompt cat --argument callback_on_step_end=f": "--argument gives callback_on_step_end, which cannot be given: code",
@@ -468,6 +474,8 @@ def test_explain_prints_what_the_library_finds(cli: Cli, saved: Saved, tiny: Pat
     assert result.out == str(explain(pipeline, parasolver(window=8), num_inference_steps=20)) + "\n"
     assert "StableDiffusionPipeline with DDPMScheduler\nchain: 20 network calls, stochastic" in result.out
     assert "chain: 20 network calls, stochastic" in cli("explain", saved("sd"), "--steps", 20, "--eta", 1).out
+    blocks = cli("explain", saved("sd"), "--steps", 20, "--method", "srds", "-m", "blocks=3").out
+    assert blocks == str(explain(load_pipeline(str(saved("sd"))), srds(3), num_inference_steps=20)) + "\n"
     assert "DDPMPipeline with DDPMScheduler\nchain: 30 network calls" in cli("explain", tiny, "--steps", 30).out
 
 
@@ -488,7 +496,8 @@ def test_explain_says_what_is_refused_and_ends_well(cli: Cli, saved: Saved, monk
         "--sampler euler --eta 1": "eta was given, but the scheduler, a EulerDiscreteScheduler, has no eta",
         "--steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals",
         "--method nothing": "method is 'nothing'; it must be one of",
-        "--method sequential --window 2": "--window was given, but method 'sequential' has no such option",
+        "--method srds -m block=3": "did you mean 'blocks'?",
+        "--method sequential --window 2": "--window was given, but method 'sequential' has no option 'window'; it",
     }.items(),
 )
 def test_explain_refuses_bad_options(line: str, sentence: str, cli: Cli, saved: Saved) -> None:

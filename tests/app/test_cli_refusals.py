@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pipelines import Cli, save_pipeline, tiny_unet
+from typer.main import get_command
 
+from paradiff.app import cli as cli_module
+from paradiff.app.cli import app
+from paradiff.app.options import SLOPES
+from paradiff.app.request import DTYPES
+from paradiff.chain import slope
 from paradiff.models.files import BUNDLED
-from paradiff.models.pixel import load
+from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, load
+from paradiff.version import __version__
 
 # diffusers 0.42 hands tensors to numpy 2's asarray, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -21,10 +31,10 @@ REFUSED: dict[str, str] = {
     "--window 0": "the window is 0; it must be at least 1, or None for the whole chain",
     "--window -3": "the window is -3; it must be at least 1",
     "--steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals: give at most that",
-    "--steps 10 --warmup 11": "warmup is 11 steps; the chain has 10: give at most 10",
-    "--warmup -1": "warmup is -1; it must be 0 or more steps",
-    "--stride 0": "the stride is 0; a sub-interval must have at least 1 step",
-    "--steps 10 --stride 11": "the stride is 11 steps; the chain has 10: give at most 10",
+    "--steps 10 -m warmup=11": "warmup is 11 steps; the chain has 10: give at most 10",
+    "-m warmup=-1": "warmup is -1; it must be 0 or more steps",
+    "-m stride=0": "the stride is 0; a sub-interval must have at least 1 step",
+    "--steps 10 -m stride=11": "the stride is 11 steps; the chain has 10: give at most 10",
     "--steps 0": "0 steps were asked",
     "--steps -1": "-1 steps were asked",
     "--steps 2000": "2000 steps were asked",
@@ -42,78 +52,101 @@ REFUSED: dict[str, str] = {
     "--sampler euler_ancestal": "did you mean 'euler_ancestral'?",
     "--method parsolver": "did you mean 'parasolver'?",
     "--method paradigm": "did you mean 'paradigms'?",
-    "--slope identiy": "did you mean 'identity'?",
-    "--slope freeze-epsilom": "did you mean 'freeze-epsilon'?",
-    "--slope shifted": "did you mean 'shifted:VARIANCE'?",
-    "--slope shifted:VARIANCE": "shifted takes a positive data variance, such as shifted:0.5",
-    "--slope shifted:0": "shifted takes a positive data variance, such as shifted:0.5",
-    "--slope shifted:-1": "shifted takes a positive data variance, such as shifted:0.5",
+    "-m slope=identiy": "did you mean 'identity'?",
+    "-m slope=freeze-epsilom": "did you mean 'freeze-epsilon'?",
+    "-m slope=shifted": "did you mean 'shifted:VARIANCE'?",
+    "-m slope=shifted:VARIANCE": "shifted takes a positive data variance, such as shifted:0.5",
+    "-m slope=shifted:0": "shifted takes a positive data variance, such as shifted:0.5",
+    "-m slope=shifted:-1": "shifted takes a positive data variance, such as shifted:0.5",
     "--dtype float23": "did you mean 'float32'?",
     "--noise record": "did you mean 'recorded'?",
-    "--rule errors": "rule is 'errors'; it must be one of error, change",
+    "-m rule=errors": "rule is 'errors'; it must be one of error, change",
     # Options of other methods, and of none.
-    "--method jacobi --stride 2": "--stride was given, but method 'jacobi' has no such option; it takes --window, --tolerance",
-    "--method jacobi --slope zero": "--slope was given, but method 'jacobi' has no such option",
-    "--method paradigms --rule error": "--rule was given, but method 'paradigms' has no such option",
-    "--method sequential --window 5": "--window was given, but method 'sequential' has no such option; it takes no options",
+    "--method jacobi -m stride=2": "method 'jacobi' has no option 'stride'; it takes window, tolerance",
+    "--method jacobi -m slope=zero": "method 'jacobi' has no option 'slope'",
+    "--method paradigms -m rule=error": "method 'paradigms' has no option 'rule'; it takes window, tolerance",
+    "--method sequential --window 5": "--window was given, but method 'sequential' has no option 'window'; it takes no options",
     "--start copy": "No such option",
     "--windw 5": "No such option",
     "more than one": "unexpected extra argument",
-    "--blocks 4": "--blocks was given, but method 'parasolver' has no such option; it takes --window, --tolerance, --stride",
-    "--method jacobi --coarse two-step": "--coarse was given, but method 'jacobi' has no such option",
-    "--method sequential --rows 2": "--rows was given, but method 'sequential' has no such option; it takes no options",
-    "--method srds --stride 2": "--stride was given, but method 'srds' has no such option; it takes --blocks, --coarse, "
-    "--schedule, --tolerance, --rule, --iterations, --window, --rows",
-    "--method srds --slope zero": "--slope was given, but method 'srds' has no such option",
-    "--rule image": "rule is 'image'; it must be one of error, change",
+    "-m blocks=4": "method 'parasolver' has no option 'blocks'; it takes window, tolerance, stride, warmup, slope, rule",
+    "--method jacobi -m coarse=two-step": "method 'jacobi' has no option 'coarse'",
+    "--method sequential -m rows=2": "method 'sequential' has no option 'rows'; it takes no options",
+    "--method srds -m stride=2": "method 'srds' has no option 'stride'; it takes blocks, coarse, schedule, "
+    "tolerance, rule, iterations, window, rows",
+    "--method srds -m slope=zero": "method 'srds' has no option 'slope'",
+    "-m rule=image": "rule is 'image'; it must be one of error, change",
+    # Method options: names, values, and how they are written.
+    "-m strid=3": "method 'parasolver' has no option 'strid'; it takes window, tolerance, stride, warmup, slope, rule; did you "
+    "mean 'stride'?",
+    "--method srds -m schedul=batched": "did you mean 'schedule'?",
+    "--method collocation -m max-node=30": "did you mean 'max_nodes'?",
+    "-m stride": "the method option is 'stride'; give it as NAME=VALUE, such as -m blocks=20",
+    "-m =3": "the method option is '=3'; give it as NAME=VALUE",
+    "-m=stride=3": "the method option is '=stride=3'; give it as NAME=VALUE",
+    "-m stride=": "the method option stride is empty; give it a value, or leave it out",
+    "-m stride=2 -m stride=3": "the method option stride was given twice, as 2 and 3; give it once",
+    "--window 8 -m window=8": "window was given twice, as --window and as -m window; give it once",
+    "--tolerance 1 -m warmup=1 -m tolerance=1": "tolerance was given twice, as --tolerance and as -m tolerance; give it once",
+    "-m window=many": "window is 'many'; it must be one of a whole number, none",
+    "-m warmup=1.5": "warmup is '1.5'; give a whole number",
+    "-m tolerance=small": "tolerance is 'small'; it must be one of a number, none",
+    "-m stride=0,4": "a sub-interval must have at least 1 step",
+    "-m stride=4,x": "stride is '4,x'; it must be one of a whole number, whole numbers such as 0,4,8",
+    "--method collocation -m exact=ja": "exact is 'ja'; it must be one of true, false",
+    "--method collocation -m target=od": "target is 'od'; it must be one of chain, ode, sde; did you mean 'ode'?",
+    "--method collocation -m nodes=aut": "nodes is 'aut'; it must be one of a whole number, whole numbers such as 0,4,8, auto; "
+    "did you mean 'auto'?",
+    "-m slope=5": "slope is '5'; it must be one of zero, identity, freeze-epsilon, freeze-clean-data, shifted:VARIANCE",
     # Wavefronts.
     "--method srd": "did you mean 'srds'?",
-    "--method srds --blocks 0": "blocks is 0; give at least 1 block",
-    "--method srds --steps 10 --blocks 11": "11 blocks were asked for; the chain has 10 steps: give at most 10",
-    "--method srds --blocks many": "Invalid value for '--blocks': ",
-    "--method srds --coarse 0": "coarse is 0 steps a block; it must be at least 1",
-    "--method srds --coarse -2": "coarse is -2 steps a block; it must be at least 1",
-    "--method srds --coarse 1.5": "coarse is '1.5'; it must be one of one-step, two-step, a number of steps a block, zero, "
-    "identity, freeze-epsilon, freeze-clean-data, shifted:VARIANCE",
-    "--method srds --coarse two-steps": "did you mean 'two-step'?",
-    "--method srds --coarse shifted": "did you mean 'shifted:VARIANCE'?",
-    "--method srds --coarse shifted:0": "shifted takes a positive data variance, such as shifted:0.5",
-    "--method srds --schedule pipeline": "schedule is 'pipeline'; it must be one of pipelined, batched",
-    "--method srds --rule images": "rule is 'images'; it must be one of error, change, sample, image",
+    "--method srds -m blocks=0": "blocks is 0; give at least 1 block",
+    "--method srds --steps 10 -m blocks=11": "11 blocks were asked for; the chain has 10 steps: give at most 10",
+    "--method srds -m blocks=many": "blocks is 'many'; it must be one of a whole number, whole numbers such as 0,4,8, none",
+    "--method srds -m coarse=0": "coarse is 0 steps a block; it must be at least 1",
+    "--method srds -m coarse=-2": "coarse is -2 steps a block; it must be at least 1",
+    "--method srds -m coarse=1.5": "coarse is '1.5'; it must be one of one-step, two-step, a whole number, whole numbers such "
+    "as 0,4,8, zero, identity, freeze-epsilon, freeze-clean-data, shifted:VARIANCE",
+    "--method srds -m coarse=two-steps": "did you mean 'two-step'?",
+    "--method srds -m coarse=shifted": "did you mean 'shifted:VARIANCE'?",
+    "--method srds -m coarse=shifted:0": "shifted takes a positive data variance, such as shifted:0.5",
+    "--method srds -m schedule=pipeline": "schedule is 'pipeline'; it must be one of pipelined, batched",
+    "--method srds -m rule=images": "rule is 'images'; it must be one of error, change, sample, image",
     "--method srds --tolerance 0": "the tolerance is 0.0; it must be positive and finite",
-    "--method srds --iterations -1": "iterations is -1; it must be at least 0",
-    "--method srds --steps 10 --blocks 4 --iterations 5": "5 iterations were asked for; 4 blocks are exact after 4",
-    "--method srds --rows 0": "rows is 0; it must be at least 1",
+    "--method srds -m iterations=-1": "iterations is -1; it must be at least 0",
+    "--method srds --steps 10 -m blocks=4 -m iterations=5": "5 iterations were asked for; 4 blocks are exact after 4",
+    "--method srds -m rows=0": "rows is 0; it must be at least 1",
     "--method srds --window 0": "window is 0; it must be at least 1",
-    "--method srds --steps 10 --blocks 4 --window 5": "the window is 5; there are 4 blocks: give at most that",
-    "--method srds --schedule batched --rows 2": "rows was given with the batched schedule, which has none",
-    "--method srds --schedule batched --window 2": "window was given with the batched schedule, which has none",
-    "--method srds --schedule batched --coarse zero": "the coarse propagator is a slope, which has no sweep to batch",
-    "--method srds --coarse identity --window 2": "window was given with a coarse propagator that is a slope",
-    "--method srds --window 2 --iterations 1": "window was given with iterations, which looks at the end of the chain",
-    "--method srds --window 2 --rule image": "window was given with rule 'image', which looks at the end of the chain",
+    "--method srds --steps 10 -m blocks=4 --window 5": "the window is 5; there are 4 blocks: give at most that",
+    "--method srds -m schedule=batched -m rows=2": "rows was given with the batched schedule, which has none",
+    "--method srds -m schedule=batched --window 2": "window was given with the batched schedule, which has none",
+    "--method srds -m schedule=batched -m coarse=zero": "the coarse propagator is a slope, which has no sweep to batch",
+    "--method srds -m coarse=identity --window 2": "window was given with a coarse propagator that is a slope",
+    "--method srds --window 2 -m iterations=1": "window was given with iterations, which looks at the end of the chain",
+    "--method srds --window 2 -m rule=image": "window was given with rule 'image', which looks at the end of the chain",
     # Blocks in turn and in flight, and the chains that go with them.
     "--method piadm": "did you mean 'piadm_sde'?",
-    "--method piadm_sde": "method 'piadm_sde' needs --blocks; give a number of blocks",
-    "--method piadm_sde --blocks 0": "0 blocks were asked for; give at least 1, or the nodes of their edges",
-    "--method piadm_sde --steps 10 --blocks 11": "a block cannot be shorter than a step: give at most 10",
-    "--method piadm_sde --blocks 2 --sweeps 0": "sweeps is 0; a block must be swept at least once",
-    "--method piadm_sde --blocks 2 --sweeps 3 --tolerance 0.1": "a fixed number of sweeps heeds no tolerance: give one",
-    "--method piadm_sde --blocks 2 --stagger 0": "the stagger is 0 sweeps; it must be at least 1",
-    "--method piadm_sde --blocks 2 --corrector 2x2": "--corrector was given, but method 'piadm_sde' has no such option; it "
-    "takes --blocks, --sweeps, --slope, --tolerance, --stagger, --window",
-    "--method piadm_ode --blocks 2 --sampler ddpm": "piadm_ode is for deterministic chains; table 'ddpm' is stochastic",
-    "--method piadm_sde --blocks 2 --sampler ddim": "piadm_sde is for stochastic chains; table 'ddim' is deterministic",
-    "--method piadm_ode --blocks 2 --corrector 2,2": "give steps and sweeps as STEPSxSWEEPS, such as 4x4",
-    "--method piadm_ode --blocks 2 --corrector 0x2": "the corrector's steps are 0; there must be at least 1",
-    "--method piadm_ode --blocks 2 --stagger 1 --corrector 2x2": "it needs blocks in turn, without a stagger",
-    "--method srds --sweeps 2": "--sweeps was given, but method 'srds' has no such option",
+    "--method piadm_sde": "method 'piadm_sde' needs blocks; give it as -m blocks=VALUE",
+    "--method piadm_sde -m blocks=0": "0 blocks were asked for; give at least 1, or the nodes of their edges",
+    "--method piadm_sde --steps 10 -m blocks=11": "a block cannot be shorter than a step: give at most 10",
+    "--method piadm_sde -m blocks=2 -m sweeps=0": "sweeps is 0; a block must be swept at least once",
+    "--method piadm_sde -m blocks=2 -m sweeps=3 --tolerance 0.1": "a fixed number of sweeps heeds no tolerance: give one",
+    "--method piadm_sde -m blocks=2 -m stagger=0": "the stagger is 0 sweeps; it must be at least 1",
+    "--method piadm_sde -m blocks=2 -m corrector=2x2": "method 'piadm_sde' has no option 'corrector'; it takes blocks, sweeps, "
+    "slope, start, tolerance, stagger, carry, window",
+    "--method piadm_ode -m blocks=2 --sampler ddpm": "piadm_ode is for deterministic chains; table 'ddpm' is stochastic",
+    "--method piadm_sde -m blocks=2 --sampler ddim": "piadm_sde is for stochastic chains; table 'ddim' is deterministic",
+    "--method piadm_ode -m blocks=2 -m corrector=2,2": "corrector is '2,2'; it must be one of STEPSxSWEEPS such as 4x4, none",
+    "--method piadm_ode -m blocks=2 -m corrector=0x2": "the corrector's steps are 0; there must be at least 1",
+    "--method piadm_ode -m blocks=2 -m stagger=1 -m corrector=2x2": "it needs blocks in turn, without a stagger",
+    "--method srds -m sweeps=2": "method 'srds' has no option 'sweeps'",
     "--sampler ddpm --grid uniform": "--grid was given, but sampler 'ddpm' has none; exponential_sde, exponential_ode do",
     "--sampler ddpm --form score": "--form was given, but sampler 'ddpm' has none; exponential_sde, exponential_ode do",
     "--sampler exponential_sde --grid paper": "grid is 'paper'; it must be one of log-snr, uniform",
     "--sampler exponential_sde --form scor": "did you mean 'score'?",
     "--sampler exponential_sde --eta 1": "eta is 1, but sampler 'exponential_sde' has no eta",
     "--sampler exponential_ode --steps 1": "1 steps were asked of exponential_ode; it needs at least 2",
+    "--blocks 4": "No such option",
     # Seeds.
     "--seeds 3-1": "seeds are '3-1', of which '3-1' is no seed; give whole numbers and rising ranges, such as 0-15 or 0,3,7-9",
     "--seeds a": "seeds are 'a', of which 'a' is no seed",
@@ -124,9 +157,9 @@ REFUSED: dict[str, str] = {
     "--seeds 1.5": "seeds are '1.5', of which '1.5' is no seed",
     "--seeds 9223372036854775808": "the seed 9223372036854775808 is too large; seeds are below 2^63",
     # Devices.
-    "--device cuda:99": "the device is 'cuda:99', which is not to be had here; give cpu, or auto",
-    "--device gpu": "the device is 'gpu', which is not to be had here; give cpu, or auto",
-    "--device xpu": "the device is 'xpu', which is not to be had here; give cpu, or auto",
+    "--device cuda:99": "device 'cuda:99' is not available; use cpu or auto",
+    "--device gpu": "device 'gpu' is not available; use cpu or auto",
+    "--device xpu": "device 'xpu' is not available; use cpu or auto",
 }
 
 
@@ -147,25 +180,106 @@ def test_values_that_were_given_are_repeated_with_those_that_would_do(cli: Cli, 
 
 def test_no_arguments_show_the_help(cli: Cli) -> None:
     found = cli()
-    assert "Usage" in found.out + found.err
-    assert "Traceback" not in found.err
+    assert found.code == 0
+    assert found.err == ""
+    for text in ("Usage", "sample", "explain", "methods", "--version"):
+        assert text in found.out
 
 
-def test_help_names_every_option(cli: Cli) -> None:
+def test_the_version_is_the_packages(cli: Cli) -> None:
+    found = cli("--version")
+    assert (found.code, found.out, found.err) == (0, __version__ + "\n", "")
+
+
+def test_help_names_every_option_in_its_panel(cli: Cli) -> None:
     found = cli("sample", "--help")
     assert found.code == 0
-    for option in (
-        "--sampler",
-        "--tolerance",
-        "--overwrite",
-        "--compare",
-        "--trace",
-        "--seeds",
-        "--blocks",
-        "--coarse",
-        "--prompt",
-    ):
-        assert option in found.out
+    command: Any = get_command(app)
+    options = [p for p in command.commands["sample"].params if p.param_type_name == "option"]
+    shown = [p for p in options if not p.hidden]
+    assert len(shown) <= 24
+    assert {p.opts[0] for p in options} - {p.opts[0] for p in shown} == {"--grid", "--form"}
+    for parameter in shown:
+        assert parameter.opts[0] in found.out
+    for panel in ("Model and chain", "Method", "Output", "Device", "Pipelines"):
+        assert f"─ {panel} ─" in found.out
+
+
+# -- empty values ------------------------------------------------------------------------------------------------------
+
+COMMAND: Any = get_command(app)
+EMPTY = [(name, p) for name, one in COMMAND.commands.items() for p in one.params if not getattr(p, "is_flag", False)]
+
+
+@pytest.mark.parametrize("text", ["", " "])
+@pytest.mark.parametrize(("command", "parameter"), EMPTY, ids=[f"{name} {p.name}" for name, p in EMPTY])
+def test_an_empty_value_is_refused_by_name(command: str, parameter: Any, text: str, cli: Cli, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out") if command == "sample" and parameter.name != "out" else ()
+    if parameter.param_type_name == "argument":
+        found, name = cli(command, *out, text), parameter.name.upper()
+    else:
+        model = ("digits",) if command == "explain" else ()
+        found, name = cli(command, *model, *out, parameter.opts[0], text), parameter.opts[0]
+    assert found.sentence == f"{name} is empty; give it a value, or leave it out"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_value_after_an_equals_sign_is_refused_too(cli: Cli) -> None:
+    assert cli("sample", "--window=").sentence == "--window is empty; give it a value, or leave it out"
+    found = cli("sample", "--argument", "guidance_scale=").sentence
+    assert (
+        found
+        == "the argument guidance_scale is empty; give it a value (guidance_scale='\"\"' for an empty text), or leave it out"
+    )
+
+
+# -- what need not be loaded -------------------------------------------------------------------------------------------
+
+LIGHT = {
+    "the help": ([], 0),
+    "a command's help": (["sample", "--help"], 0),
+    "the version": (["--version"], 0),
+    "an unknown option": (["sample", "--windw", "5"], 2),
+    "an unknown command": (["smaple"], 2),
+    "an unknown method": (["sample", "--method", "srd"], 2),
+    "an empty value": (["sample", "--window", ""], 2),
+    "no number": (["sample", "--steps", "many"], 2),
+    "a seed": (["sample", "--seeds", "a"], 2),
+    "a dtype": (["sample", "--dtype", "int8"], 2),
+    "a noise": (["sample", "--noise", "white"], 2),
+    "a size": (["sample", "--size", "16"], 2),
+    "a method option without a value": (["sample", "-m", "stride"], 2),
+    "an option twice": (["sample", "-m", "stride=1", "-m", "stride=1"], 2),
+    "explain's method": (["explain", "digits", "--method", "srd"], 2),
+    "methods' method": (["methods", "srd"], 2),
+}
+
+RUN = """
+import sys
+from paradiff.app import main
+try:
+    main()
+finally:
+    found = [name for name in ("torch", "diffusers", "numpy", "matplotlib", "PIL") if name in sys.modules]
+    print("loaded:", *found)
+"""
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_no_network_library_is_loaded_for(name: str) -> None:
+    arguments, code = LIGHT[name]
+    command = [sys.executable, "-c", RUN, *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == code, found.stderr
+    assert found.stdout.splitlines()[-1] == "loaded:"
+    assert len(found.stderr.splitlines()) == (1 if code else 0), found.stderr
+
+
+def test_names_that_help_repeats_are_those_of_the_library() -> None:
+    assert tuple(SCHEDULERS) == cli_module.SAMPLERS
+    assert tuple(EXPONENTIAL) == cli_module.EXPONENTIAL
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
+    assert all(callable(getattr(slope, name)) for name in SLOPES.values())
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ def main() -> None:
     try:
         with naming_the_extra("the command paradiff"):
             from paradiff.app import cli
+
+            cli.main()
     except MissingPackage as missing:
         raise SystemExit(f"error: {missing}") from None
-    cli.main()

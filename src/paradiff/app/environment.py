@@ -1,4 +1,4 @@
-"""What a figure was measured on: hardware, threads, versions."""
+"""What a run computes on and a figure was measured on: device, hardware, threads, versions."""
 
 from __future__ import annotations
 
@@ -39,3 +39,31 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def use_threads(threads: int | None) -> None:
+    """Bounds the CPU's threads.
+
+    Raises:
+        ValueError: If the bound is below 1.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+
+
+def choose_device(name: str) -> torch.device:
+    """A device by name; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available; use cpu or auto") from error
+    return device

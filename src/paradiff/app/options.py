@@ -1,39 +1,50 @@
-"""Options of the command line that are texts or belong to one method, made into seeds and methods."""
+"""The command line's texts made into seeds, sizes, methods and their options. Importing this module loads no torch.
+
+The options of a method are the arguments of its preset: `-m NAME=VALUE` is checked against their names, and VALUE is read by
+the argument's annotation (`read_value`). A new preset needs one line in `PRESETS`.
+"""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import inspect
+import json
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from paradiff.chain import slope
 from paradiff.errors import refuse_unknown
-from paradiff.methods import piadm
-from paradiff.methods import presets as methods
-from paradiff.methods.window.corrector import Corrector, underdamped_langevin
-from paradiff.solver.protocol import Method
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "sequential": methods.sequential,
-    "jacobi": methods.jacobi,
-    "paradigms": methods.paradigms,
-    "parasolver": methods.parasolver,
-    "quasi_newton": methods.quasi_newton,
-    "srds": methods.srds,
-    "collocation": methods.collocation,
-    "piadm_sde": piadm.piadm_sde,
-    "piadm_ode": piadm.piadm_ode,
+if TYPE_CHECKING:
+    from paradiff.solver.protocol import Method
+
+_PLAIN = ("sequential", "jacobi", "paradigms", "parasolver", "quasi_newton", "srds", "collocation")
+
+PRESETS: dict[str, str] = {
+    **dict.fromkeys(_PLAIN, "paradiff.methods.presets"),
+    **dict.fromkeys(("piadm_sde", "piadm_ode"), "paradiff.methods.piadm"),
 }
-SLOPES: dict[str, Any] = {
-    "zero": slope.zero,
-    "identity": slope.identity,
-    "freeze-epsilon": slope.freeze_epsilon,
-    "freeze-clean-data": slope.freeze_clean_data,
-}
-OPTIONS = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
-OPTIONS += ("secants", "sweeps", "stagger", "corrector", "nodes", "max_nodes", "order", "shift", "exact", "target", "memory")
-COARSE = {"one-step": "one step", "two-step": "two step"}
+"""The methods of the command line, and the modules that hold their presets under the same name."""
+
+SHARED = ("window", "tolerance")
+"""Options of a method that may be given as `--NAME` too."""
+
+SLOPES = {"zero": "zero", "identity": "identity", "freeze-epsilon": "freeze_epsilon", "freeze-clean-data": "freeze_clean_data"}
+"""Slopes by their names on the command line, and in chain/slope.py."""
+
+SHIFTED = "shifted:VARIANCE"
+
+
+def nearest(given: str, known: Sequence[str]) -> str:
+    """The end of a sentence that suggests the nearest known name; empty where none is near."""
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -59,67 +70,269 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def make_method(name: str, **options: Any) -> Method:
-    """The method of a name with the options that were given.
-
-    Raises:
-        ValueError: If an option is not one of the method's, or has a value it cannot take.
-    """
-    build = METHODS[name]
-    known = inspect.signature(build).parameters
-    given = {k: v for k, v in options.items() if v is not None}
-    for option in given:
-        if option not in known:
-            takes = ", ".join(f"--{k.replace('_', '-')}" for k in known if k in OPTIONS) or "no options"
-            raise ValueError(
-                f"--{option.replace('_', '-')} was given, but method {name!r} has no such option; it takes {takes}"
-            )
-    if "slope" in given:
-        given["slope"] = parse_slope(given["slope"])
-    if "coarse" in given:
-        given["coarse"] = parse_coarse(given["coarse"])
-    if "corrector" in given:
-        given["corrector"] = parse_corrector(given["corrector"])
-    missing = next((k for k, v in known.items() if v.default is v.empty and k not in given), None)
-    if missing is not None:
-        raise ValueError(f"method {name!r} needs --{missing}; give a number of {missing}")
-    return build(**given)
-
-
-def parse_corrector(text: str) -> Corrector:
-    """A corrector from STEPSxSWEEPS.
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height from WIDTHxHEIGHT.
 
     Raises:
         ValueError: If the text is no such pair.
     """
-    found = re.fullmatch("([0-9]+)x([0-9]+)", text)
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not found:
-        raise ValueError(f"the corrector is {text!r}; give steps and sweeps as STEPSxSWEEPS, such as 4x4")
-    return underdamped_langevin(int(found[1]), int(found[2]))
+        raise ValueError(f"the size is {text!r}; give width and height in pixels as WIDTHxHEIGHT, such as 768x512")
+    return int(found[1]), int(found[2])
 
 
-def parse_slope(text: str) -> slope.Slope:
-    """A slope by name; `shifted:V` for data of variance V."""
-    if text.startswith("shifted:"):
-        try:
-            return slope.shifted(float(text.removeprefix("shifted:")))
-        except ValueError as error:
-            raise ValueError(f"the slope is {text!r}; shifted takes a positive data variance, such as shifted:0.5") from error
-    refuse_unknown("slope", text, [*SLOPES, "shifted:VARIANCE"])
-    if text not in SLOPES:
-        raise ValueError(f"the slope is {text!r}; give a data variance, such as shifted:0.5")
-    return SLOPES[text]
-
-
-def parse_coarse(text: str) -> str | int | slope.Slope:
-    """A coarse propagator: `one-step`, `two-step`, a number of steps a block, or a slope as `parse_slope` reads it.
+def parse_argument(text: str) -> tuple[str, Any]:
+    """Name and value from NAME=VALUE; the value as JSON where it is JSON, else as text.
 
     Raises:
-        ValueError: If the text is none of these.
+        ValueError: If the text is no such pair, or its value is empty.
     """
-    if re.fullmatch("-?[0-9]+", text):
-        return int(text)
-    if text.startswith("shifted:"):
-        return parse_slope(text)
-    refuse_unknown("coarse", text, [*COARSE, "a number of steps a block", *SLOPES, "shifted:VARIANCE"])
-    return COARSE[text] if text in COARSE else parse_slope(text)
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"the argument is {text!r}; give it as NAME=VALUE, such as guidance_rescale=0.7")
+    if not value.strip():
+        raise ValueError(f"the argument {name} is empty; give it a value ({name}='\"\"' for an empty text), or leave it out")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def split_options(texts: Sequence[str]) -> dict[str, str]:
+    """The NAME=VALUE texts of `-m` by name, `-` in names as `_`.
+
+    Raises:
+        ValueError: If a text is no such pair, a value is empty, or a name occurs twice.
+    """
+    given: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"the method option is {text!r}; give it as NAME=VALUE, such as -m blocks=20")
+        if not value.strip():
+            raise ValueError(f"the method option {name} is empty; give it a value, or leave it out")
+        if name in given:
+            raise ValueError(f"the method option {name} was given twice, as {given[name]} and {value.strip()}; give it once")
+        given[name] = value.strip()
+    return given
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def preset(name: str) -> Callable[..., Method]:
+    """The preset of a method.
+
+    Raises:
+        ValueError: If there is no method of that name.
+    """
+    refuse_unknown("method", name, list(PRESETS))
+    return getattr(importlib.import_module(PRESETS[name]), name)
+
+
+def parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of a preset, with annotations that are types."""
+    return dict(inspect.signature(build, eval_str=True).parameters)
+
+
+def make_method(name: str, texts: Sequence[str] = (), **shared: Any) -> tuple[Method, dict[str, Any]]:
+    """A method, and what its preset was called with, defaults included; slopes and correctors that were given, as texts.
+
+    Args:
+        name: The method's name.
+        texts: NAME=VALUE, as `-m` takes them.
+        shared: The options that the command line has by name; None where not given.
+
+    Raises:
+        ValueError: If an option is not one of the method's, was given twice, is missing, or has a value it cannot take.
+    """
+    refuse_unknown("method", name, list(PRESETS))
+    given = split_options(texts)
+    own = {option: value for option, value in shared.items() if value is not None}
+    twice = next((option for option in own if option in given), None)
+    if twice is not None:
+        raise ValueError(f"{twice} was given twice, as --{twice} and as -m {twice}; give it once")
+    build = preset(name)
+    known = parameters(build)
+    for option in (*own, *given):
+        if option not in known:
+            source = f"--{option} was given, but " if option in own else ""
+            takes = f"it takes {', '.join(known)}" if known else "it takes no options"
+            raise ValueError(f"{source}method {name!r} has no option {option!r}; {takes}{nearest(option, list(known))}")
+    missing = next((option for option, p in known.items() if p.default is p.empty and option not in given | own), None)
+    if missing is not None:
+        raise ValueError(f"method {name!r} needs {missing}; give it as -m {missing}=VALUE")
+    values = own | {option: read_value(option, text, known[option].annotation) for option, text in given.items()}
+    shown = {option: value if _is_plain(value) else given[option] for option, value in values.items()}
+    return build(**values), {option: p.default for option, p in known.items()} | shown
+
+
+def effective_options(method: Method, called: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a method's options after its own defaults, as JSON.
+
+    Args:
+        method: The method.
+        called: What its preset was called with. A None among them stands for the preset's own choice, which the method holds.
+    """
+    return {option: as_json(getattr(method, option, None) if value is None else value) for option, value in called.items()}
+
+
+def as_json(value: Any) -> Any:
+    """An option's value as run.json has it: a number, a text, a list of numbers, the name of a slope or a corrector."""
+    if _is_plain(value):
+        return value
+    return str(value) if isinstance(value, Path) else name_of(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list)
+
+
+def name_of(value: Any) -> str:
+    """An object as the command line would be given it."""
+    name = getattr(value, "__name__", "").replace("_", "-")
+    if name in SLOPES:
+        return name
+    if hasattr(value, "variance"):
+        return f"shifted:{value.variance:g}"
+    if hasattr(value, "steps") and hasattr(value, "sweeps"):
+        return f"{value.steps}x{value.sweeps}"
+    return type(value).__name__ if not callable(value) else "own"
+
+
+# -- values by annotation ----------------------------------------------------------------------------------------------
+
+WHOLE = re.compile(r"[+-]?[0-9]+")
+TRUTH = {"true": True, "false": False}
+
+
+def members(annotation: Any) -> Iterator[Any]:
+    """The members of a union, of nested ones too, the texts last, since every value is one."""
+    if get_origin(annotation) in (Union, UnionType):
+        found = [member for part in get_args(annotation) for member in members(part)]
+        yield from sorted(found, key=lambda member: member in (str, Path))
+    else:
+        yield annotation
+
+
+def words(annotation: Any) -> list[str]:
+    """What may be given for an annotation: names as they are written, and what else in words."""
+    found: list[str] = []
+    for member in members(annotation):
+        origin = get_origin(member)
+        if origin is Literal:
+            found += [str(value).replace(" ", "-") for value in get_args(member)]
+        elif member is NoneType:
+            found.append("none")
+        elif member is bool:
+            found += list(TRUTH)
+        elif member is int:
+            found.append("a whole number")
+        elif member is float:
+            found.append("a number")
+        elif origin is Sequence:
+            found.append("whole numbers such as 0,4,8")
+        elif origin is Callable:
+            found += [*SLOPES, SHIFTED]
+        elif getattr(member, "__name__", "") == "Corrector":
+            found.append("STEPSxSWEEPS such as 4x4")
+        elif member in (str, Path):
+            found.append("a text")
+    return list(dict.fromkeys(found))
+
+
+def read_value(option: str, text: str, annotation: Any) -> Any:
+    """An option's value from its text, by its annotation.
+
+    Whole numbers, numbers, `true` and `false`, `none`, names of a `Literal` (with `-` for a space), lists such as `0,4,8`,
+    slopes (`identity`, `shifted:0.5`), correctors (`4x4`), texts. An annotation that can be none of these takes no text.
+
+    Raises:
+        ValueError: If the text is no value of that kind.
+    """
+    for member in members(annotation):
+        origin = get_origin(member)
+        if origin is Literal:
+            names = {str(value).replace(" ", "-"): value for value in get_args(member)}
+            if text.replace(" ", "-") in names:
+                return names[text.replace(" ", "-")]
+        elif member is NoneType and text == "none":
+            return None
+        elif member is bool and text in TRUTH:
+            return TRUTH[text]
+        elif member is int and WHOLE.fullmatch(text):
+            return int(text)
+        elif member is float and _is_number(text):
+            return float(text)
+        elif origin is Sequence and "," in text and all(WHOLE.fullmatch(part.strip()) for part in text.split(",")):
+            return [int(part) for part in text.split(",")]
+        elif origin is Callable and (text in SLOPES or text.startswith("shifted:")):
+            return parse_slope(option, text)
+        elif getattr(member, "__name__", "") == "Corrector" and re.fullmatch("[0-9]+x[0-9]+", text):
+            return parse_corrector(text)
+        elif member in (str, Path):
+            return text
+    known = words(annotation)
+    expected = f"it must be one of {', '.join(known)}" if len(known) > 1 else f"give {known[0]}"
+    raise ValueError(f"{option} is {text!r}; {expected}{nearest(text, [word for word in known if ' ' not in word])}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_slope(option: str, text: str) -> Any:
+    """A slope by name; `shifted:V` for data of variance V.
+
+    Raises:
+        ValueError: If V is no positive number.
+    """
+    slopes = importlib.import_module("paradiff.chain.slope")
+    if text in SLOPES:
+        return getattr(slopes, SLOPES[text])
+    try:
+        return slopes.shifted(float(text.removeprefix("shifted:")))
+    except ValueError as error:
+        raise ValueError(f"{option} is {text!r}; shifted takes a positive data variance, such as shifted:0.5") from error
+
+
+def parse_corrector(text: str) -> Any:
+    """A corrector from STEPSxSWEEPS."""
+    steps, sweeps = text.split("x")
+    return importlib.import_module("paradiff.methods.window.corrector").underdamped_langevin(int(steps), int(sweeps))
+
+
+# -- what a method's documentation says --------------------------------------------------------------------------------
+
+
+def documentation(build: Callable[..., Any]) -> str:
+    """A preset's docstring, without its indentation."""
+    return inspect.getdoc(build) or ""
+
+
+def summary(build: Callable[..., Any]) -> str:
+    """The first line of a preset's docstring."""
+    return documentation(build).partition("\n")[0]
+
+
+def introduction(build: Callable[..., Any]) -> str:
+    """A preset's docstring up to its arguments: what the method is, its source, and in what it differs from the paper."""
+    return re.split(r"^(?:Args|Raises):$", documentation(build), maxsplit=1, flags=re.MULTILINE)[0].strip()
+
+
+def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
+    """What a preset's docstring says of each of its arguments, each in one line."""
+    found = re.search(r"^Args:\n((?:[ ]+.*\n?)*)", documentation(build), re.MULTILINE)
+    texts: dict[str, str] = {}
+    current = ""
+    for line in inspect.cleandoc("\n" + found[1]).splitlines() if found else []:
+        start = re.match(r"(\w+): (.*)", line)
+        current = start[1] if start else current
+        texts[current] = start[2] if start else f"{texts[current]} {line.strip()}"
+    return texts

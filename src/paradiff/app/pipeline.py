@@ -1,26 +1,26 @@
-"""The command line's pipelines: options turned into the arguments of a pipeline's call, and what came of it into files."""
+"""Pipelines with a loop of their own: options turned into the arguments of a call, and what came of each seed's into files."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from paradiff.app import plots
-from paradiff.app.calls import Call
+from paradiff.app.calls import Call, call_each
+from paradiff.app.environment import environment
+from paradiff.app.options import effective_options, parse_argument, parse_size
+from paradiff.app.request import Job, Request
+from paradiff.app.run_json import Heading, pipeline_report
+from paradiff.models.pipeline import load_pipeline, set_sampler
 
-PIXEL = ("grid", "form")
-"""Options of unconditional pixel models alone."""
-
-PIPELINE = ("prompt", "negative_prompt", "guidance", "size", "argument", "trust_remote_code")
-"""Options of pipelines alone."""
+PIXELS_ONLY = ("grid", "form")
 
 NAMES = {"prompt": "prompt", "negative_prompt": "negative_prompt", "guidance": "guidance_scale", "eta": "eta"}
 NAMES |= {"steps": "num_inference_steps"}
@@ -33,37 +33,53 @@ OWN |= {"callback_on_step_end_tensor_inputs": "code cannot be given here"}
 """Arguments that `--argument` cannot give, and why."""
 
 
-def refuse_pixel_options(model: str, options: Mapping[str, Any]) -> None:
-    """Refuses what an unconditional pixel model was given for a pipeline.
+def refuse_pixel_options(request: Request) -> None:
+    """Refuses what is for unconditional pixel models alone.
 
     Raises:
         ValueError: If there is such an option.
     """
-    for name in PIPELINE:
-        if options[name] not in (None, False, []):
+    for name in PIXELS_ONLY:
+        if getattr(request, name) is not None:
             raise ValueError(
-                f"{option(name)} was given, but {model!r} is an unconditional pixel model, which takes none; it is for other "
-                "pipelines, such as those that follow a text"
+                f"{option(name)} was given, but {request.model!r} is called through its own pipeline, which has none; it is "
+                "for unconditional pixel models, such as digits"
             )
-
-
-def refuse_pipeline_options(model: str, options: Mapping[str, Any]) -> None:
-    """Refuses what a pipeline was given for an unconditional pixel model.
-
-    Raises:
-        ValueError: If there is such an option.
-    """
-    for name in PIXEL:
-        if options[name] is not None:
-            raise ValueError(
-                f"{option(name)} was given, but {model!r} is called through its own pipeline, which has none; it is for "
-                "unconditional pixel models, such as digits"
-            )
-    if options["noise"] == "keyed":
+    if request.noise == "keyed":
         raise ValueError(
-            f"noise is 'keyed', but {model!r} is called through its own pipeline, which draws its noise itself; leave out "
-            "--noise"
+            f"noise is 'keyed', but {request.model!r} is called through its own pipeline, which draws its noise itself; leave "
+            "out --noise"
         )
+
+
+def sample_pipeline(job: Job, folder: Path, console: Console) -> tuple[dict[str, Any], str]:
+    """Calls a pipeline into a folder, once for each seed; the contents of run.json, and a title."""
+    request = job.request
+    pipeline = load_pipeline(request.model, device=job.device, dtype=job.dtype, trust_remote_code=request.trust_remote_code)
+    if request.sampler is not None:
+        set_sampler(pipeline, request.sampler)
+    given = call_arguments(pipeline, request)
+    calls = call_each(pipeline, job.method, given, job.seeds, max_rows=request.max_rows, compare=request.compare)
+    save(calls, folder)
+    for warning in dict.fromkeys(text for call in calls for text in call.report.warnings):
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+    if request.trace and not save_trace(calls, folder / "trace.png"):
+        console.print("warning: no trace was drawn, since no call ran in parallel", soft_wrap=True)
+    kind, report = type(pipeline).__name__, calls[0].report
+    steps = "" if report.steps is None else f"{report.steps} steps, "
+    heading = Heading(arguments=request.to_json(), effective=effective(job, calls), environment=environment(job.device))
+    return pipeline_report(heading, kind, calls, given), f"{kind}, {report.scheduler}, {steps}{job.counted()}"
+
+
+def effective(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
+    """The method's options as they took effect in the calls."""
+    options = effective_options(job.method, job.called)
+    parallel = next((call.report.history for call in calls if call.report.history), [])
+    parts = sum(record.passed for record in parallel) or None
+    if options.get("blocks", 0) is None:
+        options["blocks"] = parts
+    window = options.get("window")
+    return {"tolerance": job.method.tolerance, "window": window, "parts": parts, "unit": None, "method_options": options}
 
 
 def option(name: str) -> str:
@@ -71,52 +87,26 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Width and height from WIDTHxHEIGHT.
-
-    Raises:
-        ValueError: If the text is no such pair.
-    """
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not found:
-        raise ValueError(f"the size is {text!r}; give width and height in pixels as WIDTHxHEIGHT, such as 768x512")
-    return int(found[1]), int(found[2])
-
-
-def parse_argument(text: str) -> tuple[str, Any]:
-    """Name and value from NAME=VALUE; the value as JSON where it is JSON, else as text.
-
-    Raises:
-        ValueError: If the text is no such pair.
-    """
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError(f"the argument is {text!r}; give it as NAME=VALUE, such as guidance_rescale=0.7")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def call_arguments(pipeline: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def call_arguments(pipeline: Any, request: Request) -> dict[str, Any]:
     """The arguments of a pipeline's call that the options ask for.
 
     Args:
         pipeline: The pipeline, with the scheduler that it will run with.
-        options: The command line's, None where not given.
+        request: The options.
 
     Raises:
         ValueError: If the pipeline takes no such argument, two options give the same one, or one that it needs is missing.
     """
-    refuse_no_steps(options["steps"])
+    refuse_no_steps(request.steps)
     kind = type(pipeline).__name__
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = {k: p for k, p in inspect.signature(pipeline.__call__).parameters.items() if p.kind in kinds}
-    given: list[tuple[str, str, Any]] = [(option(o), n, options[o]) for o, n in NAMES.items() if options[o] is not None]
-    if options["size"] is not None:
-        width, height = parse_size(options["size"])
+    named = [(option(o), name, getattr(request, o)) for o, name in NAMES.items()]
+    given: list[tuple[str, str, Any]] = [entry for entry in named if entry[2] is not None]
+    if request.size is not None:
+        width, height = parse_size(request.size)
         given += [("--size", "width", width), ("--size", "height", height)]
-    given += [("--argument", *parse_argument(text)) for text in options["argument"] or []]
+    given += [("--argument", *parse_argument(text)) for text in request.argument]
     arguments: dict[str, Any] = {}
     for source, name, value in given:
         if name in OWN:

@@ -1,13 +1,11 @@
-"""One run of the command line: its folder of results, written whole or not at all."""
+"""The contents of run.json (docs/run_json.md): one run of the command line."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +15,51 @@ from paradiff.app.calls import Call
 from paradiff.solver.records import Record
 from paradiff.solver.solution import Solution
 
+SCHEMA_VERSION = 1
 
-@contextmanager
-def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A scratch folder beside `path` whose files become `path`'s when the block ends well, and vanish when it does not.
 
-    With `overwrite` the files of the run replace those of the same name, one by one, each whole; others stay.
+@dataclass(frozen=True, kw_only=True)
+class Heading:
+    """What was asked for, what took effect, and where and when it ran.
 
-    Raises:
-        ValueError: If `path` is a file, a folder that is not empty (without `overwrite`), or cannot be written.
+    Attributes:
+        arguments: What the user asked for, defaults included.
+        effective: The method's options as they took effect.
+        environment: From environment.py.
+        date: ISO 8601, UTC.
     """
-    path = path.absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"the output {str(path)!r} is a file; give a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"the output folder {str(path)!r} is not empty; give another one, or --overwrite to replace its files")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        os.chmod(scratch, 0o777 & ~_umask())
-    except OSError as error:
-        raise ValueError(f"the output {str(path)!r} cannot be written: {error.strerror}; give another folder") from error
-    try:
-        yield scratch
-        if path.is_dir() and any(path.iterdir()):
-            for file in scratch.iterdir():
-                os.replace(file, path / file.name)
-        else:
-            os.replace(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
+    arguments: Mapping[str, Any]
+    effective: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    def to_json(self) -> dict[str, Any]:
+        """The fields that run.json begins with."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "date": self.date,
+            "arguments": dict(self.arguments),
+            "effective": dict(self.effective),
+            "environment": dict(self.environment),
+        }
 
 
 def report(
+    heading: Heading,
     solution: Solution,
     seconds: float,
-    seeds: list[int],
+    seeds: Sequence[int],
     sequential: tuple[Solution, float] | None,
-    arguments: dict[str, Any],
-    environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """The contents of run.json (docs/run_json.md).
+    """The contents for a pixel model, whose seeds are one batch.
 
     Args:
+        heading: What was asked for, and where it ran.
         solution: The parallel run.
         seconds: Its whole clock.
         seeds: The seed of every sample.
         sequential: The sequential run and its whole clock, or None.
-        arguments: What the user asked for, defaults included.
-        environment: From environment.py.
     """
     samples = []
     for k, (seed, error_estimate) in enumerate(zip(seeds, solution.error_estimates, strict=True)):
@@ -91,12 +79,12 @@ def report(
             }
         )
     result: dict[str, Any] = {
-        "arguments": arguments,
-        "environment": environment,
+        **heading.to_json(),
         "rounds": solution.rounds,
         "evaluations": solution.evaluations,
         "seconds": seconds,
         "status": solution.message,
+        "status_code": solution.status.code,
         "samples": samples,
         "sequential": None,
         "speedup": None,
@@ -110,21 +98,14 @@ def report(
     return result
 
 
-def pipeline_report(
-    pipeline: str,
-    calls: Sequence[Call],
-    given: Mapping[str, Any],
-    arguments: dict[str, Any],
-    environment: dict[str, Any],
-) -> dict[str, Any]:
-    """The contents of run.json for a pipeline, whose seeds are calls one after the other: rounds, rows and seconds add up.
+def pipeline_report(heading: Heading, pipeline: str, calls: Sequence[Call], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents for a pipeline, whose seeds are calls one after the other: rounds, rows and seconds add up.
 
     Args:
+        heading: What was asked for, and where it ran.
         pipeline: Its class's name.
         calls: One a seed.
         given: The arguments of its call.
-        arguments: What the user asked for, defaults included.
-        environment: From environment.py.
     """
     samples, plain = [], [call.plain for call in calls if call.plain is not None]
     for call in calls:
@@ -145,13 +126,14 @@ def pipeline_report(
             }
         )
     seconds = sum(call.seconds for call in calls)
+    worst = min(calls, key=lambda call: call.report.status.trust).report
     result: dict[str, Any] = {
-        "arguments": arguments,
-        "environment": environment,
+        **heading.to_json(),
         "rounds": _total(samples, "rounds"),
         "evaluations": _total(samples, "evaluations"),
         "seconds": seconds,
-        "status": min(calls, key=lambda call: call.report.status.trust).report.message,
+        "status": worst.message,
+        "status_code": worst.status.code,
         "samples": samples,
         "sequential": None,
         "speedup": None,
@@ -169,6 +151,7 @@ def pipeline_report(
                     "seconds": call.seconds,
                     "network_seconds": call.report.network_seconds,
                     "status": call.report.message,
+                    "status_code": call.report.status.code,
                     "warnings": call.report.warnings,
                 }
                 for call in calls

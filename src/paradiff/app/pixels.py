@@ -1,0 +1,156 @@
+"""Unconditional pixel models: all seeds of a run sampled in one batch, and what came of it into files."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from paradiff.app import plots
+from paradiff.app.environment import environment
+from paradiff.app.options import effective_options
+from paradiff.app.request import Job, Request
+from paradiff.app.run_json import Heading, report
+from paradiff.chain.noise import Keyed, Noise, Recorded
+from paradiff.chain.table import Table
+from paradiff.errors import refuse_unknown
+from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, Model, load
+from paradiff.samplers.exponential import Form
+from paradiff.solver.evaluator import Evaluator
+from paradiff.solver.loop import sample
+from paradiff.solver.protocol import Batch, Method, Round
+from paradiff.solver.solution import Solution
+
+PIPELINES_ONLY = ("prompt", "negative_prompt", "guidance", "size", "argument", "trust_remote_code")
+
+
+def with_defaults(request: Request) -> Request:
+    """A request with the defaults of pixel models.
+
+    Raises:
+        ValueError: If it has an option that is for pipelines alone, or an unknown sampler.
+    """
+    for name in PIPELINES_ONLY:
+        if getattr(request, name) not in (None, False, []):
+            raise ValueError(
+                f"--{name.replace('_', '-')} was given, but {request.model!r} is an unconditional pixel model, which takes "
+                "none; it is for other pipelines, such as those that follow a text"
+            )
+    request = dataclasses.replace(
+        request,
+        sampler="ddpm" if request.sampler is None else request.sampler,
+        steps=1000 if request.steps is None else request.steps,
+        eta=0.0 if request.eta is None else request.eta,
+    )
+    refuse_unknown("sampler", cast(str, request.sampler), (*SCHEDULERS, *EXPONENTIAL))
+    return request
+
+
+def make_table(model: Model, request: Request) -> Table:
+    """The table of a request's sampler, with the options that were given.
+
+    Raises:
+        ValueError: If an option is not one of the sampler's, or has a value it cannot take.
+    """
+    sampler, steps, eta = cast(str, request.sampler), cast(int, request.steps), cast(float, request.eta)
+    if sampler not in EXPONENTIAL:
+        for name in ("grid", "form"):
+            if getattr(request, name) is not None:
+                raise ValueError(f"--{name} was given, but sampler {sampler!r} has none; {', '.join(EXPONENTIAL)} do")
+        return model.table(sampler, steps, eta=eta)
+    if eta:
+        raise ValueError(f"eta is {eta:g}, but sampler {sampler!r} has no eta; give it with sampler 'ddim'")
+    grid = "log-snr" if request.grid is None else request.grid
+    form = "clean" if request.form is None else request.form
+    refuse_unknown("form", form, get_args(Form))
+    return model.exponential(sampler, steps, grid=grid, form=cast(Form, form))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batched:
+    """All seeds of a pixel model, ready to be run by one method and another."""
+
+    model: Model
+    table: Table
+    evaluator: Evaluator
+    job: Job
+    console: Console
+
+    def warm_up(self, width: int) -> None:
+        """Evaluates a round of one row a sample and one of `width`, untimed: what a first call sets up is in nobody's clock."""
+        samples = len(self.job.seeds)
+        for rows in {samples, samples * width}:
+            x = torch.zeros(rows, *self.model.shape, device=self.evaluator.device)
+            self.evaluator(Batch(x, self.table.t[:1].expand(rows), torch.zeros(rows).long(), torch.zeros(rows).long()))
+
+    def noise(self) -> Noise:
+        """The noise of every seed: keyed, or that of plain pipeline calls, each with its own generator."""
+        if self.job.request.noise == "keyed":
+            return Keyed(self.model.shape, self.job.seeds)
+        generators = [torch.Generator(self.evaluator.device).manual_seed(seed) for seed in self.job.seeds]
+        return Recorded(self.model.shape, generators, dtype=self.evaluator.dtype or torch.float32)
+
+    def run(self, label: str, method: Method) -> tuple[Solution, float]:
+        """Runs a method under a progress bar; the solution and its whole clock, noise included."""
+        parts, unit = method.progress(self.table)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}  {{task.fields[rounds]}} rounds"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
+            bar = progress.add_task(label, total=parts * len(self.job.seeds), rounds=0)
+
+            def on_round(round: Round) -> None:
+                progress.update(bar, advance=sum(record.passed for record in round.records), rounds=round.number)
+
+            begin = time.perf_counter()
+            solution = sample(self.evaluator, self.table, self.noise(), method, observer=on_round)
+            if self.evaluator.device.type == "cuda":
+                torch.cuda.synchronize(self.evaluator.device)
+            return solution, time.perf_counter() - begin
+
+
+def effective(job: Job, table: Table) -> dict[str, Any]:
+    """The method's options as they took effect on a table."""
+    parts, unit = job.method.progress(table)
+    options = effective_options(job.method, job.called)
+    if options.get("blocks", 0) is None:
+        options["blocks"] = parts
+    if options.get("window", 0) is None:
+        options["window"] = job.method.width(table)
+    window = options.get("window", job.method.width(table))
+    return {"tolerance": job.method.tolerance, "window": window, "parts": parts, "unit": unit, "method_options": options}
+
+
+def sample_pixels(job: Job, folder: Path, console: Console) -> tuple[dict[str, Any], str]:
+    """Samples a pixel model into a folder, all seeds in one batch; the contents of run.json, and a title."""
+    request, method = job.request, job.method
+    model = load(request.model, device=job.device, dtype=job.dtype)
+    table = make_table(model, request)
+    edges = method.edges(table)
+    evaluator = Evaluator(model, max_rows=request.max_rows, device=job.device, dtype=job.dtype)
+    batched = Batched(model=model, table=table, evaluator=evaluator, job=job, console=console)
+    batched.warm_up(method.width(table))
+    solution, seconds = batched.run(request.method, method)
+    sequential = batched.run("sequential", method.reference()) if request.compare else None
+    heading = Heading(arguments=request.to_json(), effective=effective(job, table), environment=environment(job.device))
+    result = report(heading, solution, seconds, job.seeds, sequential)
+    plots.grid(solution.sample).save(folder / "samples.png", format="PNG")
+    for seed, x in zip(job.seeds, solution.sample, strict=True):
+        plots.to_image(x).save(folder / f"seed-{seed}.png", format="PNG")
+    chain = f"{request.sampler}, {request.steps} steps"
+    if request.trace:
+        slowest = max(range(len(job.seeds)), key=lambda k: solution.error_estimates[k].rounds)
+        title = f"{chain}, {request.method}: seed {job.seeds[slowest]}, the slowest of {len(job.seeds)}"
+        plots.save_history(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
+    return result, f"{chain}, {job.counted()}"

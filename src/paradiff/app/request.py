@@ -1,0 +1,93 @@
+"""What one run of the command line was asked for: the options as they were typed, and what they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from paradiff.app.options import parse_argument, parse_seeds, parse_size
+from paradiff.errors import refuse_unknown
+
+if TYPE_CHECKING:
+    import torch
+
+    from paradiff.solver.protocol import Method
+
+DTYPES = ("float32", "bfloat16", "float16")
+NOISES = ("recorded", "keyed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of `paradiff sample`, each as it was typed; None where it was left out and has no default of its own.
+
+    Raises:
+        ValueError: If a text among them is malformed, or no known name.
+    """
+
+    model: str
+    sampler: str | None
+    steps: int | None
+    eta: float | None
+    grid: str | None
+    form: str | None
+    seeds: str
+    noise: str
+    method: str
+    method_option: list[str]
+    window: int | None
+    tolerance: float | None
+    out: str
+    compare: bool
+    trace: bool
+    overwrite: bool
+    device: str
+    dtype: str
+    threads: int | None
+    max_rows: int | None
+    prompt: str | None
+    negative_prompt: str | None
+    guidance: float | None
+    size: str | None
+    argument: list[str]
+    trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        refuse_unknown("dtype", self.dtype, DTYPES)
+        refuse_unknown("noise", self.noise, NOISES)
+        parse_seeds(self.seeds)
+        if self.size is not None:
+            parse_size(self.size)
+        for text in self.argument:
+            parse_argument(text)
+
+    def to_json(self) -> dict[str, Any]:
+        """The options by name."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request that was found to be well-formed, with the objects that it names.
+
+    Attributes:
+        request: What was typed.
+        seeds: The seeds, one a sample.
+        method: The method.
+        called: What the method's preset was called with, defaults included.
+        device: Where the network goes.
+        dtype: The network's dtype.
+    """
+
+    request: Request
+    seeds: list[int]
+    method: Method
+    called: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    def counted(self) -> str:
+        """`1 sample`, `2 samples`."""
+        return f"{len(self.seeds)} sample{'s' * (len(self.seeds) > 1)}"
