@@ -27,6 +27,7 @@ from paradiff.app.options import PRESETS, argument_texts, effective_options, mak
 from paradiff.app.plots import save_history
 from paradiff.chain import slope
 from paradiff.chain.noise import Keyed
+from paradiff.chain.table import Table
 from paradiff.methods import presets as methods
 from paradiff.methods.piadm import piadm_sde
 from paradiff.models.pixel import load
@@ -439,6 +440,12 @@ def test_a_method_option_is_read_by_its_annotation(text: str) -> None:
     assert found is value if callable(value) else found == value
 
 
+def test_an_argument_that_no_text_can_be_given_for_is_no_option() -> None:
+    def build(size: int, table: Table, other: Table | None = None) -> None: ...
+
+    assert list(parameters(build)) == ["size"]
+
+
 def test_a_corrector_and_a_variance_are_read() -> None:
     method: Any = make_method("piadm_ode", ["blocks=2", "corrector=4x3", "slope=shifted:0.5"])[0]
     assert (method.corrector.steps, method.corrector.sweeps) == (4, 3)
@@ -450,6 +457,7 @@ def test_the_effective_options_are_those_after_the_methods_own_defaults() -> Non
     srds = effective_options(*make_method("srds", ["rule=change"], window=3))
     assert (srds["tolerance"], srds["rule"], srds["window"], srds["coarse"]) == (0.1, "change", 3, "one step")
     assert effective_options(*make_method("parasolver"))["slope"] == "identity"
+    assert effective_options(*make_method("quasi_newton"))["slope"] == "shifted:0.25"
     assert effective_options(*make_method("parasolver", ["slope=shifted:0.50"]))["slope"] == "shifted:0.50"
     piadm = effective_options(*make_method("piadm_ode", ["blocks=2", "corrector=4x3", "sweeps=2"]))
     assert (piadm["corrector"], piadm["slope"], piadm["start"], piadm["carry"]) == ("4x3", "freeze-epsilon", "copy", True)

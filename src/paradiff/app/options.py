@@ -133,8 +133,9 @@ def preset(name: str) -> Callable[..., Method]:
 
 
 def parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a preset, with annotations that are types."""
-    return dict(inspect.signature(build, eval_str=True).parameters)
+    """The arguments of a preset that a text can be given for, with annotations that are types."""
+    found = inspect.signature(build, eval_str=True).parameters
+    return {name: parameter for name, parameter in found.items() if set(words(parameter.annotation)) - {"none"}}
 
 
 def make_method(name: str, texts: Sequence[str] = (), **shared: Any) -> tuple[Method, dict[str, Any]]:
