@@ -147,7 +147,7 @@ def test_the_command_names_the_extra_of_a_missing_package(missing: str) -> None:
 
 def test_a_sentence_names_an_extra_that_brings_the_package() -> None:
     text = (SOURCE.parents[1] / "pyproject.toml").read_text()
-    distribution = {"PIL": "pillow"}
+    distribution = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}
     for package, extra in EXTRAS.items():
         (listed,) = re.findall(rf"^{extra} = \[\n(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
         assert f'"{distribution.get(package, package)}>=' in listed
