@@ -40,7 +40,7 @@ from torch import Tensor
 from paradiff import Keyed, Table, parasolver, piadm_ode, piadm_sde, sample, sequential, srds
 from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import WindowMethod
-from paradiff.methods.window.solver import WindowSetup, WindowSolver
+from paradiff.methods.window.solver import WindowSolver
 from paradiff.models.pixel import load
 from paradiff.planning import gaussian_law as law
 from paradiff.samplers import exponential_integrator, log_snr_grid, ornstein_uhlenbeck, paper_grid
@@ -290,11 +290,11 @@ def block_by_block(table: Table, network: Callable[[Tensor, Tensor], Tensor], ed
         state = wanted[0]
         for n in range(len(edges) - 1):
             block, own = cut(table, edges[n], edges[n + 1]), Shifted(noise, edges[n])
-            plan = WindowSetup(block, WindowMethod("", slope, start=start, tolerance=0.0), torch.device("cpu"), torch.float64)
-            window, done = WindowSolver(plan, own, k, state), 0
+            setup = WindowSetup(block, WindowMethod("", slope, start=start, tolerance=0.0), torch.device("cpu"), torch.float64)
+            window, done = WindowSolver(setup, own, k, state), 0
             while True:
                 query = window.ask()
-                window.tell(query, network(query.rows, plan.t[query.nodes]))
+                window.tell(query, network(query.rows, setup.t[query.nodes]))
                 done, evaluations = done + 1, evaluations + len(query.nodes)
                 peak = max(peak, float(window.x.square().mean(1).max()))
                 error = float((window.x[-1] - wanted[edges[n + 1]]).square().sum())

@@ -32,7 +32,8 @@ from paradiff import (
 from paradiff.chain import Clip, DynamicThreshold, Noise
 from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, shifted, zero
 from paradiff.methods import WindowMethod
-from paradiff.methods.window.solver import WindowSetup, WindowSolver
+from paradiff.methods.window.setup import WindowSetup
+from paradiff.methods.window.solver import WindowSolver
 from paradiff.models.exact import Mixture
 from paradiff.samplers import (
     ddim,
@@ -201,23 +202,23 @@ def run(
 
 def window_of(table: Table, method: WindowMethod, noise: Noise | None = None) -> WindowSolver:
     """The window of sample 0, just opened, to be swept by hand."""
-    plan = WindowSetup(table, method, torch.device("cpu"), torch.float64)
-    return WindowSolver(plan, noise or Keyed(SHAPE), 0, None)
+    setup = WindowSetup(table, method, torch.device("cpu"), torch.float64)
+    return WindowSolver(setup, noise or Keyed(SHAPE), 0, None)
 
 
 def sweep(window: WindowSolver, denoiser: Denoiser = network) -> list[float]:
     """One sweep by hand, without the advance, which wants the numbers that are returned."""
     while True:
         query = window.ask()
-        norms = window.tell(query, denoiser(query.rows, window.plan.t[query.nodes]))
+        norms = window.tell(query, denoiser(query.rows, window.setup.t[query.nodes]))
         if norms is not None:
             return norms.tolist()
 
 
 def ends(window: WindowSolver) -> Tensor:
     """The states at the ends of the window's sub-intervals, `[W, ...]`."""
-    edges = window.plan.edges
-    return window.x[[edge - edges[window.lo] + window.plan.history for edge in edges[window.lo + 1 : window.hi + 1]]]
+    edges = window.setup.edges
+    return window.x[[edge - edges[window.lo] + window.setup.history for edge in edges[window.lo + 1 : window.hi + 1]]]
 
 
 def host_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""Sentences for what cannot be: arguments of the wrong kind, missing packages, and pipelines' loops that have no parallel form."""
+"""Sentences for what cannot be: arguments of the wrong kind, missing packages, pipelines whose loops have no parallel form."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def require_wholes(name: str, values: object, least: int, expected: str) -> None
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not listed or not all(is_whole(v) and v >= least for v in values):
+    listed = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
+    if not listed or not all(is_whole(v) and v >= least for v in listed):
         raise ValueError(f"{name} is {values!r}; it must be {expected}")
 
 

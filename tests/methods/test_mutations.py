@@ -17,6 +17,7 @@ from textbook import betas_of, dpm_nodes, landings, start_and_noise, textbook_dd
 from torch import Tensor
 
 import paradiff.methods.window.solver
+import paradiff.methods.window.update
 from paradiff import Evaluator, Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential
 from paradiff.methods import WindowMethod
 from paradiff.methods.window.solver import WindowQuery, WindowSolver
@@ -91,7 +92,7 @@ def test_a_window_slid_one_too_far_is_seen_by_the_chain(monkeypatch: pytest.Monk
 def test_an_update_that_adds_the_residual_once_more_is_seen_by_the_chain(slope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method = WindowMethod("", SLOPES[slope], 5, start="copy", tolerance=0.0)
     assert to_chain(method, TABLES["ddpm"]) < EXACT
-    inverse = paradiff.methods.window.solver.inverse
+    inverse = paradiff.methods.window.update.inverse
 
     class Diagonal(Tensor):
         """A matrix whose diagonal cannot be taken away."""
@@ -99,7 +100,7 @@ def test_an_update_that_adds_the_residual_once_more_is_seen_by_the_chain(slope: 
         def fill_diagonal_(self, *_: object) -> Tensor:
             return self.as_subclass(Tensor)
 
-    monkeypatch.setattr(paradiff.methods.window.solver, "inverse", lambda rows: inverse(rows).as_subclass(Diagonal))
+    monkeypatch.setattr(paradiff.methods.window.update, "inverse", lambda rows: inverse(rows).as_subclass(Diagonal))
     assert to_chain(method, TABLES["ddpm"]) > SEEN
 
 
@@ -208,6 +209,6 @@ def test_conditioning_indexed_over_the_whole_batch_in_every_chunk_is_seen(monkey
 
 def test_a_tolerance_that_lets_everything_pass_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) < EXACT
-    monkeypatch.setattr(paradiff.methods.window.solver.ErrorBudget, "cost", lambda self, passed: 0.0)
+    monkeypatch.setattr(paradiff.methods.window.solver.ErrorBudget, "cost_of", lambda self, passed: 0.0)
     assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) > SEEN
     assert run(TABLES["ddpm"], jacobi(5, 0.0)).estimated_error == 0  # And by nothing that the run itself reports.

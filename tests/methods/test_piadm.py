@@ -18,13 +18,17 @@ from torch import Tensor
 import paradiff.chain.slope
 import paradiff.methods.piadm
 import paradiff.methods.window.solver
+import paradiff.methods.window.update
 import paradiff.samplers.exponential
 from paradiff import Evaluator, Keyed, Solution, Table, piadm_ode, piadm_sde, sample, solve
 from paradiff.chain import Noise
 from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import Blocks, WindowMethod, underdamped_langevin
+from paradiff.methods.window.fill import PredictedFill
 from paradiff.methods.window.options import Chains, Start
+from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
+from paradiff.methods.window.update import NewtonUpdate
 from paradiff.models.exact import Mixture
 from paradiff.planning import gaussian_law as law
 from paradiff.planning.gaussian_law import Array
@@ -351,25 +355,22 @@ def test_faults_of_the_diagonal_schedule_are_seen_by_the_law(fault: str, monkeyp
 
         monkeypatch.setattr(WindowSolver, "_reach", late)
     elif fault == "carried regardless":
-        original = paradiff.methods.window.solver.WindowSetup.__init__
+        original = WindowSetup.__init__
 
-        def init(self: paradiff.methods.window.solver.WindowSetup, table: Table, method: WindowMethod, *rest: object) -> None:
+        def init(self: WindowSetup, table: Table, method: WindowMethod, *rest: object) -> None:
             original(self, table, method, *rest)  # pyright: ignore[reportArgumentType]
             self.slope = shifted(0.5)(table)
 
-        monkeypatch.setattr(paradiff.methods.window.solver.WindowSetup, "__init__", init)
+        monkeypatch.setattr(WindowSetup, "__init__", init)
     elif fault == "filled from the block's start":
-        fill = WindowSolver._fill
+        fill = PredictedFill.__call__
 
-        def wrong(self: WindowSolver, steps: slice) -> None:
-            last = self.x[-1].clone()
-            self.x[-1] = self.x[0]
-            fill(self, steps)
-            self.x[-1 - (steps.stop - steps.start)] = last
+        def wrong(self: PredictedFill, steps: slice, x: Tensor, noises: Tensor) -> tuple[Tensor, Tensor]:
+            return fill(self, steps, torch.cat([x[:-1], x[:1]]), noises)
 
-        monkeypatch.setattr(WindowSolver, "_fill", wrong)
+        monkeypatch.setattr(PredictedFill, "__call__", wrong)
     else:
-        monkeypatch.setattr(paradiff.methods.window.solver, "inverse", lambda rows: paradiff.chain.slope.inverse(1.01 * rows))
+        monkeypatch.setattr(paradiff.methods.window.update, "inverse", lambda rows: paradiff.chain.slope.inverse(1.01 * rows))
     assert off_the_law("sde", 6, 2, carry, 0.5) > 1e-8
 
 
@@ -419,7 +420,7 @@ def test_nothing_crosses_the_edges_of_multistep_tables_either(name: str) -> None
     window = window_of(table, piadm_ode([0, edge, table.steps], 9, stagger=1, carry=False, slope=arbitrary))
     norms = sweep(window)
     window.advance(norms, 1)
-    place = edge - window.lo + window.plan.history
+    place = edge - window.lo + window.setup.history
     before = window.x.clone()
     sweep(window)
     # The changes of the second block are those of a block whose start does not change, equation (1) of chain/slope.py.
@@ -685,7 +686,7 @@ def test_stretches_do_not_change_the_sweep(name: str, slope: str, monkeypatch: p
     wanted = [run(table, method) for method in methods]
     states = chain(network, table, Keyed(SHAPE))
     for stretch in (2, 3):
-        monkeypatch.setattr(paradiff.methods.window.solver, "STRETCH", stretch)
+        monkeypatch.setattr(paradiff.methods.window.update, "STRETCH", stretch)
         for method, whole in zip(methods, wanted, strict=True):
             found = run(table, method)
             assert gap(found.sample, whole.sample) < EXACT
@@ -699,20 +700,18 @@ def test_stretches_do_not_change_the_sweep(name: str, slope: str, monkeypatch: p
 def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     table, method = TABLES["ddpm"], piadm_sde(1, 3)
     wanted = run(table, method).sample
-    monkeypatch.setattr(paradiff.methods.window.solver, "STRETCH", 3)
+    monkeypatch.setattr(paradiff.methods.window.update, "STRETCH", 3)
     assert gap(run(table, method).sample, wanted) < EXACT
-    carried = WindowSolver._carried
+    carried = NewtonUpdate.carried
 
-    def apart(self: WindowSolver, phi: Tensor, residual: Tensor) -> Tensor:
-        lo, hi, parts = self.lo, self.hi, []
+    def apart(self: NewtonUpdate, lo: int, hi: int, phi: Tensor, residual: Tensor) -> Tensor:
+        parts = []
         for begin in range(0, len(phi), 3):
             part = slice(begin, min(begin + 3, len(phi)))
-            self.lo, self.hi = lo + part.start, lo + part.stop
-            parts.append(carried(self, phi[part], residual[part]))
-        self.lo, self.hi = lo, hi
+            parts.append(carried(self, lo + part.start, lo + part.stop, phi[part], residual[part]))
         return torch.cat(parts)
 
-    monkeypatch.setattr(WindowSolver, "_carried", apart)
+    monkeypatch.setattr(NewtonUpdate, "carried", apart)
     assert gap(run(table, method).sample, wanted) > SEEN
 
 

@@ -12,11 +12,13 @@ from problems import EXACT, SHAPE, SLOPES, TABLES, arbitrary, chain, gap, networ
 from torch import Tensor
 
 import paradiff.methods.window.solver
+import paradiff.methods.window.update
 from paradiff import Evaluator, Keyed, Schedule, Table, parasolver, quasi_newton, sample, solve
 from paradiff.chain.slope import resolve, shifted
 from paradiff.methods import WindowMethod
 from paradiff.methods.secant import DAMPING, Secants
-from paradiff.methods.window.solver import WindowSetup, WindowSolver
+from paradiff.methods.window.solver import WindowSolver
+from paradiff.methods.window.update import SecantUpdate
 from paradiff.samplers import ddim, dpmpp_2m
 from paradiff.solver.solution import Status
 
@@ -104,7 +106,7 @@ def test_sweeps_of_a_sliding_window_are_those_of_the_documented_equations(name: 
     outputs: dict[int, Tensor] = {}
     settled = {0: window.final.clone()}
     for count in range(1, 5):
-        lo, hi, h = window.lo, window.hi, window.plan.history
+        lo, hi, h = window.lo, window.hi, window.setup.history
         old = settled | {lo + i: window.x[h + i].clone() for i in range(hi - lo + 1)}
         for n in range(lo, hi):
             x = old[n][None]
@@ -177,7 +179,7 @@ def test_after_k_sweeps_the_first_k_nodes_are_exact(name: str, slope: str) -> No
     wanted = chain(network, table, Keyed(SHAPE))
     for k in range(1, table.steps + 1):
         sweep(window)
-        h = window.plan.history
+        h = window.setup.history
         assert gap(window.x[h : h + k + 1], wanted[: k + 1]) < EXACT
 
 
@@ -213,8 +215,8 @@ def test_images_that_share_a_window_get_what_each_gets_alone(name: str) -> None:
     noise = Keyed(SHAPE, 0, 2)
 
     def swept(members: bool) -> list[Tensor]:
-        plan = WindowSetup(table, method, torch.device("cpu"), torch.float64, members)
-        shared = WindowSolver(plan, Stacked(noise), 0, None)
+        setup = WindowSetup(table, method, torch.device("cpu"), torch.float64, members)
+        shared = WindowSolver(setup, Stacked(noise), 0, None)
         states = []
         for _ in range(5):
             sweep(shared)
@@ -223,8 +225,8 @@ def test_images_that_share_a_window_get_what_each_gets_alone(name: str) -> None:
 
     together, mixed = swept(True), swept(False)
     for k in range(2):
-        plan = WindowSetup(table, method, torch.device("cpu"), torch.float64)
-        alone = WindowSolver(plan, noise, k, None)
+        setup = WindowSetup(table, method, torch.device("cpu"), torch.float64)
+        alone = WindowSolver(setup, noise, k, None)
         for states in together:
             sweep(alone)
             # Products of other sizes are summed in other orders; five sweeps enlarge 1e-16 by the condition of the pairs.
@@ -350,7 +352,7 @@ def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.
             told.append(resolution)
             super().__init__(pairs, resolution, members)
 
-    monkeypatch.setattr(paradiff.methods.window.solver, "Secants", Spy)
+    monkeypatch.setattr(paradiff.methods.window.update, "Secants", Spy)
     sample(network, table, noise, quasi_newton())
     sample(network, table, noise, quasi_newton(), dtype=torch.float64)
     sample(Evaluator(network, dtype=torch.bfloat16), table, noise, quasi_newton())
@@ -363,21 +365,22 @@ def test_a_window_that_overflowed_begins_with_new_pairs() -> None:
     for count in range(1, 4):
         norms = sweep(window)
         window.advance(norms, count)
-    assert window.secants is not None
-    first, pairs = window.lo, window.secants
+    assert isinstance(window.update, SecantUpdate)
+    assert window.update.secants is not None
+    first, pairs = window.lo, window.update.secants
     query = window.ask()
-    m = network(query.rows, window.plan.t[query.nodes])
+    m = network(query.rows, window.setup.t[query.nodes])
     m[5:] = torch.inf
     norms = window.tell(query, m)
     assert norms is not None
     passed = window.advance(norms.tolist(), 4)
     assert passed.change[0] == math.inf
     assert passed.first == first
-    assert window.secants is None
+    assert window.update.secants is None
     count = 4
     while not window.done:
         norms = sweep(window)
-        assert window.secants is not pairs
+        assert window.update.secants is not pairs
         count += 1
         window.advance(norms, count)
     assert gap(window.final, chain(network, table, Keyed(SHAPE))[-1]) < EXACT

@@ -44,6 +44,7 @@ class Secants:
     def __init__(self, pairs: int, resolution: float, members: bool) -> None:
         self._pairs, self._least, self._members = pairs, 64 * resolution, members
         self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
+        self._dx = self._dm = torch.empty(0)  # [n, k, b, d] differences of states and of outputs, the newest first
 
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
@@ -82,7 +83,7 @@ class Secants:
         of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (self._dx, self._dm))  # [W, b d]
         return (state_part @ of_states + output_part @ of_outputs).view_as(change)
 
-    def slide(self, passed: int) -> None:
+    def advance(self, passed: int) -> None:
         """The window moves on by so many nodes."""
         if self._seen is not None:
             self._seen = self._seen[0][passed:], self._seen[1][passed:]

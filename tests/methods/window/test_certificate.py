@@ -186,41 +186,41 @@ def test_no_sub_interval_is_thought_to_be_without_error(name: str) -> None:
             assert (found[1:] > 0).all()
 
 
-def test_the_ledger_follows_its_equations() -> None:
-    ledger = ErrorBudget([1.0, 0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-    ledger.record(0, [0.4, 0.2, 0.1, 0.08])
+def test_the_budget_follows_its_equations() -> None:
+    budget = ErrorBudget([1.0, 0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    budget.observe(0, [0.4, 0.2, 0.1, 0.08])
     # e after one node is 0, then theta (1/2 at first) times the sums of h |delta|.
-    assert [ledger.cost(k) for k in (1, 2, 3, 4)] == pytest.approx([0, 2 * 0.1, 3 * 0.15, 4 * 0.1625])
-    ledger.settle(2)
-    assert (ledger.spent, ledger.residual) == (pytest.approx(0.2), 0.4)
+    assert [budget.cost_of(k) for k in (1, 2, 3, 4)] == pytest.approx([0, 2 * 0.1, 3 * 0.15, 4 * 0.1625])
+    budget.accept(2)
+    assert (budget.used, budget.residual) == (pytest.approx(0.2), 0.4)
     # What stays is predicted to change by 0.1 and 0.125, and changes by a tenth of that: theta falls, but no faster than
     # by its rate of forgetting.
-    ledger.record(2, [0.01, 0.0125, 0.3])
-    assert ledger.theta == pytest.approx(0.7 * 0.5)
-    ledger.settle(1)
-    assert ledger.spent == pytest.approx(0.2)
+    budget.observe(2, [0.01, 0.0125, 0.3])
+    assert budget.theta == pytest.approx(0.7 * 0.5)
+    budget.accept(1)
+    assert budget.used == pytest.approx(0.2)
     # A larger change than predicted raises theta at once.
     predicted = [0.25 * 0.01, 0.25 * 0.01 + 0.25 * 0.0125]
-    ledger.record(3, [3 * p for p in predicted])
-    assert ledger.theta == pytest.approx(3)
-    ledger.settle(2)
-    assert ledger.spent == pytest.approx(0.2 + 5 * 3 * 0.25 * 3 * predicted[0])
-    assert ledger.estimated_error == ledger.spent
+    budget.observe(3, [3 * p for p in predicted])
+    assert budget.theta == pytest.approx(3)
+    budget.accept(2)
+    assert budget.used == pytest.approx(0.2 + 5 * 3 * 0.25 * 3 * predicted[0])
+    assert budget.estimated_error == budget.used
 
 
-def test_the_ledger_forgets_a_sweep_that_overflowed() -> None:
-    ledger = ErrorBudget([1.0] * 4, [1.0] * 5)
-    ledger.record(0, [0.4, 0.2, 0.1])
-    ledger.settle(1)
-    ledger.forget()
-    ledger.record(2, [1e6, 1e6])
-    assert ledger.theta == 0.5
+def test_the_budget_forgets_a_sweep_that_overflowed() -> None:
+    budget = ErrorBudget([1.0] * 4, [1.0] * 5)
+    budget.observe(0, [0.4, 0.2, 0.1])
+    budget.accept(1)
+    budget.forget()
+    budget.observe(2, [1e6, 1e6])
+    assert budget.theta == 0.5
 
 
 def test_an_estimate_that_is_no_number_is_infinite() -> None:
-    ledger = ErrorBudget([1.0] * 4, [1.0] * 5)
-    ledger.spent = math.nan
-    assert ledger.estimated_error == math.inf
+    budget = ErrorBudget([1.0] * 4, [1.0] * 5)
+    budget.used = math.nan
+    assert budget.estimated_error == math.inf
 
 
 @pytest.mark.parametrize("stride", [1, 5])

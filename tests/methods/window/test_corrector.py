@@ -249,11 +249,12 @@ def test_after_k_sweeps_the_first_k_points_are_exact(table: Table, node: int) ->
         network, table, node, work.state, draws(Keyed(SHAPE), table, 1, steps), steps, math.sqrt(8) * root, 1 / steps / root
     )
     for k in range(1, steps + 1):
-        nodes, x = work.rows()
+        query = work.ask()
+        nodes, x = query.nodes, query.rows
         assert len(nodes) == len(x) == (1 if k == 1 else steps - k + 1)
         assert (nodes == node).all()
         before = work.state.clone()
-        ended = work.absorb(network(x, table.t[nodes]))
+        ended = work.tell(query, network(x, table.t[nodes])) is not None
         assert ended == (k == steps)
         assert gap(work._x[: k + 1], wanted[: k + 1]) < EXACT
         if k <= 2:  # later ones are almost exact as well
@@ -272,8 +273,8 @@ def test_fewer_sweeps_are_the_picard_iterates(sweeps: int) -> None:
         outputs = iter(network(frozen[:-1], OU.t[node].expand(steps)))
         replay = functools.partial(lambda outputs, x, t: next(outputs)[None], outputs)
         frozen = langevin(replay, OU, node, work._x[0], z, steps, math.sqrt(8) * root, 1 / steps / root)
-        nodes, x = work.rows()
-        ended = work.absorb(network(x, OU.t[nodes]))
+        query = work.ask()
+        ended = work.tell(query, network(query.rows, OU.t[query.nodes])) is not None
         assert gap(work._x, frozen) < EXACT
     assert ended
     if sweeps < steps:
@@ -393,8 +394,8 @@ def kept(steps: int, length: float, share: float) -> Tensor:
     step = Step(OU, torch.device("cpu"), torch.float64)
     work = Correction(step, underdamped_langevin(steps, steps, step=length), node, 0, noise, 0, start)
     while True:
-        _, x = work.rows()
-        if work.absorb(sigma * x / variance[:, None]):
+        query = work.ask()
+        if work.tell(query, sigma * query.rows / variance[:, None]) is not None:
             return work.state.square().sum(1) / variance
 
 

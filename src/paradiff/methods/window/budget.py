@@ -1,4 +1,4 @@
-"""What passing a node costs the sample: the estimate behind tolerances.
+"""What accepting a node costs the sample: the estimate behind tolerances.
 
 After a sweep that changed the window's states by delta, the update with slope G in place of the true derivative J leaves
 about (J - G) delta at the next node, and these errors add up along the window:
@@ -10,7 +10,7 @@ it then sees is the error it had. A node that becomes final carries its error to
 chain/sensitivity.py, equation (1); so the sum of s e over the nodes at which a sample's window came to begin is an estimate of
 its error, not a bound.
 
-With the rule `error` a sample may spend its tolerance along the chain in proportion to the sum of h s^(1/2) passed.
+With the rule `error` a sample may use its tolerance along the chain in proportion to the sum of h s^(1/2) passed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORGETTING = 0.7  # how much of theta survives a sweep that observed less
 
 
 class ErrorBudget:
-    """One sample's running account of the error it has let pass.
+    """One sample's budget: the error that its accepted nodes have used.
 
     Args:
         error: `[M]` h of equation (1), the `slope_error`.
@@ -33,19 +33,22 @@ class ErrorBudget:
 
     Attributes:
         theta: The observed contraction.
-        spent: Sum of s e so far, in the data's units.
-        residual: The largest root mean square change of a node that was passed over.
+        used: Sum of s e over the nodes at which the window came to begin, in the data's units.
+        residual: The largest root mean square change of a node that was accepted before it stopped changing.
     """
 
     def __init__(self, error: list[float], factor: list[float], least_theta: float = LEAST_THETA) -> None:
         self._error, self._factor, self._least_theta = error, factor, least_theta
-        self._predicted: list[float] = []
+        self._predicted: list[float] = []  # e/theta of the nodes that stayed in the window
+        self._errors: list[float] = []  # e/theta of the window's nodes after the last sweep
+        self._change: list[float] = []  # |delta| of the same
+        self._first = 0  # the window's first node in the last sweep
         self.theta = max(FIRST_THETA, least_theta)
-        self.spent = 0.0
+        self.used = 0.0
         self.residual = 0.0
 
-    def record(self, first: int, change: list[float]) -> None:
-        """Takes the root mean square changes of the nodes after `first`; updates theta from those seen before."""
+    def observe(self, first: int, change: list[float]) -> None:
+        """Takes the root mean square changes of the nodes after `first`; updates theta from those predicted before."""
         seen = list(zip(self._predicted, change, strict=False))
         predicted = math.sqrt(sum(e * e for e, _ in seen))
         if predicted > 0:
@@ -57,13 +60,13 @@ class ErrorBudget:
             self._errors.append(total)
         self._first, self._change = first, change
 
-    def cost(self, passed: int) -> float:
-        """What the sample pays if `passed` nodes become final: s e at the last of them."""
+    def cost_of(self, passed: int) -> float:
+        """The error that accepting `passed` nodes uses: s e at the last of them."""
         return self._factor[self._first + passed] * self.theta * self._errors[passed - 1]
 
-    def settle(self, passed: int) -> None:
-        """`passed` nodes became final."""
-        self.spent += self.cost(passed)
+    def accept(self, passed: int) -> None:
+        """Uses the error of `passed` nodes, which become final."""
+        self.used += self.cost_of(passed)
         self.residual = max([self.residual, *self._change[: passed - 1]])
         self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
 
@@ -74,4 +77,4 @@ class ErrorBudget:
     @property
     def estimated_error(self) -> float:
         """The estimated root mean square error of the sample so far."""
-        return self.spent if math.isfinite(self.spent) else math.inf
+        return self.used if math.isfinite(self.used) else math.inf

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.step import Step
+from paradiff.solver.protocol import Query
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Correction:
         x: The state at the node.
 
     Attributes:
-        state: The state, corrected once `absorb` has returned True.
+        state: The state, corrected once `tell` has returned numbers.
         change: `[1]` mean square change of the last position in the last sweep, on the device.
     """
 
@@ -160,19 +161,24 @@ class Correction:
         """The last position."""
         return self._x[-1]
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows wanted now: nodes `[R]` and positions `[R, ...]` as the network expects them. One row in the first sweep, in
-        which all positions are one; later those whose score is not final."""
-        self._asked = self._x[:1] if self._known == 0 else self._x[self._known : -1]
-        nodes = torch.full((len(self._asked),), self.node)
-        return nodes, self._step.seen(nodes.to(self._step.device), self._asked)
+    def _points(self) -> Tensor:
+        """The positions at which the score is wanted: one in the first sweep, in which all positions are one; later those whose
+        score is not final."""
+        return self._x[:1] if self._known == 0 else self._x[self._known : -1]
 
-    def absorb(self, outputs: Tensor) -> bool:
-        """Takes their outputs and sweeps; whether that was the last sweep."""
-        clean = self._p * self._asked + self._q * outputs
+    def ask(self) -> Query:
+        """The rows wanted now."""
+        points = self._points()
+        nodes = torch.full((len(points),), self.node)
+        return Query(nodes, self._step.seen(nodes.to(self._step.device), points))
+
+    def tell(self, query: Query, outputs: Tensor) -> Tensor | None:
+        """Takes the outputs `[R, ...]` of a query and sweeps; `change` if that was the last sweep, else None."""
+        points = self._points()
+        clean = self._p * points + self._q * outputs
         if self._step.table.clip is not None:
             clean = self._step.table.clip(clean)
-        self._score[self._known :] = (self._alpha * clean - self._asked) / self._sigma**2
+        self._score[self._known :] = (self._alpha * clean - points) / self._sigma**2
         self._known += 1
         self._left -= 1
         last = self._x[-1].clone()
@@ -183,4 +189,4 @@ class Correction:
             momentum = self._decay * momentum + self._reach * s + self._kick[m]
             self._x[m + 1] = x
         self.change = self._step.mean_square((x - last)[None])
-        return self._left == 0
+        return self.change if self._left == 0 else None

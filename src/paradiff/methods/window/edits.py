@@ -6,9 +6,9 @@ The chain is then x[i+1] = E_i(Phi_i(x)), as where a pipeline puts the known par
     r[i] = Phi_i(x) - y[i+1]                                                                                   (1)
 
 Elements that an edit overwrites do not carry on the change of the node before: they are left out of the slope's part of the
-update and of the size of changes. An element is taken for one if, since the last sweep, it stayed as it was at some node
-where another value was handed out, it is edited at all nodes of the window, and it stayed as it was at all that were shown
-before. Anything else that an edit does (blending, adding) is corrected sweep by sweep.
+update and of the size of changes. An element counts as overwritten if (a) it was edited at every node of the window, (b) its
+edited value never changed, and (c) at one node at least it did not change although the iterate did. Anything else that an
+edit does (blending, adding) is corrected sweep by sweep.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ class Edits:
     """The edits seen in one sample's window.
 
     Attributes:
-        handed: `[W, ...]` what was handed out at the nodes after the first.
         overwritten: `[...]` which elements are overwritten at every node, or None before any was shown twice.
     """
 
     def __init__(self) -> None:
         self._before: tuple[Tensor, Tensor] | None = None  # handed and shown at the last sweep, from the first node on
-        self.handed = torch.empty(0)
+        self._handed: Tensor | None = None  # [W, ...] what was handed out at the nodes after the first
         self.overwritten: Tensor | None = None
 
     def take(self, first: int, handed: Tensor, shown: Tensor, after: Tensor) -> None:
@@ -39,7 +38,7 @@ class Edits:
             shown: `[W, ...]` what came of it.
             after: `[W, ...]` what was handed out at the nodes after the first.
         """
-        self.handed = after.clone()
+        self._handed = after.clone()
         edited = shown != handed
         begin = 1 if first == 0 else 0  # the start of the chain is no step's result
         self.overwritten = None
@@ -50,11 +49,15 @@ class Edits:
             self.overwritten = (stayed & moved)[begin:].any(0) & stayed[begin:].all(0) & edited[begin:].all(0)
         self._before = handed.clone(), shown
 
-    def spare(self, values: Tensor, instead: Tensor) -> Tensor:
+    def handed_out(self, states: Tensor) -> Tensor:
+        """`[W, ...]` what was handed out at the nodes after the first, whose states are now `states`."""
+        return states if self._handed is None else self._handed
+
+    def spare(self, values: Tensor, instead: Tensor | float) -> Tensor:
         """`values` `[W, ...]`, with those of `instead` where elements are overwritten."""
         return values if self.overwritten is None else torch.where(self.overwritten, instead, values)
 
-    def pass_over(self, passed: int, states: Tensor) -> None:
+    def advance(self, passed: int, states: Tensor) -> None:
         """The window slides by so many nodes.
 
         Args:

@@ -6,12 +6,14 @@ import itertools
 
 import torch
 
-from paradiff.chain.sensitivity import DATA_VARIANCE, noise_units, sensitivity, slope_error
-from paradiff.chain.slope import freeze_clean_data, over_intervals, resolve
+from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
+from paradiff.chain.slope import over_intervals, resolve
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.window.budget import LEAST_THETA
+from paradiff.methods.window.fill import Recurrence
 from paradiff.methods.window.options import WindowOptions
+from paradiff.methods.window.passing import PassByChange, PassByError, PassBySweeps, PassingRule
 
 
 class WindowSetup:
@@ -45,28 +47,25 @@ class WindowSetup:
             for edge in self.blocks[1:-1]:
                 for j in range(table.band):
                     self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
-        self.bound = (method.tolerance * noise_units(table, self.edges)).tolist()
         self.sloped = bool(self.slope.any())
         self.least_theta = LEAST_THETA if self.sloped else 1.0
         error, factor = slope_error(table, self.slope, self.edges), sensitivity(table)[self.edges]
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()
-        self.share = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
+        self._shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
         self.step = Step(table, device, dtype, members)
         self.t, self.move = self.step.t, self.step.move
-        self.fill_slope = torch.zeros_like(table.a)
-        self.fill_clean = torch.zeros_like(table.c)
-        if method.start == "clean":
-            source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)
-            self.fill_slope = freeze_clean_data(table)
-            self.fill_clean = (table.b / table.q[source]).sum(1)
-        elif method.start == "linear":
-            self.fill_slope = table.a
-        else:
-            self.fill_slope[:, 0] = 1
-        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-        self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
-        self.fill_noise = table.stochastic and method.start != "copy"
+        self.recurrence = Recurrence(self.step, method.start)
+        self.passes = self._rule()
+
+    def _rule(self) -> PassingRule:
+        """The rule that the method names."""
+        method = self.method
+        if method.sweeps is not None:
+            return PassBySweeps(method.sweeps)
+        if method.rule == "change":
+            return PassByChange((method.tolerance * noise_units(self.table, self.edges)).tolist())
+        return PassByError(method.tolerance, self._shares)
 
 
 def _exact_after(blocks: list[int], stagger: int | None) -> int:

@@ -1,0 +1,165 @@
+"""The initial guess for nodes that enter the window: a predictor, or states that are known from elsewhere.
+
+A predictor runs the linear recurrence
+
+    x[i+1] = sum_j A[i,j] x[i-j] + B[i] D + c[i] z[i]                                                           (1)
+
+from the window's last states. `copy`: A is the identity, the rest is zero. `linear`: A is the linear part of the steps, B is
+zero. `clean`: A and B are those of the steps with the newest clean-data estimate D frozen (`freeze_clean_data`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.sensitivity import DATA_VARIANCE
+from paradiff.chain.slope import freeze_clean_data, inverse
+from paradiff.chain.step import Step
+from paradiff.chain.table import column
+from paradiff.methods.window.options import Start
+
+Guide = Callable[[slice], tuple[Tensor, Tensor]]
+"""An initial guess: maps a slice of steps to the states after them and the network outputs before them, each `[n, ...]`."""
+
+
+class Fill(Protocol):
+    """What a window's new nodes are filled with, for one sample."""
+
+    def observe(self, node: Tensor, state: Tensor, output: Tensor) -> None:
+        """Takes the output at the last node that was evaluated.
+
+        Args:
+            node: `[1]` the node.
+            state: `[...]` the state there.
+            output: `[...]` the output there.
+        """
+        ...
+
+    def follow(self, node: int, change: Tensor) -> None:
+        """The state `[...]` at the node that was observed last changed."""
+        ...
+
+    def forget(self) -> None:
+        """A state overflowed: what was observed is not used."""
+        ...
+
+    def __call__(self, steps: slice, x: Tensor, noises: Tensor) -> tuple[Tensor, Tensor]:
+        """The states after some steps, and the outputs before them where the table reads earlier outputs, each `[n, ...]`.
+
+        Args:
+            steps: The n fine steps.
+            x: `[.., ...]` the window's states, up to the one before the steps.
+            noises: `[n, ...]` the noises of the steps.
+        """
+        ...
+
+
+class GuidedFill:
+    """States that are known from elsewhere."""
+
+    def __init__(self, guide: Guide) -> None:
+        self._guide = guide
+
+    def observe(self, node: Tensor, state: Tensor, output: Tensor) -> None:
+        """Nothing is needed."""
+
+    def follow(self, node: int, change: Tensor) -> None:
+        """Nothing is needed."""
+
+    def forget(self) -> None:
+        """Nothing was observed."""
+
+    def __call__(self, steps: slice, x: Tensor, noises: Tensor) -> tuple[Tensor, Tensor]:
+        """The guide's states and outputs."""
+        states, outputs = self._guide(steps)
+        return states.to(x), outputs.to(x)
+
+
+class Recurrence:
+    """The coefficients of equation (1), which all samples share.
+
+    Args:
+        step: The table on the device.
+        start: The predictor.
+
+    Attributes:
+        step: As given.
+        frozen: Whether the recurrence contains a clean-data estimate.
+        noisy: Whether it contains the steps' noises.
+        slope: `[N, P]` A.
+        clean: `[N]` B.
+        clean_slope: `[N]` derivative of the clean-data estimate with respect to the state, for Gaussian data.
+    """
+
+    def __init__(self, step: Step, start: Start) -> None:
+        table = step.table
+        self.step, self.frozen = step, start == "clean"
+        self.noisy = table.stochastic and start != "copy"
+        self.slope, self.clean = torch.zeros_like(table.a), torch.zeros_like(table.c)
+        if start == "clean":
+            source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)
+            self.slope = freeze_clean_data(table)
+            self.clean = (table.b / table.q[source]).sum(1)
+        elif start == "linear":
+            self.slope = table.a
+        else:
+            self.slope[:, 0] = 1
+        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
+        self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
+
+
+class PredictedFill:
+    """The predictor of one sample.
+
+    Args:
+        recurrence: The coefficients.
+        x0: `[...]` a state, for shape, dtype and device.
+    """
+
+    def __init__(self, recurrence: Recurrence, x0: Tensor) -> None:
+        self._of = recurrence
+        self._clean = torch.zeros_like(x0)  # D
+
+    def observe(self, node: Tensor, state: Tensor, output: Tensor) -> None:
+        """Makes the clean-data estimate."""
+        if self._of.frozen:
+            table = self._of.step.table
+            self._clean = table.p[node].item() * state + table.q[node].item() * output
+
+    def follow(self, node: int, change: Tensor) -> None:
+        """Moves the clean-data estimate as that of Gaussian data moves with its state."""
+        if self._of.frozen:
+            self._clean.add_(change, alpha=self._of.clean_slope[node])
+
+    def forget(self) -> None:
+        """The clean-data estimate becomes zero, the centre of the data."""
+        self._clean = torch.zeros_like(self._clean)
+
+    def __call__(self, steps: slice, x: Tensor, noises: Tensor) -> tuple[Tensor, Tensor]:
+        """Equation (1)."""
+        of, table, count, known = self._of, self._of.step.table, steps.stop - steps.start, len(x) - 1
+        forcing = column(of.step.move(of.clean[steps]), x) * self._clean
+        if of.noisy:
+            forcing.addcmul_(column(of.step.c[steps], x), noises)
+        for i in range(min(table.band, count)):
+            for j in range(i, table.band):
+                factor = of.slope[steps.start + i, j].item()
+                if factor:
+                    forcing[i].add_(x[known + i - j], alpha=factor)
+        carried = of.step.move(inverse(of.slope[steps]))
+        new = (carried @ forcing.flatten(1)).view_as(forcing)
+        if table.band == 1:
+            return new, new[:0]
+        return new, self._outputs(steps, torch.cat([x[-1:], new[:-1]]))
+
+    def _outputs(self, steps: slice, states: Tensor) -> Tensor:
+        """Outputs that go with filled states, for multistep sub-intervals whose neighbour has not been evaluated yet."""
+        if not self._of.frozen:
+            return torch.zeros_like(states)
+        table, move = self._of.step.table, self._of.step.move
+        p, q = (column(move(v[steps]), states) for v in (table.p, table.q))
+        return (self._clean - p * states) / q

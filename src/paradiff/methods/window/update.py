@@ -1,0 +1,147 @@
+"""The update of all nodes of a window after a sweep: equation (2) of solver.py, by the slope alone or corrected by secants."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.slope import inverse
+from paradiff.methods.secant import Secants
+from paradiff.methods.window.setup import WindowSetup
+
+STRETCH = 256  # nodes updated by one matrix product
+
+
+class Update(Protocol):
+    """One sample's update."""
+
+    def observe(self, states: Tensor, outputs: Tensor) -> None:
+        """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
+        ...
+
+    def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
+        """`[W, ...]` the new states of the nodes after the first.
+
+        Args:
+            lo: The window's first sub-interval.
+            hi: The sub-interval after its last.
+            phi: `[W, ...]` the steps from the nodes of the window.
+            old: `[W, ...]` the states of the nodes after the first.
+        """
+        ...
+
+    def distance(self, new: Tensor, phi: Tensor, old: Tensor) -> Tensor:
+        """`[W, ...]` how far each node was from the solution, by the estimate that its change is judged by."""
+        ...
+
+    def advance(self, passed: int) -> None:
+        """The window slides by `passed` nodes."""
+        ...
+
+    def forget(self) -> None:
+        """A state overflowed: what was observed is not used."""
+        ...
+
+
+class NewtonUpdate:
+    """Equation (2) with the slope alone."""
+
+    def __init__(self, setup: WindowSetup) -> None:
+        self._setup = setup
+
+    def observe(self, states: Tensor, outputs: Tensor) -> None:
+        """Nothing is learnt."""
+
+    def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
+        """Equation (2); a single node takes its step."""
+        if len(phi) == 1:
+            return phi
+        return self.carried(lo, hi, phi.flatten(1), (phi - old).flatten(1)).view_as(phi)
+
+    def distance(self, new: Tensor, phi: Tensor, old: Tensor) -> Tensor:
+        """The change, which is the preconditioned residual. Without a slope (Jacobi) updates stay small far from the
+        solution, and the residuals are added up instead."""
+        return new - old if self._setup.sloped else (phi - old).flatten(1).cumsum(0).view_as(phi)
+
+    def advance(self, passed: int) -> None:
+        """Nothing was learnt."""
+
+    def forget(self) -> None:
+        """Nothing was learnt."""
+
+    def carried(self, lo: int, hi: int, phi: Tensor, residual: Tensor) -> Tensor:
+        """Phi plus the changes carried from the nodes before, `[W, d]`: stretch by stretch, so that a wide window needs no
+        matrix of its width squared."""
+        setup, parts = self._setup, []
+        for begin in range(0, len(phi), STRETCH):
+            steps = setup.slope[lo + begin : min(lo + begin + STRETCH, hi)]
+            part = slice(begin, begin + len(steps))
+            carried = setup.move(inverse(steps).fill_diagonal_(0))
+            if not parts:
+                parts.append(torch.addmm(phi[part], carried, residual[part]))
+                continue
+            before = slice(begin - STRETCH, begin)
+            change = parts[-1] - phi[before] + residual[before]
+            entering = torch.zeros_like(residual[part][: steps.shape[1]])  # what the stretch before hands on
+            for i in range(len(entering)):
+                for j in range(i, steps.shape[1]):
+                    entering[i].add_(change[i - j - 1], alpha=steps[i, j].item())
+            forced = residual[part].clone()
+            forced[: len(entering)] += entering
+            parts.append(torch.addmm(phi[part], carried, forced))
+            parts[-1][: len(entering)] += entering
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class SecantUpdate:
+    """Equation (2) with a slope that pairs of earlier sweeps correct (methods/secant.py).
+
+    Attributes:
+        secants: The pairs; None before the first sweep, and after an overflow.
+    """
+
+    def __init__(self, setup: WindowSetup) -> None:
+        self._setup, self._newton = setup, NewtonUpdate(setup)
+        self.secants: Secants | None = None
+
+    def observe(self, states: Tensor, outputs: Tensor) -> None:
+        """Makes pairs of this sweep and the last."""
+        if self.secants is None:
+            setup = self._setup
+            self.secants = Secants(setup.method.secants, setup.resolution, setup.step.members)
+        self.secants.observe(states, outputs)
+
+    def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
+        """Equation (2) of methods/secant.py; a single node takes its step."""
+        new = self._newton(lo, hi, phi, old)
+        if len(phi) == 1:
+            return new
+        assert self.secants is not None
+        return new + self.secants.correction(new - old, *self._reach_of_pairs(lo, hi))
+
+    def distance(self, new: Tensor, phi: Tensor, old: Tensor) -> Tensor:
+        """The change."""
+        return new - old
+
+    def advance(self, passed: int) -> None:
+        """Drops the pairs of the nodes that passed."""
+        if self.secants is not None:
+            self.secants.advance(passed)
+
+    def forget(self) -> None:
+        """Drops all pairs."""
+        self.secants = None
+
+    def _reach_of_pairs(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """L (a - G) and L b of equation (2) of methods/secant.py, `[W, W]`, on the device."""
+        setup, rows, width = self._setup, slice(lo, hi), hi - lo
+        slope, table = setup.slope[rows], setup.table
+        parts = [torch.zeros(width, width, dtype=torch.float64) for _ in range(2)]
+        for part, values in zip(parts, (table.a[rows] - slope, table.b[rows]), strict=True):
+            for j in range(min(table.band, width)):
+                part.diagonal(-j).copy_(values[j:, j])
+        carry = inverse(slope)
+        first, second = (setup.move(carry @ part) for part in parts)
+        return first, second
