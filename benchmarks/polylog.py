@@ -40,6 +40,7 @@ from torch import Tensor
 from paradiff import Keyed, Table, parasolver, piadm_ode, piadm_sde, sample, sequential, srds
 from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import WindowMethod
+from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.models.pixel import load
 from paradiff.planning import gaussian_law as law

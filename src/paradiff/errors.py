@@ -90,6 +90,24 @@ def require_real(name: str, value: object, *, positive: bool = False, otherwise:
         raise ValueError(f"{name} is {value!r}; it must be a number, {expected}, and finite{otherwise}")
 
 
+def require_between(name: str, value: object, least: float, most: float) -> None:
+    """Refuses what is no number from `least` to `most`, or not finite.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+        least: The smallest number allowed.
+        most: The largest.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not least <= number <= most or math.isinf(number):
+        expected = f"from {least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}, and finite"
+        raise ValueError(f"{name} is {value!r}; it must be a number, {expected}")
+
+
 def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuses what is none of the choices.
 

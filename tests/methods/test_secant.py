@@ -17,6 +17,7 @@ from paradiff import Evaluator, Keyed, Schedule, Table, parasolver, quasi_newton
 from paradiff.chain.slope import resolve, shifted
 from paradiff.methods import WindowMethod
 from paradiff.methods.secant import DAMPING, Secants
+from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.methods.window.update import SecantUpdate
 from paradiff.samplers import ddim, dpmpp_2m

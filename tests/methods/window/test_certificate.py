@@ -13,6 +13,7 @@ from paradiff import Keyed, Schedule, Table, jacobi, paradigms, parasolver, samp
 from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
 from paradiff.chain.slope import freeze_clean_data, freeze_epsilon, identity, over_intervals, resolve
 from paradiff.methods.window.budget import ErrorBudget
+from paradiff.methods.window.control import WindowControl
 from paradiff.models.exact import Empirical, Gaussian, Mixture, digits
 from paradiff.samplers import ddim, ddpm, euler, euler_ancestral, flow_euler, heun
 
@@ -187,7 +188,7 @@ def test_no_sub_interval_is_thought_to_be_without_error(name: str) -> None:
 
 
 def test_the_budget_follows_its_equations() -> None:
-    budget = ErrorBudget([1.0, 0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    budget = ErrorBudget([1.0, 0.5, 0.5, 0.25, 0.25], [1.0, 1.0, 2.0, 3.0, 4.0, 5.0], WindowControl())
     budget.observe(0, [0.4, 0.2, 0.1, 0.08])
     # e after one node is 0, then theta (1/2 at first) times the sums of h |delta|.
     assert [budget.cost_of(k) for k in (1, 2, 3, 4)] == pytest.approx([0, 2 * 0.1, 3 * 0.15, 4 * 0.1625])
@@ -209,7 +210,7 @@ def test_the_budget_follows_its_equations() -> None:
 
 
 def test_the_budget_forgets_a_sweep_that_overflowed() -> None:
-    budget = ErrorBudget([1.0] * 4, [1.0] * 5)
+    budget = ErrorBudget([1.0] * 4, [1.0] * 5, WindowControl())
     budget.observe(0, [0.4, 0.2, 0.1])
     budget.accept(1)
     budget.forget()
@@ -218,7 +219,7 @@ def test_the_budget_forgets_a_sweep_that_overflowed() -> None:
 
 
 def test_an_estimate_that_is_no_number_is_infinite() -> None:
-    budget = ErrorBudget([1.0] * 4, [1.0] * 5)
+    budget = ErrorBudget([1.0] * 4, [1.0] * 5, WindowControl())
     budget.used = math.nan
     assert budget.estimated_error == math.inf
 

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import math
 
-LEAST_THETA = 0.02
-FIRST_THETA = 0.5
-FORGETTING = 0.7  # how much of theta survives a sweep that observed less
+from paradiff.methods.window.control import WindowControl
 
 
 class ErrorBudget:
@@ -28,8 +26,9 @@ class ErrorBudget:
     Args:
         error: `[M]` h of equation (1), the `slope_error`.
         factor: `[M+1]` s, the `sensitivity` of the nodes.
-        least_theta: The smallest contraction believed: 1 for a method without a slope, whose sweeps leave all errors in place
-            but the first.
+        control: The tuned numbers.
+        sloped: Whether changes are carried by a slope; without one, sweeps leave all errors in place but the first, and theta
+            is 1 at least.
 
     Attributes:
         theta: The observed contraction.
@@ -37,13 +36,14 @@ class ErrorBudget:
         residual: The largest root mean square change of a node that was accepted before it stopped changing.
     """
 
-    def __init__(self, error: list[float], factor: list[float], least_theta: float = LEAST_THETA) -> None:
-        self._error, self._factor, self._least_theta = error, factor, least_theta
+    def __init__(self, error: list[float], factor: list[float], control: WindowControl, *, sloped: bool = True) -> None:
+        self._error, self._factor, self._control = error, factor, control
+        self._least_theta = control.least_theta if sloped else 1.0
         self._predicted: list[float] = []  # e/theta of the nodes that stayed in the window
         self._errors: list[float] = []  # e/theta of the window's nodes after the last sweep
         self._change: list[float] = []  # |delta| of the same
         self._first = 0  # the window's first node in the last sweep
-        self.theta = max(FIRST_THETA, least_theta)
+        self.theta = max(control.first_theta, self._least_theta)
         self.used = 0.0
         self.residual = 0.0
 
@@ -53,7 +53,7 @@ class ErrorBudget:
         predicted = math.sqrt(sum(e * e for e, _ in seen))
         if predicted > 0:
             observed = math.sqrt(sum(d * d for _, d in seen)) / predicted
-            self.theta = max(observed, FORGETTING * self.theta, self._least_theta)
+            self.theta = max(observed, self._control.forgetting * self.theta, self._least_theta)
         self._errors, total = [0.0], 0.0
         for k, d in enumerate(change[:-1]):
             total += self._error[first + 1 + k] * d

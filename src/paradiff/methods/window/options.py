@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from paradiff.chain.slope import Slope, identity
 from paradiff.chain.table import Table
 from paradiff.methods.window.blocks import Blocks
+from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import Corrector
 
 Start = Literal["copy", "linear", "clean"]
@@ -41,6 +42,7 @@ class WindowOptions:
             the sequential chain with the corrector's own steps taken one after the other: window 1, sweeps of all its steps.
         chains: Which chains the method is for.
         secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone.
+        control: The tuned numbers of the error budget.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -59,6 +61,7 @@ class WindowOptions:
     corrector: Corrector | None = None
     chains: Chains = "any"
     secants: int = 0
+    control: WindowControl = field(default=WindowControl(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -70,9 +73,9 @@ class WindowOptions:
             raise ValueError(f"warmup is {self.warmup}; it must be 0 or more steps")
         if not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"the tolerance is {self.tolerance}; it must be 0 or more, and finite")
-        for field, kind in (("start", Start), ("rule", Rule), ("chains", Chains)):
-            if getattr(self, field) not in get_args(kind):
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(get_args(kind))}")
+        for name, kind in (("start", Start), ("rule", Rule), ("chains", Chains)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
         if (self.sweeps is not None) != (self.rule == "sweeps"):
             raise ValueError(f"sweeps is {self.sweeps} with rule {self.rule!r}; the rule 'sweeps' needs it, no other takes it")
         if self.sweeps is not None and self.sweeps < 1:

@@ -10,7 +10,6 @@ from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
 from paradiff.chain.slope import over_intervals, resolve
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
-from paradiff.methods.window.budget import LEAST_THETA
 from paradiff.methods.window.fill import Recurrence
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.passing import PassByChange, PassByError, PassBySweeps, PassingRule
@@ -48,7 +47,6 @@ class WindowSetup:
                 for j in range(table.band):
                     self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
         self.sloped = bool(self.slope.any())
-        self.least_theta = LEAST_THETA if self.sloped else 1.0
         error, factor = slope_error(table, self.slope, self.edges), sensitivity(table)[self.edges]
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()

@@ -87,7 +87,7 @@ class WindowSolver:
         self.lo = self.hi = 0
         self.ages: list[int] = []
         self.phi = x0.new_empty(0)
-        self.budget = ErrorBudget(setup.slope_error, setup.factor, setup.least_theta)
+        self.budget = ErrorBudget(setup.slope_error, setup.factor, setup.method.control, sloped=setup.sloped)
         self.update: Update = SecantUpdate(setup) if setup.method.secants else NewtonUpdate(setup)
         self.edits = Edits()
         self.correction: Correction | None = None
