@@ -331,7 +331,7 @@ class Brownian:
         table, x, before = self.problem.table, self.start.double(), None
         for gap, (left, right) in enumerate(zip(coarse.nodes, coarse.nodes[1:], strict=False)):
             clean = float(table.p[left]) * x + float(table.q[left]) * self.network(x, left)
-            ahead = clean if before is None else clean + float(coarse.lead[gap]) * (clean - before)
+            ahead = clean if before is None else clean + float(coarse.extrapolation[gap]) * (clean - before)
             noise = torch.einsum("n,bn...->b...", coarse.weights[0, left:right], self.z[:, left:right])
             x, before = float(coarse.state[gap, 0]) * x + float(coarse.clean[gap, 0]) * ahead + noise, clean
         return x

@@ -50,7 +50,7 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
                 yield Candidate(f"srds, {coarse}", f"{blocks} blocks, tolerance {tolerance:g}", method)
         if steps == 961:
             continue
-        method = srds(blocks, schedule="batched", tolerance=6e-3)
+        method = srds(blocks, ordering="batched", tolerance=6e-3)
         yield Candidate("srds, batched", f"{blocks} blocks, tolerance 0.006", method)
         yield Candidate("srds, image rule", f"{blocks} blocks, 0.1 grey levels", srds(blocks, rule="image"))
         method = srds(blocks, 2, tolerance=6e-3)

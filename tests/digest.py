@@ -50,7 +50,7 @@ PRESETS: dict[str, Callable[[Table], object]] = {
     "piadm": lambda table: piadm(table)(3),
     "piadm, 4 sweeps": lambda table: piadm(table)(3, 4),
     "srds": lambda table: paradiff.srds(),
-    "srds, batched, 2 iterations": lambda table: paradiff.srds(3, schedule="batched", iterations=2),
+    "srds, batched, 2 iterations": lambda table: paradiff.srds(3, ordering="batched", iterations=2),
     "srds, two step, rule change": lambda table: paradiff.srds(4, "two step", rule="change"),
     "srds, window 2, 3 rows": lambda table: paradiff.srds(4, window=2, rows=3),
     "srds, 2 coarse steps, rule sample": lambda table: paradiff.srds(3, 2, rule="sample"),

@@ -226,9 +226,9 @@ def test_the_models_folder_can_be_given(cli: Cli, tiny: Path, tmp_path: Path, mo
 WAVES: dict[str, tuple[int, str]] = {  # The number of blocks, and how the status begins.
     "--tolerance 2": (4, "converged"),
     "-m blocks=3 -m iterations=3": (3, "exact"),
-    "-m schedule=batched --tolerance 2": (3, "converged"),
-    "-m schedule=batched -m blocks=3 -m iterations=3": (3, "exact"),
-    "-m coarse=one-step -m schedule=pipelined -m blocks=2 --sampler ddpm": (2, "exact"),
+    "-m ordering=batched --tolerance 2": (3, "converged"),
+    "-m ordering=batched -m blocks=3 -m iterations=3": (3, "exact"),
+    "-m coarse=one-step -m ordering=pipelined -m blocks=2 --sampler ddpm": (2, "exact"),
     "-m coarse=two-step --tolerance 2": (4, "converged"),
     "--steps 20 -m blocks=3 -m coarse=2 -m iterations=1": (3, "stopped"),
     "-m coarse=freeze-epsilon -m blocks=3 -m rule=change --tolerance 1e-4": (3, "exact"),

@@ -118,7 +118,7 @@ def test_only_the_asked_sample_is_drawn(tmp_path: Path) -> None:
 BLOCKS = 4
 SRDS = {
     "pipelined": srds(BLOCKS, iterations=3),
-    "batched": srds(BLOCKS, schedule="batched", iterations=2),
+    "batched": srds(BLOCKS, ordering="batched", iterations=2),
     "two coarse steps": srds(BLOCKS, 2, iterations=2),
     "slope": srds(BLOCKS, parasolver().slope, iterations=2),
     "rows": srds(BLOCKS, rows=2, iterations=2),

@@ -27,7 +27,7 @@ from paradiff.chain.slope import Slope, identity, shifted, zero
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.options import DEFAULT_TOLERANCE, Target
 from paradiff.methods.parareal.method import PararealMethod
-from paradiff.methods.parareal.options import Choice, Schedule, StopRule
+from paradiff.methods.parareal.options import Choice, Ordering, StopRule
 from paradiff.methods.piadm import piadm_ode as piadm_ode
 from paradiff.methods.piadm import piadm_sde as piadm_sde
 from paradiff.methods.window.method import WindowMethod
@@ -149,7 +149,7 @@ def quasi_newton(
 def srds(
     blocks: int | Sequence[int] | None = None,
     coarse: Choice = "one step",
-    schedule: Schedule = "pipelined",
+    ordering: Ordering = "pipelined",
     tolerance: float | None = None,
     *,
     rule: StopRule = "error",
@@ -176,11 +176,11 @@ def srds(
     Args:
         blocks: Number of blocks B, balanced, or their edges as fine nodes, 0 and N included. None for the planner's number,
             the nearest whole number to sqrt(K N) for N steps (to sqrt(N) if batched), K being `iterations` or 2.
-        coarse: `one step` (the paper); `two step`, which leads the clean-data estimate by its trend and is worth most on
-            deterministic chains; a number of steps a block; the fine nodes it visits, block edges included; a coarse table
+        coarse: `one step` (the paper); `two step`, which extrapolates the clean-data estimate along its trend and is worth most
+            on deterministic chains; a number of steps a block; the fine nodes it visits, block edges included; a coarse table
             whose nodes are fine nodes; or a slope (chain/slope.py), which costs no network calls and makes the method
             ParaSolver's over whole blocks.
-        schedule: `pipelined`, or `batched` with barriers between sweeps.
+        ordering: Of the rows: `pipelined`, or `batched` with barriers between sweeps.
         tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 6e-3 by default. With
             `change`, in units of the standard deviation of the noise of a step between block edges, 0.1 by default. With
             `sample`, the root mean square change of the sample in its own units, 4e-3 by default; with `image`, the mean
@@ -192,7 +192,7 @@ def srds(
     """
     if tolerance is None:
         tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
-    return PararealMethod("srds", blocks, coarse, schedule, tolerance, rule, iterations, window, rows)
+    return PararealMethod("srds", blocks, coarse, ordering, tolerance, rule, iterations, window, rows)
 
 
 def collocation(

@@ -17,13 +17,13 @@ from torch import Tensor
 import paradiff.methods.parareal.coarse
 from paradiff import Keyed, Schedule, Table
 from paradiff.chain.slope import freeze_clean_data, identity
-from paradiff.methods.parareal.coarse import between, defect, of_table, one_step, two_step
+from paradiff.methods.parareal.coarse import between, of_table, one_step, propagator_mismatch, two_step
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 
-# Gaps of one step, of several, and one longer than DRAWN is not needed: the chunking has a test of its own.
-GAPS = {"even": [0, 3, 6, 9, 12], "uneven": [0, 1, 5, 7, 12], "whole": [0, 12], "single": list(range(13))}
+# Intervals of one step, of several, and one longer than DRAWN is not needed: the chunking has a test of its own.
+INTERVALS = {"even": [0, 3, 6, 9, 12], "uneven": [0, 1, 5, 7, 12], "whole": [0, 12], "single": list(range(13))}
 each_table = pytest.mark.parametrize("name", TABLES)
-each_gaps = pytest.mark.parametrize("gaps", GAPS)
+each_intervals = pytest.mark.parametrize("intervals", INTERVALS)
 
 
 def fitted(nodes: Sequence[int], table: Table) -> list[int]:
@@ -83,7 +83,7 @@ def test_one_step_is_the_samplers_own_long_step(name: str, lengths: str) -> None
     # Up to 60 steps multiplied together; each rounds to 1e-16 of numbers of size 1.
     assert gap(found.state[:, 0], state) < EXACT
     assert gap(found.clean[:, 0], clean) < EXACT
-    assert not found.lead.any()
+    assert not found.extrapolation.any()
     assert found.slope is None
 
 
@@ -124,10 +124,10 @@ def frozen(table: Table, noise: Keyed, left: int, right: int, x: Tensor, clean: 
 
 
 @each_table
-@each_gaps
-def test_a_coarse_step_is_the_fine_chain_with_its_estimate_frozen(name: str, gaps: str) -> None:
+@each_intervals
+def test_a_coarse_step_is_the_fine_chain_with_its_estimate_frozen(name: str, intervals: str) -> None:
     table, noise = TABLES[name], Keyed(SHAPE, 5)
-    nodes = fitted(GAPS[gaps], table)
+    nodes = fitted(INTERVALS[intervals], table)
     coarse = one_step(table, nodes)
     x, clean = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for n, (left, right) in enumerate(itertools.pairwise(nodes)):
@@ -139,7 +139,7 @@ def test_a_coarse_step_is_the_fine_chain_with_its_estimate_frozen(name: str, gap
 @each_table
 def test_the_aggregate_alone_is_what_noise_makes_of_nothing(name: str) -> None:
     table, noise, zero = TABLES[name], Keyed(SHAPE, 1), torch.zeros(SHAPE, dtype=torch.float64)
-    coarse = one_step(table, nodes := fitted(GAPS["uneven"], table))
+    coarse = one_step(table, nodes := fitted(INTERVALS["uneven"], table))
     sizes = []
     for n, (left, right) in enumerate(itertools.pairwise(nodes)):
         wanted = frozen(table, noise, left, right, zero, zero)
@@ -186,51 +186,51 @@ def test_at_most_so_many_noises_are_held_at_once(drawn: int, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("table", [dpmpp_2m(Schedule.linear(), 20), dpmpp_2m(Schedule.cosine(), 20, karras=True)])
-def test_the_lead_over_single_steps_is_that_of_dpm_solver(table: Table) -> None:
+def test_the_extrapolation_over_single_steps_is_that_of_dpm_solver(table: Table) -> None:
     # The table's D's are weighed by G (1 + r) and -G r, r = h/(2 h0); b carries a factor q.
     own, before = table.b[1:-1, 0] / table.q[1:-1], table.b[1:-1, 1] / table.q[:-2]
-    lead = -before / (own + before)
-    found = two_step(table, range(21)).lead
-    assert gap(found[1:-1], lead.clamp(max=0.5)) < 1e-9  # differences of logarithms that are close to each other
-    assert lead.min() < 0.45 or lead.max() > 0.5  # the ratio is not one half throughout
+    extrapolation = -before / (own + before)
+    found = two_step(table, range(21)).extrapolation
+    assert gap(found[1:-1], extrapolation.clamp(max=0.5)) < 1e-9  # differences of logarithms that are close to each other
+    assert extrapolation.min() < 0.45 or extrapolation.max() > 0.5  # the ratio is not one half throughout
     assert found[0] == found[-1] == 0
 
 
-def test_the_lead_is_half_the_ratio_of_lengths_in_log_snr_and_at_most_one_half() -> None:
+def test_the_extrapolation_is_half_the_ratio_of_lengths_in_log_snr_and_at_most_one_half() -> None:
     table, nodes = ddim(Schedule.linear(), 60), [0, 4, 30, 33, 50, 60]
     h = [math.log(table.alpha[n] / table.sigma[n]) for n in nodes[:-1]]
     lengths = [b - a for a, b in itertools.pairwise(h)]
     wanted = [0.0] + [min(b / a / 2, 0.5) for a, b in itertools.pairwise(lengths)] + [0.0]
     found = two_step(table, nodes)
-    assert found.lead.tolist() == pytest.approx(wanted, abs=1e-12)
+    assert found.extrapolation.tolist() == pytest.approx(wanted, abs=1e-12)
     assert 0 < min(wanted[1:-1]) < 0.5 == max(wanted)
     assert torch.equal(found.state, one_step(table, nodes).state)
     assert torch.equal(found.clean, one_step(table, nodes).clean)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddim pure noise", "ddpm", "euler", "heun", "flow_euler", "dpmpp_2m"])
-def test_nothing_leads_the_first_gap_or_one_beside_no_noise_or_no_signal(name: str) -> None:
+def test_nothing_is_extrapolated_over_the_first_interval_or_one_beside_no_noise_or_no_signal(name: str) -> None:
     table = TABLES[name]
-    nodes = fitted(GAPS["even"], table)
-    lead = two_step(table, nodes).lead
-    assert torch.isfinite(lead).all()
-    assert lead[0] == 0
+    nodes = fitted(INTERVALS["even"], table)
+    extrapolation = two_step(table, nodes).extrapolation
+    assert torch.isfinite(extrapolation).all()
+    assert extrapolation[0] == 0
     assert table.sigma[-1] == 0
-    assert lead[-1] == 0
+    assert extrapolation[-1] == 0
     blank = table.alpha[0] == 0
-    assert (lead[1] == 0) == blank  # the gap before it began at no signal, so it has no length to compare with
-    assert (lead[2:-1] > 0).all()
-    assert (lead <= 0.5).all()
+    assert (extrapolation[1] == 0) == blank  # the interval before it began at no signal, so it has no length to compare with
+    assert (extrapolation[2:-1] > 0).all()
+    assert (extrapolation <= 0.5).all()
 
 
-def test_a_gap_without_length_in_log_snr_leads_nothing() -> None:
-    # The two stages of a Heun step share a level: a gap between them has length 0, and the one after has nothing to divide by.
+def test_nothing_is_extrapolated_over_an_interval_without_length_in_log_snr() -> None:
+    # The two stages of a Heun step share a level: an interval between them has length 0, and the next has nothing to divide by.
     table = TABLES["heun"]
     assert table.sigma[3] == table.sigma[4]
-    lead = two_step(table, [0, 2, 3, 4, 6, 11]).lead
-    assert torch.isfinite(lead).all()
-    assert lead[2] == 0
-    assert lead[3] <= 0.5
+    extrapolation = two_step(table, [0, 2, 3, 4, 6, 11]).extrapolation
+    assert torch.isfinite(extrapolation).all()
+    assert extrapolation[2] == 0
+    assert extrapolation[3] <= 0.5
 
 
 # -- a slope -----------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_a_gap_without_length_in_log_snr_leads_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "flow_euler", "euler_ancestral"])
 def test_a_frozen_estimates_slope_is_the_coarse_steps_own_factor(name: str) -> None:
-    table, nodes = TABLES[name], GAPS["uneven"]
+    table, nodes = TABLES[name], INTERVALS["uneven"]
     found = between(table, nodes, freeze_clean_data)
     assert found.slope is not None
     assert gap(found.slope, one_step(table, nodes).state[:, 0]) < EXACT
@@ -346,7 +346,7 @@ def test_the_refusal_of_a_node_names_the_node() -> None:
         of_table(fine, bent)
 
 
-# -- the defect --------------------------------------------------------------------------------------------------------
+# -- the mismatch --------------------------------------------------------------------------------------------------------
 
 
 MEASURED = {
@@ -358,15 +358,15 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_the_defect_falls_with_the_number_of_coarse_steps(name: str) -> None:
+def test_the_mismatch_falls_with_the_number_of_coarse_steps(name: str) -> None:
     table, edges = MEASURED[name], list(range(0, 241, 24))
     found = []
     for count in (1, 2, 4, 8, 24):
         nodes = [0] + [e + 24 * k // count for e in edges[:-1] for k in range(1, count + 1)]
-        found.append(defect(table, one_step(table, nodes), edges))
+        found.append(propagator_mismatch(table, one_step(table, nodes), edges))
     for more, fewer in itertools.pairwise(found):
         assert (fewer < more).all()
-    # Steps of first order: eight times as many, an eighth of the defect, but for the last block, which ends at data.
+    # Steps of first order: eight times as many, an eighth of the mismatch, but for the last block, which ends at data.
     assert (found[3][:-1] < found[0][:-1] / 4).all()
     assert (found[3] > 1e-6).all()
     assert gap(found[-1], torch.zeros(10)) < EXACT  # the coarse steps are the fine ones
@@ -400,12 +400,12 @@ VARIANCES = [10 ** (exponent / 33) for exponent in range(-132, 67)]
 
 @pytest.mark.parametrize("name", MEASURED)
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_defect_is_what_gaussian_data_show_between_fine_and_coarse_steps(name: str, count: int) -> None:
+def test_the_mismatch_is_what_gaussian_data_show_between_fine_and_coarse_steps(name: str, count: int) -> None:
     table, left, right = MEASURED[name], 120, 144
     nodes = [left + 24 * k // count for k in range(count + 1)]
     fine = [answered(table, range(left, right + 1), v) for v in VARIANCES]
     worst = max(abs(f - answered(table, nodes, v)) for f, v in zip(fine, VARIANCES, strict=True))
-    found = float(defect(table, one_step(table, [0, *nodes, 240]), [0, left, right, 240])[1])
+    found = float(propagator_mismatch(table, one_step(table, [0, *nodes, 240]), [0, left, right, 240])[1])
     assert 0.99 * worst <= found <= 1.01 * worst
     # The fine steps are not the flow: what is told from it here is more than the margins allow.
     flow = max(abs(flowed(table, left, right, v) - answered(table, nodes, v)) for v in VARIANCES)
@@ -419,34 +419,34 @@ def test_a_sampler_of_higher_order_and_a_led_propagator_are_measured_from_the_fl
     left, right = 20, 40
     edges = [0, left, right, table.steps]
     worst = max(abs(flowed(table, left, right, v) - answered(table, [left, right], v)) for v in VARIANCES)
-    found = float(defect(table, (two_step if name == "ddim" else one_step)(table, edges), edges)[1])
+    found = float(propagator_mismatch(table, (two_step if name == "ddim" else one_step)(table, edges), edges)[1])
     assert 0.99 * worst <= found <= 1.01 * worst
     steps = max(abs(answered(table, range(left, right + 1), v) - answered(table, [left, right], v)) for v in VARIANCES)
     assert abs(steps / worst - 1) > 0.02
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if TABLES[name].band == 1])
-def test_there_is_no_defect_where_the_coarse_step_is_the_fine_one(name: str) -> None:
-    table, edges = TABLES[name], GAPS["uneven"]
-    found = defect(table, one_step(table, edges), edges)
+def test_there_is_no_mismatch_where_the_coarse_step_is_the_fine_one(name: str) -> None:
+    table, edges = TABLES[name], INTERVALS["uneven"]
+    found = propagator_mismatch(table, one_step(table, edges), edges)
     assert float(found[0]) < EXACT  # a block of one step
     assert float(found[1:].min()) > 1e-6
 
 
-def test_a_slopes_defect_is_that_of_the_slope() -> None:
+def test_a_slopes_mismatch_is_that_of_the_slope() -> None:
     table, edges = MEASURED["ddim"], [0, 80, 160, 240]
     # D that does not answer is right for data of no width, and off by all of D's answer for wide data; 1 is off elsewhere.
-    frozen_data, one = (defect(table, between(table, edges, s), edges) for s in (freeze_clean_data, identity))
+    frozen_data, one = (propagator_mismatch(table, between(table, edges, s), edges) for s in (freeze_clean_data, identity))
     fine = [answered(table, range(81), float(v)) for v in torch.logspace(-4, 2, 49, dtype=torch.float64)]
     for found, slope in ((frozen_data, float(table.sigma[80] / table.sigma[0])), (one, 1.0)):
         assert float(found[0]) == pytest.approx(max(abs(f - slope) for f in fine), rel=1e-9)
-    assert (defect(table, one_step(table, edges), edges) < frozen_data).all()
+    assert (propagator_mismatch(table, one_step(table, edges), edges) < frozen_data).all()
 
 
-def test_every_block_has_its_defect_and_no_defect_is_nothing() -> None:
+def test_every_block_has_its_mismatch_and_no_mismatch_is_nothing() -> None:
     for table in TABLES.values():
-        edges = fitted(GAPS["uneven"], table)
-        found = defect(table, two_step(table, edges), edges)
+        edges = fitted(INTERVALS["uneven"], table)
+        found = propagator_mismatch(table, two_step(table, edges), edges)
         assert found.shape == (len(edges) - 1,)
         assert (found > 0).all()
         assert torch.isfinite(found).all()

@@ -16,7 +16,7 @@ from paradiff import Keyed, Schedule, Solution, Table, sample, sequential, srds
 from paradiff.chain.slope import Slope, freeze_clean_data, identity, shifted
 from paradiff.methods import PararealMethod, WindowMethod
 from paradiff.methods.parareal.options import Choice, StopRule
-from paradiff.methods.parareal.options import Schedule as Order
+from paradiff.methods.parareal.options import Ordering as Order
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, flow_euler, heun
 
 each_schedule = pytest.mark.parametrize("order", ["pipelined", "batched"])
@@ -65,7 +65,7 @@ class Textbook:
         table: DDIM, DDPM, rectified flow or DPM-Solver++(2M).
         edges: Block edges.
         nodes: Coarse nodes; the edges by default.
-        lead: Whether the coarse propagator leads its estimate by the trend.
+        extrapolates: Whether the coarse propagator extrapolates its estimate along the trend.
         slope: For the propagator without a network: the slope of every block.
     """
 
@@ -74,11 +74,11 @@ class Textbook:
         table: Table,
         edges: Sequence[int],
         nodes: Sequence[int] | None = None,
-        lead: bool = False,
+        extrapolates: bool = False,
         slope: Sequence[float] | None = None,
     ) -> None:
         self.table, self.edges, self.nodes = table, edges, edges if nodes is None else nodes
-        self.lead, self.slope, self.noise = lead, slope, Keyed(SHAPE)
+        self.extrapolates, self.slope, self.noise = extrapolates, slope, Keyed(SHAPE)
 
     def fine(self, block: int, start: list[Tensor]) -> list[Tensor]:
         """The chain's own steps over a block."""
@@ -106,7 +106,7 @@ class Textbook:
         nodes = [n for n in self.nodes if self.edges[block] <= n <= self.edges[block + 1]]
         for i, j in itertools.pairwise(nodes):
             clean = led = estimate(table, i, x)
-            if self.lead and before is not None and node is not None and j < table.steps:
+            if self.extrapolates and before is not None and node is not None and j < table.steps:
                 h, h0 = (math.log(float(self.snr(b) / self.snr(a))) for a, b in ((i, j), (node, i)))
                 led = clean + min(h / (2 * h0), 0.5) * (clean - before)
             if table.name == "dpmpp_2m":  # the node before j, if the estimate was the same in all steps
@@ -174,9 +174,9 @@ def solved(table: Table, method: PararealMethod | WindowMethod) -> Solution:
 
 
 @cache
-def textbook(name: str, edges: tuple[int, ...], nodes: tuple[int, ...], iterations: int, lead: bool = False) -> Tensor:
+def textbook(name: str, edges: tuple[int, ...], nodes: tuple[int, ...], iterations: int, extrapolates: bool = False) -> Tensor:
     """A textbook sample, which several tests share."""
-    return Textbook(BOOK[name], edges, nodes, lead)(iterations)
+    return Textbook(BOOK[name], edges, nodes, extrapolates)(iterations)
 
 
 def to_textbook(name: str, edges: Sequence[int], iterations: int, order: Order, coarse: Choice = "one step") -> float:
@@ -255,7 +255,7 @@ def test_two_step_is_textbook_parareal_with_a_led_estimate(name: str, edges: str
     for iterations in range(4):
         assert to_textbook(name, EDGES[edges], iterations, order, "two step") < EXACT
     places = tuple(EDGES[edges])
-    assert gap(textbook(name, places, places, 0, True), textbook(name, places, places, 0)) > 1e-6  # the lead does something
+    assert gap(textbook(name, places, places, 0, True), textbook(name, places, places, 0)) > 1e-6  # it matters
 
 
 LINEAR: dict[str, tuple[Slope, Callable[[Table, int, int], float]]] = {
@@ -303,7 +303,7 @@ def test_the_planner_takes_the_nearest_whole_number_to_its_root(steps: int, iter
     table = flow_euler(steps)
     orders: dict[Order, int] = {"pipelined": steps * (2 if iterations is None else iterations), "batched": steps}
     for order, product in orders.items():
-        blocks = len(srds(schedule=order, iterations=iterations).edges(table)) - 1
+        blocks = len(srds(ordering=order, iterations=iterations).edges(table)) - 1
         nearest = min(range(product + 2), key=lambda b: abs(b - math.sqrt(product)))
         assert blocks == max(1, min(nearest, steps))
 
@@ -386,7 +386,7 @@ SLIDES = "which looks at the end of the chain; a window slides by rule 'error' o
     [
         ({"blocks": 0}, "blocks is 0; give at least 1 block, the edges of the blocks, or None"),
         ({"blocks": -4}, "blocks is -4; give at least 1 block"),
-        ({"schedule": "eager"}, "schedule is 'eager'; it must be one of pipelined, batched"),
+        ({"ordering": "eager"}, "ordering is 'eager'; it must be one of pipelined, batched"),
         ({"rule": "residual"}, "rule is 'residual'; it must be one of error, change, sample, image"),
         ({"coarse": "three step"}, f"coarse is 'three step'; {UNKNOWN}"),
         ({"coarse": 0}, "coarse is 0 steps a block; it must be at least 1"),
@@ -403,18 +403,18 @@ SLIDES = "which looks at the end of the chain; a window slides by rule 'error' o
         ({"window": 2, "rule": "sample"}, f"window was given with rule 'sample', {SLIDES}"),
         ({"window": 2, "rule": "image"}, f"window was given with rule 'image', {SLIDES}"),
         (
-            {"window": 2, "schedule": "batched"},
-            "window was given with the batched schedule, which has none; use schedule='pipelined'",
+            {"window": 2, "ordering": "batched"},
+            "window was given with the batched ordering, which has none; use ordering='pipelined'",
         ),
         (
-            {"rows": 2, "schedule": "batched"},
-            "rows was given with the batched schedule, which has none; use schedule='pipelined'",
+            {"rows": 2, "ordering": "batched"},
+            "rows was given with the batched ordering, which has none; use ordering='pipelined'",
         ),
         (
-            {"coarse": identity, "schedule": "batched"},
-            "the coarse propagator is a slope, which has no sweep to batch; use schedule='pipelined'",
+            {"coarse": identity, "ordering": "batched"},
+            "the coarse propagator is a slope, which has no sweep to batch; use ordering='pipelined'",
         ),
-        ({"coarse": torch.ones(12), "schedule": "batched"}, "the coarse propagator is a slope, which has no sweep to batch"),
+        ({"coarse": torch.ones(12), "ordering": "batched"}, "the coarse propagator is a slope, which has no sweep to batch"),
         (
             {"coarse": freeze_clean_data, "window": 2},
             "window was given with a coarse propagator that is a slope; parasolver with a stride, a slope and a window is that",

@@ -21,7 +21,9 @@ import paradiff.methods.parareal.options
 from paradiff import Keyed, Table, sample, srds
 from paradiff.chain import Noise
 from paradiff.methods.parareal.coarse import Coarse, one_step
-from paradiff.methods.parareal.solver import PararealQuery, PararealSolver
+from paradiff.methods.parareal.queue import PararealQuery
+from paradiff.methods.parareal.solver import PararealSolver
+from paradiff.methods.parareal.steps import FineSteps
 from paradiff.methods.parareal.stopping import BlockRun, EdgeUpdate, StoppingRule
 from paradiff.solver.solution import Status
 
@@ -97,13 +99,13 @@ def test_a_wrong_aggregate_of_noise_is_seen_by_the_textbook_alone(fault: str, mo
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[PararealSolver, EdgeUpdate, BlockRun], None]) -> None:
-    """Spoils every corrected value once it is made; `spoil` gets it and the solve of the iteration before."""
+    """Spoils every corrected value once it is made; `spoil` gets it and the run of the iteration before."""
     assign = PararealSolver._assign
 
-    def wrong(self: PararealSolver, formed: EdgeUpdate) -> None:
-        assign(self, formed)
-        if formed.kind == "corrected":
-            spoil(self, formed, self.solves[formed.solve.block - 1][formed.solve.level - 1])
+    def wrong(self: PararealSolver, update: EdgeUpdate) -> None:
+        assign(self, update)
+        if update.kind == "corrected":
+            spoil(self, update, self.runs.at[update.run.block - 1][update.run.level - 1])
 
     monkeypatch.setattr(PararealSolver, "_assign", wrong)
 
@@ -115,10 +117,10 @@ def test_a_correction_of_a_wrong_difference_is_seen_by_the_textbook_alone(
 ) -> None:
     assert to_book(name, 1) < EXACT
 
-    def spoil(self: PararealSolver, formed: EdgeUpdate, old: BlockRun) -> None:
-        new, before = self.pool[formed.source.end], self.pool[old.end]
+    def spoil(self: PararealSolver, update: EdgeUpdate, old: BlockRun) -> None:
+        new, before = self.runs.pool.states[update.source.end], self.runs.pool.states[old.end]
         more = {"without the old value": before, "without the new value": -new, "with its sign turned": 2 * (before - new)}
-        self.pool[formed.solve.start] += more[fault]
+        self.runs.pool.states[update.run.start] += more[fault]
 
     plant(monkeypatch, spoil)
     assert to_book(name, 1) > SEEN
@@ -130,9 +132,9 @@ def test_a_fine_value_of_the_iteration_before_is_seen_by_the_textbook_alone(name
     assert to_book(name, 2) < EXACT
     kept: dict[int, Tensor] = {}
 
-    def spoil(self: PararealSolver, formed: EdgeUpdate, old: BlockRun) -> None:
-        now = self.pool[old.run].clone()
-        self.pool[formed.solve.start] += kept.get(old.block, now) - now if old.level else 0
+    def spoil(self: PararealSolver, update: EdgeUpdate, old: BlockRun) -> None:
+        now = self.runs.pool.states[old.running].clone()
+        self.runs.pool.states[update.run.start] += kept.get(old.block, now) - now if old.level else 0
         kept[old.block] = now
 
     plant(monkeypatch, spoil)
@@ -148,8 +150,8 @@ def test_a_history_that_is_not_corrected_is_seen_by_the_textbook_alone(part: str
     assert to_book("dpmpp_2m", 2) < EXACT
     places = {"state": slice(1, 2), "output": slice(2, 3), "both": slice(1, 3)}[part]
 
-    def spoil(self: PararealSolver, formed: EdgeUpdate, old: BlockRun) -> None:
-        self.pool[formed.solve.start, places] = self.pool[old.run, places]
+    def spoil(self: PararealSolver, update: EdgeUpdate, old: BlockRun) -> None:
+        self.runs.pool.states[update.run.start, places] = self.runs.pool.states[old.running, places]
 
     plant(monkeypatch, spoil)
     assert to_book("dpmpp_2m", 2) > SEEN
@@ -161,14 +163,14 @@ def test_a_history_that_is_not_corrected_is_seen_by_the_textbook_alone(part: str
 
 def test_a_fine_step_with_the_next_nodes_noise_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain("ddpm") < EXACT
-    step = PararealSolver._fine_step
+    step = FineSteps.__call__
 
-    def wrong(self: PararealSolver, query: PararealQuery, rows: list[int], m: Tensor) -> None:
-        noise, self.noise = self.noise, Later(self.noise)
+    def wrong(self: FineSteps, query: PararealQuery, rows: list[int], m: Tensor) -> None:
+        noise, self._noise = self._noise, Later(self._noise)
         step(self, query, rows, m)
-        self.noise = noise
+        self._noise = noise
 
-    monkeypatch.setattr(PararealSolver, "_fine_step", wrong)
+    monkeypatch.setattr(FineSteps, "__call__", wrong)
     assert to_chain("ddpm") > SEEN
     assert to_book("ddpm", 0) < EXACT  # no fine step in it
 
@@ -176,14 +178,14 @@ def test_a_fine_step_with_the_next_nodes_noise_is_seen_by_the_chain(monkeypatch:
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
 def test_an_edge_settled_one_iteration_too_early_is_seen_by_the_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(name) < EXACT
-    monkeypatch.setattr(StoppingRule, "passes", lambda self, solve: 1 <= solve.block - 1 <= solve.level)
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, run: 1 <= run.block - 1 <= run.level)
     assert to_chain(name) > SEEN
 
 
 def test_an_edge_settled_too_early_is_seen_by_nothing_that_the_run_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     # Why the check above is needed: what settles counts as the estimate says, and an estimate of nothing is exact.
-    monkeypatch.setattr(StoppingRule, "passes", lambda self, solve: 1 <= solve.block - 1 <= solve.level)
-    monkeypatch.setattr(StoppingRule, "estimate", lambda self, solve: 0.0)
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, run: 1 <= run.block - 1 <= run.level)
+    monkeypatch.setattr(StoppingRule, "estimate", lambda self, run: 0.0)
     found = sample(network, TABLES["ddpm"], Keyed(SHAPE), srds(BLOCKS, iterations=4), dtype=torch.float64)
     assert found.estimated_error == 0
     assert found.status is Status.EXACT

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from paradiff import Evaluator, Keyed, Recorded, Schedule, Solution, Table, sample, sequential, solve, srds
 from paradiff.methods import PararealMethod
-from paradiff.methods.parareal.options import Schedule as Order
+from paradiff.methods.parareal.options import Ordering as Order
 from paradiff.methods.parareal.options import StopRule
+from paradiff.methods.parareal.pool import StatePool
 from paradiff.methods.parareal.solver import PararealSetup, PararealSolver
 from paradiff.samplers import ddim, dpmpp_2m
 from paradiff.solver import Denoiser, PararealRecord
@@ -62,13 +63,13 @@ def lengths_of(method: PararealMethod, table: Table) -> list[int]:
 
 def edge_values(table: Table, method: PararealMethod, denoiser: Denoiser = network) -> dict[tuple[int, int], Tensor]:
     """Every value that sample 0's edges are given, by (edge, iteration), from a run stepped by hand."""
-    course = PararealSetup(table, method, torch.device("cpu"), torch.float64)
-    front, values = PararealSolver(course, Keyed(SHAPE), 0, None), {}
+    setup = PararealSetup(table, method, torch.device("cpu"), torch.float64)
+    front, values = PararealSolver(setup, Keyed(SHAPE), 0, None), {}
     while not front.done:
         query = front.ask()
-        norms = front.tell(query, denoiser(query.rows, course.t[query.nodes]))
-        for made in front.formed:
-            values[made.solve.block, made.solve.level] = front.pool[made.solve.start, 0].clone()
+        norms = front.tell(query, denoiser(query.rows, setup.t[query.nodes]))
+        for made in front.updates:
+            values[made.run.block, made.run.level] = front.runs.pool.states[made.run.start, 0].clone()
         front.advance(norms.tolist(), front.rounds + 1)
     return values
 
@@ -92,12 +93,12 @@ def test_rounds_and_widest_batch_are_the_closed_forms(
     length = steps // blocks
     wanted = {"pipelined": iterations * (length - 1) + blocks, "batched": blocks + iterations * (length + blocks)}
     assert wanted == {"pipelined": pipelined[iterations - 1], "batched": batched[iterations - 1]}
-    for schedule in ORDERS:
-        found = run(table, srds(blocks, schedule=schedule, iterations=iterations))
-        assert found.rounds == wanted[schedule]
+    for ordering in ORDERS:
+        found = run(table, srds(blocks, ordering=ordering, iterations=iterations))
+        assert found.rounds == wanted[ordering]
         # Blocks are as long as there are blocks, so that from one iteration on all of them run at once, and never more.
         assert max(len(w.rows) for w in waves(found)) == blocks
-        if schedule == "batched":
+        if ordering == "batched":
             assert found.evaluations == blocks + iterations * (steps + blocks)
 
 
@@ -110,9 +111,9 @@ def test_short_chains_of_many_blocks_have_the_rows_of_their_overlapping_waves(bl
     assert max(len(w.rows) for w in waves(found)) == min(blocks, 4 * iterations + 1)
 
 
-@pytest.mark.parametrize("schedule", ORDERS)
-def test_no_iteration_is_the_coarse_sweep_alone(schedule: Order) -> None:
-    found = run(long_table(20), srds(5, schedule=schedule, iterations=0))
+@pytest.mark.parametrize("ordering", ORDERS)
+def test_no_iteration_is_the_coarse_sweep_alone(ordering: Order) -> None:
+    found = run(long_table(20), srds(5, ordering=ordering, iterations=0))
     assert (found.rounds, found.evaluations) == (5, 5)
 
 
@@ -164,7 +165,7 @@ def test_batched_rows_are_sweeps_with_barriers() -> None:
         for iterations in range(len(lengths) + 1):
             for coarse in (1, 2):
                 found = run(long_table(edges[-1]), srds(edges, coarse, "batched", iterations=iterations))
-                assert rows_of(found) == simulate(lengths, iterations, coarse, schedule="batched")
+                assert rows_of(found) == simulate(lengths, iterations, coarse, ordering="batched")
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 4, 6])
@@ -193,11 +194,11 @@ def test_no_state_at_the_start_of_a_block_is_evaluated_twice(name: str) -> None:
     for blocks, iterations in ((3, 1), (4, 2)):
         edges = srds(blocks).edges(table)
         counts = [
-            {n: c for (n, _), c in evaluated(table, srds(blocks, schedule=s, iterations=iterations)).items() if n in edges}
+            {n: c for (n, _), c in evaluated(table, srds(blocks, ordering=s, iterations=iterations)).items() if n in edges}
             for s in ORDERS
         ]
         assert max(counts[0].values()) == 1
-        assert max(counts[1].values()) > 1, "the batched schedule shares nothing, so nothing was shown"
+        assert max(counts[1].values()) > 1, "the batched ordering shares nothing, so nothing was shown"
 
 
 # The sample.
@@ -216,7 +217,7 @@ def test_as_many_iterations_as_blocks_reach_the_chain_in_no_more_rounds_than_ste
         assert found.message == "exact: every node was reached by the chain's own steps"
         assert (found.estimated_error, found.residual) == (0, 0)
         if blocks <= 4:
-            batched = run(table, srds(blocks, schedule="batched", iterations=blocks))
+            batched = run(table, srds(blocks, ordering="batched", iterations=blocks))
             assert gap(batched.sample[0], wanted) < EXACT, f"{blocks} blocks"
 
 
@@ -233,21 +234,21 @@ def test_the_exact_sample_has_the_bits_of_the_sequential_one(name: str, blocks: 
 
 
 @each_table
-def test_both_schedules_give_the_same_sample_after_every_number_of_iterations(name: str) -> None:
+def test_both_orderings_give_the_same_sample_after_every_number_of_iterations(name: str) -> None:
     table = TABLES[name]
     # Blocks of one or two steps are among them, whose first edges are exact before the coarse sweep has passed the next ones.
     short = [0, 1, 5, 6, 9, table.steps]
     for blocks, numbers in ((1, [1]), (4, [0, 2, 4]), (6, [3]), (table.steps, [2]), (short, [1, 3])):
         for iterations in numbers:
-            pair = [run(table, srds(blocks, schedule=s, iterations=iterations)).sample for s in ORDERS]
+            pair = [run(table, srds(blocks, ordering=s, iterations=iterations)).sample for s in ORDERS]
             assert gap(*pair) < EXACT, f"{blocks} blocks, {iterations} iterations"
 
 
 @each_table
-@pytest.mark.parametrize("schedule", ORDERS)
-def test_after_p_iterations_the_first_p_edges_are_exact(name: str, schedule: Order) -> None:
+@pytest.mark.parametrize("ordering", ORDERS)
+def test_after_p_iterations_the_first_p_edges_are_exact(name: str, ordering: Order) -> None:
     table = TABLES[name]
-    method = srds(4, schedule=schedule, iterations=4)
+    method = srds(4, ordering=ordering, iterations=4)
     edges, states = method.edges(table), chain(network, table, Keyed(SHAPE))
     values = edge_values(table, method)
     assert {(n, n) for n in range(1, 5)} <= set(values)
@@ -304,12 +305,12 @@ def test_a_multistep_history_travels_with_the_edge_and_restarts_refer_to_the_res
 def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[Table, PararealMethod], tuple[int, int]]:
     """A function that runs a method and returns the most states that were held at once, and the size of the pool."""
     most: Counter[str] = Counter()
-    take = PararealSolver._slot
+    take = StatePool.take
 
-    def counted(front: PararealSolver) -> int:
-        slot = take(front)
-        most["held"] = max(most["held"], len(front.pool) - len(front.free))
-        most["pool"] = max(most["pool"], len(front.pool))
+    def counted(pool: StatePool) -> int:
+        slot = take(pool)
+        most["held"] = max(most["held"], len(pool.states) - len(pool.free))
+        most["pool"] = max(most["pool"], len(pool.states))
         return slot
 
     def measure(table: Table, method: PararealMethod) -> tuple[int, int]:
@@ -317,7 +318,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[Table, PararealMethod], t
         run(table, method)
         return most["held"], most["pool"]
 
-    monkeypatch.setattr(PararealSolver, "_slot", counted)
+    monkeypatch.setattr(StatePool, "take", counted)
     return measure
 
 
@@ -387,12 +388,12 @@ def test_speculation_stops_when_the_answer_of_a_sample_is_known() -> None:
 
 def _alone(table: Table, quiet: Tensor) -> list[PararealSolver]:
     """Both samples, each stepped by hand."""
-    course, fronts = PararealSetup(table, srds(8), torch.device("cpu"), torch.float64), []
+    setup, fronts = PararealSetup(table, srds(8), torch.device("cpu"), torch.float64), []
     for k in range(2):
-        front = PararealSolver(course, Keyed(SHAPE, samples=2), k, None)
+        front = PararealSolver(setup, Keyed(SHAPE, samples=2), k, None)
         while not front.done:
             query = front.ask()
-            norms = front.tell(query, quick_and_slow(query.rows, course.t[query.nodes], quiet[[k] * len(query.nodes)]))
+            norms = front.tell(query, quick_and_slow(query.rows, setup.t[query.nodes], quiet[[k] * len(query.nodes)]))
             front.advance(norms.tolist(), front.rounds)
         fronts.append(front)
     return fronts
@@ -409,7 +410,7 @@ def paired(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
 SHIFTS = torch.tensor([0.0, 1.0, -0.7], dtype=torch.float64)
 LOOSE = {
     "pipelined": srds(4),
-    "batched": srds(4, schedule="batched"),
+    "batched": srds(4, ordering="batched"),
     "window": srds(4, window=2),
     "change": srds(4, rule="change"),
     "sample": srds(4, rule="sample"),
@@ -484,9 +485,9 @@ def test_a_given_start_takes_the_place_of_the_noise(name: str) -> None:
 
 
 @each_table
-@pytest.mark.parametrize("schedule", ORDERS)
-def test_float32_states_reach_the_sample_to_float32_accuracy(name: str, schedule: Order) -> None:
-    found = run(TABLES[name], srds(4, schedule=schedule, iterations=4), samples=2, dtype=torch.float32)
+@pytest.mark.parametrize("ordering", ORDERS)
+def test_float32_states_reach_the_sample_to_float32_accuracy(name: str, ordering: Order) -> None:
+    found = run(TABLES[name], srds(4, ordering=ordering, iterations=4), samples=2, dtype=torch.float32)
     assert found.sample.dtype == torch.float32
     # 12 steps with coefficients up to 30 on roundings of 6e-8.
     assert gap(found.sample, chains(network, TABLES[name], Keyed(SHAPE, 0, 2))) < 1e-4
@@ -547,7 +548,7 @@ def test_an_output_that_is_not_finite_on_the_chain_is_named(name: str, bad: floa
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
     "method",
-    [srds(4, schedule="batched", iterations=4), srds(4, schedule="batched"), srds(4, iterations=1), srds(4, iterations=0)],
+    [srds(4, ordering="batched", iterations=4), srds(4, ordering="batched"), srds(4, iterations=1), srds(4, iterations=0)],
 )
 def test_no_sample_that_is_not_finite_is_returned(method: PararealMethod, bad: float) -> None:
     # Here nothing, or nothing that the coarse sweep has not spoilt, is walked by the chain's own steps, so no block is named.

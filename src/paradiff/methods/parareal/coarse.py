@@ -1,16 +1,16 @@
-"""The coarse propagator of Parareal: one cheap step over a gap of many fine ones.
+"""The coarse propagator of Parareal: one cheap step over an interval of many fine ones.
 
 With the clean-data estimate frozen at D, the fine chain from node l to node r is a linear recurrence, and so one step:
 
     x[r] = a x[l] + d D + sum_{l<=i<r} w[i] z[i]                                                                  (1)
 
 For every one-step sampler of paradiff.samplers this is the sampler's own step from l to r (steps of DDIM, DDPM, Euler and
-their like compose when D is the same in all), and the last term is the exact aggregate of the gap's noises: its variance, the
-sum of w^2, is what that sampler's long step would add, and its path is the fine chain's own.
+their like compose when D is the same in all), and the last term is the exact aggregate of the interval's noises: its variance,
+the sum of w^2, is what that sampler's long step would add, and its path is the fine chain's own.
 
-`two_step` leads D by its trend between the last two coarse nodes, D + u (D - D before), as DPM-Solver++(2M) does (Lu et al.,
-arXiv 2211.01095, algorithm 2): second order from the same network calls. That pays on deterministic chains, whose D runs
-smoothly.
+`two_step` extrapolates D along its trend between the last two coarse nodes, D + u (D - D before), as DPM-Solver++(2M) does (Lu
+et al., arXiv 2211.01095, algorithm 2): second order from the same network calls. That pays on deterministic chains, whose D
+runs smoothly.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from paradiff.chain.noise import Noise
 from paradiff.chain.slope import Slope, freeze_clean_data, over_intervals, resolve
 from paradiff.chain.table import Table
 
-DRAWN = 64  # noises held at once while a gap's are added up
+DRAWN = 64  # noises held at once while an interval's are added up
 LEVELS = 1e-9  # relative difference of levels at which a coarse table's node is a fine node
 
 
 @dataclass(frozen=True)
 class Coarse:
-    """Coarse steps between some nodes of a fine table. M gaps, band P, N fine steps.
+    """Coarse steps between some nodes of a fine table. M intervals, band P, N fine steps.
 
     Attributes:
         nodes: `M+1` fine nodes, rising, 0 and N included.
         state: `[M, P]` a of equation (1), for the node reached and, where the table reads earlier states, the P - 1 before it.
         clean: `[M, P]` d, likewise.
-        weights: `[P, N]` w, likewise: fine step i counts in the gap it lies in.
-        lead: `[M]` u, the weight of D - D before; zero for a one-step propagator.
+        weights: `[P, N]` w, likewise: fine step i counts in the interval it lies in.
+        extrapolation: `[M]` u, the weight of D - D before; zero for a one-step propagator.
         slope: `[M]` for a propagator that needs no network after the first step: a change of x[l] reaches x[r] multiplied by
             it. None otherwise.
     """
@@ -48,12 +48,12 @@ class Coarse:
     state: Tensor
     clean: Tensor
     weights: Tensor
-    lead: Tensor
+    extrapolation: Tensor
     slope: Tensor | None = None
 
-    def aggregate(self, noise: Noise, sample: int, gap: int) -> Tensor:
-        """`[P, ...]` the noise term of equation (1) over one gap, in float64."""
-        left, right = self.nodes[gap], self.nodes[gap + 1]
+    def aggregate(self, noise: Noise, sample: int, interval: int) -> Tensor:
+        """`[P, ...]` the noise term of equation (1) over one interval, in float64."""
+        left, right = self.nodes[interval], self.nodes[interval + 1]
         parts = []
         for begin in range(left, right, DRAWN):
             end = min(begin + DRAWN, right)
@@ -71,7 +71,7 @@ def one_step(table: Table, nodes: Sequence[int]) -> Coarse:
     state, clean = torch.zeros(2, len(nodes) - 1, band, dtype=torch.float64)
     weights = torch.zeros(band, table.steps, dtype=torch.float64)
     for n, (left, right) in enumerate(itertools.pairwise(nodes)):
-        recent = [(1.0, 0.0)] * band  # what came before the gap counts as its first state
+        recent = [(1.0, 0.0)] * band  # what came before the interval counts as its first state
         for i in range(left, right):
             a = sum(g * r[0] for g, r in zip(rows[i], recent, strict=True))
             d = sum(g * r[1] for g, r in zip(rows[i], recent, strict=True)) + forcing[i]
@@ -93,15 +93,15 @@ def _reach(rows: list[list[float]], left: int, right: int) -> Tensor:
 
 
 def two_step(table: Table, nodes: Sequence[int]) -> Coarse:
-    """Equation (1) with the clean-data estimate led by half the ratio of this gap's length to the last one's, in log-SNR, at
-    most 1/2. The first gap, and gaps that begin or end at no noise or no signal, take one step."""
+    """Equation (1) with the clean-data estimate extrapolated by half the ratio of this interval's length to the last one's,
+    in log-SNR, at most 1/2. The first interval, and intervals that begin or end at no noise or no signal, take one step."""
     log_snr = (table.alpha / table.sigma).log()[list(nodes)]
     length = log_snr.diff()
-    lead = torch.zeros_like(length)
-    lead[1:] = (length[1:] / length[:-1] / 2).clamp(max=0.5)
-    lead[~(lead > 0)] = 0
-    lead[1:][~torch.isfinite(length[1:]) | ~torch.isfinite(length[:-1])] = 0
-    return replace(one_step(table, nodes), lead=lead)
+    extrapolation = torch.zeros_like(length)
+    extrapolation[1:] = (length[1:] / length[:-1] / 2).clamp(max=0.5)
+    extrapolation[~(extrapolation > 0)] = 0
+    extrapolation[1:][~torch.isfinite(length[1:]) | ~torch.isfinite(length[:-1])] = 0
+    return replace(one_step(table, nodes), extrapolation=extrapolation)
 
 
 def between(table: Table, nodes: Sequence[int], slope: Slope) -> Coarse:
@@ -116,7 +116,7 @@ def of_table(table: Table, coarse: Table) -> Coarse:
 
     Raises:
         ValueError: If a node of `coarse` is no node of the fine table, it does not run from the first to the last of them, its
-            band is not 1, or it adds noise in a gap where the fine table adds none.
+            band is not 1, or it adds noise in an interval where the fine table adds none.
     """
     if coarse.band != 1:
         raise ValueError(f"the coarse table {coarse.name!r} has band {coarse.band}; a coarse propagator is a one-step sampler")
@@ -145,12 +145,12 @@ def of_table(table: Table, coarse: Table) -> Coarse:
 def _node_of(table: Table, coarse: Table, k: int) -> int:
     """The fine node at the levels of the coarse table's node k."""
     alpha, sigma = coarse.alpha[k], coarse.sigma[k]
-    gap = (table.alpha - alpha).abs() / alpha.clamp(min=1e-3) + (table.sigma - sigma).abs() / sigma.clamp(min=1e-3)
-    fits = (gap <= LEVELS).nonzero()[:, 0].tolist()  # two of a two-stage sampler, of which one lies within a step
-    node = next((n for n in fits if n in table.restarts), int(gap.argmin()))
-    if k == coarse.steps and gap[-1] <= LEVELS:
+    mismatch = (table.alpha - alpha).abs() / alpha.clamp(min=1e-3) + (table.sigma - sigma).abs() / sigma.clamp(min=1e-3)
+    fits = (mismatch <= LEVELS).nonzero()[:, 0].tolist()  # two of a two-stage sampler, of which one lies within a step
+    node = next((n for n in fits if n in table.restarts), int(mismatch.argmin()))
+    if k == coarse.steps and mismatch[-1] <= LEVELS:
         node = table.steps
-    if gap[node] > LEVELS:
+    if mismatch[node] > LEVELS:
         raise ValueError(
             f"node {k} of the coarse table {coarse.name!r} (alpha = {float(alpha):.6g}, sigma = {float(sigma):.6g}) is no node "
             f"of the fine table {table.name!r}; the nearest is node {node} (alpha = {float(table.alpha[node]):.6g}, sigma = "
@@ -159,19 +159,19 @@ def _node_of(table: Table, coarse: Table, k: int) -> int:
     return node
 
 
-def defect(table: Table, coarse: Coarse, edges: Sequence[int]) -> Tensor:
+def propagator_mismatch(table: Table, coarse: Coarse, edges: Sequence[int]) -> Tensor:
     """`[B]` how far the derivative of the coarse propagator over a block may be from that of the fine one: the largest
     difference over Gaussian data of every variance, along the deterministic chain between the same nodes. Zero where the
     two are the same step.
 
     Stochastic chains are measured by the deterministic one too: for Gaussian data their steps compose exactly, and what real
-    data add to the defect is of the same order.
+    data add to the mismatch is of the same order.
     """
     variance = torch.logspace(-4, 2, 49, dtype=torch.float64)[:, None]
-    leads = bool(coarse.lead.any())
+    extrapolates = bool(coarse.extrapolation.any())
     found = []
     for left, right in itertools.pairwise(edges):
-        if table.band == 1 and not leads:
+        if table.band == 1 and not extrapolates:
             fine = _derivative(table, range(left, right + 1), variance)
         else:  # of higher order than its own nodes' Euler steps
             spread = table.alpha[[left, right]] ** 2 * variance + table.sigma[[left, right]] ** 2

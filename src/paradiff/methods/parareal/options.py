@@ -10,8 +10,8 @@ exact, and the sum in (1) is taken in that order so that they are in floating po
 
 Rounds for B equal blocks of S steps, G of one step, K iterations:
 
-    batched    B + K (S + B)        coarse sweep, then fine solves side by side and a coarse sweep, K times
-    pipelined  B + K (S - 1)        every solve starts as soon as its start is known and shares G's evaluation      (2)
+    batched    B + K (S + B)        coarse sweep, then fine runs side by side and a coarse sweep, K times
+    pipelined  B + K (S - 1)        every run starts as soon as its start is known and shares G's evaluation      (2)
 
 With N = S B these are smallest near B = sqrt(N) and B = sqrt(K N); (2) never exceeds N, since K never exceeds B.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
@@ -29,8 +29,9 @@ import torch
 from paradiff.chain.slope import Slope
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, between, of_table, one_step, two_step
+from paradiff.methods.parareal.control import PararealControl
 
-Schedule = Literal["pipelined", "batched"]
+Ordering = Literal["pipelined", "batched"]
 StopRule = Literal["error", "change", "sample", "image"]
 Choice = Literal["one step", "two step"] | int | Sequence[int] | Table | Slope
 EXPECTED_ITERATIONS = 2  # K of the planner's formula when none is forced
@@ -45,12 +46,13 @@ class PararealOptions:
         blocks: Number of blocks, or their edges as fine nodes, 0 and N included; None for the planner's number.
         coarse: The coarse propagator: `one step`, `two step`, the number of coarse steps a block, the fine nodes that they
             visit, a coarse table, or a slope (chain/slope.py), which needs no network.
-        schedule: `pipelined` or `batched`.
+        ordering: Of the rows: `pipelined` or `batched`.
         tolerance: What the rule compares with.
         rule: When to stop: `error`, `change`, `sample` or `image`.
         iterations: A number of iterations K to be made whatever the rule says; None to stop by the rule.
         window: Number of blocks in flight; None for all.
         rows: Most rows that one sample puts in one round; None for no bound.
+        control: The tuned numbers of the stopping rule and the planner.
 
     Raises:
         ValueError: If a value is out of its range, or two of them contradict each other.
@@ -59,19 +61,20 @@ class PararealOptions:
     name: str = "srds"
     blocks: int | Sequence[int] | None = None
     coarse: Choice = "one step"
-    schedule: Schedule = "pipelined"
+    ordering: Ordering = "pipelined"
     tolerance: float = 6e-3
     rule: StopRule = "error"
     iterations: int | None = None
     window: int | None = None
     rows: int | None = None
+    control: PararealControl = field(default=PararealControl(), kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, int) and self.blocks < 1:
             raise ValueError(f"blocks is {self.blocks}; give at least 1 block, the edges of the blocks, or None")
-        for field, kind in (("schedule", Schedule), ("rule", StopRule)):
-            if getattr(self, field) not in get_args(kind):
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(get_args(kind))}")
+        for name, kind in (("ordering", Ordering), ("rule", StopRule)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
         if isinstance(self.coarse, str) and self.coarse not in ("one step", "two step"):
             raise ValueError(
                 f"coarse is {self.coarse!r}; it must be 'one step', 'two step', a number of steps, fine nodes, a table or a "
@@ -84,16 +87,16 @@ class PararealOptions:
                 f"the tolerance is {self.tolerance}; it must be positive and finite (for the exact sample force as many "
                 "iterations as there are blocks)"
             )
-        for field in ("iterations", "window", "rows"):
-            value = getattr(self, field)
-            if value is not None and value < (0 if field == "iterations" else 1):
-                raise ValueError(f"{field} is {value}; it must be at least {0 if field == 'iterations' else 1}, or None")
-        if self.schedule == "batched":
-            for field in ("window", "rows"):
-                if getattr(self, field) is not None:
-                    raise ValueError(f"{field} was given with the batched schedule, which has none; use schedule='pipelined'")
+        for name in ("iterations", "window", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "iterations" else 1):
+                raise ValueError(f"{name} is {value}; it must be at least {0 if name == 'iterations' else 1}, or None")
+        if self.ordering == "batched":
+            for name in ("window", "rows"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} was given with the batched ordering, which has none; use ordering='pipelined'")
             if self.network_free:
-                raise ValueError("the coarse propagator is a slope, which has no sweep to batch; use schedule='pipelined'")
+                raise ValueError("the coarse propagator is a slope, which has no sweep to batch; use ordering='pipelined'")
         if self.window is not None and self.network_free:
             raise ValueError(
                 "window was given with a coarse propagator that is a slope; parasolver with a stride, a slope and a window is "
@@ -115,7 +118,7 @@ class PararealOptions:
         """Refuses a rule in grey levels for samples that are no pictures of 1 or 3 channels.
 
         Raises:
-            ValueError: Then.
+            ValueError: If the rule is 'image' and samples are not images.
         """
         if self.rule == "image" and (len(shape) != 3 or shape[0] not in (1, 3)):
             raise ValueError(
@@ -157,9 +160,9 @@ class PararealOptions:
 
     def planned(self, steps: int) -> int:
         """The planner's number of blocks for N steps: the nearest whole number to sqrt(K N) pipelined, to sqrt(N) batched,
-        with K the forced iterations or 2; 1 ... N."""
-        expected = EXPECTED_ITERATIONS if self.iterations is None else max(self.iterations, 1)
-        return max(1, min(steps, round(math.sqrt(steps * (expected if self.schedule == "pipelined" else 1)))))
+        with K the forced iterations or those that the control expects; 1 ... N."""
+        expected = self.control.expected_iterations if self.iterations is None else max(self.iterations, 1)
+        return max(1, min(steps, round(math.sqrt(steps * (expected if self.ordering == "pipelined" else 1)))))
 
     def propagator(self, table: Table, edges: Sequence[int]) -> Coarse:
         """The coarse propagator on the table, over blocks between `edges`.

@@ -1,0 +1,56 @@
+"""The tuned numbers of SRDS."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from paradiff.errors import require_between
+
+
+@dataclass(frozen=True, kw_only=True)
+class PararealControl:
+    """The tuned numbers of the stopping rule (stopping.py) and of the planner of blocks.
+
+    Those of the rule were fitted together on the bundled network: DDIM and DDPM of 25 to 1000 steps, seeds 0 to 7. None of them
+    was scanned on its own.
+
+    Attributes:
+        caution: Factor of the estimated error; 1 or more. A larger one makes the rule `error` stop later.
+        least_mismatch: l of the rule's equation (2), 0 or more: what the propagators' mismatch counts far from any decision, as
+            a multiple of that for Gaussian data.
+        deterministic_decision: k of equation (2), 0 or more, for deterministic chains: by how much more the mismatch counts
+            where a state decides which of several samples it becomes.
+        stochastic_decision: The same for stochastic chains, whose noise keeps the question open.
+        first_theta: Contraction that is assumed before any was observed, 0 or more.
+        least_theta: The smallest contraction believed, 0 or more: a smaller one may be chance.
+        forgetting: Share of theta that survives an iteration which observed less, 0 ... 1. A larger one stops later.
+        early_share: Share of the tolerance that edges before the last may use to settle early, 0 ... 1, where no window has to
+            slide: it saves evaluations and no rounds. 0 lets no edge settle but exactly.
+        expected_iterations: K of the planner's formula when none is forced, 1 or more: the planned number of blocks grows with
+            its square root. Not scanned on its own.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    caution: float = 1.75
+    least_mismatch: float = 0.3
+    deterministic_decision: float = 2.0
+    stochastic_decision: float = 6.0
+    first_theta: float = 1.0
+    least_theta: float = 0.5
+    forgetting: float = 0.7
+    early_share: float = 0.01
+    expected_iterations: int = 2
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "caution": (1, math.inf),
+            "forgetting": (0, 1),
+            "early_share": (0, 1),
+            "expected_iterations": (1, math.inf),
+        }
+        for field in fields(self):
+            least, most = ranges.get(field.name, (0, math.inf))
+            require_between(f"the control's {field.name}", getattr(self, field.name), least, most)
