@@ -291,7 +291,9 @@ def block_by_block(table: Table, network: Callable[[Tensor, Tensor], Tensor], ed
         state = wanted[0]
         for n in range(len(edges) - 1):
             block, own = cut(table, edges[n], edges[n + 1]), Shifted(noise, edges[n])
-            setup = WindowSetup(block, WindowMethod("", slope, start=start, tolerance=0.0), torch.device("cpu"), torch.float64)
+            setup = WindowSetup(
+                block, WindowMethod("", slope, predictor=start, tolerance=0.0), torch.device("cpu"), torch.float64
+            )
             window, done = WindowSolver(setup, own, k, state), 0
             while True:
                 query = window.ask()
@@ -310,7 +312,7 @@ def float32_fate(table: Table, network: Any, edges: Any, slope: Any, start: Any,
     """What becomes of the same run with float32 states."""
     kind = piadm_sde if table.stochastic else piadm_ode
     try:
-        solution = sample(network, table, Keyed((DIMENSION,), 0, 1), kind(edges, sweeps, slope=slope, start=start))
+        solution = sample(network, table, Keyed((DIMENSION,), 0, 1), kind(edges, sweeps, slope=slope, predictor=start))
     except ValueError as error:
         return f"stopped: {error}"
     wanted = sample(network, table, Keyed((DIMENSION,), 0, 1), sequential(), dtype=torch.float64).sample

@@ -132,7 +132,9 @@ METHODS: dict[str, Callable[[Table], WindowMethod]] = {
     "arbitrary slope, stride 3, linear": lambda table: WindowMethod("", arbitrary, None, 3, 0, "linear", 0.0),
     "arbitrary slope, stride 4, copy": lambda table: WindowMethod("", arbitrary, None, 4, 1, "copy", 0.0),
 } | {
-    f"{slope} from {start}": lambda table, slope=slope, start=start: WindowMethod("", SLOPES[slope], start=start, tolerance=0.0)
+    f"{slope} from {start}": lambda table, slope=slope, start=start: WindowMethod(
+        "", SLOPES[slope], predictor=start, tolerance=0.0
+    )
     for slope in SLOPES
     for start in STARTS
 }

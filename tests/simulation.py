@@ -73,7 +73,7 @@ class Graph:
 
 
 def simulate(
-    lengths: Sequence[int], iterations: int, coarse: int = 1, bound: int | None = None, schedule: str = "pipelined"
+    lengths: Sequence[int], iterations: int, coarse: int = 1, bound: int | None = None, ordering: str = "pipelined"
 ) -> list[list[Row]]:
     """The rows of every round, as sorted (block, iteration).
 
@@ -82,10 +82,10 @@ def simulate(
         iterations: K.
         coarse: Coarse steps of every block; a shorter block takes as many as it has fine ones.
         bound: Most rows a round; None for no bound. Rows that an unbounded run would take earliest go first.
-        schedule: `pipelined` or `batched`.
+        ordering: `pipelined` or `batched`.
     """
     counts = [min(coarse, length) for length in lengths]
-    if schedule == "batched":
+    if ordering == "batched":
         return _batched(lengths, counts, iterations)
     graph, rounds = Graph(lengths, counts, iterations), []
     while (len(lengths), iterations) not in graph.known:

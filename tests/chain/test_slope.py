@@ -130,7 +130,7 @@ def test_the_shifted_slope_is_newtons_method_on_gaussian_data(name: str) -> None
     table, variance = TABLES[name], 0.3
     target = Gaussian(torch.full(SHAPE, 0.2), torch.full((6,), variance, dtype=torch.float64))
     denoiser = target.denoiser(table)
-    window = window_of(table, WindowMethod("newton", shifted(variance), start="copy", tolerance=0.0))
+    window = window_of(table, WindowMethod("newton", shifted(variance), predictor="copy", tolerance=0.0))
     sweep(window, denoiser)
     # Float64 with coefficients of up to 1e2 in matrices of 12.
     assert gap(ends(window), chain(denoiser, table, Keyed(SHAPE))[1:]) < 1e-10

@@ -129,11 +129,11 @@ def test_a_warm_up_over_the_whole_chain_is_sequential() -> None:
 
 def test_presets_hold_what_their_papers_say() -> None:
     assert (sequential().window, sequential().tolerance) == (1, 0.0)
-    assert (jacobi().slope, jacobi().start) == (zero, "clean")
+    assert (jacobi().slope, jacobi().predictor) == (zero, "clean")
     published = paradigms(10)
-    assert (published.slope, published.start, published.rule, published.tolerance) == (identity, "copy", "change", 0.1)
+    assert (published.slope, published.predictor, published.rule, published.tolerance) == (identity, "copy", "change", 0.1)
     found = parasolver(10)
-    assert (found.slope, found.start, found.rule, found.tolerance, found.warmup) == (identity, "clean", "error", 2.4e-2, 0)
+    assert (found.slope, found.predictor, found.rule, found.tolerance, found.warmup) == (identity, "clean", "error", 2.4e-2, 0)
     assert parasolver(rule="change").tolerance == 0.1
     assert parasolver(tolerance=0.3, rule="change").tolerance == 0.3
     assert parasolver(slope=freeze_clean_data).slope is freeze_clean_data
@@ -170,7 +170,7 @@ def test_sub_intervals_cover_the_chain(options: dict, edges: list[int]) -> None:
         ({"tolerance": -1e-3}, "the tolerance is -0.001; it must be 0 or more, and finite"),
         ({"tolerance": math.nan}, "the tolerance is nan; it must be 0 or more, and finite"),
         ({"tolerance": math.inf}, "the tolerance is inf; it must be 0 or more, and finite"),
-        ({"start": "frozen"}, "start is 'frozen'; it must be one of copy, linear, clean"),
+        ({"predictor": "frozen"}, "predictor is 'frozen'; it must be one of copy, linear, clean"),
         ({"rule": "residual"}, "rule is 'residual'; it must be one of error, change"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_window_slid_one_too_far_is_seen_by_the_chain(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("slope", [slope for slope in SLOPES if slope != "zero"])
 def test_an_update_that_adds_the_residual_once_more_is_seen_by_the_chain(slope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = WindowMethod("", SLOPES[slope], 5, start="copy", tolerance=0.0)
+    method = WindowMethod("", SLOPES[slope], 5, predictor="copy", tolerance=0.0)
     assert to_chain(method, TABLES["ddpm"]) < EXACT
     inverse = paradiff.methods.window.update.inverse
 

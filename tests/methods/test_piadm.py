@@ -25,7 +25,7 @@ from paradiff.chain import Noise
 from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import Blocks, WindowMethod, underdamped_langevin
 from paradiff.methods.window.fill import PredictedFill
-from paradiff.methods.window.options import Chains, Start
+from paradiff.methods.window.options import Chains, Predictor
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.methods.window.update import NewtonUpdate
@@ -450,10 +450,10 @@ def test_the_status_says_exact_only_of_the_sequential_sample(sweeps: int, stagge
 def test_at_tolerance_zero_every_slope_gives_the_sequential_sample(name: str, slope: str) -> None:
     table = TABLES[name]
     wanted = chain(network, table, Keyed(SHAPE))[-1]
-    cases: list[tuple[int, int | None, Start | None]]
+    cases: list[tuple[int, int | None, Predictor | None]]
     cases = [(1, None, None), (3, None, "copy"), (3, None, None), (3, 2, "linear"), (4, 1, None)]
     for count, stagger, start in cases:
-        method = fitting(table)(count, slope=SLOPES[slope], start=start, tolerance=0.0, stagger=stagger)
+        method = fitting(table)(count, slope=SLOPES[slope], predictor=start, tolerance=0.0, stagger=stagger)
         found = run(table, method)
         assert gap(found.sample[0], wanted) < EXACT, (count, stagger, start)
         assert found.status is Status.EXACT
@@ -497,13 +497,13 @@ def test_tolerances_are_kept_and_paid_for_in_rounds(kind: str, form: str, stagge
 
 def test_the_two_modes_have_their_own_defaults() -> None:
     paper, ours = piadm_sde(4, 6), piadm_sde(4)
-    assert (paper.slope, paper.start, paper.rule, paper.sweeps, paper.tolerance) == (freeze_epsilon, "copy", "sweeps", 6, 0)
-    assert (ours.slope, ours.start, ours.rule, ours.sweeps, ours.tolerance) == (identity, "clean", "error", None, 2.4e-2)
+    assert (paper.slope, paper.predictor, paper.rule, paper.sweeps, paper.tolerance) == (freeze_epsilon, "copy", "sweeps", 6, 0)
+    assert (ours.slope, ours.predictor, ours.rule, ours.sweeps, ours.tolerance) == (identity, "clean", "error", None, 2.4e-2)
     table, smooth = TABLES["ddim"], piadm_ode(4).slope
     assert callable(smooth)
     assert torch.equal(smooth(table), shifted(0.5)(table))
     assert (paper.chains, piadm_ode(4).chains) == ("stochastic", "deterministic")
-    assert piadm_sde(4, 6, slope=shifted(0.1), start="clean").start == "clean"
+    assert piadm_sde(4, 6, slope=shifted(0.1), predictor="clean").predictor == "clean"
     assert piadm_ode(4, 6).corrector is None
 
 
@@ -740,7 +740,7 @@ def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch
         ({"blocks": 2, "window": 0}, "the window is 0; it must be at least 1"),
         ({"blocks": 2, "tolerance": -1.0}, "the tolerance is -1.0; it must be 0 or more, and finite"),
         ({"blocks": 2, "tolerance": math.inf}, "the tolerance is inf; it must be 0 or more, and finite"),
-        ({"blocks": 2, "start": "warm"}, "start is 'warm'; it must be one of copy, linear, clean"),
+        ({"blocks": 2, "predictor": "warm"}, "predictor is 'warm'; it must be one of copy, linear, clean"),
     ],
 )
 def test_values_out_of_range_are_refused(make: Callable[..., WindowMethod], arguments: dict[str, object], message: str) -> None:

@@ -349,9 +349,9 @@ def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.
     told: list[float] = []
 
     class Spy(Secants):
-        def __init__(self, pairs: int, resolution: float, members: bool) -> None:
+        def __init__(self, pairs: int, resolution: float, shared_window: bool) -> None:
             told.append(resolution)
-            super().__init__(pairs, resolution, members)
+            super().__init__(pairs, resolution, shared_window)
 
     monkeypatch.setattr(paradiff.methods.window.update, "Secants", Spy)
     sample(network, table, noise, quasi_newton())

@@ -157,7 +157,7 @@ def test_the_method_runs_and_comes_near_the_sequential_sample(kind: Kind, accura
 def test_the_method_is_the_paper_s_and_holds_no_more_than_announced(kind: Kind) -> None:
     theory = MAKERS[kind](3, 0.5)
     method, grid = theory.method(), theory.grid()
-    assert (method.slope, method.start, method.rule, method.sweeps) == (freeze_epsilon, "copy", "sweeps", theory.sweeps)
+    assert (method.slope, method.predictor, method.rule, method.sweeps) == (freeze_epsilon, "copy", "sweeps", theory.sweeps)
     assert (method.window, method.corrector) == (theory.width, theory.corrector)
     assert method.blocks is not None
     assert method.blocks.count == grid.edges

@@ -20,14 +20,14 @@ class Step:
         table: The sampler.
         device: Where states live.
         dtype: Their dtype.
-        members: Whether a state is a batch `[b, ...]` of members, each of which is to come out right.
+        shared_window: Whether a state is a batch `[b, ...]` of members, each of which is to come out right.
 
     Attributes:
         t: `[N+1]` times for the network, on the CPU; int64 where all are whole numbers.
     """
 
-    def __init__(self, table: Table, device: torch.device, dtype: torch.dtype, members: bool = False) -> None:
-        self.table, self.device, self.dtype, self.members = table, device, dtype, members
+    def __init__(self, table: Table, device: torch.device, dtype: torch.dtype, shared_window: bool = False) -> None:
+        self.table, self.device, self.dtype, self.shared_window = table, device, dtype, shared_window
         whole = bool((table.t == table.t.round()).all())
         self.t = table.t.to(torch.int64) if whole else table.t
         self._scaled = bool((table.scale != 1).any())
@@ -39,7 +39,7 @@ class Step:
 
     def mean_square(self, change: Tensor) -> Tensor:
         """`[R]` mean square of changes `[R, ...]` of states; with members, that of the member which changed most."""
-        if self.members and change.ndim > 2:
+        if self.shared_window and change.ndim > 2:
             return change.flatten(2).square().mean(2).amax(1)
         return change.flatten(1).square().mean(1)
 

@@ -24,7 +24,7 @@ from paradiff.chain.slope import Slope, freeze_epsilon, identity, shifted
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
 from paradiff.methods.window.method import WindowMethod
-from paradiff.methods.window.options import Chains, Start
+from paradiff.methods.window.options import Chains, Predictor
 
 TOLERANCE = 2.4e-2
 
@@ -35,7 +35,7 @@ def _method(
     blocks: int | Sequence[int],
     sweeps: int | None,
     slope: Slope | None,
-    start: Start | None,
+    predictor: Predictor | None,
     tolerance: float | None,
     stagger: int | None,
     carry: bool,
@@ -52,7 +52,7 @@ def _method(
         name,
         slope=own if slope is None else slope,
         window=window,
-        start=start or ("copy" if published else "clean"),
+        predictor=predictor or ("copy" if published else "clean"),
         tolerance=0.0 if published else TOLERANCE if tolerance is None else tolerance,
         rule="sweeps" if published else "error",
         sweeps=sweeps,
@@ -67,7 +67,7 @@ def piadm_sde(
     sweeps: int | None = None,
     *,
     slope: Slope | None = None,
-    start: Start | None = None,
+    predictor: Predictor | None = None,
     tolerance: float | None = None,
     stagger: int | None = None,
     carry: bool = True,
@@ -86,8 +86,8 @@ def piadm_sde(
         sweeps: K, sweeps of every block (the paper's mode); None for the error rule.
         slope: The linear part (chain/slope.py). By default `freeze_epsilon`, the paper's, with `sweeps`; without,
             `identity`, which leaves the smallest errors on trained networks.
-        start: What a block's path is filled with (methods/window/method.py): by default the paper's `copy` of its first state
-            with `sweeps`, and else `clean`.
+        predictor: The initial guess for a block's path (methods/window/options.py): by default the paper's `copy` of its first
+            state with `sweeps`, and else `clean`.
         tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate, in the data's units;
             2.4e-2 by default.
         stagger: Sweeps of a block after which the next one joins it, the diagonal schedule (Zhou and Sugiyama, arXiv
@@ -99,7 +99,7 @@ def piadm_sde(
     Raises:
         ValueError: If a number is out of its range, or `sweeps` and `tolerance` are both given.
     """
-    return _method("piadm_sde", "stochastic", blocks, sweeps, slope, start, tolerance, stagger, carry, window)
+    return _method("piadm_sde", "stochastic", blocks, sweeps, slope, predictor, tolerance, stagger, carry, window)
 
 
 def piadm_ode(
@@ -108,7 +108,7 @@ def piadm_ode(
     corrector: Corrector | None = None,
     *,
     slope: Slope | None = None,
-    start: Start | None = None,
+    predictor: Predictor | None = None,
     tolerance: float | None = None,
     stagger: int | None = None,
     carry: bool = True,
@@ -131,8 +131,8 @@ def piadm_ode(
             stagger.
         slope: The linear part (chain/slope.py). By default `freeze_epsilon`, the paper's, with `sweeps`; without,
             `shifted(0.5)`, data of variance 0.5, which takes the fewest rounds.
-        start: What a block's path is filled with (methods/window/method.py): by default the paper's `copy` of its first state
-            with `sweeps`, and else `clean`.
+        predictor: The initial guess for a block's path (methods/window/options.py): by default the paper's `copy` of its first
+            state with `sweeps`, and else `clean`.
         tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate, in the data's units;
             2.4e-2 by default.
         stagger: Sweeps of a block after which the next one joins it, the diagonal schedule (Zhou and Sugiyama, arXiv
@@ -145,4 +145,4 @@ def piadm_ode(
         ValueError: If a number is out of its range, `sweeps` and `tolerance` are both given, or a stagger and a
             corrector.
     """
-    return _method("piadm_ode", "deterministic", blocks, sweeps, slope, start, tolerance, stagger, carry, window, corrector)
+    return _method("piadm_ode", "deterministic", blocks, sweeps, slope, predictor, tolerance, stagger, carry, window, corrector)

@@ -1,7 +1,7 @@
 """The named methods: functions that return a `WindowMethod`, for SRDS a `PararealMethod`, for sparse nodes a
 `CollocationMethod`.
 
-| method | slope G | nodes | start of new nodes | rule |
+| method | slope G | nodes | predictor | rule |
 |---|---|---|---|---|
 | `sequential` | any | all, window 1 | - | - |
 | `jacobi` | 0 | all | frozen clean data | error |
@@ -36,7 +36,7 @@ from paradiff.methods.window.options import Rule
 
 def sequential() -> WindowMethod:
     """The chain itself, one step a round: window 1. N rounds, N evaluations, whatever the tolerance."""
-    return WindowMethod("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
+    return WindowMethod("sequential", slope=zero, window=1, predictor="copy", tolerance=0.0)
 
 
 def jacobi(window: int | None = None, tolerance: float = 2.4e-2) -> WindowMethod:
@@ -73,7 +73,7 @@ def paradigms(window: int | None = None, tolerance: float = 0.1) -> WindowMethod
         tolerance: In units of the standard deviation of a step's noise. The paper uses 0.1 for 1000 DDPM steps, and as
             deterministic samplers of fewer steps have larger steps, they need less: 0.01 for 50 or 200 DDIM steps.
     """
-    return WindowMethod("paradigms", slope=identity, window=window, start="copy", tolerance=tolerance, rule="change")
+    return WindowMethod("paradigms", slope=identity, window=window, predictor="copy", tolerance=tolerance, rule="change")
 
 
 def parasolver(

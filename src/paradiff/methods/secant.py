@@ -38,11 +38,11 @@ class Secants:
     Args:
         pairs: Pairs kept for each node, k; the newest.
         resolution: Relative precision of the network's outputs: smaller changes of a state tell nothing.
-        members: Whether a state is a batch `[b, ...]` of members with pairs of their own.
+        shared_window: Whether a state is a batch `[b, ...]` of members with pairs of their own.
     """
 
-    def __init__(self, pairs: int, resolution: float, members: bool) -> None:
-        self._pairs, self._least, self._members = pairs, 64 * resolution, members
+    def __init__(self, pairs: int, resolution: float, shared_window: bool) -> None:
+        self._pairs, self._least, self._shared = pairs, 64 * resolution, shared_window
         self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
         self._dx = self._dm = torch.empty(0)  # [n, k, b, d] differences of states and of outputs, the newest first
 
@@ -91,7 +91,7 @@ class Secants:
 
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""
-        return values.flatten(2) if self._members and values.ndim > 2 else values.flatten(1)[:, None]
+        return values.flatten(2) if self._shared and values.ndim > 2 else values.flatten(1)[:, None]
 
 
 class SecantJacobian:

@@ -182,7 +182,7 @@ class Theory:
             f"piadm_{self.kind}",
             slope=freeze_epsilon,
             window=self.width,
-            start="copy",
+            predictor="copy",
             tolerance=0.0,
             rule="sweeps",
             sweeps=self.sweeps,

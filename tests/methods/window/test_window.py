@@ -72,7 +72,7 @@ def test_memory_is_of_the_size_of_the_window(make: object, stride: int, monkeypa
 
 
 BLOCKED = [
-    WindowMethod("in turn", freeze_epsilon, blocks=Blocks(3), start="copy", rule="sweeps", sweeps=2),
+    WindowMethod("in turn", freeze_epsilon, blocks=Blocks(3), predictor="copy", rule="sweeps", sweeps=2),
     WindowMethod("in flight", blocks=Blocks(4, stagger=1), tolerance=0.1),
 ]
 
@@ -124,7 +124,7 @@ def fragile(bad: float, limit: float = 6.0) -> object:
 
 FRAGILE = {
     "copy": paradigms(20, 0.0),
-    "linear": WindowMethod("", identity, 20, start="linear", tolerance=0.0),
+    "linear": WindowMethod("", identity, 20, predictor="linear", tolerance=0.0),
     "clean": parasolver(20, 0.0),
     "wild slope": WindowMethod("", lambda table: 1.5 * arbitrary(table), 20, tolerance=0.0),
     "growing slope": WindowMethod("", lambda table: torch.full_like(table.c, 3.0), 10, tolerance=0.0),

@@ -20,7 +20,7 @@ from paradiff.chain.sensitivity import DATA_VARIANCE
 from paradiff.chain.slope import freeze_clean_data, inverse
 from paradiff.chain.step import Step
 from paradiff.chain.table import column
-from paradiff.methods.window.options import Start
+from paradiff.methods.window.options import Predictor
 
 Guide = Callable[[slice], tuple[Tensor, Tensor]]
 """An initial guess: maps a slice of steps to the states after them and the network outputs before them, each `[n, ...]`."""
@@ -84,7 +84,7 @@ class Recurrence:
 
     Args:
         step: The table on the device.
-        start: The predictor.
+        predictor: The predictor.
 
     Attributes:
         step: As given.
@@ -95,16 +95,16 @@ class Recurrence:
         clean_slope: `[N]` derivative of the clean-data estimate with respect to the state, for Gaussian data.
     """
 
-    def __init__(self, step: Step, start: Start) -> None:
+    def __init__(self, step: Step, predictor: Predictor) -> None:
         table = step.table
-        self.step, self.frozen = step, start == "clean"
-        self.noisy = table.stochastic and start != "copy"
+        self.step, self.frozen = step, predictor == "clean"
+        self.noisy = table.stochastic and predictor != "copy"
         self.slope, self.clean = torch.zeros_like(table.a), torch.zeros_like(table.c)
-        if start == "clean":
+        if predictor == "clean":
             source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)
             self.slope = freeze_clean_data(table)
             self.clean = (table.b / table.q[source]).sum(1)
-        elif start == "linear":
+        elif predictor == "linear":
             self.slope = table.a
         else:
             self.slope[:, 0] = 1

@@ -49,7 +49,7 @@ class WindowMethod(WindowOptions):
 
     def reference(self) -> WindowMethod:
         """The plain chain, with the corrector's steps if there are any."""
-        plain = WindowMethod("sequential", slope=zero, window=1, start="copy", tolerance=0.0)
+        plain = WindowMethod("sequential", slope=zero, window=1, predictor="copy", tolerance=0.0)
         if self.corrector is None:
             return plain
         corrector = dataclasses.replace(self.corrector, sweeps=self.corrector.steps)

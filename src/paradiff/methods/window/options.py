@@ -14,7 +14,7 @@ from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import Corrector
 
-Start = Literal["copy", "linear", "clean"]
+Predictor = Literal["copy", "linear", "clean"]
 Rule = Literal["error", "change", "sweeps"]
 Chains = Literal["any", "stochastic", "deterministic"]
 
@@ -29,8 +29,8 @@ class WindowOptions:
         window: Number of sub-intervals solved at once; None for all.
         stride: Fine steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
         warmup: Steps really taken, one after the other, before the window opens.
-        start: What new nodes of the window are filled with: `copy` of the last state, the `linear` part of the steps (outputs
-            zero, same noises), or the steps with the newest `clean`-data estimate frozen and the same noises.
+        predictor: The initial guess for new nodes of the window: `copy` of the last state, the `linear` part of the steps
+            (outputs zero, same noises), or the steps with the newest `clean`-data estimate frozen and the same noises.
         tolerance: What the rule compares with.
         rule: `error`: the tolerance is the root mean square error that the sample may have by estimate (budget.py),
             spent along the chain as it accrues. `change`: a node passes when its root mean square change is at most
@@ -53,7 +53,7 @@ class WindowOptions:
     window: int | None = None
     stride: int | Sequence[int] = 1
     warmup: int = 0
-    start: Start = "clean"
+    predictor: Predictor = "clean"
     tolerance: float = 2.4e-2
     rule: Rule = "error"
     sweeps: int | None = None
@@ -73,7 +73,7 @@ class WindowOptions:
             raise ValueError(f"warmup is {self.warmup}; it must be 0 or more steps")
         if not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"the tolerance is {self.tolerance}; it must be 0 or more, and finite")
-        for name, kind in (("start", Start), ("rule", Rule), ("chains", Chains)):
+        for name, kind in (("predictor", Predictor), ("rule", Rule), ("chains", Chains)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
         if (self.sweeps is not None) != (self.rule == "sweeps"):

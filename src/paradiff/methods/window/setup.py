@@ -16,7 +16,7 @@ from paradiff.methods.window.passing import PassByChange, PassByError, PassBySwe
 
 
 class WindowSetup:
-    """See the module; `members` says that a state is a batch of members that share a window."""
+    """See the module; `shared_window` says that a state is a batch of members that share a window."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class WindowSetup:
         method: WindowOptions,
         device: torch.device,
         dtype: torch.dtype,
-        members: bool = False,
+        shared_window: bool = False,
         resolution: float | None = None,
     ) -> None:
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
@@ -51,9 +51,9 @@ class WindowSetup:
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()
         self._shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
-        self.step = Step(table, device, dtype, members)
+        self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
-        self.recurrence = Recurrence(self.step, method.start)
+        self.recurrence = Recurrence(self.step, method.predictor)
         self.passes = self._rule()
 
     def _rule(self) -> PassingRule:

@@ -11,7 +11,7 @@ and updates all nodes by an approximate Newton step with the slope G (chain/slop
 
 Written so, a node whose predecessors do not change gets exactly Phi_n: after k sweeps the first k nodes of a window are
 exact, whatever G. Then the leading nodes whose change is within the tolerance pass, with the one after them (passing.py), and
-the window slides; nodes that enter it are filled as the method's `start` says (fill.py). A method may cut the chain into blocks
+the window slides; nodes that enter it are filled by the method's predictor (fill.py). A method may cut the chain into blocks
 (blocks.py), which the window enters one after the other, and follow each by a corrector (corrector.py). A sweep in which a
 state overflowed keeps its finite nodes (salvage.py).
 

@@ -110,7 +110,7 @@ class SecantUpdate:
         """Makes pairs of this sweep and the last."""
         if self.secants is None:
             setup = self._setup
-            self.secants = Secants(setup.method.secants, setup.resolution, setup.step.members)
+            self.secants = Secants(setup.method.secants, setup.resolution, setup.step.shared_window)
         self.secants.observe(states, outputs)
 
     def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
