@@ -39,6 +39,11 @@ def is_whole(value: object) -> TypeIs[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def are_whole(value: object) -> TypeIs[Sequence[int]]:
+    """Whether a value is a sequence of whole numbers; an empty one is."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_whole, value))
+
+
 def require_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
     """Refuses what is no whole number of at least `least`.
 
@@ -67,8 +72,7 @@ def require_wholes(name: str, values: object, least: int, expected: str) -> None
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    listed = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
-    if not listed or not all(is_whole(v) and v >= least for v in listed):
+    if not are_whole(values) or not values or min(values) < least:
         raise ValueError(f"{name} is {values!r}; it must be {expected}")
 
 
@@ -121,3 +125,19 @@ def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def require_kind(name: str, value: object, kind: type, otherwise: str = "") -> None:
+    """Refuses what is no object of a class.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+        kind: The class.
+        otherwise: What else may be given, as the sentence ends with it.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r}; it must be a {kind.__name__}{otherwise}")

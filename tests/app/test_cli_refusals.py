@@ -28,8 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 REFUSED: dict[str, str] = {
     # The chain and the method.
-    "--window 0": "the window is 0; it must be at least 1, or None for the whole chain",
-    "--window -3": "the window is -3; it must be at least 1",
+    "--window 0": "the window is 0; it must be a whole number, at least 1, or None for the whole chain",
+    "--window -3": "the window is -3; it must be a whole number, at least 1",
     "--steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals: give at most that",
     "--steps 10 -m warmup=11": "warmup is 11 steps; the chain has 10: give at most 10",
     "-m warmup=-1": "warmup is -1; it must be 0 or more steps",
@@ -40,9 +40,9 @@ REFUSED: dict[str, str] = {
     "--steps 2000": "2000 steps were asked",
     "--steps many": "Invalid value for '--steps': ",
     "--steps 10.5": "Invalid value for '--steps': ",
-    "--tolerance -1": "the tolerance is -1.0; it must be 0 or more, and finite",
-    "--tolerance inf": "the tolerance is inf; it must be 0 or more, and finite",
-    "--tolerance nan": "the tolerance is nan; it must be 0 or more, and finite",
+    "--tolerance -1": "the tolerance is -1.0; it must be a number, 0 or more, and finite",
+    "--tolerance inf": "the tolerance is inf; it must be a number, 0 or more, and finite",
+    "--tolerance nan": "the tolerance is nan; it must be a number, 0 or more, and finite",
     "--threads 0": "threads is 0; it must be at least 1",
     "--max-rows 0": "max_rows is 0; a network call needs at least 1 row",
     "--steps 10 --eta 0.5": "eta is 0.5, but sampler 'ddpm' has no eta; give it with sampler 'ddim'",

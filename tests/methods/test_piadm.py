@@ -722,8 +722,8 @@ def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"blocks": 2, "sweeps": 0}, "sweeps is 0; a block must be swept at least once"),
-        ({"blocks": 2, "sweeps": -1}, "sweeps is -1; a block must be swept at least once"),
+        ({"blocks": 2, "sweeps": 0}, "sweeps is 0; it must be a whole number, at least 1"),
+        ({"blocks": 2, "sweeps": -1}, "sweeps is -1; it must be a whole number, at least 1"),
         (
             {"blocks": 2, "sweeps": 3, "tolerance": 0.1},
             r"piadm_(sde|ode) got sweeps = 3 and tolerance = 0.1; a fixed number of sweeps heeds no tolerance: give one",
@@ -735,11 +735,14 @@ def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch
         ({"blocks": []}, r"the block edges are \[\]; they must rise from 0"),
         ({"blocks": [1, 12]}, r"the block edges are \[1, 12\]; they must rise from 0"),
         ({"blocks": [0, 5, 5, 12]}, "they must rise from 0 to the last node, so that no block is shorter than a step"),
-        ({"blocks": 2, "stagger": 0}, "the stagger is 0 sweeps; it must be at least 1, or None for blocks in turn"),
+        (
+            {"blocks": 2, "stagger": 0},
+            "the stagger is 0; it must be a whole number, at least 1 sweep, or None for blocks in turn",
+        ),
         ({"blocks": 2, "carry": False}, "carry is False without a stagger; blocks in turn have no neighbour to carry to"),
-        ({"blocks": 2, "window": 0}, "the window is 0; it must be at least 1"),
-        ({"blocks": 2, "tolerance": -1.0}, "the tolerance is -1.0; it must be 0 or more, and finite"),
-        ({"blocks": 2, "tolerance": math.inf}, "the tolerance is inf; it must be 0 or more, and finite"),
+        ({"blocks": 2, "window": 0}, "the window is 0; it must be a whole number, at least 1"),
+        ({"blocks": 2, "tolerance": -1.0}, "the tolerance is -1.0; it must be a number, 0 or more, and finite"),
+        ({"blocks": 2, "tolerance": math.inf}, "the tolerance is inf; it must be a number, 0 or more, and finite"),
         ({"blocks": 2, "predictor": "warm"}, "predictor is 'warm'; it must be one of copy, linear, clean"),
     ],
 )

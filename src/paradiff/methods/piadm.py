@@ -52,7 +52,7 @@ def _method(
         name,
         slope=own if slope is None else slope,
         window=window,
-        predictor=predictor or ("copy" if published else "clean"),
+        predictor=predictor if predictor is not None else "copy" if published else "clean",
         tolerance=0.0 if published else TOLERANCE if tolerance is None else tolerance,
         rule="sweeps" if published else "error",
         sweeps=sweeps,

@@ -113,8 +113,11 @@ def test_a_block_needs_only_the_levels_of_a_table() -> None:
         (lambda: Blocks([1, 4, 12]), r"the block edges are \[1, 4, 12\]; they must rise from 0"),
         (lambda: Blocks([0, 4, 4, 12]), r"the block edges are \[0, 4, 4, 12\]; .* so that no block is shorter than a step"),
         (lambda: Blocks([0, 7, 4, 12]), r"the block edges are \[0, 7, 4, 12\]; they must rise from 0"),
-        (lambda: Blocks(3, stagger=0), "the stagger is 0 sweeps; it must be at least 1, or None for blocks in turn"),
-        (lambda: Blocks(3, stagger=-1), "the stagger is -1 sweeps; it must be at least 1"),
+        (
+            lambda: Blocks(3, stagger=0),
+            "the stagger is 0; it must be a whole number, at least 1 sweep, or None for blocks in turn",
+        ),
+        (lambda: Blocks(3, stagger=-1), "the stagger is -1; it must be a whole number, at least 1"),
         (lambda: Blocks(3, carry=False), "carry is False without a stagger; blocks in turn have no neighbour to carry to"),
         (lambda: Blocks([0, 4, 11]).edges(TABLES["ddim"]), "the last block edge is 11; the chain ends at node 12"),
         (lambda: Blocks([0, 4, 13]).edges(TABLES["ddim"]), "the last block edge is 13; the chain ends at node 12"),

@@ -28,6 +28,7 @@ import torch
 
 from paradiff.chain.slope import Slope
 from paradiff.chain.table import Table
+from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole
 from paradiff.methods.parareal.coarse import Coarse, between, of_table, one_step, two_step
 from paradiff.methods.parareal.control import PararealControl
 
@@ -70,27 +71,7 @@ class PararealOptions:
     control: PararealControl = field(default=PararealControl(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.blocks, int) and self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}; give at least 1 block, the edges of the blocks, or None")
-        for name, kind in (("ordering", Ordering), ("rule", StopRule)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
-        if isinstance(self.coarse, str) and self.coarse not in ("one step", "two step"):
-            raise ValueError(
-                f"coarse is {self.coarse!r}; it must be 'one step', 'two step', a number of steps, fine nodes, a table or a "
-                "slope"
-            )
-        if isinstance(self.coarse, int) and self.coarse < 1:
-            raise ValueError(f"coarse is {self.coarse} steps a block; it must be at least 1")
-        if not 0 < self.tolerance < float("inf"):
-            raise ValueError(
-                f"the tolerance is {self.tolerance}; it must be positive and finite (for the exact sample force as many "
-                "iterations as there are blocks)"
-            )
-        for name in ("iterations", "window", "rows"):
-            value = getattr(self, name)
-            if value is not None and value < (0 if name == "iterations" else 1):
-                raise ValueError(f"{name} is {value}; it must be at least {0 if name == 'iterations' else 1}, or None")
+        self._refuse_other_kinds()
         if self.ordering == "batched":
             for name in ("window", "rows"):
                 if getattr(self, name) is not None:
@@ -108,6 +89,36 @@ class PararealOptions:
                 f"window was given with {given}, which looks at the end of the chain; a window slides by rule 'error' or "
                 "'change'"
             )
+
+    def _refuse_other_kinds(self) -> None:
+        """Refuses values of the wrong kind, and those that are out of their range whatever the others are.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if self.blocks is not None and not are_whole(self.blocks) and not (is_whole(self.blocks) and self.blocks >= 1):
+            raise ValueError(f"blocks is {self.blocks!r}; give at least 1 block, the edges of the blocks, or None")
+        for name, kind in (("ordering", Ordering), ("rule", StopRule)):
+            require_one_of(name, getattr(self, name), get_args(kind))
+        if is_whole(self.coarse):
+            if self.coarse < 1:
+                raise ValueError(f"coarse is {self.coarse} steps a block; it must be at least 1")
+        elif not (
+            self.network_free
+            or isinstance(self.coarse, Table)
+            or are_whole(self.coarse)
+            or (isinstance(self.coarse, str) and self.coarse in ("one step", "two step"))
+        ):
+            raise ValueError(
+                f"coarse is {self.coarse!r}; it must be 'one step', 'two step', a number of steps, fine nodes, a table or a "
+                "slope"
+            )
+        otherwise = " (for the exact sample force as many iterations as there are blocks)"
+        require_real("the tolerance", self.tolerance, positive=True, otherwise=otherwise)
+        for name, least in (("iterations", 0), ("window", 1), ("rows", 1)):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name), least, ", or None")
+        require_kind("control", self.control, PararealControl)
 
     @property
     def network_free(self) -> bool:
@@ -136,7 +147,7 @@ class PararealOptions:
         steps = table.steps
         if self.blocks is None and isinstance(self.coarse, Table):
             return of_table(table, self.coarse).nodes
-        if self.blocks is None or isinstance(self.blocks, int):
+        if self.blocks is None or is_whole(self.blocks):
             stops = table.restarts
             if len(stops) < steps / table.band:  # a multistep sampler: its history travels with the edge
                 stops = list(range(steps + 1))
@@ -172,7 +183,7 @@ class PararealOptions:
         """
         if isinstance(self.coarse, str):
             return (one_step if self.coarse == "one step" else two_step)(table, edges)
-        if isinstance(self.coarse, int):
+        if is_whole(self.coarse):
             nodes = [0]
             for left, right in pairwise(edges):
                 count = min(self.coarse, right - left)

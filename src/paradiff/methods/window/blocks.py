@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from paradiff.chain.table import Table
+from paradiff.errors import are_whole, is_whole, require_kind, require_whole
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,21 @@ class Blocks:
     carry: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, int):
+        if is_whole(self.count):
             if self.count < 1:
                 raise ValueError(f"{self.count} blocks were asked for; give at least 1, or the nodes of their edges")
+        elif not are_whole(self.count):
+            raise ValueError(f"blocks is {self.count!r}; it must be a whole number of blocks, or the nodes of their edges")
         elif len(self.count) < 2 or self.count[0] != 0 or any(b <= a for a, b in itertools.pairwise(self.count)):
             raise ValueError(
                 f"the block edges are {list(self.count)}; they must rise from 0 to the last node, so that no block is shorter "
                 "than a step"
             )
+        require_kind("carry", self.carry, bool)
         if not self.carry and self.stagger is None:
             raise ValueError("carry is False without a stagger; blocks in turn have no neighbour to carry to: leave it True")
-        if self.stagger is not None and self.stagger < 1:
-            raise ValueError(f"the stagger is {self.stagger} sweeps; it must be at least 1, or None for blocks in turn")
+        if self.stagger is not None:
+            require_whole("the stagger", self.stagger, 1, " sweep, or None for blocks in turn")
 
     def edges(self, table: Table) -> list[int]:
         """The nodes at which blocks of a table begin and end, 0 and N included.
@@ -55,7 +59,7 @@ class Blocks:
         Raises:
             ValueError: If edges do not end at the table's last node, or there are more blocks than steps.
         """
-        if not isinstance(self.count, int):
+        if not is_whole(self.count):
             if self.count[-1] != table.steps:
                 raise ValueError(f"the last block edge is {self.count[-1]}; the chain ends at node {table.steps}")
             return list(self.count)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.step import Step
+from paradiff.errors import require_real, require_whole
 from paradiff.solver.protocol import Query
 
 
@@ -56,12 +57,11 @@ class Corrector:
 
     def __post_init__(self) -> None:
         for name in ("steps", "sweeps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"the corrector's {name} are {getattr(self, name)}; there must be at least 1")
+            require_whole(f"the corrector's number of {name}", getattr(self, name), 1)
         for name in ("friction", "step", "lipschitz"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"the corrector's {name} is {value}; it must be positive and finite, or None")
+            if value is not None:
+                require_real(f"the corrector's {name}", value, positive=True, otherwise=", or None")
         if self.lipschitz is not None:
             self.parameters(self.lipschitz)
 

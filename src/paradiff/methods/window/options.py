@@ -10,6 +10,7 @@ import torch
 
 from paradiff.chain.slope import Slope, identity
 from paradiff.chain.table import Table
+from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import Corrector
@@ -64,37 +65,55 @@ class WindowOptions:
     control: WindowControl = field(default=WindowControl(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"the window is {self.window}; it must be at least 1, or None for the whole chain")
-        strides = [self.stride] if isinstance(self.stride, int) else self.stride
-        if not strides or min(strides) < 1:
-            raise ValueError(f"the stride is {self.stride}; a sub-interval must have at least 1 step")
-        if self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}; it must be 0 or more steps")
-        if not 0 <= self.tolerance < float("inf"):
-            raise ValueError(f"the tolerance is {self.tolerance}; it must be 0 or more, and finite")
-        for name, kind in (("predictor", Predictor), ("rule", Rule), ("chains", Chains)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
+        self._refuse_other_kinds()
         if (self.sweeps is not None) != (self.rule == "sweeps"):
             raise ValueError(f"sweeps is {self.sweeps} with rule {self.rule!r}; the rule 'sweeps' needs it, no other takes it")
-        if self.sweeps is not None and self.sweeps < 1:
-            raise ValueError(f"sweeps is {self.sweeps}; a block must be swept at least once")
         if self.blocks is not None and (self.stride != 1 or self.warmup):
             raise ValueError(
                 f"blocks were given with a stride of {self.stride} and {self.warmup} warm-up steps; blocks are solved node by "
                 "node from the start: leave stride at 1 and warmup at 0"
             )
-        if self.secants < 0 or (self.secants and self.stride != 1):
+        if self.secants and self.stride != 1:
             raise ValueError(
-                f"secants is {self.secants} with a stride of {self.stride}; it must be 0 or more pairs, and 0 where "
-                "sub-intervals have several steps, of which only the ends are swept again"
+                f"secants is {self.secants} with a stride of {self.stride}; it must be 0 where sub-intervals have several "
+                "steps, of which only the ends are swept again"
             )
         if self.corrector is not None and (self.blocks is None or self.blocks.stagger is not None):
             raise ValueError(
                 "a corrector was given to a method whose blocks do not end one after the other; it needs blocks in turn, "
                 "without a stagger"
             )
+
+    def _refuse_other_kinds(self) -> None:
+        """Refuses values of the wrong kind, and those that are out of their range whatever the others are.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if not (callable(self.slope) or isinstance(self.slope, torch.Tensor)):
+            raise ValueError(
+                f"the slope is {self.slope!r}; it must be a function of a table, such as paradiff.identity, or a tensor [N] or "
+                "[N, P]"
+            )
+        if self.window is not None:
+            require_whole("the window", self.window, 1, ", or None for the whole chain")
+        strides = [self.stride] if is_whole(self.stride) else self.stride
+        if not are_whole(strides) or min(strides, default=0) < 1:
+            raise ValueError(
+                f"the stride is {self.stride!r}; a sub-interval must have at least 1 step: give a whole number of steps, or "
+                "the lengths of all sub-intervals"
+            )
+        require_whole("warmup", self.warmup, 0)
+        for name, kind in (("predictor", Predictor), ("rule", Rule), ("chains", Chains)):
+            require_one_of(name, getattr(self, name), get_args(kind))
+        require_real("the tolerance", self.tolerance)
+        if self.sweeps is not None:
+            require_whole("sweeps", self.sweeps, 1)
+        require_whole("secants", self.secants, 0)
+        for name, kind in (("blocks", Blocks), ("corrector", Corrector)):
+            if getattr(self, name) is not None:
+                require_kind(name, getattr(self, name), kind, ", or None")
+        require_kind("control", self.control, WindowControl)
 
     def edges(self, table: Table) -> list[int]:
         """The fine nodes at which sub-intervals begin and end, 0 and N included: single steps during the warm-up, then
@@ -120,7 +139,7 @@ class WindowOptions:
                 )
         if self.warmup > steps:
             raise ValueError(f"warmup is {self.warmup} steps; the chain has {steps}: give at most {steps}")
-        if isinstance(self.stride, int):
+        if is_whole(self.stride):
             if self.stride > steps:
                 raise ValueError(f"the stride is {self.stride} steps; the chain has {steps}: give at most {steps}")
             edges = [*range(self.warmup), *range(self.warmup, steps, self.stride), steps]
