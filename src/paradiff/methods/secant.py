@@ -1,4 +1,4 @@
-"""Secants: what earlier sweeps tell of the network's derivative.
+"""Secant pairs: a low-rank correction of the network's Jacobian from earlier sweeps.
 
 A sweep evaluates the network again at nodes that it evaluated before, at other states. Between two sweeps the state of node n
 changed by dx[n] and its output by dm[n], so the output's true derivative J[n] satisfies J dx = dm. The slope G (chain/slope.py)
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DAMPING = 1e-2  # lambda: pairs that point the same way are no evidence twice
+DAMPING = 1e-2  # lambda of equation (1): bounds the inverse where pairs are nearly parallel
 
 
 class Secants:
@@ -37,7 +37,7 @@ class Secants:
 
     Args:
         pairs: Pairs kept for each node, k; the newest.
-        resolution: Relative precision of the network's outputs: smaller changes of a state tell nothing.
+        resolution: Relative precision of the network's outputs; a pair is kept if its state changed by 64 times that or more.
         shared_window: Whether a state is a batch `[b, ...]` of members with pairs of their own.
     """
 
@@ -84,7 +84,7 @@ class Secants:
         return (state_part @ of_states + output_part @ of_outputs).view_as(change)
 
     def advance(self, passed: int) -> None:
-        """The window moves on by so many nodes."""
+        """Drops the pairs of `passed` nodes, which left the window."""
         if self._seen is not None:
             self._seen = self._seen[0][passed:], self._seen[1][passed:]
             self._dx, self._dm = self._dx[passed:], self._dm[passed:]
@@ -95,12 +95,12 @@ class Secants:
 
 
 class SecantJacobian:
-    """What pairs know of how a set of states answers to changes: equation (2), for any reach.
+    """The low-rank part of the Jacobian of a set of states, from secant pairs: equation (2), for any reach.
 
     Args:
         dx: `[n, k, b, d]` differences of states, k pairs at each of n nodes; zeros where there is none.
         terms: Reach `[n, n]` and values `[n, k, b, d]`: node i's state changes by sum_j reach[i,j] sum_k values[j,k] y[j,k],
-            y being how much of pair k the change of state j holds.
+            y[j,k] being the coefficient of pair k in the change of state j.
         causal: Whether every reach is strictly lower triangular.
     """
 

@@ -189,5 +189,5 @@ def _derivative(table: Table, nodes: Sequence[int], variance: Tensor) -> Tensor:
     alpha, sigma = table.alpha[list(nodes)], table.sigma[list(nodes)]
     shrink = sigma[1:] / sigma[:-1]
     gain = alpha[1:] - alpha[:-1] * shrink
-    answer = alpha[:-1] * variance / (alpha[:-1] ** 2 * variance + sigma[:-1] ** 2)
-    return (shrink + gain * answer).prod(1)
+    slope = alpha[:-1] * variance / (alpha[:-1] ** 2 * variance + sigma[:-1] ** 2)
+    return (shrink + gain * slope).prod(1)

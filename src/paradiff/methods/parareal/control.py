@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from paradiff.errors import require_between
+from paradiff.errors import require_between, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class PararealControl:
             "caution": (1, math.inf),
             "forgetting": (0, 1),
             "early_share": (0, 1),
-            "expected_iterations": (1, math.inf),
         }
+        require_whole("the control's expected_iterations", self.expected_iterations, 1)
         for field in fields(self):
             least, most = ranges.get(field.name, (0, math.inf))
             require_between(f"the control's {field.name}", getattr(self, field.name), least, most)

@@ -1,4 +1,4 @@
-"""Parareal: the frozen hyper-parameters of one self-refining sampler (solver.py solves it).
+"""Parareal: the frozen hyper-parameters of one self-refining sampler (solver.py runs it).
 
 The chain is cut into B blocks at the fine nodes e[0] = 0 < e[1] < ... < e[B] = N. F walks a block's fine steps, G is a coarse
 propagator over the block (coarse.py), and from one coarse sweep x[i+1] = G(x[i]) the block edges are refined by

@@ -157,8 +157,8 @@ class StoppingRule:
 
     def passes(self, run: BlockRun) -> bool:
         """Whether an edge whose predecessor is settled may be settled at this value, by the rules that judge edges one by
-        one. With a window edges must pass for it to slide, and share the tolerance along the chain; without one, settling
-        early saves evaluations but no rounds, and may spend little."""
+        one. With a window, edges share the tolerance along the chain, as they must pass for it to slide; without one, settling
+        early saves evaluations but no rounds, and may use the control's `early_share` only."""
         method, n = self._method, run.block
         if method.iterations is not None or method.ordering == "batched":
             return False
@@ -170,7 +170,7 @@ class StoppingRule:
         return False
 
     def converged(self, values: Sequence[BlockRun]) -> bool:
-        """Whether the last of the newest `values` of all edges known at its iteration, in order, is the answer."""
+        """Whether the last of the newest `values` of all edges known at its iteration, in order, is the sample."""
         method, last = self._method, values[-1]
         if method.iterations is not None:
             return last.level >= method.iterations

@@ -131,7 +131,7 @@ class Correction:
         x: The state at the node.
 
     Attributes:
-        state: The state, corrected once `tell` has returned numbers.
+        state: The state, corrected once `tell` has returned a tensor.
         change: `[1]` mean square change of the last position in the last sweep, on the device.
     """
 

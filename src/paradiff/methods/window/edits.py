@@ -1,7 +1,7 @@
 """Edits: what a caller does to states between two steps, after the step that made them and before the network sees them.
 
 The chain is then x[i+1] = E_i(Phi_i(x)), as where a pipeline puts the known part of a picture back after every step
-(inpainting). A solver hands out y[i+1], an iterate for Phi_i(x), and is shown x[i+1] = E_i(y[i+1]). It compares y with y:
+(inpainting). A solver hands out y[i+1], an iterate for Phi_i(x), and receives the edited x[i+1] = E_i(y[i+1]). Its residual is
 
     r[i] = Phi_i(x) - y[i+1]                                                                                   (1)
 
@@ -58,7 +58,7 @@ class Edits:
         return values if self.overwritten is None else torch.where(self.overwritten, instead, values)
 
     def advance(self, passed: int, states: Tensor) -> None:
-        """The window slides by so many nodes.
+        """The window slides by `passed` nodes.
 
         Args:
             passed: How many.

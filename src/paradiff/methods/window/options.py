@@ -29,12 +29,12 @@ class WindowOptions:
         slope: G, how changes are carried along the window (chain/slope.py).
         window: Number of sub-intervals solved at once; None for all.
         stride: Fine steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
-        warmup: Steps really taken, one after the other, before the window opens.
+        warmup: Steps taken one after the other before the window opens.
         predictor: The initial guess for new nodes of the window: `copy` of the last state, the `linear` part of the steps
             (outputs zero, same noises), or the steps with the newest `clean`-data estimate frozen and the same noises.
         tolerance: What the rule compares with.
         rule: `error`: the tolerance is the root mean square error that the sample may have by estimate (budget.py),
-            spent along the chain as it accrues. `change`: a node passes when its root mean square change is at most
+            used along the chain as it accrues. `change`: a node passes when its root mean square change is at most
             `tolerance` times the standard deviation of the noise that a DDPM step would add there (the published rules).
             `sweeps`: a node passes when it has been swept `sweeps` times.
         sweeps: K of the rule `sweeps`.

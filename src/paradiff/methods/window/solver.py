@@ -290,4 +290,4 @@ class WindowSolver:
 
 
 def _unheard(first: int, states: Tensor) -> None:
-    """States became final, and nobody wants to know."""
+    """No one listens to the states that became final."""

@@ -84,7 +84,7 @@ class NewtonUpdate:
                 continue
             before = slice(begin - STRETCH, begin)
             change = parts[-1] - phi[before] + residual[before]
-            entering = torch.zeros_like(residual[part][: steps.shape[1]])  # what the stretch before hands on
+            entering = torch.zeros_like(residual[part][: steps.shape[1]])  # changes carried in from the stretch before
             for i in range(len(entering)):
                 for j in range(i, steps.shape[1]):
                     entering[i].add_(change[i - j - 1], alpha=steps[i, j].item())
