@@ -1,6 +1,6 @@
 """The stopping rule: the values that Parareal gives to block edges, and how far each may be trusted.
 
-After iteration p the defect left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|. Carried along the chain as Gaussian data
+After iteration p the error left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|. Carried along the chain as Gaussian data
 would carry it (f) it gives e, the error expected of the edge; carried to the sample by chain/sensitivity.py's response s it
 gives the estimated error of the sample, `control.caution` times theta times the sum of
 

@@ -16,7 +16,29 @@ from paradiff.methods.window.passing import PassByChange, PassByError, PassBySwe
 
 
 class WindowSetup:
-    """See the module; `shared_window` says that a state is a batch of members that share a window."""
+    """See the module.
+
+    Args:
+        table: The sampler.
+        method: The method.
+        device: Where states live.
+        dtype: Their dtype.
+        shared_window: Whether a state is a batch of members that share a window.
+        resolution: Relative precision of the network's outputs; that of the states by default.
+
+    Attributes:
+        edges: `[M+1]` fine nodes between sub-intervals.
+        intervals: M.
+        width: Sub-intervals of a full window.
+        single: Whether every sub-interval is one step.
+        history: States before the window that a step reads, P - 1.
+        blocks: Edges of the blocks, as numbers of sub-intervals.
+        exact_after: Sweeps after which every block is exact.
+        slope: `[M, P]` G over the sub-intervals; `sloped` says whether any of it is not 0.
+        slope_error: `[M]` h of budget.py's equation (1), and `factor` `[M+1]` s of its equation (2).
+        recurrence: The predictor's coefficients.
+        passes: The rule by which nodes pass.
+    """
 
     def __init__(
         self,
