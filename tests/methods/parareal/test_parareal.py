@@ -384,8 +384,8 @@ SLIDES = "which looks at the end of the chain; a window slides by rule 'error' o
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": 0}, "blocks is 0; give at least 1 block, the edges of the blocks, or None"),
-        ({"blocks": -4}, "blocks is -4; give at least 1 block"),
+        ({"blocks": 0}, "blocks is 0; give a whole number of at least 1 block, the edges of the blocks, or None"),
+        ({"blocks": -4}, "blocks is -4; give a whole number of at least 1 block"),
         ({"ordering": "eager"}, "ordering is 'eager'; it must be one of pipelined, batched"),
         ({"rule": "residual"}, "rule is 'residual'; it must be one of error, change, sample, image"),
         ({"coarse": "three step"}, f"coarse is 'three step'; {UNKNOWN}"),

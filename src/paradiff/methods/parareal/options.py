@@ -97,7 +97,9 @@ class PararealOptions:
             ValueError: If there is one.
         """
         if self.blocks is not None and not are_whole(self.blocks) and not (is_whole(self.blocks) and self.blocks >= 1):
-            raise ValueError(f"blocks is {self.blocks!r}; give at least 1 block, the edges of the blocks, or None")
+            raise ValueError(
+                f"blocks is {self.blocks!r}; give a whole number of at least 1 block, the edges of the blocks, or None"
+            )
         for name, kind in (("ordering", Ordering), ("rule", StopRule)):
             require_one_of(name, getattr(self, name), get_args(kind))
         if is_whole(self.coarse):
