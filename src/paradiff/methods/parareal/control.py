@@ -12,8 +12,8 @@ from paradiff.errors import require_between, require_whole
 class PararealControl:
     """The tuned numbers of the stopping rule (stopping.py) and of the planner of blocks.
 
-    Those of the rule were fitted together on the bundled network: DDIM and DDPM of 25 to 1000 steps, seeds 0 to 7. None of them
-    was scanned on its own.
+    `caution`, `least_mismatch` and the two decisions were fitted on the bundled network: DDIM and DDPM of 25 to 1000 steps,
+    seeds 0 to 7. No number was scanned on its own.
 
     Attributes:
         caution: Factor of the estimated error; 1 or more. A larger one makes the rule `error` stop later.
@@ -28,7 +28,7 @@ class PararealControl:
         early_share: Share of the tolerance that edges before the last may use to settle early, 0 ... 1, where no window has to
             slide: it saves evaluations and no rounds. 0 lets no edge settle but exactly.
         expected_iterations: K of the planner's formula when none is forced, 1 or more: the planned number of blocks grows with
-            its square root. Not scanned on its own.
+            its square root.
 
     Raises:
         ValueError: If a number is out of its range.
