@@ -283,7 +283,7 @@ class AndersonSolver:
         record = WindowRecord(round, self.sample, self.first, norms, passed)
         self.first += passed
         self.rounds, self.rows = self.rounds + 1, self.rows + len(norms)
-        self.residual = max(self.residual, *norms[1:passed], 0.0) if passed > 1 else self.residual
+        self.residual = max(self.residual, *norms[1:passed], 0.0)
         return record
 
 
