@@ -7,17 +7,26 @@ files of python. `<!-- not run: REASON -->` directly above a block leaves it out
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import itertools
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from pipelines import Cli
 
+import paradiff
+
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
+SOURCE = Path(paradiff.__file__).parent
+ROOMS = ["chain", "samplers", "solver", "methods", "models", "planning", "pipelines"]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -27,7 +36,8 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 LANGUAGES = ("python", "sh", "text", "json")
-INLINE = re.compile(r"`(paradiff (?:sample|explain|methods) [^`]+)`")
+INLINE = re.compile(r"`((?:paradiff (?:sample|explain|methods)|make|pip install|python) [^`]+)`")
+PATH = re.compile(r"\b[\w-]+(?:/[\w.-]+)+\.(?:py|md|json|png|toml)\b")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
@@ -124,11 +134,10 @@ def test_a_command_of_the_pages_runs(command: str, cli: Cli, tmp_path: Path, mon
             targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
             assert set(arguments) <= targets
         case "pip":
-            known = set(re.findall(r"^(\w+) = \[$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
-            (package,) = [a for a in arguments if a != "install"]
+            (package,) = arguments[1:]
             found = re.fullmatch(r"(?:paradiff|\.)(?:\[([\w,]+)\])?", package)
             assert found, package
-            assert set((found[1] or "cli").split(",")) <= known
+            assert set((found[1] or "all").split(",")) <= extras()
         case "python":
             assert (ROOT / arguments[0]).is_file()
         case _:
@@ -151,8 +160,56 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}, heading
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    places = (ROOT, SOURCE, page.parent)
+    for path in PATH.findall(prose(page)):
+        assert path.startswith("demo/") or any((place / path).exists() for place in places), path  # demo/ is made by make
+
+
+def extras() -> set[str]:
+    """The optional dependency groups of the package."""
+    (groups,) = re.findall(r"^\[project\.optional-dependencies\]$(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    return set(re.findall(r"^(\w+) = \[$", groups, flags=re.MULTILINE))
+
+
+def test_the_readme_explains_every_extra_but_those_of_development() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", prose(ROOT / "README.md"), flags=re.MULTILINE)) >= extras() - {"dev", "docs"}
+
+
 def test_the_index_and_the_readme_lead_to_every_page() -> None:
     for start in (ROOT / "docs/index.md", ROOT / "README.md"):
         reached = {(start.parent / path).resolve() for path, _ in LINK.findall(prose(start))}
         pages = {p.resolve() for p in PAGES if p.parent != ROOT and p.name != "index.md"}
         assert pages <= reached, f"{start.name} names no {sorted(p.name for p in pages - reached)}"
+
+
+# -- the API reference, which is made of docstrings --------------------------------------------------------------------
+
+
+def described() -> set[str]:
+    """Names that are given a value in some file of the package, with a docstring below."""
+    found: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node, after in itertools.pairwise(body):
+            if isinstance(node, ast.Assign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("room", ["paradiff", *(f"paradiff.{room}" for room in ROOMS)])
+def test_every_public_name_has_a_docstring(room: str) -> None:
+    module = importlib.import_module(room)
+    constants = described()
+    for public in module.__all__:
+        value = getattr(module, public)
+        if isinstance(value, ModuleType) or inspect.isfunction(value) or inspect.isclass(value):
+            # A dataclass without one is given its signature.
+            assert value.__doc__, public
+            assert not value.__doc__.startswith(f"{public}("), public
+        else:
+            assert public in constants | {"__version__"}, public
+        for member, method in vars(value).items() if inspect.isclass(value) else ():
+            if inspect.isfunction(method) and not member.startswith("_"):
+                assert method.__doc__, f"{public}.{member}"
