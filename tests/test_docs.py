@@ -86,11 +86,11 @@ def name(page: Path) -> str:
 
 
 def commands() -> list[object]:
-    """Every command of the pages, once, as a test's parameters."""
+    """Every command of the pages, once, as a test's parameters; in prose, words in capitals stand for something."""
     found: dict[str, object] = {}
     for page in PAGES:
         given = [(b.text, b.reason) for b in blocks(page) if b.language == "sh"]
-        given += [(m[1], None) for m in INLINE.finditer(prose(page)) if "MODEL" not in m[1]]
+        given += [(m[1], None) for m in INLINE.finditer(prose(page)) if not re.search(r"\b[A-Z]{3,}\b", m[1])]
         for text, reason in given:
             for line in text.replace("\\\n", " ").splitlines():
                 command = " ".join(line.split("#")[0].split())
