@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 # What the command needs.
 .venv/.demo: pyproject.toml constraints.txt
@@ -14,6 +14,12 @@ BIN := .venv/bin
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch .venv/.demo $@
+
+# What the API reference needs: it is made by importing everything.
+.venv/.docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch .venv/.demo $@
 
 demo: .venv/.demo
@@ -42,5 +48,10 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/sparse.py --json benchmarks/results/sparse.json
 	$(BIN)/python benchmarks/shift.py --json benchmarks/results/shift.json
 
+# The API reference, of the names that each room lists in __all__.
+docs: .venv/.docs
+	$(BIN)/python -m pdoc -d google -o docs/api paradiff paradiff.chain.slope paradiff.chain.noise
+	@echo "Look at docs/api/index.html"
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo docs/api

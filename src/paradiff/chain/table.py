@@ -13,7 +13,7 @@ maps pure noise of level sigma to level u, and u^2 + c^2 = sigma'^2).
 
 Tables are made by the plain functions of paradiff.samplers, or read off any diffusers scheduler (`samplers.from_scheduler`).
 Those read off have exact coefficients a, b, c, while their levels are found separately and may be a guide only: they serve
-slopes, fills and certificates, and no state of a finished chain depends on them.
+slopes, fills and error estimates, and no state of a finished chain depends on them.
 """
 
 from __future__ import annotations

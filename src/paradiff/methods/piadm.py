@@ -121,7 +121,7 @@ def piadm_ode(
 
     Differs from the paper in: any deterministic table, not only that of the score form; leading nodes, which after k sweeps are
     exact, are not evaluated again; a window may be narrower than a block; no corrector unless one is given, for at equal rounds
-    `piadm_sde` came nearer to the law in nearly every case measured (docs/piadm.md).
+    `piadm_sde` came nearer to the law in nearly every case measured (docs/methods/piadm.md).
 
     Args:
         blocks: Number of blocks, balanced in log(alpha/sigma), or the nodes of their edges (`Grid.edges`).

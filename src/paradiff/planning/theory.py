@@ -22,7 +22,7 @@ are the paper's; the constants below are our choice and no part of the theorems:
 - eta = delta^2/d: early stopping costs W2^2 = d eta = delta^2.
 - The ODE's corrector: 1/sqrt(L) long, friction sqrt(8 L), steps of delta/sqrt(d L), ln(d/delta^2) sweeps.
 
-The width d/delta^2 comes from a bound in path space; marginals need less (docs/piadm.md).
+The width d/delta^2 comes from a bound in path space; marginals need less (docs/methods/piadm.md).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ at every X and runs (2) with it. After k sweeps the first k points are those of 
 
 Source: Chen, Ren, Ying and Rotskoff, arXiv 2405.15986 (the corrector of PIADM-ODE); the parallel form follows Anari, Chewi and
 Vuong, "Fast parallel sampling under isoperimetry", COLT 2024. Its purpose there is the proof: it turns an error of transport
-into one of total variation. Whether it pays is measured in docs/piadm.md.
+into one of total variation. Whether it pays is measured in docs/methods/piadm.md.
 """
 
 from __future__ import annotations
