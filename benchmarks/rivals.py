@@ -24,8 +24,9 @@ from shift import Chain
 from torch import Tensor
 
 from paradiff import Recorded, Schedule, Table, ddim, ddpm
+from paradiff.methods.collocation.control import ORDER_ZERO
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.options import VARIANCE, mesh_on
+from paradiff.methods.collocation.options import mesh_on
 from paradiff.methods.collocation.system import CollocationSystem, draw
 from paradiff.methods.parareal.coarse import Coarse, of_table, one_step, two_step
 from paradiff.methods.presets import collocation
@@ -257,7 +258,7 @@ def stochastic(
     noise, table = problem.noise(seeds), problem.table
     z = torch.stack([noise.draw(k, range(table.steps)) for k in range(len(seeds))]).double()
     start = torch.stack([noise.start(k) for k in range(len(seeds))]) * table.start_scale
-    path, recurrence = Brownian(problem, seeds, z, start), Recurrence(table, VARIANCE)
+    path, recurrence = Brownian(problem, seeds, z, start), Recurrence(table, ORDER_ZERO.variance)
     solvers: dict[str, Callable[[list[int]], Tensor]] = {
         "one step": lambda nodes: path.walk(one_step(table, nodes)),
         "two step": lambda nodes: path.walk(two_step(table, nodes)),
@@ -293,7 +294,7 @@ def _even(place: Tensor, count: int) -> list[int]:
 PLACES: dict[str, Callable[[Table, int], list[int]]] = {
     "even in time": lambda table, count: _even(-table.t[:-1].double(), count),
     "even in log-SNR": lambda table, count: _even((table.alpha / table.sigma)[:-1].log(), count),
-    "collocation's": lambda table, count: mesh_on(table).edges(count),
+    "collocation's": lambda table, count: mesh_on(table, collocation().control_on(table)).edges(count),
 }
 
 

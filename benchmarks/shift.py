@@ -54,6 +54,7 @@ from scipy.fft import dct
 from torch import Tensor
 
 from paradiff import Evaluator, Recorded, Table, sample, sequential
+from paradiff.methods.collocation.control import MeshControl
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.system import CollocationSystem
@@ -457,7 +458,7 @@ def measure(chain: Chain, seeds: int, estimates: int) -> Iterator[Row]:
     which = "stochastic" if table.stochastic else "deterministic"
     counts = NODES.get(f"{chain.model}, {which}", NODES[which])
     counts = counts if table.steps > 4 * counts[-1] else tuple(n for n in (table.steps // 4, table.steps // 2))
-    mesh = Mesh(table)
+    mesh = Mesh(table, MeshControl())
     kinds = kinds_of(chain, mesh.edges(counts[0]), chain.run(range(FIRST_ESTIMATE, FIRST_ESTIMATE + estimates)))
     run = chain.run(range(seeds))
     spread = float(run.sample.std())

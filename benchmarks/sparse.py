@@ -40,7 +40,7 @@ from rich.table import Table as Sheet
 from rivals import part_rivals, smallest
 
 from paradiff import Schedule, ddim, ddpm, parallelize, sequential
-from paradiff.methods.collocation.options import VARIANCE
+from paradiff.methods.collocation.control import ORDER_ZERO
 from paradiff.methods.presets import Method, collocation, parasolver, quasi_newton
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
@@ -239,7 +239,9 @@ def part_fixed(seeds: Sequence[int]) -> Iterator[Row]:
         problem = trained(sampler)
         reference = problem.references(seeds)
         usual = 0 if sampler == "ddpm" else 3
-        settings = [(order, VARIANCE) for order in orders] + [(usual, shift) for shift in SHIFTS if shift != VARIANCE]
+        settings = [(order, ORDER_ZERO.variance) for order in orders] + [
+            (usual, shift) for shift in SHIFTS if shift != ORDER_ZERO.variance
+        ]
         for order, shift in settings:
             for nodes in NODES:
                 method = collocation(nodes, order=order, shift=shift, max_nodes=nodes, tolerance=TIGHT)
@@ -262,7 +264,7 @@ def draw_nodes(rows: list[Row], path: Path) -> None:
         for line, field in enumerate(("order", "shift")):
             axes = panels[line][column]
             mine = [r for r in chosen if r["table"] == sampler]
-            mine = [r for r in mine if (r["shift"] == VARIANCE if field == "order" else r["order"] == usual)]
+            mine = [r for r in mine if (r["shift"] == ORDER_ZERO.variance if field == "order" else r["order"] == usual)]
             for number, value in enumerate(sorted({r[field] for r in mine})):
                 curve = sorted((r["nodes"], r["error_median"], r["error_max"]) for r in mine if r[field] == value)
                 x, middle, worst = zip(*curve, strict=True)
@@ -270,7 +272,7 @@ def draw_nodes(rows: list[Row], path: Path) -> None:
                 axes.plot(x, middle, "o-", color=f"C{number}", label=label, ms=4)
                 axes.plot(x, worst, ":", color=f"C{number}", lw=1)
             axes.axhline(EQUAL, color="black", lw=0.8)
-            shared = f"shift {VARIANCE:g}" if field == "order" else f"order {usual}"
+            shared = f"shift {ORDER_ZERO.variance:g}" if field == "order" else f"order {usual}"
             axes.set(xscale="log", yscale="log", title=f"{sampler.upper()} {STEPS}, {shared}", xlabel="nodes")
             axes.set_xticks(NODES, [str(n) for n in NODES])
             axes.minorticks_off()

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.slope import Slope, identity, shifted, zero
+from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, CollocationControl
 from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.methods.collocation.options import DEFAULT_TOLERANCE, Target
+from paradiff.methods.collocation.options import Target
 from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.parareal.options import Choice, Schedule, StopRule
 from paradiff.methods.window.method import WindowMethod
@@ -205,6 +206,7 @@ def collocation(
     exact: bool = False,
     target: Target = "chain",
     memory: str | Path | None = None,
+    control: CollocationControl | None = None,
 ) -> CollocationMethod:
     """Sparse nodes: the sample of a long chain from fewer evaluations than the chain has steps.
 
@@ -235,5 +237,18 @@ def collocation(
             its range of levels, from the same start (samplers/continuum.py).
         memory: File in which is remembered where the samples of this model needed their nodes, so that later ones begin with
             nodes there (methods/collocation/mesh_store.py); made when it is not there.
+        control: The tuned numbers (methods/collocation/control.py); those of the interpolation's order by default.
     """
-    return CollocationMethod("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target, memory)
+    return CollocationMethod(
+        nodes=nodes,
+        order=order,
+        shift=shift,
+        window=window,
+        tolerance=tolerance,
+        secants=secants,
+        max_nodes=max_nodes,
+        exact=exact,
+        target=target,
+        memory=memory,
+        control=control,
+    )

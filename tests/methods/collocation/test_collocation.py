@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from paradiff import (
     sample,
     solve,
 )
+from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.setup import CollocationSetup
@@ -126,10 +128,10 @@ def rms(found: Tensor, wanted: Tensor) -> Tensor:
     return (found.double() - wanted).flatten(1).square().mean(1).sqrt()
 
 
-@pytest.fixture
-def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gaps count as leaving nothing out, so that nodes stay as they are."""
-    monkeypatch.setattr("paradiff.methods.collocation.error.CAUTION", {True: 0.0, False: 0.0})
+def unrefined(table: Table, order: int | None = None) -> CollocationControl:
+    """The interpolation error is taken for 0, so that the mesh stays as it is."""
+    control = collocation(order=order).control_on(table)
+    return replace(control, error=replace(control.error, safety=0.0))
 
 
 # -- the chain's sample -----------------------------------------------------------------------------------------------
@@ -148,10 +150,9 @@ def test_on_gaussian_data_of_the_shifts_variance_few_nodes_give_the_chains_sampl
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "heun"])
-@pytest.mark.usefixtures("unrefined")
 def test_with_every_fine_node_the_fixed_point_is_the_sequential_sample(name: str) -> None:
     table, noise = TABLES[name](20), Keyed((2,), 3, 3)
-    found = run(table, PLANE, collocation(list(range(table.steps)), tolerance=1e-6), noise)
+    found = run(table, PLANE, collocation(list(range(table.steps)), tolerance=1e-6, control=unrefined(table)), noise)
     assert rms(found.sample, wanted_of(name, table, PLANE, noise)).max() < 1e-4
 
 
@@ -189,24 +190,23 @@ def slope(counts: list[int], errors: list[float]) -> float:
 
 
 @pytest.mark.parametrize(("order", "counts"), [(1, [12, 24, 48]), (3, [10, 20, 40])])
-@pytest.mark.usefixtures("unrefined")
 def test_on_a_long_deterministic_chain_the_error_falls_with_the_order_plus_1(order: int, counts: list[int]) -> None:
     table, noise = TABLES["ddim"](1000), Keyed((2,), 0, 6)
     wanted = wanted_of("ddim", table, PLANE, noise)
     errors = []
     for n in counts:
-        found = run(table, PLANE, collocation(n, order=order, tolerance=1e-9), noise)
+        found = run(table, PLANE, collocation(n, order=order, tolerance=1e-9, control=unrefined(table, order)), noise)
         errors.append(float(rms(found.sample, wanted).mean()))
     assert order + 0.5 < slope(counts, errors) < order + 2.5, errors
 
 
-@pytest.mark.usefixtures("unrefined")
 def test_on_a_long_stochastic_chain_averaged_states_are_of_higher_strong_order_than_the_path() -> None:
     table, noise = TABLES["ddpm"](1000), Keyed((2,), 0, 12)
     wanted = wanted_of("ddpm", table, PLANE, noise)
     counts, found = [24, 48, 96], {}
     for order in (0, 1):
-        runs = [run(table, PLANE, collocation(n, order=order, tolerance=1e-4), noise) for n in counts]
+        control = unrefined(table, order)
+        runs = [run(table, PLANE, collocation(n, order=order, tolerance=1e-4, control=control), noise) for n in counts]
         found[order] = [float(rms(r.sample, wanted).mean()) for r in runs]
     assert 1.15 < slope(counts, found[0]) < 2.2, found
     assert 0.6 < slope(counts, found[1]) < 1.4, found
@@ -332,7 +332,7 @@ def trained(sampler: str, nodes: Any, **options: Any) -> Solution:
     return sample(model, model.table(sampler, 1000), noise, collocation(nodes, **{"window": 24, **options}))
 
 
-def test_gaps_that_leave_out_too_much_are_cut_before_the_sweeps_come_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gaps_that_leave_out_too_much_are_cut_before_the_sweeps_come_to_rest() -> None:
     early = trained("ddim", 12)
     cut = next(
         a
@@ -340,17 +340,16 @@ def test_gaps_that_leave_out_too_much_are_cut_before_the_sweeps_come_to_rest(mon
         if isinstance(b, CollocationRecord) and isinstance(a, CollocationRecord) and b.of > a.of
     )
     assert 0.3 * 4e-3 < cut.iteration_error <= 10 * 4e-3
-    monkeypatch.setattr("paradiff.methods.collocation.solver.EARLY", 0.0)
-    late = trained("ddim", 12)
+    late = trained("ddim", 12, control=replace(HIGHER_ORDER, early_factor=0.0))
     assert early.rounds < late.rounds
     assert early.estimated_error <= 4e-3
     assert late.estimated_error <= 4e-3
 
 
-def test_a_sample_with_no_node_worth_asking_again_is_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paradiff.methods.collocation.solver.QUIET", 30.0)  # all nodes together hold back more than is at rest
-    monkeypatch.setattr("paradiff.methods.collocation.solver.EARLY", 0.0)
-    assert trained("ddim", 40, max_nodes=40).rounds < trained("ddim", 40, max_nodes=40, exact=True).rounds
+def test_a_sample_with_no_node_worth_asking_again_is_at_rest() -> None:
+    control = replace(HIGHER_ORDER, node_share=30.0, early_factor=0.0)  # no node is stale, but all of them together are
+    found, exact = (trained("ddim", 40, max_nodes=40, control=control, exact=exact) for exact in (False, True))
+    assert found.rounds < exact.rounds
 
 
 def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
@@ -371,13 +370,12 @@ def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest
     assert found.estimated_error <= 4e-3
 
 
-def test_defects_count_as_much_as_samples_answer_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
-    monkeypatch.setattr("paradiff.methods.collocation.defect.ANSWER", 1.4)
-    monkeypatch.setattr("paradiff.methods.collocation.defect.MORE", 5.4)
-    twice = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
-    monkeypatch.setattr("paradiff.methods.collocation.error.REDUCTION", 4.4)
-    again = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
+def test_defects_count_as_much_as_samples_answer_to_them() -> None:
+    sensitive = replace(ORDER_ZERO.defect, late_sensitivity=1.4, early_sensitivity=5.4)
+    once, twice, again = (
+        trained("ddpm", 24, max_nodes=24, control=replace(ORDER_ZERO, defect=defect)).error_estimates[0].interpolation_error
+        for defect in (ORDER_ZERO.defect, sensitive, replace(sensitive, halving_ratio=4.4))
+    )
     assert (twice, again) == pytest.approx((2 * once, once), rel=1e-9)
 
 
@@ -601,6 +599,16 @@ def test_the_methods_own_order_is_that_of_its_chain() -> None:
     assert collocation().degree(TABLES["ddim"](40)) == 3
     assert collocation().degree(TABLES["ddpm"](40)) == 0
     assert collocation(order=1).degree(TABLES["ddpm"](40)) == 1
+
+
+def test_the_tuned_numbers_are_those_of_the_order_or_the_callers() -> None:
+    assert collocation().control_on(TABLES["ddpm"](40)) is ORDER_ZERO
+    assert collocation().control_on(TABLES["ddim"](40)) is HIGHER_ORDER
+    assert collocation(order=1).control_on(TABLES["ddpm"](40)) is HIGHER_ORDER
+    assert collocation(order=0).control_on(TABLES["ddim"](40)) is ORDER_ZERO
+    fewer = replace(HIGHER_ORDER, nodes=8)
+    assert collocation(control=fewer).control_on(TABLES["ddim"](40)) is fewer
+    assert len(collocation(control=fewer).edges(TABLES["ddim"](40))) == 9
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

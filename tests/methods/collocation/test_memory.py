@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from paradiff import CollocationRecord, Keyed, Schedule, Solution, Table, collocation, ddim, ddpm, sample
-from paradiff.methods.collocation.mesh import BINS
-from paradiff.methods.collocation.mesh_store import LEAST, SETTLED, MeshStore, needed
+from paradiff.methods.collocation.control import HIGHER_ORDER
+from paradiff.methods.collocation.mesh_store import MeshStore, needed
 from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.methods.collocation.options import DETERMINISTIC_NODES, mesh_on
+from paradiff.methods.collocation.options import mesh_on
 from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
 
 LINEAR = Schedule.linear()
 PLANE = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-0.6, 0.2], [0.5, -0.3]]), torch.tensor([0.1, 0.2]))
+BINS = HIGHER_ORDER.mesh.bins
 TIGHT = 1e-4  # at which the nodes of an unknown model do not suffice
 
 
@@ -90,7 +91,7 @@ def test_the_file_holds_a_few_numbers_for_each_table(tmp_path: Path) -> None:
 
 def test_it_is_left_as_it_is_after_enough_samples(tmp_path: Path) -> None:
     table, path = ddim(LINEAR, 200), tmp_path / "nodes.json"
-    run(table, collocation(memory=path), 0, SETTLED)
+    run(table, collocation(memory=path), 0, HIGHER_ORDER.store.most_samples)
     before = path.read_bytes()
     run(table, collocation(memory=path), 1)
     assert path.read_bytes() == before
@@ -98,36 +99,36 @@ def test_it_is_left_as_it_is_after_enough_samples(tmp_path: Path) -> None:
 
 def test_one_sample_that_needs_very_many_counts_as_a_few_more(tmp_path: Path) -> None:
     table = ddim(LINEAR, 200)
-    prior = (DETERMINISTIC_NODES * mesh_on(table).in_bins()).tolist()
+    prior = (HIGHER_ORDER.nodes * mesh_on(table, HIGHER_ORDER).in_bins()).tolist()
     totals = []
     for number in (40.0, 4000.0):
         path = tmp_path / f"{number}.json"
-        memory = MeshStore(path, table, 3)
+        memory = MeshStore(path, table, HIGHER_ORDER, 3)
         memory.note([number / BINS] * BINS, 0.25)
         memory.keep(prior)
-        found = MeshStore(path, table, 3).found
+        found = MeshStore(path, table, HIGHER_ORDER, 3).found
         assert found is not None
         totals.append(sum(found.nodes))
-    assert totals[0] == pytest.approx(math.sqrt(DETERMINISTIC_NODES * 40), rel=0.02)
-    assert totals[1] < 1.2 * DETERMINISTIC_NODES
-    memory = MeshStore(tmp_path / "few.json", table, 3)
+    assert totals[0] == pytest.approx(math.sqrt(HIGHER_ORDER.nodes * 40), rel=0.02)
+    assert totals[1] < 1.2 * HIGHER_ORDER.nodes
+    memory = MeshStore(tmp_path / "few.json", table, HIGHER_ORDER, 3)
     memory.note([0.01] * BINS, 0.25)
     memory.keep(prior)
-    found = MeshStore(tmp_path / "few.json", table, 3).found
+    found = MeshStore(tmp_path / "few.json", table, HIGHER_ORDER, 3).found
     assert found is not None
-    assert sum(found.nodes) == pytest.approx(DETERMINISTIC_NODES * math.sqrt(LEAST), rel=0.02)
+    assert sum(found.nodes) == pytest.approx(HIGHER_ORDER.nodes * math.sqrt(HIGHER_ORDER.store.least_share), rel=0.02)
 
 
 def test_nodes_lie_where_they_were_needed(tmp_path: Path) -> None:
     table, path = ddim(LINEAR, 400), tmp_path / "nodes.json"
-    memory = MeshStore(path, table, 3, "chain")
+    memory = MeshStore(path, table, HIGHER_ORDER, 3, "chain")
     for _ in range(20):
         memory.note([20.0, *[1.0] * (BINS - 1)], 0.25)
-    memory.keep((DETERMINISTIC_NODES * mesh_on(table).in_bins()).tolist())
+    memory.keep((HIGHER_ORDER.nodes * mesh_on(table, HIGHER_ORDER).in_bins()).tolist())
     learnt, usual = (collocation(memory=m) for m in (path, None))
     remembered = learnt.remember(table)
     assert remembered is not None
-    place = mesh_on(table).in_bins
+    place = mesh_on(table, HIGHER_ORDER).in_bins
     assert float(place(0, 20)[0]) == pytest.approx(1)  # these steps lie in the first part
     early = [sum(edge < 20 for edge in m.edges(table, r)) for m, r in ((learnt, remembered.found), (usual, None))]
     assert early[0] > 2 * early[1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paradiff import Schedule, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
+from paradiff.methods.collocation.control import MeshControl
 from paradiff.methods.collocation.interval import finite_log_snr
 from paradiff.methods.collocation.mesh import Mesh, density
 
@@ -26,7 +27,7 @@ TABLES = {
 @pytest.mark.parametrize("count", [2, 8, 20, 56])
 def test_edges_increase_from_the_start_to_the_end_at_candidates(name: str, count: int) -> None:
     table = TABLES[name]
-    mesh = Mesh(table)
+    mesh = Mesh(table, MeshControl())
     edges = mesh.edges(count)
     assert edges[0] == 0
     assert edges[-1] == table.steps
@@ -39,20 +40,20 @@ def test_edges_increase_from_the_start_to_the_end_at_candidates(name: str, count
 @pytest.mark.parametrize("name", TABLES)
 def test_candidates_are_at_increasing_levels(name: str) -> None:
     table = TABLES[name]
-    candidates = Mesh(table).candidates
+    candidates = Mesh(table, MeshControl()).candidates
     assert candidates[0] == 0
     assert (finite_log_snr(table)[candidates].diff() > 0).all()
 
 
 def test_gaps_of_a_two_stage_sampler_begin_where_it_starts_afresh() -> None:
     table = TABLES["heun"]
-    assert set(Mesh(table).candidates) <= set(table.restarts)
+    assert set(Mesh(table, MeshControl()).candidates) <= set(table.restarts)
 
 
 def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
     table = TABLES["ddim"]
     place = finite_log_snr(table)
-    edges = place[Mesh(table).edges(16)[1:-2]]  # node 0 is far off already
+    edges = place[Mesh(table, MeshControl()).edges(16)[1:-2]]  # node 0 is far off already
     step, wide, middle = float(place.diff()[20:-3].max()), edges.diff(), (edges[1:] + edges[:-1]) / 2
     tails = wide[(middle + 0.3).abs() > 4]
     assert tails.max() - tails.min() < 2 * step
@@ -61,17 +62,17 @@ def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
 
 def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:
     table = TABLES["ddpm"]
-    place = finite_log_snr(table)[Mesh(table).edges(40)[:-1]]
+    place = finite_log_snr(table)[Mesh(table, MeshControl()).edges(40)[:-1]]
     gaps, middle = place.diff(), (place[1:] + place[:-1]) / 2
     decided = gaps[(middle - -1.2).abs() < 1]
     late = gaps[(middle > 2) & (middle < 5)]
     assert float(decided.mean()) < 0.7 * float(late.mean())
-    assert density(torch.tensor([-1.2]), True) > 2 * density(torch.tensor([4.0]), True)
+    assert density(torch.tensor([-1.2]), True, MeshControl()) > 2 * density(torch.tensor([4.0]), True, MeshControl())
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_a_split_gap_has_at_most_so_many_parts(parts: int) -> None:
-    mesh = Mesh(TABLES["ddpm"])
+    mesh = Mesh(TABLES["ddpm"], MeshControl())
     found = mesh.split(50, 110, parts)
     assert len(found) == parts
     assert found[0] == 50
@@ -79,8 +80,8 @@ def test_a_split_gap_has_at_most_so_many_parts(parts: int) -> None:
 
 
 def test_a_single_step_is_not_split() -> None:
-    assert Mesh(TABLES["ddpm"]).split(50, 51, 4) == [50]
+    assert Mesh(TABLES["ddpm"], MeshControl()).split(50, 51, 4) == [50]
 
 
 def test_a_gap_of_two_steps_is_split_once() -> None:
-    assert Mesh(TABLES["ddpm"]).split(50, 52, 4) == [50, 51]
+    assert Mesh(TABLES["ddpm"], MeshControl()).split(50, 52, 4) == [50, 51]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff.methods.collocation.linearization import KNOWN, Linearization
+from paradiff.methods.collocation.linearization import Linearization
 
 NODES, SIZE = 5, 3
+KNOWN = 0.25
 
 
 def linear(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +22,7 @@ def linear(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def response(reach: Tensor, slope: Tensor, dx: Tensor) -> Linearization:
     du = torch.einsum("nij,nkj->nki", slope, dx)
-    return Linearization(reach, torch.arange(NODES), dx[:, :, None], du[:, :, None])
+    return Linearization(reach, torch.arange(NODES), dx[:, :, None], du[:, :, None], KNOWN)
 
 
 def followed(reach: Tensor, slope: Tensor, forced: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Table, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
+from paradiff.methods.collocation.control import DefectControl
 from paradiff.methods.collocation.defect import DoubledIntervals, answer, directions, left_out
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.system import CollocationSystem, draw, spread
@@ -130,19 +131,22 @@ def test_a_gaps_noise_does_not_depend_on_what_was_drawn_before() -> None:
 
 def test_gaps_of_twice_the_length_weigh_drives_as_the_chain_does() -> None:
     table, sparse = TABLES["ddpm"], sparse_of("ddpm", 0)
-    doubled = DoubledIntervals(sparse)
+    doubled = DoubledIntervals(sparse, DefectControl())
     assert doubled.first == [0, 2, 4, 6]
     for j, n in enumerate(doubled.first):
         assert (doubled.gaps[j].left, doubled.gaps[j].right) == (sparse.gaps[n].left, sparse.gaps[n + 1].right)
         # A drive that is the same in both gaps leaves no defect.
         assert float(doubled.weights[j].sum()) == pytest.approx(float(doubled.weight[j]), rel=1e-10)
         assert doubled.places[j] == tuple(sparse.edges[n : n + 3])
-    assert DoubledIntervals(CollocationSystem(Recurrence(table, VARIANCE), list(range(table.steps + 1)), 0)).first == []
+    assert (
+        DoubledIntervals(CollocationSystem(Recurrence(table, VARIANCE), list(range(table.steps + 1)), 0), DefectControl()).first
+        == []
+    )
 
 
 def test_the_averaged_states_of_doubled_gaps_are_those_of_the_coarser_table() -> None:
     sparse, noise = sparse_of("ddpm", 0), Keyed((3,), 4)
-    doubled = DoubledIntervals(sparse)
+    doubled = DoubledIntervals(sparse, DefectControl())
     left = [gap.left for gap in doubled.gaps]
     coarse = CollocationSystem(sparse.recurrence, [*left, TABLES["ddpm"].steps], 0)
     assert coarse.nodes.tolist() == doubled.nodes.tolist()
@@ -161,18 +165,18 @@ def test_the_averaged_states_of_doubled_gaps_are_those_of_the_coarser_table() ->
 
 
 def test_a_sample_answers_to_defects_more_strongly_before_it_is_decided_than_after() -> None:
-    found = answer(torch.tensor([-20.0, -2.0, 0.0, 2.0, 20.0], dtype=torch.float64)).tolist()
+    found = answer(torch.tensor([-20.0, -2.0, 0.0, 2.0, 20.0], dtype=torch.float64), DefectControl()).tolist()
     assert found == sorted(found, reverse=True)
     assert (found[0], found[2], found[4]) == pytest.approx((3.4, 2.05, 0.7))
-    doubled = DoubledIntervals(sparse_of("ddpm", 0))
+    doubled = DoubledIntervals(sparse_of("ddpm", 0), DefectControl())
     middles = [middle for _, middle, _ in doubled.places]
     place = Recurrence(TABLES["ddpm"], VARIANCE).log_snr
-    assert doubled.answer.tolist() == pytest.approx(answer(place[middles]).tolist())
+    assert doubled.answer.tolist() == pytest.approx(answer(place[middles], DefectControl()).tolist())
 
 
 def test_a_defect_is_carried_in_its_neighbours_directions_at_its_own_size() -> None:
     defects = torch.eye(6, dtype=torch.float64)[:, None] * torch.arange(1.0, 7.0, dtype=torch.float64)[:, None, None]
-    several = directions(defects)
+    several = directions(defects, 2)
     assert torch.equal(several[2], defects)
     for found in several:
         torch.testing.assert_close(found.norm(dim=2), defects.norm(dim=2))

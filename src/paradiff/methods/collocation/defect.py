@@ -41,14 +41,9 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.methods.collocation.control import DefectControl
 from paradiff.methods.collocation.interval import Interval
 from paradiff.methods.collocation.system import CollocationSystem, draw
-
-REDUCTION = 2.2  # equation (1), order 0
-LEAST_REDUCTION, MOST_REDUCTION, SLOWER = 1.2, 3.0, 1.5  # orders from 1
-CAUTION = {True: 1.0, False: 1.5}  # by whether states are averaged
-ANSWER, MORE, DECIDED_OVER = 0.7, 2.7, 0.8  # equation (2)
-NEIGHBOURS = 2  # on either side, whose directions a defect is carried in
 
 
 class DoubledIntervals:
@@ -57,6 +52,7 @@ class DoubledIntervals:
 
     Args:
         sparse: The sparse table, with M gaps.
+        control: The numbers of equation (2).
 
     Attributes:
         first: Number of the first of each two gaps.
@@ -71,7 +67,7 @@ class DoubledIntervals:
         answer: `[J]` equation (2).
     """
 
-    def __init__(self, sparse: CollocationSystem) -> None:
+    def __init__(self, sparse: CollocationSystem, control: DefectControl) -> None:
         self._sparse, self.first, n = sparse, list[int](), 0
         while n + 1 < len(sparse.gaps):
             single = sparse.gaps[n + 1].right - sparse.gaps[n].left == 2
@@ -92,7 +88,7 @@ class DoubledIntervals:
             self.start[j], self.reach[j], self.spread[j] = sparse.carried(gap, n)
             self.reach[j] += gap.state_drive * self.weights[j] / self.weights[j].sum()
         self.effect = sparse.spread[:, [n + 1 for n in self.first], 0]
-        self.answer = answer(sparse.recurrence.log_snr[[right.left for _, _, right in pairs]])
+        self.answer = answer(sparse.recurrence.log_snr[[right.left for _, _, right in pairs]], control)
 
     @property
     def places(self) -> list[tuple[int, int, int]]:
@@ -105,9 +101,9 @@ class DoubledIntervals:
         return torch.stack([draw(gap, noise, sample)[1] for gap in self.gaps])
 
 
-def answer(log_snr: Tensor) -> Tensor:
+def answer(log_snr: Tensor, control: DefectControl) -> Tensor:
     """How many times as strongly as with Gaussian data a sample answers to a defect at such levels: equation (2)."""
-    return ANSWER + MORE * torch.sigmoid(-log_snr / DECIDED_OVER)
+    return control.late_sensitivity + control.early_sensitivity * torch.sigmoid(-log_snr / control.sensitivity_width)
 
 
 def left_out(sparse: CollocationSystem, every: int = 2) -> tuple[list[int], Tensor]:
@@ -126,22 +122,23 @@ def left_out(sparse: CollocationSystem, every: int = 2) -> tuple[list[int], Tens
     return gone, weights
 
 
-def reduction(second: float, fourth: float | None) -> float:
+def reduction(second: float, fourth: float | None, control: DefectControl) -> float:
     """r of equation (1).
 
     Args:
         second: What the sample makes of every second node left out.
         fourth: What it makes of three of four left out; None where too few nodes are left.
+        control: Bounds of r.
     """
     rate = 0.0 if fourth is None else fourth / max(second, 1e-300)
-    return min(max(rate / SLOWER, LEAST_REDUCTION), MOST_REDUCTION)
+    return min(max(rate / control.ratio_safety, control.least_ratio), control.most_ratio)
 
 
-def directions(defects: Tensor) -> list[Tensor]:
-    """Defects `[J, b, d]`, and as many others of the same size in the directions of their neighbours'."""
+def directions(defects: Tensor, neighbours: int) -> list[Tensor]:
+    """Defects `[J, b, d]`, and as many others of the same size in the directions of their `neighbours` on either side."""
     count, size = len(defects), defects.square().sum(2, keepdim=True).sqrt()
     found = []
-    for step in range(-NEIGHBOURS, NEIGHBOURS + 1):
+    for step in range(-neighbours, neighbours + 1):
         at = (torch.arange(count, device=defects.device) + step).clamp(0, count - 1)
         found.append(defects[at] * torch.where(size[at] > 0, size / size[at].clamp(min=1e-300), 0.0))
     return found

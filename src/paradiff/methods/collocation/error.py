@@ -20,14 +20,10 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.defect import CAUTION, REDUCTION, DoubledIntervals, directions, left_out, reduction
+from paradiff.methods.collocation.defect import DoubledIntervals, directions, left_out, reduction
 from paradiff.methods.collocation.linearization import Linearization
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.system import CollocationSystem, spread
-
-TAIL = 0.8  # how much more caution where defects grow
-CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
-MOST_EASED = 0.4  # times the estimate, at least
 
 Shares = tuple[list[float], list[tuple[int, ...]]]
 """What each group of gaps leaves out of the sample, root mean square, and the numbers of its gaps."""
@@ -50,6 +46,7 @@ class Estimate:
     """
 
     def __init__(self, ground: CollocationSetup, noise: Noise, sample: int, x0: Tensor, shape: tuple[int, ...]) -> None:
+        self._control = ground.control
         self._ground, self._noise, self._sample, self._x0, self._shape = ground, noise, sample, x0, shape
         self.interpolation_error = math.inf
         self.growth = self.amplified = 1.0
@@ -128,11 +125,11 @@ class Estimate:
             moved = math.sqrt(float(self._mean_squares((sample - self._judged).view(1, *self._x0.shape))))
             foreseen = self.interpolation_error * self.growth / self._judged_growth  # had that much growth been seen then
             amplified = max(math.sqrt(amplified), moved / math.hypot(foreseen, self._judged_error))
-            foretold = CAUTION[self._sparse.averaged] * self._foretold * moved / self.interpolation_error
-            calm = not self._sparse.averaged and self.growth < CALM and amplified == 1
+            foretold = self._control.error.safety * self._foretold * moved / self.interpolation_error
+            calm = not self._sparse.averaged and self.growth < self._control.error.benign_amplification and amplified == 1
             if calm:  # the move is no single number then, and small by no chance
                 eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
-                shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
+                shares = [min(max(eased, self._control.error.least_relaxation), 1.0) * e for e in shares]
         return ([amplified * e for e in shares], groups), amplified
 
     def judge(
@@ -144,12 +141,13 @@ class Estimate:
 
     def cut(self, shares: Shares, parts: Sequence[int]) -> None:
         """Gaps are cut into so many parts each."""
-        fewer = (e / min(parts[n] for n in group) ** 1.5 for e, group in zip(*shares, strict=True))
+        exponent = self._control.mesh.subdivision_exponent
+        fewer = (e / min(parts[n] for n in group) ** exponent for e, group in zip(*shares, strict=True))
         self._foretold = math.sqrt(sum(e * e for e in fewer))
 
     def _left_out(self, response: Linearization, reach: Tensor, drives: Tensor) -> Shares:
         """By the defects alone."""
-        sparse, move = self._sparse, self._ground.move
+        sparse, move, control = self._sparse, self._ground.move, self._control
         if all(gap.right - gap.left == 1 for gap in sparse.gaps):
             return [0.0], [(0,)]
         if sparse.averaged:
@@ -158,18 +156,21 @@ class Estimate:
             if not groups:
                 return [0.0], [(0,)]
             defects = torch.stack([self._defects[j] for j in range(len(groups))])
-            found = self._reaching(response, directions(defects), move(self._doubled.effect))
-            tail = 1 + TAIL * (1 - self.growth**-2)  # what grows is a single number, and chance has more of a hand in it
-            caution = CAUTION[True] * tail / REDUCTION * self._doubled.answer
+            found = self._reaching(response, directions(defects, control.defect.neighbours), move(self._doubled.effect))
+            tail = 1 + control.error.tail_safety * (
+                1 - self.growth**-control.error.tail_exponent
+            )  # what grows is a single number, and chance has more of a hand in it
+            caution = control.error.safety * tail / control.defect.halving_ratio * self._doubled.answer
             return (caution * found.sqrt().cpu()).tolist(), groups
         gone, weights = left_out(sparse)
         if not gone:
             return [math.inf], [tuple(range(len(sparse.gaps)))]
-        found = self._reaching(response, directions(times(move(weights), drives)), reach[:, gone])
+        found = self._reaching(response, directions(times(move(weights), drives), control.defect.neighbours), reach[:, gone])
         more, weights = left_out(sparse, 4)
         fourth = self._reaching(response, [times(move(weights), drives)], reach[:, more]) if more else None
-        rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
-        return [CAUTION[False] / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
+        last = None if fourth is None else float(fourth.sum().sqrt())
+        rate = reduction(float(found.sum().sqrt()), last, control.defect)
+        return [control.error.safety / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
 
     def _reaching(self, response: Linearization, several: list[Tensor], reach: Tensor) -> Tensor:
         """`[J]` mean square effects on the sample of J defects, the mean over several sets of them."""

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from paradiff.methods.secant import SecantJacobian
 
-KNOWN = 0.25  # how much less is known of a drive where pairs have seen its state move: not nothing, since it bends
-
 
 class Linearization:
     """Equation (1) of system.py, linearized at the drives found: its own reach, and the drives' derivatives as far as pairs of
@@ -19,9 +17,11 @@ class Linearization:
         nodes: `[M]` fine nodes of the drives.
         dx: `[M, k, b, d]` changes of states that were seen.
         du: `[M, k, b, d]` those of the drives.
+        uncertainty: Share of a change that stays uncertain along directions that pairs cover.
     """
 
-    def __init__(self, reach: Tensor, nodes: Tensor, dx: Tensor, du: Tensor) -> None:
+    def __init__(self, reach: Tensor, nodes: Tensor, dx: Tensor, du: Tensor, uncertainty: float) -> None:
+        self._uncertainty = uncertainty
         self.nodes, self._reach, self._dx, self._du = nodes, reach, dx, du
         self._model = SecantJacobian(dx, [(reach[:-1], du)]) if dx.shape[1] else None
 
@@ -39,7 +39,9 @@ class Linearization:
 
     def unknown(self, changes: Tensor) -> Tensor:
         """`[M, b, d]` changes of the states, with the part along what the pairs have seen made smaller."""
-        return changes if self._model is None else changes - (1 - KNOWN) * (self._dx * self._model.own(changes)).sum(1)
+        return (
+            changes if self._model is None else changes - (1 - self._uncertainty) * (self._dx * self._model.own(changes)).sum(1)
+        )
 
     def on_sample(self, changes: Tensor, reach: Tensor) -> Tensor:
         """`[J, b, d]` change of the sample by each of J changes.

@@ -22,13 +22,8 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
+from paradiff.methods.collocation.control import MeshControl
 from paradiff.methods.collocation.interval import finite_log_snr
-
-PLATEAU, DECISION = 1.0, 2.0  # heights of the density's parts
-DECISION_AT, DECISION_WIDTH = {True: -1.2, False: -0.3}, 1.5  # of stochastic and of deterministic chains
-BINS = 12  # of the range of log(alpha^2/sigma^2), for which numbers are remembered (mesh_store.py)
-UNKNOWN = 2  # parts of a gap of which nothing is known
-NOISE_SIDE, DATA_SIDE = (-0.6, 1.3, 1.8), (5.0, 2.5, 2.0)  # where the density begins to fall off, how far, which power
 
 
 class Mesh:
@@ -36,15 +31,17 @@ class Mesh:
 
     Args:
         table: The sampler.
-        nodes: How many gaps each of `BINS` equal parts of the range of log(alpha^2/sigma^2) needs (mesh_store.py), in any unit,
-            in place of `density`.
+        control: The monitor function's numbers.
+        nodes: How many gaps each of `control.bins` equal parts of the range of log(alpha^2/sigma^2) needs (mesh_store.py), in
+            any unit, in place of `density`.
 
     Attributes:
         candidates: Fine nodes at which a gap may begin: those at which the chain starts afresh, or all where there are hardly
             any such, and of several at one level the last.
     """
 
-    def __init__(self, table: Table, nodes: Sequence[float] | None = None) -> None:
+    def __init__(self, table: Table, control: MeshControl, nodes: Sequence[float] | None = None) -> None:
+        self._control = control
         place = finite_log_snr(table)
         afresh = table.restarts[:-1]
         begins = afresh if 4 * len(afresh) >= table.steps else list(range(table.steps))
@@ -60,15 +57,18 @@ class Mesh:
         self._steps = table.steps
         length = (place[1:] - place[:-1]).clamp(min=0)
         middle = (place[1:] + place[:-1]) / 2
-        self._bin = bins(middle, place)
-        weight = density(middle, table.stochastic) if nodes is None else torch.tensor(nodes, dtype=torch.float64)[self._bin]
+        self._bin = bins(middle, place, control.bins)
+        if nodes is None:
+            weight = density(middle, table.stochastic, control)
+        else:
+            weight = torch.tensor(nodes, dtype=torch.float64)[self._bin]
         self._amount = torch.cat([torch.zeros(1, dtype=torch.float64), (weight * length).cumsum(0)])
 
     def in_bins(self, left: int = 0, right: int | None = None) -> Tensor:
-        """`[BINS]` the share of a gap, or of the whole chain, that lies in each of the equal parts of the range."""
+        """`[bins]` the share of a gap, or of the whole chain, that lies in each of the equal parts of the range."""
         inside = slice(left, right)
         amount = self._amount.diff()[inside]
-        found = torch.zeros(BINS, dtype=torch.float64).index_add(0, self._bin[inside], amount)
+        found = torch.zeros(self._control.bins, dtype=torch.float64).index_add(0, self._bin[inside], amount)
         return found / found.sum() if found.sum() > 0 else found
 
     def edges(self, count: int) -> list[int]:
@@ -116,10 +116,10 @@ class Mesh:
         """
         room = [min(1 + sum(left < n < right for n in self.candidates), most_parts) for left, right in pairwise(edges)]
         if math.inf in shares:
-            shares, level = [float(math.isinf(e)) for e in shares], UNKNOWN**-2
+            shares, level = [float(math.isinf(e)) for e in shares], self._control.unknown_parts**-2
         else:
             level = self._level(shares, [max(room[n] for n in group) for group in groups], wanted)
-        while level <= max(shares) * 1.01:
+        while level <= max(shares) * self._control.level_margin:
             cuts = [1] * len(room)
             for share, group in zip(shares, groups, strict=True):
                 for n in group:
@@ -131,37 +131,40 @@ class Mesh:
             ]
             if len(found) <= most:
                 return [*found, self._steps]
-            level *= 1.3
+            level *= self._control.level_growth
         return list(edges)
 
-    @staticmethod
-    def _level(shares: Sequence[float], room: Sequence[int], wanted: float) -> float:
+    def _level(self, shares: Sequence[float], room: Sequence[int], wanted: float) -> float:
         """To which all shares are brought: the highest that suffices."""
         low, high = 1e-6 * max(shares), max(shares)
         for _ in range(40):
             level = (low + high) / 2
             parts = [_parts(e, level) for e in shares]
-            left = sum((e / n**1.5) ** 2 for e, n, most in zip(shares, parts, room, strict=True) if n < most)
+            left = sum(
+                (e / n**self._control.subdivision_exponent) ** 2
+                for e, n, most in zip(shares, parts, room, strict=True)
+                if n < most
+            )
             low, high = (level, high) if left <= wanted**2 else (low, level)
         return low
 
 
-def bins(values: Tensor, place: Tensor) -> Tensor:
-    """In which of `BINS` equal parts of the range of `place` values lie."""
-    return ((values - place[0]) / (place[-1] - place[0]).clamp(min=1e-300) * BINS).long().clamp(0, BINS - 1)
+def bins(values: Tensor, place: Tensor, count: int) -> Tensor:
+    """In which of `count` equal parts of the range of `place` values lie."""
+    return ((values - place[0]) / (place[-1] - place[0]).clamp(min=1e-300) * count).long().clamp(0, count - 1)
 
 
 def _parts(share: float, level: float) -> int:
     return max(1, math.ceil(math.sqrt(share / level) - 1e-9))
 
 
-def density(log_snr: Tensor, stochastic: bool) -> Tensor:
+def density(log_snr: Tensor, stochastic: bool, control: MeshControl) -> Tensor:
     """Density of gaps, in any unit, at values of log(alpha^2/sigma^2)."""
-    at = DECISION_AT[stochastic]
-    decision = DECISION * torch.exp(-(((log_snr - at) / DECISION_WIDTH) ** 2) / 2)
+    at = control.stochastic_peak if stochastic else control.deterministic_peak
+    peak = control.peak * torch.exp(-(((log_snr - at) / control.peak_width) ** 2) / 2)
     if not stochastic:
-        return PLATEAU + decision
+        return control.plateau + peak
     fall = 1.0
-    for (begin, width, power), sign in ((NOISE_SIDE, -1), (DATA_SIDE, 1)):
-        fall = fall + ((sign * (log_snr - begin)).clamp(min=0) / width) ** power
-    return (PLATEAU + decision) / fall
+    for side, sign in ((control.noise_side, -1), (control.data_side, 1)):
+        fall = fall + ((sign * (log_snr - side.begin)).clamp(min=0) / side.width) ** side.power
+    return (control.plateau + peak) / fall

@@ -5,9 +5,9 @@ out n^-1.5 as much, so that the fewest which leave out w together are
 
     n[g] = sqrt(e[g]) ( sum sqrt(e) / w^2 )^(1/3),                                                                 (1)
 
-where e[g] is what gap g leaves out. These numbers, summed over `BINS` equal parts of the chain's range of log(alpha^2/sigma^2),
+where e[g] is what gap g leaves out. These numbers, summed over 12 equal parts of the chain's range of log(alpha^2/sigma^2),
 are what is remembered: their geometric mean over the samples, among which the density that mesh.py begins with counts as
-`PRIOR`. After `SETTLED` samples they are left as they are. Later samples begin with so many gaps, so placed, and with the
+4 of them. After 24 samples they are left as they are. Later samples begin with so many gaps, so placed, and with the
 data's variance that was found.
 
 A file is for one model; in it each table has numbers of its own. It is never needed: without it, samples begin as the first.
@@ -29,14 +29,8 @@ from typing import Any
 import torch
 
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.mesh import BINS
+from paradiff.methods.collocation.control import CollocationControl
 
-PRIOR = 4
-SETTLED = 24  # samples
-OUTLIER = 1.3  # times as many nodes as remembered count as so many: a few samples need many times as many
-AIM = {True: 0.6, False: 0.4}  # share of the tolerance that gaps may leave out, w of equation (1)
-LEAST = 0.75  # of the number of nodes that samples of an unknown model begin with
-FEWEST = 1e-2  # nodes of a part
 FORMAT = "paradiff nodes 1"
 
 
@@ -45,7 +39,7 @@ class StoredMesh:
     """What a file holds for one table.
 
     Attributes:
-        nodes: `BINS` numbers of nodes, of a sample at the default tolerance.
+        nodes: `[bins]` numbers of nodes, of a sample at the default tolerance.
         variance: The data's variance that samples ended with.
         samples: How many samples these come from.
     """
@@ -61,6 +55,7 @@ class MeshStore:
     Args:
         path: The file; made when the first samples are found.
         table: The sampler.
+        control: How samples count.
         kind: What else they depend on: the interpolation's order, the target.
 
     Attributes:
@@ -70,8 +65,9 @@ class MeshStore:
         ValueError: If the file is something else, or cannot be made where it shall be.
     """
 
-    def __init__(self, path: Path, table: Table, *kind: Any) -> None:
+    def __init__(self, path: Path, table: Table, control: CollocationControl, *kind: Any) -> None:
         self._path, self._key = path, _key(table, kind)
+        self._control, self._bins = control.store, control.mesh.bins
         self._about = {"chain": table.name, "steps": table.steps}
         self._read()  # now, so that a file that is something else is told before anything is computed
         held = self._read().get(self._key)
@@ -88,18 +84,18 @@ class MeshStore:
         Args:
             prior: The numbers of nodes that mesh.py begins with.
         """
-        before = self.found
-        if not self._noted or (before is not None and before.samples >= SETTLED):
+        before, control = self.found, self._control
+        if not self._noted or (before is not None and before.samples >= control.most_samples):
             return
         old = 0 if before is None else before.samples
         nodes, samples = (prior if before is None else before.nodes), old + len(self._noted)
-        share = [n / sum(nodes) * (old + PRIOR) for n in nodes]
+        share = [n / sum(nodes) * (old + control.prior_weight) for n in nodes]
         total = math.log(sum(nodes)) * (old + 1)
         for found, _ in self._noted:
             share = [s + n / sum(found) for s, n in zip(share, found, strict=True)]
-            total += math.log(min(max(sum(found), LEAST * sum(prior)), OUTLIER * sum(nodes)))
-        count = math.exp(total / (samples + 1)) / (samples + PRIOR)
-        new = StoredMesh(tuple(max(s * count, FEWEST) for s in share), self._noted[-1][1], samples)
+            total += math.log(min(max(sum(found), control.least_share * sum(prior)), control.outlier * sum(nodes)))
+        count = math.exp(total / (samples + 1)) / (samples + control.prior_weight)
+        new = StoredMesh(tuple(max(s * count, control.fewest) for s in share), self._noted[-1][1], samples)
         entry = self._about | {
             "samples": new.samples,
             "variance": new.variance,
@@ -130,7 +126,7 @@ class MeshStore:
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(self._strange(f"the entry {self._key} lacks {error}")) from error
         numbers = (*found.nodes, found.variance, found.samples)
-        if len(found.nodes) != BINS or not all(0 < n < math.inf for n in numbers):
+        if len(found.nodes) != self._bins or not all(0 < n < math.inf for n in numbers):
             raise ValueError(
                 self._strange(f"the entry {self._key} has {len(found.nodes)} numbers of nodes: {list(found.nodes)}")
             )

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.table import Table
+from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 
 Target = Literal["chain", "ode", "sde"]
-STOCHASTIC_NODES, DETERMINISTIC_NODES = 56, 32  # at the default tolerance
-DEFAULT_TOLERANCE = 4e-3
-LEAST_SHARE = 0.75  # of these nodes, at any tolerance: fewer would have to be cut
-DETERMINISTIC_ORDER = 3
-VARIANCE = 0.25  # of data in -1 ... 1
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,7 @@ class CollocationOptions:
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
         memory: File in which is remembered where the samples of this model needed their nodes (mesh_store.py); None for no
             file.
+        control: The tuned numbers; None for `ORDER_ZERO` or `HIGHER_ORDER`, by the order of the interpolation.
 
     Raises:
         ValueError: If a value is out of its range, or two of them contradict each other.
@@ -56,6 +53,7 @@ class CollocationOptions:
     exact: bool = False
     target: Target = "chain"
     memory: str | Path | None = None
+    control: CollocationControl | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.nodes, str):
@@ -106,15 +104,21 @@ class CollocationOptions:
         """Degree of the interpolation on a chain."""
         if self.order is not None:
             return self.order
-        return 0 if table.stochastic else min(DETERMINISTIC_ORDER, len(mesh_on(table).candidates) - 1)
+        usual = self.control or (ORDER_ZERO if table.stochastic else HIGHER_ORDER)
+        return min(usual.order, len(mesh_on(table, usual).candidates) - 1)
+
+    def control_on(self, table: Table) -> CollocationControl:
+        """The tuned numbers for a chain."""
+        return self.control or (ORDER_ZERO if self.degree(table) == 0 else HIGHER_ORDER)
 
     def relative(self, table: Table) -> float:
         """How many times as many nodes this tolerance needs as the default one."""
-        return (DEFAULT_TOLERANCE / self.tolerance) ** (2 / 3 if self.degree(table) == 0 else 1 / 3)
+        control = self.control_on(table)
+        return (control.reference_tolerance / self.tolerance) ** control.node_exponent
 
     def usual(self, table: Table) -> int:
         """How many nodes a sample of an unknown model begins with at the default tolerance."""
-        return STOCHASTIC_NODES if self.degree(table) == 0 else DETERMINISTIC_NODES
+        return self.control_on(table).nodes
 
     def remember(self, table: Table) -> MeshStore | None:
         """What is remembered of the table, if anything shall be.
@@ -122,7 +126,11 @@ class CollocationOptions:
         Raises:
             ValueError: If the file is something else.
         """
-        return None if self.memory is None else MeshStore(Path(self.memory), table, self.degree(table), self.target)
+        return (
+            None
+            if self.memory is None
+            else MeshStore(Path(self.memory), table, self.control_on(table), self.degree(table), self.target)
+        )
 
     def edges(self, table: Table, remembered: StoredMesh | None = None) -> list[int]:
         """The edges to begin with, 0 and N included.
@@ -134,10 +142,11 @@ class CollocationOptions:
         Raises:
             ValueError: If nodes are out of range, not such at which a gap may begin, or too few for the order.
         """
-        order, mesh = self.degree(table), mesh_on(table, remembered)
+        order, control = self.degree(table), self.control_on(table)
+        mesh = mesh_on(table, control, remembered)
         if isinstance(self.nodes, int | str):
             if isinstance(self.nodes, str):
-                share = max(self.relative(table), LEAST_SHARE)
+                share = max(self.relative(table), control.least_nodes)
                 count = self.usual(table) if remembered is None else sum(remembered.nodes)
                 count = max(round(count * share), order + 1)
                 count = min(count, table.steps, self.max_nodes or table.steps)
@@ -165,7 +174,7 @@ class CollocationOptions:
         return edges
 
 
-def mesh_on(table: Table, remembered: StoredMesh | None = None) -> Mesh:
+def mesh_on(table: Table, control: CollocationControl, remembered: StoredMesh | None = None) -> Mesh:
     """Where nodes go on a chain; made once for a table."""
     nodes = None if remembered is None else remembered.nodes
-    return table.cached(("placement", nodes), lambda: Mesh(table, nodes))
+    return table.cached(("placement", control.mesh, nodes), lambda: Mesh(table, control.mesh, nodes))

@@ -12,16 +12,12 @@ from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.mesh import BINS
-from paradiff.methods.collocation.mesh_store import AIM, needed
-from paradiff.methods.collocation.options import VARIANCE, CollocationOptions, mesh_on
+from paradiff.methods.collocation.mesh_store import needed
+from paradiff.methods.collocation.options import CollocationOptions, mesh_on
 from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.samplers.continuum import continuum
-
-VERIFY_SECANTS = 1
-VERIFY_WINDOW = 32  # where the method has no bound of its own: over the whole chain, every sweep would ask for every node
 
 
 class CollocationSetup:
@@ -54,12 +50,12 @@ class CollocationSetup:
         self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
         self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, members)
         self.t, self.move = self.step.t, self.step.move
-        self.order = method.degree(table)
+        self.order, self.control = method.degree(table), method.control_on(table)
         self.memory = method.remember(table)
         remembered = None if self.memory is None else self.memory.found
-        self.mesh = mesh_on(table, remembered)
+        self.mesh = mesh_on(table, self.control, remembered)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
-        usual = VARIANCE if remembered is None else remembered.variance
+        usual = self.control.variance if remembered is None else remembered.variance
         self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
         self.settled_shift = method.shift != "auto" or remembered is not None
         self.edges = method.edges(table, remembered)
@@ -76,8 +72,8 @@ class CollocationSetup:
         """
         if self.memory is None or not all(map(math.isfinite, shares)) or max(shares) == 0:
             return
-        nodes, relative = torch.zeros(BINS, dtype=torch.float64), self.method.relative(self.table)
-        counts = needed(shares, AIM[self.order == 0] * self.method.tolerance)
+        nodes, relative = torch.zeros(self.control.mesh.bins, dtype=torch.float64), self.method.relative(self.table)
+        counts = needed(shares, self.control.store.target * self.method.tolerance)
         for count, group in zip(counts, groups, strict=True):
             nodes += count * len(group) / relative * self.mesh.in_bins(edges[group[0]], edges[group[-1] + 1])
         self.memory.note(nodes.tolist(), variance)
@@ -85,7 +81,7 @@ class CollocationSetup:
     def keep(self) -> None:
         """Writes what was remembered."""
         if self.memory is not None:
-            prior = self.method.usual(self.table) * mesh_on(self.table).in_bins()
+            prior = self.method.usual(self.table) * mesh_on(self.table, self.control).in_bins()
             self.memory.keep(prior.tolist())
 
     @staticmethod
@@ -99,9 +95,9 @@ class CollocationSetup:
         strict = self.strictness(growth)
         if strict not in self._plans:
             method = self.method
-            width = min(method.window or VERIFY_WINDOW, self.table.steps)
+            width = min(method.window or self.control.handover_window, self.table.steps)
             slope, tolerance = shifted(self.recurrence.variance), method.tolerance / strict
-            loop = WindowOptions("collocation", slope, width, tolerance=tolerance, secants=VERIFY_SECANTS)
+            loop = WindowOptions("collocation", slope, width, tolerance=tolerance, secants=self.control.handover_secants)
             self._plans[strict] = WindowSetup(self.table, loop, self.device, self.dtype, self.members, self.resolution)
         return self._plans[strict]
 
@@ -118,7 +114,8 @@ class CollocationSetup:
 
     def doubled(self, sparse: CollocationSystem) -> DoubledIntervals:
         """Its gaps two by two; those to begin with are made once for a table."""
+        control = self.control.defect
         if sparse.edges != self.edges:
-            return DoubledIntervals(sparse)
-        key = ("doubled", sparse.recurrence.variance, tuple(sparse.edges))
-        return self.table.cached(key, lambda: DoubledIntervals(sparse))
+            return DoubledIntervals(sparse, control)
+        key = ("doubled", sparse.recurrence.variance, control, tuple(sparse.edges))
+        return self.table.cached(key, lambda: DoubledIntervals(sparse, control))

@@ -47,20 +47,6 @@ from paradiff.solver.protocol import Query
 from paradiff.solver.records import CollocationRecord, WindowRecord
 from paradiff.solver.solution import ErrorEstimate
 
-STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
-REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
-EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
-QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
-GAPS = {True: 0.75, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
-FLATTER = {True: 0.15, False: 0.0}  # and further where the tolerance is far: power of how many times off it is
-HANDED_OVER = {True: 0.35, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
-MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
-NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
-MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
-TOLD = 0.125  # of the network's relative precision: of smaller changes of a state its outputs tell rounding only
-MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
-FAR = 16.0  # factor by which the data's variance may be off
-
 
 @dataclass(frozen=True, eq=False)
 class CollocationQuery(Query):
@@ -90,6 +76,7 @@ class CollocationSolver:
     """
 
     def __init__(self, ground: CollocationSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
+        self.control = ground.control
         self.ground, self.noise, self.sample = ground, noise, sample
         x0 = ground.move(noise.start(sample)) * ground.table.start_scale if start is None else ground.move(start)
         self.shape = tuple(x0.shape)
@@ -129,7 +116,8 @@ class CollocationSolver:
         else:
             self._share = self._x0.new_zeros(1)
         steep = torch.minimum(
-            1 / table.alpha[nodes].clamp(min=1e-12), STEEPEST * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2
+            1 / table.alpha[nodes].clamp(min=1e-12),
+            self.control.lipschitz_cap * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2,
         )
         span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
         self._least = ground.move(rec.nu[nodes] * span)  # that a drive answers to its state; and what was seen
@@ -146,8 +134,10 @@ class CollocationSolver:
     def _solve(self) -> None:
         """All states anew, from drives and pairs: equation (1)."""
         base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
-        kept = max(1, MOST_PAIRS // len(self._u))
-        self._response = Linearization(self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept])
+        kept = max(1, self.control.most_pairs // len(self._u))
+        self._response = Linearization(
+            self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept], self.control.pair_uncertainty
+        )
         base = self._response.states(base, self._y)
         self._states, self._final = base[:-1], base[-1].view(self.shape)
 
@@ -237,7 +227,7 @@ class CollocationSolver:
             self._fill(query.chosen[0])
             self._solve()
         changes = self._states - self._y
-        least = (TOLD * self.ground.resolution) ** 2 * self._y.square().sum(2)
+        least = (self.control.rounding_share * self.ground.resolution) ** 2 * self._y.square().sum(2)
         told = changes.square().sum(2) > least
         unknown = torch.where(told[..., None], self._response.unknown(changes), 0.0)
         on_sample = self._response.on_sample(self._steepness() * unknown, self._reach)
@@ -263,7 +253,7 @@ class CollocationSolver:
         if self._dx.shape[1]:
             old = torch.tensor([self._known[n] for n in chosen], device=y.device)[:, None]
             moved, told = y - self._y[at], u - self._u[at]
-            large = moved.square().sum(2) > (64 * self.ground.resolution) ** 2 * y.square().sum(2)
+            large = moved.square().sum(2) > (self.control.pair_rounding * self.ground.resolution) ** 2 * y.square().sum(2)
             large = large & old
             answer = told.square().sum(2) / moved.square().sum(2).clamp(min=1e-300)
             seen = torch.where(large, answer, 0.0).amax(1).sqrt()
@@ -313,15 +303,17 @@ class CollocationSolver:
                 "chain's own steps"
             )
         tolerance = self.ground.method.tolerance
-        rest = REST[self.sparse.averaged] * tolerance
-        limit = (QUIET * rest / count) ** 2
+        rest = self.control.iteration_share * tolerance
+        limit = (self.control.node_share * rest / count) ** 2
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
         self.iteration_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
-        most = MOST_SWEEPS * (1 + count // (self.ground.method.window or count))  # even if a few nodes keep the others unseen
+        most = self.control.most_sweeps * (
+            1 + count // (self.ground.method.window or count)
+        )  # even if a few nodes keep the others unseen
         known = all(self._known)
         at_rest = known and (self.iteration_error <= rest or not self.active)  # nothing is worth asking again
-        near = at_rest or (known and self.iteration_error <= EARLY * tolerance)
+        near = at_rest or (known and self.iteration_error <= self.control.early_factor * tolerance)
         if at_rest:
             self.active = []
         if near and self._shift_wanted(size):
@@ -356,11 +348,11 @@ class CollocationSolver:
         edges = sparse.edges
         if not enough:
             far = max(interpolation_error, method.tolerance) / method.tolerance
-            share = GAPS[sparse.averaged] * method.tolerance / far ** FLATTER[sparse.averaged]
-            edges = mesh.cut(edges, shares, groups, share, self.ground.most_nodes, MOST_PARTS[sparse.averaged])
+            share = self.control.refined_share * method.tolerance / far**self.control.refined_exponent
+            edges = mesh.cut(edges, shares, groups, share, self.ground.most_nodes, self.control.most_parts)
         too_many = (
             method.max_nodes is None
-            and len(edges) - 1 > HANDED_OVER[sparse.averaged] * len(mesh.candidates)
+            and len(edges) - 1 > self.control.handover_share * len(mesh.candidates)
             and method.target == "chain"
         )
         stuck = not enough and (edges == sparse.edges or too_many)
@@ -411,8 +403,8 @@ class CollocationSolver:
         """Whether the data's variance, as the first sample at rest has it, is far from the one assumed."""
         if self._settled_shift:
             return False
-        self._settled_shift = True
-        return size > 0 and not 1 / FAR <= size / self._recurrence.variance <= FAR
+        self._settled_shift, far = True, self.control.variance_margin
+        return size > 0 and not 1 / far <= size / self._recurrence.variance <= far
 
     def _reshift(self, variance: float) -> None:
         """Begins anew with another variance; what was evaluated is kept."""
@@ -440,7 +432,10 @@ class CollocationSolver:
             self.done = True
             return
         ground, method = self.ground, self.ground.method
-        near = math.hypot(self.estimate.interpolation_error, self.iteration_error) <= NEAR * method.tolerance
+        near = (
+            math.hypot(self.estimate.interpolation_error, self.iteration_error)
+            <= self.control.handover_error * method.tolerance
+        )
         x0 = self._x0.view(self.shape).to(ground.dtype)
         guide = self._trajectory() if near else None  # far off, what was found misleads
         self._window = WindowSolver(ground.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
