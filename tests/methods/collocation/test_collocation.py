@@ -1,4 +1,4 @@
-"""Sparse nodes reach the sequential chain's sample, say how far from it they are, and refuse what they cannot do."""
+"""Few nodes reach the sequential chain's sample, say how far from it they are, and refuse what they cannot do."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_the_window_bounds_rows_and_moves_the_sample_within_the_tolerance_only(n
         most = max(len(v.nodes) for v in found.history if isinstance(v, CollocationRecord))
         assert most <= (window or table.steps)
         assert window != 8 or most == 8  # the bound is reached
-    # Errors are estimates, and other rounds may cut other gaps: a sample between two modes may miss both tolerances.
+    # Errors are estimates, and other rounds may cut other intervals: a sample between two modes may miss both tolerances.
     for window in (32, None):
         assert rms(samples[8], samples[window]).median() < 2 * tolerance
 
@@ -362,9 +362,9 @@ def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
 def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained("ddpm", 40)
     nodes = [v.of for v in found.history if isinstance(v, CollocationRecord)]
-    assert nodes[0] < nodes[-1] < 80  # a cut, of some gaps
+    assert nodes[0] < nodes[-1] < 80  # a cut, of some intervals
     fresh = itertools.count()  # no place is ever met again
-    monkeypatch.setattr(DoubledIntervals, "places", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
+    monkeypatch.setattr(DoubledIntervals, "spans", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
     forgetful = trained("ddpm", 40)
     assert found.evaluations < forgetful.evaluations
     assert found.estimated_error <= 4e-3
@@ -381,8 +381,8 @@ def test_defects_count_as_much_as_samples_answer_to_them() -> None:
 
 def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("digits")
-    ground = CollocationSetup(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
-    estimate = CollocationSolver(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None).estimate
+    setup = CollocationSetup(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
+    estimate = CollocationSolver(setup, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None).estimate
     monkeypatch.setattr(estimate, "_left_out", lambda *_: ([3e-3, 4e-3], [(0, 1), (2, 3)]))
     monkeypatch.setattr(estimate, "_first", object())
     none, before, now = torch.zeros(0), torch.zeros(model.shape), torch.full(model.shape, 0.06)
@@ -401,10 +401,10 @@ def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatc
 def test_nodes_asked_once_answer_as_steeply_as_their_neighbours() -> None:
     model = load("digits")
     table = model.table("ddpm", 1000)
-    ground = CollocationSetup(table, collocation(12), torch.device("cpu"), torch.float32)
-    solver = CollocationSolver(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
+    setup = CollocationSetup(table, collocation(12), torch.device("cpu"), torch.float32)
+    solver = CollocationSolver(setup, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
     least = solver._steepness().flatten()
-    scale = ground.recurrence.of_output[solver.sparse.nodes].abs()
+    scale = setup.recurrence.q_u[solver.system.nodes].abs()
     solver._seen[3], solver._seen[8] = 1e3 * float(scale[3]), 1e6 * float(scale[8])  # in units of the output: 1e3 and 1e6
     answers = (solver._steepness().flatten() / scale).tolist()
     above = (least / scale).tolist()
@@ -439,11 +439,11 @@ def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: 
 
 
 def test_the_window_loop_is_stricter_with_a_sample_that_amplifies() -> None:
-    ground = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
-    assert ground.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
-    assert [ground.strictness(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
-    assert ground.verify(9.0).method.tolerance == 4e-3 / 16
-    assert ground.verify(9.0) is ground.verify(12.0)
+    setup = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
+    assert setup.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
+    assert [setup.strictness(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
+    assert setup.verify(9.0).method.tolerance == 4e-3 / 16
+    assert setup.verify(9.0) is setup.verify(12.0)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])

@@ -1,4 +1,4 @@
-"""A gap's eliminated form is the plain recurrence, and its averaged state the plain weighted average."""
+"""An interval's eliminated form is the plain recurrence, and its averaged state the plain weighted average."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ TABLES = {
     "flow_euler": flow_euler(30, shift=3.0),
 }
 STOCHASTIC = [name for name, table in TABLES.items() if table.stochastic]
-GAPS = [(0, 1), (0, 7), (4, 5), (6, 8), (2, 20), (15, 29), (25, 30), (29, 30)]
+INTERVALS = [(0, 1), (0, 7), (4, 5), (6, 8), (2, 20), (15, 29), (25, 30), (29, 30)]
 VARIANCE = 0.3
 ROUNDING = 1e-12
 
 each_table = pytest.mark.parametrize("name", TABLES)
 each_stochastic = pytest.mark.parametrize("name", STOCHASTIC)
-each_gap = pytest.mark.parametrize("place", GAPS, ids=str)
+each_interval = pytest.mark.parametrize("place", INTERVALS, ids=str)
 
 
 def random(count: int, seed: int) -> list[float]:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
 
 
-def answer(table: Table, node: int) -> tuple[float, float]:
+def sensitivity(table: Table, node: int) -> tuple[float, float]:
     """g and nu of a node, from the levels."""
     alpha, sigma = float(table.alpha[node]), float(table.sigma[node])
     total = alpha**2 * VARIANCE + sigma**2
@@ -44,61 +44,66 @@ def answer(table: Table, node: int) -> tuple[float, float]:
 
 
 def walked(
-    table: Table, gap: Interval, past: Sequence[float], drives: dict[int, float], z: Sequence[float], clean: float | None = None
+    table: Table,
+    interval: Interval,
+    past: Sequence[float],
+    forcings: dict[int, float],
+    z: Sequence[float],
+    clean: float | None = None,
 ) -> dict[int, float]:
-    """Fine states from the gap's left edge on, one step after the other, in plain numbers.
+    """Fine states from the interval's left point on, one step after the other, in plain numbers.
 
     Args:
         table: The sampler.
-        gap: The gap.
+        interval: The interval.
         past: x[l], x[l-1] ...
-        drives: u at fine nodes.
+        forcings: u at fine nodes.
         z: Noises from node l on.
-        clean: The clean-data estimate, if it is held fixed; drives are then not read.
+        clean: The clean-data estimate, if it is held fixed; forcings are then not read.
     """
-    x = {gap.left - p: value for p, value in enumerate(past)}
-    for i in range(gap.left, gap.right):
-        new = float(table.c[i]) * z[i - gap.left]
+    x = {interval.left - p: value for p, value in enumerate(past)}
+    for i in range(interval.left, interval.right):
+        new = float(table.c[i]) * z[i - interval.left]
         for j in range(min(table.band, i + 1)):
-            g, nu = answer(table, i - j)
-            estimate = drives[i - j] / nu + g * x[i - j] if clean is None else clean
+            g, nu = sensitivity(table, i - j)
+            estimate = forcings[i - j] / nu + g * x[i - j] if clean is None else clean
             m = (estimate - float(table.p[i - j]) * x[i - j]) / float(table.q[i - j])
             new += float(table.a[i, j]) * x[i - j] + float(table.b[i, j]) * m
         x[i + 1] = new
     return x
 
 
-def given(table: Table, gap: Interval, seed: int) -> tuple[list[float], dict[int, float], list[float]]:
-    """States, drives and noises; what is before node 0 is nothing."""
-    past = [v if gap.left - p >= 0 else 0.0 for p, v in enumerate(random(table.band, seed))]
-    nodes = range(gap.left - table.band + 1, gap.right)
-    drives = {n: v if n >= 0 else 0.0 for n, v in zip(nodes, random(len(nodes), seed + 1), strict=True)}
-    return past, drives, random(gap.right - gap.left, seed + 2)
+def given(table: Table, interval: Interval, seed: int) -> tuple[list[float], dict[int, float], list[float]]:
+    """States, forcings and noises; what is before node 0 is nothing."""
+    past = [v if interval.left - p >= 0 else 0.0 for p, v in enumerate(random(table.band, seed))]
+    nodes = range(interval.left - table.band + 1, interval.right)
+    forcings = {n: v if n >= 0 else 0.0 for n, v in zip(nodes, random(len(nodes), seed + 1), strict=True)}
+    return past, forcings, random(interval.right - interval.left, seed + 2)
 
 
-def eliminated(gap: Interval, past: list[float], drives: dict[int, float], z: list[float]) -> Tensor:
-    x, u, noise = (torch.tensor(v, dtype=torch.float64) for v in (past, list(drives.values()), z))
-    return gap.carry @ x + gap.drive @ u + gap.noise @ noise
+def eliminated(interval: Interval, past: list[float], forcings: dict[int, float], z: list[float]) -> Tensor:
+    x, u, noise = (torch.tensor(v, dtype=torch.float64) for v in (past, list(forcings.values()), z))
+    return interval.carry @ x + interval.forcing @ u + interval.noise @ noise
 
 
-def size(gap: Interval, past: list[float], drives: dict[int, float], z: list[float]) -> Tensor:
-    """What the terms of a gap's end states come to without their signs."""
-    x, u, noise = (torch.tensor(v, dtype=torch.float64).abs() for v in (past, list(drives.values()), z))
-    return gap.carry.abs() @ x + gap.drive.abs() @ u + gap.noise.abs() @ noise
+def size(interval: Interval, past: list[float], forcings: dict[int, float], z: list[float]) -> Tensor:
+    """What the terms of an interval's end states come to without their signs."""
+    x, u, noise = (torch.tensor(v, dtype=torch.float64).abs() for v in (past, list(forcings.values()), z))
+    return interval.carry.abs() @ x + interval.forcing.abs() @ u + interval.noise.abs() @ noise
 
 
 @each_table
-@each_gap
+@each_interval
 def test_the_eliminated_gap_is_the_plain_recurrence(name: str, place: tuple[int, int]) -> None:
     table = TABLES[name]
-    gap = Recurrence(table, VARIANCE).gap(*place)
-    assert (gap.left, gap.right) == place
+    interval = Recurrence(table, VARIANCE).interval(*place)
+    assert (interval.left, interval.right) == place
     for seed in range(3):
-        past, drives, z = given(table, gap, seed)
-        x = walked(table, gap, past, drives, z)
-        wanted = torch.tensor([x[gap.right - p] for p in range(table.band)], dtype=torch.float64)
-        found = eliminated(gap, past, drives, z)
-        assert ((found - wanted).abs() <= ROUNDING * size(gap, past, drives, z).clamp(min=1e-3)).all()
+        past, forcings, z = given(table, interval, seed)
+        x = walked(table, interval, past, forcings, z)
+        wanted = torch.tensor([x[interval.right - p] for p in range(table.band)], dtype=torch.float64)
+        found = eliminated(interval, past, forcings, z)
+        assert ((found - wanted).abs() <= ROUNDING * size(interval, past, forcings, z).clamp(min=1e-3)).all()
 
 
 @each_table
@@ -106,94 +111,95 @@ def test_a_gap_of_one_step_is_the_chain_itself(name: str) -> None:
     table = TABLES[name]
     recurrence = Recurrence(table, VARIANCE)
     for i in range(table.steps):
-        gap = recurrence.gap(i, i + 1)
-        assert gap.node == i
-        assert gap.noise[0, 0] == table.c[i]
-        assert gap.state_carry.tolist() == [1.0, *[0.0] * (table.band - 1)]
-        assert gap.state_drive == 0
-        assert not gap.state_noise.any()
+        interval = recurrence.interval(i, i + 1)
+        assert interval.node == i
+        assert interval.noise[0, 0] == table.c[i]
+        assert interval.state_carry.tolist() == [1.0, *[0.0] * (table.band - 1)]
+        assert interval.state_forcing == 0
+        assert not interval.state_noise.any()
 
 
 @each_table
 def test_two_gaps_in_a_row_are_the_gap_over_both(name: str) -> None:
     table = TABLES[name]
     recurrence = Recurrence(table, VARIANCE)
-    first, second, both = recurrence.gap(3, 11), recurrence.gap(11, 19), recurrence.gap(3, 19)
-    past, drives, z = given(table, both, 5)
-    early = {n: u for n, u in drives.items() if n < 11}
-    late = {n: u for n, u in drives.items() if n > 11 - table.band}
+    first, second, both = recurrence.interval(3, 11), recurrence.interval(11, 19), recurrence.interval(3, 19)
+    past, forcings, z = given(table, both, 5)
+    early = {n: u for n, u in forcings.items() if n < 11}
+    late = {n: u for n, u in forcings.items() if n > 11 - table.band}
     middle = eliminated(first, past, early, z[:8])
     found = eliminated(second, middle.tolist(), late, z[8:])
-    assert ((found - eliminated(both, past, drives, z)).abs() <= ROUNDING * size(both, past, drives, z)).all()
+    assert ((found - eliminated(both, past, forcings, z)).abs() <= ROUNDING * size(both, past, forcings, z)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name not in STOCHASTIC])
 def test_a_deterministic_gap_asks_at_its_left_edge(name: str) -> None:
-    gap = Recurrence(TABLES[name], VARIANCE).gap(4, 20)
-    assert gap.node == 4
-    assert gap.state_carry[0] == 1
-    assert gap.state_drive == 0
-    assert not gap.noise.any()
+    interval = Recurrence(TABLES[name], VARIANCE).interval(4, 20)
+    assert interval.node == 4
+    assert interval.state_carry[0] == 1
+    assert interval.state_forcing == 0
+    assert not interval.noise.any()
 
 
 @each_stochastic
-@pytest.mark.parametrize("place", [p for p in GAPS if p[1] - p[0] > 1], ids=str)
+@pytest.mark.parametrize("place", [p for p in INTERVALS if p[1] - p[0] > 1], ids=str)
 def test_the_averaged_state_is_the_plain_weighted_average(name: str, place: tuple[int, int]) -> None:
-    """Weights are those with which the gap's end answers to the drives; the average is of alpha x/sigma^2, with the clean-data
-    estimate fixed; it is then scaled, and given signal, to be a state of the node whose ratio of signal to noise it has."""
+    """Weights are those with which the interval's end answers to the forcings; the average is of alpha x/sigma^2, with the
+    clean-data estimate fixed; it is then scaled, and given signal, to be a state of the node whose ratio of signal to noise it
+    has."""
     table = TABLES[name]
-    gap = Recurrence(table, VARIANCE).gap(*place)
-    inside, still = range(gap.left, gap.right), [0.0] * (gap.right - gap.left)
+    interval = Recurrence(table, VARIANCE).interval(*place)
+    inside, still = range(interval.left, interval.right), [0.0] * (interval.right - interval.left)
     weights = []
     for n in inside:
         unit = {k: float(k == n) for k in inside}
-        at_end = walked(table, gap, [0.0], unit, still)[gap.right]
-        weights.append(at_end * answer(table, n)[1])  # of the estimate, whose drive is nu times it
+        at_end = walked(table, interval, [0.0], unit, still)[interval.right]
+        weights.append(at_end * sensitivity(table, n)[1])  # of the estimate, whose forcing is nu times it
     alpha, sigma = table.alpha.tolist(), table.sigma.tolist()
 
     def average(x: float, clean: float, z: Sequence[float]) -> float:
-        states = walked(table, gap, [x], {}, z, clean)
+        states = walked(table, interval, [x], {}, z, clean)
         scaled = [w * alpha[n] / sigma[n] ** 2 * states[n] for w, n in zip(weights, inside, strict=True)]
         return sum(scaled) / sum(weights)
 
     units = [[float(k == n) for k in range(len(still))] for n in range(len(still))]
-    variance = average(sigma[gap.left], 0.0, still) ** 2 + sum(average(0.0, 0.0, unit) ** 2 for unit in units)
-    signal = average(alpha[gap.left], 1.0, still)
+    variance = average(sigma[interval.left], 0.0, still) ** 2 + sum(average(0.0, 0.0, unit) ** 2 for unit in units)
+    signal = average(alpha[interval.left], 1.0, still)
     snr = {n: (alpha[n] / sigma[n]) ** 2 for n in inside if n > 0}
-    assert gap.node == min(snr, key=lambda n: abs(torch.tensor(snr[n] / variance).log().item()))
+    assert interval.node == min(snr, key=lambda n: abs(torch.tensor(snr[n] / variance).log().item()))
 
-    (x,), _, z = given(table, gap, 7)
+    (x,), _, z = given(table, interval, 7)
     u = 0.7
     noise = torch.tensor(z, dtype=torch.float64)
-    found = float(gap.state_carry[0] * x + gap.state_drive * u + gap.state_noise @ noise)
-    g, nu = answer(table, gap.node)
+    found = float(interval.state_carry[0] * x + interval.state_forcing * u + interval.state_noise @ noise)
+    g, nu = sensitivity(table, interval.node)
     clean = u / nu + g * found
-    scale = (snr[gap.node] / variance) ** 0.5
-    s = scale * average(x, clean, z) + (snr[gap.node] - scale * signal) * clean
-    assert found == pytest.approx(s * sigma[gap.node] ** 2 / alpha[gap.node], rel=1e-10)
+    scale = (snr[interval.node] / variance) ** 0.5
+    s = scale * average(x, clean, z) + (snr[interval.node] - scale * signal) * clean
+    assert found == pytest.approx(s * sigma[interval.node] ** 2 / alpha[interval.node], rel=1e-10)
 
 
 @each_stochastic
 @pytest.mark.parametrize("place", [(1, 7), (2, 20), (15, 29)], ids=str)
 def test_the_averaged_state_of_a_known_datum_has_the_levels_of_its_node(name: str, place: tuple[int, int]) -> None:
     table = TABLES[name]
-    gap = Recurrence(table, VARIANCE).gap(*place)
-    g, nu = answer(table, gap.node)
-    datum, (alpha, sigma) = 0.8, (float(v[gap.node]) for v in (table.alpha, table.sigma))
-    past = float(table.alpha[gap.left]) * datum
-    drive = nu * (datum - g * alpha * datum)
-    assert float(gap.state_carry[0]) * past + gap.state_drive * drive == pytest.approx(alpha * datum, rel=1e-9)
+    interval = Recurrence(table, VARIANCE).interval(*place)
+    g, nu = sensitivity(table, interval.node)
+    datum, (alpha, sigma) = 0.8, (float(v[interval.node]) for v in (table.alpha, table.sigma))
+    past = float(table.alpha[interval.left]) * datum
+    forcing = nu * (datum - g * alpha * datum)
+    assert float(interval.state_carry[0]) * past + interval.state_forcing * forcing == pytest.approx(alpha * datum, rel=1e-9)
     # The estimate moves with the state, so the noise is taken at an estimate that does not: y (1 - g dy/dD) there.
-    held = 1 + gap.state_drive * nu * g
-    noise = torch.cat([gap.state_carry[:1] * table.sigma[gap.left], gap.state_noise]) / held
+    held = 1 + interval.state_forcing * nu * g
+    noise = torch.cat([interval.state_carry[:1] * table.sigma[interval.left], interval.state_noise]) / held
     assert float(noise.square().sum().sqrt()) == pytest.approx(sigma, rel=1e-9)
 
 
 @each_stochastic
 def test_an_averaged_state_has_less_noise_than_the_state_it_starts_from(name: str) -> None:
     table = TABLES[name]
-    gap = Recurrence(table, VARIANCE).gap(4, 20)
-    assert gap.left < gap.node < gap.right
+    interval = Recurrence(table, VARIANCE).interval(4, 20)
+    assert interval.left < interval.node < interval.right
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddim pure noise", "flow_euler"])
@@ -205,4 +211,4 @@ def test_log_snr_is_finite_and_increases_from_pure_noise_too(name: str) -> None:
 
 def test_a_gap_is_made_once() -> None:
     recurrence = Recurrence(TABLES["ddpm"], VARIANCE)
-    assert recurrence.gap(2, 5) is recurrence.gap(2, 5)
+    assert recurrence.interval(2, 5) is recurrence.interval(2, 5)

@@ -1,4 +1,4 @@
-"""Edges begin at node 0, increase, end with a step of their own, and lie where a gap may begin."""
+"""Edges begin at node 0, increase, end with a step of their own, and lie where an interval may begin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from paradiff import Schedule, ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
 from paradiff.methods.collocation.control import MeshControl
 from paradiff.methods.collocation.interval import finite_log_snr
-from paradiff.methods.collocation.mesh import Mesh, density
+from paradiff.methods.collocation.mesh import Mesh, monitor
 
 TABLES = {
     "ddim": ddim(Schedule.linear(), 200),
@@ -28,13 +28,13 @@ TABLES = {
 def test_edges_increase_from_the_start_to_the_end_at_candidates(name: str, count: int) -> None:
     table = TABLES[name]
     mesh = Mesh(table, MeshControl())
-    edges = mesh.edges(count)
-    assert edges[0] == 0
-    assert edges[-1] == table.steps
-    assert all(a < b for a, b in itertools.pairwise(edges))
-    assert set(edges[:-1]) <= set(mesh.candidates)
-    assert len(edges) - 1 <= count
-    assert edges[-2] == mesh.candidates[-1]
+    points = mesh.points(count)
+    assert points[0] == 0
+    assert points[-1] == table.steps
+    assert all(a < b for a, b in itertools.pairwise(points))
+    assert set(points[:-1]) <= set(mesh.candidates)
+    assert len(points) - 1 <= count
+    assert points[-2] == mesh.candidates[-1]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -53,8 +53,8 @@ def test_gaps_of_a_two_stage_sampler_begin_where_it_starts_afresh() -> None:
 def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
     table = TABLES["ddim"]
     place = finite_log_snr(table)
-    edges = place[Mesh(table, MeshControl()).edges(16)[1:-2]]  # node 0 is far off already
-    step, wide, middle = float(place.diff()[20:-3].max()), edges.diff(), (edges[1:] + edges[:-1]) / 2
+    points = place[Mesh(table, MeshControl()).points(16)[1:-2]]  # node 0 is far off already
+    step, wide, middle = float(place.diff()[20:-3].max()), points.diff(), (points[1:] + points[:-1]) / 2
     tails = wide[(middle + 0.3).abs() > 4]
     assert tails.max() - tails.min() < 2 * step
     assert wide[(middle + 0.3).abs() < 1].max() < 0.5 * tails.min()
@@ -62,26 +62,26 @@ def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
 
 def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:
     table = TABLES["ddpm"]
-    place = finite_log_snr(table)[Mesh(table, MeshControl()).edges(40)[:-1]]
-    gaps, middle = place.diff(), (place[1:] + place[:-1]) / 2
-    decided = gaps[(middle - -1.2).abs() < 1]
-    late = gaps[(middle > 2) & (middle < 5)]
+    place = finite_log_snr(table)[Mesh(table, MeshControl()).points(40)[:-1]]
+    intervals, middle = place.diff(), (place[1:] + place[:-1]) / 2
+    decided = intervals[(middle - -1.2).abs() < 1]
+    late = intervals[(middle > 2) & (middle < 5)]
     assert float(decided.mean()) < 0.7 * float(late.mean())
-    assert density(torch.tensor([-1.2]), True, MeshControl()) > 2 * density(torch.tensor([4.0]), True, MeshControl())
+    assert monitor(torch.tensor([-1.2]), True, MeshControl()) > 2 * monitor(torch.tensor([4.0]), True, MeshControl())
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_a_split_gap_has_at_most_so_many_parts(parts: int) -> None:
     mesh = Mesh(TABLES["ddpm"], MeshControl())
-    found = mesh.split(50, 110, parts)
+    found = mesh.subdivide(50, 110, parts)
     assert len(found) == parts
     assert found[0] == 50
     assert all(a < b < 110 for a, b in itertools.pairwise(found))
 
 
 def test_a_single_step_is_not_split() -> None:
-    assert Mesh(TABLES["ddpm"], MeshControl()).split(50, 51, 4) == [50]
+    assert Mesh(TABLES["ddpm"], MeshControl()).subdivide(50, 51, 4) == [50]
 
 
 def test_a_gap_of_two_steps_is_split_once() -> None:
-    assert Mesh(TABLES["ddpm"], MeshControl()).split(50, 52, 4) == [50, 51]
+    assert Mesh(TABLES["ddpm"], MeshControl()).subdivide(50, 52, 4) == [50, 51]

@@ -130,7 +130,7 @@ def test_nodes_lie_where_they_were_needed(tmp_path: Path) -> None:
     assert remembered is not None
     place = mesh_on(table, HIGHER_ORDER).in_bins
     assert float(place(0, 20)[0]) == pytest.approx(1)  # these steps lie in the first part
-    early = [sum(edge < 20 for edge in m.edges(table, r)) for m, r in ((learnt, remembered.found), (usual, None))]
+    early = [sum(point < 20 for point in m.edges(table, r)) for m, r in ((learnt, remembered.found), (usual, None))]
     assert early[0] > 2 * early[1]
 
 

@@ -1,14 +1,14 @@
 """Memory: where earlier samples of one model needed their nodes, as a few numbers on disk.
 
-When a sample is at rest, what each gap leaves out of it is known by estimate (defect.py). n gaps in place of one would leave
-out n^-1.5 as much, so that the fewest which leave out w together are
+When a sample is at rest, what each interval leaves out of it is known by estimate (defect.py). n intervals in place of one
+would leave out n^-1.5 as much, so that the fewest which leave out w together are
 
     n[g] = sqrt(e[g]) ( sum sqrt(e) / w^2 )^(1/3),                                                                 (1)
 
-where e[g] is what gap g leaves out. These numbers, summed over 12 equal parts of the chain's range of log(alpha^2/sigma^2),
-are what is remembered: their geometric mean over the samples, among which the density that mesh.py begins with counts as
-4 of them. After 24 samples they are left as they are. Later samples begin with so many gaps, so placed, and with the
-data's variance that was found.
+where e[g] is what interval g leaves out. These numbers, summed over 12 equal parts of the chain's range of
+log(alpha^2/sigma^2), are what is remembered: their geometric mean over the samples, among which the monitor that mesh.py begins
+with counts as 4 of them. After 24 samples they are left as they are. Later samples begin with so many intervals, so placed, and
+with the data's variance that was found.
 
 A file is for one model; in it each table has numbers of its own. It is never needed: without it, samples begin as the first.
 """

@@ -19,7 +19,7 @@ Target = Literal["chain", "ode", "sde"]
 
 @dataclass(frozen=True)
 class CollocationOptions:
-    """Hyper-parameters of sparse nodes; see `methods.collocation`.
+    """Hyper-parameters of few nodes; see `methods.collocation`.
 
     Attributes:
         name: The method's name.
@@ -133,14 +133,14 @@ class CollocationOptions:
         )
 
     def edges(self, table: Table, remembered: StoredMesh | None = None) -> list[int]:
-        """The edges to begin with, 0 and N included.
+        """The points to begin with, 0 and N included.
 
         Args:
             table: The sampler.
             remembered: What is remembered of it.
 
         Raises:
-            ValueError: If nodes are out of range, not such at which a gap may begin, or too few for the order.
+            ValueError: If nodes are out of range, not such at which an interval may begin, or too few for the order.
         """
         order, control = self.degree(table), self.control_on(table)
         mesh = mesh_on(table, control, remembered)
@@ -154,24 +154,24 @@ class CollocationOptions:
                 count = self.nodes
                 if count > table.steps:
                     raise ValueError(f"{count} nodes were asked for; the chain has {table.steps} steps: give at most that")
-            edges = mesh.edges(count)
+            points = mesh.points(count)
         else:
-            edges = [int(n) for n in self.nodes]
-            if edges[-1] >= table.steps:
-                raise ValueError(f"node {edges[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
-            strange = sorted(set(edges) - set(mesh.candidates))
+            points = [int(n) for n in self.nodes]
+            if points[-1] >= table.steps:
+                raise ValueError(f"node {points[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
+            strange = sorted(set(points) - set(mesh.candidates))
             if strange:
                 raise ValueError(
                     f"node {strange[0]} was given; table {table.name!r} does not start afresh there, or has another node at "
                     "the same level: leave it out"
                 )
-            edges = [*edges, table.steps]
-        if len(edges) - 1 < order + 1:
+            points = [*points, table.steps]
+        if len(points) - 1 < order + 1:
             raise ValueError(
-                f"the nodes are {len(edges) - 1}, for interpolation of order {order}; it needs at least {order + 1}: give "
+                f"the nodes are {len(points) - 1}, for interpolation of order {order}; it needs at least {order + 1}: give "
                 "more nodes, or a lower order"
             )
-        return edges
+        return points
 
 
 def mesh_on(table: Table, control: CollocationControl, remembered: StoredMesh | None = None) -> Mesh:

@@ -1,4 +1,4 @@
-"""What all samples of a run with sparse nodes share."""
+"""What all samples of a run with few nodes share."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ class CollocationSetup:
         usual = self.control.variance if remembered is None else remembered.variance
         self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
         self.settled_shift = method.shift != "auto" or remembered is not None
-        self.edges = method.edges(table, remembered)
+        self.points = method.edges(table, remembered)
         self._plans: dict[float, WindowSetup] = {}
 
-    def note(self, edges: Sequence[int], shares: Sequence[float], groups: Sequence[Sequence[int]], variance: float) -> None:
+    def note(self, points: Sequence[int], shares: Sequence[float], groups: Sequence[Sequence[int]], variance: float) -> None:
         """Remembers what a sample needs, if anything shall be remembered.
 
         Args:
-            edges: Of the sample's gaps.
-            shares: What each group of gaps leaves out of the sample.
-            groups: The numbers of the gaps of each group.
+            points: Of the sample's intervals.
+            shares: What each group of intervals leaves out of the sample.
+            groups: The numbers of the intervals of each group.
             variance: The data's.
         """
         if self.memory is None or not all(map(math.isfinite, shares)) or max(shares) == 0:
@@ -75,7 +75,7 @@ class CollocationSetup:
         nodes, relative = torch.zeros(self.control.mesh.bins, dtype=torch.float64), self.method.relative(self.table)
         counts = needed(shares, self.control.store.target * self.method.tolerance)
         for count, group in zip(counts, groups, strict=True):
-            nodes += count * len(group) / relative * self.mesh.in_bins(edges[group[0]], edges[group[-1] + 1])
+            nodes += count * len(group) / relative * self.mesh.in_bins(points[group[0]], points[group[-1] + 1])
         self.memory.note(nodes.tolist(), variance)
 
     def keep(self) -> None:
@@ -105,17 +105,17 @@ class CollocationSetup:
         """The fine chain's recurrence with a data variance; made once for a table."""
         return self.table.cached(("recurrence", variance), lambda: Recurrence(self.table, variance))
 
-    def sparse(self, recurrence: Recurrence, edges: list[int]) -> CollocationSystem:
-        """The sparse table with such edges; those to begin with are made once for a table."""
-        if edges != self.edges:
-            return CollocationSystem(recurrence, edges, self.order)
-        key = ("sparse", recurrence.variance, self.order, tuple(edges))
-        return self.table.cached(key, lambda: CollocationSystem(recurrence, edges, self.order))
+    def system(self, recurrence: Recurrence, points: list[int]) -> CollocationSystem:
+        """The collocation system with such points; those to begin with are made once for a table."""
+        if points != self.points:
+            return CollocationSystem(recurrence, points, self.order)
+        key = ("system", recurrence.variance, self.order, tuple(points))
+        return self.table.cached(key, lambda: CollocationSystem(recurrence, points, self.order))
 
-    def doubled(self, sparse: CollocationSystem) -> DoubledIntervals:
-        """Its gaps two by two; those to begin with are made once for a table."""
+    def doubled(self, system: CollocationSystem) -> DoubledIntervals:
+        """Its intervals two by two; those to begin with are made once for a table."""
         control = self.control.defect
-        if sparse.edges != self.edges:
-            return DoubledIntervals(sparse, control)
-        key = ("doubled", sparse.recurrence.variance, control, tuple(sparse.edges))
-        return self.table.cached(key, lambda: DoubledIntervals(sparse, control))
+        if system.points != self.points:
+            return DoubledIntervals(system, control)
+        key = ("doubled", system.recurrence.variance, control, tuple(system.points))
+        return self.table.cached(key, lambda: DoubledIntervals(system, control))

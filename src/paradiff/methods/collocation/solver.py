@@ -1,16 +1,16 @@
-"""One sample's sparse system (system.py): what it asks for, what it makes of the answers, where it adds nodes.
+"""One sample's collocation system (system.py): what it asks for, what it makes of the answers, where it adds nodes.
 
 A round evaluates the network at some of the nodes, the **active** ones: those not seen yet, and those whose state has moved so
 far since they were evaluated that the sample may tell; the first of them along the chain if there are more than the window
-allows. Their drives u[k], and the differences to what they were at other states, give all states anew by Newton's step on
+allows. Their forcings u[k], and the differences to what they were at other states, give all states anew by Newton's step on
 equation (1) of system.py,
 
     y = f x[0] + R (u + du) + n,      du[k] = DU[k] K[k] DX[k]^T (y[k] - y[k] evaluated),                        (1)
 
-with the pairs DX, DU of earlier rounds as a model of the drive's derivative (methods/secant.py). What the pairs do not know is
-small already, since the drive is what answers least to the state (interval.py).
+with the pairs DX, DU of earlier rounds as a model of the forcing's derivative (methods/secant.py). What the pairs do not know
+is small already, since the forcing is what answers least to the state (interval.py).
 
-What a node **holds back** is the most that its drive can have changed since it was evaluated: its state's change, times the
+What a node **holds back** is the most that its forcing can have changed since it was evaluated: its state's change, times the
 steepest answer that the node has given so far, or that a clean-data estimate would. A node that was evaluated once has shown
 no answer, and its neighbours stand for it: in units of the network's output the answer changes little from a node to the next,
 and at the noisy end a trained network's can be far above any clean-data estimate's. What is held back is carried to the sample
@@ -18,11 +18,11 @@ by equation (1), pairs included. Where the sample is about to decide what it wil
 chain's linear part would forget is seen to grow. Carried together, the changes of all nodes tell how far the sample may move
 still; when that is small enough, the sample is at rest.
 
-The interpolation error is estimated (error.py) with the same propagation, as soon as what the sweeps leave does not hide it.
-If both errors together are below the tolerance, the sample is found. If the interpolation error alone exceeds it, the gaps that
-matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on; to bring the nodes to
-rest before would be lost work. A sample that would need a good part of the chain's own nodes is handed to the window loop,
-which begins with what was found if that is near. Memory is O(nodes) states.
+The interpolation error is estimated (error.py) with the same propagation, as soon as what the sweeps leave does not hide it. If
+both errors together are below the tolerance, the sample is found. If the interpolation error alone exceeds it, the intervals
+that matter most are cut, their nodes begin with the forcings and pairs of the old ones, and the rounds go on; to bring the
+nodes to rest before would be lost work. A sample that would need a good part of the chain's own nodes is handed to the window
+loop, which begins with what was found if that is near. Memory is O(nodes) states.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.methods.collocation.dense_output import DenseOutput
-from paradiff.methods.collocation.error import Estimate, times
+from paradiff.methods.collocation.error import Estimate, weighted
 from paradiff.methods.collocation.linearization import Linearization
 from paradiff.methods.collocation.setup import CollocationSetup
-from paradiff.methods.collocation.system import CollocationSystem, draw, spread
+from paradiff.methods.collocation.system import CollocationSystem, draw, noise_states
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import CollocationRecord, WindowRecord
@@ -75,44 +75,44 @@ class CollocationSolver:
         evaluations: Its rows.
     """
 
-    def __init__(self, ground: CollocationSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
-        self.control = ground.control
-        self.ground, self.noise, self.sample = ground, noise, sample
-        x0 = ground.move(noise.start(sample)) * ground.table.start_scale if start is None else ground.move(start)
+    def __init__(self, setup: CollocationSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
+        self.control = setup.control
+        self.setup, self.noise, self.sample = setup, noise, sample
+        x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
         self.shape = tuple(x0.shape)
-        self._x0 = x0.reshape(x0.shape[0], -1) if ground.members and x0.ndim > 1 else x0.reshape(1, -1)
+        self._x0 = x0.reshape(x0.shape[0], -1) if setup.members and x0.ndim > 1 else x0.reshape(1, -1)
         self.rounds = self.evaluations = 0
         self.done = False
         self._final = x0
         self._visited = torch.zeros(0, dtype=torch.int64)  # fine nodes of the last round
         self.iteration_error = self.residual = math.inf
-        self._recurrence, self._settled_shift = ground.recurrence, ground.settled_shift
+        self._recurrence, self._settled_shift = setup.recurrence, setup.settled_shift
         self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._window: WindowSolver | None = None
-        self.estimate = Estimate(ground, noise, sample, self._x0, self.shape)
-        self._begin(ground.sparse(ground.recurrence, ground.edges))
-        count = len(self.sparse.gaps)
+        self.estimate = Estimate(setup, noise, sample, self._x0, self.shape)
+        self._begin(setup.system(setup.recurrence, setup.points))
+        count = len(self.system.intervals)
         self._u = self._x0.new_zeros(count, *self._x0.shape)
         self._y = self._u.clone()
-        self._dx = self._x0.new_zeros(count, ground.method.secants, *self._x0.shape)
+        self._dx = self._x0.new_zeros(count, setup.method.secants, *self._x0.shape)
         self._du = self._dx.clone()
         self._known, self._guessed = [False] * count, [False] * count
         self._solve()
 
     # -- the system ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, sparse: CollocationSystem) -> None:
-        """Takes over a sparse table: coefficients on the device, and the noises of its gaps."""
-        ground, table, rec = self.ground, self.ground.table, sparse.recurrence
-        self.sparse = sparse
-        nodes = sparse.nodes
-        self._reach, self._start = ground.move(sparse.reach), ground.move(sparse.start)
+    def _begin(self, system: CollocationSystem) -> None:
+        """Takes over a collocation system: coefficients on the device, and the noises of its intervals."""
+        setup, table, rec = self.setup, self.setup.table, system.recurrence
+        self.system = system
+        nodes = system.nodes
+        self._influence, self._initial = setup.move(system.influence), setup.move(system.initial)
         if table.stochastic:
             kept, self._drawn = self._drawn, {}
-            for gap in sparse.gaps:
-                place = (gap.left, gap.right)
-                self._drawn[place] = kept[place] if place in kept else draw(gap, self.noise, self.sample)
-            self._share = self._moved(sparse.noises([*self._drawn.values()]))
+            for interval in system.intervals:
+                place = (interval.left, interval.right)
+                self._drawn[place] = kept[place] if place in kept else draw(interval, self.noise, self.sample)
+            self._share = self._moved(system.noises([*self._drawn.values()]))
         else:
             self._share = self._x0.new_zeros(1)
         steep = torch.minimum(
@@ -120,43 +120,43 @@ class CollocationSolver:
             self.control.lipschitz_cap * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2,
         )
         span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
-        self._least = ground.move(rec.nu[nodes] * span)  # that a drive answers to its state; and what was seen
+        self._least = setup.move(rec.nu[nodes] * span)  # that a forcing answers to its state; and what was seen
         self._seen = torch.zeros_like(self._least)
-        self._of_output = ground.move(rec.of_output[nodes].abs().clamp(min=1e-300))
-        self.estimate.begin(sparse)
+        self._q_u = setup.move(rec.q_u[nodes].abs().clamp(min=1e-300))
+        self.estimate.begin(system)
         self._sweeps = 0
-        self.active = list(range(len(sparse.gaps)))
+        self.active = list(range(len(system.intervals)))
 
     def _moved(self, noises: Tensor) -> Tensor:
         """Noises as states."""
-        return self.ground.move(noises).view(-1, *self._x0.shape)
+        return self.setup.move(noises).view(-1, *self._x0.shape)
 
     def _solve(self) -> None:
-        """All states anew, from drives and pairs: equation (1)."""
-        base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
+        """All states anew, from forcings and pairs: equation (1)."""
+        base = self._initial[:, None, None] * self._x0 + self._share + weighted(self._influence, self._u)
         kept = max(1, self.control.most_pairs // len(self._u))
         self._response = Linearization(
-            self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept], self.control.pair_uncertainty
+            self._influence, self.system.nodes, self._dx[:, :kept], self._du[:, :kept], self.control.pair_uncertainty
         )
         base = self._response.states(base, self._y)
         self._states, self._final = base[:-1], base[-1].view(self.shape)
 
     def _mean_squares(self, changes: Tensor) -> Tensor:
         """`[J]` of changes `[J, b, d]` of the sample."""
-        return self.ground.step.mean_square(changes.view(-1, *self.shape))
+        return self.setup.step.mean_square(changes.view(-1, *self.shape))
 
     # -- the solver's protocol ----------------------------------------------------------------------------------------
 
     @property
     def final(self) -> Tensor:
         """The sample as far as it is known."""
-        return self._final.to(self.ground.dtype) if self._window is None else self._window.final
+        return self._final.to(self.setup.dtype) if self._window is None else self._window.final
 
     @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self._window is not None:
-            verified, allowed = self._window.error_estimate, self.ground.strictness(self.estimate.growth)
+            verified, allowed = self._window.error_estimate, self.setup.strictness(self.estimate.growth)
             error = verified.estimated_error * allowed
             return dataclasses.replace(verified, estimated_error=error, rounds=self.rounds, evaluations=self.evaluations)
         interpolation_error = self.estimate.interpolation_error
@@ -166,26 +166,26 @@ class CollocationSolver:
     @property
     def newest(self) -> Tensor:
         """The sample as far as it is known."""
-        return self._final.to(self.ground.dtype) if self._window is None else self._window.newest
+        return self._final.to(self.setup.dtype) if self._window is None else self._window.newest
 
     def ask(self) -> Query:
         """The rows wanted now."""
-        ground = self.ground
+        setup = self.setup
         if self._window is not None:
             return self._window.ask()
-        window = ground.method.window or len(self.sparse.gaps) * 2
+        window = setup.method.window or len(self.system.intervals) * 2
         chosen = self.active[:window]
         pairs = self._ready()[: window - len(chosen)]
-        nodes, states = self.sparse.nodes[chosen], self._states[chosen]
+        nodes, states = self.system.nodes[chosen], self._states[chosen]
         if pairs:
             more = self.estimate.asked(pairs, self._u)
             nodes, states = torch.cat([nodes, more[0]]), torch.cat([states, more[1]])
-        handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
-        rows = ground.step.seen(nodes.to(ground.device), handed.view(-1, *self.shape)).to(ground.dtype)
+        handed = states.to(setup.dtype).to(states.dtype)  # what the network is asked for, to the last digit
+        rows = setup.step.seen(nodes.to(setup.device), handed.view(-1, *self.shape)).to(setup.dtype)
         return CollocationQuery(nodes, rows, chosen, pairs, handed)
 
     def _ready(self) -> list[int]:
-        """Gaps of twice the length that are to be asked still, as far as the nodes are settled."""
+        """Intervals of twice the length that are to be asked still, as far as the nodes are settled."""
         return self.estimate.wanted(min(self.active, default=len(self._known)), [*self._drawn.values()])
 
     def tell(self, query: Query, outputs: Tensor, states: Tensor | None = None) -> Tensor | None:
@@ -205,7 +205,7 @@ class CollocationSolver:
         """
         if states is not None:
             raise ValueError(
-                f"the states were changed between steps, and {self.ground.method.name} visits a few of the chain's states "
+                f"the states were changed between steps, and {self.setup.method.name} visits a few of the chain's states "
                 "only; use quasi_newton or parasolver"
             )
         self.rounds += 1
@@ -214,11 +214,11 @@ class CollocationSolver:
             return self._window.tell(query, outputs)
         assert isinstance(query, CollocationQuery)
         self._visited = query.nodes
-        table, y, before = self.ground.table, query.handed, self._final
+        table, y, before = self.setup.table, query.handed, self._final
         m = table.convert(query.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
-        rec, move = self.sparse.recurrence, self.ground.move
-        of_state, of_output = (move(v[query.nodes])[:, None, None] for v in (rec.of_state, rec.of_output))
-        u = of_state * y + of_output * m
+        rec, move = self.system.recurrence, self.setup.move
+        p_u, q_u = (move(v[query.nodes])[:, None, None] for v in (rec.p_u, rec.q_u))
+        u = p_u * y + q_u * m
         count = len(query.chosen)
         if query.pairs:
             self.estimate.take(query.pairs, u[count:], self._u)
@@ -227,25 +227,25 @@ class CollocationSolver:
             self._fill(query.chosen[0])
             self._solve()
         changes = self._states - self._y
-        least = (self.control.rounding_share * self.ground.resolution) ** 2 * self._y.square().sum(2)
+        least = (self.control.rounding_share * self.setup.resolution) ** 2 * self._y.square().sum(2)
         told = changes.square().sum(2) > least
         unknown = torch.where(told[..., None], self._response.unknown(changes), 0.0)
-        on_sample = self._response.on_sample(self._steepness() * unknown, self._reach)
+        on_sample = self._response.on_sample(self._steepness() * unknown, self._influence)
         held, together = self._mean_squares(on_sample), self._mean_squares(on_sample.sum(0, keepdim=True))
-        away = self.ground.step.mean_square(changes.view(-1, *self.shape))
+        away = self.setup.step.mean_square(changes.view(-1, *self.shape))
         moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
         finite = torch.isfinite(m).all().to(held.dtype)
         return torch.cat([held, away, together, torch.stack([moved, self._final.square().mean(), finite])])
 
     def _steepness(self) -> Tensor:
-        """`[M, 1, 1]`: how strongly drives may answer to their states; nodes evaluated again speak for the others."""
+        """`[M, 1, 1]`: how strongly forcings may answer to their states; nodes evaluated again speak for the others."""
         count, asked = len(self._seen), self._seen > 0
         index = torch.arange(count, device=self._seen.device)
         before = torch.where(asked, index, -1).cummax(0).values
         after = count - 1 - torch.where(asked.flip(0), index, -1).cummax(0).values.flip(0)
-        answers = torch.cat([self._seen / self._of_output, self._seen.new_zeros(1)])  # the network's; none beyond the ends
+        answers = torch.cat([self._seen / self._q_u, self._seen.new_zeros(1)])  # the network's; none beyond the ends
         near = torch.maximum(answers[torch.where(before < 0, count, before)], answers[after])
-        return torch.maximum(self._least, near * self._of_output)[:, None, None]
+        return torch.maximum(self._least, near * self._q_u)[:, None, None]
 
     def _observe(self, chosen: list[int], y: Tensor, u: Tensor) -> None:
         """Keeps the outputs of the nodes `chosen`, and what changed since they were last evaluated."""
@@ -253,7 +253,7 @@ class CollocationSolver:
         if self._dx.shape[1]:
             old = torch.tensor([self._known[n] for n in chosen], device=y.device)[:, None]
             moved, told = y - self._y[at], u - self._u[at]
-            large = moved.square().sum(2) > (self.control.pair_rounding * self.ground.resolution) ** 2 * y.square().sum(2)
+            large = moved.square().sum(2) > (self.control.pair_rounding * self.setup.resolution) ** 2 * y.square().sum(2)
             large = large & old
             answer = told.square().sum(2) / moved.square().sum(2).clamp(min=1e-300)
             seen = torch.where(large, answer, 0.0).amax(1).sqrt()
@@ -267,7 +267,7 @@ class CollocationSolver:
             self._known[n] = self._guessed[n] = True
 
     def _fill(self, first: int) -> None:
-        """Nodes of which nothing is known yet get the drive of the last one before them that was evaluated."""
+        """Nodes of which nothing is known yet get the forcing of the last one before them that was evaluated."""
         unknown, source, last = [], [], first
         for n, (known, guessed) in enumerate(zip(self._known, self._guessed, strict=True)):
             last = n if known else last
@@ -297,19 +297,19 @@ class CollocationSolver:
         held, away = nodes[:count], nodes[count:]
         if not finite or not all(map(math.isfinite, nodes)):
             raise ValueError(
-                f"sample {self.sample} is not finite after round {round} (times {float(self.ground.table.t[visited[0]]):g} "
-                f"to {float(self.ground.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
+                f"sample {self.sample} is not finite after round {round} (times {float(self.setup.table.t[visited[0]]):g} "
+                f"to {float(self.setup.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
                 "dtype; check its weights, its dtype and the times it was trained on, or use quasi_newton, which takes the "
                 "chain's own steps"
             )
-        tolerance = self.ground.method.tolerance
+        tolerance = self.setup.method.tolerance
         rest = self.control.iteration_share * tolerance
         limit = (self.control.node_share * rest / count) ** 2
         self._sweeps += 1
         self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
         self.iteration_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
         most = self.control.most_sweeps * (
-            1 + count // (self.ground.method.window or count)
+            1 + count // (self.setup.method.window or count)
         )  # even if a few nodes keep the others unseen
         known = all(self._known)
         at_rest = known and (self.iteration_error <= rest or not self.active)  # nothing is worth asking again
@@ -336,48 +336,55 @@ class CollocationSolver:
     # -- the interpolation error --------------------------------------------------------------------------------------
 
     def _judge(self, at_rest: bool) -> bool:
-        """Ends the sample, or cuts the gaps that leave out too much; whether it could tell."""
-        method, sparse, mesh, estimate = self.ground.method, self.sparse, self.ground.mesh, self.estimate
+        """Ends the sample, or cuts the intervals that leave out too much; whether it could tell."""
+        method, system, mesh, estimate = self.setup.method, self.system, self.setup.mesh, self.estimate
         if not at_rest and (method.exact or not estimate.ready):
             return False
-        (shares, groups), amplified = estimate.shares(self._response, self._reach, self._u, self._final)
+        (shares, groups), amplified = estimate.shares(self._response, self._influence, self._u, self._final)
         interpolation_error = math.sqrt(sum(e * e for e in shares))
         enough = method.exact or math.hypot(interpolation_error, self.iteration_error) <= method.tolerance
         if not at_rest and not enough and interpolation_error <= max(self.iteration_error, method.tolerance):
             return False
-        edges = sparse.edges
+        points = system.points
         if not enough:
             far = max(interpolation_error, method.tolerance) / method.tolerance
             share = self.control.refined_share * method.tolerance / far**self.control.refined_exponent
-            edges = mesh.cut(edges, shares, groups, share, self.ground.most_nodes, self.control.most_parts)
+            points = mesh.refine(
+                points,
+                shares=shares,
+                groups=groups,
+                wanted=share,
+                most=self.setup.most_nodes,
+                most_parts=self.control.most_parts,
+            )
         too_many = (
             method.max_nodes is None
-            and len(edges) - 1 > self.control.handover_share * len(mesh.candidates)
+            and len(points) - 1 > self.control.handover_share * len(mesh.candidates)
             and method.target == "chain"
         )
-        stuck = not enough and (edges == sparse.edges or too_many)
+        stuck = not enough and (points == system.points or too_many)
         if stuck and not at_rest:
             return False
         estimate.judge(interpolation_error, amplified, self._response, self._final, self.iteration_error)
         if enough:
-            self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
+            self.setup.note(system.points, shares, groups, self._recurrence.variance)
             self._finish(method.exact)
         elif stuck:
-            self._finish(edges != sparse.edges)  # else nothing is left to cut, or no node to spare
+            self._finish(points != system.points)  # else nothing is left to cut, or no node to spare
         else:
-            parts = [bisect_left(edges, right) - bisect_left(edges, left) for left, right in pairwise(sparse.edges)]
+            parts = [bisect_left(points, right) - bisect_left(points, left) for left, right in pairwise(system.points)]
             estimate.cut((shares, groups), parts)
-            self._regrid(self.ground.sparse(self._recurrence, edges))
+            self._remesh(self.setup.system(self._recurrence, points))
         return True
 
-    def _regrid(self, new: CollocationSystem) -> None:
-        """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
-        old, rec, count = self.sparse, self._recurrence, len(new.gaps)
+    def _remesh(self, new: CollocationSystem) -> None:
+        """Takes over a finer collocation system; new nodes begin with what the old ones nearest to them know."""
+        old, rec, count = self.system, self._recurrence, len(new.intervals)
         known, near, ratio = [], [], []
-        for n, gap in enumerate(new.gaps):
+        for n, interval in enumerate(new.intervals):
             if new.averaged:
-                k = bisect_right(old.edges, gap.left) - 1
-                same = old.edges[k : k + 2] == [gap.left, gap.right]
+                k = bisect_right(old.points, interval.left) - 1
+                same = old.points[k : k + 2] == [interval.left, interval.right]
             else:
                 k = int((rec.log_snr[old.nodes] - rec.log_snr[new.nodes[n]]).abs().argmin())
                 same = bool(old.nodes[k] == new.nodes[n])
@@ -385,15 +392,15 @@ class CollocationSolver:
             known.append(same and self._known[k])
             near.append(k)
             ratio.append(1.0 if same or not 0 < level < math.inf else float(level))
-        at, factor = torch.tensor(near, device=self.ground.device), self.ground.move(torch.tensor(ratio))[:, None, None]
+        at, factor = torch.tensor(near, device=self.setup.device), self.setup.move(torch.tensor(ratio))[:, None, None]
         self._y, self._dx, self._du = self._y[at] * factor, self._dx[at] * factor[:, None], self._du[at].clone()
         seen = self._seen[at] / factor[:, 0, 0]
-        self._u = self._u[at] if new.averaged else times(self.ground.move(old.interpolation[new.nodes]), self._u)
+        self._u = self._u[at] if new.averaged else weighted(self.setup.move(old.interpolation[new.nodes]), self._u)
         self._known, self._guessed = known, [True] * count
         self._begin(new)
         self._seen = seen
-        if not new.averaged:  # guessed drives go with the states that they give
-            base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
+        if not new.averaged:  # guessed forcings go with the states that they give
+            base = self._initial[:, None, None] * self._x0 + self._share + weighted(self._influence, self._u)
             guessed = [n for n, k in enumerate(known) if not k]
             self._y[guessed] = base[guessed]
         self._solve()
@@ -409,14 +416,14 @@ class CollocationSolver:
     def _reshift(self, variance: float) -> None:
         """Begins anew with another variance; what was evaluated is kept."""
         rounded = 2.0 ** round(math.log2(variance))
-        before, self._recurrence = self._recurrence, self.ground.recurrence_of(rounded)
-        nodes = self.sparse.nodes
-        nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (before.nu, before.g))
+        before, self._recurrence = self._recurrence, self.setup.recurrence_of(rounded)
+        nodes = self.system.nodes
+        nu, g = (self.setup.move(v[nodes])[:, None, None] for v in (before.nu, before.g))
         clean = self._u / nu + g * self._y
         self._drawn = {}  # their weights depend on the variance
         self.estimate.forget()
-        self._begin(self.ground.sparse(self._recurrence, self.sparse.edges))
-        nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
+        self._begin(self.setup.system(self._recurrence, self.system.points))
+        nu, g = (self.setup.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
         self._u = nu * (clean - g * self._y)
         self._dx, self._du = torch.zeros_like(self._dx), torch.zeros_like(self._du)
         self._solve()
@@ -424,29 +431,31 @@ class CollocationSolver:
     def _give_up(self) -> None:
         """It did not come to rest."""
         self.iteration_error = math.inf
-        self._finish(self.ground.method.target == "chain" and self.ground.method.max_nodes is None)
+        self._finish(self.setup.method.target == "chain" and self.setup.method.max_nodes is None)
 
     def _finish(self, verify: bool) -> None:
         """The sample is found; or the window loop begins to verify it, from the states that were found."""
         if not verify:
             self.done = True
             return
-        ground, method = self.ground, self.ground.method
+        setup, method = self.setup, self.setup.method
         near = (
             math.hypot(self.estimate.interpolation_error, self.iteration_error)
             <= self.control.handover_error * method.tolerance
         )
-        x0 = self._x0.view(self.shape).to(ground.dtype)
+        x0 = self._x0.view(self.shape).to(setup.dtype)
         guide = self._trajectory() if near else None  # far off, what was found misleads
-        self._window = WindowSolver(ground.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
+        self._window = WindowSolver(setup.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
 
     def _trajectory(self) -> DenseOutput:
         """The states of all nodes of the chain, as far as they are known."""
-        ground, sparse = self.ground, self.sparse
-        start, reach = ground.move(sparse.edge_start[:-1]), ground.move(sparse.edge_reach[:-1])
-        states = start[..., None, None] * self._x0 + times(reach.flatten(0, 1), self._u).view(*start.shape, *self._x0.shape)
-        if ground.table.stochastic:
-            noises = spread(sparse.edge_spread[:-1].flatten(0, 1), [*self._drawn.values()])
+        setup, system = self.setup, self.system
+        initial, influence = setup.move(system.point_initial[:-1]), setup.move(system.point_influence[:-1])
+        states = initial[..., None, None] * self._x0 + weighted(influence.flatten(0, 1), self._u).view(
+            *initial.shape, *self._x0.shape
+        )
+        if setup.table.stochastic:
+            noises = noise_states(system.point_noise_weights[:-1].flatten(0, 1), [*self._drawn.values()])
             states = states + self._moved(noises).view_as(states)
-        states, drives = states.view(*start.shape, *self.shape), self._u.view(-1, *self.shape)
-        return DenseOutput(sparse, drives, states, self.noise, self.sample, ground.move)
+        states, forcings = states.view(*initial.shape, *self.shape), self._u.view(-1, *self.shape)
+        return DenseOutput(system, forcings, states, self.noise, self.sample, setup.move)
