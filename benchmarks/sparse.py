@@ -41,9 +41,10 @@ from rivals import part_rivals, smallest
 
 from paradiff import Schedule, ddim, ddpm, parallelize, sequential
 from paradiff.methods.collocation.control import ORDER_ZERO
-from paradiff.methods.presets import Method, collocation, parasolver, quasi_newton
+from paradiff.methods.presets import collocation, parasolver, quasi_newton
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
+from paradiff.solver.protocol import Method
 
 TOLERANCES = (4e-3, 1e-2, 2e-3)
 BATCH, MOST_ROWS = 64, 256
