@@ -35,9 +35,11 @@ from paradiff import (
 )
 from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals
+from paradiff.methods.collocation.error import Calibration, InterpolationError
+from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.setup import CollocationSetup
-from paradiff.methods.collocation.solver import CollocationSolver
+from paradiff.methods.collocation.staleness import lipschitz, lipschitz_floor
 from paradiff.models.exact import Gaussian, Mixture
 from paradiff.models.pixel import load
 from paradiff.solver.protocol import EditedOutputs
@@ -379,36 +381,50 @@ def test_defects_count_as_much_as_samples_answer_to_them() -> None:
     assert (twice, again) == pytest.approx((2 * once, once), rel=1e-9)
 
 
-def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load("digits")
-    setup = CollocationSetup(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
-    estimate = CollocationSolver(setup, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None).estimate
-    monkeypatch.setattr(estimate, "_left_out", lambda *_: ([3e-3, 4e-3], [(0, 1), (2, 3)]))
-    monkeypatch.setattr(estimate, "_first", object())
-    none, before, now = torch.zeros(0), torch.zeros(model.shape), torch.full(model.shape, 0.06)
-    response: Any = None
-    assert estimate.shares(response, none, none, now) == (([3e-3, 4e-3], [(0, 1), (2, 3)]), 1.0)  # no cut yet
-    estimate.judge(0.01, 1.0, response, before, 0.0)
-    assert estimate.shares(response, none, none, now)[1] == pytest.approx(6.0)
-    estimate.growth = 2.0  # the pairs have seen some of it since
-    (shares, _), amplified = estimate.shares(response, none, none, now)
-    assert amplified == pytest.approx(3.0)
-    assert shares == pytest.approx([9e-3, 12e-3])
-    estimate.judge(1.0, 9.0, response, before, 0.0)  # at a later cut the sample hardly moves
-    assert estimate.shares(response, none, none, now)[1] == pytest.approx(3.0)
+def test_what_a_refinement_taught_of_estimates_is_told_from_amplification_and_fades() -> None:
+    error = InterpolationError([3e-3, 4e-3], [(0, 1), (2, 3)])
+    before = torch.zeros(())
+
+    def calibrated(calibration: Calibration, error: InterpolationError) -> tuple[InterpolationError, float]:
+        return calibration.apply(error, lambda _: 0.06, averaged=True, control=ORDER_ZERO)
+
+    assert calibrated(Calibration(), error) == (error, 1.0)  # no refinement yet
+    accepted = Calibration().accept(InterpolationError([0.01], [(0,)]), 1.0, iteration_error=0.0, sample=before)
+    assert calibrated(accepted, error)[1] == pytest.approx(6.0)
+    amplified = replace(error, amplification=2.0)  # the pairs have observed some of it since
+    found, factor = calibrated(accepted, amplified)
+    assert factor == pytest.approx(3.0)
+    assert found.shares == pytest.approx([9e-3, 12e-3])
+    later = accepted.accept(InterpolationError([1.0], [(0,)], 2.0), 9.0, iteration_error=0.0, sample=before)
+    assert calibrated(later, amplified)[1] == pytest.approx(3.0)  # at a later refinement the sample hardly moves
 
 
-def test_nodes_asked_once_answer_as_steeply_as_their_neighbours() -> None:
-    model = load("digits")
-    table = model.table("ddpm", 1000)
-    setup = CollocationSetup(table, collocation(12), torch.device("cpu"), torch.float32)
-    solver = CollocationSolver(setup, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
-    least = solver._steepness().flatten()
-    scale = setup.recurrence.q_u[solver.system.nodes].abs()
-    solver._seen[3], solver._seen[8] = 1e3 * float(scale[3]), 1e6 * float(scale[8])  # in units of the output: 1e3 and 1e6
-    answers = (solver._steepness().flatten() / scale).tolist()
-    above = (least / scale).tolist()
-    assert answers == pytest.approx([max(a, 1e3 if n <= 3 else 1e6) for n, a in enumerate(above)])
+def test_a_small_move_relaxes_estimates_of_benign_samples_at_higher_orders_only() -> None:
+    error = InterpolationError([3e-3, 4e-3], [(0, 1), (2, 3)])
+    accepted = Calibration().accept(InterpolationError([0.02], [(0,)]), 1.0, iteration_error=0.0, sample=torch.zeros(()))
+    refined = accepted.refined([4], 1.5)
+    assert refined.predicted == pytest.approx(0.02 / 8)
+
+    def total(error: InterpolationError, *, averaged: bool, move: float) -> float:
+        return refined.apply(error, lambda _: move, averaged=averaged, control=HIGHER_ORDER)[0].total
+
+    assert total(error, averaged=True, move=0.01) == pytest.approx(error.total)
+    assert total(replace(error, amplification=1.6), averaged=False, move=0.01) == pytest.approx(error.total)
+    ratio = HIGHER_ORDER.error.safety * refined.predicted * 0.01 / 0.02 / error.total
+    assert total(error, averaged=False, move=0.01) == pytest.approx(math.sqrt(ratio) * error.total)
+    assert total(error, averaged=False, move=1e-6) == pytest.approx(HIGHER_ORDER.error.least_relaxation * error.total)
+
+
+def test_a_node_evaluated_once_has_the_larger_quotient_of_its_neighbours() -> None:
+    recurrence = Recurrence(TABLES["ddpm"](200), 0.25)
+    nodes = torch.arange(0, 120, 10)
+    floor, q_u = lipschitz_floor(recurrence, nodes, 4.0), recurrence.q_u[nodes].abs()
+    assert torch.equal(lipschitz(torch.zeros_like(floor), q_u, floor), floor)
+    quotients = torch.zeros_like(floor)
+    quotients[3], quotients[8] = 1e3 * q_u[3], 1e6 * q_u[8]  # of the network's outputs: 1e3 and 1e6
+    above = (floor / q_u).tolist()
+    found = (lipschitz(quotients, q_u, floor) / q_u).tolist()
+    assert found == pytest.approx([max(a, 1e3 if n <= 3 else 1e6) for n, a in enumerate(above)])
     assert max(above[:4]) < 1e3  # so that this can fail
     assert max(above[4:]) < 1e6
 
@@ -441,9 +457,9 @@ def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: 
 def test_the_window_loop_is_stricter_with_a_sample_that_amplifies() -> None:
     setup = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
     assert setup.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
-    assert [setup.strictness(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
-    assert setup.verify(9.0).method.tolerance == 4e-3 / 16
-    assert setup.verify(9.0) is setup.verify(12.0)
+    assert [setup.tightening(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
+    assert setup.verification(9.0).method.tolerance == 4e-3 / 16
+    assert setup.verification(9.0) is setup.verification(12.0)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])

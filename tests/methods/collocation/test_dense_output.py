@@ -40,7 +40,7 @@ def test_the_right_drives_give_the_chains_states_and_outputs(name: str, steps: s
         [torch.stack([states[max(e - p, 0)] * (e >= p) for p in range(table.band)]) for e in system.points[:-1]]
     )
     forcings = mean.expand(5, 3)  # on Gaussian data the forcing is the mean
-    after, found = DenseOutput(system, forcings, points, noise, 0, lambda v: v.double())(steps)
+    after, found = DenseOutput(system, forcings, points, noise=noise, sample=0, move=lambda v: v.double())(steps)
     assert torch.allclose(after, states[steps.start + 1 : steps.stop + 1], atol=1e-7)
     assert torch.allclose(found, outputs[steps], atol=1e-6)
 

@@ -138,9 +138,9 @@ def test_the_variance_that_was_found_is_begun_with(tmp_path: Path, monkeypatch: 
     table, path = ddim(LINEAR, 200), tmp_path / "nodes.json"
     data = Gaussian(torch.tensor([0.001, -0.002]), 1e-4 * torch.ones(2))
     shifts = list[float]()
-    again = CollocationSolver._reshift
+    again = CollocationSolver._rescale
     monkeypatch.setattr(
-        CollocationSolver, "_reshift", lambda self, variance: (shifts.append(variance), again(self, variance))[1]
+        CollocationSolver, "_rescale", lambda self, variance: (shifts.append(variance), again(self, variance))[1]
     )
     run(table, collocation(tolerance=4e-5, memory=path), 3, data=data)
     assert len(shifts) == 1

@@ -29,6 +29,7 @@ class DenseOutput:
         system: CollocationSystem,
         forcings: Tensor,
         points: Tensor,
+        *,
         noise: Noise,
         sample: int,
         move: Callable[[Tensor], Tensor],

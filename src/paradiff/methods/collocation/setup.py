@@ -11,6 +11,7 @@ from paradiff.chain.slope import shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.defect import DoubledIntervals
+from paradiff.methods.collocation.error import InterpolationError
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.mesh_store import needed
 from paradiff.methods.collocation.options import CollocationOptions, mesh_on
@@ -59,22 +60,22 @@ class CollocationSetup:
         self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
         self.settled_shift = method.shift != "auto" or remembered is not None
         self.points = method.edges(table, remembered)
-        self._plans: dict[float, WindowSetup] = {}
+        self._windows: dict[float, WindowSetup] = {}
 
-    def note(self, points: Sequence[int], shares: Sequence[float], groups: Sequence[Sequence[int]], variance: float) -> None:
-        """Remembers what a sample needs, if anything shall be remembered.
+    def record(self, points: Sequence[int], error: InterpolationError, variance: float) -> None:
+        """Records the nodes that a sample needed, if a file was given for it.
 
         Args:
-            points: Of the sample's intervals.
-            shares: What each group of intervals leaves out of the sample.
-            groups: The numbers of the intervals of each group.
-            variance: The data's.
+            points: The sample's mesh points.
+            error: Its interpolation error.
+            variance: The data's variance.
         """
+        shares = error.shares
         if self.memory is None or not all(map(math.isfinite, shares)) or max(shares) == 0:
             return
         nodes, relative = torch.zeros(self.control.mesh.bins, dtype=torch.float64), self.method.relative(self.table)
         counts = needed(shares, self.control.store.target * self.method.tolerance)
-        for count, group in zip(counts, groups, strict=True):
+        for count, group in zip(counts, error.groups, strict=True):
             nodes += count * len(group) / relative * self.mesh.in_bins(points[group[0]], points[group[-1] + 1])
         self.memory.note(nodes.tolist(), variance)
 
@@ -85,21 +86,21 @@ class CollocationSetup:
             self.memory.keep(prior.tolist())
 
     @staticmethod
-    def strictness(growth: float) -> float:
-        """By how much the window loop's tolerance is smaller, a power of 2, where the sample answers so much more to early
-        errors than the chain's linear part does; what that loop estimates is multiplied by it."""
-        return 2.0 ** max(0, math.ceil(math.log2(growth)))
+    def tightening(amplification: float) -> float:
+        """Power of 2 by which the window method's tolerance is divided for a sample that amplifies early errors so much more
+        than the chain's linear part does; its estimate is multiplied by the same factor."""
+        return 2.0 ** max(0, math.ceil(math.log2(amplification)))
 
-    def verify(self, growth: float) -> WindowSetup:
-        """The window loop over all nodes of the chain, for such a growth."""
-        strict = self.strictness(growth)
-        if strict not in self._plans:
+    def verification(self, amplification: float) -> WindowSetup:
+        """The window method over all nodes of the chain, for a sample of that amplification; made once for a tightening."""
+        tightening = self.tightening(amplification)
+        if tightening not in self._windows:
             method = self.method
             width = min(method.window or self.control.handover_window, self.table.steps)
-            slope, tolerance = shifted(self.recurrence.variance), method.tolerance / strict
+            slope, tolerance = shifted(self.recurrence.variance), method.tolerance / tightening
             loop = WindowOptions("collocation", slope, width, tolerance=tolerance, secants=self.control.handover_secants)
-            self._plans[strict] = WindowSetup(self.table, loop, self.device, self.dtype, self.members, self.resolution)
-        return self._plans[strict]
+            self._windows[tightening] = WindowSetup(self.table, loop, self.device, self.dtype, self.members, self.resolution)
+        return self._windows[tightening]
 
     def recurrence_of(self, variance: float) -> Recurrence:
         """The fine chain's recurrence with a data variance; made once for a table."""

@@ -122,6 +122,11 @@ class CollocationSystem:
         return found
 
 
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """`[K, b, d]` weighted sums of values `[M, b, d]`, by weights `[K, M]`."""
+    return (weights @ values.flatten(1)).view(-1, *values.shape[1:])
+
+
 def noise_states(weights: Tensor, drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """`[K, ...]` contribution of the noises of M intervals (`draw`) to K states, by weights `[K, M, P]`."""
     aggregate = torch.stack([z for z, _ in drawn])  # [M, P, ...]
