@@ -1,6 +1,14 @@
-"""Why a pipeline's loop cannot be run in parallel over time, as a sentence."""
+"""Sentences for what cannot be: arguments of the wrong kind, and pipelines' loops that have no parallel form."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 class Unsupported(Exception):
@@ -10,3 +18,74 @@ class Unsupported(Exception):
 class NeedsLanes(Unsupported):
     """The loop body read the step number or the time in Python, where the states of a window differ: each state needs a lane
     of its own (lanes.py)."""
+
+
+def is_whole(value: object) -> TypeIs[int]:
+    """Whether a value is a whole number, of Python or numpy; a truth value is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
+    """Refuses what is no whole number of at least `least`.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+        least: The smallest number allowed.
+        otherwise: What else may be given, as the sentence ends with it: `", or None for all"`.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}{otherwise}")
+
+
+def require_wholes(name: str, values: object, least: int, expected: str) -> None:
+    """Refuses what is no sequence of whole numbers, one at least, each of at least `least`.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        values: What was given.
+        least: The smallest number allowed.
+        expected: What may be given, as the sentence ends with it.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not listed or not all(is_whole(v) and v >= least for v in values):
+        raise ValueError(f"{name} is {values!r}; it must be {expected}")
+
+
+def require_real(name: str, value: object, *, positive: bool = False, otherwise: str = "") -> None:
+    """Refuses what is no finite number of at least 0.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+        positive: Whether 0 is refused too.
+        otherwise: What else may be given, as the sentence ends with it.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 <= number < math.inf or (positive and number == 0):
+        expected = "positive" if positive else "0 or more"
+        raise ValueError(f"{name} is {value!r}; it must be a number, {expected}, and finite{otherwise}")
+
+
+def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuses what is none of the choices.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+        choices: What may be given.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and the choices.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

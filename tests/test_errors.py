@@ -1,0 +1,52 @@
+"""Arguments of the wrong kind are refused by a sentence: the argument, what was given, what was expected."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from paradiff.errors import is_whole, require_one_of, require_real, require_whole, require_wholes
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(3)])
+def test_whole_numbers_pass(value: object) -> None:
+    assert is_whole(value)
+    require_whole("the window", value, 1)
+    require_wholes("the stride", [value, value], 1, "whole numbers")
+    require_real("the tolerance", value, positive=True)
+
+
+@pytest.mark.parametrize("value", [16.5, 8.0, "8", True, None, 0, -1, [8]])
+def test_what_is_no_whole_number_of_the_range_is_refused(value: object) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"the window is {value!r}; it must be a whole number, at least 1, or None for all")
+    ):
+        require_whole("the window", value, 1, ", or None for all")
+
+
+@pytest.mark.parametrize("value", ["12", [], [1, 2.5], [0], [True], None, 2.5, "steps"])
+def test_what_is_no_sequence_of_whole_numbers_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"the stride is {value!r}; it must be a number of steps")):
+        require_wholes("the stride", value, 1, "a number of steps")
+
+
+@pytest.mark.parametrize("value", ["1e-3", None, True, math.nan, math.inf, -1.0, 1j])
+def test_what_is_no_number_of_the_range_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"the tolerance is {value!r}; it must be a number, 0 or more, and finite")):
+        require_real("the tolerance", value)
+
+
+def test_zero_passes_unless_a_positive_number_is_asked_for() -> None:
+    require_real("the tolerance", 0.0)
+    with pytest.raises(ValueError, match=r"the tolerance is 0\.0; it must be a number, positive, and finite, or None"):
+        require_real("the tolerance", 0.0, positive=True, otherwise=", or None")
+
+
+@pytest.mark.parametrize("value", ["slow", None, 1, ["error"]])
+def test_what_is_no_choice_is_refused(value: object) -> None:
+    require_one_of("rule", "error", ("error", "change"))
+    with pytest.raises(ValueError, match=re.escape(f"rule is {value!r}; it must be one of error, change")):
+        require_one_of("rule", value, ("error", "change"))
