@@ -210,7 +210,7 @@ def guided(bench: Bench, method: Any, **more: Any) -> Row:
 
 def remembered(bench: Bench, folder: Path) -> Row:
     """The same, after as many other prompts and seeds as `REMEMBERED` have shown where nodes are needed."""
-    method = collocation(window=16, memory=folder / f"{bench.chain}-{bench.steps}.json")
+    method = collocation(window=16, warm_start=folder / f"{bench.chain}-{bench.steps}.json")
     with parallelize(bench.pipe, method):
         for image in range(100, 100 + REMEMBERED):
             bench.call(bench.pipe, image)

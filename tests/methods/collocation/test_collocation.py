@@ -584,7 +584,7 @@ def off_grid(table: Table, data: Gaussian, x: Tensor, t: Tensor) -> Tensor:
         ({"nodes": 10, "max_nodes": 9}, r"max_nodes is 9, below the 10 nodes to begin with"),
         ({"nodes": [0, 4, 9], "max_nodes": 2}, r"max_nodes is 2, below the 3 nodes to begin with"),
         ({"max_nodes": 1}, r"max_nodes is 1, below the 2 nodes to begin with"),
-        ({"memory": "nodes.json", "nodes": 20}, r"memory was given with nodes=20; it says where nodes go itself"),
+        ({"warm_start": "nodes.json", "nodes": 20}, r"warm_start was given with nodes=20; it says where nodes go itself"),
         ({"target": "flow"}, r"the target is 'flow'; it must be one of chain, ode, sde"),
         ({"target": "ode", "exact": True}, r"exact=True was given with target='ode'; only the chain's own sample"),
     ],

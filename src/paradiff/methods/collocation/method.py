@@ -39,7 +39,7 @@ class CollocationMethod(CollocationOptions):
         """The run on a problem.
 
         Raises:
-            ValueError: If the method does not fit the problem's table, or the file of `memory` is something else.
+            ValueError: If the method does not fit the problem's table, or the file of `warm_start` is no mesh store.
         """
         return CollocationRun(self, problem)
 

@@ -19,23 +19,23 @@ Target = Literal["chain", "ode", "sde"]
 
 @dataclass(frozen=True)
 class CollocationOptions:
-    """Hyper-parameters of few nodes; see `methods.collocation`.
+    """Hyper-parameters of collocation; see `methods.collocation`.
 
     Attributes:
         name: The method's name.
-        nodes: Number of nodes to begin with, the fine nodes themselves, or `auto`.
+        nodes: Number of nodes of the first mesh, the fine nodes themselves, or `auto`.
         order: Degree of the interpolation between nodes; None for 0 on stochastic chains, at averaged states, and for 3 on
             deterministic ones.
-        shift: Variance of the data, whose answer to the state is taken out of what is interpolated; or `auto`: 1/4, corrected
-            when the sample is at rest, if that finds it far off.
+        shift: Variance of the data, which sets the linear part of the forcing (interval.py); or `auto`: 1/4, replaced by the
+            mean square of the first sample that has nearly converged, if that is far off.
         window: Most rows that a sample puts in one round; None for no bound.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
-        secants: Pairs of earlier sweeps kept for each node (methods/secant.py).
+        secants: Secant pairs kept for each node (methods/secant.py).
         max_nodes: Most nodes that a sample may have; None for as many as the chain has.
-        exact: Whether the window loop verifies the sample over all nodes of the chain.
+        exact: Whether the window method verifies the sample over all nodes of the chain.
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
-        memory: File in which is remembered where the samples of this model needed their nodes (mesh_store.py); None for no
-            file.
+        warm_start: File of a mesh store (mesh_store.py): where samples of this model needed their nodes, for later ones to
+            start from; None for no file.
         control: The tuned numbers; None for `ORDER_ZERO` or `HIGHER_ORDER`, by the order of the interpolation.
 
     Raises:
@@ -52,7 +52,7 @@ class CollocationOptions:
     max_nodes: int | None = None
     exact: bool = False
     target: Target = "chain"
-    memory: str | Path | None = None
+    warm_start: str | Path | None = None
     control: CollocationControl | None = None
 
     def __post_init__(self) -> None:
@@ -86,9 +86,9 @@ class CollocationOptions:
                 f"exact=True was given with target={self.target!r}; only the chain's own sample can be verified step by step"
             )
 
-        if self.memory is not None and self.nodes != "auto":
+        if self.warm_start is not None and self.nodes != "auto":
             raise ValueError(
-                f"memory was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
+                f"warm_start was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
             )
 
     def _check_places(self, places: list[int]) -> None:
@@ -112,42 +112,42 @@ class CollocationOptions:
         return self.control or (ORDER_ZERO if self.degree(table) == 0 else HIGHER_ORDER)
 
     def relative(self, table: Table) -> float:
-        """How many times as many nodes this tolerance needs as the default one."""
+        """Ratio of node counts: at this tolerance over at the reference tolerance."""
         control = self.control_on(table)
         return (control.reference_tolerance / self.tolerance) ** control.node_exponent
 
     def usual(self, table: Table) -> int:
-        """How many nodes a sample of an unknown model begins with at the default tolerance."""
+        """Nodes of the default mesh at the reference tolerance."""
         return self.control_on(table).nodes
 
-    def remember(self, table: Table) -> MeshStore | None:
-        """What is remembered of the table, if anything shall be.
+    def store(self, table: Table) -> MeshStore | None:
+        """The mesh store's entry of a table; None without a file.
 
         Raises:
-            ValueError: If the file is something else.
+            ValueError: If the file is no mesh store.
         """
         return (
             None
-            if self.memory is None
-            else MeshStore(Path(self.memory), table, self.control_on(table), self.degree(table), self.target)
+            if self.warm_start is None
+            else MeshStore(Path(self.warm_start), table, self.control_on(table), self.degree(table), self.target)
         )
 
-    def edges(self, table: Table, remembered: StoredMesh | None = None) -> list[int]:
-        """The points to begin with, 0 and N included.
+    def edges(self, table: Table, stored: StoredMesh | None = None) -> list[int]:
+        """The points of the first mesh, 0 and N included.
 
         Args:
             table: The sampler.
-            remembered: What is remembered of it.
+            stored: The mesh store's entry of it.
 
         Raises:
-            ValueError: If nodes are out of range, not such at which an interval may begin, or too few for the order.
+            ValueError: If nodes are out of range, no candidates of the mesh, or too few for the order.
         """
         order, control = self.degree(table), self.control_on(table)
-        mesh = mesh_on(table, control, remembered)
+        mesh = mesh_on(table, control, stored)
         if isinstance(self.nodes, int | str):
             if isinstance(self.nodes, str):
                 share = max(self.relative(table), control.least_nodes)
-                count = self.usual(table) if remembered is None else sum(remembered.nodes)
+                count = self.usual(table) if stored is None else sum(stored.nodes)
                 count = max(round(count * share), order + 1)
                 count = min(count, table.steps, self.max_nodes or table.steps)
             else:
@@ -174,7 +174,7 @@ class CollocationOptions:
         return points
 
 
-def mesh_on(table: Table, control: CollocationControl, remembered: StoredMesh | None = None) -> Mesh:
-    """Where nodes go on a chain; made once for a table."""
-    nodes = None if remembered is None else remembered.nodes
-    return table.cached(("placement", control.mesh, nodes), lambda: Mesh(table, control.mesh, nodes))
+def mesh_on(table: Table, control: CollocationControl, stored: StoredMesh | None = None) -> Mesh:
+    """The mesh of a chain; made once for a table."""
+    nodes = None if stored is None else stored.nodes
+    return table.cached(("mesh", control.mesh, nodes), lambda: Mesh(table, control.mesh, nodes))

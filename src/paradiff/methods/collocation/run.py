@@ -42,5 +42,5 @@ class CollocationRun:
         return Status.CONVERGED, Status.CONVERGED.message(f"the estimated error of every sample is at most {tolerance:g}")
 
     def close(self) -> None:
-        """Writes what was learnt of the mesh, if a file was given for it."""
-        self._setup.keep()
+        """Writes where the samples needed nodes, if a file was given for it."""
+        self._setup.save()

@@ -13,7 +13,7 @@ from paradiff.chain.table import Table
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.error import InterpolationError
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.mesh_store import needed
+from paradiff.methods.collocation.mesh_store import node_counts
 from paradiff.methods.collocation.options import CollocationOptions, mesh_on
 from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.methods.window.options import WindowOptions
@@ -52,14 +52,14 @@ class CollocationSetup:
         self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, members)
         self.t, self.move = self.step.t, self.step.move
         self.order, self.control = method.degree(table), method.control_on(table)
-        self.memory = method.remember(table)
-        remembered = None if self.memory is None else self.memory.found
-        self.mesh = mesh_on(table, self.control, remembered)
+        self.store = method.store(table)
+        stored = None if self.store is None else self.store.stored
+        self.mesh = mesh_on(table, self.control, stored)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
-        usual = self.control.variance if remembered is None else remembered.variance
+        usual = self.control.variance if stored is None else stored.variance
         self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
-        self.settled_shift = method.shift != "auto" or remembered is not None
-        self.points = method.edges(table, remembered)
+        self.settled_shift = method.shift != "auto" or stored is not None
+        self.points = method.edges(table, stored)
         self._windows: dict[float, WindowSetup] = {}
 
     def record(self, points: Sequence[int], error: InterpolationError, variance: float) -> None:
@@ -71,19 +71,19 @@ class CollocationSetup:
             variance: The data's variance.
         """
         shares = error.shares
-        if self.memory is None or not all(map(math.isfinite, shares)) or max(shares) == 0:
+        if self.store is None or not all(map(math.isfinite, shares)) or max(shares) == 0:
             return
         nodes, relative = torch.zeros(self.control.mesh.bins, dtype=torch.float64), self.method.relative(self.table)
-        counts = needed(shares, self.control.store.target * self.method.tolerance)
+        counts = node_counts(shares, self.control.store.target * self.method.tolerance)
         for count, group in zip(counts, error.groups, strict=True):
             nodes += count * len(group) / relative * self.mesh.in_bins(points[group[0]], points[group[-1] + 1])
-        self.memory.note(nodes.tolist(), variance)
+        self.store.record(nodes.tolist(), variance)
 
-    def keep(self) -> None:
-        """Writes what was remembered."""
-        if self.memory is not None:
+    def save(self) -> None:
+        """Writes what was recorded, if a file was given for it."""
+        if self.store is not None:
             prior = self.method.usual(self.table) * mesh_on(self.table, self.control).in_bins()
-            self.memory.keep(prior.tolist())
+            self.store.save(prior.tolist())
 
     @staticmethod
     def tightening(amplification: float) -> float:
