@@ -95,8 +95,8 @@ def sample(
         bool | None, typer.Option("--exact", help="collocation: verify the sample over all nodes of the chain.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="collocation: `chain` (default), `ode` or `sde`.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="FILE", help="collocation: remember in a file where this model's samples need nodes.")
+    warm_start: Annotated[
+        str | None, typer.Option(metavar="FILE", help="collocation: file that stores where this model's samples need nodes.")
     ] = None,
     blocks: Annotated[
         int | None, typer.Option(help="srds: blocks of the chain; near sqrt(2 STEPS) by default. piadm: has to be given.")

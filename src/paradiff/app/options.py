@@ -32,7 +32,8 @@ SLOPES: dict[str, Any] = {
     "freeze-clean-data": slope.freeze_clean_data,
 }
 OPTIONS = ("window", "tolerance", "rule", "stride", "warmup", "slope", "blocks", "coarse", "schedule", "iterations", "rows")
-OPTIONS += ("secants", "sweeps", "stagger", "corrector", "nodes", "max_nodes", "order", "shift", "exact", "target", "memory")
+OPTIONS += ("secants", "sweeps", "stagger", "corrector")
+OPTIONS += ("nodes", "max_nodes", "order", "shift", "exact", "target", "warm_start")
 COARSE = {"one-step": "one step", "two-step": "two step"}
 
 
