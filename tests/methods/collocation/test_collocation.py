@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -571,16 +574,16 @@ def off_grid(table: Table, data: Gaussian, x: Tensor, t: Tensor) -> Tensor:
         ({"nodes": [3, 5]}, r"the nodes begin with \[3\]; the first must be node 0"),
         ({"nodes": [0, 5, 5]}, r"node 5 follows node 5; nodes must increase"),
         ({"nodes": [0]}, r"1 node was given; an interpolation needs at least 2"),
-        ({"order": 9}, r"the order is 9; it must be 0 \(averages\) to 8"),
-        ({"order": -1}, r"the order is -1; it must be 0"),
-        ({"shift": 0.0}, r"the shift is 0.0; it must be a data variance, positive and finite"),
-        ({"shift": math.inf}, r"the shift is inf; it must be a data variance"),
-        ({"shift": math.nan}, r"the shift is nan; it must be a data variance"),
-        ({"shift": "large"}, r"the shift is 'large'; it must be a data variance"),
-        ({"window": 0}, r"the window is 0; it must be at least 1 row"),
-        ({"tolerance": 0.0}, r"the tolerance is 0.0; it must be positive and finite .*exact=True"),
-        ({"tolerance": math.nan}, r"the tolerance is nan; it must be positive"),
-        ({"secants": -1}, r"secants is -1; it must be 0 or more pairs"),
+        ({"order": 9}, r"the order is 9; it must be a whole number, 0 \(averages\) to 8"),
+        ({"order": -1}, r"the order is -1; it must be a whole number, 0"),
+        ({"shift": 0.0}, r"the shift, a data variance, is 0.0; it must be a number, positive, and finite"),
+        ({"shift": math.inf}, r"the shift, a data variance, is inf; it must be a number"),
+        ({"shift": math.nan}, r"the shift, a data variance, is nan; it must be a number"),
+        ({"shift": "large"}, r"the shift, a data variance, is 'large'; it must be a number.*or 'auto'"),
+        ({"window": 0}, r"the window is 0; it must be a whole number, at least 1, or None for no bound"),
+        ({"tolerance": 0.0}, r"the tolerance is 0.0; it must be a number, positive, and finite .*exact=True"),
+        ({"tolerance": math.nan}, r"the tolerance is nan; it must be a number"),
+        ({"secants": -1}, r"secants is -1; it must be a whole number, at least 0"),
         ({"nodes": 10, "max_nodes": 9}, r"max_nodes is 9, below the 10 nodes to begin with"),
         ({"nodes": [0, 4, 9], "max_nodes": 2}, r"max_nodes is 2, below the 3 nodes to begin with"),
         ({"max_nodes": 1}, r"max_nodes is 1, below the 2 nodes to begin with"),
@@ -593,6 +596,40 @@ def off_grid(table: Table, data: Gaussian, x: Tensor, t: Tensor) -> Tensor:
 def test_a_value_out_of_range_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         collocation(**options)
+
+
+WRONG_KINDS: dict[str, list[Any]] = {
+    "nodes": [8.5, True, "8", None, [0, 4.5], [0, "4"], {0, 4}],
+    "window": [16.5, "16", True],
+    "tolerance": ["1e-3", None, True, 1j],
+    "order": [1.5, "1", True],
+    "shift": ["0.25", None, True, [0.25]],
+    "secants": [2.5, None, "4", True],
+    "max_nodes": [10.5, "10", True],
+    "exact": ["yes", 1, None],
+    "target": [3, None, "ODE"],
+    "warm_start": [5, True, ["nodes.json"]],
+    "control": [{}, "fast", 3],
+}
+
+
+def test_every_argument_has_values_of_the_wrong_kind() -> None:
+    assert set(WRONG_KINDS) == set(inspect.signature(collocation).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_KINDS.items() for value in values], ids=str
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}\b.* is {re.escape(repr(value))}; it must be"):
+        collocation(**{name: value})
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    table = TABLES["ddim"](40)
+    given = collocation(np.int64(8), window=np.int64(4), order=np.int32(1), tolerance=np.float64(0.1), max_nodes=np.int64(9))
+    assert given.edges(table) == collocation(8, window=4, order=1, tolerance=0.1, max_nodes=9).edges(table)
+    assert collocation([np.int64(n) for n in (0, 9, 20, 30)]).edges(table) == collocation([0, 9, 20, 30]).edges(table)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from paradiff.methods.window.method import WindowMethod
 from paradiff.solver.protocol import Problem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CollocationMethod(CollocationOptions):
     """A collocation method; its attributes are those of `CollocationOptions`.
 
     Raises:
-        ValueError: If a value is out of its range, or two of them contradict each other.
+        ValueError: If a value is of the wrong kind or out of its range, or two of them contradict each other.
     """
 
     @property

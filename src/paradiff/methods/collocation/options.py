@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.table import Table
+from paradiff.errors import is_whole, require_one_of, require_real, require_whole
 from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
@@ -17,7 +17,7 @@ from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 Target = Literal["chain", "ode", "sde"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CollocationOptions:
     """Hyper-parameters of collocation; see `methods.collocation`.
 
@@ -39,7 +39,7 @@ class CollocationOptions:
         control: The tuned numbers; None for `ORDER_ZERO` or `HIGHER_ORDER`, by the order of the interpolation.
 
     Raises:
-        ValueError: If a value is out of its range, or two of them contradict each other.
+        ValueError: If a value is of the wrong kind or out of its range, or two of them contradict each other.
     """
 
     name: str = "collocation"
@@ -56,42 +56,51 @@ class CollocationOptions:
     control: CollocationControl | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.nodes, str):
-            if self.nodes != "auto":
-                raise ValueError(f"nodes is {self.nodes!r}; it must be a count, a sequence of fine nodes, or 'auto'")
-        elif isinstance(self.nodes, int):
-            if self.nodes < 2:
-                raise ValueError(f"{self.nodes} nodes were asked for; an interpolation needs at least 2")
-        else:
-            self._check_places([int(n) for n in self.nodes])
-        if self.order is not None and not 0 <= self.order <= 8:
-            raise ValueError(f"the order is {self.order}; it must be 0 (averages) to 8, or None for the chain's own")
-        if self.shift != "auto" and (isinstance(self.shift, str) or not 0 < self.shift < math.inf):
-            raise ValueError(f"the shift is {self.shift!r}; it must be a data variance, positive and finite, or 'auto'")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"the window is {self.window}; it must be at least 1 row, or None for no bound")
-        if not 0 < self.tolerance < math.inf:
+        self._refuse_nodes()
+        if self.order is not None and not (is_whole(self.order) and 0 <= self.order <= 8):
             raise ValueError(
-                f"the tolerance is {self.tolerance}; it must be positive and finite (for the chain itself, use exact=True)"
+                f"the order is {self.order!r}; it must be a whole number, 0 (averages) to 8, or None for the chain's own"
             )
-        if self.secants < 0:
-            raise ValueError(f"secants is {self.secants}; it must be 0 or more pairs")
-        least = 2 if isinstance(self.nodes, str) else self.nodes if isinstance(self.nodes, int) else len(self.nodes)
-        if self.max_nodes is not None and self.max_nodes < least:
-            raise ValueError(f"max_nodes is {self.max_nodes}, below the {least} nodes to begin with; give at least that")
-        if self.target not in get_args(Target):
-            raise ValueError(f"the target is {self.target!r}; it must be one of {', '.join(get_args(Target))}")
+        if self.shift != "auto":
+            require_real("the shift, a data variance,", self.shift, positive=True, otherwise=", or 'auto'")
+        if self.window is not None:
+            require_whole("the window", self.window, 1, ", or None for no bound on rows")
+        require_real("the tolerance", self.tolerance, positive=True, otherwise=" (for the chain itself, use exact=True)")
+        require_whole("secants", self.secants, 0)
+        if self.max_nodes is not None:
+            require_whole("max_nodes", self.max_nodes, 1, ", or None for as many as the chain has")
+            least = 2 if isinstance(self.nodes, str) else self.nodes if is_whole(self.nodes) else len(self.nodes)
+            if self.max_nodes < least:
+                raise ValueError(f"max_nodes is {self.max_nodes}, below the {least} nodes to begin with; give at least that")
+        if not isinstance(self.exact, bool):
+            raise ValueError(f"exact is {self.exact!r}; it must be True or False")
+        require_one_of("the target", self.target, get_args(Target))
         if self.exact and self.target != "chain":
             raise ValueError(
                 f"exact=True was given with target={self.target!r}; only the chain's own sample can be verified step by step"
             )
-
+        if self.warm_start is not None and not isinstance(self.warm_start, str | Path):
+            raise ValueError(f"warm_start is {self.warm_start!r}; it must be the path of a file, or None for no file")
         if self.warm_start is not None and self.nodes != "auto":
             raise ValueError(
                 f"warm_start was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
             )
+        if self.control is not None and not isinstance(self.control, CollocationControl):
+            raise ValueError(f"control is {self.control!r}; it must be a CollocationControl, or None for the order's own")
 
-    def _check_places(self, places: list[int]) -> None:
+    def _refuse_nodes(self) -> None:
+        """Refuses nodes of the wrong kind, too few, or out of order."""
+        nodes = self.nodes
+        if nodes == "auto":
+            return
+        listed = isinstance(nodes, Sequence) and not isinstance(nodes, str) and all(map(is_whole, nodes))
+        if not is_whole(nodes) and not listed:
+            raise ValueError(f"nodes is {nodes!r}; it must be a count, a sequence of fine nodes, or 'auto'")
+        if is_whole(nodes):
+            if nodes < 2:
+                raise ValueError(f"{nodes} nodes were asked for; an interpolation needs at least 2")
+            return
+        places = [int(n) for n in nodes]
         if not places or places[0] != 0:
             raise ValueError(f"the nodes begin with {places[:1]}; the first must be node 0, where the chain starts")
         for before, after in itertools.pairwise(places):
@@ -144,7 +153,7 @@ class CollocationOptions:
         """
         order, control = self.degree(table), self.control_on(table)
         mesh = mesh_on(table, control, stored)
-        if isinstance(self.nodes, int | str):
+        if isinstance(self.nodes, str) or is_whole(self.nodes):
             if isinstance(self.nodes, str):
                 share = max(self.relative(table), control.least_nodes)
                 count = self.usual(table) if stored is None else sum(stored.nodes)
