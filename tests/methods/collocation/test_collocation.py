@@ -1,4 +1,4 @@
-"""Few nodes reach the sequential chain's sample, say how far from it they are, and refuse what they cannot do."""
+"""Collocation reaches the sequential chain's sample, says how far from it they are, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_on_gaussian_data_of_the_shifts_variance_few_nodes_give_the_chains_sampl
     assert (found.sample - wanted_of(name, table, data, noise)).abs().max() < 1e-5
     assert found.evaluations <= 2 * 25
     assert max(c.interpolation_error for c in found.error_estimates) < 1e-5
-    assert found.estimated_error < 4e-4  # a bound of what the nodes hold back
+    assert found.estimated_error < 4e-4  # a bound by the staleness of the nodes
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "heun"])
@@ -241,7 +241,7 @@ def test_the_window_bounds_rows_and_moves_the_sample_within_the_tolerance_only(n
         most = max(len(v.nodes) for v in found.history if isinstance(v, CollocationRecord))
         assert most <= (window or table.steps)
         assert window != 8 or most == 8  # the bound is reached
-    # Errors are estimates, and other rounds may cut other intervals: a sample between two modes may miss both tolerances.
+    # Errors are estimates, and other rounds may refine other intervals: a sample between two modes may miss both tolerances.
     for window in (32, None):
         assert rms(samples[8], samples[window]).median() < 2 * tolerance
 
@@ -288,7 +288,7 @@ def test_members_of_one_sample_are_found_together() -> None:
     assert rms(found.sample[0], wanted.sample).max() < 4e-3
 
 
-# -- the certificate --------------------------------------------------------------------------------------------------
+# -- the error estimate --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
@@ -337,7 +337,7 @@ def trained(sampler: str, nodes: Any, **options: Any) -> Solution:
     return sample(model, model.table(sampler, 1000), noise, collocation(nodes, **{"window": 24, **options}))
 
 
-def test_gaps_that_leave_out_too_much_are_cut_before_the_sweeps_come_to_rest() -> None:
+def test_intervals_that_leave_out_too_much_are_refinement_before_the_sweeps_come_to_rest() -> None:
     early = trained("ddim", 12)
     cut = next(
         a
@@ -364,7 +364,7 @@ def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
     assert found.error_estimates[0].iteration_error <= 0.25 * 4e-3
 
 
-def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_that_a_refinement_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained("ddpm", 40)
     nodes = [v.of for v in found.history if isinstance(v, CollocationRecord)]
     assert nodes[0] < nodes[-1] < 80  # a cut, of some intervals
@@ -375,7 +375,7 @@ def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest
     assert found.estimated_error <= 4e-3
 
 
-def test_defects_count_as_much_as_samples_answer_to_them() -> None:
+def test_defects_count_as_much_as_samples_respond_to_them() -> None:
     sensitive = replace(ORDER_ZERO.defect, late_sensitivity=1.4, early_sensitivity=5.4)
     once, twice, again = (
         trained("ddpm", 24, max_nodes=24, control=replace(ORDER_ZERO, defect=defect)).error_estimates[0].interpolation_error
@@ -454,11 +454,11 @@ def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: 
         assert k not in handed or c.evaluations > table.steps
         assert c.estimated_error <= 2e-4
     within = run(table, PLANE, collocation(12, window=8, tolerance=2e-4, max_nodes=60), noise)
-    assert not any(isinstance(v, WindowRecord) for v in within.history)  # nodes are bounded: so is what is held
+    assert not any(isinstance(v, WindowRecord) for v in within.history)  # nodes are bounded, and so is memory
 
 
 def test_the_window_loop_is_stricter_with_a_sample_that_amplifies() -> None:
-    setup = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
+    setup = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), device=torch.device("cpu"), dtype=torch.float32)
     assert setup.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
     assert [setup.tightening(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
     assert setup.verification(9.0).method.tolerance == 4e-3 / 16

@@ -31,7 +31,7 @@ def walked(table: Table, data: Gaussian, noise: Keyed) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("steps", [slice(0, 7), slice(9, 31), slice(25, 60)])
 @pytest.mark.parametrize("name", TABLES)
-def test_the_right_drives_give_the_chains_states_and_outputs(name: str, steps: slice) -> None:
+def test_the_right_forcings_give_the_chains_states_and_outputs(name: str, steps: slice) -> None:
     table, noise = TABLES[name], Keyed((3,), 5)
     mean = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64)
     states, outputs = walked(table, Gaussian(mean, torch.full((3,), VARIANCE)), noise)

@@ -94,7 +94,7 @@ def size(interval: Interval, past: list[float], forcings: dict[int, float], z: l
 
 @each_table
 @each_interval
-def test_the_eliminated_gap_is_the_plain_recurrence(name: str, place: tuple[int, int]) -> None:
+def test_the_eliminated_interval_is_the_plain_recurrence(name: str, place: tuple[int, int]) -> None:
     table = TABLES[name]
     interval = Recurrence(table, VARIANCE).interval(*place)
     assert (interval.left, interval.right) == place
@@ -107,7 +107,7 @@ def test_the_eliminated_gap_is_the_plain_recurrence(name: str, place: tuple[int,
 
 
 @each_table
-def test_a_gap_of_one_step_is_the_chain_itself(name: str) -> None:
+def test_an_interval_of_one_step_is_the_chain_itself(name: str) -> None:
     table = TABLES[name]
     recurrence = Recurrence(table, VARIANCE)
     for i in range(table.steps):
@@ -120,7 +120,7 @@ def test_a_gap_of_one_step_is_the_chain_itself(name: str) -> None:
 
 
 @each_table
-def test_two_gaps_in_a_row_are_the_gap_over_both(name: str) -> None:
+def test_two_intervals_in_a_row_are_the_interval_over_both(name: str) -> None:
     table = TABLES[name]
     recurrence = Recurrence(table, VARIANCE)
     first, second, both = recurrence.interval(3, 11), recurrence.interval(11, 19), recurrence.interval(3, 19)
@@ -133,7 +133,7 @@ def test_two_gaps_in_a_row_are_the_gap_over_both(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name not in STOCHASTIC])
-def test_a_deterministic_gap_asks_at_its_left_edge(name: str) -> None:
+def test_a_deterministic_interval_is_evaluated_at_its_left_point(name: str) -> None:
     interval = Recurrence(TABLES[name], VARIANCE).interval(4, 20)
     assert interval.node == 4
     assert interval.state_carry[0] == 1
@@ -209,6 +209,6 @@ def test_log_snr_is_finite_and_increases_from_pure_noise_too(name: str) -> None:
     assert (found.diff() > 0).all()
 
 
-def test_a_gap_is_made_once() -> None:
+def test_an_interval_is_made_once() -> None:
     recurrence = Recurrence(TABLES["ddpm"], VARIANCE)
     assert recurrence.interval(2, 5) is recurrence.interval(2, 5)

@@ -13,7 +13,7 @@ KNOWN = 0.25
 
 
 def linear(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A causal reach `[M+1, M]` with own forcings, derivatives `[M, d, d]` of the forcings, and pairs that span all
+    """A causal influence `[M+1, M]` with own forcings, derivatives `[M, d, d]` of the forcings, and pairs that span all
     directions."""
     generator = torch.Generator().manual_seed(seed)
     influence = 0.3 * torch.randn(NODES + 1, NODES, generator=generator, dtype=torch.float64).tril()
@@ -50,7 +50,7 @@ def test_with_pairs_in_all_directions_the_step_is_newtons() -> None:
     assert (told - base).norm() > 0.1 * base.norm()
 
 
-def test_a_change_reaches_the_sample_as_the_drives_carry_it() -> None:
+def test_a_change_reaches_the_sample_as_the_forcings_carry_it() -> None:
     influence, slope, dx = linear(1)
     generator = torch.Generator().manual_seed(9)
     changes = torch.randn(NODES, SIZE, generator=generator, dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_only_what_pairs_have_seen_is_known(pairs: int) -> None:
         assert told[..., i].flatten().tolist() == pytest.approx([KNOWN if i < pairs else 1.0] * NODES, rel=0.05)
 
 
-def test_without_pairs_drives_do_not_follow() -> None:
+def test_without_pairs_forcings_do_not_follow() -> None:
     influence, slope, dx = linear(3)
     alone, base = response(influence, slope, dx[:, :0]), torch.ones(NODES + 1, 1, SIZE, dtype=torch.float64)
     assert torch.equal(alone.states(base, base[:-1] + 1), base)

@@ -25,7 +25,7 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("count", [2, 8, 20, 56])
-def test_edges_increase_from_the_start_to_the_end_at_candidates(name: str, count: int) -> None:
+def test_points_increase_from_the_start_to_the_end_at_candidates(name: str, count: int) -> None:
     table = TABLES[name]
     mesh = Mesh(table, MeshControl())
     points = mesh.points(count)
@@ -45,12 +45,12 @@ def test_candidates_are_at_increasing_levels(name: str) -> None:
     assert (finite_log_snr(table)[candidates].diff() > 0).all()
 
 
-def test_gaps_of_a_two_stage_sampler_begin_where_it_starts_afresh() -> None:
+def test_intervals_of_a_two_stage_sampler_begin_where_it_starts_afresh() -> None:
     table = TABLES["heun"]
     assert set(Mesh(table, MeshControl()).candidates) <= set(table.restarts)
 
 
-def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
+def test_deterministic_points_are_even_in_log_snr_but_for_the_middle() -> None:
     table = TABLES["ddim"]
     place = finite_log_snr(table)
     points = place[Mesh(table, MeshControl()).points(16)[1:-2]]  # node 0 is far off already
@@ -60,7 +60,7 @@ def test_deterministic_edges_are_even_in_log_snr_but_for_the_middle() -> None:
     assert wide[(middle + 0.3).abs() < 1].max() < 0.5 * tails.min()
 
 
-def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:
+def test_stochastic_points_are_denser_where_the_sample_is_decided() -> None:
     table = TABLES["ddpm"]
     place = finite_log_snr(table)[Mesh(table, MeshControl()).points(40)[:-1]]
     intervals, middle = place.diff(), (place[1:] + place[:-1]) / 2
@@ -71,7 +71,7 @@ def test_stochastic_edges_are_denser_where_the_sample_is_decided() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_a_split_gap_has_at_most_so_many_parts(parts: int) -> None:
+def test_a_subdivided_interval_has_at_most_so_many_parts(parts: int) -> None:
     mesh = Mesh(TABLES["ddpm"], MeshControl())
     found = mesh.subdivide(50, 110, parts)
     assert len(found) == parts
@@ -79,9 +79,9 @@ def test_a_split_gap_has_at_most_so_many_parts(parts: int) -> None:
     assert all(a < b < 110 for a, b in itertools.pairwise(found))
 
 
-def test_a_single_step_is_not_split() -> None:
+def test_a_single_step_is_not_subdivided() -> None:
     assert Mesh(TABLES["ddpm"], MeshControl()).subdivide(50, 51, 4) == [50]
 
 
-def test_a_gap_of_two_steps_is_split_once() -> None:
+def test_an_interval_of_two_steps_is_subdivided_once() -> None:
     assert Mesh(TABLES["ddpm"], MeshControl()).subdivide(50, 52, 4) == [50, 51]

@@ -53,7 +53,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("order", [0, 1, 3])
-def test_states_and_sample_are_those_of_the_fine_chain_with_interpolated_drives(name: str, order: int) -> None:
+def test_states_and_sample_are_those_of_the_fine_chain_with_interpolated_forcings(name: str, order: int) -> None:
     table, system = TABLES[name], system_of(name, order)
     noise = Keyed((5,), 3)
     u, x0 = random(len(system.intervals), 5), random(5, seed=1)
@@ -70,7 +70,7 @@ def test_states_and_sample_are_those_of_the_fine_chain_with_interpolated_drives(
 
 
 @pytest.mark.parametrize("name", ["ddpm", "euler_ancestral"])
-def test_averaged_states_are_those_of_each_gap(name: str) -> None:
+def test_averaged_states_are_those_of_each_interval(name: str) -> None:
     table, system = TABLES[name], system_of(name, 0)
     noise = Keyed((5,), 3)
     u, x0 = random(len(system.intervals), 5), random(5, seed=1)
@@ -95,7 +95,7 @@ def test_interpolation_is_exact_for_polynomials_in_log_snr(order: int) -> None:
     ).abs().max() > 1e-3
 
 
-def test_order_0_holds_each_gaps_own_drive() -> None:
+def test_order_0_holds_each_intervals_own_forcing() -> None:
     system = system_of("ddpm", 0)
     for k, interval in enumerate(system.intervals):
         unit = torch.zeros(len(system.intervals), dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_order_0_holds_each_gaps_own_drive() -> None:
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
-def test_with_every_fine_node_drives_are_not_interpolated_and_reach_later_states_only(order: int) -> None:
+def test_with_every_fine_node_forcings_are_not_interpolated_and_reach_later_states_only(order: int) -> None:
     table = TABLES["ddim eta"]
     system = CollocationSystem(Recurrence(table, VARIANCE), list(range(table.steps + 1)), order)
     assert torch.allclose(system.interpolation, torch.eye(table.steps, dtype=torch.float64))
@@ -119,7 +119,7 @@ def test_too_few_nodes_for_the_order_are_refused() -> None:
         CollocationSystem(Recurrence(table, VARIANCE), [0, 10, 20, table.steps], 3)
 
 
-def test_a_gaps_noise_does_not_depend_on_what_was_drawn_before() -> None:
+def test_an_intervals_noise_does_not_depend_on_what_was_drawn_before() -> None:
     recurrence = Recurrence(TABLES["ddpm"], VARIANCE)
     noise, interval = Keyed((3,), 1, 4), recurrence.interval(4, 10)
     before = draw(interval, noise, 2)
@@ -131,7 +131,7 @@ def test_a_gaps_noise_does_not_depend_on_what_was_drawn_before() -> None:
     assert not torch.equal(before[0], other[0])
 
 
-def test_gaps_of_twice_the_length_weigh_drives_as_the_chain_does() -> None:
+def test_intervals_of_twice_the_length_weigh_forcings_as_the_chain_does() -> None:
     table, system = TABLES["ddpm"], system_of("ddpm", 0)
     doubled = DoubledIntervals(system, DefectControl())
     assert doubled.first == [0, 2, 4, 6]
@@ -149,7 +149,7 @@ def test_gaps_of_twice_the_length_weigh_drives_as_the_chain_does() -> None:
     )
 
 
-def test_the_averaged_states_of_doubled_gaps_are_those_of_the_coarser_table() -> None:
+def test_the_averaged_states_of_doubled_intervals_are_those_of_the_coarser_table() -> None:
     system, noise = system_of("ddpm", 0), Keyed((3,), 4)
     doubled = DoubledIntervals(system, DefectControl())
     left = [interval.left for interval in doubled.intervals]
@@ -175,7 +175,7 @@ def test_the_averaged_states_of_doubled_gaps_are_those_of_the_coarser_table() ->
     torch.testing.assert_close(states(system, fine)[-1], states(coarse, forcings)[-1], rtol=1e-9, atol=1e-9)
 
 
-def test_a_sample_answers_to_defects_more_strongly_before_it_is_decided_than_after() -> None:
+def test_a_sample_responds_to_defects_more_strongly_before_it_is_decided_than_after() -> None:
     found = sensitivity(torch.tensor([-20.0, -2.0, 0.0, 2.0, 20.0], dtype=torch.float64), DefectControl()).tolist()
     assert found == sorted(found, reverse=True)
     assert (found[0], found[2], found[4]) == pytest.approx((3.4, 2.05, 0.7))
@@ -195,7 +195,7 @@ def test_a_defect_is_carried_in_its_neighbours_directions_at_its_own_size() -> N
 
 
 @pytest.mark.parametrize("order", [1, 3])
-def test_the_defect_of_a_polynomial_drive_is_zero(order: int) -> None:
+def test_the_defect_of_a_polynomial_forcing_is_zero(order: int) -> None:
     system = system_of("ddim", order)
     gone, weights = interpolation_defects(system)
     assert gone == [1, 3, 5]

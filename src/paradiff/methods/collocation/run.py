@@ -14,12 +14,17 @@ from paradiff.solver.solution import ErrorEstimate, Status
 
 
 class CollocationRun:
-    """What all samples share, and a system for each (protocol.py's `Run`)."""
+    """What all samples share, and a solver for each (protocol.py's `Run`)."""
 
     def __init__(self, options: CollocationOptions, problem: Problem) -> None:
         self._options, self._problem = options, problem
         self._setup = CollocationSetup(
-            problem.table, options, problem.device, problem.dtype, problem.shared_window, problem.resolution
+            problem.table,
+            options,
+            device=problem.device,
+            dtype=problem.dtype,
+            members=problem.shared_window,
+            resolution=problem.resolution,
         )
 
     @property
@@ -28,7 +33,7 @@ class CollocationRun:
         return self._setup.t
 
     def solver(self, sample: int) -> CollocationSolver:
-        """The system of one sample."""
+        """The solver of one sample."""
         return CollocationSolver(self._setup, self._problem.noise, sample, self._problem.start_of(sample))
 
     def status(self, estimates: Sequence[ErrorEstimate]) -> tuple[Status, str]:

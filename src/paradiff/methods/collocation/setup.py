@@ -1,4 +1,4 @@
-"""What all samples of a run with few nodes share."""
+"""What all samples of a collocation run share."""
 
 from __future__ import annotations
 
@@ -22,22 +22,34 @@ from paradiff.samplers.continuum import continuum
 
 
 class CollocationSetup:
-    """Tables, bounds and coefficients on the device.
+    """The table, the first mesh, the tuned numbers, and coefficients on the device.
 
     Args:
         table: The sampler.
         method: The method.
         device: Where states live.
-        dtype: That in which the network is asked; the system is solved in float64 where the device has it, since a step with
-            nearly parallel pairs loses digits.
-        members: Whether a state is a batch of members (solver/loop.py).
-        resolution: Relative precision of the network's outputs.
+        dtype: Dtype in which the network is given its rows. The system is solved in float64 where the device has it, since a
+            step with nearly parallel secant pairs loses digits.
+        members: Whether a state is a batch of members (solver/protocol.py).
+        resolution: Relative precision of the network's outputs; that of `dtype` by default.
+
+    Attributes:
+        table: The chain that is solved; a fine grid of the equation for the targets `ode` and `sde`.
+        order: Degree of the interpolation.
+        control: The tuned numbers.
+        store: The mesh store's entry; None without a file.
+        mesh: How mesh points are placed.
+        points: The first mesh.
+        most_nodes: Most nodes of a mesh.
+        recurrence: The chain's recurrence with the variance that samples start from.
+        settled_shift: Whether that variance is given, by the caller or the store.
     """
 
     def __init__(
         self,
         table: Table,
         method: CollocationOptions,
+        *,
         device: torch.device,
         dtype: torch.dtype,
         members: bool = False,
@@ -98,7 +110,8 @@ class CollocationSetup:
             method = self.method
             width = min(method.window or self.control.handover_window, self.table.steps)
             slope, tolerance = shifted(self.recurrence.variance), method.tolerance / tightening
-            loop = WindowOptions("collocation", slope, width, tolerance=tolerance, secants=self.control.handover_secants)
+            secants = self.control.handover_secants
+            loop = WindowOptions(name="collocation", slope=slope, window=width, tolerance=tolerance, secants=secants)
             self._windows[tightening] = WindowSetup(self.table, loop, self.device, self.dtype, self.members, self.resolution)
         return self._windows[tightening]
 
@@ -107,14 +120,14 @@ class CollocationSetup:
         return self.table.cached(("recurrence", variance), lambda: Recurrence(self.table, variance))
 
     def system(self, recurrence: Recurrence, points: list[int]) -> CollocationSystem:
-        """The collocation system with such points; those to begin with are made once for a table."""
+        """The collocation system of a mesh; that of the first mesh is made once for a table."""
         if points != self.points:
             return CollocationSystem(recurrence, points, self.order)
         key = ("system", recurrence.variance, self.order, tuple(points))
         return self.table.cached(key, lambda: CollocationSystem(recurrence, points, self.order))
 
     def doubled(self, system: CollocationSystem) -> DoubledIntervals:
-        """Its intervals two by two; those to begin with are made once for a table."""
+        """The doubled intervals of a system; those of the first mesh are made once for a table."""
         control = self.control.defect
         if system.points != self.points:
             return DoubledIntervals(system, control)
