@@ -38,11 +38,8 @@ from paradiff import (
 )
 from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals
-from paradiff.methods.collocation.error import Calibration, InterpolationError
-from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.setup import CollocationSetup
-from paradiff.methods.collocation.staleness import lipschitz, lipschitz_floor
 from paradiff.models.exact import Gaussian, Mixture
 from paradiff.models.pixel import load
 from paradiff.solver.protocol import EditedOutputs
@@ -326,7 +323,7 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
     assert found.estimated_error > 1e-3
     assert found.message == (
         f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.001 was asked for; give more nodes "
-        "(max_nodes), or let the window loop go on (exact=True)"
+        "(max_nodes), or let the window method go on (exact=True)"
     )
 
 
@@ -339,12 +336,12 @@ def trained(sampler: str, nodes: Any, **options: Any) -> Solution:
 
 def test_intervals_that_leave_out_too_much_are_refinement_before_the_sweeps_come_to_rest() -> None:
     early = trained("ddim", 12)
-    cut = next(
+    refined = next(
         a
         for a, b in itertools.pairwise(early.history)
         if isinstance(b, CollocationRecord) and isinstance(a, CollocationRecord) and b.of > a.of
     )
-    assert 0.3 * 4e-3 < cut.iteration_error <= 10 * 4e-3
+    assert 0.3 * 4e-3 < refined.iteration_error <= 10 * 4e-3
     late = trained("ddim", 12, control=replace(HIGHER_ORDER, early_factor=0.0))
     assert early.rounds < late.rounds
     assert early.estimated_error <= 4e-3
@@ -367,7 +364,7 @@ def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
 def test_intervals_that_a_refinement_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained("ddpm", 40)
     nodes = [v.of for v in found.history if isinstance(v, CollocationRecord)]
-    assert nodes[0] < nodes[-1] < 80  # a cut, of some intervals
+    assert nodes[0] < nodes[-1] < 80  # a refinement, of some intervals
     fresh = itertools.count()  # no place is ever met again
     monkeypatch.setattr(DoubledIntervals, "spans", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
     forgetful = trained("ddpm", 40)
@@ -384,54 +381,6 @@ def test_defects_count_as_much_as_samples_respond_to_them() -> None:
     assert (twice, again) == pytest.approx((2 * once, once), rel=1e-9)
 
 
-def test_what_a_refinement_taught_of_estimates_is_told_from_amplification_and_fades() -> None:
-    error = InterpolationError([3e-3, 4e-3], [(0, 1), (2, 3)])
-    before = torch.zeros(())
-
-    def calibrated(calibration: Calibration, error: InterpolationError) -> tuple[InterpolationError, float]:
-        return calibration.apply(error, lambda _: 0.06, averaged=True, control=ORDER_ZERO)
-
-    assert calibrated(Calibration(), error) == (error, 1.0)  # no refinement yet
-    accepted = Calibration().accept(InterpolationError([0.01], [(0,)]), 1.0, iteration_error=0.0, sample=before)
-    assert calibrated(accepted, error)[1] == pytest.approx(6.0)
-    amplified = replace(error, amplification=2.0)  # the pairs have observed some of it since
-    found, factor = calibrated(accepted, amplified)
-    assert factor == pytest.approx(3.0)
-    assert found.shares == pytest.approx([9e-3, 12e-3])
-    later = accepted.accept(InterpolationError([1.0], [(0,)], 2.0), 9.0, iteration_error=0.0, sample=before)
-    assert calibrated(later, amplified)[1] == pytest.approx(3.0)  # at a later refinement the sample hardly moves
-
-
-def test_a_small_move_relaxes_estimates_of_benign_samples_at_higher_orders_only() -> None:
-    error = InterpolationError([3e-3, 4e-3], [(0, 1), (2, 3)])
-    accepted = Calibration().accept(InterpolationError([0.02], [(0,)]), 1.0, iteration_error=0.0, sample=torch.zeros(()))
-    refined = accepted.refined([4], 1.5)
-    assert refined.predicted == pytest.approx(0.02 / 8)
-
-    def total(error: InterpolationError, *, averaged: bool, move: float) -> float:
-        return refined.apply(error, lambda _: move, averaged=averaged, control=HIGHER_ORDER)[0].total
-
-    assert total(error, averaged=True, move=0.01) == pytest.approx(error.total)
-    assert total(replace(error, amplification=1.6), averaged=False, move=0.01) == pytest.approx(error.total)
-    ratio = HIGHER_ORDER.error.safety * refined.predicted * 0.01 / 0.02 / error.total
-    assert total(error, averaged=False, move=0.01) == pytest.approx(math.sqrt(ratio) * error.total)
-    assert total(error, averaged=False, move=1e-6) == pytest.approx(HIGHER_ORDER.error.least_relaxation * error.total)
-
-
-def test_a_node_evaluated_once_has_the_larger_quotient_of_its_neighbours() -> None:
-    recurrence = Recurrence(TABLES["ddpm"](200), 0.25)
-    nodes = torch.arange(0, 120, 10)
-    floor, q_u = lipschitz_floor(recurrence, nodes, 4.0), recurrence.q_u[nodes].abs()
-    assert torch.equal(lipschitz(torch.zeros_like(floor), q_u, floor), floor)
-    quotients = torch.zeros_like(floor)
-    quotients[3], quotients[8] = 1e3 * q_u[3], 1e6 * q_u[8]  # of the network's outputs: 1e3 and 1e6
-    above = (floor / q_u).tolist()
-    found = (lipschitz(quotients, q_u, floor) / q_u).tolist()
-    assert found == pytest.approx([max(a, 1e3 if n <= 3 else 1e6) for n, a in enumerate(above)])
-    assert max(above[:4]) < 1e3  # so that this can fail
-    assert max(above[4:]) < 1e6
-
-
 def test_a_network_of_low_precision_comes_to_rest() -> None:
     model = load("digits")
     low = Evaluator(lambda x, t: model(x.float(), t).bfloat16(), dtype=torch.bfloat16)
@@ -442,7 +391,7 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: str) -> None:
+def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)
     found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4), noise)
     assert found.message == "converged: the estimated error of every sample is at most 0.0002"
@@ -457,10 +406,10 @@ def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: 
     assert not any(isinstance(v, WindowRecord) for v in within.history)  # nodes are bounded, and so is memory
 
 
-def test_the_window_loop_is_stricter_with_a_sample_that_amplifies() -> None:
+def test_the_window_method_is_tightened_for_a_sample_that_amplifies() -> None:
     setup = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), device=torch.device("cpu"), dtype=torch.float32)
     assert setup.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
-    assert [setup.tightening(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
+    assert [setup.tightening(amplification) for amplification in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
     assert setup.verification(9.0).method.tolerance == 4e-3 / 16
     assert setup.verification(9.0) is setup.verification(12.0)
 

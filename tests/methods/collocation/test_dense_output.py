@@ -1,4 +1,4 @@
-"""The fine states that forcings imply, and what the window loop makes of them."""
+"""Dense output is the chain's states where the forcings are right, and the window method starts from it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def random(count: int, seed: int) -> list[float]:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
 
 
-def sensitivity(table: Table, node: int) -> tuple[float, float]:
+def gaussian(table: Table, node: int) -> tuple[float, float]:
     """g and nu of a node, from the levels."""
     alpha, sigma = float(table.alpha[node]), float(table.sigma[node])
     total = alpha**2 * VARIANCE + sigma**2
@@ -65,7 +65,7 @@ def walked(
     for i in range(interval.left, interval.right):
         new = float(table.c[i]) * z[i - interval.left]
         for j in range(min(table.band, i + 1)):
-            g, nu = sensitivity(table, i - j)
+            g, nu = gaussian(table, i - j)
             estimate = forcings[i - j] / nu + g * x[i - j] if clean is None else clean
             m = (estimate - float(table.p[i - j]) * x[i - j]) / float(table.q[i - j])
             new += float(table.a[i, j]) * x[i - j] + float(table.b[i, j]) * m
@@ -144,7 +144,7 @@ def test_a_deterministic_interval_is_evaluated_at_its_left_point(name: str) -> N
 @each_stochastic
 @pytest.mark.parametrize("place", [p for p in INTERVALS if p[1] - p[0] > 1], ids=str)
 def test_the_averaged_state_is_the_plain_weighted_average(name: str, place: tuple[int, int]) -> None:
-    """Weights are those with which the interval's end answers to the forcings; the average is of alpha x/sigma^2, with the
+    """Weights are those of the forcings in the interval's end; the average is of alpha x/sigma^2, with the
     clean-data estimate fixed; it is then scaled, and given signal, to be a state of the node whose ratio of signal to noise it
     has."""
     table = TABLES[name]
@@ -154,7 +154,7 @@ def test_the_averaged_state_is_the_plain_weighted_average(name: str, place: tupl
     for n in inside:
         unit = {k: float(k == n) for k in inside}
         at_end = walked(table, interval, [0.0], unit, still)[interval.right]
-        weights.append(at_end * sensitivity(table, n)[1])  # of the estimate, whose forcing is nu times it
+        weights.append(at_end * gaussian(table, n)[1])  # of the estimate, whose forcing is nu times it
     alpha, sigma = table.alpha.tolist(), table.sigma.tolist()
 
     def average(x: float, clean: float, z: Sequence[float]) -> float:
@@ -172,7 +172,7 @@ def test_the_averaged_state_is_the_plain_weighted_average(name: str, place: tupl
     u = 0.7
     noise = torch.tensor(z, dtype=torch.float64)
     found = float(interval.state_carry[0] * x + interval.state_forcing * u + interval.state_noise @ noise)
-    g, nu = sensitivity(table, interval.node)
+    g, nu = gaussian(table, interval.node)
     clean = u / nu + g * found
     scale = (snr[interval.node] / variance) ** 0.5
     s = scale * average(x, clean, z) + (snr[interval.node] - scale * signal) * clean
@@ -184,14 +184,14 @@ def test_the_averaged_state_is_the_plain_weighted_average(name: str, place: tupl
 def test_the_averaged_state_of_a_known_datum_has_the_levels_of_its_node(name: str, place: tuple[int, int]) -> None:
     table = TABLES[name]
     interval = Recurrence(table, VARIANCE).interval(*place)
-    g, nu = sensitivity(table, interval.node)
+    g, nu = gaussian(table, interval.node)
     datum, (alpha, sigma) = 0.8, (float(v[interval.node]) for v in (table.alpha, table.sigma))
     past = float(table.alpha[interval.left]) * datum
     forcing = nu * (datum - g * alpha * datum)
     assert float(interval.state_carry[0]) * past + interval.state_forcing * forcing == pytest.approx(alpha * datum, rel=1e-9)
     # The estimate moves with the state, so the noise is taken at an estimate that does not: y (1 - g dy/dD) there.
-    held = 1 + interval.state_forcing * nu * g
-    noise = torch.cat([interval.state_carry[:1] * table.sigma[interval.left], interval.state_noise]) / held
+    fixed = 1 + interval.state_forcing * nu * g
+    noise = torch.cat([interval.state_carry[:1] * table.sigma[interval.left], interval.state_noise]) / fixed
     assert float(noise.square().sum().sqrt()) == pytest.approx(sigma, rel=1e-9)
 
 

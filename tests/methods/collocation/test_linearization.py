@@ -1,4 +1,4 @@
-"""How a collocation system answers to changes of its forcings, against networks whose derivative is known."""
+"""The linearized collocation system, against networks whose derivative is known."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ def test_with_pairs_in_all_directions_the_step_is_newtons() -> None:
     influence, slope, dx = linear(0)
     generator = torch.Generator().manual_seed(9)
     base, known = (torch.randn(n, SIZE, generator=generator, dtype=torch.float64) for n in (NODES + 1, NODES))
-    told = response(influence, slope, dx).states(base[:, None], known[:, None])[:, 0]
+    found = response(influence, slope, dx).states(base[:, None], known[:, None])[:, 0]
     forced = base - torch.einsum("mn,nij,nj->mi", influence, slope, known)
     # Pairs are damped by a hundredth.
-    assert (told - followed(influence, slope, forced)).norm() < 0.05 * (told - base).norm()
-    assert (told - base).norm() > 0.1 * base.norm()
+    assert (found - followed(influence, slope, forced)).norm() < 0.05 * (found - base).norm()
+    assert (found - base).norm() > 0.1 * base.norm()
 
 
 def test_a_change_reaches_the_sample_as_the_forcings_carry_it() -> None:
     influence, slope, dx = linear(1)
     generator = torch.Generator().manual_seed(9)
     changes = torch.randn(NODES, SIZE, generator=generator, dtype=torch.float64)
-    told = response(influence, slope, dx).on_sample(changes[:, None], influence)[:, 0]
+    found = response(influence, slope, dx).on_sample(changes[:, None], influence)[:, 0]
     for k in range(NODES):
         wanted = followed(influence, slope, influence[:, k, None] * changes[k])[-1]
-        assert (told[k] - wanted).norm() < 0.05 * (wanted - influence[-1, k] * changes[k]).norm() + 1e-9
+        assert (found[k] - wanted).norm() < 0.05 * (wanted - influence[-1, k] * changes[k]).norm() + 1e-9
 
 
 @pytest.mark.parametrize("pairs", [0, 2])
 def test_only_what_pairs_have_seen_is_known(pairs: int) -> None:
     influence, slope, dx = linear(2)
-    told = response(influence, slope, dx[:, :pairs]).unknown(torch.ones(NODES, 1, SIZE, dtype=torch.float64))
+    found = response(influence, slope, dx[:, :pairs]).unknown(torch.ones(NODES, 1, SIZE, dtype=torch.float64))
     for i in range(SIZE):
-        assert told[..., i].flatten().tolist() == pytest.approx([KNOWN if i < pairs else 1.0] * NODES, rel=0.05)
+        assert found[..., i].flatten().tolist() == pytest.approx([KNOWN if i < pairs else 1.0] * NODES, rel=0.05)
 
 
 def test_without_pairs_forcings_do_not_follow() -> None:

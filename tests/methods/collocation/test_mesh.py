@@ -1,4 +1,4 @@
-"""Edges begin at node 0, increase, end with a step of their own, and lie where an interval may begin."""
+"""Mesh points begin at node 0, increase, end with a step of their own, and lie where an interval may begin."""
 
 from __future__ import annotations
 

@@ -80,9 +80,9 @@ def test_the_file_holds_a_few_numbers_for_each_table(tmp_path: Path) -> None:
     for table in (ddim(LINEAR, 200), ddpm(LINEAR, 200), ddim(LINEAR, 200)):
         run(table, collocation(warm_start=path), 1)
     run(ddim(LINEAR, 200), collocation(order=2, warm_start=path), 1)
-    held = entries(path)
-    assert sorted((e["chain"], e["samples"]) for e in held.values()) == [("ddim", 1), ("ddim", 2), ("ddpm", 1)]
-    for entry in held.values():
+    content = entries(path)
+    assert sorted((e["chain"], e["samples"]) for e in content.values()) == [("ddim", 1), ("ddim", 2), ("ddpm", 1)]
+    for entry in content.values():
         assert len(entry["nodes"]) == BINS
         assert set(entry) == {"chain", "steps", "samples", "variance", "nodes"}
     assert len(path.read_text()) < 2000
@@ -188,9 +188,9 @@ def test_a_file_that_is_something_else_is_refused_and_kept(content: str | bytes,
 def test_an_entry_that_is_damaged_is_refused(entry: dict[str, Any], why: str, tmp_path: Path) -> None:
     table, path = ddim(LINEAR, 100), tmp_path / "nodes.json"
     run(table, collocation(warm_start=path))
-    held = json.loads(path.read_text())
-    held["tables"] = dict.fromkeys(held["tables"], entry)
-    path.write_text(json.dumps(held))
+    content = json.loads(path.read_text())
+    content["tables"] = dict.fromkeys(content["tables"], entry)
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=why):
         run(table, collocation(warm_start=path))
 
@@ -199,7 +199,7 @@ def test_a_folder_that_is_not_there_is_named_before_anything_is_computed(tmp_pat
     table = ddim(LINEAR, 100)
 
     def never(*_: Any) -> Any:
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was evaluated")
 
     with pytest.raises(ValueError, match=r"absent/nodes\.json', whose folder does not exist; make it, or give another path"):
         sample(never, table, Keyed((2,), 0), collocation(warm_start=tmp_path / "absent" / "nodes.json"))

@@ -22,12 +22,12 @@ TABLES = {
     "flow_euler": flow_euler(40),
 }
 VARIANCE = 0.25
-EDGES = [0, 2, 4, 10, 16, 24, 30, 38]  # where a two-stage sampler starts afresh
+POINTS = [0, 2, 4, 10, 16, 24, 30, 38]  # where a two-stage sampler starts afresh
 
 
 def system_of(name: str, order: int) -> CollocationSystem:
     table = TABLES[name]
-    return CollocationSystem(Recurrence(table, VARIANCE), [*EDGES, table.steps], order)
+    return CollocationSystem(Recurrence(table, VARIANCE), [*POINTS, table.steps], order)
 
 
 def walk(table: Table, x0: Tensor, forcings: Tensor, noise: Keyed | None = None) -> list[Tensor]:

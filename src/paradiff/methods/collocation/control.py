@@ -166,8 +166,8 @@ class CollocationControl:
             scanned on its own.
         variance: Variance of the data, positive, as long as neither the caller nor a file gives one; 1/4 for data in
             -1 ... 1. benchmarks/sparse.py and benchmarks/shift.py scan it.
-        variance_margin: Factor, above 1, by which the mean square of the first sample at rest must differ from the variance
-            for the variance to be replaced. Raising it replaces it more rarely. Not scanned on its own.
+        variance_margin: Factor, above 1, by which the mean square of the first sample that has nearly converged must differ
+            from the variance for the variance to be replaced. Raising it replaces it more rarely. Not scanned on its own.
         iteration_share: Fraction of the tolerance below which the iteration error counts as converged. Raising it spares
             sweeps and leaves less for interpolation.
         early_factor: Multiple of the tolerance below which the iteration error must be for the interpolation error to be
@@ -179,7 +179,7 @@ class CollocationControl:
             nodes, so that another refinement is likelier.
         refined_exponent: The target is divided by (error / tolerance)^`refined_exponent`. Raising it adds more nodes where the
             error is far above the tolerance.
-        handover_share: Fraction of the chain's nodes, 0 to 1: a sample that would need more is handed to the window method
+        handover_share: Fraction of the chain's nodes, 0 to 1: a sample that would need more is handed over to the window method
             over all nodes.
         handover_error: Multiple of the tolerance that the estimated error may be for the window method to start from the
             sample found; farther off, it misleads.
@@ -202,7 +202,7 @@ class CollocationControl:
         defect: How defects become errors.
         error: How estimates are made safe and calibrated.
 
-    A number of which no measurement is told was not scanned on its own.
+    A number whose measurement is not described was not scanned on its own.
     """
 
     order: int

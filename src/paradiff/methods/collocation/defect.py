@@ -111,7 +111,7 @@ def interpolation_defects(system: CollocationSystem, every: int = 2) -> tuple[li
 
     Args:
         system: The collocation system, with M intervals.
-        every: One node of so many is kept, and the last.
+        every: Every node whose number divides by this is kept, and the last node.
 
     Returns:
         The J nodes left out, and `[J, M]` weights of all forcings in their defects. Nodes between single steps are not left

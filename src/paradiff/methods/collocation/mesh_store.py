@@ -36,7 +36,7 @@ FORMAT = "paradiff nodes 1"
 
 @dataclass(frozen=True)
 class StoredMesh:
-    """What a file holds for one table.
+    """The entry of a file for one table.
 
     Attributes:
         nodes: `[bins]` node counts of a sample at the reference tolerance.
@@ -110,14 +110,14 @@ class MeshStore:
         if not self._path.parent.is_dir():
             raise ValueError(f"warm_start is {str(self._path)!r}, whose folder does not exist; make it, or give another path")
         try:
-            held = json.loads(self._path.read_text())
+            content = json.loads(self._path.read_text())
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(self._refusal(str(error))) from error
-        if not isinstance(held, dict) or held.get("format") != FORMAT or not isinstance(held.get("tables"), dict):
+        if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), dict):
             raise ValueError(self._refusal(f"it does not say {FORMAT!r}"))
-        return held["tables"]
+        return content["tables"]
 
     def _parsed(self, entry: Any) -> StoredMesh:
         try:

@@ -42,7 +42,7 @@ class CollocationRun:
         if worst > tolerance:
             return Status.STOPPED, Status.STOPPED.message(
                 f"an estimated error of {worst:.2g} was reached, where {tolerance:g} was asked for; give more nodes "
-                "(max_nodes), or let the window loop go on (exact=True)"
+                "(max_nodes), or let the window method go on (exact=True)"
             )
         return Status.CONVERGED, Status.CONVERGED.message(f"the estimated error of every sample is at most {tolerance:g}")
 
