@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from paradiff.errors import is_whole, require_one_of, require_real, require_whole, require_wholes
+from paradiff.errors import is_whole, require_between, require_one_of, require_real, require_whole, require_wholes
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3)])
@@ -43,6 +43,19 @@ def test_zero_passes_unless_a_positive_number_is_asked_for() -> None:
     require_real("the tolerance", 0.0)
     with pytest.raises(ValueError, match=r"the tolerance is 0\.0; it must be a number, positive, and finite, or None"):
         require_real("the tolerance", 0.0, positive=True, otherwise=", or None")
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True, math.nan, -0.1, 1.1])
+def test_what_is_no_number_between_two_is_refused(value: object) -> None:
+    require_between("the share", 0, 0, 1)
+    require_between("the share", np.float32(1), 0, 1)
+    with pytest.raises(ValueError, match=re.escape(f"the share is {value!r}; it must be a number, from 0 to 1")):
+        require_between("the share", value, 0, 1)
+
+
+def test_infinity_lies_between_no_two_numbers() -> None:
+    with pytest.raises(ValueError, match=r"caution is inf; it must be a number, at least 1, and finite"):
+        require_between("caution", math.inf, 1, math.inf)
 
 
 @pytest.mark.parametrize("value", ["slow", None, 1, ["error"]])

@@ -25,6 +25,11 @@ def is_whole(value: object) -> TypeIs[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def are_whole(value: object) -> TypeIs[Sequence[int]]:
+    """Whether a value is a sequence of whole numbers; an empty one is."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_whole, value))
+
+
 def require_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
     """Refuses what is no whole number of at least `least`.
 
@@ -53,8 +58,7 @@ def require_wholes(name: str, values: object, least: int, expected: str) -> None
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    if not listed or not all(is_whole(v) and v >= least for v in values):
+    if not are_whole(values) or not values or min(values) < least:
         raise ValueError(f"{name} is {values!r}; it must be {expected}")
 
 
@@ -76,6 +80,24 @@ def require_real(name: str, value: object, *, positive: bool = False, otherwise:
         raise ValueError(f"{name} is {value!r}; it must be a number, {expected}, and finite{otherwise}")
 
 
+def require_between(name: str, value: object, least: float, most: float) -> None:
+    """Refuses what is no number from `least` to `most`, or not finite.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+        least: The smallest number allowed.
+        most: The largest.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not least <= number <= most or math.isinf(number):
+        expected = f"from {least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}, and finite"
+        raise ValueError(f"{name} is {value!r}; it must be a number, {expected}")
+
+
 def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuses what is none of the choices.
 
@@ -89,3 +111,19 @@ def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def require_kind(name: str, value: object, kind: type, otherwise: str = "") -> None:
+    """Refuses what is no object of a class.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+        kind: The class.
+        otherwise: What else may be given, as the sentence ends with it.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r}; it must be a {kind.__name__}{otherwise}")
