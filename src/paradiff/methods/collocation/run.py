@@ -23,7 +23,7 @@ class CollocationRun:
             options,
             device=problem.device,
             dtype=problem.dtype,
-            members=problem.shared_window,
+            shared_window=problem.shared_window,
             resolution=problem.resolution,
         )
 

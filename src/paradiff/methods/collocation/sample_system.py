@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,7 +42,7 @@ class SampleSystem:
 
     @staticmethod
     def of(
-        setup: CollocationSetup, system: CollocationSystem, x0: Tensor, noise: Noise, sample: int, *, drawn: Mapping
+        setup: CollocationSetup, system: CollocationSystem, x0: Tensor, noise: Noise, sample: int, *, drawn: Drawn
     ) -> SampleSystem:
         """The system of one sample.
 

@@ -30,7 +30,7 @@ class CollocationSetup:
         device: Where states live.
         dtype: Dtype in which the network is given its rows. The system is solved in float64 where the device has it, since a
             step with nearly parallel secant pairs loses digits.
-        members: Whether a state is a batch of members (solver/protocol.py).
+        shared_window: Whether a state is a batch of members (solver/protocol.py).
         resolution: Relative precision of the network's outputs; that of `dtype` by default.
 
     Attributes:
@@ -52,16 +52,17 @@ class CollocationSetup:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        members: bool = False,
+        shared_window: bool = False,
         resolution: float | None = None,
     ) -> None:
         if method.target != "chain":
             kind = method.target
             coarse = table
             table = coarse.cached(("continuum", kind), lambda: continuum(coarse, kind))
-        self.table, self.method, self.device, self.dtype, self.members = table, method, device, dtype, members
+        self.table, self.method, self.device, self.dtype = table, method, device, dtype
+        self.shared_window = shared_window
         self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
-        self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, members)
+        self.step = Step(table, device, dtype if device.type == "mps" else torch.float64, shared_window)
         self.t, self.move = self.step.t, self.step.move
         self.order, self.control = method.degree(table), method.control_on(table)
         self.store = method.store(table)
@@ -112,7 +113,9 @@ class CollocationSetup:
             slope, tolerance = shifted(self.recurrence.variance), method.tolerance / tightening
             secants = self.control.handover_secants
             loop = WindowOptions(name="collocation", slope=slope, window=width, tolerance=tolerance, secants=secants)
-            self._windows[tightening] = WindowSetup(self.table, loop, self.device, self.dtype, self.members, self.resolution)
+            self._windows[tightening] = WindowSetup(
+                self.table, loop, self.device, self.dtype, self.shared_window, self.resolution
+            )
         return self._windows[tightening]
 
     def recurrence_of(self, variance: float) -> Recurrence:

@@ -96,7 +96,7 @@ class CollocationSolver:
         self.setup, self.control, self.noise, self.sample = setup, setup.control, noise, sample
         x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
         self.shape = tuple(x0.shape)
-        self._x0 = x0.reshape(x0.shape[0], -1) if setup.members and x0.ndim > 1 else x0.reshape(1, -1)
+        self._x0 = x0.reshape(x0.shape[0], -1) if setup.shared_window and x0.ndim > 1 else x0.reshape(1, -1)
         self.rounds = self.evaluations = self._sweeps = 0
         self.done = False
         self.interpolation_error = self.iteration_error = self.residual = math.inf
