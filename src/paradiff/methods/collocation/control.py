@@ -8,7 +8,10 @@ raising it does, and how it was measured. "The digits network" is the bundled ne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+from paradiff.errors import require_between, require_kind, require_real, require_whole
 
 DEFAULT_TOLERANCE = 4e-3
 
@@ -27,6 +30,11 @@ class Falloff:
     begin: float
     width: float
     power: float
+
+    def __post_init__(self) -> None:
+        require_between("begin", self.begin, -math.inf, math.inf)
+        require_real("width", self.width, positive=True)
+        require_real("power", self.power, positive=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,21 @@ class MeshControl:
     level_margin: float = 1.01
     level_growth: float = 1.3
 
+    def __post_init__(self) -> None:
+        for name in ("plateau", "peak_width", "subdivision_exponent"):
+            require_real(name, getattr(self, name), positive=True)
+        require_real("peak", self.peak)
+        for name in ("stochastic_peak", "deterministic_peak"):
+            require_between(name, getattr(self, name), -math.inf, math.inf)
+        for name in ("noise_side", "data_side"):
+            require_kind(name, getattr(self, name), Falloff)
+        require_whole("bins", self.bins, 1)
+        require_whole("unknown_parts", self.unknown_parts, 2)
+        for name in ("level_margin", "level_growth"):
+            require_between(name, getattr(self, name), 1, math.inf)
+        if self.level_growth == 1:
+            raise ValueError("level_growth is 1; it must be above 1, or the search does not end")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreControl:
@@ -96,6 +119,13 @@ class StoreControl:
     least_share: float = 0.75
     fewest: float = 1e-2
     target: float
+
+    def __post_init__(self) -> None:
+        require_whole("prior_weight", self.prior_weight, 1)
+        require_whole("most_samples", self.most_samples, 1)
+        require_between("outlier", self.outlier, 1, math.inf)
+        for name in ("least_share", "fewest", "target"):
+            require_real(name, getattr(self, name), positive=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +161,13 @@ class DefectControl:
     sensitivity_width: float = 0.8
     neighbours: int = 2
 
+    def __post_init__(self) -> None:
+        for name in ("halving_ratio", "least_ratio", "most_ratio", "ratio_safety", "sensitivity_width"):
+            require_real(name, getattr(self, name), positive=True)
+        for name in ("late_sensitivity", "early_sensitivity"):
+            require_real(name, getattr(self, name))
+        require_whole("neighbours", self.neighbours, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorControl:
@@ -155,6 +192,13 @@ class ErrorControl:
     tail_exponent: float = 2
     benign_amplification: float = 1.5
     least_relaxation: float = 0.4
+
+    def __post_init__(self) -> None:
+        require_real("safety", self.safety)
+        require_real("tail_safety", self.tail_safety)
+        require_real("tail_exponent", self.tail_exponent, positive=True)
+        require_between("benign_amplification", self.benign_amplification, 1, math.inf)
+        require_between("least_relaxation", self.least_relaxation, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +286,24 @@ class CollocationControl:
     store: StoreControl
     defect: DefectControl = field(default_factory=DefectControl)
     error: ErrorControl
+
+    def __post_init__(self) -> None:
+        require_between("order", self.order, 0, 8)
+        wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
+        for name, least in (wholes | {"handover_secants": 0, "handover_window": 1}).items():
+            require_whole(name, getattr(self, name), least)
+        for name in ("reference_tolerance", "variance", "iteration_share", "refined_share", "lipschitz_cap"):
+            require_real(name, getattr(self, name), positive=True)
+        for name in ("node_exponent", "least_nodes", "early_factor", "node_share", "refined_exponent", "handover_error"):
+            require_real(name, getattr(self, name))
+        for name in ("rounding_share", "pair_rounding"):
+            require_real(name, getattr(self, name))
+        require_between("variance_margin", self.variance_margin, 1, math.inf)
+        for name in ("handover_share", "pair_uncertainty"):
+            require_between(name, getattr(self, name), 0, 1)
+        kinds = {"mesh": MeshControl, "store": StoreControl, "defect": DefectControl, "error": ErrorControl}
+        for name, kind in kinds.items():
+            require_kind(name, getattr(self, name), kind)
 
 
 ORDER_ZERO = CollocationControl(

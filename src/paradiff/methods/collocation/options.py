@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.table import Table
-from paradiff.errors import is_whole, require_one_of, require_real, require_whole
+from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole
 from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
@@ -85,16 +85,15 @@ class CollocationOptions:
             raise ValueError(
                 f"warm_start was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
             )
-        if self.control is not None and not isinstance(self.control, CollocationControl):
-            raise ValueError(f"control is {self.control!r}; it must be a CollocationControl, or None for the order's own")
+        if self.control is not None:
+            require_kind("control", self.control, CollocationControl, ", or None for the order's own")
 
     def _refuse_nodes(self) -> None:
         """Refuses nodes of the wrong kind, too few, or out of order."""
         nodes = self.nodes
         if nodes == "auto":
             return
-        listed = isinstance(nodes, Sequence) and not isinstance(nodes, str) and all(map(is_whole, nodes))
-        if not is_whole(nodes) and not listed:
+        if not is_whole(nodes) and not are_whole(nodes):
             raise ValueError(f"nodes is {nodes!r}; it must be a count, a sequence of fine nodes, or 'auto'")
         if is_whole(nodes):
             if nodes < 2:
