@@ -18,6 +18,7 @@ with it, is decided in refine.py. Memory is O(nodes) states.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.error import Calibration, InterpolationError, Propagation, interpolation_error
+from paradiff.chain.step import Step
+from paradiff.methods.collocation.estimator import Estimator
 from paradiff.methods.collocation.evaluations import Evaluations
 from paradiff.methods.collocation.handover import Handover
 from paradiff.methods.collocation.linearization import Linearization
@@ -83,10 +85,9 @@ class CollocationSolver:
     Attributes:
         sample: The sample.
         done: Whether the sample is found.
-        interpolation_error: Estimate accepted last, root mean square at the sample; infinite before.
+        estimator: Its interpolation error.
         iteration_error: Root mean square at the sample that the staleness of all nodes may amount to.
         residual: Largest root mean square distance of a node's state from that of its evaluation.
-        amplification: Largest amplification of defects observed (error.py), 1 or more.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
         active: Numbers of the nodes to evaluate next.
@@ -97,10 +98,10 @@ class CollocationSolver:
         x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
         self.shape = tuple(x0.shape)
         self._x0 = x0.reshape(x0.shape[0], -1) if setup.shared_window and x0.ndim > 1 else x0.reshape(1, -1)
+        self._mean_square = functools.partial(_mean_square, setup.step, self.shape)
         self.rounds = self.evaluations = self._sweeps = 0
         self.done = False
-        self.interpolation_error = self.iteration_error = self.residual = math.inf
-        self.amplification = 1.0
+        self.iteration_error = self.residual = math.inf
         method = setup.method
         self._bounds = Bounds(
             tolerance=method.tolerance,
@@ -113,8 +114,7 @@ class CollocationSolver:
         self._recurrence, self._settled_shift = setup.recurrence, setup.settled_shift
         self._at = SampleSystem.of(setup, system, self._x0, noise, sample, drawn={})
         self._probes = Probes(setup, noise, sample, self._x0, system)
-        self._calibration = Calibration()
-        self._first: Linearization | None = None  # when the interpolation error was first accepted
+        self.estimator = Estimator(setup, self._mean_square)
         self._handover: Handover | None = None
         self._visited: list[int] = []  # fine nodes of the last round
         self._nodes = Evaluations(len(system.intervals), method.secants, self._x0)
@@ -147,10 +147,6 @@ class CollocationSolver:
         self._probes.remesh(system)
         self._sweeps = 0
 
-    def _mean_square(self, changes: Tensor) -> Tensor:
-        """`[J]` mean squares of changes `[J, b, d]`."""
-        return self.setup.step.mean_square(changes.view(-1, *self.shape))
-
     # -- the solver's protocol ----------------------------------------------------------------------------------------
 
     @property
@@ -168,8 +164,9 @@ class CollocationSolver:
         """How far to trust the sample."""
         if self._handover is not None:
             return self._handover.error_estimate(self.rounds, self.evaluations)
-        total = math.hypot(self.interpolation_error, self.iteration_error)
-        return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, self.interpolation_error)
+        interpolation_error = self.estimator.interpolation_error
+        total = math.hypot(interpolation_error, self.iteration_error)
+        return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, interpolation_error)
 
     def ask(self) -> Query:
         """The rows wanted now."""
@@ -277,7 +274,7 @@ class CollocationSolver:
             nodes=visited,
             of=count,
             change=math.sqrt(moved),
-            interpolation_error=self.interpolation_error,
+            interpolation_error=self.estimator.interpolation_error,
             iteration_error=self.iteration_error,
             passed=int(self.done),
         )
@@ -320,10 +317,18 @@ class CollocationSolver:
         early = near and not self._bounds.exact and self._probes.complete
         if not progress.converged and not early:
             return decide(progress, None, self.system.points, self.setup.mesh, self._bounds)
-        error, factor = self._estimated()
+        error, factor = self.estimator.estimate(
+            self._at, self._linearization, self._nodes.forcings, self._probes.defects(), self._final
+        )
         decision = decide(progress, error, self.system.points, self.setup.mesh, self._bounds)
         if not isinstance(decision, Sweep | GiveUp):
-            self._accept(error, factor)
+            self.estimator.accept(
+                error,
+                factor,
+                linearization=self._linearization,
+                iteration_error=self.iteration_error,
+                sample=self._final,
+            )
         if isinstance(decision, Converged):
             self.setup.record(self.system.points, error, self._recurrence.variance)
         return decision
@@ -348,40 +353,11 @@ class CollocationSolver:
             case Sweep() | Probe():
                 pass
 
-    def _estimated(self) -> tuple[InterpolationError, float]:
-        """The calibrated interpolation error, and its calibration factor."""
-        propagation = Propagation(
-            system=self.system,
-            influence=self._at.influence,
-            now=self._linearization,
-            first=self._first,
-            mean_square=self._mean_square,
-        )
-        error = interpolation_error(
-            propagation,
-            self._nodes.forcings,
-            self._probes.defects(),
-            amplification=self.amplification,
-            control=self.control,
-            move=self.setup.move,
-        )
-        self.amplification = error.amplification
-        return self._calibration.apply(error, self._distance, averaged=self.system.averaged, control=self.control)
-
-    def _distance(self, sample: Tensor) -> float:
-        """Root mean square distance of the sample from what it was."""
-        return math.sqrt(float(self._mean_square((self._final - sample).view(1, *self._x0.shape))))
-
-    def _accept(self, error: InterpolationError, factor: float) -> None:
-        """The estimate counts, and the next refinement is measured by it."""
-        self.interpolation_error, self._first = error.total, self._first or self._linearization
-        self._calibration = self._calibration.accept(error, factor, iteration_error=self.iteration_error, sample=self._final)
-
     def _refine(self, points: list[int]) -> None:
         """Goes over to a finer mesh."""
         old, new = self.system, self.setup.system(self._recurrence, points)
         parts = [bisect_left(points, right) - bisect_left(points, left) for left, right in pairwise(old.points)]
-        self._calibration = self._calibration.refined(parts, self.control.mesh.subdivision_exponent)
+        self.estimator.refined(parts)
         self._nodes.remesh(old, new, self.setup.move)
         self._go_over(new)
         self.active = self._nodes.missing
@@ -400,10 +376,16 @@ class CollocationSolver:
     def _hand_over(self) -> None:
         """The window method takes over, from the sample's states if their error is not too large."""
         setup = self.setup
-        error = math.hypot(self.interpolation_error, self.iteration_error)
+        error = math.hypot(self.estimator.interpolation_error, self.iteration_error)
         guide = None
         if error <= self.control.handover_error * self._bounds.tolerance:
             guide = self._at.dense_output(setup, self._x0, self._nodes.forcings, self.shape, self.noise, self.sample)
         x0 = self._x0.view(self.shape).to(setup.dtype)
-        window = WindowSolver(setup.verification(self.amplification), self.noise, self.sample, x0, guide=guide)
-        self._handover = Handover(window, setup.tightening(self.amplification))
+        amplification = self.estimator.amplification
+        window = WindowSolver(setup.verification(amplification), self.noise, self.sample, x0, guide=guide)
+        self._handover = Handover(window, setup.tightening(amplification))
+
+
+def _mean_square(step: Step, shape: tuple[int, ...], changes: Tensor) -> Tensor:
+    """`[J]` mean squares of changes `[J, b, d]` of states of a shape."""
+    return step.mean_square(changes.view(-1, *shape))
