@@ -25,8 +25,9 @@ from shift import Chain
 from torch import Tensor
 
 from paradiff import Recorded, Schedule, Table
+from paradiff.methods.collocation.control import ORDER_ZERO
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.options import VARIANCE, mesh_on
+from paradiff.methods.collocation.options import mesh_on
 from paradiff.methods.collocation.system import CollocationSystem, draw
 from paradiff.methods.parareal.coarse import Coarse, of_table, one_step, two_step
 from paradiff.methods.presets import collocation
@@ -260,7 +261,7 @@ def stochastic(
     noise, table = problem.noise(seeds), problem.table
     z = torch.stack([noise.draw(k, range(table.steps)) for k in range(len(seeds))]).double()
     start = torch.stack([noise.start(k) for k in range(len(seeds))]) * table.start_scale
-    path, recurrence = Brownian(problem, seeds, z, start), Recurrence(table, VARIANCE)
+    path, recurrence = Brownian(problem, seeds, z, start), Recurrence(table, ORDER_ZERO.variance)
     solvers: dict[str, Callable[[list[int]], Tensor]] = {
         "one step": lambda nodes: path.walk(one_step(table, nodes)),
         "two step": lambda nodes: path.walk(two_step(table, nodes)),
@@ -296,7 +297,7 @@ def _even(place: Tensor, count: int) -> list[int]:
 PLACES: dict[str, Callable[[Table, int], list[int]]] = {
     "even in time": lambda table, count: _even(-table.t[:-1].double(), count),
     "even in log-SNR": lambda table, count: _even((table.alpha / table.sigma)[:-1].log(), count),
-    "collocation's": lambda table, count: mesh_on(table).edges(count),
+    "collocation's": lambda table, count: mesh_on(table, collocation().control_on(table)).points(count),
 }
 
 
@@ -336,26 +337,30 @@ class Brownian:
             x, before = float(coarse.state[gap, 0]) * x + float(coarse.clean[gap, 0]) * ahead + noise, clean
         return x
 
-    def averaged(self, sparse: CollocationSystem, noise: Recorded, passes: int) -> Tensor:
+    def averaged(self, system: CollocationSystem, noise: Recorded, passes: int) -> Tensor:
         """The collocation system's integrator, one interval after another: the first pass over an interval takes the forcing of
         the one before, further passes evaluate the network again."""
-        table, rec, seeds = self.problem.table, sparse.recurrence, range(len(self.z))
-        drawn = [[draw(gap, noise, k) for k in seeds] for gap in sparse.gaps]
+        table, rec, seeds = self.problem.table, system.recurrence, range(len(self.z))
+        drawn = [[draw(interval, noise, k) for k in seeds] for interval in system.intervals]
         parts = [(torch.stack([e for e, _ in d], 1), torch.stack([own for _, own in d])) for d in drawn]
-        share = sparse.noises(parts).double()
+        share = system.noises(parts).double()
         x0 = self.start.double()
-        drives = torch.zeros(len(sparse.gaps), *x0.shape, dtype=torch.float64)
-        for k, node in enumerate(sparse.nodes.tolist()):
+        forcings = torch.zeros(len(system.intervals), *x0.shape, dtype=torch.float64)
+        for k, node in enumerate(system.nodes.tolist()):
             if k:
-                drives[k] = drives[k - 1]
+                forcings[k] = forcings[k - 1]
             for _ in range(passes):
-                y = float(sparse.start[k]) * x0 + share[k] + torch.tensordot(sparse.reach[k, : k + 1], drives[: k + 1], 1)
-                m = self.network(y, node)
-                drives[k] = float(rec.nu[node]) * (
-                    float(table.p[node] - rec.g[node]) * y
-                    + float(table.q[node]) * m  # the drive: methods/collocation/interval.py
+                y = (
+                    float(system.initial[k]) * x0
+                    + share[k]
+                    + torch.tensordot(system.influence[k, : k + 1], forcings[: k + 1], 1)
                 )
-        return float(sparse.start[-1]) * x0 + share[-1] + torch.tensordot(sparse.reach[-1], drives, 1)
+                m = self.network(y, node)
+                forcings[k] = float(rec.nu[node]) * (
+                    float(table.p[node] - rec.g[node]) * y
+                    + float(table.q[node]) * m  # the forcing: methods/collocation/interval.py
+                )
+        return float(system.initial[-1]) * x0 + share[-1] + torch.tensordot(system.influence[-1], forcings, 1)
 
 
 def smallest(rows: list[Row]) -> list[Row]:

@@ -49,6 +49,7 @@ from scipy.fft import dct
 from torch import Tensor
 
 from paradiff import Evaluator, Recorded, Table, sample, sequential
+from paradiff.methods.collocation.control import MeshControl
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.system import CollocationSystem
@@ -72,7 +73,7 @@ LONG = ("DDPM", "flow Euler")
 ESTIMATES = {"digits": 64, "shapes": 32, "shapes-flow": 32}  # seeds to estimate from
 FIRST_ESTIMATE = 1000
 REST, MOST_SWEEPS = 1e-4, 12
-MOST_PASSES, PASS_REST = 6, 1e-4  # at one node of a stochastic chain, whose averaged state depends on its own drive
+MOST_PASSES, PASS_REST = 6, 1e-4  # at one node of a stochastic chain, whose averaged state depends on its own forcing
 LEVELS, MOST_LEVELS = (-4.0, 2.0), 12  # of log(alpha^2/sigma^2)
 GRID = [2 ** (k / 2) for k in range(-20, 13)]
 CHECK_STEPS, ROUNDING = 60, 1e-5
@@ -192,7 +193,7 @@ class Chain:
         return Run(states, clean, drawn, found.double().flatten(1), prompts)
 
 
-# -- the sparse system --------------------------------------------------------------------------------------------------------
+# -- the collocation system ---------------------------------------------------------------------------------------------------
 
 
 class Pinned(Recurrence):
@@ -248,19 +249,19 @@ class System:
     def __init__(self, chain: Chain, edges: list[int], kind: Kind, tables: dict[float, CollocationSystem]) -> None:
         self.chain, self.kind = chain, kind
         values, index = kind.variances.unique(return_inverse=True)
-        found = [sparse_of(chain.table, edges, float(v), tables) for v in values]
+        found = [system_of(chain.table, edges, float(v), tables) for v in values]
         if kind.levels is not None:
             pinned = Pinned(chain.table, kind.levels, found[0].nodes)
             found, index = [CollocationSystem(pinned, edges, found[0].order)], torch.zeros_like(index)
         self.nodes = found[0].nodes.tolist()
-        self.start, self.reach, self.noise = (
+        self.initial, self.influence, self.noise = (
             torch.stack(parts, -1)[..., index]
-            for parts in zip(*((s.start, s.reach, noise_weights(s)) for s in found), strict=True)
+            for parts in zip(*((s.initial, s.influence, weights_of_noises(s)) for s in found), strict=True)
         )
         self.g = torch.stack([s.recurrence.g[s.nodes] for s in found], -1)[:, index]
         self.nu = torch.stack([s.recurrence.nu[s.nodes] for s in found], -1)[:, index]
 
-    def drive(self, k: int, x: Tensor, clean: Tensor) -> Tensor:
+    def forcing(self, k: int, x: Tensor, clean: Tensor) -> Tensor:
         """u at the k-th node, in the kind's coordinates."""
         return self.nu[k] * (clean - self.g[k] * x)
 
@@ -268,22 +269,22 @@ class System:
         """Samples `[B, d]`, their last change `[B]`, and the number of sweeps."""
         basis, chain = self.kind.basis, self.chain
         x0, passes = run.states[0] @ basis, MOST_PASSES if chain.table.stochastic else 1
-        share = torch.zeros(len(self.start), *x0.shape, dtype=torch.float64)
+        share = torch.zeros(len(self.initial), *x0.shape, dtype=torch.float64)
         if chain.table.stochastic:
             share = torch.einsum("knd,nbd->kbd", self.noise, run.noise @ basis)
-        share += self.start[:, None] * x0
-        u = torch.stack([self.drive(k, run.states[n] @ basis, run.clean[n] @ basis) for k, n in enumerate(self.nodes)])
+        share += self.initial[:, None] * x0
+        u = torch.stack([self.forcing(k, run.states[n] @ basis, run.clean[n] @ basis) for k, n in enumerate(self.nodes)])
         before, change, sweeps = run.sample @ basis, torch.full((len(x0),), math.inf), 0
         while sweeps < MOST_SWEEPS and float(change.max()) > REST * float(run.sample.std()):
             for k, node in enumerate(self.nodes):
                 last = None
                 for _ in range(passes):
-                    y = share[k] + torch.einsum("jd,jbd->bd", self.reach[k], u)
+                    y = share[k] + torch.einsum("jd,jbd->bd", self.influence[k], u)
                     if last is not None and float(rms(y - last).max()) < PASS_REST:
                         break
-                    u[k] = self.drive(k, y, chain.clean(y @ basis.T, node, run.prompts) @ basis)
+                    u[k] = self.forcing(k, y, chain.clean(y @ basis.T, node, run.prompts) @ basis)
                     last = y
-            found = share[-1] + torch.einsum("jd,jbd->bd", self.reach[-1], u)
+            found = share[-1] + torch.einsum("jd,jbd->bd", self.influence[-1], u)
             change, before, sweeps = rms(found - before), found, sweeps + 1
         return before @ basis.T, change, sweeps
 
@@ -293,7 +294,7 @@ def rms(values: Tensor) -> Tensor:
     return values.square().mean(-1).sqrt()
 
 
-def sparse_of(table: Table, edges: list[int], variance: float, tables: dict[float, CollocationSystem]) -> CollocationSystem:
+def system_of(table: Table, edges: list[int], variance: float, tables: dict[float, CollocationSystem]) -> CollocationSystem:
     """The system of a variance, evaluated at the nodes of the default's."""
     if DEFAULT not in tables:
         tables[DEFAULT] = CollocationSystem(Recurrence(table, DEFAULT), edges, ORDER[table.stochastic])
@@ -303,14 +304,14 @@ def sparse_of(table: Table, edges: list[int], variance: float, tables: dict[floa
     return tables[variance]
 
 
-def noise_weights(sparse: CollocationSystem) -> Tensor:
+def weights_of_noises(system: CollocationSystem) -> Tensor:
     """`[M+1, N]` weights of the chain's noises in n of equation (1)."""
-    found = torch.zeros(len(sparse.start), sparse.edges[-1], dtype=torch.float64)
-    for k, gap in enumerate(sparse.gaps):
-        inside = slice(gap.left, gap.right)
-        found[:, inside] += sparse.spread[:, k] @ gap.noise
-        if sparse.averaged:
-            found[k, inside] += gap.state_noise
+    found = torch.zeros(len(system.initial), system.points[-1], dtype=torch.float64)
+    for k, interval in enumerate(system.intervals):
+        inside = slice(interval.left, interval.right)
+        found[:, inside] += system.noise_weights[:, k] @ interval.noise
+        if system.averaged:
+            found[k, inside] += interval.state_noise
     return found
 
 
@@ -407,8 +408,8 @@ def fitted(chain: Chain, edges: list[int], run: Run, waves: Tensor, variance: fl
     table, tables = chain.table, {}
     states, noise = (values @ waves for values in (run.states, run.noise))
     clean, ends = run.clean @ waves, torch.cat([states, (run.sample @ waves)[None]])
-    middle = sparse_of(table, edges, variance, tables)
-    carried = middle.spread[-1, :, 0].tolist()
+    middle = system_of(table, edges, variance, tables)
+    carried = middle.noise_weights[-1, :, 0].tolist()
     asked: list[tuple[Tensor, Tensor]] = []  # states of the nodes, and the estimates there
     for k, node in enumerate(middle.nodes.tolist()):
         asked.append((states[node], clean[node]))
@@ -418,32 +419,34 @@ def fitted(chain: Chain, edges: list[int], run: Run, waves: Tensor, variance: fl
                 asked[-1] = (y, chain.clean(y @ waves.T, node, run.prompts) @ waves)
     costs = torch.zeros(len(GRID), chain.size, dtype=torch.float64)
     for row, v in enumerate(GRID):
-        sparse = sparse_of(table, edges, v, tables)
-        rec, drives = sparse.recurrence, []
-        for k, node in enumerate(sparse.nodes.tolist()):
+        system = system_of(table, edges, v, tables)
+        rec, forcings = system.recurrence, []
+        for k, node in enumerate(system.nodes.tolist()):
             y, answer = asked[k]
-            if sparse.averaged:
-                y = averaged_state(sparse, k, states, noise, asked[k], float(middle.recurrence.g[node]))
+            if system.averaged:
+                y = averaged_state(system, k, states, noise, asked[k], float(middle.recurrence.g[node]))
                 answer = answer + float(middle.recurrence.g[node]) * (y - asked[k][0])
-            drives.append(float(rec.nu[node]) * (answer - float(rec.g[node]) * y))
-        u = torch.stack(drives)
-        for k, gap in enumerate(sparse.gaps):
-            between = torch.tensordot(sparse.interpolation[gap.left : gap.right], u, 1)
-            landed = gap.carry[0, 0] * states[gap.left] + torch.tensordot(gap.drive[0], between, 1)
-            landed += torch.tensordot(gap.noise[0], noise[gap.left : gap.right], 1)
-            costs[row] += (carried[k] * (ends[gap.right] - landed)).square().mean(0)
+            forcings.append(float(rec.nu[node]) * (answer - float(rec.g[node]) * y))
+        u = torch.stack(forcings)
+        for k, interval in enumerate(system.intervals):
+            between = torch.tensordot(system.interpolation[interval.left : interval.right], u, 1)
+            landed = interval.carry[0, 0] * states[interval.left] + torch.tensordot(interval.forcing[0], between, 1)
+            landed += torch.tensordot(interval.noise[0], noise[interval.left : interval.right], 1)
+            costs[row] += (carried[k] * (ends[interval.right] - landed)).square().mean(0)
     return costs
 
 
 def averaged_state(
-    sparse: CollocationSystem, k: int, states: Tensor, noise: Tensor, asked: tuple[Tensor, Tensor], slope: float = 0.0
+    system: CollocationSystem, k: int, states: Tensor, noise: Tensor, asked: tuple[Tensor, Tensor], slope: float = 0.0
 ) -> Tensor:
     """The averaged state `[B, d]` of an interval that begins with the chain's own state, where the network's estimate at a
     state x is D + slope (x - y), `asked` being (y, D)."""
-    gap, rec = sparse.gaps[k], sparse.recurrence
-    base = gap.state_carry[0] * states[gap.left] + torch.tensordot(gap.state_noise, noise[gap.left : gap.right], 1)
-    weight = gap.state_drive * float(rec.nu[gap.node])
-    return (base + weight * (asked[1] - slope * asked[0])) / (1 - weight * (slope - float(rec.g[gap.node])))
+    interval, rec = system.intervals[k], system.recurrence
+    base = interval.state_carry[0] * states[interval.left] + torch.tensordot(
+        interval.state_noise, noise[interval.left : interval.right], 1
+    )
+    weight = interval.state_forcing * float(rec.nu[interval.node])
+    return (base + weight * (asked[1] - slope * asked[0])) / (1 - weight * (slope - float(rec.g[interval.node])))
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------------------
@@ -455,14 +458,14 @@ def measure(chain: Chain, seeds: int, estimates: int) -> Iterator[Row]:
     which = "stochastic" if table.stochastic else "deterministic"
     counts = NODES.get(f"{chain.model}, {which}", NODES[which])
     counts = counts if table.steps > 4 * counts[-1] else tuple(n for n in (table.steps // 4, table.steps // 2))
-    mesh = Mesh(table)
-    kinds = kinds_of(chain, mesh.edges(counts[0]), chain.run(range(FIRST_ESTIMATE, FIRST_ESTIMATE + estimates)))
+    mesh = Mesh(table, MeshControl())
+    kinds = kinds_of(chain, mesh.points(counts[0]), chain.run(range(FIRST_ESTIMATE, FIRST_ESTIMATE + estimates)))
     run = chain.run(range(seeds))
     spread = float(run.sample.std())
     for count in counts:
         tables: dict[float, CollocationSystem] = {}
         for kind in kinds:
-            yield measured(chain, mesh.edges(count), kind, run, spread, tables)
+            yield measured(chain, mesh.points(count), kind, run, spread, tables)
 
 
 def measured(

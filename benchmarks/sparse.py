@@ -42,7 +42,7 @@ from rich.table import Table as Sheet
 from rivals import part_rivals, smallest
 
 from paradiff import Schedule, parallelize, sequential
-from paradiff.methods.collocation.options import VARIANCE
+from paradiff.methods.collocation.control import ORDER_ZERO
 from paradiff.methods.presets import collocation, parasolver, quasi_newton
 from paradiff.models.exact import digits
 from paradiff.models.pixel import load
@@ -213,7 +213,7 @@ def guided(bench: Bench, method: Any, **more: Any) -> Row:
 
 def remembered(bench: Bench, folder: Path) -> Row:
     """The same with a store of node counts and meshes, filled by `REMEMBERED` calls with other prompts and seeds."""
-    method = collocation(window=16, memory=folder / f"{bench.chain}-{bench.steps}.json")
+    method = collocation(window=16, warm_start=folder / f"{bench.chain}-{bench.steps}.json")
     with parallelize(bench.pipe, method):
         for image in range(100, 100 + REMEMBERED):
             bench.call(bench.pipe, image)
@@ -243,7 +243,9 @@ def part_fixed(seeds: Sequence[int]) -> Iterator[Row]:
         problem = trained(sampler)
         reference = problem.references(seeds)
         usual = 0 if sampler == "ddpm" else 3
-        settings = [(order, VARIANCE) for order in orders] + [(usual, shift) for shift in SHIFTS if shift != VARIANCE]
+        settings = [(order, ORDER_ZERO.variance) for order in orders] + [
+            (usual, shift) for shift in SHIFTS if shift != ORDER_ZERO.variance
+        ]
         for order, shift in settings:
             for nodes in NODES:
                 method = collocation(nodes, order=order, shift=shift, max_nodes=nodes, tolerance=TIGHT)
@@ -266,7 +268,7 @@ def draw_nodes(rows: list[Row], path: Path) -> None:
         for line, field in enumerate(("order", "shift")):
             axes = found[line][column]
             mine = [r for r in chosen if r["table"] == sampler]
-            mine = [r for r in mine if (r["shift"] == VARIANCE if field == "order" else r["order"] == usual)]
+            mine = [r for r in mine if (r["shift"] == ORDER_ZERO.variance if field == "order" else r["order"] == usual)]
             for k, value in enumerate(sorted({r[field] for r in mine})):
                 curve = sorted((r["nodes"], r["error_median"], r["error_max"]) for r in mine if r[field] == value)
                 x, middle, worst = zip(*curve, strict=True)
@@ -274,7 +276,7 @@ def draw_nodes(rows: list[Row], path: Path) -> None:
                 axes.plot(x, middle, "o-", color=colours[k], label=label, ms=4)
                 axes.plot(x, worst, ":", color=colours[k], lw=1)
             axes.axhline(EQUAL, color=BLACK, lw=0.8)
-            shared = f"shift {VARIANCE:g}" if field == "order" else f"order {usual}"
+            shared = f"shift {ORDER_ZERO.variance:g}" if field == "order" else f"order {usual}"
             heading(axes, f"{sampler.upper()} {STEPS}, {shared}")
             axes.set(xlabel="nodes", yscale="log")
             plain_log(axes, "x", NODES)

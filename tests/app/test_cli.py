@@ -427,7 +427,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "shift=0.5": ("collocation", 0.5),
     "exact=true": ("collocation", True),
     "exact=false": ("collocation", False),
-    "memory=a-file=b.json": ("collocation", "a-file=b.json"),
+    "warm_start=a-file=b.json": ("collocation", "a-file=b.json"),
 }
 
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.slope import Slope, identity, shifted, zero
+from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, CollocationControl
 from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.methods.collocation.options import DEFAULT_TOLERANCE, Target
+from paradiff.methods.collocation.options import Target
 from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.parareal.options import Choice, Ordering, StopRule
 from paradiff.methods.piadm import piadm_ode as piadm_ode
@@ -206,36 +207,49 @@ def collocation(
     max_nodes: int | None = None,
     exact: bool = False,
     target: Target = "chain",
-    memory: str | Path | None = None,
+    warm_start: str | Path | None = None,
+    control: CollocationControl | None = None,
 ) -> CollocationMethod:
-    """Sparse nodes: the sample of a long chain from fewer evaluations than the chain has steps.
+    """Collocation: the sample of a long chain from fewer evaluations than the chain has steps.
 
-    The network is evaluated at a few states only. What it says there is interpolated, and the fine chain's own coefficients
-    and noises carry it through the gaps between, exactly (methods/collocation/interval.py, methods/collocation/system.py). All
-    nodes are iterated to self-consistency by quasi-Newton sweeps (methods/collocation/solver.py); then the interpolation error
-    is estimated, and nodes are added where it is too large (methods/collocation/defect.py). A sample that would need a good
-    part of the chain is handed to the window loop over all of it. It pays on long chains; on a chain of few steps there is
-    nothing to leave out.
+    The network is evaluated at a few nodes. Its nonlinear part is interpolated between them, and the fine chain's own
+    coefficients and noises enter exactly (methods/collocation/interval.py, system.py). All nodes are iterated to
+    self-consistency by quasi-Newton sweeps (solver.py). The interpolation error is estimated (defect.py, error.py), and the
+    mesh is refined where it is too large (refine.py). A sample that would need a large part of the chain's nodes is handed over
+    to the window method. Collocation pays on long chains; a chain of few steps has nothing to interpolate.
 
     Our own. Near it: exponential collocation; Lagrange interpolation in Picard blocks (arXiv 2510.18242); collocation of low
     degree (arXiv 2601.10708); schemes of strong order 1.5 for the averaged states of stochastic chains.
 
     Args:
-        nodes: Number of nodes to begin with, the fine nodes themselves (0 first), or `auto`: by the tolerance.
+        nodes: Number of nodes of the first mesh, the fine nodes themselves (0 first), or `auto`: by the tolerance.
         window: Most rows that a sample puts in one round; None for no bound. A small window costs few rounds more and saves
             evaluations.
         tolerance: Root mean square error to the target that the sample may have by estimate, in the data's units.
         order: Degree of the interpolation in log(alpha^2/sigma^2) between nodes; 0 takes constants at averaged states. None
             for 0 on stochastic chains and 3 on deterministic ones.
-        shift: Variance of the data, whose answer to the state is taken out of what is interpolated; `auto` begins with 1/4
-            and corrects it when the sample is at rest, if that finds it far off.
-        secants: Pairs of earlier sweeps kept for each node; 0 for plain Picard sweeps.
+        shift: Variance of the data, which sets the linear part that is not interpolated; `auto` starts from 1/4 and replaces
+            it by the mean square of the sample if that is far off.
+        secants: Secant pairs kept for each node; 0 for plain Picard sweeps.
         max_nodes: Most nodes that a sample may have; as many as the chain has by default.
-        exact: Goes on over all nodes of the chain, from what was found, until the window loop's own estimate (that of
-            quasi_newton), made stricter where the sample was seen to amplify early errors, is within the tolerance.
+        exact: Goes on over all nodes of the chain, from the sample found, until the window method's own estimate (that of
+            quasi_newton), tightened for samples that amplify early errors, is within the tolerance.
         target: `chain`: the sequential chain's sample. `ode` or `sde`: that of the equation which the chain discretizes, on
             its range of levels, from the same start (samplers/continuum.py).
-        memory: File in which is remembered where the samples of this model needed their nodes, so that later ones begin with
-            nodes there (methods/collocation/mesh_store.py); made when it is not there.
+        warm_start: File that stores where samples of this model needed their nodes, for later ones to start from
+            (methods/collocation/mesh_store.py); made if it does not exist.
+        control: The tuned numbers (methods/collocation/control.py); those of the interpolation's order by default.
     """
-    return CollocationMethod("collocation", nodes, order, shift, window, tolerance, secants, max_nodes, exact, target, memory)
+    return CollocationMethod(
+        nodes=nodes,
+        order=order,
+        shift=shift,
+        window=window,
+        tolerance=tolerance,
+        secants=secants,
+        max_nodes=max_nodes,
+        exact=exact,
+        target=target,
+        warm_start=warm_start,
+        control=control,
+    )

@@ -1,22 +1,26 @@
-"""Sparse nodes reach the sequential chain's sample, say how far from it they are, and refuse what they cannot do."""
+"""Collocation reaches the sequential chain's sample, says how far from it they are, and refuses what it cannot do."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from paradiff import Evaluator, Keyed, Recorded, Schedule, Solution, Table, collocation, sample, solve
 from paradiff.chain import Clip
+from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.setup import CollocationSetup
-from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.models.exact import Gaussian, Mixture
 from paradiff.models.pixel import load
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
@@ -109,10 +113,10 @@ def rms(found: Tensor, wanted: Tensor) -> Tensor:
     return (found.double() - wanted).flatten(1).square().mean(1).sqrt()
 
 
-@pytest.fixture
-def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gaps count as leaving nothing out, so that nodes stay as they are."""
-    monkeypatch.setattr("paradiff.methods.collocation.error.CAUTION", {True: 0.0, False: 0.0})
+def unrefined(table: Table, order: int | None = None) -> CollocationControl:
+    """The interpolation error is taken for 0, so that the mesh stays as it is."""
+    control = collocation(order=order).control_on(table)
+    return replace(control, error=replace(control.error, safety=0.0))
 
 
 # -- the chain's sample -----------------------------------------------------------------------------------------------
@@ -127,14 +131,13 @@ def test_on_gaussian_data_of_the_shifts_variance_few_nodes_give_the_chains_sampl
     assert (found.sample - wanted_of(name, table, data, noise)).abs().max() < 1e-5
     assert found.evaluations <= 2 * 25
     assert max(c.interpolation_error for c in found.error_estimates) < 1e-5
-    assert found.estimated_error < 4e-4  # a bound of what the nodes hold back
+    assert found.estimated_error < 4e-4  # a bound by the staleness of the nodes
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "heun"])
-@pytest.mark.usefixtures("unrefined")
 def test_with_every_fine_node_the_fixed_point_is_the_sequential_sample(name: str) -> None:
     table, noise = TABLES[name](20), Keyed((2,), 3, 3)
-    found = run(table, PLANE, collocation(list(range(table.steps)), tolerance=1e-6), noise)
+    found = run(table, PLANE, collocation(list(range(table.steps)), tolerance=1e-6, control=unrefined(table)), noise)
     assert rms(found.sample, wanted_of(name, table, PLANE, noise)).max() < 1e-4
 
 
@@ -172,24 +175,23 @@ def slope(counts: list[int], errors: list[float]) -> float:
 
 
 @pytest.mark.parametrize(("order", "counts"), [(1, [12, 24, 48]), (3, [10, 20, 40])])
-@pytest.mark.usefixtures("unrefined")
 def test_on_a_long_deterministic_chain_the_error_falls_with_the_order_plus_1(order: int, counts: list[int]) -> None:
     table, noise = TABLES["ddim"](1000), Keyed((2,), 0, 6)
     wanted = wanted_of("ddim", table, PLANE, noise)
     errors = []
     for n in counts:
-        found = run(table, PLANE, collocation(n, order=order, tolerance=1e-9), noise)
+        found = run(table, PLANE, collocation(n, order=order, tolerance=1e-9, control=unrefined(table, order)), noise)
         errors.append(float(rms(found.sample, wanted).mean()))
     assert order + 0.5 < slope(counts, errors) < order + 2.5, errors
 
 
-@pytest.mark.usefixtures("unrefined")
 def test_on_a_long_stochastic_chain_averaged_states_are_of_higher_strong_order_than_the_path() -> None:
     table, noise = TABLES["ddpm"](1000), Keyed((2,), 0, 12)
     wanted = wanted_of("ddpm", table, PLANE, noise)
     counts, found = [24, 48, 96], {}
     for order in (0, 1):
-        runs = [run(table, PLANE, collocation(n, order=order, tolerance=1e-4), noise) for n in counts]
+        control = unrefined(table, order)
+        runs = [run(table, PLANE, collocation(n, order=order, tolerance=1e-4, control=control), noise) for n in counts]
         found[order] = [float(rms(r.sample, wanted).mean()) for r in runs]
     assert 1.15 < slope(counts, found[0]) < 2.2, found
     assert 0.6 < slope(counts, found[1]) < 1.4, found
@@ -219,7 +221,7 @@ def test_the_window_bounds_rows_and_moves_the_sample_within_the_tolerance_only(n
         most = max(len(v.nodes) for v in found.history if isinstance(v, CollocationRecord))
         assert most <= (window or table.steps)
         assert window != 8 or most == 8  # the bound is reached
-    # Errors are estimates, and other rounds may cut other gaps: a sample between two modes may miss both tolerances.
+    # Errors are estimates, and other rounds may refine other intervals: a sample between two modes may miss both tolerances.
     for window in (32, None):
         assert rms(samples[8], samples[window]).median() < 2 * tolerance
 
@@ -266,7 +268,7 @@ def test_members_of_one_sample_are_found_together() -> None:
     assert rms(found.sample[0], wanted.sample).max() < 4e-3
 
 
-# -- the certificate --------------------------------------------------------------------------------------------------
+# -- the error estimate --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
@@ -304,7 +306,7 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
     assert found.estimated_error > 1e-3
     assert found.message == (
         f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.001 was asked for; give more nodes "
-        "(max_nodes), or let the window loop go on (exact=True)"
+        "(max_nodes), or let the window method go on (exact=True)"
     )
 
 
@@ -315,25 +317,24 @@ def trained(sampler: str, nodes: Any, **options: Any) -> Solution:
     return sample(model, model.table(sampler, 1000), noise, collocation(nodes, **{"window": 24, **options}))
 
 
-def test_gaps_that_leave_out_too_much_are_cut_before_the_sweeps_come_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_that_leave_out_too_much_are_refinement_before_the_sweeps_come_to_rest() -> None:
     early = trained("ddim", 12)
-    cut = next(
+    refined = next(
         a
         for a, b in itertools.pairwise(early.history)
         if isinstance(b, CollocationRecord) and isinstance(a, CollocationRecord) and b.of > a.of
     )
-    assert 0.3 * 4e-3 < cut.iteration_error <= 10 * 4e-3
-    monkeypatch.setattr("paradiff.methods.collocation.solver.EARLY", 0.0)
-    late = trained("ddim", 12)
+    assert 0.3 * 4e-3 < refined.iteration_error <= 10 * 4e-3
+    late = trained("ddim", 12, control=replace(HIGHER_ORDER, early_factor=0.0))
     assert early.rounds < late.rounds
     assert early.estimated_error <= 4e-3
     assert late.estimated_error <= 4e-3
 
 
-def test_a_sample_with_no_node_worth_asking_again_is_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paradiff.methods.collocation.solver.QUIET", 30.0)  # all nodes together hold back more than is at rest
-    monkeypatch.setattr("paradiff.methods.collocation.solver.EARLY", 0.0)
-    assert trained("ddim", 40, max_nodes=40).rounds < trained("ddim", 40, max_nodes=40, exact=True).rounds
+def test_a_sample_with_no_node_worth_asking_again_is_at_rest() -> None:
+    control = replace(HIGHER_ORDER, node_share=30.0, early_factor=0.0)  # no node is stale, but all of them together are
+    found, exact = (trained("ddim", 40, max_nodes=40, control=control, exact=exact) for exact in (False, True))
+    assert found.rounds < exact.rounds
 
 
 def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
@@ -343,59 +344,24 @@ def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
     assert found.error_estimates[0].iteration_error <= 0.25 * 4e-3
 
 
-def test_gaps_that_a_cut_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_that_a_refinement_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained("ddpm", 40)
     nodes = [v.of for v in found.history if isinstance(v, CollocationRecord)]
-    assert nodes[0] < nodes[-1] < 80  # a cut, of some gaps
+    assert nodes[0] < nodes[-1] < 80  # a refinement, of some intervals
     fresh = itertools.count()  # no place is ever met again
-    monkeypatch.setattr(DoubledIntervals, "places", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
+    monkeypatch.setattr(DoubledIntervals, "spans", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
     forgetful = trained("ddpm", 40)
     assert found.evaluations < forgetful.evaluations
     assert found.estimated_error <= 4e-3
 
 
-def test_defects_count_as_much_as_samples_answer_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
-    monkeypatch.setattr("paradiff.methods.collocation.defect.ANSWER", 1.4)
-    monkeypatch.setattr("paradiff.methods.collocation.defect.MORE", 5.4)
-    twice = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
-    monkeypatch.setattr("paradiff.methods.collocation.error.REDUCTION", 4.4)
-    again = trained("ddpm", 24, max_nodes=24).error_estimates[0].interpolation_error
+def test_defects_count_as_much_as_samples_respond_to_them() -> None:
+    sensitive = replace(ORDER_ZERO.defect, late_sensitivity=1.4, early_sensitivity=5.4)
+    once, twice, again = (
+        trained("ddpm", 24, max_nodes=24, control=replace(ORDER_ZERO, defect=defect)).error_estimates[0].interpolation_error
+        for defect in (ORDER_ZERO.defect, sensitive, replace(sensitive, halving_ratio=4.4))
+    )
     assert (twice, again) == pytest.approx((2 * once, once), rel=1e-9)
-
-
-def test_what_a_cut_taught_of_estimates_is_told_from_growth_and_fades(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load("digits")
-    ground = CollocationSetup(model.table("ddpm", 1000), collocation(12), torch.device("cpu"), torch.float32)
-    estimate = CollocationSolver(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None).estimate
-    monkeypatch.setattr(estimate, "_left_out", lambda *_: ([3e-3, 4e-3], [(0, 1), (2, 3)]))
-    monkeypatch.setattr(estimate, "_first", object())
-    none, before, now = torch.zeros(0), torch.zeros(model.shape), torch.full(model.shape, 0.06)
-    response: Any = None
-    assert estimate.shares(response, none, none, now) == (([3e-3, 4e-3], [(0, 1), (2, 3)]), 1.0)  # no cut yet
-    estimate.judge(0.01, 1.0, response, before, 0.0)
-    assert estimate.shares(response, none, none, now)[1] == pytest.approx(6.0)
-    estimate.growth = 2.0  # the pairs have seen some of it since
-    (shares, _), amplified = estimate.shares(response, none, none, now)
-    assert amplified == pytest.approx(3.0)
-    assert shares == pytest.approx([9e-3, 12e-3])
-    estimate.judge(1.0, 9.0, response, before, 0.0)  # at a later cut the sample hardly moves
-    assert estimate.shares(response, none, none, now)[1] == pytest.approx(3.0)
-
-
-def test_nodes_asked_once_answer_as_steeply_as_their_neighbours() -> None:
-    model = load("digits")
-    table = model.table("ddpm", 1000)
-    ground = CollocationSetup(table, collocation(12), torch.device("cpu"), torch.float32)
-    solver = CollocationSolver(ground, Recorded(model.shape, torch.Generator().manual_seed(0)), 0, None)
-    least = solver._steepness().flatten()
-    scale = ground.recurrence.of_output[solver.sparse.nodes].abs()
-    solver._seen[3], solver._seen[8] = 1e3 * float(scale[3]), 1e6 * float(scale[8])  # in units of the output: 1e3 and 1e6
-    answers = (solver._steepness().flatten() / scale).tolist()
-    above = (least / scale).tolist()
-    assert answers == pytest.approx([max(a, 1e3 if n <= 3 else 1e6) for n, a in enumerate(above)])
-    assert max(above[:4]) < 1e3  # so that this can fail
-    assert max(above[4:]) < 1e6
 
 
 def test_a_network_of_low_precision_comes_to_rest() -> None:
@@ -408,7 +374,7 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: str) -> None:
+def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)
     found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4), noise)
     assert found.message == "converged: the estimated error of every sample is at most 0.0002"
@@ -420,15 +386,15 @@ def test_a_sample_that_would_need_most_nodes_is_handed_to_the_window_loop(name: 
         assert k not in handed or c.evaluations > table.steps
         assert c.estimated_error <= 2e-4
     within = run(table, PLANE, collocation(12, window=8, tolerance=2e-4, max_nodes=60), noise)
-    assert not any(isinstance(v, WindowRecord) for v in within.history)  # nodes are bounded: so is what is held
+    assert not any(isinstance(v, WindowRecord) for v in within.history)  # nodes are bounded, and so is memory
 
 
-def test_the_window_loop_is_stricter_with_a_sample_that_amplifies() -> None:
-    ground = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), torch.device("cpu"), torch.float32)
-    assert ground.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
-    assert [ground.strictness(growth) for growth in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
-    assert ground.verify(9.0).method.tolerance == 4e-3 / 16
-    assert ground.verify(9.0) is ground.verify(12.0)
+def test_the_window_method_is_tightened_for_a_sample_that_amplifies() -> None:
+    setup = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), device=torch.device("cpu"), dtype=torch.float32)
+    assert setup.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
+    assert [setup.tightening(amplification) for amplification in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
+    assert setup.verification(9.0).method.tolerance == 4e-3 / 16
+    assert setup.verification(9.0) is setup.verification(12.0)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
@@ -540,20 +506,20 @@ def off_grid(table: Table, data: Gaussian, x: Tensor, t: Tensor) -> Tensor:
         ({"nodes": [3, 5]}, r"the nodes begin with \[3\]; the first must be node 0"),
         ({"nodes": [0, 5, 5]}, r"node 5 follows node 5; nodes must increase"),
         ({"nodes": [0]}, r"1 node was given; an interpolation needs at least 2"),
-        ({"order": 9}, r"the order is 9; it must be 0 \(averages\) to 8"),
-        ({"order": -1}, r"the order is -1; it must be 0"),
-        ({"shift": 0.0}, r"the shift is 0.0; it must be a data variance, positive and finite"),
-        ({"shift": math.inf}, r"the shift is inf; it must be a data variance"),
-        ({"shift": math.nan}, r"the shift is nan; it must be a data variance"),
-        ({"shift": "large"}, r"the shift is 'large'; it must be a data variance"),
-        ({"window": 0}, r"the window is 0; it must be at least 1 row"),
-        ({"tolerance": 0.0}, r"the tolerance is 0.0; it must be positive and finite .*exact=True"),
-        ({"tolerance": math.nan}, r"the tolerance is nan; it must be positive"),
-        ({"secants": -1}, r"secants is -1; it must be 0 or more pairs"),
+        ({"order": 9}, r"the order is 9; it must be a whole number, 0 \(averages\) to 8"),
+        ({"order": -1}, r"the order is -1; it must be a whole number, 0"),
+        ({"shift": 0.0}, r"the shift, a data variance, is 0.0; it must be a number, positive, and finite"),
+        ({"shift": math.inf}, r"the shift, a data variance, is inf; it must be a number"),
+        ({"shift": math.nan}, r"the shift, a data variance, is nan; it must be a number"),
+        ({"shift": "large"}, r"the shift, a data variance, is 'large'; it must be a number.*or 'auto'"),
+        ({"window": 0}, r"the window is 0; it must be a whole number, at least 1, or None for no bound"),
+        ({"tolerance": 0.0}, r"the tolerance is 0.0; it must be a number, positive, and finite .*exact=True"),
+        ({"tolerance": math.nan}, r"the tolerance is nan; it must be a number"),
+        ({"secants": -1}, r"secants is -1; it must be a whole number, at least 0"),
         ({"nodes": 10, "max_nodes": 9}, r"max_nodes is 9, below the 10 nodes to begin with"),
         ({"nodes": [0, 4, 9], "max_nodes": 2}, r"max_nodes is 2, below the 3 nodes to begin with"),
         ({"max_nodes": 1}, r"max_nodes is 1, below the 2 nodes to begin with"),
-        ({"memory": "nodes.json", "nodes": 20}, r"memory was given with nodes=20; it says where nodes go itself"),
+        ({"warm_start": "nodes.json", "nodes": 20}, r"warm_start was given with nodes=20; it says where nodes go itself"),
         ({"target": "flow"}, r"the target is 'flow'; it must be one of chain, ode, sde"),
         ({"target": "ode", "exact": True}, r"exact=True was given with target='ode'; only the chain's own sample"),
     ],
@@ -562,6 +528,40 @@ def off_grid(table: Table, data: Gaussian, x: Tensor, t: Tensor) -> Tensor:
 def test_a_value_out_of_range_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         collocation(**options)
+
+
+WRONG_KINDS: dict[str, list[Any]] = {
+    "nodes": [8.5, True, "8", None, [0, 4.5], [0, "4"], {0, 4}],
+    "window": [16.5, "16", True],
+    "tolerance": ["1e-3", None, True, 1j],
+    "order": [1.5, "1", True],
+    "shift": ["0.25", None, True, [0.25]],
+    "secants": [2.5, None, "4", True],
+    "max_nodes": [10.5, "10", True],
+    "exact": ["yes", 1, None],
+    "target": [3, None, "ODE"],
+    "warm_start": [5, True, ["nodes.json"]],
+    "control": [{}, "fast", 3],
+}
+
+
+def test_every_argument_has_values_of_the_wrong_kind() -> None:
+    assert set(WRONG_KINDS) == set(inspect.signature(collocation).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_KINDS.items() for value in values], ids=str
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}\b.* is {re.escape(repr(value))}; it must be"):
+        collocation(**{name: value})
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    table = TABLES["ddim"](40)
+    given = collocation(np.int64(8), window=np.int64(4), order=np.int32(1), tolerance=np.float64(0.1), max_nodes=np.int64(9))
+    assert given.edges(table) == collocation(8, window=4, order=1, tolerance=0.1, max_nodes=9).edges(table)
+    assert collocation([np.int64(n) for n in (0, 9, 20, 30)]).edges(table) == collocation([0, 9, 20, 30]).edges(table)
 
 
 @pytest.mark.parametrize(
@@ -584,6 +584,16 @@ def test_the_methods_own_order_is_that_of_its_chain() -> None:
     assert collocation().degree(TABLES["ddim"](40)) == 3
     assert collocation().degree(TABLES["ddpm"](40)) == 0
     assert collocation(order=1).degree(TABLES["ddpm"](40)) == 1
+
+
+def test_the_tuned_numbers_are_those_of_the_order_or_the_callers() -> None:
+    assert collocation().control_on(TABLES["ddpm"](40)) is ORDER_ZERO
+    assert collocation().control_on(TABLES["ddim"](40)) is HIGHER_ORDER
+    assert collocation(order=1).control_on(TABLES["ddpm"](40)) is HIGHER_ORDER
+    assert collocation(order=0).control_on(TABLES["ddim"](40)) is ORDER_ZERO
+    fewer = replace(HIGHER_ORDER, nodes=8)
+    assert collocation(control=fewer).control_on(TABLES["ddim"](40)) is fewer
+    assert len(collocation(control=fewer).edges(TABLES["ddim"](40))) == 9
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

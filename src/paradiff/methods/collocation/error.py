@@ -1,196 +1,189 @@
-"""The estimate of one sample's interpolation error: what the gaps of its sparse system leave out, carried to the sample.
+"""The interpolation error of one sample, estimated from defects and calibrated by refinements.
 
-Defects (defect.py) come from gaps of twice the length, which the network is asked for as nodes settle (order 0), or from the
-drives themselves (orders from 1). Carried to the sample by the linearized system (linearization.py) they are its shares, and
-the sum of their squares is that of the error. What was seen of a sample's growth, how much more it answers than the chain's
-linear part does, is kept, and so is the response of the first time it was judged: later rounds move the states little, and show
-less of it.
+Defects (defect.py) are propagated to the sample by the linearized system (linearization.py). The root mean square that each
+group of intervals contributes there is its **share** of the error; shares add up in quadrature. The **amplification** of a
+sample is the ratio of this to the effect of the same defects by the chain's linear part alone. Its largest value is kept, and
+so is the linearization at which the error was first estimated: later rounds move the states little, and their secant pairs
+show less of the amplification.
 
-A cut is a test: the sample moves by about what the gaps were estimated to leave out. Where it moved more, growth seen since
-considered, the next estimate is as much larger, and the one after that by the root of it. Where it moved less, on a
-deterministic chain whose early errors do not grow, the next is eased.
+A refinement tests the estimate, since it moves the sample by about the estimated error. Where the sample moved more than
+predicted, with the amplification observed since taken into account, the next estimate is multiplied by the ratio, and the one
+after that by its root. Where it moved less, on a deterministic chain that amplifies early errors little, the next is relaxed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.defect import CAUTION, REDUCTION, DoubledIntervals, directions, left_out, reduction
+from paradiff.methods.collocation.control import CollocationControl
+from paradiff.methods.collocation.defect import DoubledIntervals, convergence_ratio, directions, interpolation_defects
 from paradiff.methods.collocation.linearization import Linearization
-from paradiff.methods.collocation.setup import CollocationSetup
-from paradiff.methods.collocation.system import CollocationSystem, spread
-
-TAIL = 0.8  # how much more caution where defects grow
-CALM = 1.5  # growth of early errors below which the sample's move at a cut tells how good the estimate was
-MOST_EASED = 0.4  # times the estimate, at least
-
-Shares = tuple[list[float], list[tuple[int, ...]]]
-"""What each group of gaps leaves out of the sample, root mean square, and the numbers of its gaps."""
+from paradiff.methods.collocation.system import CollocationSystem, weighted
 
 
-class Estimate:
-    """Of one sample; b members, d numbers each.
-
-    Args:
-        ground: What all samples share.
-        noise: x[0] and the noises of every sample.
-        sample: The sample.
-        x0: `[b, d]` its state at node 0.
-        shape: Of a state.
+@dataclass(frozen=True)
+class InterpolationError:
+    """An estimate of the interpolation error.
 
     Attributes:
-        interpolation_error: As last judged; infinite before.
-        growth: How many times as much as by the chain's linear part defects were seen to reach the sample; at least 1.
-        amplified: By how much the last cut moved the sample more than was estimated; at least 1.
+        shares: Error that each group of intervals contributes to the sample, root mean square; infinite where it could not be
+            estimated.
+        groups: The numbers of the intervals of each group.
+        amplification: Largest amplification observed so far, 1 or more.
     """
 
-    def __init__(self, ground: CollocationSetup, noise: Noise, sample: int, x0: Tensor, shape: tuple[int, ...]) -> None:
-        self._ground, self._noise, self._sample, self._x0, self._shape = ground, noise, sample, x0, shape
-        self.interpolation_error = math.inf
-        self.growth = self.amplified = 1.0
-        self._first: Linearization | None = None  # when first judged
-        self._judged: Tensor | None = None  # the sample as it was when last judged
-        self._judged_error, self._judged_growth = 0.0, 1.0
-        self._foretold = math.inf  # what the last cut was to leave out
-        self._doubled: DoubledIntervals | None = None
-        self._defects: dict[int, Tensor] = {}  # of the gaps of twice the length
-        self._earlier: dict[tuple[int, int, int], Tensor] = {}  # those of gaps that a cut left alone, by their edges
-
-    def begin(self, sparse: CollocationSystem) -> None:
-        """Takes over a sparse table; what is known of gaps that it shares with the one before is kept."""
-        if self._doubled is not None:
-            places = self._doubled.places
-            self._earlier = {places[j]: defect for j, defect in self._defects.items()}
-        self._sparse, self._doubled, self._defects = sparse, None, {}
-
-    def forget(self) -> None:
-        """Drives have another unit now."""
-        self._doubled, self._defects, self._earlier = None, {}, {}
-
-    # -- what is asked ------------------------------------------------------------------------------------------------
-
-    def wanted(self, settled: int, drawn: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
-        """Numbers of the gaps of twice the length that are to be asked still.
-
-        Args:
-            settled: How many nodes from the first on are settled.
-            drawn: The noises of all gaps (`sparse.draw`).
-        """
-        if not self._sparse.averaged:
-            return []
-        if self._doubled is None:
-            self._doubled = self._ground.doubled(self._sparse)
-            places = self._doubled.places
-            self._defects = {j: self._earlier[place] for j, place in enumerate(places) if place in self._earlier}
-            if self._ground.table.stochastic and self._doubled.first:
-                own = self._doubled.own(self._noise, self._sample) + spread(self._doubled.spread, drawn)
-                self._own = self._ground.move(own).view(-1, *self._x0.shape)
-        return [j for j, n in enumerate(self._doubled.first) if j not in self._defects and n + 1 < settled]
-
-    def asked(self, pairs: list[int], drives: Tensor) -> tuple[Tensor, Tensor]:
-        """Fine nodes `[R]` and averaged states `[R, b, d]` of gaps of twice the length, by the drives `[M, b, d]`."""
-        assert self._doubled is not None
-        start, reach = (self._ground.move(v[pairs]) for v in (self._doubled.start, self._doubled.reach))
-        found = start[:, None, None] * self._x0 + times(reach, drives)
-        return self._doubled.nodes[pairs], found + self._own[pairs] if self._ground.table.stochastic else found
-
-    def take(self, pairs: list[int], found: Tensor, drives: Tensor) -> None:
-        """Takes the drives `[R, b, d]` of gaps of twice the length, beside those of all gaps."""
-        assert self._doubled is not None
-        weight, weights = (self._ground.move(v[pairs]) for v in (self._doubled.weight, self._doubled.weights))
-        defects = weight[:, None, None] * found - times(weights, drives)
-        self._defects.update(zip(pairs, defects, strict=True))
+    shares: list[float]
+    groups: list[tuple[int, ...]]
+    amplification: float = 1.0
 
     @property
-    def ready(self) -> bool:
-        """Whether all defects are known."""
-        return not self._sparse.averaged or (self._doubled is not None and len(self._defects) == len(self._doubled.first))
+    def total(self) -> float:
+        """Root of the sum of the shares' squares."""
+        return math.sqrt(sum(e * e for e in self.shares))
 
-    # -- what is made of it -------------------------------------------------------------------------------------------
+    def scaled(self, factor: float) -> InterpolationError:
+        """All shares times a factor."""
+        return replace(self, shares=[factor * e for e in self.shares])
 
-    def shares(self, response: Linearization, reach: Tensor, drives: Tensor, sample: Tensor) -> tuple[Shares, float]:
-        """What each group of gaps leaves out, with what the last cut taught of such estimates; and `amplified`, now.
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Propagation:
+    """How defects reach the sample; b members, d numbers each.
+
+    Attributes:
+        system: The collocation system.
+        influence: `[M+1, M]` its influence matrix on the device.
+        now: The system linearized at the current forcings.
+        first: The same when the error was first estimated, of another mesh maybe; None before.
+        mean_square: `[J]` mean squares of J changes `[J, b, d]` of the sample.
+    """
+
+    system: CollocationSystem
+    influence: Tensor
+    now: Linearization
+    first: Linearization | None
+    mean_square: Callable[[Tensor], Tensor]
+
+    def effects(self, several: list[Tensor], influence: Tensor) -> tuple[Tensor, float]:
+        """`[J]` mean square effects of J defects on the sample, the mean over several sets of directions; and their
+        amplification.
 
         Args:
-            response: The linearized system.
-            reach: `[M+1, M]` weights of the drives in the states and, last, in the sample.
-            drives: `[M, b, d]`.
-            sample: As it is now.
+            several: Sets of defects, `[J, b, d]` each, the defects in their own directions in the middle.
+            influence: `[M+1, J]` weights of the defects in the states and, last, in the sample.
         """
-        shares, groups = self._left_out(response, reach, drives)
-        amplified = self.amplified
-        if self._judged is not None and math.isfinite(self.interpolation_error):
-            moved = math.sqrt(float(self._mean_squares((sample - self._judged).view(1, *self._x0.shape))))
-            foreseen = self.interpolation_error * self.growth / self._judged_growth  # had that much growth been seen then
-            amplified = max(math.sqrt(amplified), moved / math.hypot(foreseen, self._judged_error))
-            foretold = CAUTION[self._sparse.averaged] * self._foretold * moved / self.interpolation_error
-            calm = not self._sparse.averaged and self.growth < CALM and amplified == 1
-            if calm:  # the move is no single number then, and small by no chance
-                eased = math.sqrt(foretold / max(math.sqrt(sum(e * e for e in shares)), 1e-300))
-                shares = [min(max(eased, MOST_EASED), 1.0) * e for e in shares]
-        return ([amplified * e for e in shares], groups), amplified
+        found = self._mean_over(self.now, several, influence)
+        if self.first is not None:
+            nodes = self.system.nodes
+            near = torch.searchsorted(nodes, self.first.nodes).clamp(max=len(nodes) - 1)
+            found = torch.maximum(found, self._mean_over(self.first, several, influence[[*near.tolist(), -1]]))
+        linear = float(self.mean_square(influence[-1][:, None, None] * several[len(several) // 2]).sum())
+        return found, math.sqrt(float(found.sum()) / max(linear, 1e-300))
 
-    def judge(
-        self, interpolation_error: float, amplified: float, response: Linearization, sample: Tensor, iteration_error: float
-    ) -> None:
-        """The sample is judged: its estimate counts, and the next cut is measured by it."""
-        self.interpolation_error, self.amplified, self._first = interpolation_error, amplified, self._first or response
-        self._judged, self._judged_error, self._judged_growth = sample, iteration_error, self.growth
-
-    def cut(self, shares: Shares, parts: Sequence[int]) -> None:
-        """Gaps are cut into so many parts each."""
-        fewer = (e / min(parts[n] for n in group) ** 1.5 for e, group in zip(*shares, strict=True))
-        self._foretold = math.sqrt(sum(e * e for e in fewer))
-
-    def _left_out(self, response: Linearization, reach: Tensor, drives: Tensor) -> Shares:
-        """By the defects alone."""
-        sparse, move = self._sparse, self._ground.move
-        if all(gap.right - gap.left == 1 for gap in sparse.gaps):
-            return [0.0], [(0,)]
-        if sparse.averaged:
-            assert self._doubled is not None
-            groups: list[tuple[int, ...]] = [(n, n + 1) for n in self._doubled.first]
-            if not groups:
-                return [0.0], [(0,)]
-            defects = torch.stack([self._defects[j] for j in range(len(groups))])
-            found = self._reaching(response, directions(defects), move(self._doubled.effect))
-            tail = 1 + TAIL * (1 - self.growth**-2)  # what grows is a single number, and chance has more of a hand in it
-            caution = CAUTION[True] * tail / REDUCTION * self._doubled.answer
-            return (caution * found.sqrt().cpu()).tolist(), groups
-        gone, weights = left_out(sparse)
-        if not gone:
-            return [math.inf], [tuple(range(len(sparse.gaps)))]
-        found = self._reaching(response, directions(times(move(weights), drives)), reach[:, gone])
-        more, weights = left_out(sparse, 4)
-        fourth = self._reaching(response, [times(move(weights), drives)], reach[:, more]) if more else None
-        rate = reduction(float(found.sum().sqrt()), None if fourth is None else float(fourth.sum().sqrt()))
-        return [CAUTION[False] / rate * math.sqrt(e) for e in found.tolist()], [(n - 1, n) for n in gone]
-
-    def _reaching(self, response: Linearization, several: list[Tensor], reach: Tensor) -> Tensor:
-        """`[J]` mean square effects on the sample of J defects, the mean over several sets of them."""
-        found = self._mean_over(response, several, reach)
-        if self._first is not None:
-            nodes = self._sparse.nodes
-            near = torch.searchsorted(nodes, self._first.nodes).clamp(max=len(nodes) - 1)
-            found = torch.maximum(found, self._mean_over(self._first, several, reach[[*near.tolist(), -1]]))
-        alone = float(self._mean_squares(reach[-1][:, None, None] * several[len(several) // 2]).sum())
-        self.growth = max(self.growth, math.sqrt(float(found.sum()) / max(alone, 1e-300)))
-        return found
-
-    def _mean_over(self, response: Linearization, several: list[Tensor], reach: Tensor) -> Tensor:
-        """`[J]` mean square effects on the sample, the mean over several sets of J changes."""
-        return torch.stack([self._mean_squares(response.on_sample(d, reach)) for d in several]).mean(0)
-
-    def _mean_squares(self, changes: Tensor) -> Tensor:
-        """`[J]` of changes `[J, b, d]` of the sample."""
-        return self._ground.step.mean_square(changes.view(-1, *self._shape))
+    def _mean_over(self, linearization: Linearization, several: list[Tensor], influence: Tensor) -> Tensor:
+        return torch.stack([self.mean_square(linearization.on_sample(d, influence)) for d in several]).mean(0)
 
 
-def times(matrix: Tensor, values: Tensor) -> Tensor:
-    """`[K, b, d]` by weights `[K, M]` of values `[M, b, d]`."""
-    return (matrix @ values.flatten(1)).view(-1, *values.shape[1:])
+def interpolation_error(
+    propagation: Propagation,
+    forcings: Tensor,
+    probed: tuple[DoubledIntervals, Tensor] | None,
+    *,
+    amplification: float,
+    control: CollocationControl,
+    move: Callable[[Tensor], Tensor],
+) -> InterpolationError:
+    """The interpolation error by the defects alone, before calibration.
+
+    Args:
+        propagation: How defects reach the sample.
+        forcings: `[M, b, d]`.
+        probed: Order 0: the doubled intervals and their defects `[J, b, d]` (`Probes.defects`).
+        amplification: Largest amplification observed before.
+        control: The tuned numbers.
+        move: Moves values to the states' device and dtype.
+    """
+    system, neighbours, safety = propagation.system, control.defect.neighbours, control.error.safety
+    if all(interval.right - interval.left == 1 for interval in system.intervals) or (system.averaged and probed is None):
+        return InterpolationError([0.0], [(0,)], amplification)
+    if probed is not None:
+        doubled, defects = probed
+        found, seen = propagation.effects(directions(defects, neighbours), move(doubled.effect))
+        amplification = max(amplification, seen)
+        # What grows is a single number, so that a small value is chance more often.
+        tail = 1 + control.error.tail_safety * (1 - amplification**-control.error.tail_exponent)
+        factors = safety * tail / control.defect.halving_ratio * doubled.sensitivity
+        groups: list[tuple[int, ...]] = [(n, n + 1) for n in doubled.first]
+        return InterpolationError((factors * found.sqrt().cpu()).tolist(), groups, amplification)
+    omitted, weights = interpolation_defects(system)
+    if not omitted:
+        return InterpolationError([math.inf], [tuple(range(len(system.intervals)))], amplification)
+    several = directions(weighted(move(weights), forcings), neighbours)
+    found, seen = propagation.effects(several, propagation.influence[:, omitted])
+    amplification, fourth = max(amplification, seen), None
+    more, weights = interpolation_defects(system, 4)
+    if more:
+        coarser, seen = propagation.effects([weighted(move(weights), forcings)], propagation.influence[:, more])
+        amplification, fourth = max(amplification, seen), float(coarser.sum().sqrt())
+    ratio = convergence_ratio(float(found.sum().sqrt()), fourth, control.defect)
+    shares = [safety / ratio * math.sqrt(e) for e in found.tolist()]
+    return InterpolationError(shares, [(n - 1, n) for n in omitted], amplification)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """What refinements taught of one sample's estimates.
+
+    Attributes:
+        factor: Factor on the next estimate, 1 or more.
+        error: The estimate that was accepted last; None before.
+        iteration_error: The iteration error at that time.
+        sample: The sample at that time.
+        predicted: Interpolation error that the last refinement was predicted to leave.
+    """
+
+    factor: float = 1.0
+    error: InterpolationError | None = None
+    iteration_error: float = 0.0
+    sample: Tensor | None = None
+    predicted: float = math.inf
+
+    def apply(
+        self, error: InterpolationError, moved: Callable[[Tensor], float], *, averaged: bool, control: CollocationControl
+    ) -> tuple[InterpolationError, float]:
+        """An estimate, calibrated; and the factor to keep if it is accepted.
+
+        Args:
+            error: The estimate by the defects alone.
+            moved: Root mean square distance of the sample from what it was.
+            averaged: Whether the interpolation is of order 0.
+            control: The tuned numbers.
+        """
+        last = self.error
+        if last is None or self.sample is None or not math.isfinite(last.total):
+            return error.scaled(self.factor), self.factor
+        move = moved(self.sample)
+        expected = last.total * error.amplification / last.amplification  # with the amplification that is observed now
+        factor = max(math.sqrt(self.factor), move / math.hypot(expected, self.iteration_error))
+        benign = not averaged and error.amplification < control.error.benign_amplification and factor == 1
+        if benign:  # with several independent defects a small total move is evidence, not luck
+            predicted = control.error.safety * self.predicted * move / last.total
+            relaxed = math.sqrt(predicted / max(error.total, 1e-300))
+            error = error.scaled(min(max(relaxed, control.error.least_relaxation), 1.0))
+        return error.scaled(factor), factor
+
+    def accept(self, error: InterpolationError, factor: float, *, iteration_error: float, sample: Tensor) -> Calibration:
+        """After an estimate was accepted, calibrated with a factor: the next refinement is measured by it."""
+        return replace(self, factor=factor, error=error, iteration_error=iteration_error, sample=sample)
+
+    def refined(self, parts: Sequence[int], exponent: float) -> Calibration:
+        """After the intervals were subdivided into `parts` each; n parts leave n^-`exponent` of an interval's error."""
+        assert self.error is not None
+        shares = zip(self.error.shares, self.error.groups, strict=True)
+        fewer = (e / min(parts[n] for n in group) ** exponent for e, group in shares)
+        return replace(self, predicted=math.sqrt(sum(e * e for e in fewer)))

@@ -1,4 +1,4 @@
-"""How the states of a sparse system, and the sample, answer to a change of its drives."""
+"""The linearized collocation system: how its states and the sample change with its forcings."""
 
 from __future__ import annotations
 
@@ -7,49 +7,53 @@ from torch import Tensor
 
 from paradiff.methods.secant import SecantJacobian
 
-KNOWN = 0.25  # how much less is known of a drive where pairs have seen its state move: not nothing, since it bends
-
 
 class Linearization:
-    """Equation (1) of system.py, linearized at the drives found: its own reach, and the drives' derivatives as far as pairs of
-    earlier rounds know them.
+    """Equation (1) of system.py, linearized at the current forcings: its influence matrix, and a low-rank Jacobian of the
+    forcings from secant pairs.
 
     Args:
-        reach: `[M+1, M]` weights of the drives in the states and, last, in the sample.
-        nodes: `[M]` fine nodes of the drives.
-        dx: `[M, k, b, d]` changes of states that were seen.
-        du: `[M, k, b, d]` those of the drives.
+        influence: `[M+1, M]` weights of the forcings in the states and, last, in the sample.
+        nodes: `[M]` fine nodes of the forcings.
+        dx: `[M, k, b, d]` changes of the states in k secant pairs a node.
+        du: `[M, k, b, d]` changes of the forcings in these pairs.
+        uncertainty: Share of a change that stays uncertain along directions that the pairs cover, 0 to 1.
     """
 
-    def __init__(self, reach: Tensor, nodes: Tensor, dx: Tensor, du: Tensor) -> None:
-        self.nodes, self._reach, self._dx, self._du = nodes, reach, dx, du
-        self._model = SecantJacobian(dx, [(reach[:-1], du)]) if dx.shape[1] else None
+    def __init__(self, influence: Tensor, nodes: Tensor, dx: Tensor, du: Tensor, uncertainty: float) -> None:
+        self._uncertainty = uncertainty
+        self.nodes, self._influence, self._dx, self._du = nodes, influence, dx, du
+        self._jacobian = SecantJacobian(dx, [(influence[:-1], du)]) if dx.shape[1] else None
 
     def states(self, base: Tensor, known: Tensor) -> Tensor:
-        """`[M+1, b, d]` states and sample, if drives follow.
+        """`[M+1, b, d]` states and sample with forcings that follow their states: one Newton step.
 
         Args:
-            base: `[M+1, b, d]` what they are with the drives as evaluated.
+            base: `[M+1, b, d]` states and sample with the forcings as evaluated.
             known: `[M, b, d]` the states at which these were evaluated.
         """
-        if self._model is None:
+        if self._jacobian is None:
             return base
-        follow = (self._du * self._model(base[:-1] - known)).sum(1)
-        return base + (self._reach @ follow.flatten(1)).view_as(base)
+        follow = (self._du * self._jacobian(base[:-1] - known)).sum(1)
+        return base + (self._influence @ follow.flatten(1)).view_as(base)
 
     def unknown(self, changes: Tensor) -> Tensor:
-        """`[M, b, d]` changes of the states, with the part along what the pairs have seen made smaller."""
-        return changes if self._model is None else changes - (1 - KNOWN) * (self._dx * self._model.own(changes)).sum(1)
+        """`[M, b, d]` changes of the states, reduced to their uncertain share along the directions of the pairs."""
+        return (
+            changes
+            if self._jacobian is None
+            else changes - (1 - self._uncertainty) * (self._dx * self._jacobian.own(changes)).sum(1)
+        )
 
-    def on_sample(self, changes: Tensor, reach: Tensor) -> Tensor:
-        """`[J, b, d]` change of the sample by each of J changes.
+    def on_sample(self, changes: Tensor, influence: Tensor) -> Tensor:
+        """`[J, b, d]` change of the sample by each of J changes of forcings.
 
         Args:
             changes: `[J, b, d]`.
-            reach: `[M+1, J]` weights of each in the states and, last, in the sample, before the drives follow.
+            influence: `[M+1, J]` weights of each change in the states and, last, in the sample, before other forcings follow.
         """
-        found = reach[-1][:, None, None] * changes
-        if self._model is None:
+        found = influence[-1][:, None, None] * changes
+        if self._jacobian is None:
             return found
-        onto = torch.einsum("nkbd,jbd->bnkj", self._dx, changes) * reach[:-1, None]
-        return found + torch.einsum("n,nkbd,bnkj->jbd", self._reach[-1], self._du, self._model.solve(onto))
+        onto = torch.einsum("nkbd,jbd->bnkj", self._dx, changes) * influence[:-1, None]
+        return found + torch.einsum("n,nkbd,bnkj->jbd", self._influence[-1], self._du, self._jacobian.solve(onto))

@@ -1,15 +1,16 @@
-"""Where nodes go: the edges of a sparse table, before anything is known of the sample, and after.
+"""Mesh points: where they go before anything is known of the sample, and how a mesh is refined.
 
-On a stochastic chain what a gap leaves out grows with the square of its length in log(alpha^2/sigma^2), and matters most
-where the sample decides what it will be. Edges are placed so that the gaps of an ordinary sample contribute about equally:
-with a density that is highest about the level at which the data's standard deviation, 1/2 or so, is the noise's, falls off
-quickly towards pure noise, and stays until the noise is invisible. The shape was measured on the bundled digits network.
+The first mesh equidistributes a monitor function of log(alpha^2/sigma^2) (de Boor): every interval contains an equal share of
+its integral. On a stochastic chain the error of an interval grows with the square of its length in log(alpha^2/sigma^2), and
+matters most where the sample decides what it will be. The monitor has its peak about the level at which the noise has the
+data's standard deviation, 1/2 or so, decays quickly towards pure noise, and stays high until the noise is invisible. The shape
+was measured on the bundled digits network.
 
-On a deterministic chain edges are even in log(alpha^2/sigma^2), but for three times as many about signal-to-noise ratio 1,
-where trained networks' clean-data estimates bend most.
+On a deterministic chain the monitor is constant but for a peak of three times the height about signal-to-noise ratio 1, where
+clean-data estimates of trained networks bend most.
 
-Once it is known what the gaps of a sample leave out, those that matter are cut: into n parts of which each leaves out 1/n^2 as
-much, so that n goes as the root of a gap's share.
+Once the errors of the intervals are estimated, those that matter are subdivided. A part of one of n has 1/n^2 of the interval's
+error, so that n is in proportion to the root of that error.
 """
 
 from __future__ import annotations
@@ -22,29 +23,26 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
+from paradiff.methods.collocation.control import MeshControl
 from paradiff.methods.collocation.interval import finite_log_snr
-
-PLATEAU, DECISION = 1.0, 2.0  # heights of the density's parts
-DECISION_AT, DECISION_WIDTH = {True: -1.2, False: -0.3}, 1.5  # of stochastic and of deterministic chains
-BINS = 12  # of the range of log(alpha^2/sigma^2), for which numbers are remembered (mesh_store.py)
-UNKNOWN = 2  # parts of a gap of which nothing is known
-NOISE_SIDE, DATA_SIDE = (-0.6, 1.3, 1.8), (5.0, 2.5, 2.0)  # where the density begins to fall off, how far, which power
 
 
 class Mesh:
-    """Edges for one chain.
+    """The mesh points of one chain.
 
     Args:
         table: The sampler.
-        nodes: How many gaps each of `BINS` equal parts of the range of log(alpha^2/sigma^2) needs (mesh_store.py), in any unit,
-            in place of `density`.
+        control: The monitor function's numbers.
+        nodes: `[bins]` node counts of equal parts of the range of log(alpha^2/sigma^2) (mesh_store.py), in any unit, in place
+            of the monitor function.
 
     Attributes:
-        candidates: Fine nodes at which a gap may begin: those at which the chain starts afresh, or all where there are hardly
-            any such, and of several at one level the last.
+        candidates: Fine nodes at which an interval may begin: those at which the chain starts afresh, or all where it does so
+            at fewer than a quarter; of several at one level the last.
     """
 
-    def __init__(self, table: Table, nodes: Sequence[float] | None = None) -> None:
+    def __init__(self, table: Table, control: MeshControl, nodes: Sequence[float] | None = None) -> None:
+        self._control = control
         place = finite_log_snr(table)
         afresh = table.restarts[:-1]
         begins = afresh if 4 * len(afresh) >= table.steps else list(range(table.steps))
@@ -60,108 +58,116 @@ class Mesh:
         self._steps = table.steps
         length = (place[1:] - place[:-1]).clamp(min=0)
         middle = (place[1:] + place[:-1]) / 2
-        self._bin = bins(middle, place)
-        weight = density(middle, table.stochastic) if nodes is None else torch.tensor(nodes, dtype=torch.float64)[self._bin]
-        self._amount = torch.cat([torch.zeros(1, dtype=torch.float64), (weight * length).cumsum(0)])
+        self._bin = bins(middle, place, control.bins)
+        if nodes is None:
+            weight = monitor(middle, table.stochastic, control)
+        else:
+            weight = torch.tensor(nodes, dtype=torch.float64)[self._bin]
+        self._integral = torch.cat([torch.zeros(1, dtype=torch.float64), (weight * length).cumsum(0)])
 
     def in_bins(self, left: int = 0, right: int | None = None) -> Tensor:
-        """`[BINS]` the share of a gap, or of the whole chain, that lies in each of the equal parts of the range."""
+        """`[bins]` share of an interval, or of the whole chain, that lies in each of the equal parts of the range."""
         inside = slice(left, right)
-        amount = self._amount.diff()[inside]
-        found = torch.zeros(BINS, dtype=torch.float64).index_add(0, self._bin[inside], amount)
+        integral = self._integral.diff()[inside]
+        found = torch.zeros(self._control.bins, dtype=torch.float64).index_add(0, self._bin[inside], integral)
         return found / found.sum() if found.sum() > 0 else found
 
-    def edges(self, count: int) -> list[int]:
-        """At most `count` gaps from node 0 to the end; the last begins at the last candidate, so that the step that lands on
-        the sample stands alone."""
+    def points(self, count: int) -> list[int]:
+        """The mesh points of at most `count` intervals from node 0 to the end. The last interval begins at the last candidate,
+        so that the step that lands on the sample stands alone."""
         candidates = torch.tensor(self.candidates)
-        amount = self._amount[candidates]
+        integral = self._integral[candidates]
         found = [0]
         for k in range(1, count):
-            node = int(candidates[(amount - amount[-1] * k / max(count - 1, 1)).abs().argmin()])
+            node = int(candidates[(integral - integral[-1] * k / max(count - 1, 1)).abs().argmin()])
             if node > found[-1]:
                 found.append(node)
         return [*found, self._steps]
 
-    def split(self, left: int, right: int, parts: int) -> list[int]:
-        """The edges, `right` left out, of a gap cut into at most `parts` of about equal amount."""
+    def subdivide(self, left: int, right: int, parts: int) -> list[int]:
+        """The mesh points, `right` left out, of an interval subdivided into at most `parts` of about equal integral."""
         inside = [n for n in self.candidates if left < n < right]
         found = [left]
         if inside:
-            first, last = float(self._amount[left]), float(self._amount[min(right, self._steps - 1)])
+            first, last = float(self._integral[left]), float(self._integral[min(right, self._steps - 1)])
             for k in range(1, parts):
-                node = min(inside, key=lambda n: abs(float(self._amount[n]) - first - (last - first) * k / parts))
+                node = min(inside, key=lambda n: abs(float(self._integral[n]) - first - (last - first) * k / parts))
                 if node > found[-1]:
                     found.append(node)
         return found
 
-    def cut(
+    def refine(
         self,
-        edges: Sequence[int],
+        points: Sequence[int],
+        *,
         shares: Sequence[float],
         groups: Sequence[Sequence[int]],
         wanted: float,
         most: int,
         most_parts: int,
     ) -> list[int]:
-        """The edges with the gaps cut as they need it.
+        """The mesh points with intervals subdivided until their errors suffice.
 
         Args:
-            edges: As they are.
-            shares: What each group of gaps leaves out of the sample; infinite where that is not known.
-            groups: The numbers of the gaps of each group.
-            wanted: What all of them, in squares, may leave out.
-            most: Most gaps; where they do not suffice, all parts are longer.
-            most_parts: Most parts that a gap is cut into.
+            points: The mesh points.
+            shares: Error of each group of intervals, root mean square at the sample; infinite where it is not known.
+            groups: The numbers of the intervals of each group.
+            wanted: Root of the sum of squares that the errors shall have.
+            most: Most intervals; where they do not suffice, all parts are longer.
+            most_parts: Most parts of one interval.
         """
-        room = [min(1 + sum(left < n < right for n in self.candidates), most_parts) for left, right in pairwise(edges)]
+        room = [min(1 + sum(left < n < right for n in self.candidates), most_parts) for left, right in pairwise(points)]
         if math.inf in shares:
-            shares, level = [float(math.isinf(e)) for e in shares], UNKNOWN**-2
+            shares, level = [float(math.isinf(e)) for e in shares], self._control.unknown_parts**-2
         else:
             level = self._level(shares, [max(room[n] for n in group) for group in groups], wanted)
-        while level <= max(shares) * 1.01:
-            cuts = [1] * len(room)
+        while level <= max(shares) * self._control.level_margin:
+            parts_of = [1] * len(room)
             for share, group in zip(shares, groups, strict=True):
                 for n in group:
-                    cuts[n] = max(cuts[n], min(_parts(share, level), room[n]))
+                    parts_of[n] = max(parts_of[n], min(_parts(share, level), room[n]))
             found = [
-                edge
-                for (left, right), parts in zip(pairwise(edges), cuts, strict=True)
-                for edge in self.split(left, right, parts)
+                point
+                for (left, right), parts in zip(pairwise(points), parts_of, strict=True)
+                for point in self.subdivide(left, right, parts)
             ]
             if len(found) <= most:
                 return [*found, self._steps]
-            level *= 1.3
-        return list(edges)
+            level *= self._control.level_growth
+        return list(points)
 
-    @staticmethod
-    def _level(shares: Sequence[float], room: Sequence[int], wanted: float) -> float:
-        """To which all shares are brought: the highest that suffices."""
+    def _level(self, shares: Sequence[float], room: Sequence[int], wanted: float) -> float:
+        """The highest level of error to which all shares may be brought so that together they leave at most `wanted`."""
         low, high = 1e-6 * max(shares), max(shares)
         for _ in range(40):
             level = (low + high) / 2
             parts = [_parts(e, level) for e in shares]
-            left = sum((e / n**1.5) ** 2 for e, n, most in zip(shares, parts, room, strict=True) if n < most)
+            left = sum(
+                (e / n**self._control.subdivision_exponent) ** 2
+                for e, n, most in zip(shares, parts, room, strict=True)
+                if n < most
+            )
             low, high = (level, high) if left <= wanted**2 else (low, level)
         return low
 
 
-def bins(values: Tensor, place: Tensor) -> Tensor:
-    """In which of `BINS` equal parts of the range of `place` values lie."""
-    return ((values - place[0]) / (place[-1] - place[0]).clamp(min=1e-300) * BINS).long().clamp(0, BINS - 1)
+def bins(values: Tensor, place: Tensor, count: int) -> Tensor:
+    """Number of the part in which values lie, of `count` equal parts of the range of `place`."""
+    return ((values - place[0]) / (place[-1] - place[0]).clamp(min=1e-300) * count).long().clamp(0, count - 1)
 
 
 def _parts(share: float, level: float) -> int:
+    """Parts of an interval of which each has at most the error `level`."""
     return max(1, math.ceil(math.sqrt(share / level) - 1e-9))
 
 
-def density(log_snr: Tensor, stochastic: bool) -> Tensor:
-    """Density of gaps, in any unit, at values of log(alpha^2/sigma^2)."""
-    at = DECISION_AT[stochastic]
-    decision = DECISION * torch.exp(-(((log_snr - at) / DECISION_WIDTH) ** 2) / 2)
+def monitor(log_snr: Tensor, stochastic: bool, control: MeshControl) -> Tensor:
+    """The monitor function, in any unit, at values of log(alpha^2/sigma^2)."""
+    at = control.stochastic_peak if stochastic else control.deterministic_peak
+    peak = control.peak * torch.exp(-(((log_snr - at) / control.peak_width) ** 2) / 2)
     if not stochastic:
-        return PLATEAU + decision
+        return control.plateau + peak
     fall = 1.0
-    for (begin, width, power), sign in ((NOISE_SIDE, -1), (DATA_SIDE, 1)):
-        fall = fall + ((sign * (log_snr - begin)).clamp(min=0) / width) ** power
-    return (PLATEAU + decision) / fall
+    for side, sign in ((control.noise_side, -1), (control.data_side, 1)):
+        fall = fall + ((sign * (log_snr - side.begin)).clamp(min=0) / side.width) ** side.power
+    return (control.plateau + peak) / fall

@@ -1,16 +1,16 @@
-"""Memory: where earlier samples of one model needed their nodes, as a few numbers on disk.
+"""The mesh store: a file of where earlier samples of one model needed their nodes, which warm-starts later samples.
 
-When a sample is at rest, what each gap leaves out of it is known by estimate (defect.py). n gaps in place of one would leave
-out n^-1.5 as much, so that the fewest which leave out w together are
+When a sample has converged, the error e[g] of each interval g is estimated (error.py). n intervals in place of one leave n^-1.5
+of its error, so that the fewest that leave w together are
 
-    n[g] = sqrt(e[g]) ( sum sqrt(e) / w^2 )^(1/3),                                                                 (1)
+    n[g] = sqrt(e[g]) ( sum sqrt(e) / w^2 )^(1/3).                                                                 (1)
 
-where e[g] is what gap g leaves out. These numbers, summed over `BINS` equal parts of the chain's range of log(alpha^2/sigma^2),
-are what is remembered: their geometric mean over the samples, among which the density that mesh.py begins with counts as
-`PRIOR`. After `SETTLED` samples they are left as they are. Later samples begin with so many gaps, so placed, and with the
-data's variance that was found.
+These node counts are summed over equal parts of the chain's range of log(alpha^2/sigma^2). What is stored is their shares of
+the total and its geometric mean over the samples, the default mesh (mesh.py) counting as some of them; and the data's variance.
+After enough samples an entry is left unchanged (`StoreControl`). Later samples start from a mesh of the stored counts, and from
+the stored variance.
 
-A file is for one model; in it each table has numbers of its own. It is never needed: without it, samples begin as the first.
+A file is for one model, and has an entry for each table. It is never needed: without it, samples start from the default mesh.
 """
 
 from __future__ import annotations
@@ -29,25 +29,19 @@ from typing import Any
 import torch
 
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.mesh import BINS
+from paradiff.methods.collocation.control import CollocationControl
 
-PRIOR = 4
-SETTLED = 24  # samples
-OUTLIER = 1.3  # times as many nodes as remembered count as so many: a few samples need many times as many
-AIM = {True: 0.6, False: 0.4}  # share of the tolerance that gaps may leave out, w of equation (1)
-LEAST = 0.75  # of the number of nodes that samples of an unknown model begin with
-FEWEST = 1e-2  # nodes of a part
 FORMAT = "paradiff nodes 1"
 
 
 @dataclass(frozen=True)
 class StoredMesh:
-    """What a file holds for one table.
+    """The entry of a file for one table.
 
     Attributes:
-        nodes: `BINS` numbers of nodes, of a sample at the default tolerance.
-        variance: The data's variance that samples ended with.
-        samples: How many samples these come from.
+        nodes: `[bins]` node counts of a sample at the reference tolerance.
+        variance: The data's variance that the last samples ended with.
+        samples: Number of samples that they come from.
     """
 
     nodes: tuple[float, ...]
@@ -56,50 +50,51 @@ class StoredMesh:
 
 
 class MeshStore:
-    """The numbers of one model and table.
+    """The entry of one model and table.
 
     Args:
         path: The file; made when the first samples are found.
         table: The sampler.
-        kind: What else they depend on: the interpolation's order, the target.
+        control: The tuned numbers.
+        kind: What else the entry depends on: the interpolation's order and the target.
 
     Attributes:
-        found: What the file holds; None if that is nothing yet.
+        stored: The entry of the file; None if there is none yet.
 
     Raises:
-        ValueError: If the file is something else, or cannot be made where it shall be.
+        ValueError: If the file is no mesh store, or its folder does not exist.
     """
 
-    def __init__(self, path: Path, table: Table, *kind: Any) -> None:
+    def __init__(self, path: Path, table: Table, control: CollocationControl, *kind: Any) -> None:
         self._path, self._key = path, _key(table, kind)
+        self._control, self._bins = control.store, control.mesh.bins
         self._about = {"chain": table.name, "steps": table.steps}
-        self._read()  # now, so that a file that is something else is told before anything is computed
-        held = self._read().get(self._key)
-        self.found = None if held is None else self._remembered(held)
-        self._noted: list[tuple[list[float], float]] = []
+        entry = self._read().get(self._key)  # now, so that another file is refused before anything is computed
+        self.stored = None if entry is None else self._parsed(entry)
+        self._recorded: list[tuple[list[float], float]] = []
 
-    def note(self, nodes: Sequence[float], variance: float) -> None:
-        """Takes the numbers of nodes that one sample needed in each part, at the default tolerance, and its data's variance."""
-        self._noted.append(([*nodes], variance))
+    def record(self, nodes: Sequence[float], variance: float) -> None:
+        """Takes the node counts `[bins]` of one sample at the reference tolerance, and its data's variance."""
+        self._recorded.append(([*nodes], variance))
 
-    def keep(self, prior: Sequence[float]) -> None:
-        """Writes what was noted; warns where that cannot be done, since the samples are found all the same.
+    def save(self, prior: Sequence[float]) -> None:
+        """Writes what was recorded. It warns where the file cannot be written, since the samples are found all the same.
 
         Args:
-            prior: The numbers of nodes that mesh.py begins with.
+            prior: `[bins]` node counts of the default mesh.
         """
-        before = self.found
-        if not self._noted or (before is not None and before.samples >= SETTLED):
+        before, control = self.stored, self._control
+        if not self._recorded or (before is not None and before.samples >= control.most_samples):
             return
         old = 0 if before is None else before.samples
-        nodes, samples = (prior if before is None else before.nodes), old + len(self._noted)
-        share = [n / sum(nodes) * (old + PRIOR) for n in nodes]
+        nodes, samples = (prior if before is None else before.nodes), old + len(self._recorded)
+        share = [n / sum(nodes) * (old + control.prior_weight) for n in nodes]
         total = math.log(sum(nodes)) * (old + 1)
-        for found, _ in self._noted:
+        for found, _ in self._recorded:
             share = [s + n / sum(found) for s, n in zip(share, found, strict=True)]
-            total += math.log(min(max(sum(found), LEAST * sum(prior)), OUTLIER * sum(nodes)))
-        count = math.exp(total / (samples + 1)) / (samples + PRIOR)
-        new = StoredMesh(tuple(max(s * count, FEWEST) for s in share), self._noted[-1][1], samples)
+            total += math.log(min(max(sum(found), control.least_share * sum(prior)), control.outlier * sum(nodes)))
+        count = math.exp(total / (samples + 1)) / (samples + control.prior_weight)
+        new = StoredMesh(tuple(max(s * count, control.fewest) for s in share), self._recorded[-1][1], samples)
         entry = self._about | {
             "samples": new.samples,
             "variance": new.variance,
@@ -108,47 +103,45 @@ class MeshStore:
         try:
             _write(self._path, {"format": FORMAT, "tables": self._read() | {self._key: entry}})
         except OSError as error:
-            warnings.warn(f"where nodes lay was not remembered in {self._path}: {error}", stacklevel=2)
+            warnings.warn(f"where samples needed nodes was not saved to {self._path}: {error}", stacklevel=2)
 
     def _read(self) -> dict[str, Any]:
         """The entries of the file, by table."""
         if not self._path.parent.is_dir():
-            raise ValueError(f"the memory is {str(self._path)!r}, whose folder does not exist; make it, or give another path")
+            raise ValueError(f"warm_start is {str(self._path)!r}, whose folder does not exist; make it, or give another path")
         try:
-            held = json.loads(self._path.read_text())
+            content = json.loads(self._path.read_text())
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(self._strange(str(error))) from error
-        if not isinstance(held, dict) or held.get("format") != FORMAT or not isinstance(held.get("tables"), dict):
-            raise ValueError(self._strange(f"it does not say {FORMAT!r}"))
-        return held["tables"]
+            raise ValueError(self._refusal(str(error))) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), dict):
+            raise ValueError(self._refusal(f"it does not say {FORMAT!r}"))
+        return content["tables"]
 
-    def _remembered(self, held: Any) -> StoredMesh:
+    def _parsed(self, entry: Any) -> StoredMesh:
         try:
-            found = StoredMesh(tuple(map(float, held["nodes"])), float(held["variance"]), int(held["samples"]))
+            found = StoredMesh(tuple(map(float, entry["nodes"])), float(entry["variance"]), int(entry["samples"]))
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(self._strange(f"the entry {self._key} lacks {error}")) from error
+            raise ValueError(self._refusal(f"the entry {self._key} lacks {error}")) from error
         numbers = (*found.nodes, found.variance, found.samples)
-        if len(found.nodes) != BINS or not all(0 < n < math.inf for n in numbers):
-            raise ValueError(
-                self._strange(f"the entry {self._key} has {len(found.nodes)} numbers of nodes: {list(found.nodes)}")
-            )
+        if len(found.nodes) != self._bins or not all(0 < n < math.inf for n in numbers):
+            raise ValueError(self._refusal(f"the entry {self._key} has {len(found.nodes)} node counts: {list(found.nodes)}"))
         return found
 
-    def _strange(self, why: str) -> str:
-        return f"the memory {str(self._path)!r} is no file of remembered nodes ({why}); delete it, or give another path"
+    def _refusal(self, why: str) -> str:
+        return f"warm_start is {str(self._path)!r}, which is no mesh store ({why}); delete it, or give another path"
 
 
-def needed(shares: Sequence[float], wanted: float) -> list[float]:
-    """Equation (1)."""
+def node_counts(shares: Sequence[float], wanted: float) -> list[float]:
+    """Equation (1): the fewest intervals in place of each, of the errors `shares`, that leave `wanted` together."""
     roots = [math.sqrt(e) for e in shares]
     factor = (sum(roots) / wanted**2) ** (1 / 3)
     return [factor * root for root in roots]
 
 
 def _key(table: Table, kind: tuple[Any, ...]) -> str:
-    """A name for a table's coefficients."""
+    """A digest of a table's coefficients and `kind`."""
     digest = hashlib.sha256(repr(kind).encode())
     for values in (table.t, table.alpha, table.sigma, table.a, table.b, table.c, table.p, table.q):
         digest.update(values.to(torch.float32).contiguous().numpy().tobytes())
@@ -156,7 +149,7 @@ def _key(table: Table, kind: tuple[Any, ...]) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside the file and moves it into place."""
+    """Writes a scratch file and moves it into place."""
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:

@@ -12,12 +12,13 @@ from paradiff.methods.window.method import WindowMethod
 from paradiff.solver.protocol import Problem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CollocationMethod(CollocationOptions):
-    """A collocation method; its attributes are those of `CollocationOptions`.
+    """A collocation method; its attributes are those of `CollocationOptions`. It returns a sample and an estimate of its error,
+    which is no bound.
 
     Raises:
-        ValueError: If a value is out of its range, or two of them contradict each other.
+        ValueError: If a value is of the wrong kind or out of its range, or two of them contradict each other.
     """
 
     @property
@@ -27,7 +28,7 @@ class CollocationMethod(CollocationOptions):
 
     @property
     def solves_chain(self) -> bool:
-        """Whether the sample sought is the chain's own, not that of the equation which it discretizes."""
+        """Whether the sample sought is the chain's own, not that of the equation that the chain discretizes."""
         return self.target == "chain"
 
     @property
@@ -39,16 +40,16 @@ class CollocationMethod(CollocationOptions):
         """The run on a problem.
 
         Raises:
-            ValueError: If the method does not fit the problem's table, or the file of `memory` is something else.
+            ValueError: If the method does not fit the problem's table, or the file of `warm_start` is no mesh store.
         """
         return CollocationRun(self, problem)
 
     def reference(self) -> WindowMethod:
-        """The plain chain."""
+        """The sequential chain."""
         return WindowMethod("jacobi").reference()
 
     def width(self, table: Table) -> int:
-        """Mesh points to begin with, or the bound on rows."""
+        """Nodes of the first mesh, or the bound on rows."""
         count = len(self.edges(table)) - 1
         return count if self.window is None else min(count, self.window)
 

@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.table import Table
+from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole
+from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 
 Target = Literal["chain", "ode", "sde"]
-STOCHASTIC_NODES, DETERMINISTIC_NODES = 56, 32  # at the default tolerance
-DEFAULT_TOLERANCE = 4e-3
-LEAST_SHARE = 0.75  # of these nodes, at any tolerance: fewer would have to be cut
-DETERMINISTIC_ORDER = 3
-VARIANCE = 0.25  # of data in -1 ... 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CollocationOptions:
-    """Hyper-parameters of sparse nodes; see `methods.collocation`.
+    """Hyper-parameters of collocation; see `methods.collocation`.
 
     Attributes:
         name: The method's name.
-        nodes: Number of nodes to begin with, the fine nodes themselves, or `auto`.
+        nodes: Number of nodes of the first mesh, the fine nodes themselves, or `auto`.
         order: Degree of the interpolation between nodes; None for 0 on stochastic chains, at averaged states, and for 3 on
             deterministic ones.
-        shift: Variance of the data, whose answer to the state is taken out of what is interpolated; or `auto`: 1/4, corrected
-            when the sample is at rest, if that finds it far off.
+        shift: Variance of the data, which sets the linear part of the forcing (interval.py); or `auto`: 1/4, replaced by the
+            mean square of the first sample that has nearly converged, if that is far off.
         window: Most rows that a sample puts in one round; None for no bound.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
-        secants: Pairs of earlier sweeps kept for each node (methods/secant.py).
+        secants: Secant pairs kept for each node (methods/secant.py).
         max_nodes: Most nodes that a sample may have; None for as many as the chain has.
-        exact: Whether the window loop verifies the sample over all nodes of the chain.
+        exact: Whether the window method verifies the sample over all nodes of the chain.
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
-        memory: File in which is remembered where the samples of this model needed their nodes (mesh_store.py); None for no
-            file.
+        warm_start: File of a mesh store (mesh_store.py): where samples of this model needed their nodes, for later ones to
+            start from; None for no file.
+        control: The tuned numbers; None for `ORDER_ZERO` or `HIGHER_ORDER`, by the order of the interpolation.
 
     Raises:
-        ValueError: If a value is out of its range, or two of them contradict each other.
+        ValueError: If a value is of the wrong kind or out of its range, or two of them contradict each other.
     """
 
     name: str = "collocation"
@@ -55,45 +52,54 @@ class CollocationOptions:
     max_nodes: int | None = None
     exact: bool = False
     target: Target = "chain"
-    memory: str | Path | None = None
+    warm_start: str | Path | None = None
+    control: CollocationControl | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.nodes, str):
-            if self.nodes != "auto":
-                raise ValueError(f"nodes is {self.nodes!r}; it must be a count, a sequence of fine nodes, or 'auto'")
-        elif isinstance(self.nodes, int):
-            if self.nodes < 2:
-                raise ValueError(f"{self.nodes} nodes were asked for; an interpolation needs at least 2")
-        else:
-            self._check_places([int(n) for n in self.nodes])
-        if self.order is not None and not 0 <= self.order <= 8:
-            raise ValueError(f"the order is {self.order}; it must be 0 (averages) to 8, or None for the chain's own")
-        if self.shift != "auto" and (isinstance(self.shift, str) or not 0 < self.shift < math.inf):
-            raise ValueError(f"the shift is {self.shift!r}; it must be a data variance, positive and finite, or 'auto'")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"the window is {self.window}; it must be at least 1 row, or None for no bound")
-        if not 0 < self.tolerance < math.inf:
+        self._refuse_nodes()
+        if self.order is not None and not (is_whole(self.order) and 0 <= self.order <= 8):
             raise ValueError(
-                f"the tolerance is {self.tolerance}; it must be positive and finite (for the chain itself, use exact=True)"
+                f"the order is {self.order!r}; it must be a whole number, 0 (averages) to 8, or None for the chain's own"
             )
-        if self.secants < 0:
-            raise ValueError(f"secants is {self.secants}; it must be 0 or more pairs")
-        least = 2 if isinstance(self.nodes, str) else self.nodes if isinstance(self.nodes, int) else len(self.nodes)
-        if self.max_nodes is not None and self.max_nodes < least:
-            raise ValueError(f"max_nodes is {self.max_nodes}, below the {least} nodes to begin with; give at least that")
-        if self.target not in get_args(Target):
-            raise ValueError(f"the target is {self.target!r}; it must be one of {', '.join(get_args(Target))}")
+        if self.shift != "auto":
+            require_real("the shift, a data variance,", self.shift, positive=True, otherwise=", or 'auto'")
+        if self.window is not None:
+            require_whole("the window", self.window, 1, ", or None for no bound on rows")
+        require_real("the tolerance", self.tolerance, positive=True, otherwise=" (for the chain itself, use exact=True)")
+        require_whole("secants", self.secants, 0)
+        if self.max_nodes is not None:
+            require_whole("max_nodes", self.max_nodes, 1, ", or None for as many as the chain has")
+            least = 2 if isinstance(self.nodes, str) else self.nodes if is_whole(self.nodes) else len(self.nodes)
+            if self.max_nodes < least:
+                raise ValueError(f"max_nodes is {self.max_nodes}, below the {least} nodes to begin with; give at least that")
+        if not isinstance(self.exact, bool):
+            raise ValueError(f"exact is {self.exact!r}; it must be True or False")
+        require_one_of("the target", self.target, get_args(Target))
         if self.exact and self.target != "chain":
             raise ValueError(
                 f"exact=True was given with target={self.target!r}; only the chain's own sample can be verified step by step"
             )
-
-        if self.memory is not None and self.nodes != "auto":
+        if self.warm_start is not None and not isinstance(self.warm_start, str | Path):
+            raise ValueError(f"warm_start is {self.warm_start!r}; it must be the path of a file, or None for no file")
+        if self.warm_start is not None and self.nodes != "auto":
             raise ValueError(
-                f"memory was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
+                f"warm_start was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
             )
+        if self.control is not None:
+            require_kind("control", self.control, CollocationControl, ", or None for the order's own")
 
-    def _check_places(self, places: list[int]) -> None:
+    def _refuse_nodes(self) -> None:
+        """Refuses nodes of the wrong kind, too few, or out of order."""
+        nodes = self.nodes
+        if nodes == "auto":
+            return
+        if not is_whole(nodes) and not are_whole(nodes):
+            raise ValueError(f"nodes is {nodes!r}; it must be a count, a sequence of fine nodes, or 'auto'")
+        if is_whole(nodes):
+            if nodes < 2:
+                raise ValueError(f"{nodes} nodes were asked for; an interpolation needs at least 2")
+            return
+        places = [int(n) for n in nodes]
         if not places or places[0] != 0:
             raise ValueError(f"the nodes begin with {places[:1]}; the first must be node 0, where the chain starts")
         for before, after in itertools.pairwise(places):
@@ -106,66 +112,77 @@ class CollocationOptions:
         """Degree of the interpolation on a chain."""
         if self.order is not None:
             return self.order
-        return 0 if table.stochastic else min(DETERMINISTIC_ORDER, len(mesh_on(table).candidates) - 1)
+        usual = self.control or (ORDER_ZERO if table.stochastic else HIGHER_ORDER)
+        return min(usual.order, len(mesh_on(table, usual).candidates) - 1)
+
+    def control_on(self, table: Table) -> CollocationControl:
+        """The tuned numbers for a chain."""
+        return self.control or (ORDER_ZERO if self.degree(table) == 0 else HIGHER_ORDER)
 
     def relative(self, table: Table) -> float:
-        """How many times as many nodes this tolerance needs as the default one."""
-        return (DEFAULT_TOLERANCE / self.tolerance) ** (2 / 3 if self.degree(table) == 0 else 1 / 3)
+        """Ratio of node counts: at this tolerance over at the reference tolerance."""
+        control = self.control_on(table)
+        return (control.reference_tolerance / self.tolerance) ** control.node_exponent
 
     def usual(self, table: Table) -> int:
-        """How many nodes a sample of an unknown model begins with at the default tolerance."""
-        return STOCHASTIC_NODES if self.degree(table) == 0 else DETERMINISTIC_NODES
+        """Nodes of the default mesh at the reference tolerance."""
+        return self.control_on(table).nodes
 
-    def remember(self, table: Table) -> MeshStore | None:
-        """What is remembered of the table, if anything shall be.
+    def store(self, table: Table) -> MeshStore | None:
+        """The mesh store's entry of a table; None without a file.
 
         Raises:
-            ValueError: If the file is something else.
+            ValueError: If the file is no mesh store.
         """
-        return None if self.memory is None else MeshStore(Path(self.memory), table, self.degree(table), self.target)
+        return (
+            None
+            if self.warm_start is None
+            else MeshStore(Path(self.warm_start), table, self.control_on(table), self.degree(table), self.target)
+        )
 
-    def edges(self, table: Table, remembered: StoredMesh | None = None) -> list[int]:
-        """The edges to begin with, 0 and N included.
+    def edges(self, table: Table, stored: StoredMesh | None = None) -> list[int]:
+        """The points of the first mesh, 0 and N included.
 
         Args:
             table: The sampler.
-            remembered: What is remembered of it.
+            stored: The mesh store's entry of it.
 
         Raises:
-            ValueError: If nodes are out of range, not such at which a gap may begin, or too few for the order.
+            ValueError: If nodes are out of range, no candidates of the mesh, or too few for the order.
         """
-        order, mesh = self.degree(table), mesh_on(table, remembered)
-        if isinstance(self.nodes, int | str):
+        order, control = self.degree(table), self.control_on(table)
+        mesh = mesh_on(table, control, stored)
+        if isinstance(self.nodes, str) or is_whole(self.nodes):
             if isinstance(self.nodes, str):
-                share = max(self.relative(table), LEAST_SHARE)
-                count = self.usual(table) if remembered is None else sum(remembered.nodes)
+                share = max(self.relative(table), control.least_nodes)
+                count = self.usual(table) if stored is None else sum(stored.nodes)
                 count = max(round(count * share), order + 1)
                 count = min(count, table.steps, self.max_nodes or table.steps)
             else:
                 count = self.nodes
                 if count > table.steps:
                     raise ValueError(f"{count} nodes were asked for; the chain has {table.steps} steps: give at most that")
-            edges = mesh.edges(count)
+            points = mesh.points(count)
         else:
-            edges = [int(n) for n in self.nodes]
-            if edges[-1] >= table.steps:
-                raise ValueError(f"node {edges[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
-            strange = sorted(set(edges) - set(mesh.candidates))
+            points = [int(n) for n in self.nodes]
+            if points[-1] >= table.steps:
+                raise ValueError(f"node {points[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
+            strange = sorted(set(points) - set(mesh.candidates))
             if strange:
                 raise ValueError(
                     f"node {strange[0]} was given; table {table.name!r} does not start afresh there, or has another node at "
                     "the same level: leave it out"
                 )
-            edges = [*edges, table.steps]
-        if len(edges) - 1 < order + 1:
+            points = [*points, table.steps]
+        if len(points) - 1 < order + 1:
             raise ValueError(
-                f"the nodes are {len(edges) - 1}, for interpolation of order {order}; it needs at least {order + 1}: give "
+                f"the nodes are {len(points) - 1}, for interpolation of order {order}; it needs at least {order + 1}: give "
                 "more nodes, or a lower order"
             )
-        return edges
+        return points
 
 
-def mesh_on(table: Table, remembered: StoredMesh | None = None) -> Mesh:
-    """Where nodes go on a chain; made once for a table."""
-    nodes = None if remembered is None else remembered.nodes
-    return table.cached(("placement", nodes), lambda: Mesh(table, nodes))
+def mesh_on(table: Table, control: CollocationControl, stored: StoredMesh | None = None) -> Mesh:
+    """The mesh of a chain; made once for a table."""
+    nodes = None if stored is None else stored.nodes
+    return table.cached(("mesh", control.mesh, nodes), lambda: Mesh(table, control.mesh, nodes))

@@ -14,12 +14,17 @@ from paradiff.solver.solution import ErrorEstimate, Status
 
 
 class CollocationRun:
-    """What all samples share, and a system for each (protocol.py's `Run`)."""
+    """What all samples share, and a solver for each (protocol.py's `Run`)."""
 
     def __init__(self, options: CollocationOptions, problem: Problem) -> None:
         self._options, self._problem = options, problem
         self._setup = CollocationSetup(
-            problem.table, options, problem.device, problem.dtype, problem.shared_window, problem.resolution
+            problem.table,
+            options,
+            device=problem.device,
+            dtype=problem.dtype,
+            shared_window=problem.shared_window,
+            resolution=problem.resolution,
         )
 
     @property
@@ -28,7 +33,7 @@ class CollocationRun:
         return self._setup.t
 
     def solver(self, sample: int) -> CollocationSolver:
-        """The system of one sample."""
+        """The solver of one sample."""
         return CollocationSolver(self._setup, self._problem.noise, sample, self._problem.start_of(sample))
 
     def status(self, estimates: Sequence[ErrorEstimate]) -> tuple[Status, str]:
@@ -37,10 +42,10 @@ class CollocationRun:
         if worst > tolerance:
             return Status.STOPPED, Status.STOPPED.message(
                 f"an estimated error of {worst:.2g} was reached, where {tolerance:g} was asked for; give more nodes "
-                "(max_nodes), or let the window loop go on (exact=True)"
+                "(max_nodes), or let the window method go on (exact=True)"
             )
         return Status.CONVERGED, Status.CONVERGED.message(f"the estimated error of every sample is at most {tolerance:g}")
 
     def close(self) -> None:
-        """Writes what was learnt of the mesh, if a file was given for it."""
-        self._setup.keep()
+        """Writes where the samples needed nodes, if a file was given for it."""
+        self._setup.save()

@@ -1,35 +1,26 @@
-"""One sample's sparse system (system.py): what it asks for, what it makes of the answers, where it adds nodes.
+"""One sample's iteration: which nodes are evaluated in a round, and the quasi-Newton step that follows.
 
-A round evaluates the network at some of the nodes, the **active** ones: those not seen yet, and those whose state has moved so
-far since they were evaluated that the sample may tell; the first of them along the chain if there are more than the window
-allows. Their drives u[k], and the differences to what they were at other states, give all states anew by Newton's step on
-equation (1) of system.py,
+A round evaluates the network at some of the nodes, the **active** ones: those that were not evaluated yet, and those whose
+staleness (staleness.py) exceeds their part of the tolerance; the first of them along the chain if there are more than the
+window allows. Rows that the window leaves idle go to probes (probes.py). The forcings u[k], and secant pairs of earlier
+evaluations, give all states anew by a quasi-Newton step on equation (1) of system.py,
 
     y = f x[0] + R (u + du) + n,      du[k] = DU[k] K[k] DX[k]^T (y[k] - y[k] evaluated),                        (1)
 
-with the pairs DX, DU of earlier rounds as a model of the drive's derivative (methods/secant.py). What the pairs do not know is
-small already, since the drive is what answers least to the state (interval.py).
+with the pairs DX, DU as a low-rank Jacobian of the forcing (methods/secant.py). The rest of the Jacobian is small, since the
+forcing is what responds least to the state (interval.py).
 
-What a node **holds back** is the most that its drive can have changed since it was evaluated: its state's change, times the
-steepest answer that the node has given so far, or that a clean-data estimate would. A node that was evaluated once has shown
-no answer, and its neighbours stand for it: in units of the network's output the answer changes little from a node to the next,
-and at the noisy end a trained network's can be far above any clean-data estimate's. What is held back is carried to the sample
-by equation (1), pairs included. Where the sample is about to decide what it will be, the pairs know, and a change that the
-chain's linear part would forget is seen to grow. Carried together, the changes of all nodes tell how far the sample may move
-still; when that is small enough, the sample is at rest.
-
-The interpolation error is estimated (error.py) with the same propagation, as soon as what the sweeps leave does not hide it.
-If both errors together are below the tolerance, the sample is found. If the interpolation error alone exceeds it, the gaps that
-matter most are cut, their nodes begin with the drives and pairs of the old ones, and the rounds go on; to bring the nodes to
-rest before would be lost work. A sample that would need a good part of the chain's own nodes is handed to the window loop,
-which begins with what was found if that is near. Memory is O(nodes) states.
+The staleness of all nodes, propagated to the sample together, is the iteration error. Where the sample is about to decide what
+it will be, secant pairs have observed that early changes grow, which the chain's linear part would damp. When the iteration
+error is a small part of the tolerance, the nodes have converged. What follows then, and what the interpolation error has to do
+with it, is decided in refine.py. Memory is O(nodes) states.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -37,166 +28,165 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.methods.collocation.dense_output import DenseOutput
-from paradiff.methods.collocation.error import Estimate, times
+from paradiff.chain.step import Step
+from paradiff.methods.collocation.estimator import Estimator
+from paradiff.methods.collocation.evaluations import Evaluations
+from paradiff.methods.collocation.handover import Handover
 from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.probes import Probes
+from paradiff.methods.collocation.refine import (
+    Bounds,
+    Converged,
+    Decision,
+    GiveUp,
+    HandOver,
+    Probe,
+    Progress,
+    Refine,
+    Rescale,
+    Stop,
+    Sweep,
+    decide,
+)
+from paradiff.methods.collocation.sample_system import SampleSystem
 from paradiff.methods.collocation.setup import CollocationSetup
-from paradiff.methods.collocation.system import CollocationSystem, draw, spread
+from paradiff.methods.collocation.staleness import beyond_rounding, lipschitz
+from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import CollocationRecord, WindowRecord
 from paradiff.solver.solution import ErrorEstimate
 
-STEEPEST = 4.0  # the clean-data estimate answers at most so many times as strongly as that of Gaussian data
-REST = {True: 0.25, False: 0.3}  # share of the tolerance that sweeps may leave, by whether states are averaged
-EARLY = 10.0  # times the tolerance that they may leave when a sample is judged before it is at rest
-QUIET = 1.4  # times its share of the rest that a node may hold back from the sample without being asked again
-GAPS = {True: 0.75, False: 0.5}  # share of the tolerance to which gaps are cut when they must be, by the same
-FLATTER = {True: 0.15, False: 0.0}  # and further where the tolerance is far: power of how many times off it is
-HANDED_OVER = {True: 0.35, False: 0.5}  # share of the chain's nodes: a sample that needs more is the window loop's
-MOST_PARTS = {True: 16, False: 4}  # into which a gap is cut at once: estimates from few nodes of high order are coarse
-NEAR = 4.0  # times the tolerance that the estimated error may be for the window loop to begin with what was found
-MOST_SWEEPS = 20  # times the rounds that a sweep takes, after which a sample that finds no rest is given up
-TOLD = 0.125  # of the network's relative precision: of smaller changes of a state its outputs tell rounding only
-MOST_PAIRS = 600  # in the system of a round: with more nodes than a few hundred, each has fewer pairs
-FAR = 16.0  # factor by which the data's variance may be off
-
 
 @dataclass(frozen=True, eq=False)
 class CollocationQuery(Query):
-    """The rows of one round: nodes of the mesh, then pairs of intervals.
+    """The rows of one round: nodes of the mesh, then doubled intervals.
 
     Attributes:
         chosen: The numbers of the mesh's nodes.
-        pairs: The numbers of the intervals of twice the length, whose outputs tell the interpolation's error.
-        handed: `[R, b, d]` the states to the last digit of the dtype in which the network is given them.
+        pairs: The numbers of the doubled intervals.
+        evaluated_at: `[R, b, d]` the states, rounded to the dtype in which the network is given them.
     """
 
     chosen: list[int]
     pairs: list[int]
-    handed: Tensor
+    evaluated_at: Tensor
 
 
 class CollocationSolver:
-    """The system of one sample. Tensors of states are `[M, b, d]`, b the members.
+    """The iteration of one sample. Tensors of states are `[M, b, d]`, b the members.
+
+    Args:
+        setup: What all samples share.
+        noise: x[0] and the noises of every sample.
+        sample: The sample.
+        start: Its state at node 0, in place of the noise's.
 
     Attributes:
         sample: The sample.
         done: Whether the sample is found.
-        estimate: Of the root mean square error from interpolation.
-        iteration_error: That from sweeps not made.
+        estimator: Its interpolation error.
+        iteration_error: Root mean square at the sample that the staleness of all nodes may amount to.
+        residual: Largest root mean square distance of a node's state from that of its evaluation.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
+        active: Numbers of the nodes to evaluate next.
     """
 
-    def __init__(self, ground: CollocationSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
-        self.ground, self.noise, self.sample = ground, noise, sample
-        x0 = ground.move(noise.start(sample)) * ground.table.start_scale if start is None else ground.move(start)
+    def __init__(self, setup: CollocationSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
+        self.setup, self.control, self.noise, self.sample = setup, setup.control, noise, sample
+        x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
         self.shape = tuple(x0.shape)
-        self._x0 = x0.reshape(x0.shape[0], -1) if ground.members and x0.ndim > 1 else x0.reshape(1, -1)
-        self.rounds = self.evaluations = 0
+        self._x0 = x0.reshape(x0.shape[0], -1) if setup.shared_window and x0.ndim > 1 else x0.reshape(1, -1)
+        self._mean_square = functools.partial(_mean_square, setup.step, self.shape)
+        self.rounds = self.evaluations = self._sweeps = 0
         self.done = False
-        self._final = x0
-        self._visited = torch.zeros(0, dtype=torch.int64)  # fine nodes of the last round
         self.iteration_error = self.residual = math.inf
-        self._recurrence, self._settled_shift = ground.recurrence, ground.settled_shift
-        self._drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._window: WindowSolver | None = None
-        self.estimate = Estimate(ground, noise, sample, self._x0, self.shape)
-        self._begin(ground.sparse(ground.recurrence, ground.edges))
-        count = len(self.sparse.gaps)
-        self._u = self._x0.new_zeros(count, *self._x0.shape)
-        self._y = self._u.clone()
-        self._dx = self._x0.new_zeros(count, ground.method.secants, *self._x0.shape)
-        self._du = self._dx.clone()
-        self._known, self._guessed = [False] * count, [False] * count
-        self._solve()
+        method = setup.method
+        self._bounds = Bounds(
+            tolerance=method.tolerance,
+            exact=method.exact,
+            most_nodes=setup.most_nodes,
+            may_hand_over=method.target == "chain" and method.max_nodes is None,
+            control=setup.control,
+        )
+        system = setup.system(setup.recurrence, setup.points)
+        self._recurrence, self._settled_shift = setup.recurrence, setup.settled_shift
+        self._at = SampleSystem.of(setup, system, self._x0, noise, sample, drawn={})
+        self._probes = Probes(setup, noise, sample, self._x0, system)
+        self.estimator = Estimator(setup, self._mean_square)
+        self._handover: Handover | None = None
+        self._visited: list[int] = []  # fine nodes of the last round
+        self._nodes = Evaluations(len(system.intervals), method.secants, self._x0)
+        self.active = list(range(len(system.intervals)))
+        self._linearization, self._states, self._final = self._stepped()
 
     # -- the system ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, sparse: CollocationSystem) -> None:
-        """Takes over a sparse table: coefficients on the device, and the noises of its gaps."""
-        ground, table, rec = self.ground, self.ground.table, sparse.recurrence
-        self.sparse = sparse
-        nodes = sparse.nodes
-        self._reach, self._start = ground.move(sparse.reach), ground.move(sparse.start)
-        if table.stochastic:
-            kept, self._drawn = self._drawn, {}
-            for gap in sparse.gaps:
-                place = (gap.left, gap.right)
-                self._drawn[place] = kept[place] if place in kept else draw(gap, self.noise, self.sample)
-            self._share = self._moved(sparse.noises([*self._drawn.values()]))
-        else:
-            self._share = self._x0.new_zeros(1)
-        steep = torch.minimum(
-            1 / table.alpha[nodes].clamp(min=1e-12), STEEPEST * rec.variance * table.alpha[nodes] / table.sigma[nodes] ** 2
-        )
-        span = torch.maximum(rec.g[nodes], steep - rec.g[nodes])
-        self._least = ground.move(rec.nu[nodes] * span)  # that a drive answers to its state; and what was seen
-        self._seen = torch.zeros_like(self._least)
-        self._of_output = ground.move(rec.of_output[nodes].abs().clamp(min=1e-300))
-        self.estimate.begin(sparse)
+    @property
+    def system(self) -> CollocationSystem:
+        """The collocation system of the present mesh."""
+        return self._at.system
+
+    def _stepped(self) -> tuple[Linearization, Tensor, Tensor]:
+        """The quasi-Newton step, equation (1): the linearization, the states of all nodes, and the sample."""
+        nodes = self._nodes
+        kept = max(1, self.control.most_pairs // len(nodes.forcings))
+        dx, du, uncertainty = nodes.dx[:, :kept], nodes.du[:, :kept], self.control.pair_uncertainty
+        linearization = Linearization(self._at.influence, self.system.nodes, dx, du, uncertainty)
+        found = linearization.states(self._at.states(nodes.forcings), nodes.states)
+        return linearization, found[:-1], found[-1].view(self.shape)
+
+    def _go_over(self, system: CollocationSystem, *, rescaled: bool = False) -> None:
+        """Takes over another collocation system; noises of intervals that it shares with the one before are kept, unless their
+        weights changed with the variance."""
+        drawn = {} if rescaled else self._at.drawn
+        self._at = SampleSystem.of(self.setup, system, self._x0, self.noise, self.sample, drawn=drawn)
+        if rescaled:
+            self._probes.forget()
+        self._probes.remesh(system)
         self._sweeps = 0
-        self.active = list(range(len(sparse.gaps)))
-
-    def _moved(self, noises: Tensor) -> Tensor:
-        """Noises as states."""
-        return self.ground.move(noises).view(-1, *self._x0.shape)
-
-    def _solve(self) -> None:
-        """All states anew, from drives and pairs: equation (1)."""
-        base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
-        kept = max(1, MOST_PAIRS // len(self._u))
-        self._response = Linearization(self._reach, self.sparse.nodes, self._dx[:, :kept], self._du[:, :kept])
-        base = self._response.states(base, self._y)
-        self._states, self._final = base[:-1], base[-1].view(self.shape)
-
-    def _mean_squares(self, changes: Tensor) -> Tensor:
-        """`[J]` of changes `[J, b, d]` of the sample."""
-        return self.ground.step.mean_square(changes.view(-1, *self.shape))
 
     # -- the solver's protocol ----------------------------------------------------------------------------------------
 
     @property
     def final(self) -> Tensor:
         """The sample as far as it is known."""
-        return self._final.to(self.ground.dtype) if self._window is None else self._window.final
-
-    @property
-    def error_estimate(self) -> ErrorEstimate:
-        """How far to trust the sample."""
-        if self._window is not None:
-            verified, allowed = self._window.error_estimate, self.ground.strictness(self.estimate.growth)
-            error = verified.estimated_error * allowed
-            return dataclasses.replace(verified, estimated_error=error, rounds=self.rounds, evaluations=self.evaluations)
-        interpolation_error = self.estimate.interpolation_error
-        total = math.hypot(interpolation_error, self.iteration_error)
-        return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, interpolation_error)
+        return self._final.to(self.setup.dtype) if self._handover is None else self._handover.final
 
     @property
     def newest(self) -> Tensor:
         """The sample as far as it is known."""
-        return self._final.to(self.ground.dtype) if self._window is None else self._window.newest
+        return self._final.to(self.setup.dtype) if self._handover is None else self._handover.newest
+
+    @property
+    def error_estimate(self) -> ErrorEstimate:
+        """How far to trust the sample."""
+        if self._handover is not None:
+            return self._handover.error_estimate(self.rounds, self.evaluations)
+        interpolation_error = self.estimator.interpolation_error
+        total = math.hypot(interpolation_error, self.iteration_error)
+        return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, interpolation_error)
 
     def ask(self) -> Query:
         """The rows wanted now."""
-        ground = self.ground
-        if self._window is not None:
-            return self._window.ask()
-        window = ground.method.window or len(self.sparse.gaps) * 2
+        if self._handover is not None:
+            return self._handover.ask()
+        setup = self.setup
+        window = setup.method.window or len(self.system.intervals) * 2
         chosen = self.active[:window]
-        pairs = self._ready()[: window - len(chosen)]
-        nodes, states = self.sparse.nodes[chosen], self._states[chosen]
+        pairs = self._unprobed()[: window - len(chosen)]
+        nodes, states = self.system.nodes[chosen], self._states[chosen]
         if pairs:
-            more = self.estimate.asked(pairs, self._u)
+            more = self._probes.states(pairs, self._nodes.forcings)
             nodes, states = torch.cat([nodes, more[0]]), torch.cat([states, more[1]])
-        handed = states.to(ground.dtype).to(states.dtype)  # what the network is asked for, to the last digit
-        rows = ground.step.seen(nodes.to(ground.device), handed.view(-1, *self.shape)).to(ground.dtype)
-        return CollocationQuery(nodes, rows, chosen, pairs, handed)
+        evaluated_at = states.to(setup.dtype).to(states.dtype)
+        rows = setup.step.seen(nodes.to(setup.device), evaluated_at.view(-1, *self.shape)).to(setup.dtype)
+        return CollocationQuery(nodes, rows, chosen, pairs, evaluated_at)
 
-    def _ready(self) -> list[int]:
-        """Gaps of twice the length that are to be asked still, as far as the nodes are settled."""
-        return self.estimate.wanted(min(self.active, default=len(self._known)), [*self._drawn.values()])
+    def _unprobed(self) -> list[int]:
+        """Doubled intervals to evaluate still, among the nodes before the first active one."""
+        return self._probes.missing(min(self.active, default=len(self.system.intervals)), [*self._at.drawn.values()])
 
     def tell(self, query: Query, outputs: Tensor, states: Tensor | None = None) -> Tensor | None:
         """Takes the outputs of a query.
@@ -207,89 +197,53 @@ class CollocationSolver:
             states: States as the caller changed them, which this method cannot follow.
 
         Returns:
-            Mean squares: what each node may still move the sample by, how far each is from where it was evaluated, what all
-            nodes together may move the sample by, how far the round moved it, its size; and whether all outputs are finite.
+            Mean squares `[2 M + 4]`: for each node the change of the sample by its staleness, and the distance of its state
+            from that of its evaluation; the change by the staleness of all nodes together; the sample's move in this round;
+            its size; and 1 if all outputs are finite.
 
         Raises:
             ValueError: If states were changed.
         """
         if states is not None:
             raise ValueError(
-                f"the states were changed between steps, and {self.ground.method.name} visits a few of the chain's states "
+                f"the states were changed between steps, and {self.setup.method.name} visits a few of the chain's states "
                 "only; use quasi_newton or parasolver"
             )
         self.rounds += 1
         self.evaluations += len(outputs)
-        if self._window is not None:
-            return self._window.tell(query, outputs)
+        if self._handover is not None:
+            return self._handover.tell(query, outputs)
         assert isinstance(query, CollocationQuery)
-        self._visited = query.nodes
-        table, y, before = self.ground.table, query.handed, self._final
+        self._visited = query.nodes.tolist()
+        table, y, before = self.setup.table, query.evaluated_at, self._final
         m = table.convert(query.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
-        rec, move = self.sparse.recurrence, self.ground.move
-        of_state, of_output = (move(v[query.nodes])[:, None, None] for v in (rec.of_state, rec.of_output))
-        u = of_state * y + of_output * m
+        p_u, q_u = (self.setup.move(v[query.nodes])[:, None, None] for v in (self._recurrence.p_u, self._recurrence.q_u))
+        u = p_u * y + q_u * m
         count = len(query.chosen)
         if query.pairs:
-            self.estimate.take(query.pairs, u[count:], self._u)
+            self._probes.observe(query.pairs, u[count:], self._nodes.forcings)
         if count:
-            self._observe(query.chosen, y[:count], u[:count])
-            self._fill(query.chosen[0])
-            self._solve()
-        changes = self._states - self._y
-        least = (TOLD * self.ground.resolution) ** 2 * self._y.square().sum(2)
-        told = changes.square().sum(2) > least
-        unknown = torch.where(told[..., None], self._response.unknown(changes), 0.0)
-        on_sample = self._response.on_sample(self._steepness() * unknown, self._reach)
-        held, together = self._mean_squares(on_sample), self._mean_squares(on_sample.sum(0, keepdim=True))
-        away = self.ground.step.mean_square(changes.view(-1, *self.shape))
-        moved = self._mean_squares((self._final - before).view(1, *self._x0.shape))[0]
-        finite = torch.isfinite(m).all().to(held.dtype)
-        return torch.cat([held, away, together, torch.stack([moved, self._final.square().mean(), finite])])
+            self._nodes.observe(query.chosen, y[:count], u[:count], self.control.pair_rounding * self.setup.resolution)
+            self._nodes.fill(query.chosen[0], self._states)
+            self._linearization, self._states, self._final = self._stepped()
+        changes = self._states - self._nodes.states
+        effects = self._stale_effects(changes)
+        each, together = self._mean_square(effects), self._mean_square(effects.sum(0, keepdim=True))
+        away = self._mean_square(changes)
+        moved = self._mean_square((self._final - before).view(1, *self._x0.shape))[0]
+        finite = torch.isfinite(m).all().to(each.dtype)
+        return torch.cat([each, away, together, torch.stack([moved, self._final.square().mean(), finite])])
 
-    def _steepness(self) -> Tensor:
-        """`[M, 1, 1]`: how strongly drives may answer to their states; nodes evaluated again speak for the others."""
-        count, asked = len(self._seen), self._seen > 0
-        index = torch.arange(count, device=self._seen.device)
-        before = torch.where(asked, index, -1).cummax(0).values
-        after = count - 1 - torch.where(asked.flip(0), index, -1).cummax(0).values.flip(0)
-        answers = torch.cat([self._seen / self._of_output, self._seen.new_zeros(1)])  # the network's; none beyond the ends
-        near = torch.maximum(answers[torch.where(before < 0, count, before)], answers[after])
-        return torch.maximum(self._least, near * self._of_output)[:, None, None]
-
-    def _observe(self, chosen: list[int], y: Tensor, u: Tensor) -> None:
-        """Keeps the outputs of the nodes `chosen`, and what changed since they were last evaluated."""
-        at = torch.tensor(chosen, device=y.device)
-        if self._dx.shape[1]:
-            old = torch.tensor([self._known[n] for n in chosen], device=y.device)[:, None]
-            moved, told = y - self._y[at], u - self._u[at]
-            large = moved.square().sum(2) > (64 * self.ground.resolution) ** 2 * y.square().sum(2)
-            large = large & old
-            answer = told.square().sum(2) / moved.square().sum(2).clamp(min=1e-300)
-            seen = torch.where(large, answer, 0.0).amax(1).sqrt()
-            self._seen[at] = torch.maximum(self._seen[at], seen)
-            large = large[:, None, :, None]
-            for kept, fresh in ((self._dx, moved), (self._du, told)):
-                pushed = torch.cat([fresh[:, None], kept[at, :-1]], dim=1)
-                kept[at] = torch.where(large, pushed, kept[at])
-        self._y[at], self._u[at] = y, u
-        for n in chosen:
-            self._known[n] = self._guessed[n] = True
-
-    def _fill(self, first: int) -> None:
-        """Nodes of which nothing is known yet get the drive of the last one before them that was evaluated."""
-        unknown, source, last = [], [], first
-        for n, (known, guessed) in enumerate(zip(self._known, self._guessed, strict=True)):
-            last = n if known else last
-            if not guessed:
-                unknown.append(n)
-                source.append(last)
-        if unknown:
-            self._u[unknown] = self._u[source]
-            self._y[unknown] = self._states[unknown]
+    def _stale_effects(self, changes: Tensor) -> Tensor:
+        """`[M, b, d]` change of the sample by the staleness of each node, of state changes `[M, b, d]`."""
+        certain = self.control.rounding_share * self.setup.resolution
+        real = beyond_rounding(changes, self._nodes.states, certain)
+        unknown = torch.where(real[..., None], self._linearization.unknown(changes), 0.0)
+        constants = lipschitz(self._nodes.quotients, self._at.q_u, self._at.lipschitz_floor)
+        return self._linearization.on_sample(constants[:, None, None] * unknown, self._at.influence)
 
     def advance(self, norms: list[float], round: int) -> CollocationRecord | WindowRecord:
-        """Judges the round: which nodes are active now, or whether the sample is at rest; then whether it needs more nodes.
+        """Judges the round: which nodes are active now, whether they have converged, and what follows.
 
         Args:
             norms: What `tell` returned, on the host.
@@ -298,160 +252,140 @@ class CollocationSolver:
         Raises:
             ValueError: If the model returned NaN or infinity.
         """
-        if self._window is not None:
-            sweep = self._window.advance(norms, round)
-            self.done = self._window.done
-            return dataclasses.replace(sweep, passed=int(self.done))
+        if self._handover is not None:
+            record = self._handover.advance(norms, round)
+            self.done = self._handover.done
+            return record
         *nodes, together, moved, size, finite = norms
-        visited, count = self._visited.tolist(), len(nodes) // 2
-        held, away = nodes[:count], nodes[count:]
+        visited, count = self._visited, len(nodes) // 2
         if not finite or not all(map(math.isfinite, nodes)):
             raise ValueError(
-                f"sample {self.sample} is not finite after round {round} (times {float(self.ground.table.t[visited[0]]):g} "
-                f"to {float(self.ground.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
+                f"sample {self.sample} is not finite after round {round} (times {float(self.setup.table.t[visited[0]]):g} "
+                f"to {float(self.setup.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
                 "dtype; check its weights, its dtype and the times it was trained on, or use quasi_newton, which takes the "
                 "chain's own steps"
             )
-        tolerance = self.ground.method.tolerance
-        rest = REST[self.sparse.averaged] * tolerance
-        limit = (QUIET * rest / count) ** 2
-        self._sweeps += 1
-        self.active = [n for n, e in enumerate(held) if not self._known[n] or e > limit]
-        self.iteration_error, self.residual = math.sqrt(max(together, sum(held))), math.sqrt(max(away))
-        most = MOST_SWEEPS * (1 + count // (self.ground.method.window or count))  # even if a few nodes keep the others unseen
-        known = all(self._known)
-        at_rest = known and (self.iteration_error <= rest or not self.active)  # nothing is worth asking again
-        near = at_rest or (known and self.iteration_error <= EARLY * tolerance)
-        if at_rest:
-            self.active = []
-        if near and self._shift_wanted(size):
-            self._reshift(size)
-        elif at_rest and self._ready():
-            pass
-        elif not (near and self._judge(at_rest)) and self._sweeps > most:
-            self._give_up()
+        self.residual = math.sqrt(max(nodes[count:]))
+        progress = self._progress(nodes[:count], together)
+        self._follow(self._decision(progress, size))
         return CollocationRecord(
-            round,
-            self.sample,
-            visited,
-            count,
-            math.sqrt(moved),
-            self.estimate.interpolation_error,
-            self.iteration_error,
-            int(self.done),
+            round=round,
+            sample=self.sample,
+            nodes=visited,
+            of=count,
+            change=math.sqrt(moved),
+            interpolation_error=self.estimator.interpolation_error,
+            iteration_error=self.iteration_error,
+            passed=int(self.done),
         )
 
-    # -- the interpolation error --------------------------------------------------------------------------------------
+    # -- what follows a round -----------------------------------------------------------------------------------------
 
-    def _judge(self, at_rest: bool) -> bool:
-        """Ends the sample, or cuts the gaps that leave out too much; whether it could tell."""
-        method, sparse, mesh, estimate = self.ground.method, self.sparse, self.ground.mesh, self.estimate
-        if not at_rest and (method.exact or not estimate.ready):
-            return False
-        (shares, groups), amplified = estimate.shares(self._response, self._reach, self._u, self._final)
-        interpolation_error = math.sqrt(sum(e * e for e in shares))
-        enough = method.exact or math.hypot(interpolation_error, self.iteration_error) <= method.tolerance
-        if not at_rest and not enough and interpolation_error <= max(self.iteration_error, method.tolerance):
-            return False
-        edges = sparse.edges
-        if not enough:
-            far = max(interpolation_error, method.tolerance) / method.tolerance
-            share = GAPS[sparse.averaged] * method.tolerance / far ** FLATTER[sparse.averaged]
-            edges = mesh.cut(edges, shares, groups, share, self.ground.most_nodes, MOST_PARTS[sparse.averaged])
-        too_many = (
-            method.max_nodes is None
-            and len(edges) - 1 > HANDED_OVER[sparse.averaged] * len(mesh.candidates)
-            and method.target == "chain"
+    def _progress(self, each: list[float], together: float) -> Progress:
+        """The sample after a sweep.
+
+        Args:
+            each: Mean square effects of each node's staleness on the sample.
+            together: That of all nodes together.
+        """
+        count, window = len(each), self.setup.method.window
+        rest = self.control.iteration_share * self._bounds.tolerance
+        limit = (self.control.node_share * rest / count) ** 2
+        self._sweeps += 1
+        self.active = [n for n, e in enumerate(each) if not self._nodes.evaluated[n] or e > limit]
+        self.iteration_error = math.sqrt(max(together, sum(each)))
+        converged = not self._nodes.missing and (self.iteration_error <= rest or not self.active)
+        if converged:
+            self.active = []
+        return Progress(
+            converged=converged,
+            iteration_error=self.iteration_error,
+            sweeps=self._sweeps,
+            most_sweeps=self.control.most_sweeps * (1 + count // (window or count)),
         )
-        stuck = not enough and (edges == sparse.edges or too_many)
-        if stuck and not at_rest:
-            return False
-        estimate.judge(interpolation_error, amplified, self._response, self._final, self.iteration_error)
-        if enough:
-            self.ground.note(sparse.edges, shares, groups, self._recurrence.variance)
-            self._finish(method.exact)
-        elif stuck:
-            self._finish(edges != sparse.edges)  # else nothing is left to cut, or no node to spare
-        else:
-            parts = [bisect_left(edges, right) - bisect_left(edges, left) for left, right in pairwise(sparse.edges)]
-            estimate.cut((shares, groups), parts)
-            self._regrid(self.ground.sparse(self._recurrence, edges))
-        return True
 
-    def _regrid(self, new: CollocationSystem) -> None:
-        """Takes over a finer sparse table; new nodes begin with what the old ones nearest to them know."""
-        old, rec, count = self.sparse, self._recurrence, len(new.gaps)
-        known, near, ratio = [], [], []
-        for n, gap in enumerate(new.gaps):
-            if new.averaged:
-                k = bisect_right(old.edges, gap.left) - 1
-                same = old.edges[k : k + 2] == [gap.left, gap.right]
-            else:
-                k = int((rec.log_snr[old.nodes] - rec.log_snr[new.nodes[n]]).abs().argmin())
-                same = bool(old.nodes[k] == new.nodes[n])
-            level = rec.evidence[old.nodes[k]] / rec.evidence[new.nodes[n]]
-            known.append(same and self._known[k])
-            near.append(k)
-            ratio.append(1.0 if same or not 0 < level < math.inf else float(level))
-        at, factor = torch.tensor(near, device=self.ground.device), self.ground.move(torch.tensor(ratio))[:, None, None]
-        self._y, self._dx, self._du = self._y[at] * factor, self._dx[at] * factor[:, None], self._du[at].clone()
-        seen = self._seen[at] / factor[:, 0, 0]
-        self._u = self._u[at] if new.averaged else times(self.ground.move(old.interpolation[new.nodes]), self._u)
-        self._known, self._guessed = known, [True] * count
-        self._begin(new)
-        self._seen = seen
-        if not new.averaged:  # guessed drives go with the states that they give
-            base = self._start[:, None, None] * self._x0 + self._share + times(self._reach, self._u)
-            guessed = [n for n, k in enumerate(known) if not k]
-            self._y[guessed] = base[guessed]
-        self._solve()
-        self.active = [n for n, k in enumerate(known) if not k]
+    def _decision(self, progress: Progress, size: float) -> Decision:
+        """What follows the round; `size` is the mean square of the sample."""
+        within = self.iteration_error <= self.control.early_factor * self._bounds.tolerance
+        near = progress.converged or (not self._nodes.missing and within)
+        if near and not self._settled_shift:
+            self._settled_shift, far = True, self.control.variance_margin
+            if size > 0 and not 1 / far <= size / self._recurrence.variance <= far:
+                return Rescale(size)
+        if progress.converged and self._unprobed():
+            return Probe()
+        early = near and not self._bounds.exact and self._probes.complete
+        if not progress.converged and not early:
+            return decide(progress, None, self.system.points, self.setup.mesh, self._bounds)
+        error, factor = self.estimator.estimate(
+            self._at, self._linearization, self._nodes.forcings, self._probes.defects(), self._final
+        )
+        decision = decide(progress, error, self.system.points, self.setup.mesh, self._bounds)
+        if not isinstance(decision, Sweep | GiveUp):
+            self.estimator.accept(
+                error,
+                factor,
+                linearization=self._linearization,
+                iteration_error=self.iteration_error,
+                sample=self._final,
+            )
+        if isinstance(decision, Converged):
+            self.setup.record(self.system.points, error, self._recurrence.variance)
+        return decision
 
-    def _shift_wanted(self, size: float) -> bool:
-        """Whether the data's variance, as the first sample at rest has it, is far from the one assumed."""
-        if self._settled_shift:
-            return False
-        self._settled_shift = True
-        return size > 0 and not 1 / FAR <= size / self._recurrence.variance <= FAR
+    def _follow(self, decision: Decision) -> None:
+        """Does what was decided."""
+        match decision:
+            case Rescale(variance):
+                self._rescale(variance)
+            case Refine(points):
+                self._refine(points)
+            case HandOver() | Converged(verify=True):
+                self._hand_over()
+            case Converged() | Stop():
+                self.done = True
+            case GiveUp():
+                self.iteration_error = math.inf
+                if self._bounds.may_hand_over:
+                    self._hand_over()
+                else:
+                    self.done = True
+            case Sweep() | Probe():
+                pass
 
-    def _reshift(self, variance: float) -> None:
-        """Begins anew with another variance; what was evaluated is kept."""
-        rounded = 2.0 ** round(math.log2(variance))
-        before, self._recurrence = self._recurrence, self.ground.recurrence_of(rounded)
-        nodes = self.sparse.nodes
-        nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (before.nu, before.g))
-        clean = self._u / nu + g * self._y
-        self._drawn = {}  # their weights depend on the variance
-        self.estimate.forget()
-        self._begin(self.ground.sparse(self._recurrence, self.sparse.edges))
-        nu, g = (self.ground.move(v[nodes])[:, None, None] for v in (self._recurrence.nu, self._recurrence.g))
-        self._u = nu * (clean - g * self._y)
-        self._dx, self._du = torch.zeros_like(self._dx), torch.zeros_like(self._du)
-        self._solve()
+    def _refine(self, points: list[int]) -> None:
+        """Goes over to a finer mesh."""
+        old, new = self.system, self.setup.system(self._recurrence, points)
+        parts = [bisect_left(points, right) - bisect_left(points, left) for left, right in pairwise(old.points)]
+        self.estimator.refined(parts)
+        self._nodes.remesh(old, new, self.setup.move)
+        self._go_over(new)
+        self.active = self._nodes.missing
+        if not new.averaged:  # guessed forcings go with the states that they give
+            self._nodes.states[self.active] = self._at.states(self._nodes.forcings)[self.active]
+        self._linearization, self._states, self._final = self._stepped()
 
-    def _give_up(self) -> None:
-        """It did not come to rest."""
-        self.iteration_error = math.inf
-        self._finish(self.ground.method.target == "chain" and self.ground.method.max_nodes is None)
+    def _rescale(self, variance: float) -> None:
+        """Goes over to another data variance, rounded to a power of 2; evaluations are kept."""
+        before, self._recurrence = self._recurrence, self.setup.recurrence_of(2.0 ** round(math.log2(variance)))
+        self._nodes.rescale(self.system.nodes, before, self._recurrence, self.setup.move)
+        self._go_over(self.setup.system(self._recurrence, self.system.points), rescaled=True)
+        self.active = list(range(len(self.system.intervals)))
+        self._linearization, self._states, self._final = self._stepped()
 
-    def _finish(self, verify: bool) -> None:
-        """The sample is found; or the window loop begins to verify it, from the states that were found."""
-        if not verify:
-            self.done = True
-            return
-        ground, method = self.ground, self.ground.method
-        near = math.hypot(self.estimate.interpolation_error, self.iteration_error) <= NEAR * method.tolerance
-        x0 = self._x0.view(self.shape).to(ground.dtype)
-        guide = self._trajectory() if near else None  # far off, what was found misleads
-        self._window = WindowSolver(ground.verify(self.estimate.growth), self.noise, self.sample, x0, guide=guide)
+    def _hand_over(self) -> None:
+        """The window method takes over, from the sample's states if their error is not too large."""
+        setup = self.setup
+        error = math.hypot(self.estimator.interpolation_error, self.iteration_error)
+        guide = None
+        if error <= self.control.handover_error * self._bounds.tolerance:
+            guide = self._at.dense_output(setup, self._x0, self._nodes.forcings, self.shape, self.noise, self.sample)
+        x0 = self._x0.view(self.shape).to(setup.dtype)
+        amplification = self.estimator.amplification
+        window = WindowSolver(setup.verification(amplification), self.noise, self.sample, x0, guide=guide)
+        self._handover = Handover(window, setup.tightening(amplification))
 
-    def _trajectory(self) -> DenseOutput:
-        """The states of all nodes of the chain, as far as they are known."""
-        ground, sparse = self.ground, self.sparse
-        start, reach = ground.move(sparse.edge_start[:-1]), ground.move(sparse.edge_reach[:-1])
-        states = start[..., None, None] * self._x0 + times(reach.flatten(0, 1), self._u).view(*start.shape, *self._x0.shape)
-        if ground.table.stochastic:
-            noises = spread(sparse.edge_spread[:-1].flatten(0, 1), [*self._drawn.values()])
-            states = states + self._moved(noises).view_as(states)
-        states, drives = states.view(*start.shape, *self.shape), self._u.view(-1, *self.shape)
-        return DenseOutput(sparse, drives, states, self.noise, self.sample, ground.move)
+
+def _mean_square(step: Step, shape: tuple[int, ...], changes: Tensor) -> Tensor:
+    """`[J]` mean squares of changes `[J, b, d]` of states of a shape."""
+    return step.mean_square(changes.view(-1, *shape))

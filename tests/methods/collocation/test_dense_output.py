@@ -1,4 +1,4 @@
-"""The fine states that drives imply, and what the window loop makes of them."""
+"""Dense output is the chain's states where the forcings are right, and the window method starts from it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ def walked(table: Table, data: Gaussian, noise: Keyed) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("steps", [slice(0, 7), slice(9, 31), slice(25, 60)])
 @pytest.mark.parametrize("name", TABLES)
-def test_the_right_drives_give_the_chains_states_and_outputs(name: str, steps: slice) -> None:
+def test_the_right_forcings_give_the_chains_states_and_outputs(name: str, steps: slice) -> None:
     table, noise = TABLES[name], Keyed((3,), 5)
     mean = torch.tensor([0.4, -0.2, 0.1], dtype=torch.float64)
     states, outputs = walked(table, Gaussian(mean, torch.full((3,), VARIANCE)), noise)
-    sparse = CollocationSystem(Recurrence(table, VARIANCE), [0, 10, 25, 40, 59, 60], 0)
-    edges = torch.stack([torch.stack([states[max(e - p, 0)] * (e >= p) for p in range(table.band)]) for e in sparse.edges[:-1]])
-    drives = mean.expand(5, 3)  # on Gaussian data the drive is the mean
-    after, found = DenseOutput(sparse, drives, edges, noise, 0, lambda v: v.double())(steps)
+    system = CollocationSystem(Recurrence(table, VARIANCE), [0, 10, 25, 40, 59, 60], 0)
+    points = torch.stack(
+        [torch.stack([states[max(e - p, 0)] * (e >= p) for p in range(table.band)]) for e in system.points[:-1]]
+    )
+    forcings = mean.expand(5, 3)  # on Gaussian data the forcing is the mean
+    after, found = DenseOutput(system, forcings, points, noise=noise, sample=0, move=lambda v: v.double())(steps)
     assert torch.allclose(after, states[steps.start + 1 : steps.stop + 1], atol=1e-7)
     assert torch.allclose(found, outputs[steps], atol=1e-6)
 

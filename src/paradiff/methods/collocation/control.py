@@ -1,0 +1,332 @@
+"""The tuned numbers of collocation, as frozen objects that a benchmark can scan and a test can replace.
+
+`ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for
+interpolation of order 1 and above, which deterministic chains use. Every field says what it means, its unit and range, what
+raising it does, and how it was measured. "The digits network" is the bundled network of 0.7 million parameters, on chains of
+1000 steps. One network is the evidence for most numbers: see docs/collocation.md for the others that were tried afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from paradiff.errors import require_between, require_kind, require_real, require_whole
+
+DEFAULT_TOLERANCE = 4e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Falloff:
+    """How the monitor function decays on one side: it is divided by 1 + (distance past `begin` / `width`)^`power` (one such
+    term for each side).
+
+    Attributes:
+        begin: log(alpha^2/sigma^2) at which the decay begins.
+        width: Distance in log(alpha^2/sigma^2), positive, at which the term reaches 1. Raising it decays more slowly.
+        power: Positive exponent. Raising it decays more abruptly.
+    """
+
+    begin: float
+    width: float
+    power: float
+
+    def __post_init__(self) -> None:
+        require_between("begin", self.begin, -math.inf, math.inf)
+        require_real("width", self.width, positive=True)
+        require_real("power", self.power, positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshControl:
+    """Where mesh points go (mesh.py).
+
+    The shape of the monitor function was measured on the digits network; its numbers were not scanned one by one.
+
+    Attributes:
+        plateau: Height of the monitor function's constant part, positive; only its ratio to `peak` counts.
+        peak: Height of its Gaussian peak, 0 or more. Raising it puts more mesh points where the sample decides what it will be.
+        stochastic_peak: log(alpha^2/sigma^2) of the peak on stochastic chains, about where the noise has the data's standard
+            deviation. Raising it moves the peak towards data.
+        deterministic_peak: The same on deterministic chains, near signal-to-noise ratio 1, where clean-data estimates of
+            trained networks bend most.
+        peak_width: Standard deviation of the peak, in log(alpha^2/sigma^2); positive. Raising it spreads the same density over
+            a longer range.
+        noise_side: Decay towards pure noise, on stochastic chains only.
+        data_side: Decay towards data, where the noise becomes invisible, on stochastic chains only.
+        bins: Number of equal parts of the range of log(alpha^2/sigma^2) for which node counts are stored (mesh_store.py).
+            Raising it resolves the range more finely and makes files of other counts unreadable. Not scanned on its own.
+        unknown_parts: Parts, 2 or more, into which an interval is subdivided when its error could not be estimated. Not scanned
+            on its own.
+        subdivision_exponent: n parts in place of one interval leave n^-p of its error, together and in quadrature, with this
+            p: each part leaves n^-2 as much.
+        level_margin: Refinement is tried while the common level of error is at most this factor, above 1, times the largest
+            share. A limit of rounding.
+        level_growth: Factor, above 1, by which that level is raised when the mesh would have more intervals than allowed. A
+            step of a search: raising it wastes more of the allowance.
+    """
+
+    plateau: float = 1.0
+    peak: float = 2.0
+    stochastic_peak: float = -1.2
+    deterministic_peak: float = -0.3
+    peak_width: float = 1.5
+    noise_side: Falloff = Falloff(begin=-0.6, width=1.3, power=1.8)
+    data_side: Falloff = Falloff(begin=5.0, width=2.5, power=2.0)
+    bins: int = 12
+    unknown_parts: int = 2
+    subdivision_exponent: float = 1.5
+    level_margin: float = 1.01
+    level_growth: float = 1.3
+
+    def __post_init__(self) -> None:
+        for name in ("plateau", "peak_width", "subdivision_exponent"):
+            require_real(name, getattr(self, name), positive=True)
+        require_real("peak", self.peak)
+        for name in ("stochastic_peak", "deterministic_peak"):
+            require_between(name, getattr(self, name), -math.inf, math.inf)
+        for name in ("noise_side", "data_side"):
+            require_kind(name, getattr(self, name), Falloff)
+        require_whole("bins", self.bins, 1)
+        require_whole("unknown_parts", self.unknown_parts, 2)
+        for name in ("level_margin", "level_growth"):
+            require_between(name, getattr(self, name), 1, math.inf)
+        if self.level_growth == 1:
+            raise ValueError("level_growth is 1; it must be above 1, or the search does not end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreControl:
+    """What is stored about the meshes of earlier samples (mesh_store.py). None of these numbers was scanned on its own.
+
+    Attributes:
+        prior_weight: Number of samples, positive, as which the default mesh counts in the stored shares of the bins. Raising it
+            makes a file learn more slowly.
+        most_samples: Samples after which an entry is left unchanged. Raising it averages over more of them.
+        outlier: A sample's node count is clipped to this factor, 1 or more, times the stored count, so that rare hard samples
+            do not dominate it. Raising it lets counts grow faster.
+        least_share: A sample's node count is clipped from below to this fraction of that of the default mesh. Raising it keeps
+            counts near the default's.
+        fewest: Lower bound, in nodes, of what is stored for a bin, so that every bin keeps some weight. Raising it makes stored
+            meshes more even.
+        target: Fraction of the tolerance that the interpolation error shall be of a sample with the stored count. Raising it
+            stores fewer nodes, so that more samples are refined.
+    """
+
+    prior_weight: int = 4
+    most_samples: int = 24
+    outlier: float = 1.3
+    least_share: float = 0.75
+    fewest: float = 1e-2
+    target: float
+
+    def __post_init__(self) -> None:
+        require_whole("prior_weight", self.prior_weight, 1)
+        require_whole("most_samples", self.most_samples, 1)
+        require_between("outlier", self.outlier, 1, math.inf)
+        for name in ("least_share", "fewest", "target"):
+            require_real(name, getattr(self, name), positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefectControl:
+    """How the defect of two intervals taken as one becomes the error of the two (defect.py).
+
+    Attributes:
+        halving_ratio: Order 0: factor by which the error of an interval exceeds that of its two halves. 2 sqrt(2) for smooth
+            statistics; 1.6 to 2.8 was measured on the digits network against its own sequential states, and 1.2 to 1.6 towards
+            pure noise. Raising it lowers all estimates of order 0.
+        least_ratio: Lower bound of the observed convergence ratio at higher orders. Raising it lowers estimates where the
+            forcing is rough in time. Not scanned on its own.
+        most_ratio: Upper bound of the same. Raising it lowers estimates where the forcing is smooth. Not scanned on its own.
+        ratio_safety: The observed ratio is divided by this factor, 1 or more. Raising it raises estimates. Not scanned on its
+            own.
+        late_sensitivity: Order 0: how strongly the sample responds to a defect late in the chain, relative to data of one
+            variance. On three samples of the digits network 0.2 to 0.8 was measured from log(alpha^2/sigma^2) = 3 on; 0.4 left
+            errors of four times the estimate on a mixture in the plane. Raising it raises late estimates.
+        early_sensitivity: How much is added to it towards pure noise; on the same samples 1.3 to 6 was measured in sum below
+            -1, and up to 26 for one about to decide. Raising it raises early estimates.
+        sensitivity_width: Width of the transition between the two about signal-to-noise ratio 1, in log(alpha^2/sigma^2);
+            positive. About twice was measured at 0.
+        neighbours: Number of neighbours on either side in whose directions a defect of order 0 is propagated too. Raising it
+            averages over more directions, at the cost of 2 solves each. Not scanned on its own.
+    """
+
+    halving_ratio: float = 2.2
+    least_ratio: float = 1.2
+    most_ratio: float = 3.0
+    ratio_safety: float = 1.5
+    late_sensitivity: float = 0.7
+    early_sensitivity: float = 2.7
+    sensitivity_width: float = 0.8
+    neighbours: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("halving_ratio", "least_ratio", "most_ratio", "ratio_safety", "sensitivity_width"):
+            require_real(name, getattr(self, name), positive=True)
+        for name in ("late_sensitivity", "early_sensitivity"):
+            require_real(name, getattr(self, name))
+        require_whole("neighbours", self.neighbours, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorControl:
+    """How estimates of the interpolation error are made safe, and calibrated by refinements (error.py).
+
+    Attributes:
+        safety: Factor on every estimate, 0 or more; 0 takes every mesh for good enough. Raising it refines more samples. Not
+            scanned on its own.
+        tail_safety: Order 0: relative increase of the safety factor, 0 or more, for a sample whose defects grow without bound;
+            in proportion to 1 - amplification^-`tail_exponent`. Raising it refines sensitive samples more. Not scanned on its
+            own.
+        tail_exponent: Positive exponent of that. Raising it reaches the full increase at smaller amplification. Not scanned on
+            its own.
+        benign_amplification: Orders from 1: amplification, 1 or more, below which a move at a refinement that is smaller than
+            predicted lowers the next estimate. Raising it trusts more samples' moves. Not scanned on its own.
+        least_relaxation: Factor, up to 1, below which no estimate is lowered so. Raising it trusts small moves less. Not
+            scanned on its own.
+    """
+
+    safety: float
+    tail_safety: float = 0.8
+    tail_exponent: float = 2
+    benign_amplification: float = 1.5
+    least_relaxation: float = 0.4
+
+    def __post_init__(self) -> None:
+        require_real("safety", self.safety)
+        require_real("tail_safety", self.tail_safety)
+        require_real("tail_exponent", self.tail_exponent, positive=True)
+        require_between("benign_amplification", self.benign_amplification, 1, math.inf)
+        require_between("least_relaxation", self.least_relaxation, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollocationControl:
+    """All tuned numbers of one kind of interpolation.
+
+    Attributes:
+        order: Degree of the interpolation where the caller gives none.
+        nodes: Number of nodes of the first mesh at the tolerance `reference_tolerance`. Raising it costs evaluations and spares
+            refinements.
+        reference_tolerance: Root mean square error, in the data's units, to which `nodes` belongs. Raising it gives all
+            tolerances more nodes.
+        node_exponent: The first mesh has (`reference_tolerance` / tolerance)^`node_exponent` times as many nodes. The exponents
+            2/3 and 1/3 are those of errors that fall as n^-1.5 and n^-3.
+        least_nodes: Fraction of `nodes` that the first mesh has at any tolerance: a smaller one would have to be refined. Not
+            scanned on its own.
+        variance: Variance of the data, positive, as long as neither the caller nor a file gives one; 1/4 for data in -1 ... 1.
+            benchmarks/sparse.py and benchmarks/shift.py scan it.
+        variance_margin: Factor, above 1, by which the mean square of the first sample that has nearly converged must differ
+            from the variance for the variance to be replaced. Raising it replaces it more rarely. Not scanned on its own.
+        iteration_share: Fraction of the tolerance below which the iteration error counts as converged. Raising it spares sweeps
+            and leaves less for interpolation.
+        early_factor: Multiple of the tolerance below which the iteration error must be for the interpolation error to be
+            estimated before the sweeps have converged; 0 waits for convergence. Raising it refines earlier, from estimates that
+            are less certain.
+        node_share: A node is evaluated again when its staleness exceeds this multiple of `iteration_share` times the tolerance,
+            divided by the number of nodes. Raising it evaluates fewer nodes a round.
+        refined_share: Target interpolation error after refinement, as a fraction of the tolerance. Raising it adds fewer nodes,
+            so that another refinement is likelier.
+        refined_exponent: The target is divided by (error / tolerance)^`refined_exponent`. Raising it adds more nodes where the
+            error is far above the tolerance.
+        handover_share: Fraction of the chain's nodes, 0 to 1: a sample that would need more is handed over to the window method
+            over all nodes. Raising it keeps more samples in collocation.
+        handover_error: Multiple of the tolerance that the estimated error may be for the window method to start from the sample
+            found; farther off, it misleads. Raising it starts from worse samples.
+        most_parts: Most parts into which an interval is subdivided at once. Raising it needs fewer refinements; estimates from
+            few nodes of high order are coarse, hence 4 there.
+        most_sweeps: Multiple of the rounds that one sweep takes, after which a sample that has not converged is given up.
+            Raising it waits longer.
+        lipschitz_cap: Multiple of the Lipschitz constant of the clean-data estimate for Gaussian data up to which a node's is
+            taken for granted before it was observed. Raising it evaluates nodes again sooner.
+        rounding_share: State changes below this fraction of the network's relative precision are treated as rounding. Raising
+            it ignores larger changes, and lets networks of low precision converge sooner.
+        pair_rounding: State changes below this multiple of the network's relative precision make no secant pair. Raising it
+            keeps noisier pairs out, and later pairs of converging nodes too.
+        most_pairs: Most secant pairs in the system of a round, over all nodes; with more nodes than a few hundred each has
+            fewer. Bounds memory and time, which grow with its square and cube.
+        pair_uncertainty: Share of a change, 0 to 1, that stays uncertain along directions that secant pairs cover: the forcing
+            is not linear. Raising it evaluates nodes again sooner.
+        handover_secants: Secant pairs a node of the window method that takes over. Raising it costs memory.
+        handover_window: Its window where the caller gives no bound: over the whole chain, every sweep would evaluate every
+            node. Raising it takes fewer rounds and more evaluations.
+        mesh: Where mesh points go.
+        store: What is stored about earlier meshes.
+        defect: How defects become errors.
+        error: How estimates are made safe and calibrated.
+
+    A number whose measurement is not described was not scanned on its own.
+    """
+
+    order: int
+    nodes: int
+    reference_tolerance: float = DEFAULT_TOLERANCE
+    node_exponent: float
+    least_nodes: float = 0.75
+    variance: float = 0.25
+    variance_margin: float = 16.0
+    iteration_share: float
+    early_factor: float = 10.0
+    node_share: float = 1.4
+    refined_share: float
+    refined_exponent: float
+    handover_share: float
+    handover_error: float = 4.0
+    most_parts: int
+    most_sweeps: int = 20
+    lipschitz_cap: float = 4.0
+    rounding_share: float = 0.125
+    pair_rounding: float = 64
+    most_pairs: int = 600
+    pair_uncertainty: float = 0.25
+    handover_secants: int = 1
+    handover_window: int = 32
+    mesh: MeshControl = field(default_factory=MeshControl)
+    store: StoreControl
+    defect: DefectControl = field(default_factory=DefectControl)
+    error: ErrorControl
+
+    def __post_init__(self) -> None:
+        require_between("order", self.order, 0, 8)
+        wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
+        for name, least in (wholes | {"handover_secants": 0, "handover_window": 1}).items():
+            require_whole(name, getattr(self, name), least)
+        for name in ("reference_tolerance", "variance", "iteration_share", "refined_share", "lipschitz_cap"):
+            require_real(name, getattr(self, name), positive=True)
+        for name in ("node_exponent", "least_nodes", "early_factor", "node_share", "refined_exponent", "handover_error"):
+            require_real(name, getattr(self, name))
+        for name in ("rounding_share", "pair_rounding"):
+            require_real(name, getattr(self, name))
+        require_between("variance_margin", self.variance_margin, 1, math.inf)
+        for name in ("handover_share", "pair_uncertainty"):
+            require_between(name, getattr(self, name), 0, 1)
+        kinds = {"mesh": MeshControl, "store": StoreControl, "defect": DefectControl, "error": ErrorControl}
+        for name, kind in kinds.items():
+            require_kind(name, getattr(self, name), kind)
+
+
+ORDER_ZERO = CollocationControl(
+    order=0,
+    nodes=56,
+    node_exponent=2 / 3,
+    iteration_share=0.25,
+    refined_share=0.75,
+    refined_exponent=0.15,
+    handover_share=0.35,
+    most_parts=16,
+    store=StoreControl(target=0.6),
+    error=ErrorControl(safety=1.0),
+)
+HIGHER_ORDER = CollocationControl(
+    order=3,
+    nodes=32,
+    node_exponent=1 / 3,
+    iteration_share=0.3,
+    refined_share=0.5,
+    refined_exponent=0.0,
+    handover_share=0.5,
+    most_parts=4,
+    store=StoreControl(target=0.4),
+    error=ErrorControl(safety=1.5),
+)

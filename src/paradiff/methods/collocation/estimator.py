@@ -1,0 +1,82 @@
+"""The interpolation error of one sample, estimated anew after rounds and calibrated by its refinements (error.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from paradiff.methods.collocation.defect import DoubledIntervals
+from paradiff.methods.collocation.error import Calibration, InterpolationError, Propagation, interpolation_error
+from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.sample_system import SampleSystem
+from paradiff.methods.collocation.setup import CollocationSetup
+
+
+class Estimator:
+    """The estimates of one sample; b members, d numbers each.
+
+    Args:
+        setup: What all samples share.
+        mean_square: `[J]` mean squares of J changes `[J, b, d]` of the sample.
+
+    Attributes:
+        interpolation_error: Estimate accepted last, root mean square at the sample; infinite before.
+        amplification: Largest amplification of defects observed, 1 or more.
+    """
+
+    def __init__(self, setup: CollocationSetup, mean_square: Callable[[Tensor], Tensor]) -> None:
+        self._setup, self._mean_square = setup, mean_square
+        self.interpolation_error = math.inf
+        self.amplification = 1.0
+        self._calibration = Calibration()
+        self._first: Linearization | None = None  # when the first estimate was accepted
+
+    def estimate(
+        self,
+        at: SampleSystem,
+        linearization: Linearization,
+        forcings: Tensor,
+        probed: tuple[DoubledIntervals, Tensor] | None,
+        sample: Tensor,
+    ) -> tuple[InterpolationError, float]:
+        """The calibrated estimate, and its calibration factor; the amplification that it shows is kept.
+
+        Args:
+            at: The sample's collocation system.
+            linearization: The same, linearized.
+            forcings: `[M, b, d]`.
+            probed: Order 0: the doubled intervals and their defects (`Probes.defects`).
+            sample: The sample as far as it is known.
+        """
+        control, mean_square = self._setup.control, self._mean_square
+        propagation = Propagation(
+            system=at.system, influence=at.influence, now=linearization, first=self._first, mean_square=mean_square
+        )
+        error = interpolation_error(
+            propagation, forcings, probed, amplification=self.amplification, control=control, move=self._setup.move
+        )
+        self.amplification = error.amplification
+
+        def moved(before: Tensor) -> float:
+            return math.sqrt(float(mean_square((sample - before)[None])))
+
+        return self._calibration.apply(error, moved, averaged=at.system.averaged, control=control)
+
+    def accept(
+        self,
+        error: InterpolationError,
+        factor: float,
+        *,
+        linearization: Linearization,
+        iteration_error: float,
+        sample: Tensor,
+    ) -> None:
+        """The estimate counts, and the next refinement is measured by it."""
+        self.interpolation_error, self._first = error.total, self._first or linearization
+        self._calibration = self._calibration.accept(error, factor, iteration_error=iteration_error, sample=sample)
+
+    def refined(self, parts: Sequence[int]) -> None:
+        """The intervals were subdivided into `parts` each."""
+        self._calibration = self._calibration.refined(parts, self._setup.control.mesh.subdivision_exponent)

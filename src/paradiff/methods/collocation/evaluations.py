@@ -1,0 +1,117 @@
+"""The evaluations of one sample's nodes: forcings, the states at which they were evaluated, and what changed between them."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.system import CollocationSystem, weighted
+
+
+class Evaluations:
+    """The newest evaluation of each of M nodes, and secant pairs of earlier ones; b members, d numbers each.
+
+    Args:
+        count: M.
+        pairs: Secant pairs kept for each node.
+        x0: `[b, d]` a state, for shape, dtype and device.
+
+    Attributes:
+        states: `[M, b, d]` y, at which the forcings were evaluated or for which they were guessed.
+        forcings: `[M, b, d]` u.
+        dx: `[M, k, b, d]` changes of the states between evaluations, the newest first; zeros where there is none.
+        du: `[M, k, b, d]` the changes of the forcings.
+        quotients: `[M]` largest Lipschitz quotient |du|/|dx| observed at each node; 0 where it was evaluated once.
+        evaluated: Whether the forcing is that of the node's own network output.
+        assigned: Whether the node has a forcing at all, evaluated or guessed.
+    """
+
+    def __init__(self, count: int, pairs: int, x0: Tensor) -> None:
+        self.forcings = x0.new_zeros(count, *x0.shape)
+        self.states = self.forcings.clone()
+        self.dx = x0.new_zeros(count, pairs, *x0.shape)
+        self.du = self.dx.clone()
+        self.quotients = x0.new_zeros(count)
+        self.evaluated, self.assigned = [False] * count, [False] * count
+
+    def observe(self, chosen: list[int], states: Tensor, forcings: Tensor, least: float) -> None:
+        """Takes the evaluations of the nodes `chosen`.
+
+        Args:
+            chosen: Numbers of R nodes.
+            states: `[R, b, d]`.
+            forcings: `[R, b, d]`.
+            least: Relative size below which a state change makes no secant pair.
+        """
+        at = torch.tensor(chosen, device=states.device)
+        if self.dx.shape[1]:
+            again = torch.tensor([self.evaluated[n] for n in chosen], device=states.device)[:, None]
+            dx, du = states - self.states[at], forcings - self.forcings[at]
+            large = dx.square().sum(2) > least**2 * states.square().sum(2)
+            large = large & again
+            squares = du.square().sum(2) / dx.square().sum(2).clamp(min=1e-300)
+            observed = torch.where(large, squares, 0.0).amax(1).sqrt()
+            self.quotients[at] = torch.maximum(self.quotients[at], observed)
+            large = large[:, None, :, None]
+            for kept, new in ((self.dx, dx), (self.du, du)):
+                pushed = torch.cat([new[:, None], kept[at, :-1]], dim=1)
+                kept[at] = torch.where(large, pushed, kept[at])
+        self.states[at], self.forcings[at] = states, forcings
+        for n in chosen:
+            self.evaluated[n] = self.assigned[n] = True
+
+    def fill(self, first: int, states: Tensor) -> None:
+        """Gives nodes without a forcing that of the last evaluated node before them, or of node `first`; their states are
+        taken from `states` `[M, b, d]`."""
+        unassigned, source, last = [], [], first
+        for n, (evaluated, assigned) in enumerate(zip(self.evaluated, self.assigned, strict=True)):
+            last = n if evaluated else last
+            if not assigned:
+                unassigned.append(n)
+                source.append(last)
+        if unassigned:
+            self.forcings[unassigned] = self.forcings[source]
+            self.states[unassigned] = states[unassigned]
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the nodes that were not evaluated."""
+        return [n for n, evaluated in enumerate(self.evaluated) if not evaluated]
+
+    def remesh(self, old: CollocationSystem, new: CollocationSystem, move: Callable[[Tensor], Tensor]) -> None:
+        """Goes over to a refined mesh. Nodes of both keep all; a new node takes the pairs of the nearest old one, its state and
+        quotient scaled to the new level, and at order 0 its forcing, from order 1 the interpolated one."""
+        recurrence, kept, nearest, ratios = old.recurrence, [], [], []
+        for n, interval in enumerate(new.intervals):
+            if new.averaged:
+                k = bisect_right(old.points, interval.left) - 1
+                same = old.points[k : k + 2] == [interval.left, interval.right]
+            else:
+                k = int((recurrence.log_snr[old.nodes] - recurrence.log_snr[new.nodes[n]]).abs().argmin())
+                same = bool(old.nodes[k] == new.nodes[n])
+            level = recurrence.evidence[old.nodes[k]] / recurrence.evidence[new.nodes[n]]
+            kept.append(same and self.evaluated[k])
+            nearest.append(k)
+            ratios.append(1.0 if same or not 0 < level < math.inf else float(level))
+        at, factor = torch.tensor(nearest, device=self.states.device), move(torch.tensor(ratios))[:, None, None]
+        self.states, self.dx, self.du = self.states[at] * factor, self.dx[at] * factor[:, None], self.du[at].clone()
+        self.quotients = self.quotients[at] / factor[:, 0, 0]
+        if new.averaged:
+            self.forcings = self.forcings[at]
+        else:
+            self.forcings = weighted(move(old.interpolation[new.nodes]), self.forcings)
+        self.evaluated, self.assigned = kept, [True] * len(kept)
+
+    def rescale(self, nodes: Tensor, before: Recurrence, after: Recurrence, move: Callable[[Tensor], Tensor]) -> None:
+        """Goes over to the forcing of another data variance, at M fine nodes; pairs and quotients are dropped."""
+        nu, g = (move(v[nodes])[:, None, None] for v in (before.nu, before.g))
+        clean = self.forcings / nu + g * self.states
+        nu, g = (move(v[nodes])[:, None, None] for v in (after.nu, after.g))
+        self.forcings = nu * (clean - g * self.states)
+        self.dx, self.du = torch.zeros_like(self.dx), torch.zeros_like(self.du)
+        self.quotients = torch.zeros_like(self.quotients)

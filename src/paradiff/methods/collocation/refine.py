@@ -1,0 +1,144 @@
+"""What follows a round of one sample: more sweeps, probes, a refined mesh, or the end.
+
+`decide` is a pure function of the state after the round. The interpolation error is estimated as soon as the iteration error
+does not hide it. If both together are within the tolerance, the sample has converged. If the interpolation error alone exceeds
+it, the mesh is refined at once, since to bring the nodes of the old mesh to rest would be lost work. A sample that would need a
+large part of the chain's own nodes is handed over to the window method.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from paradiff.methods.collocation.control import CollocationControl
+from paradiff.methods.collocation.error import InterpolationError
+from paradiff.methods.collocation.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Nodes that are stale or not evaluated are evaluated in the next round."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The nodes have converged; doubled intervals are evaluated in the next round."""
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """The data's variance is far from the one assumed and is replaced."""
+
+    variance: float
+
+
+@dataclass(frozen=True)
+class Refine:
+    """The mesh is replaced by a finer one, of these mesh points."""
+
+    points: list[int]
+
+
+@dataclass(frozen=True)
+class Converged:
+    """The estimated error is within the tolerance, or the window method verifies the sample in any case (`verify`)."""
+
+    verify: bool
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """The window method takes over."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The tolerance is not reached, and the mesh cannot be refined further."""
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """The sweeps do not converge."""
+
+
+Decision = Sweep | Probe | Rescale | Refine | Converged | HandOver | Stop | GiveUp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One sample after a round.
+
+    Attributes:
+        converged: Whether the nodes have converged.
+        iteration_error: Root mean square at the sample.
+        sweeps: Sweeps made on this mesh.
+        most_sweeps: Sweeps after which the sample is given up.
+    """
+
+    converged: bool
+    iteration_error: float
+    sweeps: int
+    most_sweeps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a sample may cost, and shall reach.
+
+    Attributes:
+        tolerance: Root mean square error that the sample may have by estimate.
+        exact: Whether the window method verifies the sample in any case.
+        most_nodes: Most nodes of a mesh.
+        may_hand_over: Whether a sample that needs many nodes may be handed over: the chain's own sample is sought, and the
+            caller gave no bound on nodes.
+        control: The tuned numbers.
+    """
+
+    tolerance: float
+    exact: bool
+    most_nodes: int
+    may_hand_over: bool
+    control: CollocationControl
+
+
+def decide(progress: Progress, error: InterpolationError | None, points: list[int], mesh: Mesh, bounds: Bounds) -> Decision:
+    """What follows a round.
+
+    Args:
+        progress: The sample after the round.
+        error: Its calibrated interpolation error; None where it cannot be estimated yet.
+        points: Its mesh points.
+        mesh: How they are refined.
+        bounds: What it may cost, and shall reach.
+    """
+    judged = None if error is None else _judge(progress, error, points, mesh, bounds)
+    if judged is not None:
+        return judged
+    return GiveUp() if progress.sweeps > progress.most_sweeps else Sweep()
+
+
+def _judge(
+    progress: Progress, error: InterpolationError, points: list[int], mesh: Mesh, bounds: Bounds
+) -> Refine | Converged | HandOver | Stop | None:
+    """What follows from the estimate; None where the iteration error is too large to tell."""
+    total, tolerance, control = error.total, bounds.tolerance, bounds.control
+    if bounds.exact or math.hypot(total, progress.iteration_error) <= tolerance:
+        return Converged(bounds.exact)
+    if not progress.converged and total <= max(progress.iteration_error, tolerance):
+        return None
+    far = max(total, tolerance) / tolerance
+    refined = mesh.refine(
+        points,
+        shares=error.shares,
+        groups=error.groups,
+        wanted=control.refined_share * tolerance / far**control.refined_exponent,
+        most=bounds.most_nodes,
+        most_parts=control.most_parts,
+    )
+    too_many = bounds.may_hand_over and len(refined) - 1 > control.handover_share * len(mesh.candidates)
+    if refined != points and not too_many:
+        return Refine(refined)
+    if not progress.converged:
+        return None
+    return HandOver() if refined != points else Stop()

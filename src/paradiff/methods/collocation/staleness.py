@@ -1,0 +1,51 @@
+"""Staleness: how far the forcing of each node may have moved since it was last evaluated, and the sample with it.
+
+The **staleness** of a node is |change of its state| times the Lipschitz constant of its forcing, propagated to the sample by
+the linearized system. The Lipschitz constant is the largest quotient |du|/|dx| observed at the node, and at least
+`lipschitz_cap` times that of the clean-data estimate for Gaussian data. A node evaluated once has no quotient yet; the larger
+of those of its nearest neighbours that have one is used. Neighbours are compared by the quotient of the network's output, which
+varies little from node to node: at the noisy end it can be far above any clean-data estimate's for a trained network.
+
+The part of a change along directions that secant pairs cover is known up to its `pair_uncertainty`. Changes near the rounding
+of the network's outputs are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paradiff.methods.collocation.interval import Recurrence
+
+
+def lipschitz_floor(recurrence: Recurrence, nodes: Tensor, cap: float) -> Tensor:
+    """`[M]` Lipschitz constant of the forcing at fine nodes, |nu (D' - g)|, for slopes D' of the clean-data estimate between 0
+    and the smaller of 1/alpha and `cap` v alpha/sigma^2, which is `cap` times the slope for Gaussian data at high noise."""
+    table = recurrence.table
+    steepest = torch.minimum(
+        1 / table.alpha[nodes].clamp(min=1e-12), cap * recurrence.variance * table.alpha[nodes] / table.sigma[nodes] ** 2
+    )
+    span = torch.maximum(recurrence.g[nodes], steepest - recurrence.g[nodes])
+    return recurrence.nu[nodes] * span
+
+
+def lipschitz(quotients: Tensor, q_u: Tensor, floor: Tensor) -> Tensor:
+    """`[M]` Lipschitz constants of the forcings.
+
+    Args:
+        quotients: `[M]` largest quotient observed at each node; 0 where there is none.
+        q_u: `[M]` size of the weight of the network's output in the forcing.
+        floor: `[M]` `lipschitz_floor`.
+    """
+    count, observed = len(quotients), quotients > 0
+    index = torch.arange(count, device=quotients.device)
+    before = torch.where(observed, index, -1).cummax(0).values
+    after = count - 1 - torch.where(observed.flip(0), index, -1).cummax(0).values.flip(0)
+    of_outputs = torch.cat([quotients / q_u, quotients.new_zeros(1)])  # the last stands beyond the ends
+    near = torch.maximum(of_outputs[torch.where(before < 0, count, before)], of_outputs[after])
+    return torch.maximum(floor, near * q_u)
+
+
+def beyond_rounding(changes: Tensor, states: Tensor, least: float) -> Tensor:
+    """`[M, b]` whether changes `[M, b, d]` of states are larger than `least` times them."""
+    return changes.square().sum(2) > least**2 * states.square().sum(2)

@@ -1,0 +1,52 @@
+"""Estimates of the interpolation error are calibrated by how far refinements moved the sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO
+from paradiff.methods.collocation.error import Calibration, InterpolationError
+
+
+def test_what_a_refinement_taught_of_estimates_is_told_from_amplification_and_fades() -> None:
+    error = InterpolationError([3e-3, 4e-3], [(0, 1), (2, 3)])
+    before = torch.zeros(())
+
+    def calibrated(calibration: Calibration, error: InterpolationError) -> tuple[InterpolationError, float]:
+        return calibration.apply(error, lambda _: 0.06, averaged=True, control=ORDER_ZERO)
+
+    assert calibrated(Calibration(), error) == (error, 1.0)  # no refinement yet
+    accepted = Calibration().accept(InterpolationError([0.01], [(0,)]), 1.0, iteration_error=0.0, sample=before)
+    assert calibrated(accepted, error)[1] == pytest.approx(6.0)
+    amplified = replace(error, amplification=2.0)  # the pairs have observed some of it since
+    found, factor = calibrated(accepted, amplified)
+    assert factor == pytest.approx(3.0)
+    assert found.shares == pytest.approx([9e-3, 12e-3])
+    later = accepted.accept(InterpolationError([1.0], [(0,)], 2.0), 9.0, iteration_error=0.0, sample=before)
+    assert calibrated(later, amplified)[1] == pytest.approx(3.0)  # at a later refinement the sample hardly moves
+
+
+def test_a_small_move_relaxes_estimates_of_benign_samples_at_higher_orders_only() -> None:
+    error = InterpolationError([3e-3, 4e-3], [(0, 1), (2, 3)])
+    accepted = Calibration().accept(InterpolationError([0.02], [(0,)]), 1.0, iteration_error=0.0, sample=torch.zeros(()))
+    refined = accepted.refined([4], 1.5)
+    assert refined.predicted == pytest.approx(0.02 / 8)
+
+    def total(error: InterpolationError, *, averaged: bool, move: float) -> float:
+        return refined.apply(error, lambda _: move, averaged=averaged, control=HIGHER_ORDER)[0].total
+
+    assert total(error, averaged=True, move=0.01) == pytest.approx(error.total)
+    assert total(replace(error, amplification=1.6), averaged=False, move=0.01) == pytest.approx(error.total)
+    ratio = HIGHER_ORDER.error.safety * refined.predicted * 0.01 / 0.02 / error.total
+    assert total(error, averaged=False, move=0.01) == pytest.approx(math.sqrt(ratio) * error.total)
+    assert total(error, averaged=False, move=1e-6) == pytest.approx(HIGHER_ORDER.error.least_relaxation * error.total)
+
+
+def test_a_sample_whose_error_was_never_known_teaches_nothing() -> None:
+    unknown = Calibration().accept(InterpolationError([math.inf], [(0, 1)]), 1.0, iteration_error=0.0, sample=torch.zeros(()))
+    error = InterpolationError([3e-3], [(0, 1)])
+    assert unknown.apply(error, lambda _: 0.06, averaged=False, control=HIGHER_ORDER) == (error, 1.0)

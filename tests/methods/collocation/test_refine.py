@@ -1,0 +1,88 @@
+"""What follows a round is a pure function of the sample's errors, its mesh and its bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from paradiff import Schedule
+from paradiff.methods.collocation.control import HIGHER_ORDER
+from paradiff.methods.collocation.error import InterpolationError
+from paradiff.methods.collocation.mesh import Mesh
+from paradiff.methods.collocation.refine import (
+    Bounds,
+    Converged,
+    Decision,
+    GiveUp,
+    HandOver,
+    Progress,
+    Refine,
+    Stop,
+    Sweep,
+    decide,
+)
+from paradiff.samplers import ddim
+
+TOLERANCE = 1e-2
+MESH = Mesh(ddim(Schedule.linear(), 200), HIGHER_ORDER.mesh)
+POINTS = MESH.points(12)
+BOUNDS = Bounds(tolerance=TOLERANCE, exact=False, most_nodes=200, may_hand_over=True, control=HIGHER_ORDER)
+
+
+def error(total: float) -> InterpolationError:
+    """An error of which all intervals but the last have equal shares."""
+    count = len(POINTS) - 2
+    return InterpolationError([total / math.sqrt(count)] * count, [(n,) for n in range(count)])
+
+
+def decided(
+    found: InterpolationError | None,
+    *,
+    converged: bool = True,
+    iteration_error: float = 1e-4,
+    sweeps: int = 3,
+    **bounds: object,
+) -> Decision:
+    progress = Progress(converged=converged, iteration_error=iteration_error, sweeps=sweeps, most_sweeps=20)
+    return decide(progress, found, POINTS, MESH, replace(BOUNDS, **bounds))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("sweeps", "decision"), [(3, Sweep()), (20, Sweep()), (21, GiveUp())])
+def test_without_an_estimate_sweeps_go_on_up_to_their_bound(sweeps: int, decision: Decision) -> None:
+    assert decided(None, converged=False, sweeps=sweeps) == decision
+
+
+def test_within_the_tolerance_a_sample_has_converged_even_if_its_sweeps_have_not() -> None:
+    assert decided(error(0.9 * TOLERANCE)) == Converged(verify=False)
+    assert decided(error(0.7 * TOLERANCE), converged=False, iteration_error=0.7 * TOLERANCE) == Converged(verify=False)
+
+
+def test_an_exact_sample_is_verified_whatever_its_error() -> None:
+    assert decided(error(9 * TOLERANCE), exact=True) == Converged(verify=True)
+
+
+def test_an_iteration_error_that_hides_the_estimate_is_swept_down_first() -> None:
+    assert decided(error(2 * TOLERANCE), converged=False, iteration_error=3 * TOLERANCE) == Sweep()
+    assert decided(error(2 * TOLERANCE), converged=False, iteration_error=3 * TOLERANCE, sweeps=21) == GiveUp()
+
+
+@pytest.mark.parametrize("converged", [True, False])
+def test_an_interpolation_error_above_the_tolerance_refines_the_mesh_at_once(converged: bool) -> None:
+    decision = decided(error(4 * TOLERANCE), converged=converged, iteration_error=2 * TOLERANCE)
+    assert isinstance(decision, Refine)
+    assert set(POINTS) < set(decision.points)
+
+
+def test_a_sample_that_needs_most_nodes_is_handed_over_once_its_sweeps_have_converged() -> None:
+    few = replace(HIGHER_ORDER, handover_share=0.05)
+    assert decided(error(4 * TOLERANCE), control=few) == HandOver()
+    assert decided(error(4 * TOLERANCE), control=few, converged=False) == Sweep()
+    assert isinstance(decided(error(4 * TOLERANCE), control=few, may_hand_over=False), Refine)
+
+
+def test_a_sample_without_a_node_to_spare_stops() -> None:
+    most = len(POINTS) - 1
+    assert decided(error(4 * TOLERANCE), most_nodes=most) == Stop()
+    assert decided(error(4 * TOLERANCE), most_nodes=most, converged=False) == Sweep()
