@@ -34,7 +34,7 @@ from paradiff.planning import gaussian_law as law
 from paradiff.planning.gaussian_law import Array
 from paradiff.samplers import Grid, exponential_integrator, log_snr_grid, ornstein_uhlenbeck, paper_grid, uniform_grid
 from paradiff.samplers.process import signal_and_noise
-from paradiff.solver import Denoiser, WindowRecord
+from paradiff.solver import Batch, Denoiser, WindowRecord, drive
 from paradiff.solver.solution import Status
 
 SEEN = 1e-3  # a planted fault: far above rounding, small beside any visible error
@@ -633,44 +633,43 @@ class Asked(Keyed):
 def test_no_batch_and_no_draw_reaches_beyond_the_window(width: int | None, sweeps: int | None, stagger: int | None) -> None:
     table, noise = ou_table(GRID, "sde"), Asked(SHAPE, 0, 2)
     denoiser = MIXTURE.denoiser(table)
-    solver = solve(table, noise, piadm_sde(GRID.edges, sweeps, stagger=stagger, window=width), dtype=torch.float64)
-    batch = next(solver)
-    widest = 0
-    while True:
+    widths: list[int] = []
+
+    def outputs(batch: Batch) -> Tensor:
         for k in range(2):
             nodes = batch.nodes[batch.samples == k].tolist()
             if not nodes:
                 continue
-            widest = max(widest, len(nodes))
+            widths.append(len(nodes))
             assert nodes == list(range(nodes[0], nodes[0] + len(nodes)))
             block = max(i for i, edge in enumerate(GRID.edges) if edge <= nodes[0])
             if stagger is None:
                 assert nodes[-1] < GRID.edges[block + 1]
             # Every node of the window has its noise, once and in turn, and none after it does.
             assert noise.nodes[k] == list(range(nodes[-1] + 1))
-        try:
-            batch = solver.send(denoiser(batch.x, batch.t))
-        except StopIteration:
-            break
+        return denoiser(batch.x, batch.t)
+
+    method = piadm_sde(GRID.edges, sweeps, stagger=stagger, window=width)
+    drive(solve(table, noise, method, dtype=torch.float64), outputs)
     assert noise.nodes == {k: list(range(table.steps)) for k in range(2)}
     if width is not None:
-        assert widest <= width
+        assert max(widths) <= width
     elif stagger is None:
-        assert widest == GRID.longest
+        assert max(widths) == GRID.longest
 
 
 def test_a_window_wider_than_asked_is_seen() -> None:
     table = ou_table(GRID, "sde")
 
     def widest(extra: int) -> int:
-        solver = solve(table, Keyed(SHAPE), piadm_sde(GRID.edges, 3, window=4 + extra))
-        batch, found = next(solver), 0
-        while True:
-            found = max(found, len(batch.nodes))
-            try:
-                batch = solver.send(network(batch.x, batch.t))
-            except StopIteration:
-                return found
+        widths: list[int] = []
+
+        def outputs(batch: Batch) -> Tensor:
+            widths.append(len(batch.nodes))
+            return network(batch.x, batch.t)
+
+        drive(solve(table, Keyed(SHAPE), piadm_sde(GRID.edges, 3, window=4 + extra)), outputs)
+        return max(widths)
 
     assert widest(0) == 4 < widest(1)
 

@@ -21,6 +21,7 @@ from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.methods.window.update import SecantUpdate
 from paradiff.samplers import ddim, dpmpp_2m
+from paradiff.solver import drive
 from paradiff.solver.solution import Status
 
 FINE = 2.0**-52
@@ -243,13 +244,7 @@ def test_images_that_share_a_window_need_as_many_rounds_as_the_slower_alone() ->
 
     alone = sample(stiff, table, noise, method, dtype=torch.float64)
     solver = solve(table, Stacked(noise), method, dtype=torch.float64, shared_window=True)
-    batch = next(solver)
-    while True:
-        try:
-            batch = solver.send(torch.stack([stiff(batch.x[:, k], batch.t) for k in range(2)], dim=1))
-        except StopIteration as end:
-            together = end.value
-            break
+    together = drive(solver, lambda batch: torch.stack([stiff(batch.x[:, k], batch.t) for k in range(2)], dim=1))
     rounds = [c.rounds for c in alone.error_estimates]
     # The errors spent are the worst image's, so the shared window may pass a node one sweep later.
     assert max(rounds) <= together.rounds <= max(rounds) + 1
@@ -331,12 +326,7 @@ def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.
 
     def solved(method: WindowMethod, resolution: float | None) -> list[Any]:
         solver = solve(table, noise, method, dtype=torch.float64, resolution=resolution)
-        batch = next(solver)
-        while True:
-            try:
-                batch = solver.send(2 * network(3 * batch.x, batch.t))
-            except StopIteration as end:
-                return [s.change for s in end.value.history]
+        return [s.change for s in drive(solver, lambda batch: 2 * network(3 * batch.x, batch.t)).history]
 
     plain = solved(parasolver(tolerance=1e-6, slope=SLOPE), None)
     # A state that changes by less than 1000 times itself tells nothing: no pair is ever taken.

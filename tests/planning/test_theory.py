@@ -13,6 +13,7 @@ from typing import Literal
 import pytest
 import torch
 from problems import network
+from torch import Tensor
 
 import paradiff.planning.theory
 from paradiff import Evaluator, Keyed, sample, solve
@@ -20,6 +21,7 @@ from paradiff.chain.slope import freeze_epsilon
 from paradiff.models.exact import Mixture
 from paradiff.planning import Theory
 from paradiff.samplers import exponential_integrator, ornstein_uhlenbeck
+from paradiff.solver import Batch, drive
 from paradiff.solver.solution import Status
 
 Kind = Literal["sde", "ode"]
@@ -162,19 +164,16 @@ def test_the_method_is_the_paper_s_and_holds_no_more_than_announced(kind: Kind) 
     assert method.blocks is not None
     assert method.blocks.count == grid.edges
     table = exponential_integrator(ornstein_uhlenbeck(), grid, volatility=float(kind == "sde"))
-    solver = solve(table, Keyed((3,)), method)
-    batch, widest, corrected = next(solver), 0, 0
-    while True:
-        if len(batch.nodes) == 1 or batch.nodes[0] != batch.nodes[-1]:
-            widest = max(widest, len(batch.nodes))
-        else:
-            corrected = max(corrected, len(batch.nodes))
-        try:
-            batch = solver.send(network(batch.x, batch.t))
-        except StopIteration:
-            break
-    assert widest == theory.width
-    assert corrected == (0 if theory.corrector is None else theory.corrector.steps - 1)
+    swept, corrected = [0], [0]
+
+    def outputs(batch: Batch) -> Tensor:
+        of = swept if len(batch.nodes) == 1 or batch.nodes[0] != batch.nodes[-1] else corrected
+        of.append(len(batch.nodes))
+        return network(batch.x, batch.t)
+
+    drive(solve(table, Keyed((3,)), method), outputs)
+    assert max(swept) == theory.width
+    assert max(corrected) == (0 if theory.corrector is None else theory.corrector.steps - 1)
 
 
 def test_the_methods_are_for_their_own_chains() -> None:

@@ -29,6 +29,7 @@ from paradiff.chain.slope import freeze_clean_data
 from paradiff.methods import WindowMethod
 from paradiff.models.exact import digits
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, heun
+from paradiff.solver import drive
 from paradiff.solver.protocol import Round
 
 each_table = pytest.mark.parametrize("name", TABLES)
@@ -196,19 +197,16 @@ def test_a_method_that_assumes_a_wild_slope_is_slower_but_not_wrong() -> None:
 
 
 def test_the_solver_is_a_generator_that_evaluates_nothing() -> None:
-    table = TABLES["ddpm"]
-    solver = solve(table, Keyed(SHAPE, samples=2), paradigms(4, 0.0), dtype=torch.float64)
+    table, method = TABLES["ddpm"], paradigms(4, 0.0)
+    solver = solve(table, Keyed(SHAPE, samples=2), method, dtype=torch.float64)
     batch = next(solver)
     assert batch.x.shape == (8, *SHAPE)
     assert batch.nodes.tolist() == [0, 1, 2, 3] * 2
     assert batch.samples.tolist() == [0] * 4 + [1] * 4
     assert batch.t.dtype == torch.int64  # DDPM's times are whole.
     assert torch.equal(batch.t, table.t[batch.nodes].long())
-    try:
-        while True:
-            batch = solver.send(network(batch.x, batch.t))
-    except StopIteration as end:
-        found = end.value
+    solver.close()
+    found = drive(solve(table, Keyed(SHAPE, 0, 2), method, dtype=torch.float64), lambda batch: network(batch.x, batch.t))
     assert gap(found.sample, chains(network, table, Keyed(SHAPE, 0, 2))) < EXACT
 
 

@@ -62,6 +62,17 @@ def freeze_epsilon(table: Table) -> Tensor:
     return _from_clean_slope(table, torch.where(table.alpha[:-1] > 0, 1 / table.alpha[:-1], 0.0))
 
 
+def gaussian_gain(alpha: Tensor, sigma: Tensor, variance: float) -> Tensor:
+    """g = alpha v/(alpha^2 v + sigma^2), the derivative of the clean-data estimate of Gaussian data with respect to the state.
+
+    Args:
+        alpha: Signal levels.
+        sigma: Noise levels, of the same shape.
+        variance: v, of the data, in the data's own units squared.
+    """
+    return alpha * variance / (alpha**2 * variance + sigma**2)
+
+
 def freeze_clean_data(table: Table) -> Tensor:
     """The clean-data estimate does not answer to the state, `[N, P]`."""
     return _from_clean_slope(table, torch.zeros_like(table.p))
@@ -69,7 +80,7 @@ def freeze_clean_data(table: Table) -> Tensor:
 
 @dataclass(frozen=True)
 class Shifted:
-    """The slope that `shifted` returns: equation (2) with g = alpha v/(alpha^2 v + sigma^2).
+    """The slope that `shifted` returns: equation (2) with g = `gaussian_gain`.
 
     Attributes:
         variance: v.
@@ -79,8 +90,7 @@ class Shifted:
 
     def __call__(self, table: Table) -> Tensor:
         """G `[N, P]`."""
-        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-        return _from_clean_slope(table, alpha * self.variance / (alpha**2 * self.variance + sigma**2))
+        return _from_clean_slope(table, gaussian_gain(table.alpha[:-1], table.sigma[:-1], self.variance))
 
 
 def shifted(variance: float) -> Shifted:

@@ -157,9 +157,9 @@ class Table:
         complaints = ["a known clean datum leaves its ray"]
         if self.exact_variance:
             complaints.append("variances do not add up")
-        for complaint, found, gap, wanted in zip(complaints, self._landed.T, self.gaps.T, self.reached.T, strict=False):
-            worst = int(gap.argmax())
-            if not gap[worst] <= CONSISTENT:
+        for complaint, found, off, wanted in zip(complaints, self._landed.T, self.mismatches.T, self.reached.T, strict=False):
+            worst = int(off.argmax())
+            if not off[worst] <= CONSISTENT:
                 raise ValueError(
                     f"table {self.name!r}: {complaint} at step {worst}: level {found[worst]:.6g} where the schedule has "
                     f"{wanted[worst]:.6g}; check the coefficients a, b, c of that step"
@@ -170,14 +170,14 @@ class Table:
         return landed(self.a, self.b, self.c, self.alpha, self.sigma, self.p, self.q)
 
     @property
-    def gaps(self) -> Tensor:
+    def mismatches(self) -> Tensor:
         """`[N, 2]` how far the signal and the noise level that each step lands on are from `reached`, beside the level."""
         return (self._landed - self.reached).abs() / (self.reached.abs() + 1e-2)
 
     @property
     def mismatch(self) -> float:
-        """The largest of `gaps`, those of the conditions that this table is not excused from."""
-        return float(self.gaps[:, : 2 if self.exact_variance else 1].amax())
+        """The largest of `mismatches`, those of the conditions that this table is not excused from."""
+        return float(self.mismatches[:, : 2 if self.exact_variance else 1].amax())
 
     @property
     def about_levels(self) -> str:

@@ -1,4 +1,4 @@
-"""The named methods: functions that return a `WindowMethod`, for SRDS a `PararealMethod`, for sparse nodes a
+"""The named methods: functions that return a `WindowMethod`, for SRDS a `PararealMethod`, for collocation a
 `CollocationMethod`.
 
 | method | slope G | nodes | predictor | rule |
@@ -9,7 +9,7 @@
 | `parasolver` | identity | every S-th | frozen clean data | error or change |
 | `quasi_newton` | Gaussian, corrected by secants | all | frozen clean data | error |
 | `srds` | a coarse propagator's own change | block edges | a coarse sweep | error, change, sample or image |
-| `collocation` | Gaussian, corrected by secants | a few, of the method's own choice | nearest drive | error |
+| `collocation` | Gaussian, corrected by secants | a few, of the method's own choice | nearest forcing | error |
 | `piadm_sde`, `piadm_ode` | a[i] of the score form | all, block by block | copy of the block's start | sweeps or error |
 
 The last are in piadm.py. All but `collocation` solve the same equations and so, run to the end (at tolerance 0, SRDS with as

@@ -109,6 +109,11 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         rounds += 1
         evaluations += len(nodes)
         edited = isinstance(answer, EditedOutputs)
+        if edited and not method.follows_edits:
+            raise ValueError(
+                f"states were changed between steps, which {method.name} as it was given cannot follow, since it does not keep "
+                "the state after every step; use parasolver or quasi_newton with a stride of 1"
+            )
         outputs = (answer.outputs if edited else answer).split(counts)
         states = answer.states.split(counts) if edited else [None] * len(active)
         told = [s.tell(q, m, x) for s, q, m, x in zip(active, queries, outputs, states, strict=True)]

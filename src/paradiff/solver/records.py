@@ -150,8 +150,8 @@ class CollocationRecord:
         """The nodes at which the network was evaluated, and how the sample and its estimated errors moved."""
         curves = {
             "change of the sample": self.change,
-            "estimated error of the gaps": self.interpolation_error,
-            "estimated error of the sweeps": self.iteration_error,
+            "estimated interpolation error": self.interpolation_error,
+            "estimated iteration error": self.iteration_error,
         }
         return Trace(axis="fine node (0 noise)", scale="marked", cells=[(node, 1) for node in self.nodes], curves=curves)
 

@@ -24,7 +24,7 @@ from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.models.exact import Gaussian, Mixture
 from paradiff.models.pixel import load
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
-from paradiff.solver import CollocationRecord, WindowRecord
+from paradiff.solver import Batch, CollocationRecord, WindowRecord, drive
 from paradiff.solver.protocol import EditedOutputs
 from paradiff.solver.solution import Status
 
@@ -255,14 +255,11 @@ def test_members_of_one_sample_are_found_together() -> None:
     table = TABLES["ddim"](200)
     denoiser = PLANE.denoiser(table)
     solver = solve(table, Keyed((3, 2), 5), collocation(), dtype=torch.float64, shared_window=True)
-    batch = next(solver)
-    while True:
-        try:
-            x = batch.x.flatten(0, 1)
-            batch = solver.send(denoiser(x, batch.t.repeat_interleave(3)).view_as(batch.x))
-        except StopIteration as end:
-            found = end.value
-            break
+
+    def outputs(batch: Batch) -> Tensor:
+        return denoiser(batch.x.flatten(0, 1), batch.t.repeat_interleave(3)).view_as(batch.x)
+
+    found = drive(solver, outputs)
     start = Keyed((3, 2), 5).start(0).double()
     wanted = run(table, PLANE, collocation(tolerance=1e-4), Keyed((2,), 0, 3), start=start)
     assert rms(found.sample[0], wanted.sample).max() < 4e-3
@@ -616,7 +613,7 @@ def test_edited_states_are_refused() -> None:
     evaluator = Evaluator(PLANE.denoiser(table))
     solver = solve(table, Keyed((2,)), collocation())
     batch = next(solver)
-    with pytest.raises(ValueError, match=r"states were changed between steps, and collocation visits a few"):
+    with pytest.raises(ValueError, match=r"states were changed between steps, which collocation as it was given cannot follow"):
         solver.send(EditedOutputs(evaluator(batch), batch.x + 1))
 
 

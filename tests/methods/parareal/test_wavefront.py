@@ -21,7 +21,7 @@ from paradiff.methods.parareal.options import StopRule
 from paradiff.methods.parareal.pool import StatePool
 from paradiff.methods.parareal.solver import PararealSetup, PararealSolver
 from paradiff.samplers import ddim, dpmpp_2m
-from paradiff.solver import Denoiser, PararealRecord
+from paradiff.solver import Batch, Denoiser, PararealRecord, drive
 
 each_table = pytest.mark.parametrize("name", TABLES)
 ONE_STEP = [name for name in TABLES if TABLES[name].band == 1]
@@ -178,14 +178,13 @@ def test_with_one_row_a_round_there_are_as_many_rounds_as_rows(blocks: int) -> N
 def evaluated(table: Table, method: PararealMethod) -> Counter[tuple[int, bytes]]:
     """How often every state was evaluated at every node."""
     seen: Counter[tuple[int, bytes]] = Counter()
-    solver = solve(table, Keyed(SHAPE), method, dtype=torch.float64)
-    batch = next(solver)
-    try:
-        while True:
-            seen.update((node, x.numpy().tobytes()) for node, x in zip(batch.nodes.tolist(), batch.x, strict=True))
-            batch = solver.send(network(batch.x, batch.t))
-    except StopIteration:
-        return seen
+
+    def outputs(batch: Batch) -> Tensor:
+        seen.update((node, x.numpy().tobytes()) for node, x in zip(batch.nodes.tolist(), batch.x, strict=True))
+        return network(batch.x, batch.t)
+
+    drive(solve(table, Keyed(SHAPE), method, dtype=torch.float64), outputs)
+    return seen
 
 
 @pytest.mark.parametrize("name", ONE_STEP)
@@ -364,14 +363,13 @@ def quick_and_slow(x: Tensor, t: Tensor, quiet: Tensor) -> Tensor:
 
 def test_speculation_stops_when_the_answer_of_a_sample_is_known() -> None:
     table, quiet = long_table(48), torch.tensor([False, True])
-    solver = solve(table, Keyed(SHAPE, samples=2), srds(8), dtype=torch.float64)
-    batch, batches = next(solver), []
-    try:
-        while True:
-            batches.append(batch)
-            batch = solver.send(quick_and_slow(batch.x, batch.t, quiet[batch.samples]))
-    except StopIteration as end:
-        found = end.value
+    batches: list[Batch] = []
+
+    def outputs(batch: Batch) -> Tensor:
+        batches.append(batch)
+        return quick_and_slow(batch.x, batch.t, quiet[batch.samples])
+
+    found = drive(solve(table, Keyed(SHAPE, samples=2), srds(8), dtype=torch.float64), outputs)
     slow, quick = found.error_estimates
     # A constant network makes the coarse step exact, and one iteration shows it.
     assert quick.rounds <= 2 * 5 + 8
@@ -466,12 +464,13 @@ def test_the_solver_is_a_generator_that_evaluates_nothing() -> None:
     batch = solver.send(network(batch.x, batch.t))
     assert batch.samples.tolist() == [0, 0, 1, 1]
     assert sorted(batch.nodes[:2].tolist()) == [1, 3]  # Its second fine step, and the second block's first.
-    try:
-        while True:
-            assert torch.equal(batch.t, table.t[batch.nodes].long())
-            batch = solver.send(network(batch.x, batch.t))
-    except StopIteration as end:
-        found = end.value
+    solver.close()
+
+    def outputs(batch: Batch) -> Tensor:
+        assert torch.equal(batch.t, table.t[batch.nodes].long())
+        return network(batch.x, batch.t)
+
+    found = drive(solve(table, Keyed(SHAPE, samples=2), method, dtype=torch.float64), outputs)
     assert gap(found.sample, chains(network, table, Keyed(SHAPE, 0, 2))) < EXACT
 
 

@@ -26,7 +26,7 @@ from paradiff.methods.window.corrector import Correction, _coefficients, noise_f
 from paradiff.models.exact import Mixture
 from paradiff.samplers import exponential_integrator, ornstein_uhlenbeck, paper_grid
 from paradiff.samplers.process import signal_and_noise
-from paradiff.solver import Denoiser, WindowRecord
+from paradiff.solver import Batch, Denoiser, WindowRecord, drive
 
 SEEN = 1e-3
 DETERMINISTIC = [name for name, table in TABLES.items() if not table.stochastic]
@@ -310,15 +310,15 @@ def test_its_noise_is_neither_the_chain_s_nor_another_block_s(name: str) -> None
 
 def batches(table: Table, method: WindowMethod, denoiser: Denoiser) -> list[list[int]]:
     """The nodes of every round of a lone sample."""
-    solver, found = solve(table, Keyed(SHAPE), method, dtype=torch.float64), []
-    batch = next(solver)
-    while True:
+    found: list[list[int]] = []
+
+    def outputs(batch: Batch) -> Tensor:
         found.append(batch.nodes.tolist())
         assert torch.equal(batch.t.double(), table.t[batch.nodes])
-        try:
-            batch = solver.send(denoiser(batch.x, batch.t))
-        except StopIteration:
-            return found
+        return denoiser(batch.x, batch.t)
+
+    drive(solve(table, Keyed(SHAPE), method, dtype=torch.float64), outputs)
+    return found
 
 
 @pytest.mark.parametrize(("steps", "sweeps"), [(5, 3), (5, 5), (5, 9), (1, 1), (4, 1)])

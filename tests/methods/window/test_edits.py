@@ -12,8 +12,8 @@ from torch import Tensor
 from paradiff import Keyed, Solution, Table, parasolver, sequential, srds
 from paradiff.methods import WindowMethod
 from paradiff.samplers import flow_euler
+from paradiff.solver import Batch, EditedOutputs, Method, drive
 from paradiff.solver.loop import solve
-from paradiff.solver.protocol import EditedOutputs
 
 SHAPE = (3, 4, 4)
 Edit = Callable[[int, Tensor], Tensor]
@@ -59,16 +59,15 @@ def solved(table: Table, noise: Keyed, method: WindowMethod, edit: Edit) -> Solu
     """The same by a solver, whose states are edited where a pipeline's loop would edit them."""
     plain = [table.scale[n] for n in range(table.steps)]
     solver = solve(table, noise, method, dtype=torch.float64)
-    batch = next(solver)
-    while True:
+
+    def edited(batch: Batch) -> EditedOutputs:
         nodes = batch.nodes.tolist()
         states = torch.stack([x / plain[n] for n, x in zip(nodes, batch.x, strict=True)])
         shown = torch.stack([x if n == 0 else edit(n - 1, x) for n, x in zip(nodes, states, strict=True)])
         seen = torch.stack([x * plain[n] for n, x in zip(nodes, shown, strict=True)])
-        try:
-            batch = solver.send(EditedOutputs(model(seen, batch.t), shown))
-        except StopIteration as end:
-            return end.value
+        return EditedOutputs(model(seen, batch.t), shown)
+
+    return drive(solver, edited)
 
 
 @pytest.mark.parametrize("window", [None, 5, 1])
@@ -96,27 +95,22 @@ def test_states_left_alone_are_no_edit() -> None:
     table, noise = TABLES["dpmpp_2m"], Keyed(SHAPE, 3)
     one = solved(table, noise, parasolver(4, tolerance=1e-3), lambda i, x: x)
     solver = solve(table, noise, parasolver(4, tolerance=1e-3), dtype=torch.float64)
-    batch = next(solver)
-    while True:
-        try:
-            batch = solver.send(model(batch.x, batch.t))
-        except StopIteration as end:
-            other = end.value
-            break
+    other = drive(solver, lambda batch: model(batch.x, batch.t))
     assert other.rounds == one.rounds
     torch.testing.assert_close(one.sample, other.sample, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("method", "complaint"),
-    [
-        (parasolver(stride=2), "parasolver solves sub-intervals of 2 steps.*stride of 1"),
-        (srds(4), "srds's coarse steps cannot follow that; use parasolver"),
-    ],
+    "method", [parasolver(stride=2), parasolver(stride=[3] * 4), srds(4)], ids=["stride", "strides", "srds"]
 )
-def test_methods_that_cannot_follow_say_so(method: WindowMethod, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_methods_that_cannot_follow_say_so(method: Method) -> None:
+    assert not method.follows_edits
+    with pytest.raises(ValueError, match=f"changed between steps, which {method.name} as it was given cannot follow"):
         solved(TABLES["ddim"], Keyed(SHAPE, 3), method, EDITS["overwrite"])
+
+
+def test_strides_of_one_step_can_follow() -> None:
+    assert parasolver(stride=[1] * 12).follows_edits
 
 
 def test_settled_states_come_in_order_and_once() -> None:
@@ -129,13 +123,7 @@ def test_settled_states_come_in_order_and_once() -> None:
         dtype=torch.float64,
         on_final=lambda first, states: seen.extend((first + k, x.clone()) for k, x in enumerate(states)),
     )
-    batch = next(solver)
-    while True:
-        try:
-            batch = solver.send(model(batch.x, batch.t))
-        except StopIteration as end:
-            solution = end.value
-            break
+    solution = drive(solver, lambda batch: model(batch.x, batch.t))
     assert [n for n, _ in seen] == list(range(1, table.steps + 1))
     assert torch.equal(seen[-1][1], solution.sample[0])
     one = solve(table, noise, sequential(), dtype=torch.float64)
@@ -158,12 +146,7 @@ def test_members_are_judged_by_the_worst() -> None:
 
     def rounds(shape: tuple[int, ...], members: bool) -> int:
         solver = solve(table, Keyed(shape, 3), parasolver(tolerance=1e-4), dtype=torch.float64, shared_window=members)
-        batch = next(solver)
-        while True:
-            try:
-                batch = solver.send(two_kinds(batch.x, batch.t))
-            except StopIteration as end:
-                return end.value.rounds
+        return drive(solver, lambda batch: two_kinds(batch.x, batch.t)).rounds
 
     alone = rounds((1, 4, 4), True)
     assert rounds((64, 4, 4), True) >= alone > rounds((64, 4, 4), False)

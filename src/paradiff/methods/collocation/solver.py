@@ -200,15 +200,8 @@ class CollocationSolver:
             Mean squares `[2 M + 4]`: for each node the change of the sample by its staleness, and the distance of its state
             from that of its evaluation; the change by the staleness of all nodes together; the sample's move in this round;
             its size; and 1 if all outputs are finite.
-
-        Raises:
-            ValueError: If states were changed.
         """
-        if states is not None:
-            raise ValueError(
-                f"the states were changed between steps, and {self.setup.method.name} visits a few of the chain's states "
-                "only; use quasi_newton or parasolver"
-            )
+        assert states is None, "the loop refuses changed states, since follows_edits is False"
         self.rounds += 1
         self.evaluations += len(outputs)
         if self._handover is not None:

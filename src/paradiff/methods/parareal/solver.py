@@ -112,11 +112,7 @@ class PararealSolver:
             ValueError: If the caller changed states before the network saw them.
         """
         setup = self.setup
-        if states is not None:
-            raise ValueError(
-                f"the states were changed between steps, and {setup.method.name}'s coarse steps cannot follow that; use "
-                "parasolver"
-            )
+        assert states is None, "the loop refuses changed states, since follows_edits is False"
         self._asked = query.steps
         self.rounds += 1
         self.evaluations += len(outputs)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.sensitivity import DATA_VARIANCE
-from paradiff.chain.slope import freeze_clean_data, inverse
+from paradiff.chain.slope import freeze_clean_data, gaussian_gain, inverse
 from paradiff.chain.step import Step
 from paradiff.chain.table import column
 from paradiff.methods.window.options import Predictor
@@ -108,8 +108,7 @@ class Recurrence:
             self.slope = table.a
         else:
             self.slope[:, 0] = 1
-        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-        self.clean_slope = (alpha * DATA_VARIANCE / (alpha**2 * DATA_VARIANCE + sigma**2)).tolist()
+        self.clean_slope = gaussian_gain(table.alpha[:-1], table.sigma[:-1], DATA_VARIANCE).tolist()
 
 
 class PredictedFill:

@@ -36,8 +36,8 @@ class WindowMethod(WindowOptions):
 
     @property
     def follows_edits(self) -> bool:
-        """Whether states may be changed between steps: where sub-intervals are single steps."""
-        return self.stride == 1
+        """Whether states may be changed between steps: where sub-intervals are single steps, all of whose states are kept."""
+        return self.stride == 1 if isinstance(self.stride, int) else set(self.stride) == {1}
 
     def prepare(self, problem: Problem) -> WindowRun:
         """The run on a problem.

@@ -162,11 +162,7 @@ class WindowSolver:
 
     def _edit(self, asked: Tensor, states: Tensor) -> None:
         """Notes which states the caller changed (edits.py); steps are then taken from the changed ones."""
-        if not self.setup.single:
-            raise ValueError(
-                f"the states of a window were changed between steps, and {self.setup.method.name} solves sub-intervals of "
-                f"{self.setup.method.stride} steps, of which only the ends would be seen; give it a stride of 1"
-            )
+        assert self.setup.single, "the loop refuses changed states, since follows_edits is False"
         self.edits.take(self.lo, asked, states, self.x[self._rounds.ends(self.lo, self.hi)])
 
     def _sweep(self, phi: Tensor) -> Tensor:

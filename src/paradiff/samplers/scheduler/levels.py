@@ -85,10 +85,10 @@ def levels_of(scheduler: Any, t: Tensor, places: list[int] | None, scale: Tensor
         if not all(torch.isfinite(v).all() for v in (checked.alpha, checked.sigma, p, q)):
             continue
         wanted = torch.stack([checked.alpha, checked.sigma], dim=1)[1:]
-        gaps = (landed(a, b, c, checked.alpha, checked.sigma, p, q) - wanted).abs() / (wanted.abs() + 1e-2)
-        gap = float(gaps[:, 0].mean() + gaps[:, 1].mean() / 2)  # some samplers add more noise than the process has
-        if gap < least:
-            best, least = checked, gap
+        off = (landed(a, b, c, checked.alpha, checked.sigma, p, q) - wanted).abs() / (wanted.abs() + 1e-2)
+        mismatch = float(off[:, 0].mean() + off[:, 1].mean() / 2)  # some samplers add more noise than the process has
+        if mismatch < least:
+            best, least = checked, mismatch
         if least < AGREES:
             break
     assert best is not None, "the last candidate is always finite"

@@ -172,7 +172,7 @@ def _probe(request: Request) -> Probed:
         clean=levels.clean,
         exact_levels=False,
     )
-    ray, spread = table.gaps.amax(0).tolist()
+    ray, spread = table.mismatches.amax(0).tolist()
     table = dataclasses.replace(table, exact_variance=ray > ROUNDING or spread <= ROUNDING)
     table = dataclasses.replace(table, exact_levels=table.mismatch <= CONSISTENT)
     limit = _limit_of(scheduler.config)
