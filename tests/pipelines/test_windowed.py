@@ -501,7 +501,7 @@ RULED = [
     (Tensor.split, (X, [1, 3]), {"dim": 1}),
     (torch.unbind, (X, 2), {}),
     (Tensor.__getitem__, (X, (Ellipsis, 1, slice(None, None, 2), None)), {}),
-    (Tensor.__getitem__, (plain(1000), T), {}),
+    (Tensor.__getitem__, (plain(1000), T[None]), {}),
     (Tensor.view, (X, 2, -1), {}),
     (Tensor.expand, (X, 3, 2, -1, 3, 5), {}),
     (Tensor.repeat, (X, (2, 1, 1, 3, 1)), {}),

@@ -286,6 +286,8 @@ def taken(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if isinstance(x, Windowed):
         parts = basic(index)
         return UNSUITABLE if parts is None else Windowed.wrap(x.window[parts], x.run)
+    if type(index) is tuple and len(index) == 1:  # As torch 2.4 hands on the index of `table[index]`.
+        (index,) = index
     if type(x) in PLAIN and isinstance(index, Windowed) and index.window.dtype in (torch.int64, torch.int32):
         return Windowed.wrap(x[index.window], index.run)
     return UNSUITABLE
@@ -314,6 +316,9 @@ def reshaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     x, sizes = args[0], args[1:]
     if kwargs:
         return UNSUITABLE
+    if len(sizes) == 1 and isinstance(sizes[0], torch.dtype):  # Which torch 2.4 cannot map over states.
+        alike = isinstance(x, Windowed) and sizes[0].itemsize == x.window.dtype.itemsize
+        return Windowed.wrap(x.window.view(sizes[0]), x.run) if alike else UNSUITABLE
     if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
         sizes = tuple(sizes[0])
     sizes = tuple([whole(size) for size in sizes])
