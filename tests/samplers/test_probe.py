@@ -306,7 +306,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Tensor | None, dict[str, Any], str]]
     "not set": (lambda: diffusers.DDIMScheduler(), None, {}, "no timesteps yet: call its set_timesteps"),
     "not set, flow": (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), None, {}, "no timesteps yet"),
     "other arguments": (lambda: ready("CogVideoXDPM"), None, {}, "only steps of .model_output, timestep, sample."),
-    "other result": (lambda: ready("SCM", 2), None, {}, "keep the second result of step"),
+    "SCM": (lambda: ready("SCM", 2), None, {}, "keep the second result of step"),
     "learned variance": (lambda: ready("DDPM", variance_type="learned_range"), None, {}, "variance_type = 'learned_range'"),
     "other times": (ddim_of, torch.tensor([900, 850]), {}, "2 timesteps are no stretch of the 10"),
     "no times": (ddim_of, torch.empty(0, dtype=torch.long), {}, "0 timesteps are no stretch"),
