@@ -95,6 +95,17 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert paradiff.__version__ == importlib.import_module("importlib.metadata").version("paradiff")
 
 
+def test_the_citation_is_of_this_version_and_names_the_papers_of_the_methods() -> None:
+    root = SOURCE.parents[1]
+    cited = (root / "CITATION.cff").read_text()
+    (version,) = re.findall(r"^version: (.+)$", cited, flags=re.MULTILINE)
+    assert version == paradiff.__version__
+    table = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `")]
+    for line in table:
+        for number in re.findall(r"arXiv (\d+\.\d+)", line):
+            assert f"arXiv:{number}" in cited
+
+
 def test_a_source_tree_without_a_distribution_has_a_version_all_the_same() -> None:
     found = run(
         "import importlib.metadata as m\n"
