@@ -1,8 +1,9 @@
 # Everything below sets itself up: Python, git and make are all it needs.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-oldest lint bench docs clean
 
 # What the command needs.
 .venv/.demo: pyproject.toml constraints.txt
@@ -39,6 +40,18 @@ lint: .venv/.ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
+# The oldest versions that pyproject.toml allows. Of their wheels of torch there is only the one for CUDA: 3 GB to download.
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --disable-pip-version-check -c constraints-oldest.txt -e ".[all]" \
+		accelerate peft pytest pytest-xdist scikit-learn scipy torchsde
+	touch $@
+
+test-oldest: .venv-oldest/.ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal tests/test_rooms.py tests/test_face.py \
+		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
+		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain pipelines same_image scheduler_proxy windowed))
+
 bench: .venv/.ready
 	$(BIN)/python benchmarks/rounds.py --json benchmarks/results/rounds.json
 	$(BIN)/python benchmarks/srds.py --json benchmarks/results/srds.json
@@ -54,4 +67,4 @@ docs: .venv/.docs
 	@echo "Look at docs/api/index.html"
 
 clean:
-	rm -rf .venv demo docs/api
+	rm -rf .venv .venv-oldest demo docs/api

@@ -164,6 +164,16 @@ def test_a_sentence_names_an_extra_that_brings_the_package() -> None:
         assert f'"{distribution.get(package, package)}>=' in listed
 
 
+def test_the_lower_bounds_are_the_oldest_versions_that_are_tested() -> None:
+    root = SOURCE.parents[1]
+    bounds = dict(re.findall(r'"([a-z_-]+)>=([\d.]+)"', (root / "pyproject.toml").read_text()))
+    pinned = dict(re.findall(r"^(.+)==(.+)$", (root / "constraints-oldest.txt").read_text(), flags=re.MULTILINE))
+    tested = bounds.keys() & pinned.keys()
+    assert {"numpy", "torch", "diffusers", "transformers", "typer", "matplotlib"} <= tested
+    for name in tested:
+        assert f"{pinned[name]}.0.0".startswith(f"{bounds[name]}."), name
+
+
 def test_a_module_that_is_missing_for_another_reason_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "here", ModuleType("here"))
     find, listed = lazily("here", {"there": "paradiff.nowhere"})
