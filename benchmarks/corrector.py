@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PIADM-ODE's corrector: does underdamped Langevin dynamics after every block bring samples nearer to the data's law?
 
 Claim measured: the corrector repairs what a wrong score does to the ODE, but the SDE does the same in fewer rounds. The same

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the benchmarks' pictures look: 9 inches wide, so that text of 9 points is readable at 900 pixels, and colours that differ
 for colour-blind readers too (Okabe and Ito, 2008, "Color Universal Design")."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmark scripts share: the command line, the JSON file, the record of where it was measured, printed tables."""
 
 from __future__ import annotations

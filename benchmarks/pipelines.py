@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines: whole calls of the bundled text pipelines with guidance, methods beside schedulers.
 
 Claim measured: with `parallelize`, two lines around an unchanged call, a pipeline takes fewer rounds than its scheduler has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PIADM: does the number of rounds grow like a power of log d, and what does it take on a trained network?
 
 Claim measured: PIADM's rounds grow like log^2 d where the sequential chain's steps grow like sqrt(d), d the dimension. Parts:

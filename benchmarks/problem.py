@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The problems that methods are measured on: a network, a table and seeds.
 
 - `trained`: the bundled digits network.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequential solvers of higher order beside `collocation`. A part of sparse.py.
 
 Claim measured: to come within half a grey level of a long chain's sample, a sequential solver of higher order takes more

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many rounds every window method takes to the sequential sample, on closed-form digits and on the trained digits.
 
 Claim measured: a window method takes far fewer rounds than the chain has steps; the slope decides which takes the fewest.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shift of `collocation`: would more than one data variance make the forcing flatter, so that fewer nodes suffice?
 
 Claim measured: more than one variance does not pay. What is interpolated is the forcing, equation (1) of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`collocation`: rounds, evaluations, errors and seconds, and how often its error estimate holds.
 
 Claim measured: `collocation` gives the sample of a chain of 1000 steps within half a grey level from fewer network evaluations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SRDS beside the window methods: rounds, evaluations and seconds of the whole call at equal measured error.
 
 Claim measured: a window method takes fewer rounds than SRDS; on short chains SRDS takes fewer evaluations. On every chain

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One thread, unless OMP_NUM_THREADS asks for others: the tests' tensors are small, and sums over several threads could differ
 between runs. Cases of a diffusers newer than the one installed are left out."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The golden digest: rounds, evaluations and a hash of the samples of every table under every method, in float64.
 
 `python tests/digest.py` records `digest.json` anew; a change that is meant to move no number must leave the file as it is, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the solver share: tables, methods, networks and the plain loop.
 
 A new table joins `TABLES` and a new method `METHODS`, and each gets every test. Tables are short, since every property that is

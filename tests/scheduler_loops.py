@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of probing share: diffusers' own loop and the recurrence of a table, on a small nonlinear network."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samplers' own tables walked beside diffusers' schedulers of the same names, in float64."""
 
 from __future__ import annotations

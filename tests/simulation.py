@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An event simulation of Parareal's dependency graph, without states: which rows a run must evaluate, round by round.
 
 Write F(i, p) and G(i, p) for the fine and the coarse solve of block i from x[i, p]. With K iterations to be made:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An object has all its attributes from its birth: what a method of it assigns, `__init__` or the class assigns too."""
 
 from __future__ import annotations

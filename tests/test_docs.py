@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents run: every Python block and every command of README and docs, with settings that take seconds.
 
 The Python blocks of a page share one namespace, in order; a `text` block directly after one is what it prints. A command of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of the wrong kind are refused by a sentence: the argument, what was given, what was expected."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Extending, shown by doing it: a slope, a sampler, an evaluator, an observer and a method, each in one place, without a change
 of the library, and each reaching the sequential sample. docs/extending.md shows the same code."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package's face: which names it shows, that each is found, that nothing hides a module, and what an import loads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports run one way: no circle between files, and no arrow against the order of the rooms."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The values that users hold: what they show of themselves, that they pickle, and that == answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published samplers as textbook loops: schedules by numpy, one step after another, nothing shared with the package.
 
 A helper for the tests. Every loop walks a whole trajectory with a nonlinear toy network that depends on the time and returns

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the text encoder from which the `shapes` and `shapes-flow` pipelines start: it predicts the picture from the caption.
 
 Loss, with the picture x at half its size, `[3, 16, 16]`, the caption c, and h_k(c) the vector of the last but k-th layer at the

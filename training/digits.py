@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the bundled `digits` pipeline: an epsilon-prediction DDPM UNet on scikit-learn's 8x8 digits.
 
 Loss (Ho, Jain and Abbeel, 2020, "Denoising Diffusion Probabilistic Models", eq. 14):

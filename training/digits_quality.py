@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the bundled `digits` pipeline: do its samples look like digits that the network has not seen?
 
 Samples are drawn with the pipeline's own 1000-step sampler and compared with the held-out digits of training/digits.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop of the bundled pipelines: AdamW, cosine rate, moving average of the weights, resumable.
 
 With the share p of the run that is over (of the steps or of the minutes, whichever is further), step n = 0, 1, ... has the rate

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the autoencoder that the `shapes` and `shapes-flow` pipelines share, and encode the training pictures with it.
 
 Loss, with the picture x in -1 ... 1, the posterior N(m, s^2) of its latents `[4, 8, 8]`, z drawn from it, and the decoder D:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of coloured shapes with captions, for the bundled text-conditioned pipelines, and a judge of such pictures.
 
 A scene is one thing, perhaps with a size ("a small red circle"), or two things and the relation of the first to the second

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the bundled `shapes` pipeline: text-conditioned latent diffusion in the format of Stable Diffusion.
 
 Loss (Ho, Jain and Abbeel, 2020, eq. 14, on latents and with a caption c; Rombach et al., 2022, eq. 3):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the bundled `shapes-flow` pipeline: a text-conditioned rectified flow in the format of Stable Diffusion 3.
 
 Loss (Liu, Gong and Liu, 2023, "Flow Straight and Fast", eq. 1; Esser et al., 2024, sections 2 and 3.1), with z0 drawn from the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How well the bundled `shapes` and `shapes-flow` pipelines draw what the prompt says, judged by `scenes.judge`.
 
 For each kind of prompt the share of pictures whose colours, relation and shapes are right, and all three: 64 prompts of one

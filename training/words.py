@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tokenizer and the text encoders of the text-conditioned pipelines.
 
 The tokenizer is CLIP's byte pair encoding with merges just sufficient for each word of the captions to be one token; any other

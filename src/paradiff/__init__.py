@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parallel-in-time sampling for diffusion and flow models.
 
 Everything here is imported when it is first asked for: the core needs torch and numpy only.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sentences for what cannot be: arguments of the wrong kind, missing packages, pipelines whose loops have no parallel form."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of a package that are imported when they are first asked for (PEP 562).
 
 A package whose modules need torch and numpy only may import them at once. Where a name needs more, or where packages import

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: what it writes, what stays as it was, and what is counted."""
 
 from __future__ import annotations

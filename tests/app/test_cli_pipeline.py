@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line with pipelines that have a loop of their own: their pictures, what is counted, and what is refused."""
 
 from __future__ import annotations

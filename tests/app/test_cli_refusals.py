@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every bad input to the command line gets one sentence on stderr, exit code 2, and leaves no files."""
 
 from __future__ import annotations

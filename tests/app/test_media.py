@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Outputs of pipelines as files: what is decoded from a written file is what was given, and a missing extra is named."""
 
 from __future__ import annotations

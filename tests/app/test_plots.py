@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures: pixels are those of diffusers, the grid holds every sample, the trace is drawn whatever the run was like, and shows
 of a wavefront every row."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Noise is a function of its place, and recorded noise is the noise of a sequential run."""
 
 from __future__ import annotations

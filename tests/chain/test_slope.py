@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """chain/slope.py: each slope is the derivative that its docstring says, and the window's linear algebra is that of dense
 matrices."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """chain/table.py: what a table refuses, each complaint by its text, and what it tells."""
 
 from __future__ import annotations

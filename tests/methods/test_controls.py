@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tuned numbers are fields: a method with other numbers takes them, and none outside its range."""
 
 from __future__ import annotations

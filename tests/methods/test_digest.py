@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No number moves unseen: every table under every method gives the recorded rounds, evaluations and samples (digest.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every argument of every preset refuses a value of the wrong kind by a sentence that names the argument and the value."""
 
 from __future__ import annotations

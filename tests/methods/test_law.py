@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PIADM draws from the law that it promises: against exact draws of mixtures, the sequential chain, and trained digits.
 
 20,000 chains are one state `[20000, d]` that shares one window. A chain stops at the level eta, so its samples are those of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods: what they refuse, which nodes they choose, which of them are the same, and ParaDiGMS against its pseudo-code."""
 
 from __future__ import annotations

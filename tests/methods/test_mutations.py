@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults are planted, and the check that should see each one is shown to see it, and to pass without it.
 
 A comparison counts as failed when it is off by more than 1e-3: far above rounding, and small beside any visible error.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PIADM against its formulas, the exact law of its iterates, and the plain loop; blocks, the diagonal schedule and what they
 hold; faults, each shown to be seen."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Secants: the correction is the documented model's, sweep by sweep, it never costs exactness, and it saves rounds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models: what is loaded, that its tables are the chains of diffusers' schedulers, and that its images are theirs."""
 
 from __future__ import annotations

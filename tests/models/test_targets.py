@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Closed-form targets: every formula against an independent one (autograd, quadrature, an ODE solver, draws)."""
 
 from __future__ import annotations

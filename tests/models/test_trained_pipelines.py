@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bundled trained pipelines: the plain call's sample in a fraction of its rounds."""
 
 from __future__ import annotations

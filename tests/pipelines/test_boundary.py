@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A network called with a window gives each state what it would give it alone, whatever its inputs and outputs are made of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Callback`: told once a step, in order, of copies in the loop's dtype; what would steer the loop is refused by name."""
 
 from __future__ import annotations

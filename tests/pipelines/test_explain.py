@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`explain`: what it says is what a parallel call then does, and saying it leaves the pipeline untouched."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of the pipeline, one for every state, give the plain call's sample, see their own step numbers, and leave no trace."""
 
 from __future__ import annotations

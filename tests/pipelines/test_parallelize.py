@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`parallelize`: arguments keep their meaning, the pipeline is restored, and what has no parallel form is named."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kind of pipeline, run in parallel over time by its own call, against the plain call with the same seed.
 
 A result that agrees does not prove that states were batched rightly: the first state of every window is right whatever happens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A `Run`: entered, called or enabled, it makes calls parallel; afterwards the pipeline is what it was."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same generator gives the same image as diffusers' own sequential run, by scheduler loops and by whole pipelines."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler a pipeline's loop sees is the user's, but for the iteration, the scaling and the step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading a pipeline's loop finds what uses its step number, and what else a run in parallel may not allow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny pipelines are fit to test with: reproducible, finite, and moved by all that a sampler's network is moved by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a loop's body does to a window, it does to each state; what it reads in Python all states agree in, or it is refused."""
 
 from __future__ import annotations

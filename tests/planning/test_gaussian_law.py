@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The law of Picard samples of Gaussian data: against dense propagation, closed forms and numbers known to two digits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters from the theorems: their formulas by hand, what they cost, what is refused, and a run with them."""
 
 from __future__ import annotations

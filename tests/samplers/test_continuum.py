@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chain of many steps is the equation of its levels: against its formula, step by step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """samplers/exponential.py against quadrature of the frozen equation, a textbook loop in the language of scores, and ddpm and
 ddim.
 

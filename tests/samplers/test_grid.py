@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """samplers/grid.py against the rules written out here: which levels, which edges, and what is refused."""
 
 from __future__ import annotations

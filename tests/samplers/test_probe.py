@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probing: what a table read off a scheduler is, keeps and refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probed table of every diffusers scheduler against that scheduler's own loop, node by node."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """samplers/process.py: networks of four processes, each written in its own coordinates, give one sample.
 
 The networks here know nothing of the package: each is handed a state and a time as its own process has them, finds signal and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samplers against the textbook loops of textbook.py; its errors, each by its text."""
 
 from __future__ import annotations

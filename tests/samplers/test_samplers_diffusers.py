@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samplers against diffusers' schedulers of those names, over whole trajectories, node by node."""
 
 from __future__ import annotations

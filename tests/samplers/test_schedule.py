@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """samplers/schedule.py against diffusers' schedulers and against formulas written out here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The evaluator keeps to its bound, hands each row its own conditioning, moves dtypes, counts, and says what is wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Observers see every round and may end the run; evaluators of any kind drive it; what is handed over is what is expected."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The solver returns the sequential chain's sample, whatever the method, the window and the company, and counts what it did."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny pipelines of random weights, built in memory, one for every kind of loop that the library must follow.
 
 `CASES[name].make()` builds a pipeline; `CASES[name].run(pipe, seed)` is an ordinary call of it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a tiny pipeline is: how it is built, how it is called and how many steps its loop makes."""
 
 from __future__ import annotations

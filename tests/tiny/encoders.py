@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny tokenizers, text encoders and autoencoders."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text to image beyond Stable Diffusion's first network: SDXL and the transformers."""
 
 from __future__ import annotations

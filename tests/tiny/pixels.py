@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines without text: DDPM, DDIM and DiT."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stable Diffusion, its schedulers, and what is built upon its network."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text to video, and image to video."""
 
 from __future__ import annotations

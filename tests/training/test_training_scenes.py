@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures that the text-conditioned pipelines were trained on show what their captions say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Solvers, runs and methods, whole ones and broken ones, handed to the loop; read by pyright alone (test_protocols.py).
 
 A line that ends in `wrong: TEXT` is to be reported with that text, and no other line.

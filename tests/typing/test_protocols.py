@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A type checker sees what is no solver, no run or no method: protocols.py, under pyright."""
 
 from __future__ import annotations

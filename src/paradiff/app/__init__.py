@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: options, pictures, files, runs."""
 
 from paradiff.errors import MissingPackage

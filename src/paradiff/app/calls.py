@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pipeline called once for each seed, in parallel over time and, to compare, as it is.
 
 Each call has a generator of its own on the CPU, as `pipe(..., generator=torch.Generator().manual_seed(seed))` has.

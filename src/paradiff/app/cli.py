@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `paradiff sample`, `paradiff explain` and `paradiff methods`.
 
 Importing this module loads no torch: help, and refusals of options that are mistyped, need none of it. What a command computes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run computes on and a figure was measured on: device, hardware, threads, versions."""
 
 from __future__ import annotations

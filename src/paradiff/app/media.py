@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pipeline call gives, as tensors and as files: pictures, the frames of a video, sound."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line's texts made into seeds, sizes, methods and their options. Importing this module loads no torch.
 
 The options of a method are the arguments of its preset: `-m NAME=VALUE` is checked against their names, and VALUE is read by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines with a loop of their own: options turned into the arguments of a call, and what came of each seed's into files."""
 
 from __future__ import annotations

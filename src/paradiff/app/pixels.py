@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unconditional pixel models: all seeds of a run sampled in one batch, and what came of it into files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures: samples as PNG files, and the trace of a run: the parts of the chain by round, as the records show them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one run of the command line was asked for: the options as they were typed, and what they stand for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contents of run.json (docs/run_json.md): one run of the command line."""
 
 from __future__ import annotations

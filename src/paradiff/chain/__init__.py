@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recurrence: a sampler's table of coefficients, its noises, slopes and steps."""
 
 from paradiff.chain.clipping import Clip, DynamicThreshold

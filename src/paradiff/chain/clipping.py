@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits on the clean-data estimate: C(D).
 
 A pixel model's scheduler may bound the clean-data estimate D of every step, which makes the step nonlinear in the

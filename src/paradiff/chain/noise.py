@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The noise of a chain: x[0] and z[0] ... z[N-1], fixed before the first sweep.
 
 A parallel solver visits nodes out of order and more than once, so the noise of a node may not depend on when it is asked

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a network predicts, as a linear map to the clean-data estimate.
 
 A state on the ray of a clean datum x0 is x = alpha x0 + sigma eps. Whatever a network predicts, its clean-data estimate is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a change of a node reaches the sample: the model behind tolerances and error estimates.
 
 A node whose state is wrong by e changes the sample by about s e, with the factor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slopes G: how a change of one state is carried to the next.
 
 Every parallel-in-time method is an approximate Newton step on the residual r[i] = Phi_i(x) - x[i+1] of the chain:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One step of the chain, equation (1) of table.py, for many rows at once on one device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of a sampler: every coefficient of the chain, known before the first network call.
 
 A sampler with N steps walks states x[0] (noise) ... x[N] (sample):

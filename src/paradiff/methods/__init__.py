@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a chain is solved: the published methods as presets, and a folder for each family of solvers."""
 
 from paradiff.methods import presets

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PIADM-SDE and PIADM-ODE: Picard iteration over blocks of the chain.
 
 Source: Chen, Ren, Ying and Rotskoff, "Accelerating Diffusion Models with Parallel Sampling: Inference at Sub-Linear Time

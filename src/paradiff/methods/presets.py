@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The named methods: functions that return a `WindowMethod`, for SRDS a `PararealMethod`, for collocation a
 `CollocationMethod`.
 

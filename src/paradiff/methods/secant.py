@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Secant pairs: a low-rank correction of the network's Jacobian from earlier sweeps.
 
 A sweep evaluates the network again at nodes that it evaluated before, at other states. Between two sweeps the state of node n

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks: closed-form data, bundled and other pixel models, diffusers pipelines."""
 
 from typing import TYPE_CHECKING

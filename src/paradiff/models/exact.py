@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data whose optimal denoiser is known in closed form: exact problems for samplers.
 
 A state is x = alpha x0 + sigma eps with x0 from the data and eps standard normal. The optimal denoiser is the mean of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models' files: where a model is, what its index says, and whether it can be read safely.
 
 Weights are read from safetensors only, and no code that comes with a model is run.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines from disk or the hub: any that diffusers itself can build, from safetensors, without code that comes with them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unconditional pixel models in diffusers' pipeline format: a bundled one by name, a folder, or a hub id.
 
 `load` reads a `UNet2DModel` and a scheduler config, as `DDPMPipeline` and `DDIMPipeline` save them; pipeline.py reads all other

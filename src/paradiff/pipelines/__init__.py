@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Diffusers pipelines in parallel over time: their own call and their own loop, whose passes are the solver's rounds."""
 
 from typing import TYPE_CHECKING

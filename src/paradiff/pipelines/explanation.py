@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`explain`: a forecast of a parallel run of a pipeline, without a call of its networks.
 
 The scheduler is probed at the given number of steps, the loop's source is read, and the method is run on a closed-form

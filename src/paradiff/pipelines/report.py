@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost and the estimated error of a pipeline's parallel call."""
 
 from __future__ import annotations

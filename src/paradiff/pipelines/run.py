@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`parallelize`: the same pipeline call, in parallel over time.
 
 A parallel call is the pipeline's own `__call__` with all its arguments. For its length the pipeline has a scheduler proxy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of a parallel run of a pipeline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to choose: parameters from the theorems, and the laws of samplers on Gaussian data."""
 
 from paradiff.planning import gaussian_law

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exact law of Picard samples of Gaussian data: no sampling noise, nothing but arithmetic.
 
 Data N(0, diag(lambda)) in the coordinates of the Ornstein-Uhlenbeck process dx = -x/2 du + dB, u >= 0 the level of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters of PIADM that its theorems ask for.
 
 Theorems 3.3 (SDE) and 3.5 (ODE) of arXiv 2405.15986, for data of dimension d, accuracy delta and a score of Lipschitz constant

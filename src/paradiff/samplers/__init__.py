@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tables come from: published samplers on noise schedules, exponential integrators, diffusers schedulers."""
 
 from paradiff.samplers.exploding import euler, euler_ancestral, heun

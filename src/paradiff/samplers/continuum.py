@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chain of so many steps that it is the equation itself.
 
 A table discretizes the probability-flow ODE, or the reverse-time SDE, of its levels. Sparse nodes make the number of fine

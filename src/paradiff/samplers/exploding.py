@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samplers of variance-exploding states, alpha = 1 with the noise ratio as sigma: `euler`, `euler_ancestral`, `heun`.
 
 Each function returns the `Table` of one published sampler at one number of steps, written as equation (1) of forms.py, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exponential integrators of the reverse process in Ornstein-Uhlenbeck coordinates, as tables.
 
 With z and u of process.py the reverse process is, for a volatility v (1: the SDE, 0: the probability-flow ODE),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sampler of rectified flows, on the line alpha + sigma = 1: `flow_euler`, a `Table` for any number of steps."""
 
 from __future__ import annotations

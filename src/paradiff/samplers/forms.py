@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The form in which samplers are published, and the table's.
 
 Every sampler here is linear in the states and in the network's clean-data estimates D = p x + q m (chain/prediction.py), so

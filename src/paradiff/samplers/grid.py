@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grids: the noise levels u that a chain in Ornstein-Uhlenbeck coordinates visits, and the blocks that they fall into.
 
 Levels fall from T to the early stop eta > 0 (process.py defines u). Three ways to space them:

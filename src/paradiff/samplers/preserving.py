@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samplers of variance-preserving states, alpha^2 + sigma^2 = 1: `ddim`, `ddpm`, `dpmpp_2m`.
 
 Each function returns the `Table` of one published sampler at one number of steps, written as equation (1) of forms.py, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The noising process that a network was trained on: its times and its coordinates.
 
 A state x = alpha x0 + sigma eps of any process, divided by sqrt(alpha^2 + sigma^2), is a state z of the Ornstein-Uhlenbeck

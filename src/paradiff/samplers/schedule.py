@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The noise schedule: how much signal and how much noise a state holds at each training time.
 
 A network is trained at the integer times t = 0 ... T-1 on states x = alpha[t] x0 + sigma[t] eps with

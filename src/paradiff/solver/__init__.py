@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop that solves a chain, what it is given and what it returns."""
 
 from paradiff.solver.evaluator import Denoiser, Evaluator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The evaluator: rows in, network outputs out. The only object that knows devices exist.
 
 A solver yields a `Batch` of rows, states [R, ...] at times [R] of samples [R], and receives the outputs [R, ...]. The

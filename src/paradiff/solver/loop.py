@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop: in every round all solvers are asked for rows, one batch is evaluated, and each is told its outputs (protocol.py).
 
 `solve` is a generator that yields a `Batch` and is sent the outputs; it returns a `Solution`. `drive` runs it with an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What meets in the loop: problems, methods, their runs and solvers, evaluators and observers.
 
 A `Method` holds hyper-parameters. It prepares a `Problem`, the chain with its noises, into a `Run`, which holds what all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a solver records of a round: one class for each kind of iteration, each with its JSON form."""
 
 from __future__ import annotations

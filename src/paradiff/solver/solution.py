@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a solver returns: the sample, what it cost, and how far to trust it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collocation reaches the sequential chain's sample, says how far from it they are, and refuses what it cannot do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tuned numbers are documented one by one, refuse what is out of their range, and are none of the modules' own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense output is the chain's states where the forcings are right, and the window method starts from it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimates of the interpolation error are calibrated by how far refinements moved the sample."""
 
 from __future__ import annotations

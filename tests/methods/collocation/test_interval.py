@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An interval's eliminated form is the plain recurrence, and its averaged state the plain weighted average."""
 
 from __future__ import annotations

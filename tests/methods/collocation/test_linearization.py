@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linearized collocation system, against networks whose derivative is known."""
 
 from __future__ import annotations

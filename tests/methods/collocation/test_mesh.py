@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mesh points begin at node 0, increase, end with a step of their own, and lie where an interval may begin."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is stored of earlier samples is where they needed nodes; it spares later ones rounds, and is never in the way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What follows a round is a pure function of the sample's errors, its mesh and its bounds."""
 
 from __future__ import annotations

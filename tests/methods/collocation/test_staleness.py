@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lipschitz constants of forcings, observed or taken from neighbours."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A collocation system is the fine chain with interpolated forcings: against plain walks of the fine chain."""
 
 from __future__ import annotations

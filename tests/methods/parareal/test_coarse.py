@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """methods/parareal/coarse.py: one coarse step is the fine chain with its clean-data estimate frozen, and the sampler's own long
 step."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SRDS against a textbook Parareal loop, the planner's edges, and what is refused, each refusal by its sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults are planted in Parareal, and the check that should see each one is shown to see it, and to pass without it.
 
 With as many iterations as blocks a sample is made of fine steps alone, so that faults of the coarse propagator and of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """methods/parareal/stopping.py: when a run stops, what it certifies, and how far its samples are from the sequential ones."""
 
 from __future__ import annotations

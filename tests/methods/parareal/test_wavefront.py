@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SRDS's wavefront: its rounds, rows and memory are those of the dependency graph, and its sample is the sequential chain's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """methods/window/blocks.py: edges of blocks balanced in log(alpha/sigma) on tables that are not, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tolerance does something, and the certificate's estimate covers the measured error on closed-form problems."""
 
 from __future__ import annotations

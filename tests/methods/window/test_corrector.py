@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The corrector against quadrature of its equation, a plain loop, and the law that it must keep; faults, each shown to be
 seen."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Solvers whose caller changes states between steps: inpainting and the like."""
 
 from __future__ import annotations

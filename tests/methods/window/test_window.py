@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One sample's window: what is exact after how many sweeps, what it holds, when it waits, and what it does about overflow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tuned numbers of collocation, as frozen objects that a benchmark can scan and a test can replace.
 
 `ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for

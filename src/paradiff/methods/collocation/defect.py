@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interpolation defects: how far the forcings found are from a coarser interpolation of the same mesh.
 
 - order 0: two neighbouring intervals are taken as one of twice the length (step doubling), with an averaged state of its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense output: the states at all fine nodes, by the chain's own recurrence with interpolated forcings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interpolation error of one sample, estimated from defects and calibrated by refinements.
 
 Defects (defect.py) are propagated to the sample by the linearized system (linearization.py). The root mean square that each

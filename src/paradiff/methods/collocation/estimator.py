@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interpolation error of one sample, estimated anew after rounds and calibrated by its refinements (error.py)."""
 
 from __future__ import annotations

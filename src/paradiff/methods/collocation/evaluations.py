@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The evaluations of one sample's nodes: forcings, the states at which they were evaluated, and what changed between them."""
 
 from __future__ import annotations

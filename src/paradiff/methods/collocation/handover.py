@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The handover: the window method over all nodes of the chain, which takes over a sample."""
 
 from __future__ import annotations

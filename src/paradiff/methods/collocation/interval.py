@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One mesh interval: a stretch of fine steps, eliminated by the chain's own linear recurrence.
 
 Let g be the slope of the clean-data estimate D = p x + q m for data of variance v (chain/slope.py). The network enters the fine

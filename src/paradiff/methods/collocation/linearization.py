@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linearized collocation system: how its states and the sample change with its forcings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mesh points: where they go before anything is known of the sample, and how a mesh is refined.
 
 The first mesh equidistributes a monitor function of log(alpha^2/sigma^2) (de Boor): every interval contains an equal share of

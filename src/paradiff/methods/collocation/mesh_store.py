@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mesh store: a file of where earlier samples of one model needed their nodes, which warm-starts later samples.
 
 When a sample has converged, the error e[g] of each interval g is estimated (error.py). n intervals in place of one leave n^-1.5

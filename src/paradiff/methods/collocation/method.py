@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collocation: evaluations at a few mesh points, interpolated in between (solver.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collocation: the frozen hyper-parameters of the solver that evaluates the network at few nodes (solver.py solves it)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes: evaluations at intervals of twice the length, which give one sample's defects at order 0 (defect.py)."""
 
 from __future__ import annotations

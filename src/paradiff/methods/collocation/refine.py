@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What follows a round of one sample: more sweeps, probes, a refined mesh, or the end.
 
 `decide` is a pure function of the state after the round. The interpolation error is estimated as soon as the iteration error

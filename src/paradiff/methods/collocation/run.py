@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collocation on one problem."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Equation (1) of system.py for one sample: its noises put in, and its coefficients on the device."""
 
 from __future__ import annotations

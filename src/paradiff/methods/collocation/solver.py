@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One sample's iteration: which nodes are evaluated in a round, and the quasi-Newton step that follows.
 
 A round evaluates the network at some of the nodes, the **active** ones: those that were not evaluated yet, and those whose

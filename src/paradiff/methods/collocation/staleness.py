@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Staleness: how far the forcing of each node may have moved since it was last evaluated, and the sample with it.
 
 The **staleness** of a node is |change of its state| times the Lipschitz constant of its forcing, propagated to the sample by

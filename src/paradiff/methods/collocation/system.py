@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The collocation system: a fine chain whose network is evaluated at one node of every mesh interval.
 
 Between its mesh points e[0] = 0 < e[1] < ... < e[M] = N the chain is eliminated by its own recurrence (interval.py). The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The coarse propagator of Parareal: one cheap step over an interval of many fine ones.
 
 With the clean-data estimate frozen at D, the fine chain from node l to node r is a linear recurrence, and so one step:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tuned numbers of SRDS."""
 
 from __future__ import annotations

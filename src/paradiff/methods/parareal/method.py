@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SRDS: Parareal over blocks of the chain (solver.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parareal: the frozen hyper-parameters of one self-refining sampler (solver.py runs it).
 
 The chain is cut into B blocks at the fine nodes e[0] = 0 < e[1] < ... < e[B] = N. F walks a block's fine steps, G is a coarse

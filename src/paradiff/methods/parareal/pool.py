@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the states of one sample's block runs are held: slots of one tensor, given back when a run is done with."""
 
 from __future__ import annotations

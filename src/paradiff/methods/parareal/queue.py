@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows of one sample are ready in a round: all of them (`pipelined`), or those of one phase (`batched`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all samples of a run share: block edges, coarse propagator, stopping rule and coefficients."""
 
 from __future__ import annotations

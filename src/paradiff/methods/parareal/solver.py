@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One sample's run of Parareal: the rows that it asks for in a round, and the edge values that their outputs make.
 
 Write x[n, p] for block edge n after p iterations, F(i, p) and G(i, p) for the fine and the coarse propagator of block i from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fine and coarse steps of one sample's block runs."""
 
 from __future__ import annotations

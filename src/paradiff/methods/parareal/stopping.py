@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stopping rule: the values that Parareal gives to block edges, and how far each may be trusted.
 
 After iteration p the error left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|. Carried along the chain as Gaussian data

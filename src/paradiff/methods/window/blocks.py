@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks: a partition of the chain that the window loop respects.
 
 In turn: the window holds one block, and the next one begins when the last node of this one has passed. In flight together (the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What accepting a node costs the sample: the estimate behind tolerances.
 
 After a sweep that changed the window's states by delta, the update with slope G in place of the true derivative J leaves

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tuned numbers of the error budget of a window."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parallel corrector of PIADM-ODE: underdamped Langevin dynamics at frozen time, solved by Picard sweeps.
 
 At noise level u, with s the score of the states' density p there, positions X and momenta P follow

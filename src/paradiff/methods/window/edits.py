@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Edits: what a caller does to states between two steps, after the step that made them and before the network sees them.
 
 The chain is then x[i+1] = E_i(Phi_i(x)), as where a pipeline puts the known part of a picture back after every step

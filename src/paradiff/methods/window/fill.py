@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The initial guess for nodes that enter the window: a predictor, or states that are known from elsewhere.
 
 A predictor runs the linear recurrence

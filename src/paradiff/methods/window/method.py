@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The window methods: sweeps over a sliding window of nodes (solver.py).
 
 The named methods of the literature are functions in methods/presets.py and methods/piadm.py that return one of these.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frozen hyper-parameters of the window solver, and what they refuse."""
 
 from __future__ import annotations

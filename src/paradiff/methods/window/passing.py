@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules by which the leading nodes of a window pass after a sweep."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One window method on one problem."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is left of a sweep in which a state overflowed."""
 
 from __future__ import annotations

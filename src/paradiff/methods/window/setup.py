@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all samples of a run share: edges, slopes, bounds, and the coefficients on the device in the states' dtype."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One sample's window of states: the rows that it asks for, the sweep that their outputs make, its advance.
 
 A window of sub-intervals n = lo ... hi - 1 is solved at once. One sweep evaluates the network at every state of the window

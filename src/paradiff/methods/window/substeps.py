@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rounds of a sweep: one where every sub-interval is a single step, S where sub-intervals have up to S steps."""
 
 from __future__ import annotations

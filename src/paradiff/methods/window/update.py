@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The update of all nodes of a window after a sweep: equation (2) of solver.py, by the slope alone or corrected by secants."""
 
 from __future__ import annotations

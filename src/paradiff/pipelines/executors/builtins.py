@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`enumerate` for loops that lanes run: it yields the number of the lane's node, not that of the pass.
 
 A lane skips most iterations of its loop, which the built-in `enumerate` would not count. During a run, the modules of the loops

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Network calls of several lanes as one call.
 
 Arguments that depend on the lane's state are stacked to one windowed tensor. Arguments that are equal in all lanes (position

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lane: one ordinary call of the pipeline, resumed pass by pass.
 
 A lane's `__call__` runs its loop as in a plain call. Three requests of the loop end up here: the next time, which is that of

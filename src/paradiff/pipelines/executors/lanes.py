@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lane executor: as many ordinary calls of the pipeline as there are states, advanced together.
 
 A lane is a call of the pipeline's own `__call__` on a shallow copy of the pipeline with a scheduler proxy of its own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vector executor: one pipeline call whose loop body is run once for a whole window.
 
 After the first pass the loop's state and time are `Windowed` tensors (windowed.py), and so is every tensor that the body

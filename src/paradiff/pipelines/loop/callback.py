@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`callback_on_step_end` in a parallel run: called in order, once a step, with states that are final.
 
 A callback that only reads (previews, logging, progress) gets the states of the plain call, several steps at a time. A callback

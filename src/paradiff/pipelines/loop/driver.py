@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The solver of one pipeline call: started by the loop's first step, told of every later pass.
 
 From the first step (first_step.py) the scheduler is probed (probe.py) and the solver is started. The network's output at node 0

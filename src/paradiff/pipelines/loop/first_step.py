@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first step of a pipeline's loop, and what a loop's later steps return in its form.
 
 The loop's first pass is an ordinary one, at x[0]. Its step shows what no argument of the pipeline does: the state's shape and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The random states at the start of a pipeline call, from which it can start again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loops over timesteps of a pipeline class, read from the source of its methods."""
 
 from __future__ import annotations

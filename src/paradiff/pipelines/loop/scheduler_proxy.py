@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler a pipeline's loop sees during a parallel run.
 
 A denoising loop requests three things from its scheduler: the times, a scaled network input, and a step. A scheduler proxy is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The executors that a pipeline's loop allows, decided from its source (reader.py).
 
 In the vector executor a pass of the loop is a round, so the counter of `enumerate(timesteps)` is no step number. A loop may run

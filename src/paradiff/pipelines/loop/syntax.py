@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about the syntax tree of a loop over timesteps."""
 
 from __future__ import annotations

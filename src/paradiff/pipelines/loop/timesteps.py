@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Timesteps whose iteration is decided by an executor.
 
 A loop over the timesteps makes a pass of its body for each value that the iteration yields. `RoundTimesteps` hold the true

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Torch's modes of a thread (gradients, inference, autocast), kept for each lane."""
 
 from __future__ import annotations

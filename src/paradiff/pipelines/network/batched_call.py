@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A network call for all states of a window: the window's axis becomes part of the batch axis.
 
 A network called with windowed tensors is called with plain ones, of K * W rows for K rows and W states, the window fastest:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The size of a run's network calls, the choice of those that are checked, and their cost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The boundary before a network's `forward`: calls with windowed tensors are batched (batched_call.py), all others pass."""
 
 from __future__ import annotations

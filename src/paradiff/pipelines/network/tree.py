@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps over the nested lists, tuples and dicts in which networks get and return tensors, with the names of the leaves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules that compute functions of torch on all states of a window at once (see windowed.py).
 
 A rule takes a function of torch and its arguments. It returns UNSUITABLE for arguments that it does not cover; the function is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tensor whose window axis is hidden: the body of a pipeline's loop, written for one state, acts on all states of a window.
 
 A `Windowed` shows the shape [*v] of one state and holds the states of the whole window, `window` [W, *v]. An operation f of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signal and noise levels of a probed chain, and what its network's output says of the clean data.
 
 A scheduler's step gives the coefficients of the chain, but not the levels alpha[i], sigma[i] of its nodes nor the clean-data

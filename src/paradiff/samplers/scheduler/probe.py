@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A diffusers scheduler as a table: the coefficients of its chain, read off its own `step`.
 
 A scheduler whose step is linear, elementwise, in everything it has been handed so far walks

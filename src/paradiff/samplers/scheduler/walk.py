@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One walk of a scheduler over all its steps, with inputs of the prober's choice.
 
 Walks are made on copies, in float64 on the CPU, with states of shape [1, 1, 1, L] whose L channels do not know of each other.
