@@ -67,7 +67,7 @@ class Command(TyperCommand):
         """
         given, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter in order:
-            value = given.get(cast(str, parameter.name))
+            value = given.get(parameter.name)
             texts = value if isinstance(value, list | tuple) else [value]
             if any(isinstance(text, str) and not text.strip() for text in texts):
                 name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.name.upper()
