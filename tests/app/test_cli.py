@@ -315,7 +315,7 @@ def test_the_schema_refuses_what_is_no_wavefront(cli: Cli, tiny: Path, tmp_path:
 
 SAME = {
     "pipelined": ("-m", "blocks=4"),
-    "batched": ("-m", "blocks=4", "-m", "schedule=batched"),
+    "batched": ("-m", "blocks=4", "-m", "ordering=batched"),
     "two-step": ("-m", "coarse=two-step"),
     "slope": ("-m", "coarse=freeze-clean-data"),
     "window": ("--window", 2),
@@ -461,7 +461,7 @@ def test_the_effective_options_are_those_after_the_methods_own_defaults() -> Non
     assert effective_options(*make_method("quasi_newton"))["slope"] == "shifted:0.25"
     assert effective_options(*make_method("parasolver", ["slope=shifted:0.50"]))["slope"] == "shifted:0.50"
     piadm = effective_options(*make_method("piadm_ode", ["blocks=2", "corrector=4x3", "sweeps=2"]))
-    assert (piadm["corrector"], piadm["slope"], piadm["start"], piadm["carry"]) == ("4x3", "freeze-epsilon", "copy", True)
+    assert (piadm["corrector"], piadm["slope"], piadm["predictor"], piadm["carry"]) == ("4x3", "freeze-epsilon", "copy", True)
     assert effective_options(*make_method("sequential")) == {}
 
 

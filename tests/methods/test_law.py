@@ -81,6 +81,7 @@ class Problem:
     def network(self, table: Table) -> Callable[[Tensor, Tensor], Tensor]:
         """The optimal network for rows `[R, ..., d]`, by products of matrices where targets.Mixture is general."""
         levels = dict(zip(table.t.tolist(), zip(table.alpha.tolist(), table.sigma.tolist(), strict=True), strict=True))
+        levels |= dict(zip(table.t.float().tolist(), levels.values(), strict=True))  # as states in float32 are given them
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             alpha, sigma = torch.tensor([levels[k] for k in t.tolist()], dtype=torch.float64).T

@@ -433,7 +433,7 @@ def test_rows_that_influence_each_other_are_noticed() -> None:
         (lambda: parallelize(CASES["sd"].make(), "parasolver"), "method is a str; give one of paradiff's"),  # pyright: ignore
         (lambda: parallelize(CASES["sd"].make(), max_rows=0), "max_rows is 0; a network call needs at least 1 row"),
         (lambda: parallelize(CASES["sd"].make(), dtype=torch.float16), "states were asked for in torch.float16"),
-        (lambda: parasolver(0), "the window is 0; it must be at least 1"),
+        (lambda: parasolver(0), "the window is 0; it must be a whole number, at least 1"),
     ],
 )
 def test_bad_options_are_named(make: Any, complaint: str) -> None:
