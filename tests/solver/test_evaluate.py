@@ -172,7 +172,7 @@ def test_outputs_that_do_not_fit_are_refused(denoiser: object, message: str) -> 
 
 @pytest.mark.parametrize("bound", [0, -1])
 def test_a_bound_below_one_row_is_refused(bound: int) -> None:
-    with pytest.raises(ValueError, match=rf"max_rows is {bound}; a network call needs at least 1 row, or None for no bound"):
+    with pytest.raises(ValueError, match=rf"max_rows is {bound}; it must be a whole number, at least 1, or None for no bound"):
         Evaluator(network, max_rows=bound)
 
 

@@ -28,7 +28,7 @@ from paradiff import (
     srds,
 )
 from paradiff.samplers import ddim
-from paradiff.solver import Batch, Method, Round, Status, drive
+from paradiff.solver import Batch, EditedOutputs, Method, Problem, Round, Status, drive
 
 METHODS: dict[str, Callable[[], Method]] = {
     "window": lambda: parasolver(8, 1e-3),
@@ -147,10 +147,16 @@ def test_a_model_that_raises_stop_iteration_is_named() -> None:
 WRONG = {
     "method as a name": ({"method": "parasolver"}, "the method is 'parasolver'; give one of the presets"),
     "method not called": ({"method": parasolver}, "the method is the function parasolver, which has to be called; give one"),
-    "method's class": ({"method": type(parasolver())}, "the method is the class WindowMethod, which has to be called"),
+    "method's class": (
+        {"method": type(parasolver())},
+        "the method is the class WindowMethod, which has to be called",
+    ),
     "noise as a seed": ({"noise": 0}, "the noise is 0; give a Noise, such as paradiff.Keyed"),
-    "noise as a tensor": ({"noise": torch.zeros(2, 3)}, "the noise is a Tensor; give a Noise"),
-    "table as steps": ({"table": 50}, "the table is a int; give a Table"),
+    "noise as a tensor": (
+        {"noise": torch.zeros(2, 3)},
+        r"the noise is a tensor of torch.float32, shape \(2, 3\); give",
+    ),
+    "table as steps": ({"table": 50}, "the table is 50; give a Table"),
     "start of another shape": ({"start": torch.zeros(3)}, r"start has shape \(3,\); the noise has \(1, 2, 3\)"),
     "states in half precision": ({"dtype": torch.float16}, "states were asked for in torch.float16; they are kept in"),
 }
@@ -167,7 +173,7 @@ def test_arguments_of_another_kind_are_refused_by_name(case: str) -> None:
 
 
 def test_a_model_of_another_kind_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"the model is a str; give a function of states \[R, ...\] and times \[R\]"):
+    with pytest.raises(ValueError, match=r"the model is 'digits'; give a function of states \[R, ...\] and times \[R\]"):
         sample("digits", TABLE, Keyed(SHAPE), parasolver())  # pyright: ignore[reportArgumentType]
 
 
@@ -194,3 +200,130 @@ def test_evaluators_and_batches_are_short_to_read() -> None:
     ]
     assert repr(own.batches[0]) == "Batch(8 rows of 2x3, torch.float32, nodes 0 to 7)"
     assert own.batches[0] != own.batches[1]
+
+
+# -- what a solver is sent ----------------------------------------------------------------------------------------------
+
+SENT: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "a row fewer": (lambda m: m[:-1], r"the outputs have shape \(7, 2, 3\) for rows of shape \(8, 2, 3\); send one entry"),
+    "one column": (lambda m: m[..., :1], r"the outputs have shape \(8, 2, 1\) for rows of shape \(8, 2, 3\)"),
+    "nothing": (lambda m: None, "the outputs of 8 rows are None; send one tensor, one entry for each row"),
+    "a list": (lambda m: [*m], "the outputs of 8 rows are a list; send one tensor"),
+    "another dtype": (lambda m: m.double(), "the outputs are torch.float64 on cpu for rows of torch.float32 on cpu"),
+    "whole numbers": (lambda m: m.long(), "the outputs are torch.int64 on cpu for rows of torch.float32 on cpu"),
+    "no states": (lambda m: EditedOutputs(m, None), "the edited states of 8 rows are None; send one tensor"),
+    "fewer states": (lambda m: EditedOutputs(m, m[1:]), r"the edited states have shape \(7, 2, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", SENT)
+def test_outputs_that_are_not_one_a_row_are_refused(case: str) -> None:
+    sent, sentence = SENT[case]
+    with pytest.raises(ValueError, match=sentence):
+        drive(solve(TABLE, Keyed(SHAPE), parasolver(8)), lambda batch: sent(network(batch.x, batch.t)))
+
+
+@each_method
+def test_outputs_of_another_shape_are_refused_whatever_the_method(method: str) -> None:
+    with pytest.raises(ValueError, match="send one entry for each row, of its shape"):
+        drive(solve(TABLE, Keyed(SHAPE), METHODS[method]()), lambda batch: network(batch.x, batch.t)[..., :1])
+
+
+class Endless:
+    """A method whose solvers never end a sweep, made of another."""
+
+    def __init__(self) -> None:
+        self._of = parasolver(8)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+    def prepare(self, problem: Problem) -> Any:
+        run = self._of.prepare(problem)
+        solver = run.solver
+        run.solver = lambda sample: silent(solver(sample))
+        return run
+
+
+def silent(solver: Any) -> Any:
+    solver.tell = lambda query, outputs, states=None: None
+    return solver
+
+
+def test_a_solver_that_ends_no_sweep_is_stopped() -> None:
+    with pytest.raises(RuntimeError, match="the solvers of parasolver ended no sweep in 1041 rounds"):
+        sample(network, TABLE, Keyed(SHAPE), Endless())
+
+
+class Half:
+    name, tolerance = "half", 0.1
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "half a method": (
+        {"method": Half()},
+        "the method is a Half, which has no dense_output, solves_chain, follows_edits",
+    ),
+    "the noise's class": ({"noise": Keyed}, "the noise is the class Keyed; give a Noise"),
+    "start as a text": ({"start": "zeros"}, "start is 'zeros'; give a tensor of real numbers of shape"),
+    "complex start": ({"start": torch.zeros(1, 2, 3) * 1j}, "start is a tensor of torch.complex64"),
+    "observer as a number": ({"observer": 5}, "the observer is 5; give a function of a round"),
+}
+SOLVE: dict[str, tuple[dict[str, Any], str]] = {
+    "device as a name": ({"device": "abacus"}, "the device is 'abacus', which is not available here"),
+    "no device": ({"device": 2.5}, "the device is 2.5, which is not available here"),
+    "meta": ({"device": "meta"}, "the device is 'meta', which holds no numbers"),
+    "resolution as a text": ({"resolution": "fine"}, "the resolution is 'fine'; it must be a number, positive, and finite"),
+    "shared_window as a text": ({"shared_window": "no"}, "shared_window is 'no'; give True or False"),
+    "on_final as a number": ({"on_final": 5}, "on_final is 5; give a function of a fine node and states"),
+    "on_final of several": (
+        {"on_final": print, "noise": Keyed(SHAPE, samples=2)},
+        "on_final was given with 2 samples, which end at rounds of their own; solve one at a time",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS | SOLVE)
+def test_options_of_another_kind_are_refused_by_name(case: str) -> None:
+    wrong, sentence = (OPTIONS | SOLVE)[case]
+    given: dict[str, Any] = {"table": TABLE, "noise": Keyed(SHAPE), "method": parasolver()} | wrong
+    with pytest.raises(ValueError, match=sentence):
+        solve(**given)
+    if case in OPTIONS:
+        with pytest.raises(ValueError, match=sentence):
+            sample(network, **given)
+
+
+@pytest.mark.parametrize("wish", ["no", 1, torch.ones(2), float("nan")])
+def test_an_observer_says_true_or_nothing(wish: Any) -> None:
+    with pytest.raises(ValueError, match=r"the observer returned .*; return True to stop, None or False to go on"):
+        run(METHODS["window"](), observer=lambda round: wish)
+
+
+EVALUATORS: dict[str, tuple[dict[str, Any], str]] = {
+    "rows as a text": ({"max_rows": "a"}, "max_rows is 'a'; it must be a whole number"),
+    "half a row": ({"max_rows": 2.5}, "max_rows is 2.5; it must be a whole number"),
+    "conditioning as a number": ({"conditioning": 5}, "the conditioning is 5; give tensors by name"),
+    "a number as conditioning": ({"conditioning": {"y": 5}}, "the conditioning 'y' is 5; give a tensor with a row for each"),
+    "dtype as a text": ({"dtype": "float32"}, "the network's dtype is 'float32'; give one of torch"),
+    "whole numbers": ({"dtype": torch.int64}, "the network's dtype is torch.int64; give one of torch"),
+    "a device of another world": ({"device": "abacus"}, "the device is 'abacus', which is not available here"),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATORS)
+def test_evaluators_refuse_options_of_another_kind(case: str) -> None:
+    wrong, sentence = EVALUATORS[case]
+    with pytest.raises(ValueError, match=sentence):
+        Evaluator(network, **wrong)
+
+
+@pytest.mark.parametrize("given", ["digits", 5, None, int, Keyed])
+def test_evaluators_refuse_what_is_no_model(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"the model is .*; give a function of states"):
+        Evaluator(given)
+
+
+def test_drive_takes_what_solve_returns() -> None:
+    with pytest.raises(ValueError, match=r"drive was given 'abc'; give what paradiff\.solve returns"):
+        drive("abc", network)

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows, shown
 from paradiff.solver.protocol import Batch
 
 Denoiser = Callable[..., Tensor]
@@ -39,8 +40,7 @@ class RowBound:
     """
 
     def __init__(self, max_rows: int | None = None) -> None:
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}; a network call needs at least 1 row, or None for no bound")
+        require_rows(max_rows)
         self.max_rows = max_rows
 
     def parts(
@@ -101,7 +101,7 @@ class Evaluator:
         seconds: Time spent in network calls, as seen from the host: on an asynchronous device only their launch.
 
     Raises:
-        ValueError: If `max_rows` is below 1.
+        ValueError: If an argument is of another kind, `max_rows` is below 1, or the device is not to be had.
     """
 
     def __init__(
@@ -113,10 +113,17 @@ class Evaluator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
+        require_model(denoiser)
+        require_dtype(dtype)
+        if conditioning is not None and not isinstance(conditioning, Mapping):
+            raise ValueError(f"the conditioning is {shown(conditioning)}; give tensors by name, such as {{'y': labels}}")
+        for name, value in (conditioning or {}).items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                raise ValueError(f"the conditioning {name!r} is {shown(value)}; give a tensor with a row for each sample")
         self.bound = RowBound(max_rows)
         self.denoiser = denoiser
         self.conditioning = dict(conditioning or {})
-        self.device = torch.device(device)
+        self.device = device_of(device)
         self.dtype = dtype
         self.rounds = 0
         self.evaluations = 0

@@ -9,31 +9,31 @@ more, to see that its sample is finite). Memory is O(window) states a sample, ti
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import time
 from collections.abc import Callable, Generator
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.table import Table
-from paradiff.solver.evaluator import Denoiser, Evaluator
-from paradiff.solver.protocol import (
-    Batch,
-    EditedOutputs,
-    Evaluate,
-    Method,
-    Observer,
-    OnFinal,
-    Problem,
-    Round,
+from paradiff.solver.arguments import (
+    device_of,
+    evaluates,
+    outputs_of,
+    require_callable,
+    require_dtype,
+    require_problem,
+    require_states,
+    shown,
 )
+from paradiff.solver.evaluator import Denoiser, Evaluator
+from paradiff.solver.protocol import Batch, EditedOutputs, Evaluate, Method, Observer, OnFinal, Problem, Round
 from paradiff.solver.records import Record
 from paradiff.solver.solution import Solution, Status
 
+IDLE = 1000  # rounds beyond the chain's steps in which a sweep must end; a corrector has so many at most
 Rounds = Generator[Batch, Tensor | EditedOutputs, Solution]
 
 
@@ -74,16 +74,20 @@ def solve(
             too, or states were changed under a method that cannot follow that.
     """
     begin = time.perf_counter()
-    _refuse_other_kinds(table, noise, method)
+    require_problem(table, noise, method)
+    require_callable("the observer", observer, "a function of a round")
     if on_final is not None and not method.dense_output:
         raise ValueError(
             f"{method.name} keeps the states of a few nodes only, and cannot tell those of every node; use parasolver"
         )
+    if start is not None:
+        require_states("start", start, (noise.samples, *noise.shape))
+    require_callable("on_final", on_final, "a function of a fine node and states")
     problem = Problem(
         table=table,
         noise=noise,
         start=start,
-        device=torch.device(device),
+        device=device_of(device),
         dtype=dtype,
         shared_window=shared_window,
         resolution=resolution,
@@ -98,7 +102,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
     run = method.prepare(problem)
     solvers = [run.solver(k) for k in range(problem.noise.samples)]
     history: list[Record] = []
-    rounds = evaluations = 0
+    rounds = evaluations = idle = 0
     stopped = False
     while not stopped and (active := [s for s in solvers if not s.done]):
         queries = [s.ask() for s in active]
@@ -109,15 +113,14 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         answer = yield Batch(x, run.t[nodes], nodes, samples)
         rounds += 1
         evaluations += len(nodes)
-        edited = isinstance(answer, EditedOutputs)
-        if edited and not method.follows_edits:
+        outputs, states = outputs_of(answer, x)
+        if states is not None and not method.follows_edits:
             raise ValueError(
                 f"states were changed between steps, which {method.name} as it was given cannot follow, since it does not keep "
                 "the state after every step; use parasolver or quasi_newton with a stride of 1"
             )
-        outputs = (answer.outputs if edited else answer).split(counts)
-        states = answer.states.split(counts) if edited else [None] * len(active)
-        told = [s.tell(q, m, x) for s, q, m, x in zip(active, queries, outputs, states, strict=True)]
+        parts = [None] * len(active) if states is None else states.split(counts)
+        told = [s.tell(q, m, x) for s, q, m, x in zip(active, queries, outputs.split(counts), parts, strict=True)]
         swept = [(s, norms) for s, norms in zip(active, told, strict=True) if norms is not None]
         records: list[Record] = []
         if swept:
@@ -126,8 +129,14 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
                 records.append(solver.advance(numbers[: len(norms)], rounds))
                 numbers = numbers[len(norms) :]
         history += records
+        idle = 0 if swept else idle + 1
+        if idle > problem.table.steps + IDLE:
+            raise RuntimeError(f"the solvers of {method.name} ended no sweep in {idle} rounds; `tell` has to return norms")
         if observer is not None:
-            stopped = bool(observer(Round(rounds, records, solvers))) and not all(s.done for s in solvers)
+            wish = observer(Round(rounds, records, solvers))
+            if wish is not None and not isinstance(wish, bool):
+                raise ValueError(f"the observer returned {shown(wish)}; return True to stop, None or False to go on")
+            stopped = wish is True and not all(s.done for s in solvers)
     estimates = [s.error_estimate for s in solvers]
     if stopped:
         estimates = [
@@ -157,6 +166,8 @@ def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs]) -
         ValueError: As the solver and the evaluator do.
         RuntimeError: If the evaluator raises StopIteration.
     """
+    if not hasattr(rounds, "send"):
+        raise ValueError(f"drive was given {shown(rounds)}; give what paradiff.solve returns")
     batch = next(rounds)
     while True:
         try:
@@ -194,7 +205,9 @@ def sample(
     Raises:
         ValueError: As `solve` and `Evaluator` do.
     """
-    evaluate = denoiser if evaluates(denoiser) else Evaluator(_model(denoiser))
+    evaluate = denoiser if evaluates(denoiser) else Evaluator(denoiser)
+    require_problem(table, noise, method)
+    require_dtype(evaluate.dtype)
     _refuse_other_lengths(evaluate, noise)
     resolution = None if evaluate.dtype is None else torch.finfo(evaluate.dtype).eps
     rounds = solve(
@@ -203,68 +216,15 @@ def sample(
     return drive(rounds, evaluate)
 
 
-def evaluates(given: Any) -> TypeGuard[Evaluate]:
-    """Whether an object is an evaluator rather than a model: it has a device and a dtype and is called with a batch alone,
-    where a model is called with states and times."""
-    if isinstance(given, Evaluator):
-        return True
-    if not (callable(given) and hasattr(given, "device") and hasattr(given, "dtype")):
-        return False
-    try:
-        inspect.signature(given).bind(None, None)
-    except TypeError:
-        return True
-    except ValueError:
-        return False
-    return False
-
-
-def _model(given: Any) -> Any:
-    if not callable(given):
-        raise ValueError(
-            f"the model is a {type(given).__name__}; give a function of states [R, ...] and times [R] that returns outputs "
-            "[R, ...], or an Evaluator"
-        )
-    return given
-
-
-def _refuse_other_kinds(table: Any, noise: Any, method: Any) -> None:
-    """Refuses arguments of another kind, each by its name.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    if not isinstance(table, Table):
-        raise ValueError(
-            f"the table is a {type(table).__name__}; give a Table, such as paradiff.samplers.ddpm(schedule, 1000), or "
-            "paradiff.from_scheduler(scheduler) for a scheduler of diffusers"
-        )
-    if not all(hasattr(noise, name) for name in ("samples", "shape", "start", "draw")):
-        raise ValueError(
-            f"the noise is {_shown(noise)}; give a Noise, such as paradiff.Keyed(shape, seed=0) for states of a shape, or "
-            "paradiff.Recorded(shape, generator)"
-        )
-    if not isinstance(method, Method) or isinstance(method, type):
-        call = ", which has to be called" if callable(method) else ""
-        raise ValueError(f"the method is {_shown(method)}{call}; give one of the presets, such as paradiff.parasolver()")
-
-
-def _refuse_other_lengths(evaluate: Evaluate, noise: Any) -> None:
+def _refuse_other_lengths(evaluate: Evaluate, noise: Noise) -> None:
     """Refuses conditioning that has not one row for each sample.
 
     Raises:
         ValueError: If an evaluator has such.
     """
-    samples = getattr(noise, "samples", None)
     for name, value in (evaluate.conditioning if isinstance(evaluate, Evaluator) else {}).items():
-        if samples is not None and len(value) != samples:
+        if len(value) != noise.samples:
             raise ValueError(
-                f"the conditioning {name!r} has {len(value)} rows; the noise has {samples} samples, and each needs one row"
+                f"the conditioning {name!r} has {len(value)} rows; the noise has {noise.samples} samples, and each needs one "
+                "row"
             )
-
-
-def _shown(value: Any) -> str:
-    """What was given, for a sentence."""
-    if callable(value) and hasattr(value, "__name__"):
-        return f"the function {value.__name__}" if not isinstance(value, type) else f"the class {value.__name__}"
-    return f"{value!r}" if isinstance(value, str | int | float) else f"a {type(value).__name__}"

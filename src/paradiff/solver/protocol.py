@@ -23,6 +23,7 @@ from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.table import Table
+from paradiff.errors import require_real
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorEstimate, Status
 
@@ -47,7 +48,8 @@ class Problem:
             states of all nodes.
 
     Raises:
-        ValueError: If `start` does not fit the noise, or `dtype` is neither float32 nor float64.
+        ValueError: If `dtype` is neither float32 nor float64, another value is of another kind, or `on_final` is given with
+            several samples.
     """
 
     table: Table
@@ -65,10 +67,13 @@ class Problem:
                 f"states were asked for in {self.dtype}; they are kept in float32 or float64 (the network's own dtype is given "
                 "to the evaluator)"
             )
-        expected = (self.noise.samples, *self.noise.shape)
-        if self.start is not None and tuple(self.start.shape) != expected:
+        if self.resolution is not None:
+            require_real("the resolution", self.resolution, positive=True, otherwise=", or None for that of the states")
+        if not isinstance(self.shared_window, bool):
+            raise ValueError(f"shared_window is {self.shared_window!r}; give True or False")
+        if self.on_final is not None and self.noise.samples != 1:
             raise ValueError(
-                f"start has shape {tuple(self.start.shape)}; the noise has {expected}: samples, then one sample's shape"
+                f"on_final was given with {self.noise.samples} samples, which end at rounds of their own; solve one at a time"
             )
 
     def start_of(self, sample: int) -> Tensor | None:
@@ -297,7 +302,7 @@ class Round:
     """
 
     number: int
-    records: Sequence[Record]
+    records: Sequence[Record] = field(repr=False)
     solvers: Sequence[Solver[Any]] = field(repr=False)
 
     def states(self) -> Tensor:

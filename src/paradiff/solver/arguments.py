@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loop is handed by its caller, and what it refuses: arguments of another kind, and outputs that are not one a row."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.table import Table
+from paradiff.errors import require_whole
+from paradiff.solver.protocol import EditedOutputs, Evaluate, Method
+
+NOISE = ("samples", "shape", "start", "draw")
+METHOD = ("name", "tolerance", "dense_output", "solves_chain", "follows_edits")
+METHOD += ("edges", "prepare", "reference", "width", "progress", "in_loop")
+
+
+def shown(value: Any) -> str:
+    """What was given, for a sentence: short, and without the address of an object."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}, shape {tuple(value.shape)}"
+    return (
+        repr(value)
+        if isinstance(value, str | int | float | torch.dtype | None) and len(repr(value)) < 60
+        else f"a {type(value).__name__}"
+    )
+
+
+def evaluates(given: Any) -> TypeGuard[Evaluate]:
+    """Whether an object is an evaluator rather than a model: it has a device and a dtype and is called with a batch alone,
+    where a model is called with states and times."""
+    if isinstance(given, type) or not (callable(given) and hasattr(given, "device") and hasattr(given, "dtype")):
+        return False
+    try:
+        inspect.signature(given).bind(None, None)
+    except TypeError:
+        return True
+    except ValueError:
+        return False
+    return False
+
+
+def require_model(given: Any) -> None:
+    """Refuses what is no function of states and times.
+
+    Raises:
+        ValueError: Then.
+    """
+    if not callable(given) or isinstance(given, type):
+        raise ValueError(
+            f"the model is {shown(given)}; give a function of states [R, ...] and times [R] that returns outputs [R, ...], or "
+            "an Evaluator"
+        )
+
+
+def require_problem(table: Any, noise: Any, method: Any) -> None:
+    """Refuses a table, a noise or a method of another kind.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if not isinstance(table, Table):
+        raise ValueError(
+            f"the table is {shown(table)}; give a Table, such as paradiff.samplers.ddpm(schedule, 1000), or "
+            "paradiff.from_scheduler(scheduler) for a scheduler of diffusers"
+        )
+    if isinstance(noise, type) or not all(hasattr(noise, name) for name in NOISE):
+        raise ValueError(
+            f"the noise is {shown(noise)}; give a Noise, such as paradiff.Keyed(shape, seed=0) for states of a shape, or "
+            "paradiff.Recorded(shape, generator)"
+        )
+    if isinstance(method, type) or not isinstance(method, Method):
+        missing = [name for name in METHOD if not hasattr(method, name)]
+        if callable(method):
+            why = ", which has to be called"
+        else:
+            why = f", which has no {', '.join(missing)}" if len(missing) < len(METHOD) else ""
+        raise ValueError(f"the method is {shown(method)}{why}; give one of the presets, such as paradiff.parasolver()")
+
+
+def require_callable(name: str, value: Any, expected: str) -> None:
+    """Refuses what is given for a function and is none.
+
+    Raises:
+        ValueError: Then.
+    """
+    if value is not None and (not callable(value) or isinstance(value, type)):
+        raise ValueError(f"{name} is {shown(value)}; give {expected}")
+
+
+def require_states(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Refuses what is no tensor of real numbers of a shape.
+
+    Raises:
+        ValueError: Then.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ValueError(f"{name} is {shown(value)}; give a tensor of real numbers of shape {shape}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; the noise has {shape}: samples, then one sample's shape")
+
+
+def device_of(value: Any) -> torch.device:
+    """A device that tensors can be made on.
+
+    Raises:
+        ValueError: If it is none, or not to be had here.
+    """
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device is {shown(value)}, which is not available here; give cpu, cuda or another") from error
+    if device.type == "meta":
+        raise ValueError("the device is 'meta', which holds no numbers; give cpu, cuda or another")
+    return device
+
+
+def require_rows(max_rows: Any) -> None:
+    """Refuses a bound on rows that is no whole number.
+
+    Raises:
+        ValueError: Then.
+    """
+    if max_rows is not None:
+        require_whole("max_rows", max_rows, 1, ", or None for no bound")
+
+
+def require_dtype(dtype: Any) -> None:
+    """Refuses what is no dtype of real numbers.
+
+    Raises:
+        ValueError: Then.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"the network's dtype is {shown(dtype)}; give one of torch, such as torch.float16, or None")
+
+
+def outputs_of(answer: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Outputs, and edited states if there are any, of what a solver was sent for some rows `[R, ...]`.
+
+    Raises:
+        ValueError: If these are not tensors of the rows' shape, dtype and device.
+    """
+    edited = isinstance(answer, EditedOutputs)
+    outputs, states = (answer.outputs, answer.states) if edited else (answer, None)
+    for name, value in (("outputs", outputs), ("edited states", states))[: 1 + edited]:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the {name} of {len(rows)} rows are {shown(value)}; send one tensor, one entry for each row")
+        if value.shape != rows.shape:
+            raise ValueError(
+                f"the {name} have shape {tuple(value.shape)} for rows of shape {tuple(rows.shape)}; send one entry for each "
+                "row, of its shape"
+            )
+        if (value.dtype, value.device) != (rows.dtype, rows.device):
+            raise ValueError(
+                f"the {name} are {value.dtype} on {value.device} for rows of {rows.dtype} on {rows.device}; send them in the "
+                "dtype of the rows, on their device"
+            )
+    return outputs, states
