@@ -5,9 +5,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+DEVICES = re.compile(r"cpu|cuda(:[0-9]+)?|mps")
+"""Names of devices, beside `auto`."""
+
+THREADS_PER_CORE = 4
+"""Most threads that a core is asked to bear: far above, the runtime of threads runs out of memory and ends the process."""
 
 
 def _processor() -> str:
@@ -46,11 +53,14 @@ def use_threads(threads: int | None) -> None:
     """Bounds the CPU's threads.
 
     Raises:
-        ValueError: If the bound is below 1.
+        ValueError: If the bound is below 1, or far above the machine's cores.
     """
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
+        cores = os.cpu_count() or 1
+        if threads > THREADS_PER_CORE * cores:
+            raise ValueError(f"threads is {threads}; this machine has {cores} cores: give at most {THREADS_PER_CORE * cores}")
         torch.set_num_threads(threads)
 
 
@@ -58,10 +68,12 @@ def choose_device(name: str) -> torch.device:
     """A device by name; `auto` is a GPU if there is one.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If the name is no device's, or there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not DEVICES.fullmatch(name):
+        raise ValueError(f"device is {name!r}; use cpu, cuda, cuda:1, mps or auto")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
