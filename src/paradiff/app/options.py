@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,12 @@ SLOPES = {"zero": "zero", "identity": "identity", "freeze-epsilon": "freeze_epsi
 
 SHIFTED = "shifted:VARIANCE"
 
+MOST_SEEDS = 100_000
+"""Most seeds of one run."""
+
+DIGITS = 18
+"""Most digits of a whole number that surely fits into 64 bits."""
+
 
 def nearest(given: str, known: Sequence[str]) -> str:
     """The end of a sentence that suggests the nearest known name; empty where none is near."""
@@ -52,23 +59,29 @@ def parse_seeds(text: str) -> list[int]:
     """Seeds from `0-15` or `0,3,7-9`.
 
     Raises:
-        ValueError: If the text is no list of seeds, or names one twice.
+        ValueError: If the text is no list of seeds, names one twice, or names a seed that is too large, or too many.
     """
-    seeds: list[int] = []
+    ranges: list[range] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        found = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        large = next((n for n in found.groups() if n and (len(n) > DIGITS + 1 or int(n) >= 2**63)), None) if found else None
+        if large is not None:
+            raise ValueError(f"the seed {large if len(large) <= 40 else large[:40] + '...'} is too large; seeds are below 2^63")
         if not found or (found[2] and int(found[2]) < int(found[1])):
             raise ValueError(
                 f"seeds are {text!r}, of which {part.strip()!r} is no seed; give whole numbers and rising ranges, such as "
                 "0-15 or 0,3,7-9"
             )
-        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
-    twice = next((s for s in seeds if seeds.count(s) > 1), None)
-    if twice is not None:
-        raise ValueError(f"seeds are {text!r}, which names seed {twice} twice; name each once")
-    if max(seeds) >= 2**63:
-        raise ValueError(f"the seed {max(seeds)} is too large; seeds are below 2^63")
-    return seeds
+        ranges.append(range(int(found[1]), int(found[2] or found[1]) + 1))
+    count = sum(part.stop - part.start for part in ranges)
+    if count > MOST_SEEDS:
+        raise ValueError(f"seeds are {text!r}, which are {count}; give at most {MOST_SEEDS} to one run")
+    seeds: dict[int, None] = {}
+    for seed in itertools.chain.from_iterable(ranges):
+        if seed in seeds:
+            raise ValueError(f"seeds are {text!r}, which names seed {seed} twice; name each once")
+        seeds[seed] = None
+    return list(seeds)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -252,7 +265,7 @@ def read_value(option: str, text: str, annotation: Any) -> Any:
     slopes (`identity`, `shifted:0.5`), correctors (`4x4`), texts. An annotation that can be none of these takes no text.
 
     Raises:
-        ValueError: If the text is no value of that kind.
+        ValueError: If the text is no value of that kind, or a whole number of too many digits.
     """
     for member in members(annotation):
         origin = get_origin(member)
@@ -260,16 +273,16 @@ def read_value(option: str, text: str, annotation: Any) -> Any:
             names = {str(value).replace(" ", "-"): value for value in get_args(member)}
             if text.replace(" ", "-") in names:
                 return names[text.replace(" ", "-")]
-        elif member is NoneType and text == "none":
+        elif member is NoneType and text in ("none", "None"):
             return None
         elif member is bool and text in TRUTH:
             return TRUTH[text]
         elif member is int and WHOLE.fullmatch(text):
-            return int(text)
+            return _whole(option, text)
         elif member is float and _is_number(text):
             return float(text)
         elif origin is Sequence and "," in text and all(WHOLE.fullmatch(part.strip()) for part in text.split(",")):
-            return [int(part) for part in text.split(",")]
+            return [_whole(option, part.strip()) for part in text.split(",")]
         elif origin is Callable and (text in SLOPES or text.startswith("shifted:")):
             return parse_slope(option, text)
         elif getattr(member, "__name__", "") == "Corrector" and re.fullmatch("[0-9]+x[0-9]+", text):
@@ -279,6 +292,12 @@ def read_value(option: str, text: str, annotation: Any) -> Any:
     known = words(annotation)
     expected = f"it must be one of {', '.join(known)}" if len(known) > 1 else f"give {known[0]}"
     raise ValueError(f"{option} is {text!r}; {expected}{nearest(text, [word for word in known if ' ' not in word])}")
+
+
+def _whole(option: str, text: str) -> int:
+    if len(text.lstrip("+-0")) > DIGITS:
+        raise ValueError(f"{option} is {text[:40]}, a number of more than {DIGITS} digits; give a smaller one")
+    return int(text)
 
 
 def _is_number(text: str) -> bool:

@@ -59,6 +59,10 @@ class Request:
         refuse_unknown("dtype", self.dtype, DTYPES)
         refuse_unknown("noise", self.noise, NOISES)
         parse_seeds(self.seeds)
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(
+                f"max_rows is {self.max_rows}; a network call needs at least 1 row: leave --max-rows out for no bound"
+            )
         if self.size is not None:
             parse_size(self.size)
         for text in self.argument:
@@ -80,6 +84,7 @@ class Job:
         called: What the method's preset was called with, defaults included.
         device: Where the network goes.
         dtype: The network's dtype.
+        notice: What is said of the run once nothing is left that would be refused before it; empty for nothing.
     """
 
     request: Request
@@ -88,6 +93,7 @@ class Job:
     called: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
+    notice: str = ""
 
     def counted(self) -> str:
         """`1 sample`, `2 samples`."""
