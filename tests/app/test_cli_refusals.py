@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.main import get_command
 
 from paradiff.app import cli as cli_module
 from paradiff.app.cli import app
-from paradiff.app.options import SLOPES
+from paradiff.app.options import SLOPES, parse_seeds, read_value
 from paradiff.app.request import DTYPES
 from paradiff.chain import slope
 from paradiff.models.files import BUNDLED
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 REFUSED: dict[str, str] = {
     # The chain and the method.
-    "--window 0": "the window is 0; it must be a whole number, at least 1, or None for the whole chain",
+    "--window 0": "the window is 0; it must be a whole number, at least 1, or none for the whole chain",
     "--window -3": "the window is -3; it must be a whole number, at least 1",
     "--steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals: give at most that",
     "--steps 10 -m warmup=11": "warmup is 11 steps; the chain has 10: give at most 10",
@@ -90,6 +91,9 @@ REFUSED: dict[str, str] = {
     "--window 8 -m window=8": "window was given twice, as --window and as -m window; give it once",
     "--tolerance 1 -m warmup=1 -m tolerance=1": "tolerance was given twice, as --tolerance and as -m tolerance; give it once",
     "-m window=many": "window is 'many'; it must be one of a whole number, none",
+    "--method quasi_newton -m secants=99999999999999999999": "secants is 99999999999999999999, a number of more than 18 digits",
+    "-m stride=4,99999999999999999999": "stride is 99999999999999999999, a number of more than 18 digits; give a smaller one",
+    "--method collocation -m warm_start=.": "warm_start is '.', which is no mesh store",
     "-m warmup=1.5": "warmup is '1.5'; give a whole number",
     "-m tolerance=small": "tolerance is 'small'; it must be one of a number, none",
     "-m stride=0,4": "a sub-interval must have at least 1 step",
@@ -156,11 +160,13 @@ REFUSED: dict[str, str] = {
     "--seeds 0-4,3": "seeds are '0-4,3', which names seed 3 twice; name each once",
     "--seeds -1": "seeds are '-1', of which '-1' is no seed",
     "--seeds 1.5": "seeds are '1.5', of which '1.5' is no seed",
+    "--seeds 0-99999999999": "seeds are '0-99999999999', which are 100000000000; give at most 100000 to one run",
+    f"--seeds {'9' * 5000}": f"the seed {'9' * 40}... is too large; seeds are below 2^63",
     "--seeds 9223372036854775808": "the seed 9223372036854775808 is too large; seeds are below 2^63",
     # Devices.
     "--device cuda:99": "device 'cuda:99' is not available; use cpu or auto",
-    "--device gpu": "device 'gpu' is not available; use cpu or auto",
-    "--device xpu": "device 'xpu' is not available; use cpu or auto",
+    **{f"--device {d}": f"device is '{d}'; use cpu, cuda, cuda:1, mps or auto" for d in ("gpu", "xpu", "meta", "cpu:7")},
+    "--threads 100000": f"threads is 100000; this machine has {os.cpu_count()} cores: give at most {4 * (os.cpu_count() or 1)}",
 }
 
 
@@ -204,6 +210,79 @@ def test_help_names_every_option_in_its_panel(cli: Cli) -> None:
         assert parameter.opts[0] in found.out
     for panel in ("Model and chain", "Method", "Output", "Device", "Pipelines"):
         assert f"─ {panel} ─" in found.out
+
+
+def test_none_may_be_written_as_python_does() -> None:
+    assert read_value("window", "None", int | None) is None
+    assert read_value("window", "none", int | None) is None
+
+
+def test_many_seeds_are_read_at_once() -> None:
+    assert parse_seeds("50000-99999,0-49999") == [*range(50000, 100000), *range(50000)]
+
+
+# -- before and after the run starts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", [["--window", 0], ["--steps", 0], ["--device", "meta"], ["--window", 99], ["--threads", 0]])
+def test_where_a_run_goes_is_not_said_of_one_that_is_refused(
+    option: list[object], cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paradiff-out").mkdir()
+    (tmp_path / "paradiff-out" / "mine").touch()
+    found = cli("sample", tiny, "--steps", 6, *option)
+    assert (found.code, found.out) == (2, "")
+
+
+@pytest.mark.parametrize("contents", [None, "not json", "{}"])
+def test_a_file_that_is_no_mesh_store_is_refused_before_the_progress_bar(
+    contents: str | None, cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    path.mkdir() if contents is None else path.write_text(contents)
+    given = ("--method", "collocation", "-m", f"warm_start={path}")
+    found = cli("sample", tiny, "--steps", 20, "--out", tmp_path / "out", *given)
+    assert f"warm_start is {str(path)!r}, which is no mesh store" in found.sentence
+    assert found.out == ""
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+# -- what nobody foresaw -------------------------------------------------------------------------------------------------
+
+FAULT = "this is a fault of paradiff: please report it with the command (PARADIFF_TRACEBACK=1 shows where)"
+UNFORESEEN: dict[str, tuple[Exception, str]] = {
+    "an error": (RuntimeError("it broke\nC++ stack"), f"RuntimeError: it broke; {FAULT}"),
+    "without a text": (KeyError(), f"KeyError; {FAULT}"),
+    "host memory": (MemoryError(), "memory ran out (MemoryError); give fewer seeds, a smaller window, or --max-rows"),
+    "device memory": (
+        RuntimeError("CUDA out of memory. Tried"),
+        "memory ran out (RuntimeError: CUDA out of memory. Tried); give fewer seeds, a smaller window, or --max-rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFORESEEN)
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_error_that_nobody_foresaw_is_one_sentence(
+    kind: str, traced: bool, cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, sentence = UNFORESEEN[kind]
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("paradiff.app.run_json.write_json", fail)
+    if traced:
+        monkeypatch.setenv("PARADIFF_TRACEBACK", "1")
+    else:
+        monkeypatch.delenv("PARADIFF_TRACEBACK", raising=False)
+    found = cli("sample", tiny, "--steps", 6, "--out", tmp_path / "out")
+    assert found.code == 1
+    assert found.err.endswith(f"error: {sentence}\n")
+    assert ("Traceback" in found.err) == traced
+    assert traced or len(found.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- empty values ------------------------------------------------------------------------------------------------------

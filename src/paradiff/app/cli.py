@@ -7,9 +7,12 @@ with is imported when its options were found to be well-formed.
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 
 OUT = "paradiff-out"
 """The folder of a run that was given none; of the next one, `paradiff-out-2`."""
+
+TRACEBACK = "PARADIFF_TRACEBACK"
+"""The environment variable that asks for the traceback of an error that nobody foresaw."""
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of Ctrl-C and of SIGTERM: 128 and the signal's number."""
@@ -213,9 +219,8 @@ def sample(
         trust_remote_code=trust_remote_code,
     )
     solver, called = make_method(method, request.method_option, window=window, tolerance=tolerance)
-    if out is None and request.out != OUT:
-        print(f"{OUT} is not empty; this run goes to {request.out}")
-    run(request, solver, called)
+    moved = out is None and request.out != OUT
+    run(request, solver, called, f"{OUT} is not empty; this run goes to {request.out}" if moved else "")
 
 
 def chosen_folder(overwrite: bool) -> Path:
@@ -223,8 +228,8 @@ def chosen_folder(overwrite: bool) -> Path:
     return Path(OUT) if overwrite else next_folder(Path(OUT))
 
 
-def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
-    """Runs a well-formed request, writes its files and shows its figures."""
+def run(request: Request, solver: Any, called: dict[str, Any], notice: str = "") -> None:
+    """Runs a well-formed request, writes its files and shows its figures; `notice` is said when the run starts for good."""
     import torch
     from rich.console import Console
 
@@ -244,7 +249,15 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
         from paradiff.app.pipeline import sample_pipeline as sample_it
 
         refuse_pixel_options(request)
-    job = Job(request=request, seeds=parse_seeds(request.seeds), method=solver, called=called, device=device, dtype=dtype)
+    job = Job(
+        request=request,
+        seeds=parse_seeds(request.seeds),
+        method=solver,
+        called=called,
+        device=device,
+        dtype=dtype,
+        notice=notice,
+    )
     with output_folder(Path(request.out), request.overwrite) as folder:
         result, title = sample_it(job, folder, console)
         run_json.write_json(result, folder / "run.json")
@@ -367,8 +380,22 @@ def _termination() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _as_typed(sentence: str) -> str:
+    """A sentence of the library, with None as the command line has it."""
+    return re.sub(r"\bor None\b", "or none", sentence)
+
+
+def _unforeseen(error: Exception) -> str:
+    """The sentence of an error that nobody foresaw: that memory ran out, or that paradiff is at fault."""
+    line = next(iter(str(error).splitlines()), "")
+    said = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        return f"memory ran out ({said}); give fewer seeds, a smaller window, or --max-rows"
+    return f"{said}; this is a fault of paradiff: please report it with the command ({TRACEBACK}=1 shows where)"
+
+
 def main() -> None:
-    """The entry point: errors are one sentence and exit code 2, Ctrl-C is exit code 130, SIGTERM 143."""
+    """The entry point: errors are one sentence and exit code 2, those that nobody foresaw 1, Ctrl-C is 130, SIGTERM 143."""
     with _termination() as came:
         try:
             code = app(standalone_mode=False)
@@ -379,13 +406,17 @@ def main() -> None:
             print(f"error: {reason}{f': {error.filename!r}' if error.filename else ''}", file=sys.stderr)
             code = 2
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_as_typed(str(error))}", file=sys.stderr)
             code = 2
         except Exception as error:
-            if not hasattr(error, "format_message"):
-                raise
-            print(f"error: {error.format_message()}", file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
-            code = getattr(error, "exit_code", 2)
+            if hasattr(error, "format_message"):
+                print(f"error: {error.format_message()}", file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+                code = getattr(error, "exit_code", 2)
+            else:
+                if os.environ.get(TRACEBACK):
+                    traceback.print_exc()
+                print(f"error: {_unforeseen(error)}", file=sys.stderr)
+                code = 1
     if code == INTERRUPTED:
         print(f"{'terminated' if came else 'interrupted'}: nothing was written", file=sys.stderr)
         code = TERMINATED if came else INTERRUPTED

@@ -61,6 +61,8 @@ def sample_pipeline(job: Job, folder: Path, console: Console) -> tuple[dict[str,
         set_sampler(pipeline, request.sampler)
     given = call_arguments(pipeline, request)
     calls = call_each(pipeline, job.method, given, job.seeds, max_rows=request.max_rows, compare=request.compare)
+    if job.notice:  # only a call itself shows what its pipeline refuses
+        console.print(job.notice, soft_wrap=True, markup=False)
     save(calls, folder)
     for warning in dict.fromkeys(text for call in calls for text in call.report.warnings):
         console.print(f"warning: {warning}", soft_wrap=True, markup=False)

@@ -21,6 +21,7 @@ from paradiff.app.run_json import Heading, report
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown
+from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, Model, load
 from paradiff.samplers.exponential import Form
 from paradiff.solver.evaluator import Evaluator
@@ -141,7 +142,11 @@ def sample_pixels(job: Job, folder: Path, console: Console) -> tuple[dict[str, A
     edges = method.edges(table)
     evaluator = Evaluator(model, max_rows=request.max_rows, device=job.device, dtype=job.dtype)
     batched = Batched(model=model, table=table, evaluator=evaluator, job=job, console=console)
+    if isinstance(method, CollocationMethod):
+        method.store(table)  # refuses a file that is none
     batched.warm_up(method.width(table))
+    if job.notice:
+        console.print(job.notice, soft_wrap=True, markup=False)
     solution, seconds = batched.run(request.method, method)
     sequential = batched.run("sequential", method.reference()) if request.compare else None
     heading = Heading(arguments=request.to_json(), effective=effective(job, table), environment=environment(job.device))
