@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages say of rounds and of exact samples, and the new names that the changelog gives for old ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import paradiff
+from paradiff import Keyed, Solution
+from paradiff.methods.presets import collocation, jacobi, paradigms, parasolver, quasi_newton, sequential, srds
+from paradiff.models import Mixture
+from paradiff.samplers import ddim, ddpm
+from paradiff.samplers.schedule import Schedule
+from paradiff.solver.loop import sample
+from paradiff.solver.protocol import Method
+
+STEPS = 24
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+WINDOWS: dict[str, Method] = {
+    "jacobi": jacobi(tolerance=0.0),
+    "paradigms": paradigms(tolerance=0.0),
+    "parasolver": parasolver(tolerance=0.0),
+    "sub-intervals": parasolver(tolerance=0.0, stride=5),
+    "quasi_newton": quasi_newton(tolerance=0.0),
+}
+PIADM = {"ddpm": paradiff.piadm_sde, "ddim": paradiff.piadm_ode}
+
+
+def solved(sampler: str, method: Method) -> tuple[Solution, float]:
+    """A method's solution on a mixture, and its largest difference to the sequential one."""
+    draw = torch.Generator().manual_seed(0)
+    mixture = Mixture(torch.full((5,), 0.2), torch.randn(5, 6, generator=draw), torch.full((5,), 0.05))
+    table = SAMPLERS[sampler](Schedule.linear(), STEPS)
+    model, noise = mixture.denoiser(table), Keyed((6,), [1, 2])
+    found, plain = (sample(model, table, noise, one) for one in (method, sequential()))
+    return found, float((found.sample - plain.sample).abs().max())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_at_tolerance_zero_are_exact_within_the_chains_rounds(name: str, sampler: str) -> None:
+    found, error = solved(sampler, WINDOWS[name])
+    assert error == pytest.approx(0, abs=1e-6)
+    assert found.rounds <= STEPS
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("stagger", [None, 1])
+def test_piadm_at_tolerance_zero_is_exact_within_the_chains_rounds(stagger: int | None, sampler: str) -> None:
+    found, error = solved(sampler, PIADM[sampler](4, tolerance=0.0, stagger=stagger))
+    assert error == pytest.approx(0, abs=1e-6)
+    assert found.rounds <= STEPS
+
+
+def test_unequal_sub_intervals_can_need_more_rounds() -> None:
+    assert solved("ddpm", parasolver(tolerance=0.0, stride=[1, 1, 1, 21]))[0].rounds > STEPS
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_srds_is_exact_after_as_many_iterations_as_blocks(sampler: str) -> None:
+    pipelined, error = solved(sampler, srds(4, iterations=4))
+    batched, other = solved(sampler, srds(4, iterations=4, ordering="batched"))
+    assert max(error, other) == pytest.approx(0, abs=1e-6)
+    assert pipelined.rounds <= STEPS < batched.rounds
+    assert solved(sampler, srds(8, iterations=8, rows=1))[0].rounds > STEPS
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_collocation_is_the_sequential_sample_within_its_tolerance(sampler: str) -> None:
+    assert solved(sampler, collocation(exact=True, tolerance=1e-3))[1] < 1e-2
+
+
+@pytest.mark.parametrize("build", [srds, collocation])
+def test_srds_and_collocation_refuse_tolerance_zero(build: Callable[..., Method]) -> None:
+    with pytest.raises(ValueError, match="the tolerance is 0"):
+        build(tolerance=0.0)
+
+
+def test_the_changelogs_new_names_are_there() -> None:
+    text = (Path(__file__).parents[1] / "CHANGELOG.md").read_text()
+    rows = [line.split("|")[2] for line in text.partition("| old | new |")[2].splitlines() if line.count("|") == 3]
+    names = [name for row in rows for name in re.findall(r"`(paradiff\.[\w.]+)`", row)]
+    assert len(names) > 10
+    for name in names:
+        found: object = paradiff
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
