@@ -75,6 +75,10 @@ def test_collocation_is_the_sequential_sample_within_its_tolerance(sampler: str)
     assert solved(sampler, collocation(exact=True, tolerance=1e-3))[1] < 1e-2
 
 
+def test_collocation_with_a_small_window_can_need_more_rounds() -> None:
+    assert solved("ddpm", collocation(window=1, exact=True))[0].rounds > STEPS
+
+
 @pytest.mark.parametrize("build", [srds, collocation])
 def test_srds_and_collocation_refuse_tolerance_zero(build: Callable[..., Method]) -> None:
     with pytest.raises(ValueError, match="the tolerance is 0"):

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 REFUSED: dict[str, str] = {
     # The chain and the method.
     "--window 0": "the window is 0; it must be a whole number, at least 1, or none for the whole chain",
+    "--window many": "the window is 'many'; it must be one of a whole number, none",
+    "--window 99999999999999999999": "the window is 99999999999999999999, a number of more than 18 digits",
     "--window -3": "the window is -3; it must be a whole number, at least 1",
     "--steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals: give at most that",
     "--steps 10 -m warmup=11": "warmup is 11 steps; the chain has 10: give at most 10",
@@ -215,6 +217,12 @@ def test_help_names_every_option_in_its_panel(cli: Cli) -> None:
 def test_none_may_be_written_as_python_does() -> None:
     assert read_value("window", "None", int | None) is None
     assert read_value("window", "none", int | None) is None
+
+
+def test_the_window_may_be_none(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    found = cli("sample", tiny, "--steps", 6, "--window", "none", "--out", tmp_path / "out")
+    assert (found.code, found.err) == (0, "")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["window"] is None
 
 
 def test_many_seeds_are_read_at_once() -> None:

@@ -31,6 +31,7 @@ from paradiff.app.options import (
     parameters,
     parse_seeds,
     preset,
+    read_value,
     summary,
     words,
 )
@@ -79,6 +80,18 @@ class Command(TyperCommand):
                 name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.name.upper()
                 raise ValueError(f"{name} is empty; give it a value, or leave it out")
         return super().parse_args(ctx, args)
+
+
+def _parse_window(text: str) -> int | None:
+    """A window from its text; `none` is the whole chain, as without the option.
+
+    Raises:
+        BadParameter: If the text is no whole number.
+    """
+    try:
+        return cast(int | None, read_value("the window", text, int | None))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -133,7 +146,12 @@ def sample(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Nodes, or blocks, solved at once; the whole chain by default.", rich_help_panel=METHOD),
+        typer.Option(
+            help="Nodes, or blocks, solved at once; none, for the whole chain, by default.",
+            metavar="<int>",
+            parser=_parse_window,
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="What the method's rule allows; its own by default.", rich_help_panel=METHOD)
@@ -282,7 +300,12 @@ def explain(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Nodes, or blocks, solved at once; the whole chain by default.", rich_help_panel=METHOD),
+        typer.Option(
+            help="Nodes, or blocks, solved at once; none, for the whole chain, by default.",
+            metavar="<int>",
+            parser=_parse_window,
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="What the method's rule allows; its own by default.", rich_help_panel=METHOD)
