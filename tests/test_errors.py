@@ -8,15 +8,26 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from problems import TABLES
 
-from paradiff.errors import is_whole, require_between, require_one_of, require_real, require_whole, require_wholes
+from paradiff.errors import (
+    are_whole,
+    is_whole,
+    refuse_unknown,
+    require_between,
+    require_one_of,
+    require_real,
+    require_whole,
+    shown,
+)
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3)])
 def test_whole_numbers_pass(value: object) -> None:
     assert is_whole(value)
     require_whole("the window", value, 1)
-    require_wholes("the stride", [value, value], 1, "whole numbers")
+    assert are_whole([value, value])
     require_real("the tolerance", value, positive=True)
 
 
@@ -28,10 +39,38 @@ def test_what_is_no_whole_number_of_the_range_is_refused(value: object) -> None:
         require_whole("the window", value, 1, ", or None for all")
 
 
-@pytest.mark.parametrize("value", ["12", [], [1, 2.5], [0], [True], None, 2.5, "steps"])
-def test_what_is_no_sequence_of_whole_numbers_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"the stride is {value!r}; it must be a number of steps")):
-        require_wholes("the stride", value, 1, "a number of steps")
+@pytest.mark.parametrize("value", ["12", b"12", bytearray(2), [1, 2.5], [True], None, 2.5, np.ones(2, int), torch.ones(2)])
+def test_what_is_no_sequence_of_whole_numbers_is_none(value: object) -> None:
+    assert not are_whole(value)
+
+
+def test_a_whole_number_above_the_most_is_refused() -> None:
+    require_whole("secants", 1000, 0, most=1000)
+    with pytest.raises(ValueError, match=r"^secants is 10{30}; it must be a whole number, at least 0 and at most 1000$"):
+        require_whole("secants", 10**30, 0, most=1000)
+
+
+@pytest.mark.parametrize(("sign", "digits"), [(1, 400), (-1, 400), (1, 5000)])
+def test_numbers_that_no_float_holds_are_refused(sign: int, digits: int) -> None:
+    with pytest.raises(ValueError, match=r"the tolerance is an int of \d+ bits; it must be a number, 0 or more, and finite"):
+        require_real("the tolerance", sign * 10**digits)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ("abc", "'abc'"),
+        (2.5, "2.5"),
+        (torch.zeros(3, 4), "a Tensor of shape (3, 4)"),
+        (np.zeros(3), "an array of shape (3,)"),
+        (TABLES["ddim"], repr(TABLES["ddim"]).splitlines()[0][:60].rstrip() + "..."),
+        ("a" * 100, "'" + 59 * "a" + "..."),
+    ],
+)
+def test_a_sentence_shows_a_value_in_one_short_line(value: object, wanted: str) -> None:
+    assert shown(value) == wanted
+    with pytest.raises(ValueError, match=re.escape(f"rule is {wanted}; it must be one of error, change")):
+        refuse_unknown("rule", value, ["error", "change"])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("value", ["1e-3", None, True, math.nan, math.inf, -1.0, 1j])

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+LONGEST = 60
+"""Characters of a value that a sentence shows."""
+
 
 class Unsupported(Exception):
     """A loop, scheduler or option that has no parallel form here. The text is a clause for the user: what was found."""
@@ -26,13 +29,26 @@ class MissingPackage(ImportError):
     """A package of an extra that is not installed. The text is a sentence: what needs it, and how to install it."""
 
 
+def shown(value: object) -> str:
+    """A value as a sentence shows it: its repr, of which a long one is cut, and of arrays the kind and the shape alone."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and len(shape) > 0:
+        kind = {"ndarray": "an array"}.get(type(value).__name__, f"a {type(value).__name__}")
+        return f"{kind} of shape {tuple(shape)}"
+    if isinstance(value, int) and abs(value) >= 10**LONGEST:
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    first = text.split("\n", 1)[0][:LONGEST]
+    return text if first == text else f"{first.rstrip()}..."
+
+
 def refuse_unknown(option: str, given: str, known: Sequence[str]) -> None:
     """Raises ValueError, with the nearest known name, unless `given` is one of `known`."""
-    if given in known:
+    if isinstance(given, str) and given in known:
         return
     near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{option} is {given!r}; it must be one of {', '.join(known)}{hint}")
+    raise ValueError(f"{option} is {shown(given)}; it must be one of {', '.join(known)}{hint}")
 
 
 def is_whole(value: object) -> TypeIs[int]:
@@ -42,39 +58,35 @@ def is_whole(value: object) -> TypeIs[int]:
 
 def are_whole(value: object) -> TypeIs[Sequence[int]]:
     """Whether a value is a sequence of whole numbers; an empty one is."""
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_whole, value))
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) and all(map(is_whole, value))
 
 
-def require_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
-    """Refuses what is no whole number of at least `least`.
+def require_whole(name: str, value: object, least: int, otherwise: str = "", *, most: int | None = None) -> None:
+    """Refuses what is no whole number of at least `least`, or one above `most`.
 
     Args:
         name: The argument, as the sentence begins with it.
         value: What was given.
         least: The smallest number allowed.
         otherwise: What else may be given, as the sentence ends with it: `", or None for all"`.
+        most: The largest number allowed; None for no bound.
 
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    if not is_whole(value) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}{otherwise}")
+    if not is_whole(value) or value < least or (most is not None and value > most):
+        bound = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{name} is {shown(value)}; it must be a whole number, at least {least}{bound}{otherwise}")
 
 
-def require_wholes(name: str, values: object, least: int, expected: str) -> None:
-    """Refuses what is no sequence of whole numbers, one at least, each of at least `least`.
-
-    Args:
-        name: The argument, as the sentence begins with it.
-        values: What was given.
-        least: The smallest number allowed.
-        expected: What may be given, as the sentence ends with it.
-
-    Raises:
-        ValueError: With the argument's name, what was given, and what was expected.
-    """
-    if not are_whole(values) or not values or min(values) < least:
-        raise ValueError(f"{name} is {values!r}; it must be {expected}")
+def _number(value: object) -> float:
+    """A real number as a float, infinite where no float holds it; NaN for any other value."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def require_real(name: str, value: object, *, positive: bool = False, otherwise: str = "") -> None:
@@ -89,10 +101,10 @@ def require_real(name: str, value: object, *, positive: bool = False, otherwise:
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    number = _number(value)
     if not 0 <= number < math.inf or (positive and number == 0):
         expected = "positive" if positive else "0 or more"
-        raise ValueError(f"{name} is {value!r}; it must be a number, {expected}, and finite{otherwise}")
+        raise ValueError(f"{name} is {shown(value)}; it must be a number, {expected}, and finite{otherwise}")
 
 
 def require_between(name: str, value: object, least: float, most: float) -> None:
@@ -107,10 +119,10 @@ def require_between(name: str, value: object, least: float, most: float) -> None
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    number = _number(value)
     if not least <= number <= most or math.isinf(number):
         expected = f"from {least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}, and finite"
-        raise ValueError(f"{name} is {value!r}; it must be a number, {expected}")
+        raise ValueError(f"{name} is {shown(value)}; it must be a number, {expected}")
 
 
 def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
@@ -125,7 +137,7 @@ def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
         ValueError: With the argument's name, what was given, and the choices.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
 
 
 def require_kind(name: str, value: object, kind: type, otherwise: str = "") -> None:
@@ -141,4 +153,4 @@ def require_kind(name: str, value: object, kind: type, otherwise: str = "") -> N
         ValueError: With the argument's name, what was given, and what was expected.
     """
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is {value!r}; it must be a {kind.__name__}{otherwise}")
+        raise ValueError(f"{name} is {shown(value)}; it must be a {kind.__name__}{otherwise}")
