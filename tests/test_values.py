@@ -6,15 +6,38 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import TABLES
 
-from paradiff import Keyed, Recorded, Schedule, Table, from_scheduler, models, parasolver, slopes
+from paradiff import (
+    Keyed,
+    Method,
+    Recorded,
+    Schedule,
+    Table,
+    collocation,
+    from_scheduler,
+    jacobi,
+    models,
+    paradigms,
+    parasolver,
+    piadm_ode,
+    piadm_sde,
+    quasi_newton,
+    sequential,
+    slopes,
+    srds,
+)
 from paradiff.chain import Clip
 from paradiff.chain.slope import Slope, resolve
+from paradiff.methods.window.control import WindowControl
+from paradiff.methods.window.corrector import underdamped_langevin
+from paradiff.methods.window.method import WindowMethod
 from paradiff.samplers import ddim
 
 SHAPE = (2, 3)
@@ -148,7 +171,7 @@ def test_slopes_and_methods_with_them_pickle(name: str) -> None:
 
 
 def test_a_slope_shows_its_variance() -> None:
-    assert repr(slopes.shifted(0.5)) == "Shifted(variance=0.5)"
+    assert repr(slopes.shifted(0.5)) == "shifted(0.5)"
 
 
 def test_a_table_read_off_a_scheduler_survives_pickling() -> None:
@@ -169,3 +192,81 @@ def test_a_model_shows_itself_and_pickles(digits: models.Model) -> None:
     x, t = torch.zeros(2, 1, 8, 8), torch.tensor([3, 4])
     assert torch.equal(other(x, t), digits(x, t))
     assert isinstance(other.table("ddim", 5), Table)
+
+
+class Odd:
+    """A slope that can be neither compared nor hashed."""
+
+    def __call__(self, table: Table) -> torch.Tensor:
+        return slopes.zero(table)
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not to be compared")
+
+
+METHODS: dict[str, tuple[Callable[[], Method], str]] = {
+    "sequential": (sequential, "sequential(slope=zero, window=1, predictor='copy', tolerance=0.0)"),
+    "jacobi": (jacobi, "jacobi(slope=zero)"),
+    "paradigms": (paradigms, "paradigms(predictor='copy', tolerance=0.1, rule='change')"),
+    "parasolver": (parasolver, "parasolver()"),
+    "window": (lambda: parasolver(32, 0.01), "parasolver(window=32, tolerance=0.01)"),
+    "tensor": (lambda: parasolver(slope=torch.ones(1000, 1)), "parasolver(slope=slope of 1000x1)"),
+    "numpy": (lambda: parasolver(np.int64(32), np.float64(0.5)), "parasolver(window=32, tolerance=0.5)"),  # pyright: ignore[reportArgumentType]
+    "lambda": (lambda: parasolver(slope=lambda table: table.a), "parasolver(slope=lambda)"),
+    "odd": (lambda: parasolver(slope=Odd()), "parasolver(slope=Odd)"),
+    "strides": (lambda: parasolver(stride=[1, 2]), "parasolver(stride=(1, 2))"),
+    "many strides": (lambda: parasolver(stride=[2] * 500), "parasolver(stride=(2, 2, 2, 2, ..., 2, 2, 2, 2: 500 numbers))"),
+    "quasi_newton": (quasi_newton, "quasi_newton(slope=shifted(0.25), secants=3)"),
+    "srds": (srds, "srds()"),
+    "srds edges": (lambda: srds([0, 20]), "srds(blocks=(0, 20))"),
+    "srds table": (lambda: srds(coarse=TABLES["ddim"]), "srds(coarse=ddim of 12 steps)"),
+    "srds slope": (lambda: srds(coarse=torch.ones(20)), "srds(coarse=slope of 20)"),
+    "collocation": (collocation, "collocation()"),
+    "collocation nodes": (lambda: collocation([0, 3, 9], order=1), "collocation(nodes=(0, 3, 9), order=1)"),
+    "piadm_sde": (
+        lambda: piadm_sde([0, 20], stagger=2),
+        "piadm_sde(blocks=Blocks(count=(0, 20), stagger=2), chains='stochastic')",
+    ),
+    "piadm_ode": (
+        lambda: piadm_ode(4, 3, underdamped_langevin(4)),
+        "piadm_ode(slope=freeze_epsilon, predictor='copy', tolerance=0.0, rule='sweeps', sweeps=3, blocks=Blocks(count=4),\n"
+        "    corrector=Corrector(steps=4, sweeps=4), chains='deterministic')",
+    ),
+    "control": (
+        lambda: WindowMethod("mine", control=WindowControl(first_theta=0.9)),
+        "mine(control=WindowControl(first_theta=0.9))",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_shows_the_call_that_makes_it(name: str) -> None:
+    make, wanted = METHODS[name]
+    assert repr(make()) == wanted
+    assert len(wanted.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_compared_and_hashed_without_an_error(name: str) -> None:
+    one, two = METHODS[name][0](), METHODS[name][0]()
+    assert (one == two) is (name not in ("lambda", "odd"))
+    assert one == one
+    assert one != "parasolver"
+    assert len({one, two}) == (1 if one == two else 2)
+    for other in METHODS:
+        assert (METHODS[other][0]() == one) is (other == name and one == two)
+
+
+def test_methods_with_tensors_are_equal_by_their_numbers() -> None:
+    slope = torch.ones(40, 1)
+    assert parasolver(slope=slope) == parasolver(slope=slope.clone())
+    for other in (2 * slope, slope[:, 0], slope.double(), slopes.zero):
+        assert parasolver(slope=other) != parasolver(slope=slope)
+
+
+def test_lists_and_tuples_make_equal_methods() -> None:
+    assert parasolver(stride=[1, 2]) == parasolver(stride=(1, 2))
+    assert srds([0, 20]) == srds((0, 20))
+    assert piadm_sde([0, 20]) == piadm_sde((0, 20))
+    assert collocation([0, 20]) == collocation((0, 20))
+    assert srds(range(3)).blocks == (0, 1, 2)

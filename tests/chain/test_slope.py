@@ -5,6 +5,7 @@ matrices."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from problems import SHAPE, SLOPES, TABLES, arbitrary, chain, ends, gap, sweep, uneven, window_of
 from torch import Tensor
 
-from paradiff import Keyed, Schedule
+from paradiff import Keyed, Schedule, Table
 from paradiff.chain.slope import (
     carried,
     freeze_clean_data,
@@ -170,7 +171,53 @@ def test_slopes_that_do_not_fit_are_refused(slope: Tensor, message: str) -> None
         resolve(slope, TABLES["ddpm"])
 
 
-@pytest.mark.parametrize("variance", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_variance_that_is_none_is_refused(variance: float) -> None:
-    with pytest.raises(ValueError, match=rf"the data variance is {variance}; it must be positive and finite"):
+@pytest.mark.parametrize("variance", [0.0, -1.0, float("inf"), float("nan"), "a", None, True])
+def test_a_variance_that_is_none_is_refused(variance: Any) -> None:
+    with pytest.raises(ValueError, match=rf"the data variance is {variance!r}; it must be a number, positive, and finite"):
         shifted(variance)
+
+
+def nothing(table: Table) -> Any:
+    return None
+
+
+def truths(table: Table) -> Tensor:
+    return torch.ones(table.steps, dtype=torch.bool)
+
+
+def rotations(table: Table) -> Tensor:
+    return torch.ones(table.steps, dtype=torch.complex128)
+
+
+def short(table: Table) -> Tensor:
+    return torch.ones(3)
+
+
+def length(table: Table) -> Any:
+    return table.steps
+
+
+@pytest.mark.parametrize(
+    ("slope", "message"),
+    [
+        (nothing, r"^the slope nothing returned None for table 'ddpm'; it must return a tensor, \[12\] or \[12, 1\]$"),
+        (length, r"^the slope length returned 12 for table 'ddpm'; it must return a tensor"),
+        (truths, r"^the slope truths is made of truth values; it must be a tensor of real numbers, \[12\] or \[12, 1\]$"),
+        (rotations, r"^the slope rotations is made of complex numbers; it must be a tensor of real numbers"),
+        (short, r"^the slope short has shape \(3, 1\); table 'ddpm' has 12 steps and band 1, so it must be \[12\]"),
+        (torch.ones(12, dtype=torch.bool), "^the slope is made of truth values; it must be a tensor of real numbers"),
+        (lambda table: None, "^the slope returned None"),
+        (int, r"^the slope is <class 'int'>; it must be a function of a table, such as paradiff.slopes.identity"),
+        ("identity", r"^the slope is 'identity'; it must be a function of a table"),
+    ],
+)
+def test_what_is_no_slope_is_refused_by_its_name(slope: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(slope, TABLES["ddpm"])
+
+
+@pytest.mark.parametrize(
+    "slope", [lambda table: np.ones(table.steps), lambda table: torch.ones(table.steps, dtype=torch.int32, requires_grad=False)]
+)
+def test_a_slope_may_return_any_array_of_real_numbers(slope: Any) -> None:
+    assert torch.equal(resolve(slope, TABLES["ddpm"]), torch.ones(12, 1, dtype=torch.float64))

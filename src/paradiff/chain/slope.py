@@ -27,12 +27,27 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
+from paradiff.errors import require_real, shown
 
 Slope = Callable[[Table], Tensor] | Tensor
+
+
+def refuse_no_slope(slope: object, name: str = "the slope") -> None:
+    """Refuses what is no function and no tensor.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(slope, type) or not (callable(slope) or isinstance(slope, Tensor)):
+        raise ValueError(
+            f"{name} is {shown(slope)}; it must be a function of a table, such as paradiff.slopes.identity, or a tensor [N] "
+            "or [N, P]"
+        )
 
 
 def zero(table: Table) -> Tensor:
@@ -79,7 +94,7 @@ def freeze_clean_data(table: Table) -> Tensor:
     return _from_clean_slope(table, torch.zeros_like(table.p))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shifted:
     """The slope that `shifted` returns: equation (2) with g = `gaussian_gain`.
 
@@ -88,6 +103,9 @@ class Shifted:
     """
 
     variance: float
+
+    def __repr__(self) -> str:
+        return f"shifted({self.variance:g})"
 
     def __call__(self, table: Table) -> Tensor:
         """G `[N, P]`."""
@@ -103,27 +121,46 @@ def shifted(variance: float) -> Shifted:
     Raises:
         ValueError: If `variance` is not positive and finite.
     """
-    if not 0 < variance < float("inf"):
-        raise ValueError(f"the data variance is {variance}; it must be positive and finite")
-    return Shifted(variance)
+    require_real("the data variance", variance, positive=True)
+    return Shifted(float(variance))
+
+
+def label(slope: Callable[..., object]) -> str:
+    """A function's short name: its own, or the repr of an object that is called, where that says more than an address."""
+    name = getattr(slope, "__name__", None)
+    if isinstance(name, str):
+        return name.strip("<>")
+    text = repr(slope)
+    return type(slope).__name__ if " at 0x" in text else shown(slope)
 
 
 def resolve(slope: Slope, table: Table) -> Tensor:
     """The slope as an array `[N, P]` in float64.
 
     Raises:
-        ValueError: If an array has another shape or is not finite.
+        ValueError: If it is no function of a table and no array, or an array has another shape, holds truth values or complex
+            numbers, or is not finite.
     """
-    found = slope(table) if callable(slope) else torch.as_tensor(slope, dtype=torch.float64)
+    refuse_no_slope(slope)
+    found = slope(table) if callable(slope) else slope
+    named = f"the slope {label(slope)}" if callable(slope) and label(slope) != "lambda" else "the slope"
+    expected = f"[{table.steps}] or [{table.steps}, {table.band}]"
+    if not isinstance(found, Tensor | np.ndarray):
+        raise ValueError(f"{named} returned {shown(found)} for table {table.name!r}; it must return a tensor, {expected}")
+    found = torch.as_tensor(found)
+    if found.dtype == torch.bool or found.is_complex():
+        kind = "truth values" if found.dtype == torch.bool else "complex numbers"
+        raise ValueError(f"{named} is made of {kind}; it must be a tensor of real numbers, {expected}")
+    found = found.detach().to("cpu", torch.float64)
     if found.ndim == 1:
         found = torch.cat([found[:, None], torch.zeros(len(found), table.band - 1, dtype=torch.float64)], dim=1)
     if tuple(found.shape) != (table.steps, table.band):
         raise ValueError(
-            f"the slope has shape {tuple(found.shape)}; table {table.name!r} has {table.steps} steps and band "
-            f"{table.band}, so it must be [{table.steps}] or [{table.steps}, {table.band}]"
+            f"{named} has shape {tuple(found.shape)}; table {table.name!r} has {table.steps} steps and band "
+            f"{table.band}, so it must be {expected}"
         )
     if not torch.isfinite(found).all():
-        raise ValueError(f"the slope is not finite at step {int((~torch.isfinite(found)).any(1).nonzero()[0])}")
+        raise ValueError(f"{named} is not finite at step {int((~torch.isfinite(found)).any(1).nonzero()[0])}")
     return found
 
 

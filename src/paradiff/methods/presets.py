@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.slope import Slope, identity, shifted, zero
+from paradiff.errors import require_one_of
 from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, CollocationControl
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.options import Target
@@ -33,7 +34,6 @@ from paradiff.methods.parareal.options import Choice, Ordering, StopRule
 from paradiff.methods.piadm import piadm_ode as piadm_ode
 from paradiff.methods.piadm import piadm_sde as piadm_sde
 from paradiff.methods.window.method import WindowMethod
-from paradiff.methods.window.options import Rule
 
 
 def sequential() -> WindowMethod:
@@ -85,7 +85,7 @@ def parasolver(
     stride: int | Sequence[int] = 1,
     warmup: int = 0,
     slope: Slope = identity,
-    rule: Rule = "error",
+    rule: Literal["error", "change"] = "error",
 ) -> WindowMethod:
     """ParaSolver: a hierarchical parallel integral solver.
 
@@ -114,6 +114,7 @@ def parasolver(
         slope: How changes are carried (chain/slope.py).
         rule: `error` or `change`.
     """
+    require_one_of("rule", rule, ("error", "change"))
     if tolerance is None:
         tolerance = 0.1 if rule == "change" else 2.4e-2
     return WindowMethod("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)
@@ -140,7 +141,7 @@ def quasi_newton(
     Args:
         window: Nodes solved at once; None for all.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
-        secants: Pairs kept for each node, k.
+        secants: Pairs kept for each node, k, 1000 at most.
         slope: The slope that is corrected; that of Gaussian data of variance 1/4 by default.
         warmup: Steps taken one after the other before the window opens.
     """
@@ -192,8 +193,9 @@ def srds(
         window: Blocks in flight; memory is then O(window) states instead of O(blocks).
         rows: Most rows that one sample puts in one round: fewer evaluators than blocks.
     """
+    require_one_of("rule", rule, get_args(StopRule))
     if tolerance is None:
-        tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule] if rule in get_args(StopRule) else 1.0
+        tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule]
     return PararealMethod("srds", blocks, coarse, ordering, tolerance, rule, iterations, window, rows)
 
 
@@ -231,7 +233,7 @@ def collocation(
             for 0 on stochastic chains and 3 on deterministic ones.
         shift: Variance of the data, which sets the linear part that is not interpolated; `auto` starts from 1/4 and replaces
             it by the mean square of the sample if that is far off.
-        secants: Secant pairs kept for each node; 0 for plain Picard sweeps.
+        secants: Secant pairs kept for each node; 0 for plain Picard sweeps, 1000 at most.
         max_nodes: Most nodes that a sample may have; as many as the chain has by default.
         exact: Goes on over all nodes of the chain, from the sample found, until the window method's own estimate (that of
             quasi_newton), tightened for samples that amplify early errors, is within the tolerance.

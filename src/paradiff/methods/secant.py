@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-2  # lambda of equation (1): bounds the inverse where pairs are nearly parallel
+MOST_PAIRS = 1000  # that a method may ask for: states have no more directions in which they move than sweeps are made
 
 
 class Secants:

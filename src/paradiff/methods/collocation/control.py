@@ -4,7 +4,8 @@
 `ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for
 interpolation of order 1 and above, which deterministic chains use. Every field says what it means, its unit and range, what
 raising it does, and how it was measured. "The digits network" is the bundled network of 0.7 million parameters, on chains of
-1000 steps. One network is the evidence for most numbers: see docs/collocation.md for the others that were tried afterwards.
+1000 steps. One network is the evidence for most numbers: see docs/methods/collocation.md for the others that were tried
+afterwards.
 """
 
 from __future__ import annotations

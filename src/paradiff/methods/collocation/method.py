@@ -13,7 +13,7 @@ from paradiff.methods.window.method import WindowMethod
 from paradiff.solver.protocol import Problem
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class CollocationMethod(CollocationOptions):
     """A collocation method; its attributes are those of `CollocationOptions`. It returns a sample and an estimate of its error,
     which is no bound.

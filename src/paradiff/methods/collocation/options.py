@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.table import Table
-from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole
+from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
+from paradiff.methods.face import Face, settle
+from paradiff.methods.secant import MOST_PAIRS
 
 Target = Literal["chain", "ode", "sde"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollocationOptions:
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class CollocationOptions(Face):
     """Hyper-parameters of collocation; see `methods.collocation`.
 
     Attributes:
@@ -31,7 +33,7 @@ class CollocationOptions:
             mean square of the first sample that has nearly converged, if that is far off.
         window: Most rows that a sample puts in one round; None for no bound.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
-        secants: Secant pairs kept for each node (methods/secant.py).
+        secants: Secant pairs kept for each node (methods/secant.py), 0 to 1000.
         max_nodes: Most nodes that a sample may have; None for as many as the chain has.
         exact: Whether the window method verifies the sample over all nodes of the chain.
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
@@ -60,42 +62,45 @@ class CollocationOptions:
         self._refuse_nodes()
         if self.order is not None and not (is_whole(self.order) and 0 <= self.order <= 8):
             raise ValueError(
-                f"the order is {self.order!r}; it must be a whole number, 0 (averages) to 8, or None for the chain's own"
+                f"the order is {shown(self.order)}; it must be a whole number, 0 (averages) to 8, or None for the chain's own"
             )
-        if self.shift != "auto":
+        if not (isinstance(self.shift, str) and self.shift == "auto"):
             require_real("the shift, a data variance,", self.shift, positive=True, otherwise=", or 'auto'")
         if self.window is not None:
             require_whole("the window", self.window, 1, ", or None for no bound on rows")
         require_real("the tolerance", self.tolerance, positive=True, otherwise=" (for the chain itself, use exact=True)")
-        require_whole("secants", self.secants, 0)
+        require_whole("secants", self.secants, 0, most=MOST_PAIRS)
         if self.max_nodes is not None:
             require_whole("max_nodes", self.max_nodes, 1, ", or None for as many as the chain has")
             least = 2 if isinstance(self.nodes, str) else self.nodes if is_whole(self.nodes) else len(self.nodes)
             if self.max_nodes < least:
                 raise ValueError(f"max_nodes is {self.max_nodes}, below the {least} nodes to begin with; give at least that")
         if not isinstance(self.exact, bool):
-            raise ValueError(f"exact is {self.exact!r}; it must be True or False")
+            raise ValueError(f"exact is {shown(self.exact)}; it must be True or False")
         require_one_of("the target", self.target, get_args(Target))
         if self.exact and self.target != "chain":
             raise ValueError(
                 f"exact=True was given with target={self.target!r}; only the chain's own sample can be verified step by step"
             )
         if self.warm_start is not None and not isinstance(self.warm_start, str | Path):
-            raise ValueError(f"warm_start is {self.warm_start!r}; it must be the path of a file, or None for no file")
+            raise ValueError(f"warm_start is {shown(self.warm_start)}; it must be the path of a file, or None for no file")
         if self.warm_start is not None and self.nodes != "auto":
             raise ValueError(
-                f"warm_start was given with nodes={self.nodes!r}; it says where nodes go itself: leave one of them out"
+                f"warm_start was given with nodes={shown(self.nodes)}; it says where nodes go itself: leave one of them out"
             )
         if self.control is not None:
             require_kind("control", self.control, CollocationControl, ", or None for the order's own")
+        settle(self, "nodes", "order", "window", "secants", "max_nodes", numbers=["tolerance"])
+        if not isinstance(self.shift, str):
+            settle(self, numbers=["shift"])
 
     def _refuse_nodes(self) -> None:
         """Refuses nodes of the wrong kind, too few, or out of order."""
         nodes = self.nodes
-        if nodes == "auto":
+        if isinstance(nodes, str) and nodes == "auto":
             return
         if not is_whole(nodes) and not are_whole(nodes):
-            raise ValueError(f"nodes is {nodes!r}; it must be a count, a sequence of fine nodes, or 'auto'")
+            raise ValueError(f"nodes is {shown(nodes)}; it must be a count, a sequence of fine nodes, or 'auto'")
         if is_whole(nodes):
             if nodes < 2:
                 raise ValueError(f"{nodes} nodes were asked for; an interpolation needs at least 2")

@@ -13,7 +13,7 @@ from paradiff.methods.window.method import WindowMethod
 from paradiff.solver.protocol import Problem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class PararealMethod(PararealOptions):
     """A self-refining sampler; its attributes are those of `PararealOptions`.
 

@@ -29,18 +29,18 @@ import torch
 
 from paradiff.chain.slope import Slope
 from paradiff.chain.table import Table
-from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole
+from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
+from paradiff.methods.face import Face, settle
 from paradiff.methods.parareal.coarse import Coarse, between, of_table, one_step, two_step
 from paradiff.methods.parareal.control import PararealControl
 
 Ordering = Literal["pipelined", "batched"]
 StopRule = Literal["error", "change", "sample", "image"]
 Choice = Literal["one step", "two step"] | int | Sequence[int] | Table | Slope
-EXPECTED_ITERATIONS = 2  # K of the planner's formula when none is forced
 
 
-@dataclass(frozen=True)
-class PararealOptions:
+@dataclass(frozen=True, repr=False, eq=False)
+class PararealOptions(Face):
     """Hyper-parameters of SRDS; see `methods.srds`.
 
     Attributes:
@@ -99,13 +99,13 @@ class PararealOptions:
         """
         if self.blocks is not None and not are_whole(self.blocks) and not (is_whole(self.blocks) and self.blocks >= 1):
             raise ValueError(
-                f"blocks is {self.blocks!r}; give a whole number of at least 1 block, the edges of the blocks, or None"
+                f"blocks is {shown(self.blocks)}; give a whole number of at least 1 block, the edges of the blocks, or None"
             )
         for name, kind in (("ordering", Ordering), ("rule", StopRule)):
             require_one_of(name, getattr(self, name), get_args(kind))
         if is_whole(self.coarse):
             if self.coarse < 1:
-                raise ValueError(f"coarse is {self.coarse} steps a block; it must be at least 1")
+                raise ValueError(f"coarse is {shown(self.coarse)} steps a block; it must be at least 1")
         elif not (
             self.network_free
             or isinstance(self.coarse, Table)
@@ -113,8 +113,8 @@ class PararealOptions:
             or (isinstance(self.coarse, str) and self.coarse in ("one step", "two step"))
         ):
             raise ValueError(
-                f"coarse is {self.coarse!r}; it must be 'one step', 'two step', a number of steps, fine nodes, a table or a "
-                "slope"
+                f"coarse is {shown(self.coarse)}; it must be 'one step', 'two step', a number of steps, fine nodes, a table or "
+                "a slope"
             )
         otherwise = " (for the exact sample force as many iterations as there are blocks)"
         require_real("the tolerance", self.tolerance, positive=True, otherwise=otherwise)
@@ -122,11 +122,12 @@ class PararealOptions:
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), least, ", or None")
         require_kind("control", self.control, PararealControl)
+        settle(self, "blocks", "coarse", "iterations", "window", "rows", numbers=["tolerance"])
 
     @property
     def network_free(self) -> bool:
         """Whether the coarse propagator is a slope."""
-        return isinstance(self.coarse, torch.Tensor) or callable(self.coarse)
+        return isinstance(self.coarse, torch.Tensor) or (callable(self.coarse) and not isinstance(self.coarse, type))
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Refuses a rule in grey levels for samples that are no pictures of 1 or 3 channels.
@@ -175,7 +176,7 @@ class PararealOptions:
     def planned(self, steps: int) -> int:
         """The planner's number of blocks for N steps: the nearest whole number to sqrt(K N) pipelined, to sqrt(N) batched,
         with K the forced iterations or those that the control expects; 1 ... N."""
-        expected = self.control.expected_iterations if self.iterations is None else max(self.iterations, 1)
+        expected = self.control.expected_iterations if self.iterations is None else min(max(self.iterations, 1), steps)
         return max(1, min(steps, round(math.sqrt(steps * (expected if self.ordering == "pipelined" else 1)))))
 
     def propagator(self, table: Table, edges: Sequence[int]) -> Coarse:

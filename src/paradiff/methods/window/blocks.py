@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from paradiff.chain.table import Table
-from paradiff.errors import are_whole, is_whole, require_kind, require_whole
+from paradiff.errors import are_whole, is_whole, require_kind, require_whole, shown
+from paradiff.methods.face import plain
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,20 @@ class Blocks:
     def __post_init__(self) -> None:
         if is_whole(self.count):
             if self.count < 1:
-                raise ValueError(f"{self.count} blocks were asked for; give at least 1, or the nodes of their edges")
+                raise ValueError(f"{shown(self.count)} blocks were asked for; give at least 1, or the nodes of their edges")
         elif not are_whole(self.count):
-            raise ValueError(f"blocks is {self.count!r}; it must be a whole number of blocks, or the nodes of their edges")
+            raise ValueError(f"blocks is {shown(self.count)}; it must be a whole number of blocks, or the nodes of their edges")
         elif len(self.count) < 2 or self.count[0] != 0 or any(b <= a for a, b in itertools.pairwise(self.count)):
             raise ValueError(
-                f"the block edges are {list(self.count)}; they must rise from 0 to the last node, so that no block is shorter "
-                "than a step"
+                f"the block edges are {shown(list(self.count))}; they must rise from 0 to the last node, so that no block is "
+                "shorter than a step"
             )
         require_kind("carry", self.carry, bool)
         if not self.carry and self.stagger is None:
             raise ValueError("carry is False without a stagger; blocks in turn have no neighbour to carry to: leave it True")
         if self.stagger is not None:
             require_whole("the stagger", self.stagger, 1, " sweep, or None for blocks in turn")
+        object.__setattr__(self, "count", plain(self.count))
 
     def edges(self, table: Table) -> list[int]:
         """The nodes at which blocks of a table begin and end, 0 and N included.

@@ -17,7 +17,7 @@ from paradiff.methods.window.run import WindowRun
 from paradiff.solver.protocol import Problem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class WindowMethod(WindowOptions):
     """A method of the window solver; its attributes are those of `WindowOptions`.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, get_args
 
-import torch
-
-from paradiff.chain.slope import Slope, identity
+from paradiff.chain.slope import Slope, identity, refuse_no_slope
 from paradiff.chain.table import Table
-from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole
+from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
+from paradiff.methods.face import Face, settle
+from paradiff.methods.secant import MOST_PAIRS
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import Corrector
@@ -21,9 +22,9 @@ Rule = Literal["error", "change", "sweeps"]
 Chains = Literal["any", "stochastic", "deterministic"]
 
 
-@dataclass(frozen=True)
-class WindowOptions:
-    """Hyper-parameters of the window loop (solver/loop.py).
+@dataclass(frozen=True, repr=False, eq=False)
+class WindowOptions(Face):
+    """Hyper-parameters of the window solver (solver.py).
 
     Attributes:
         name: The method's name.
@@ -43,7 +44,8 @@ class WindowOptions:
         corrector: What follows every block at whose end noise is left (corrector.py), or None. The sample is then that of
             the sequential chain with the corrector's own steps taken one after the other: window 1, sweeps of all its steps.
         chains: Which chains the method is for.
-        secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone.
+        secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone, 1000
+            at most.
         control: The tuned numbers of the error budget.
 
     Raises:
@@ -91,18 +93,19 @@ class WindowOptions:
         Raises:
             ValueError: If there is one.
         """
-        if not (callable(self.slope) or isinstance(self.slope, torch.Tensor)):
-            raise ValueError(
-                f"the slope is {self.slope!r}; it must be a function of a table, such as paradiff.identity, or a tensor [N] or "
-                "[N, P]"
-            )
+        refuse_no_slope(self.slope)
         if self.window is not None:
             require_whole("the window", self.window, 1, ", or None for the whole chain")
         strides = [self.stride] if is_whole(self.stride) else self.stride
-        if not are_whole(strides) or min(strides, default=0) < 1:
+        if not are_whole(strides):
             raise ValueError(
-                f"the stride is {self.stride!r}; a sub-interval must have at least 1 step: give a whole number of steps, or "
-                "the lengths of all sub-intervals"
+                f"the stride is {shown(strides)}; it must be a whole number of steps, or a list of the lengths of all "
+                "sub-intervals"
+            )
+        if min(strides, default=0) < 1:
+            raise ValueError(
+                f"the stride is {shown(self.stride)}; a sub-interval must have at least 1 step: give a whole number of steps, "
+                "or the lengths of all sub-intervals"
             )
         require_whole("warmup", self.warmup, 0)
         for name, kind in (("predictor", Predictor), ("rule", Rule), ("chains", Chains)):
@@ -110,11 +113,12 @@ class WindowOptions:
         require_real("the tolerance", self.tolerance)
         if self.sweeps is not None:
             require_whole("sweeps", self.sweeps, 1)
-        require_whole("secants", self.secants, 0)
+        require_whole("secants", self.secants, 0, most=MOST_PAIRS)
         for name, kind in (("blocks", Blocks), ("corrector", Corrector)):
             if getattr(self, name) is not None:
                 require_kind(name, getattr(self, name), kind, ", or None")
         require_kind("control", self.control, WindowControl)
+        settle(self, "window", "stride", "warmup", "sweeps", "secants", numbers=["tolerance"])
 
     def edges(self, table: Table) -> list[int]:
         """The fine nodes at which sub-intervals begin and end, 0 and N included: single steps during the warm-up, then
@@ -145,13 +149,13 @@ class WindowOptions:
                 raise ValueError(f"the stride is {self.stride} steps; the chain has {steps}: give at most {steps}")
             edges = [*range(self.warmup), *range(self.warmup, steps, self.stride), steps]
         else:
-            lengths = torch.tensor(list(self.stride))
-            if int(lengths.sum()) != steps - self.warmup:
+            total = sum(self.stride)
+            if total != steps - self.warmup:
                 raise ValueError(
-                    f"the strides add up to {int(lengths.sum())} steps; after {self.warmup} warm-up steps the chain has "
+                    f"the strides add up to {shown(total)} steps; after {self.warmup} warm-up steps the chain has "
                     f"{steps - self.warmup} left, and they must cover it exactly"
                 )
-            edges = [*range(self.warmup), *(self.warmup + torch.cat([torch.zeros(1), lengths.cumsum(0)])).int().tolist()]
+            edges = [*range(self.warmup), *accumulate(self.stride, initial=self.warmup)]
         if self.window is not None and self.window > len(edges) - 1:
             raise ValueError(
                 f"the window is {self.window}; the chain has {len(edges) - 1} sub-intervals: give at most that, or None for all"
