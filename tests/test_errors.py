@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import math
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from problems import TABLES
 
+import paradiff
 from paradiff.errors import (
     are_whole,
     is_whole,
@@ -103,3 +108,18 @@ def test_what_is_no_choice_is_refused(value: object) -> None:
     require_one_of("rule", "error", ("error", "change"))
     with pytest.raises(ValueError, match=re.escape(f"rule is {value!r}; it must be one of error, change")):
         require_one_of("rule", value, ("error", "change"))
+
+
+def advised() -> set[str]:
+    """Every `paradiff.<name>` in a string of the package."""
+    sources = Path(paradiff.__file__).parent.rglob("*.py")
+    strings = (n.value for p in sources for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Constant))
+    return {name for s in strings if isinstance(s, str) for name in re.findall(r"\bparadiff((?:\.[A-Za-z_]\w*)+)", s)}
+
+
+def test_every_name_that_a_sentence_gives_exists() -> None:
+    assert ".slopes.identity" in advised()
+    for name in advised():
+        found: Any = paradiff
+        for part in name[1:].split("."):
+            found = getattr(found, part) if hasattr(found, part) else importlib.import_module(f"{found.__name__}.{part}")

@@ -56,6 +56,11 @@ def is_whole(value: object) -> TypeIs[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def is_real(value: object) -> TypeIs[float]:
+    """Whether a value is a real number, of Python or numpy; a truth value is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def are_whole(value: object) -> TypeIs[Sequence[int]]:
     """Whether a value is a sequence of whole numbers; an empty one is."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) and all(map(is_whole, value))
@@ -81,7 +86,7 @@ def require_whole(name: str, value: object, least: int, otherwise: str = "", *, 
 
 def _number(value: object) -> float:
     """A real number as a float, infinite where no float holds it; NaN for any other value."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not is_real(value):
         return math.nan
     try:
         return float(value)
