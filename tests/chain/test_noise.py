@@ -147,11 +147,50 @@ def test_recorded_memory_is_bounded(kind: str) -> None:
         (lambda: Recorded(SHAPE, []), "no sample was asked for; give at least one generator and a count of at least 1"),
         (lambda: Recorded(SHAPE, generators(1)[0], samples=0), "no sample was asked for; give at least one generator"),
         (lambda: Recorded(SHAPE, generators(1)[0], samples=-2), "no sample was asked for; give at least one generator"),
+        *[
+            (lambda make=make, shape=shape: make(shape), "the shape of a sample is .*; it must be a sequence of whole numbers")
+            for make in (Keyed, lambda shape: Recorded(shape, generators(1)[0]))
+            for shape in (5, (), "23", b"23", (2.5,), (2, 0), (-1,), None, (True,), torch.ones(2), np.ones(2, int))
+        ],
+        *[
+            (
+                lambda seed=seed: Keyed(SHAPE, seed),
+                r"the seed is .*; it must be a whole number in 0 \.\.\. 2\^64 - 1, or a sequence",
+            )
+            for seed in (2.5, True, "a", None, b"1", [0.5], ["1"], torch.ones(2), np.ones(2), {1: 2})
+        ],
+        *[
+            (
+                lambda make=make, samples=samples: make(samples),
+                "samples is .*; it must be a whole number, at least 1 and at most",
+            )
+            for make in (
+                lambda samples: Keyed(SHAPE, 0, samples),
+                lambda samples: Recorded(SHAPE, generators(1)[0], samples),
+            )
+            for samples in (2.5, True, "a", 10**30, [2])
+        ],
+        *[
+            (lambda source=source: Recorded(SHAPE, source), "the generator is .*; it must be a torch.Generator, or a sequence")
+            for source in (5, None, "a", [5], np.random.default_rng(0))
+        ],
+        *[
+            (
+                lambda dtype=dtype: Recorded(SHAPE, generators(1)[0], dtype=dtype),
+                "the dtype is .*; it must be one of real numbers, such as torch.float32",
+            )
+            for dtype in (torch.int32, torch.complex64, "float32", None)
+        ],
     ],
 )
 def test_bad_sources_are_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_numbers_of_numpy_are_seeds_shapes_and_counts() -> None:
+    assert Keyed((np.int64(2), 3), np.int64(7), np.int32(2)) == Keyed(SHAPE, 7, 2)
+    assert Keyed(torch.Size(SHAPE), np.array([3, 5])) == Keyed(list(SHAPE), range(3, 6, 2))
 
 
 def test_a_node_far_ahead_is_drawn_at_once() -> None:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paradiff.errors import are_whole, is_whole, require_whole, shown
+
 
 class Noise(Protocol):
     """A source of standard normal noise.
@@ -45,6 +47,29 @@ class Noise(Protocol):
         ...
 
 
+MOST_SAMPLES = 10**6
+"""Samples that one source of noise may have."""
+
+
+def _shape(shape: object) -> tuple[int, ...]:
+    """The shape of a sample, of Python's whole numbers.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not are_whole(shape) or not shape or min(shape) < 1:
+        raise ValueError(
+            f"the shape of a sample is {shown(shape)}; it must be a sequence of whole numbers, one at least, each at least 1"
+        )
+    return tuple(map(int, shape))
+
+
+def _check_samples(samples: object) -> None:
+    """Refuses what is no number of samples; numbers below 1 are left to the caller."""
+    if not is_whole(samples) or samples > MOST_SAMPLES:
+        require_whole("samples", samples, 1, most=MOST_SAMPLES)
+
+
 class Keyed:
     """Noise as a pure function of (seed, sample, node).
 
@@ -57,23 +82,29 @@ class Keyed:
         samples: Number of samples, with one seed only.
 
     Raises:
-        ValueError: If a seed is not in 0 ... 2^64 - 1, or `samples` is given beside several seeds or is below 1.
+        ValueError: If the shape is none, a seed is not in 0 ... 2^64 - 1, or `samples` is given beside several seeds, is below
+            1 or above a million.
     """
 
     def __init__(self, shape: Sequence[int], seed: int | Sequence[int] = 0, samples: int | None = None) -> None:
-        if isinstance(seed, int):
+        self.shape = _shape(shape)
+        if samples is not None:
+            _check_samples(samples)
+        seeds = seed.tolist() if isinstance(seed, np.ndarray) else seed
+        if is_whole(seeds):
             count = 1 if samples is None else samples
-            self._keys = [(seed, k) for k in range(count)]
+            self._keys = [(int(seeds), k) for k in range(count)]
+        elif not are_whole(seeds):
+            raise ValueError(f"the seed is {shown(seed)}; it must be a whole number in 0 ... 2^64 - 1, or a sequence of them")
         elif samples is not None:
-            raise ValueError(f"got {len(seed)} seeds and samples = {samples}; give several seeds or a count, not both")
+            raise ValueError(f"got {len(seeds)} seeds and samples = {samples}; give several seeds or a count, not both")
         else:
-            self._keys = [(s, 0) for s in seed]
+            self._keys = [(int(s), 0) for s in seeds]
         if not self._keys:
             raise ValueError("no sample was asked for; give at least one seed and a count of at least 1")
         for s, _ in self._keys:
             if not 0 <= s < 2**64:
-                raise ValueError(f"the seed is {s}; it must be in 0 ... 2^64 - 1")
-        self.shape = tuple(shape)
+                raise ValueError(f"the seed is {shown(s)}; it must be in 0 ... 2^64 - 1")
 
     @property
     def samples(self) -> int:
@@ -120,7 +151,8 @@ class Recorded:
         dtype: Dtype in which the run draws (the pipeline's); it matters, since half-precision draws use other bits.
 
     Raises:
-        ValueError: If `samples` is given beside a sequence, or is below 1.
+        ValueError: If the shape is none, there is no generator, `samples` is given beside a sequence, is below 1 or above a
+            million, or the dtype is none of real numbers.
     """
 
     SPACING = 4
@@ -133,14 +165,21 @@ class Recorded:
         samples: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.shape = _shape(shape)
         shared = isinstance(generator, torch.Generator)
+        several = isinstance(generator, Sequence) and all(isinstance(g, torch.Generator) for g in generator)
+        if not shared and not (several and not isinstance(generator, str | bytes)):
+            raise ValueError(f"the generator is {shown(generator)}; it must be a torch.Generator, or a sequence of them")
+        if samples is not None:
+            _check_samples(samples)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"the dtype is {shown(dtype)}; it must be one of real numbers, such as torch.float32")
         if not shared and samples is not None:
             raise ValueError(f"got {len(generator)} generators and samples = {samples}; give one of the two")
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
         self.samples = (1 if samples is None else samples) if shared else len(generators)
         if self.samples < 1:
             raise ValueError("no sample was asked for; give at least one generator and a count of at least 1")
-        self.shape = tuple(shape)
         self._dtype = dtype
         self._group = self.samples if shared else 1
         self._generators = [torch.Generator(device=g.device) for g in generators]
