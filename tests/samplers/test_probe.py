@@ -356,3 +356,24 @@ def test_from_scheduler_begins_where_the_scheduler_does() -> None:
     scheduler = ready("EulerDiscrete")
     assert from_scheduler(scheduler).start_scale == pytest.approx(float(scheduler.init_noise_sigma))
     assert probe(scheduler).start_scale == 1  # a loop brings its own start
+
+
+@pytest.mark.parametrize("scheduler", ["abc", None, 5, torch.nn.Identity()])
+def test_what_is_no_scheduler_is_refused(scheduler: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"the scheduler is .*; it must be a diffusers scheduler whose set_timesteps was called$"
+    ):
+        from_scheduler(scheduler)
+
+
+def test_a_table_needs_no_scheduler() -> None:
+    with pytest.raises(ValueError, match=r"the scheduler is Table 'ddim'.*: use the table as it is$"):
+        from_scheduler(ddim(Schedule.linear(), 5))
+
+
+@pytest.mark.parametrize("timesteps", [5, "all", [999, 0]])
+def test_what_are_no_timesteps_is_refused(timesteps: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"timesteps is .*; it must be a Tensor, a stretch of the scheduler's own, or None for all"
+    ):
+        from_scheduler(ready("DDIM"), timesteps)

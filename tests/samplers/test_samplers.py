@@ -187,6 +187,49 @@ def test_every_error_says_what_was_given_and_what_was_expected(
         sampler(Schedule.linear(), steps, **options)
 
 
+SAMPLERS = [ddim, ddpm, dpmpp_2m, euler, euler_ancestral, heun]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [2.5, 5.0, True, "abc", None, [5], np.ones(2)])
+def test_what_is_no_number_of_steps_is_refused(sampler: Callable[..., Table], steps: object) -> None:
+    with pytest.raises(ValueError, match=r"the number of steps is .*; it must be a whole number"):
+        sampler(Schedule.linear(), steps)
+    with pytest.raises(ValueError, match=r"the number of steps is .*; it must be a whole number"):
+        flow_euler(steps)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_numbers_of_numpy_are_steps(sampler: Callable[..., Table]) -> None:
+    assert sampler(Schedule.linear(), np.int64(5)) == sampler(Schedule.linear(), 5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", ["abc", None, 5, np.ones(3)])
+def test_what_is_no_schedule_is_refused(sampler: Callable[..., Table], schedule: object) -> None:
+    with pytest.raises(ValueError, match=r"the schedule is .*; it must be a Schedule"):
+        sampler(schedule, 5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS[:3])
+@pytest.mark.parametrize("offset", [0.5, True, "a", None])
+def test_what_is_no_offset_is_refused(sampler: Callable[..., Table], offset: object) -> None:
+    with pytest.raises(ValueError, match=r"the offset is .*; it must be a whole number"):
+        sampler(Schedule.linear(), 5, spacing="leading", offset=offset)
+
+
+@pytest.mark.parametrize("eta", ["a", None, True, [1]])
+def test_what_is_no_eta_is_refused(eta: object) -> None:
+    with pytest.raises(ValueError, match=r"eta is .*; it must lie in \[0, 1\]"):
+        ddim(Schedule.linear(), 5, eta=eta)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("restarts", [5, "a", [0.5], None])
+def test_what_are_no_restarts_is_refused(restarts: object) -> None:
+    with pytest.raises(ValueError, match=r"restarts is .*; it must be a sequence of steps, from 0 to 4"):
+        dpmpp_2m(Schedule.linear(), 5, restarts=restarts)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("sampler", [euler, euler_ancestral, heun, dpmpp_2m])
 def test_ratios_that_rise_are_refused(sampler: Callable[..., Table]) -> None:
     # The capped last ratio, 4096, is below its neighbour's 15406.

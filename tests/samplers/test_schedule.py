@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -229,3 +230,29 @@ def test_karras_ratios_refuse_what_they_cannot_space(arguments: tuple) -> None:
 def test_flow_sigmas_refuse_what_they_cannot_space(arguments: tuple) -> None:
     with pytest.raises(ValueError, match=r"flow levels were asked for .* a positive shift and at least two training steps"):
         flow_sigmas(*arguments)
+
+
+@pytest.mark.parametrize("make", [Schedule.linear, Schedule.scaled_linear, Schedule.cosine])
+@pytest.mark.parametrize("times", ["a", 2.5, True, None, 0, -1, 10**30])
+def test_what_is_no_number_of_training_times_is_refused(make: Any, times: object) -> None:
+    with pytest.raises(ValueError, match=r"train_steps is .*; it must be a whole number, at least 1 and at most 1000000"):
+        make(times)
+
+
+@pytest.mark.parametrize("value", ["a", None, True, -1.0, math.nan, math.inf])
+def test_what_is_no_beta_is_refused(value: Any) -> None:
+    for make, name in (
+        (Schedule.linear, "start"),
+        (Schedule.linear, "end"),
+        (Schedule.scaled_linear, "start"),
+        (Schedule.scaled_linear, "end"),
+        (Schedule.cosine, "max_beta"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} is .*; it must be a number, 0 or more, and finite"):
+            make(10, **{name: value})
+
+
+@pytest.mark.parametrize("betas", ["abc", None, {}, ["a"], [[0.1], [0.1, 0.2]]])
+def test_what_are_no_betas_is_refused(betas: Any) -> None:
+    with pytest.raises(ValueError, match=r"betas is .*; it must be a row of at least two numbers"):
+        Schedule(betas)

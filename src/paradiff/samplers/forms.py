@@ -30,10 +30,22 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.prediction import Prediction, clean_coefficients
+from paradiff.errors import is_whole, require_kind, shown
 from paradiff.samplers.schedule import Schedule
 
 Clipping = Callable[[Tensor], Tensor]
 Final = Literal["zero", "sigma_min"]
+
+
+def refuse_other_kinds(schedule: object, steps: object) -> None:
+    """Refuses what is no schedule, or no whole number of steps.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    require_kind("the schedule", schedule, Schedule)
+    if not is_whole(steps):
+        raise ValueError(f"the number of steps is {shown(steps)}; it must be a whole number")
 
 
 def in_outputs(prediction: Prediction, alpha: Tensor, sigma: Tensor, state: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ import torch
 
 from paradiff.chain.prediction import Prediction, clean_coefficients
 from paradiff.chain.table import Table
-from paradiff.errors import refuse_unknown
-from paradiff.samplers.forms import Clipping, Final, descending, in_outputs, last_ratio, with_end
+from paradiff.errors import are_whole, is_real, refuse_unknown, shown
+from paradiff.samplers.forms import Clipping, Final, descending, in_outputs, last_ratio, refuse_other_kinds, with_end
 from paradiff.samplers.schedule import Schedule, Spacing, karras_ratios, spaced_times
 
 Landing = Literal["next", "stride"]
@@ -51,9 +51,10 @@ def ddim(
     Raises:
         ValueError: See forms.py; also if `eta` is outside [0, 1], or a limited step has no room for its limit.
     """
+    refuse_other_kinds(schedule, steps)
     refuse_unknown("landing", landing, get_args(Landing))
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must lie in [0, 1], from deterministic (0) to the noise of DDPM (1)")
+    if not is_real(eta) or not 0 <= eta <= 1:
+        raise ValueError(f"eta is {shown(eta)}; it must lie in [0, 1], from deterministic (0) to the noise of DDPM (1)")
     times = spaced_times(schedule.train_steps, steps, spacing, offset)
     final = torch.ones(1, dtype=torch.float64) if set_alpha_to_one else schedule.alpha_bar[:1]
     if landing == "next":
@@ -118,6 +119,7 @@ def ddpm(
     Raises:
         ValueError: See forms.py.
     """
+    refuse_other_kinds(schedule, steps)
     refuse_unknown("variance", variance, get_args(Variance))
     times = spaced_times(schedule.train_steps, steps, spacing, offset)
     alpha_bar = torch.cat([schedule.alpha_bar[times], torch.ones(1, dtype=torch.float64)])
@@ -179,6 +181,7 @@ def dpmpp_2m(
     Raises:
         ValueError: See forms.py; also if the ratios rise, or a restart is not a step of the table.
     """
+    refuse_other_kinds(schedule, steps)
     refuse_unknown("spacing", spacing, get_args(Spacing))
     refuse_unknown("final", final, get_args(Final))
     extra = 0 if spacing == "trailing" else 1
@@ -188,6 +191,8 @@ def dpmpp_2m(
             f"{steps} steps were asked of dpmpp_2m with {spacing} spacing, which can take 1 to {most} on a schedule of "
             f"{schedule.train_steps} training times; change the number of steps"
         )
+    if not are_whole(restarts):
+        raise ValueError(f"restarts is {shown(restarts)}; it must be a sequence of steps, from 0 to {steps - 1}")
     if not all(0 <= step < steps for step in restarts):
         raise ValueError(
             f"restarts are {list(restarts)}; each must be the index of one of the {steps} steps, from 0 to {steps - 1}"

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from paradiff.errors import refuse_unknown
+from paradiff.errors import is_real, is_whole, refuse_unknown, require_real, require_whole, shown
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -32,13 +32,26 @@ SMALLEST_ALPHA_BAR = 2.0**-24
 4096 (the smallest float16; diffusers does the same)."""
 
 
+MOST_TIMES = 10**6
+"""Training times that a named schedule may have."""
+
+
+def _check_betas(train_steps: object, **betas: object) -> None:
+    """Refuses what is no number of training times, or no number."""
+    require_whole("train_steps", train_steps, 1, most=MOST_TIMES)
+    for name, beta in betas.items():
+        require_real(name, beta)
+
+
 def linear_betas(train_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:
     """`[T]` betas that grow linearly from `start` to `end` (Ho et al., arXiv 2006.11239, section 4)."""
+    _check_betas(train_steps, start=start, end=end)
     return torch.linspace(start, end, train_steps, dtype=torch.float64)
 
 
 def scaled_linear_betas(train_steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
     """`[T]` betas whose square roots grow linearly (Rombach et al., arXiv 2112.10752; Stable Diffusion)."""
+    _check_betas(train_steps, start=start, end=end)
     return torch.linspace(start**0.5, end**0.5, train_steps, dtype=torch.float64) ** 2
 
 
@@ -46,6 +59,8 @@ def cosine_betas(train_steps: int = 1000, max_beta: float = 0.999) -> Tensor:
     """`[T]` betas of the cosine schedule, beta[t] = min(1 - f((t+1)/T)/f(t/T), max_beta) with
     f(u) = cos^2(pi/2 (u + 0.008)/1.008) (Nichol and Dhariwal, arXiv 2102.09672, eq. 17; diffusers'
     `squaredcos_cap_v2`)."""
+
+    _check_betas(train_steps, max_beta=max_beta)
 
     def f(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -76,7 +91,12 @@ class Schedule:
     betas: Tensor
 
     def __post_init__(self) -> None:
-        betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu")
+        try:
+            betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"betas is {shown(self.betas)}; it must be a row of at least two numbers, one for each training time"
+            ) from error
         object.__setattr__(self, "betas", betas)
         if betas.ndim != 1 or len(betas) < 2:
             raise ValueError(
@@ -209,6 +229,9 @@ def fractional_times(train_steps: int, steps: int, spacing: Spacing, offset: int
 
 def _spaced(train_steps: int, steps: int, spacing: Spacing, offset: int) -> Tensor:
     refuse_unknown("spacing", spacing, get_args(Spacing))
+    for name, value in (("the number of steps", steps), ("the offset", offset)):
+        if not is_whole(value):
+            raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
     if not 1 <= steps <= train_steps:
         raise ValueError(
             f"{steps} steps were asked of a schedule that can give 1 to {train_steps}, one for each training time; "
@@ -280,6 +303,11 @@ def flow_sigmas(steps: int, shift: float = 1.0, train_steps: int = 1000) -> Tens
     Raises:
         ValueError: If an argument is out of range.
     """
+    for name, value in (("the number of steps", steps), ("train_steps", train_steps)):
+        if not is_whole(value):
+            raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
+    if not is_real(shift):
+        raise ValueError(f"the shift is {shown(shift)}; it must be a number, positive, and finite")
     if not (steps >= 1 and 0 < shift < math.inf and train_steps >= 2):
         raise ValueError(
             f"flow levels were asked for {steps} steps with shift {shift} and {train_steps} training steps; they need "

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.table import CONSISTENT, ROUNDING, Table
-from paradiff.errors import Unsupported
+from paradiff.errors import Unsupported, require_kind, shown
 from paradiff.samplers.scheduler.levels import levels_of
 from paradiff.samplers.scheduler.walk import UNUSED, Request, fingerprint, on_cpu, refuse_unfit, step_of, walk
 
@@ -76,8 +76,16 @@ def from_scheduler(scheduler: Any, timesteps: Tensor | None = None, **step_kwarg
         The table, the same object for the same state of the scheduler, times and options.
 
     Raises:
-        ValueError: If the step has no table: it is not linear, takes other arguments, or its times are not known.
+        ValueError: If it is no scheduler, or the step has no table: it is not linear, takes other arguments, or its times
+            are not known.
     """
+    if not callable(getattr(scheduler, "step", None)) or not hasattr(scheduler, "config"):
+        advice = ": use the table as it is" if isinstance(scheduler, Table) else ""
+        raise ValueError(
+            f"the scheduler is {shown(scheduler)}; it must be a diffusers scheduler whose set_timesteps was called{advice}"
+        )
+    if timesteps is not None:
+        require_kind("timesteps", timesteps, Tensor, ", a stretch of the scheduler's own, or None for all")
     try:
         return _probed(scheduler, timesteps, step_kwargs).table
     except Unsupported as refusal:
