@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -12,7 +13,7 @@ from diffusers.utils import logging
 from pipelines import DIGITS, save_pipeline, tiny_unet
 from scheduler_walks import gap_to_scheduler
 
-from paradiff import Recorded, sample
+from paradiff import Recorded, models, sample
 from paradiff.methods import presets as methods
 from paradiff.models.files import is_pixel, locate
 from paradiff.models.pixel import SCHEDULERS, Model, load, table_of
@@ -238,3 +239,12 @@ def test_the_bundled_model_gives_the_images_of_the_plain_pipeline(name: str, dig
             assert found.rounds < steps
             if most == DEFAULT:
                 assert found.rounds < steps / 3
+
+
+@pytest.mark.parametrize("model", [5, None, "", True, ["digits"]])
+@pytest.mark.parametrize("make", [models.load, models.load_pipeline])
+def test_what_names_no_model_is_refused(make: Any, model: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"the model is .*; it must be the name of a bundled one, a folder in diffusers' pipeline"
+    ):
+        make(model)

@@ -14,6 +14,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
+from paradiff.errors import shown
+
 BUNDLED = Path(__file__).parent / "bundled"
 INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -25,6 +27,11 @@ def locate(model: str) -> tuple[str, bool]:
     Raises:
         ValueError: If it is neither the name of a bundled model, nor a pipeline's folder, nor of the form of a hub id.
     """
+    if not isinstance(model, str) or not model:
+        raise ValueError(
+            f"the model is {shown(model)}; it must be the name of a bundled one, a folder in diffusers' pipeline format, or a "
+            "hub id, as a str"
+        )
     folder = BUNDLED / model if (BUNDLED / model / INDEX).is_file() else Path(model)
     if folder.is_dir():
         if not (folder / INDEX).is_file():

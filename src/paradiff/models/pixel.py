@@ -31,7 +31,7 @@ from paradiff import samplers
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
-from paradiff.errors import refuse_unknown
+from paradiff.errors import is_whole, refuse_unknown, shown
 from paradiff.models.files import check_weights, components, is_pixel, loading, locate
 from paradiff.samplers.exponential import Form, exponential_integrator
 from paradiff.samplers.grid import log_snr_grid, uniform_grid
@@ -140,6 +140,8 @@ class Model:
         """
         refuse_unknown("sampler", sampler, list(EXPONENTIAL))
         refuse_unknown("grid", grid, list(GRIDS))
+        if not is_whole(steps):
+            raise ValueError(f"the number of steps is {shown(steps)}; it must be a whole number, at least 2")
         if steps < 2:
             raise ValueError(
                 f"{steps} steps were asked of {sampler}; it needs at least 2, the last being to the clean-data estimate"
