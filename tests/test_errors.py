@@ -66,8 +66,8 @@ def test_numbers_that_no_float_holds_are_refused(sign: int, digits: int) -> None
     [
         ("abc", "'abc'"),
         (2.5, "2.5"),
-        (torch.zeros(3, 4), "a Tensor of shape (3, 4)"),
-        (np.zeros(3), "an array of shape (3,)"),
+        (torch.zeros(3, 4), "a Tensor of shape (3, 4) and torch.float32"),
+        (np.zeros(3), "an array of shape (3,) and float64"),
         (TABLES["ddim"], repr(TABLES["ddim"]).splitlines()[0][:60].rstrip() + "..."),
         ("a" * 100, "'" + 59 * "a" + "..."),
     ],

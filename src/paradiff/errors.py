@@ -30,14 +30,20 @@ class MissingPackage(ImportError):
 
 
 def shown(value: object) -> str:
-    """A value as a sentence shows it: its repr, of which a long one is cut, and of arrays the kind and the shape alone."""
+    """A value as a sentence shows it: in one short line, of arrays the kind and the shape alone, and no object's address."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and len(shape) > 0:
         kind = {"ndarray": "an array"}.get(type(value).__name__, f"a {type(value).__name__}")
-        return f"{kind} of shape {tuple(shape)}"
+        return f"{kind} of shape {tuple(shape)} and {getattr(value, 'dtype', 'no dtype')}"
     if isinstance(value, int) and abs(value) >= 10**LONGEST:
         return f"an int of {value.bit_length()} bits"
     text = repr(value)
+    if text.startswith("<"):
+        return f"a {type(value).__name__}"
     first = text.split("\n", 1)[0][:LONGEST]
     return text if first == text else f"{first.rstrip()}..."
 

@@ -154,7 +154,7 @@ WRONG = {
     "noise as a seed": ({"noise": 0}, "the noise is 0; give a Noise, such as paradiff.Keyed"),
     "noise as a tensor": (
         {"noise": torch.zeros(2, 3)},
-        r"the noise is a tensor of torch.float32, shape \(2, 3\); give",
+        r"the noise is a Tensor of shape \(2, 3\) and torch.float32; give",
     ),
     "table as steps": ({"table": 50}, "the table is 50; give a Table"),
     "start of another shape": ({"start": torch.zeros(3)}, r"start has shape \(3,\); the noise has \(1, 2, 3\)"),
@@ -208,7 +208,7 @@ SENT: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a row fewer": (lambda m: m[:-1], r"the outputs have shape \(7, 2, 3\) for rows of shape \(8, 2, 3\); send one entry"),
     "one column": (lambda m: m[..., :1], r"the outputs have shape \(8, 2, 1\) for rows of shape \(8, 2, 3\)"),
     "nothing": (lambda m: None, "the outputs of 8 rows are None; send one tensor, one entry for each row"),
-    "a list": (lambda m: [*m], "the outputs of 8 rows are a list; send one tensor"),
+    "a list": (lambda m: [*m], r"the outputs of 8 rows are .tensor.*; send one tensor"),
     "another dtype": (lambda m: m.double(), "the outputs are torch.float64 on cpu for rows of torch.float32 on cpu"),
     "whole numbers": (lambda m: m.long(), "the outputs are torch.int64 on cpu for rows of torch.float32 on cpu"),
     "no states": (lambda m: EditedOutputs(m, None), "the edited states of 8 rows are None; send one tensor"),
@@ -266,7 +266,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the noise's class": ({"noise": Keyed}, "the noise is the class Keyed; give a Noise"),
     "start as a text": ({"start": "zeros"}, "start is 'zeros'; give a tensor of real numbers of shape"),
-    "complex start": ({"start": torch.zeros(1, 2, 3) * 1j}, "start is a tensor of torch.complex64"),
+    "complex start": ({"start": torch.zeros(1, 2, 3) * 1j}, "start is a Tensor of shape \\(1, 2, 3\\) and torch.complex64"),
     "observer as a number": ({"observer": 5}, "the observer is 5; give a function of a round"),
 }
 SOLVE: dict[str, tuple[dict[str, Any], str]] = {

@@ -10,27 +10,12 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.errors import require_whole
+from paradiff.errors import require_whole, shown
 from paradiff.solver.protocol import EditedOutputs, Evaluate, Method
 
 NOISE = ("samples", "shape", "start", "draw")
 METHOD = ("name", "tolerance", "dense_output", "solves_chain", "follows_edits")
 METHOD += ("edges", "prepare", "reference", "width", "progress", "in_loop")
-
-
-def shown(value: Any) -> str:
-    """What was given, for a sentence: short, and without the address of an object."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if callable(value) and hasattr(value, "__name__"):
-        return f"the function {value.__name__}"
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}, shape {tuple(value.shape)}"
-    return (
-        repr(value)
-        if isinstance(value, str | int | float | torch.dtype | None) and len(repr(value)) < 60
-        else f"a {type(value).__name__}"
-    )
 
 
 def evaluates(given: Any) -> TypeGuard[Evaluate]:

@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows, shown
+from paradiff.errors import shown
+from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows
 from paradiff.solver.protocol import Batch
 
 Denoiser = Callable[..., Tensor]

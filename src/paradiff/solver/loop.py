@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.table import Table
+from paradiff.errors import shown
 from paradiff.solver.arguments import (
     device_of,
     evaluates,
@@ -26,7 +27,6 @@ from paradiff.solver.arguments import (
     require_dtype,
     require_problem,
     require_states,
-    shown,
 )
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.protocol import Batch, EditedOutputs, Evaluate, Method, Observer, OnFinal, Problem, Round
