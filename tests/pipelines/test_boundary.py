@@ -539,7 +539,7 @@ def test_two_threads_share_a_module() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_rows": 0}, "max_rows is 0; a network call needs at least 1 row"),
+        ({"max_rows": 0}, "max_rows is 0; it must be a whole number, at least 1"),
         ({"pad": -1}, "pad is -1; a network call is filled up to at least 1 state"),
         ({"check": "no"}, "check is 'no'; it must be first, every or off"),
     ],
