@@ -48,7 +48,7 @@ REFUSED: dict[str, str] = {
     "--tolerance inf": "the tolerance is inf; it must be a number, 0 or more, and finite",
     "--tolerance nan": "the tolerance is nan; it must be a number, 0 or more, and finite",
     "--threads 0": "threads is 0; it must be at least 1",
-    "--max-rows 0": "max_rows is 0; it must be a whole number, at least 1",
+    "--max-rows 0": "max_rows is 0; a network call needs at least 1 row",
     "--steps 10 --eta 0.5": "eta is 0.5, but sampler 'ddpm' has no eta; give it with sampler 'ddim'",
     "--sampler ddim --steps 10 --eta 1.5": "eta is 1.5; it must lie in [0, 1]",
     # Names, and the nearest one.

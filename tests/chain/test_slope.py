@@ -207,7 +207,7 @@ def length(table: Table) -> Any:
         (short, r"^the slope short has shape \(3, 1\); table 'ddpm' has 12 steps and band 1, so it must be \[12\]"),
         (torch.ones(12, dtype=torch.bool), "^the slope is made of truth values; it must be a tensor of real numbers"),
         (lambda table: None, "^the slope returned None"),
-        (int, r"^the slope is <class 'int'>; it must be a function of a table, such as paradiff.slopes.identity"),
+        (int, r"^the slope is the class int; it must be a function of a table, such as paradiff.slopes.identity"),
         ("identity", r"^the slope is 'identity'; it must be a function of a table"),
     ],
 )

@@ -386,7 +386,7 @@ def test_a_window_that_overflowed_begins_with_new_pairs() -> None:
             lambda: WindowMethod("", stride=2, secants=1),
             "secants is 1 with a stride of 2; .* 0 where sub-intervals have several steps",
         ),
-        (lambda: WindowMethod("", stride=[1, 2], secants=3), r"secants is 3 with a stride of \[1, 2\]"),
+        (lambda: WindowMethod("", stride=[1, 2], secants=3), r"secants is 3 with a stride of \(1, 2\)"),
         (lambda: quasi_newton(0), "the window is 0; it must be a whole number, at least 1"),
         (lambda: quasi_newton(tolerance=-1.0), "the tolerance is -1.0; it must be a number, 0 or more"),
     ],

@@ -163,7 +163,7 @@ def test_the_method_is_the_paper_s_and_holds_no_more_than_announced(kind: Kind) 
     assert (method.slope, method.predictor, method.rule, method.sweeps) == (freeze_epsilon, "copy", "sweeps", theory.sweeps)
     assert (method.window, method.corrector) == (theory.width, theory.corrector)
     assert method.blocks is not None
-    assert method.blocks.count == grid.edges
+    assert method.blocks.count == tuple(grid.edges)
     table = exponential_integrator(ornstein_uhlenbeck(), grid, volatility=float(kind == "sde"))
     swept, corrected = [0], [0]
 

@@ -424,6 +424,8 @@ def main() -> None:
             code = app(standalone_mode=False)
         except KeyboardInterrupt:
             code = INTERRUPTED
+        except ModuleNotFoundError:
+            raise  # a package of an extra, perhaps: app/__init__.py names it
         except OSError as error:
             reason = error.strerror or str(error)
             print(f"error: {reason}{f': {error.filename!r}' if error.filename else ''}", file=sys.stderr)

@@ -6,6 +6,7 @@ Weights are read from safetensors only, and no code that comes with a model is r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,14 @@ INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def locate(model: str) -> tuple[str, bool]:
+def locate(model: str | os.PathLike[str]) -> tuple[str, bool]:
     """Where a model is: its folder or its hub id, and whether it is a folder.
 
     Raises:
         ValueError: If it is neither the name of a bundled model, nor a pipeline's folder, nor of the form of a hub id.
     """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if not isinstance(model, str) or not model:
         raise ValueError(
             f"the model is {shown(model)}; it must be the name of a bundled one, a folder in diffusers' pipeline format, or a "
