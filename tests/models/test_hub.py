@@ -248,3 +248,7 @@ def test_what_names_no_model_is_refused(make: Any, model: Any) -> None:
         ValueError, match=r"the model is .*; it must be the name of a bundled one, a folder in diffusers' pipeline"
     ):
         make(model)
+
+
+def test_a_folder_may_be_given_as_a_path(tiny: Path) -> None:
+    assert load(tiny).name == load(str(tiny)).name == str(tiny)

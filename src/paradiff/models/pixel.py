@@ -8,6 +8,7 @@ sequential chain is that of the plain pipeline call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -217,7 +218,7 @@ def _clip_of(config: Mapping[str, Any]) -> Clip | DynamicThreshold | None:
     return Clip(config["clip_sample_range"]) if config.get("clip_sample") else None
 
 
-def load(model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+def load(model: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """Loads a model.
 
     Args:
@@ -229,6 +230,7 @@ def load(model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype =
         ValueError: If the folder is no pipeline, its weights are not safetensors, or the pipeline is of another kind.
     """
     source, local = locate(model)
+    model = os.fspath(model)
     if local:
         check_weights(Path(source), "unet")
     with loading(model):
