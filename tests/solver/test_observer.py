@@ -190,6 +190,14 @@ def test_solutions_are_short_to_read_flat_to_store_and_equal_to_their_copies(met
     assert (stats["status"], stats["rounds"], stats["samples"]) == (found.status.code, found.rounds, 2)
 
 
+@each_method
+def test_records_and_rounds_are_short_to_read(method: str) -> None:
+    seen: list[Round] = []
+    run(METHODS[method](), observer=seen.append)
+    assert all(len(repr(record)) < 160 and "\n" not in repr(record) for round in seen for record in round.records)
+    assert repr(seen[0]) == "Round(number=1)"
+
+
 def test_evaluators_and_batches_are_short_to_read() -> None:
     evaluator, own = Evaluator(network, max_rows=4), Own()
     sample(own, TABLE, Keyed(SHAPE), parasolver(8))

@@ -56,7 +56,7 @@ class Record(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WindowRecord:
     """One sweep of one sample's window.
 
@@ -74,6 +74,10 @@ class WindowRecord:
     change: list[float]
     passed: int
 
+    def __repr__(self) -> str:
+        nodes = f"nodes {self.first + 1} to {self.first + len(self.change)}"
+        return f"WindowRecord(round {self.round}, sample {self.sample}: {nodes}, {_most(self.change)}, {self.passed} passed)"
+
     def to_json(self) -> dict[str, Any]:
         """As `Record.to_json`; changes to three digits."""
         return {"round": self.round, "passed": self.passed, "first": self.first, "change": [_rounded(c) for c in self.change]}
@@ -88,7 +92,7 @@ class WindowRecord:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PararealRecord:
     """One round of one sample's Parareal iteration.
 
@@ -107,6 +111,11 @@ class PararealRecord:
     values: list[tuple[int, int, float]]
     passed: int
 
+    def __repr__(self) -> str:
+        change = _most([change for _, _, change in self.values])
+        rows = f"{len(self.rows)} rows, {len(self.values)} new values"
+        return f"PararealRecord(round {self.round}, sample {self.sample}: {rows}, {change}, {self.passed} edges passed)"
+
     def to_json(self) -> dict[str, Any]:
         """As `Record.to_json`; changes to three digits."""
         values = [[edge, iteration, _rounded(change)] for edge, iteration, change in self.values]
@@ -117,7 +126,7 @@ class PararealRecord:
         return Trace(axis="block (0 at the noise)", scale="counted", meaning="iteration", cells=list(self.rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CollocationRecord:
     """One round of one sample's collocation system.
 
@@ -141,6 +150,10 @@ class CollocationRecord:
     iteration_error: float
     passed: int = 0
 
+    def __repr__(self) -> str:
+        errors = f"estimated errors {self.interpolation_error:.2g} (interpolation) and {self.iteration_error:.2g} (iteration)"
+        return f"CollocationRecord(round {self.round}, sample {self.sample}: {len(self.nodes)} of {self.of} nodes, {errors})"
+
     def to_json(self) -> dict[str, Any]:
         """As `Record.to_json`; the change to three digits."""
         errors = {"interpolation_error": self.interpolation_error, "iteration_error": self.iteration_error}
@@ -159,3 +172,8 @@ class CollocationRecord:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
+
+
+def _most(changes: list[float]) -> str:
+    """How much the node changed that changed most."""
+    return f"change up to {max(changes):.2g}" if changes else "no change"
