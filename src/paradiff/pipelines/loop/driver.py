@@ -19,7 +19,7 @@ from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.first_step import FirstStep, step_result
 from paradiff.samplers.scheduler.probe import Increments, probe
-from paradiff.solver.loop import solve
+from paradiff.solver.loop import Rounds, solve
 from paradiff.solver.protocol import Batch, EditedOutputs, Method, Observer
 from paradiff.solver.solution import Solution
 
@@ -49,7 +49,15 @@ class LoopSolver:
         solution: The solver's solution, or None.
     """
 
+    # All that follows is set by `begin`.
     first: FirstStep
+    _first_output: Tensor
+    _template: Any
+    _noise: Increments
+    _solver: Rounds
+    _batch: Batch
+    _places: Tensor
+    _last: tuple[Tensor, Tensor, Tensor]
     table: Table
     nodes: Tensor
     states: Tensor
