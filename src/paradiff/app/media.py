@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ class Output:
         if self.pictures is not None and self.fps and _can_write("video", folder / f"{name}.mp4"):
             frames = [plots.to_image(frame).convert("RGB") for frame in self.pictures]
             # 4:2:0 video has even sides: a macro block of 2 enlarges odd ones by a pixel, and leaves all others as they are.
-            export_to_video(frames, str(folder / f"{name}.mp4"), fps=self.fps, macro_block_size=2)  # pyright: ignore[reportArgumentType]
+            # Older releases of diffusers always take blocks of 16.
+            sides = {"macro_block_size": 2} if "macro_block_size" in signature(export_to_video).parameters else {}
+            export_to_video(frames, str(folder / f"{name}.mp4"), fps=self.fps, **sides)  # pyright: ignore[reportArgumentType]
         if self.sound is not None and _can_write("sound", folder / f"{name}.wav"):
             import soundfile  # pyright: ignore[reportMissingImports]  (optional)
 
