@@ -94,6 +94,26 @@ def _parse_window(text: str) -> int | None:
         raise typer.BadParameter(str(error)) from error
 
 
+# Options that `sample` and `explain` share.
+MethodName = Annotated[str, typer.Option(help=METHOD_HELP, rich_help_panel=METHOD)]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option("--method-option", "-m", metavar="NAME=VALUE", help=OPTION_HELP, rich_help_panel=METHOD),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="Nodes, or blocks, solved at once; none, for the whole chain, by default.",
+        metavar="<int>",
+        parser=_parse_window,
+        rich_help_panel=METHOD,
+    ),
+]
+Tolerance = Annotated[
+    float | None, typer.Option(help="What the method's rule allows; its own by default.", rich_help_panel=METHOD)
+]
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -139,23 +159,10 @@ def sample(
             rich_help_panel=CHAIN,
         ),
     ] = NOISES[0],
-    method: Annotated[str, typer.Option(help=METHOD_HELP, rich_help_panel=METHOD)] = "parasolver",
-    method_option: Annotated[
-        list[str] | None,
-        typer.Option("--method-option", "-m", metavar="NAME=VALUE", help=OPTION_HELP, rich_help_panel=METHOD),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Nodes, or blocks, solved at once; none, for the whole chain, by default.",
-            metavar="<int>",
-            parser=_parse_window,
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="What the method's rule allows; its own by default.", rich_help_panel=METHOD)
-    ] = None,
+    method: MethodName = "parasolver",
+    method_option: MethodOption = None,
+    window: Window = None,
+    tolerance: Tolerance = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -293,23 +300,10 @@ def explain(
     eta: Annotated[
         float | None, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1.", rich_help_panel=CHAIN)
     ] = None,
-    method: Annotated[str, typer.Option(help=METHOD_HELP, rich_help_panel=METHOD)] = "parasolver",
-    method_option: Annotated[
-        list[str] | None,
-        typer.Option("--method-option", "-m", metavar="NAME=VALUE", help=OPTION_HELP, rich_help_panel=METHOD),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Nodes, or blocks, solved at once; none, for the whole chain, by default.",
-            metavar="<int>",
-            parser=_parse_window,
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="What the method's rule allows; its own by default.", rich_help_panel=METHOD)
-    ] = None,
+    method: MethodName = "parasolver",
+    method_option: MethodOption = None,
+    window: Window = None,
+    tolerance: Tolerance = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=PIPELINES),
