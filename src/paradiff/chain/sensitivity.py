@@ -42,10 +42,15 @@ def noise_units(table: Table, edges: list[int]) -> Tensor:
     return found
 
 
+def data_share(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """w of equation (1): the data's share of the variance of states at levels `alpha` and `sigma`, from 0 to 1."""
+    signal = alpha**2 * DATA_VARIANCE
+    return signal / (signal + sigma**2)
+
+
 def response(table: Table) -> Tensor:
     """`[N+1]` factor by which a change of a node reaches the sample on ordinary data: equation (1) with k = 1."""
-    signal = table.alpha**2 * DATA_VARIANCE
-    weight = signal / (signal + table.sigma**2)
+    weight = data_share(table.alpha, table.sigma)
     square = table.alpha**2 + table.sigma**2
     gaussian = table.alpha / square if table.stochastic else square.rsqrt()
     return (gaussian * (1 + 4 * weight * (1 - weight))).clamp(min=0.6)

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paradiff.chain.slope import gaussian_gain
 from paradiff.chain.table import Table
 
 
@@ -94,7 +95,7 @@ class Recurrence:
         self.table, self.variance = table, variance
         alpha, sigma = table.alpha[:-1], table.sigma[:-1]
         total = alpha**2 * variance + sigma**2
-        self.g, self.nu, self.evidence = alpha * variance / total, total / sigma**2, alpha / sigma**2
+        self.g, self.nu, self.evidence = gaussian_gain(alpha, sigma, variance), total / sigma**2, alpha / sigma**2
         self.p_u, self.q_u = self.nu * (table.p - self.g), self.nu * table.q
         self.snr = (alpha / sigma) ** 2
         self.log_snr = finite_log_snr(table)

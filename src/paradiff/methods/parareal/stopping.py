@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from paradiff.chain.sensitivity import DATA_VARIANCE, noise_units, response
+from paradiff.chain.sensitivity import DATA_VARIANCE, data_share, noise_units, response
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, propagator_mismatch
 from paradiff.methods.parareal.options import PararealOptions
@@ -103,8 +103,7 @@ class StoppingRule:
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
             self._units[-1] = self._units[-2]
         self._response = response(table)[list(edges)].tolist()
-        signal = table.alpha[list(edges[:-1])] ** 2 * DATA_VARIANCE
-        weight = signal / (signal + table.sigma[list(edges[:-1])] ** 2)
+        weight = data_share(table.alpha[list(edges[:-1])], table.sigma[list(edges[:-1])])
         control = method.control
         decision = control.stochastic_decision if table.stochastic else control.deterministic_decision
         caution = control.least_mismatch + 4 * decision * weight * (1 - weight)
