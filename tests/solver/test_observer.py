@@ -27,6 +27,7 @@ from paradiff import (
     solve,
     srds,
 )
+from paradiff.methods import underdamped_langevin
 from paradiff.samplers import ddim
 from paradiff.solver import Batch, EditedOutputs, Method, Problem, Round, Status, drive
 
@@ -258,9 +259,16 @@ def silent(solver: Any) -> Any:
     return solver
 
 
-def test_a_solver_that_ends_no_sweep_is_stopped() -> None:
+def test_a_solver_that_ends_no_sweep_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiff.solver.loop.IDLE", 1000)
     with pytest.raises(RuntimeError, match="the solvers of parasolver ended no sweep in 1041 rounds"):
         sample(network, TABLE, Keyed(SHAPE), Endless())
+
+
+def test_a_corrector_of_many_sweeps_is_not_taken_for_one_that_ends_none() -> None:
+    corrector = underdamped_langevin(1200, 1200)
+    found = sample(network, ddim(Schedule.linear(), 4), Keyed(SHAPE), piadm_ode(2, 4, corrector))
+    assert found.status is Status.EXACT
 
 
 class Half:

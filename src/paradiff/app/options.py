@@ -31,8 +31,6 @@ PRESETS: dict[str, str] = {
 }
 """The methods of the command line, and the modules that hold their presets under the same name."""
 
-SHARED = ("window", "tolerance")
-"""Options of a method that may be given as `--NAME` too."""
 
 SLOPES = {"zero": "zero", "identity": "identity", "freeze-epsilon": "freeze_epsilon", "freeze-clean-data": "freeze_clean_data"}
 """Slopes by their names on the command line, and in chain/slope.py."""

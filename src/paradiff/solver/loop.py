@@ -33,7 +33,7 @@ from paradiff.solver.protocol import Batch, EditedOutputs, Evaluate, Method, Obs
 from paradiff.solver.records import Record
 from paradiff.solver.solution import Solution, Status
 
-IDLE = 1000  # rounds beyond the chain's steps in which a sweep must end; a corrector has so many at most
+IDLE = 100_000  # rounds beyond the chain's steps without the end of a sweep: no stride and no corrector in use has so many
 Rounds = Generator[Batch, Tensor | EditedOutputs, Solution]
 
 
