@@ -23,7 +23,7 @@ import paradiff.methods.window.update
 import paradiff.samplers.exponential
 from paradiff import Evaluator, Keyed, Solution, Table, piadm_ode, piadm_sde, sample, solve
 from paradiff.chain import Noise
-from paradiff.chain.slope import Slope, freeze_clean_data, freeze_epsilon, identity, shifted
+from paradiff.chain.slope import DATA_VARIANCE, Slope, freeze_clean_data, freeze_epsilon, identity, shifted
 from paradiff.methods import Blocks, WindowMethod, underdamped_langevin
 from paradiff.methods.window.fill import PredictedFill
 from paradiff.methods.window.options import Chains, Predictor
@@ -502,7 +502,7 @@ def test_the_two_modes_have_their_own_defaults() -> None:
     assert (ours.slope, ours.predictor, ours.rule, ours.sweeps, ours.tolerance) == (identity, "clean", "error", None, 2.4e-2)
     table, smooth = TABLES["ddim"], piadm_ode(4).slope
     assert callable(smooth)
-    assert torch.equal(smooth(table), shifted(0.5)(table))
+    assert torch.equal(smooth(table), shifted(DATA_VARIANCE)(table))
     assert (paper.chains, piadm_ode(4).chains) == ("stochastic", "deterministic")
     assert piadm_sde(4, 6, slope=shifted(0.1), predictor="clean").predictor == "clean"
     assert piadm_ode(4, 6).corrector is None

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a change of a node reaches the sample: the model behind tolerances and error estimates.
+"""How a change of a node reaches the sample: the model behind tolerances, error estimates and meshes.
+
+A sample decides what it becomes near signal-to-noise ratio 1. With u = sigma^2/(alpha^2 + sigma^2) the noise's share of a
+state's variance, for data of mean square 1, what is still **undecided** is u, and the **decision** is
+
+    d = 4 u (1 - u),                                                                                            (1)
+
+from 0 to 1, with its peak where alpha = sigma.
 
 A node whose state is wrong by e changes the sample by about s e, with the factor
 
-    s[n] = k max(s0[n] (1 + 4 w (1 - w)), 0.6),      w = alpha^2 v/(alpha^2 v + sigma^2)                         (1)
+    s[n] = k max(s0[n] (1 + d[n]), 0.6)                                                                         (2)
 
-where s0 is the factor for Gaussian data, (alpha^2 + sigma^2)^(-1/2) for deterministic chains (the probability-flow map) and
-alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state). The rest, with k = 2 for stochastic
-chains, which forget, and 32 for deterministic ones, which do not, allows for what Gaussian data lack: a state near
-signal-to-noise ratio 1 (w = 1/2), where it is about to decide which of several samples it becomes, has a larger factor. On
-trained networks most states stay below (1), and single ones exceed it sixfold for a while; so a sum of s e is an estimate of
+where s0 is the factor for Gaussian data of mean square 1, (alpha^2 + sigma^2)^(-1/2) for deterministic chains (the
+probability-flow map) and alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state). The rest,
+with k = 2 for stochastic chains, which forget, and 32 for deterministic ones, which do not, allows for what Gaussian data lack.
+On trained networks most states stay below (2), and single ones exceed it sixfold for a while; so a sum of s e is an estimate of
 the sample's error, not a bound.
 
 A sweep with slope G that changes a node by delta leaves an error of about (J - G) delta at the next one, with J the derivative
 of the step. J is unknown, but lies between those of two extreme networks, a frozen clean-data estimate and a frozen noise
 estimate (slope.py), so that
 
-    h[n] = max over the two extremes of |J[n] - G[n]|                                                            (2)
+    h[n] = max over the two extremes of |J[n] - G[n]|                                                            (3)
 
 bounds that remainder in units of |delta|.
 """
@@ -29,7 +35,6 @@ from torch import Tensor
 from paradiff.chain.slope import carried, freeze_clean_data, freeze_epsilon, resolve
 from paradiff.chain.table import Table
 
-DATA_VARIANCE = 0.5  # v, for data in -1 ... 1
 STOCHASTIC_CAUTION, DETERMINISTIC_CAUTION = 2.0, 32.0  # k
 
 
@@ -42,27 +47,35 @@ def noise_units(table: Table, edges: list[int]) -> Tensor:
     return found
 
 
-def data_share(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """w of equation (1): the data's share of the variance of states at levels `alpha` and `sigma`, from 0 to 1."""
-    signal = alpha**2 * DATA_VARIANCE
-    return signal / (signal + sigma**2)
+def log_snr(table: Table) -> Tensor:
+    """`[N+1]` log(alpha^2/sigma^2), infinite where a state is all noise or all data."""
+    return 2 * (table.alpha.log() - table.sigma.log())
+
+
+def undecided(log_snr: Tensor) -> Tensor:
+    """u of equation (1), from 1 in noise to 0 in data, at values of log(alpha^2/sigma^2)."""
+    return torch.sigmoid(-log_snr)
+
+
+def decision(log_snr: Tensor) -> Tensor:
+    """d of equation (1), from 0 to 1, at values of log(alpha^2/sigma^2)."""
+    return 4 * torch.sigmoid(log_snr) * torch.sigmoid(-log_snr)
 
 
 def response(table: Table) -> Tensor:
-    """`[N+1]` factor by which a change of a node reaches the sample on ordinary data: equation (1) with k = 1."""
-    weight = data_share(table.alpha, table.sigma)
+    """`[N+1]` factor by which a change of a node reaches the sample on ordinary data: equation (2) with k = 1."""
     square = table.alpha**2 + table.sigma**2
     gaussian = table.alpha / square if table.stochastic else square.rsqrt()
-    return (gaussian * (1 + 4 * weight * (1 - weight))).clamp(min=0.6)
+    return (gaussian * (1 + decision(log_snr(table)))).clamp(min=0.6)
 
 
 def sensitivity(table: Table) -> Tensor:
-    """`[N+1]` the same with the caution k of equation (1)."""
+    """`[N+1]` the same with the caution k of equation (2)."""
     return (STOCHASTIC_CAUTION if table.stochastic else DETERMINISTIC_CAUTION) * response(table)
 
 
 def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:
-    """`[M]` h of equation (2), for a slope over the sub-intervals between `edges`. What the slope leaves out, the states
+    """`[M]` h of equation (3), for a slope over the sub-intervals between `edges`. What the slope leaves out, the states
     before a sub-interval's left edge, counts in full."""
     extremes = [carried(resolve(s, table), edges) for s in (freeze_clean_data, freeze_epsilon)]
     known = torch.nn.functional.pad(slope, (0, table.band - slope.shape[1]))

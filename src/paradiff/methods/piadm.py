@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paradiff.chain.slope import Slope, freeze_epsilon, identity, shifted
+from paradiff.chain.slope import DATA_VARIANCE, Slope, freeze_epsilon, identity, shifted
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
 from paradiff.methods.window.method import WindowMethod
@@ -48,7 +48,7 @@ def _method(
             f"{name} got sweeps = {sweeps} and tolerance = {tolerance}; a fixed number of sweeps heeds no tolerance: give one"
         )
     published = sweeps is not None
-    own = freeze_epsilon if published else identity if chains == "stochastic" else shifted(0.5)
+    own = freeze_epsilon if published else identity if chains == "stochastic" else shifted(DATA_VARIANCE)
     return WindowMethod(
         name,
         slope=own if slope is None else slope,
@@ -131,7 +131,7 @@ def piadm_ode(
             (methods/window/corrector.py). The sample is then that of the sequential chain with the same corrector. Not with a
             stagger.
         slope: The linear part (chain/slope.py). By default `freeze_epsilon`, the paper's, with `sweeps`; without,
-            `shifted(0.5)`, data of variance 0.5, which takes the fewest rounds.
+            `shifted(0.25)`, data of variance 1/4, which takes the fewest rounds.
         predictor: The initial guess for a block's path (methods/window/options.py): by default the paper's `copy` of its first
             state with `sweeps`, and else `clean`.
         tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate, in the data's units;

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from paradiff.chain.slope import Slope, identity, shifted, zero
+from paradiff.chain.slope import DATA_VARIANCE, Slope, identity, shifted, zero
 from paradiff.errors import require_one_of
 from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, CollocationControl
 from paradiff.methods.collocation.method import CollocationMethod
@@ -142,10 +142,10 @@ def quasi_newton(
         window: Nodes solved at once; None for all.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
         secants: Pairs kept for each node, k, 1000 at most.
-        slope: The slope that is corrected; that of Gaussian data of variance 1/4 by default.
+        slope: The slope that is corrected; `shifted(0.25)` by default, that of data of variance 1/4.
         warmup: Steps taken one after the other before the window opens.
     """
-    slope = shifted(0.25) if slope is None else slope
+    slope = shifted(DATA_VARIANCE) if slope is None else slope
     return WindowMethod("quasi_newton", slope, window, warmup=warmup, tolerance=tolerance, secants=secants)
 
 

@@ -149,7 +149,7 @@ def test_sensitivity_is_that_of_gaussian_data_at_both_ends(make: object) -> None
 
 def test_sensitivity_is_largest_about_signal_to_noise_ratio_one() -> None:
     table = ddim(Schedule.linear(), 1000)
-    weight = 0.5 * table.alpha**2 / (0.5 * table.alpha**2 + table.sigma**2)
+    weight = table.alpha**2 / (table.alpha**2 + table.sigma**2)
     peak = int(sensitivity(table).argmax())
     assert abs(weight[peak] - 0.5) < 0.01
     assert sensitivity(table)[peak] == pytest.approx(32 * 2, rel=1e-3)
@@ -160,7 +160,7 @@ def test_sensitivity_follows_its_equation(make: object, k: int) -> None:
     table = make(Schedule.linear(), 50)
     for n, found in enumerate(sensitivity(table).tolist()):
         alpha, sigma = float(table.alpha[n]), float(table.sigma[n])
-        w = alpha**2 * 0.5 / (alpha**2 * 0.5 + sigma**2)
+        w = alpha**2 / (alpha**2 + sigma**2)
         gaussian = alpha / (alpha**2 + sigma**2) if k == 2 else 1 / math.sqrt(alpha**2 + sigma**2)
         assert found == pytest.approx(k * max(gaussian * (1 + 4 * w * (1 - w)), 0.6), rel=1e-12)
 

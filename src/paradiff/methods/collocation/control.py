@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.errors import require_between, require_kind, require_real, require_whole
 
 DEFAULT_TOLERANCE = 4e-3
@@ -217,7 +218,7 @@ class CollocationControl:
             2/3 and 1/3 are those of errors that fall as n^-1.5 and n^-3.
         least_nodes: Fraction of `nodes` that the first mesh has at any tolerance: a smaller one would have to be refined. Not
             scanned on its own.
-        variance: Variance of the data, positive, as long as neither the caller nor a file gives one; 1/4 for data in -1 ... 1.
+        variance: Variance of the data, positive, as long as neither the caller nor a file gives one (chain/slope.py).
             benchmarks/sparse.py and benchmarks/shift.py scan it.
         variance_margin: Factor, above 1, by which the mean square of the first sample that has nearly converged must differ
             from the variance for the variance to be replaced. Raising it replaces it more rarely. Not scanned on its own.
@@ -266,7 +267,7 @@ class CollocationControl:
     reference_tolerance: float = DEFAULT_TOLERANCE
     node_exponent: float
     least_nodes: float = 0.75
-    variance: float = 0.25
+    variance: float = DATA_VARIANCE
     variance_margin: float = 16.0
     iteration_share: float
     early_factor: float = 10.0

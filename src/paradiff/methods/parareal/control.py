@@ -37,7 +37,7 @@ class PararealControl:
 
     caution: float = 1.75
     least_mismatch: float = 0.3
-    deterministic_decision: float = 2.0
+    deterministic_decision: float = 2.5
     stochastic_decision: float = 6.0
     first_theta: float = 1.0
     least_theta: float = 0.5

@@ -7,11 +7,11 @@ gives the estimated error of the sample, `control.caution` times theta times the
 
     e[n+1] = f[n] e[n] + h[n] |change n|,       estimate[n+1] = estimate[n] + s[n+1] h[n] |change n|                (1)
 
-    h[n] = h0[n] (l + 4 k w (1 - w)),           w = alpha^2 v/(alpha^2 v + sigma^2)                                 (2)
+    h[n] = h0[n] (l + k d[n])                                                                                     (2)
 
 h0 is `coarse.propagator_mismatch`, that of Gaussian data. A state that is about to decide which of several samples it becomes,
-most of all near w = 1/2, has a derivative that Gaussian data lack; l and k are fields of `PararealControl`, and k is larger for
-stochastic chains, whose noise keeps the question open.
+has a derivative that Gaussian data lack: d is chain/sensitivity.py's decision. l and k are fields of `PararealControl`; k is
+larger for stochastic chains, whose noise keeps the question open.
 
 theta is the observed contraction: the next change of an edge is the error that it had, so the ratio of the two calibrates h.
 All of this is known when the value itself is: no iteration is made only to see that nothing changes.
@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from paradiff.chain.sensitivity import DATA_VARIANCE, data_share, noise_units, response
+from paradiff.chain.sensitivity import decision, log_snr, noise_units, response
+from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, propagator_mismatch
 from paradiff.methods.parareal.options import PararealOptions
@@ -103,10 +104,9 @@ class StoppingRule:
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
             self._units[-1] = self._units[-2]
         self._response = response(table)[list(edges)].tolist()
-        weight = data_share(table.alpha[list(edges[:-1])], table.sigma[list(edges[:-1])])
         control = method.control
-        decision = control.stochastic_decision if table.stochastic else control.deterministic_decision
-        caution = control.least_mismatch + 4 * decision * weight * (1 - weight)
+        factor = control.stochastic_decision if table.stochastic else control.deterministic_decision
+        caution = control.least_mismatch + factor * decision(log_snr(table)[list(edges[:-1])])
         self._mismatch = (propagator_mismatch(table, coarse, edges) * caution).tolist()
         spread = (table.alpha[list(edges)] ** 2 * DATA_VARIANCE + table.sigma[list(edges)] ** 2).sqrt()
         self._carried = (spread[1:] / spread[:-1]).tolist()

@@ -6,9 +6,9 @@ about (J - G) delta at the next node, and these errors add up along the window:
 
     e[n+1] = theta sum_{k<=n} h[k] |delta[k]|                                                                    (1)
 
-with h of chain/sensitivity.py, equation (2). theta is observed: a node that stays in the window is swept again, and the change
+with h of chain/sensitivity.py, equation (3). theta is observed: a node that stays in the window is swept again, and the change
 it then sees is the error it had. A node that becomes final carries its error to the sample with the factor s of
-chain/sensitivity.py, equation (1); so the sum of s e over the nodes at which a sample's window came to begin is an estimate of
+chain/sensitivity.py, equation (2); so the sum of s e over the nodes at which a sample's window came to begin is an estimate of
 its error, not a bound.
 
 With the rule `error` a sample may use its tolerance along the chain in proportion to the sum of h s^(1/2) passed.

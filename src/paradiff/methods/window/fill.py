@@ -17,8 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paradiff.chain.sensitivity import DATA_VARIANCE
-from paradiff.chain.slope import freeze_clean_data, gaussian_gain, inverse
+from paradiff.chain.slope import DATA_VARIANCE, freeze_clean_data, gaussian_gain, inverse
 from paradiff.chain.step import Step
 from paradiff.chain.table import column
 from paradiff.methods.window.options import Predictor
