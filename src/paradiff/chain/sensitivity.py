@@ -6,7 +6,13 @@ state's variance, for data of mean square 1, what is still **undecided** is u, a
 
     d = 4 u (1 - u),                                                                                            (1)
 
-from 0 to 1, with its peak where alpha = sigma.
+from 0 to 1, with its peak where alpha = sigma. Four things derive from it, each by factors of its own that are documented and
+measured where they stand:
+
+- an error of a node, in the sample: it grows by 1 + d, equation (2);
+- the mismatch of Parareal's propagators: a constant plus a multiple of d (methods/parareal/stopping.py, equation (2));
+- a defect of collocation: a constant plus a multiple of u (methods/collocation/defect.py, equation (2));
+- the density of collocation's first mesh: a constant plus a multiple of d (methods/collocation/mesh.py).
 
 A node whose state is wrong by e changes the sample by about s e, with the factor
 

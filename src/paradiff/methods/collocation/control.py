@@ -48,13 +48,12 @@ class MeshControl:
 
     Attributes:
         plateau: Height of the monitor function's constant part, positive; only its ratio to `peak` counts.
-        peak: Height of its Gaussian peak, 0 or more. Raising it puts more mesh points where the sample decides what it will be.
-        stochastic_peak: log(alpha^2/sigma^2) of the peak on stochastic chains, about where the noise has the data's standard
-            deviation. Raising it moves the peak towards data.
-        deterministic_peak: The same on deterministic chains, near signal-to-noise ratio 1, where clean-data estimates of
-            trained networks bend most.
-        peak_width: Standard deviation of the peak, in log(alpha^2/sigma^2); positive. Raising it spreads the same density over
-            a longer range.
+        peak: What multiplies the decision (chain/sensitivity.py), 0 or more. Raising it puts more mesh points where the sample
+            decides what it will be.
+        stochastic_lead: Distance in log(alpha^2/sigma^2) before signal-to-noise ratio 1 at which that has its peak on
+            stochastic chains, about where the noise has the data's standard deviation. Raising it moves the peak towards
+            noise.
+        deterministic_lead: The same on deterministic chains, whose clean-data estimates bend most near signal-to-noise ratio 1.
         noise_side: Decay towards pure noise, on stochastic chains only.
         data_side: Decay towards data, where the noise becomes invisible, on stochastic chains only.
         bins: Number of equal parts of the range of log(alpha^2/sigma^2) for which node counts are stored (mesh_store.py).
@@ -71,9 +70,8 @@ class MeshControl:
 
     plateau: float = 1.0
     peak: float = 2.0
-    stochastic_peak: float = -1.2
-    deterministic_peak: float = -0.3
-    peak_width: float = 1.5
+    stochastic_lead: float = 1.2
+    deterministic_lead: float = 0.3
     noise_side: Falloff = Falloff(begin=-0.6, width=1.3, power=1.8)
     data_side: Falloff = Falloff(begin=5.0, width=2.5, power=2.0)
     bins: int = 12
@@ -83,10 +81,10 @@ class MeshControl:
     level_growth: float = 1.3
 
     def __post_init__(self) -> None:
-        for name in ("plateau", "peak_width", "subdivision_exponent"):
+        for name in ("plateau", "subdivision_exponent"):
             require_real(name, getattr(self, name), positive=True)
         require_real("peak", self.peak)
-        for name in ("stochastic_peak", "deterministic_peak"):
+        for name in ("stochastic_lead", "deterministic_lead"):
             require_between(name, getattr(self, name), -math.inf, math.inf)
         for name in ("noise_side", "data_side"):
             require_kind(name, getattr(self, name), Falloff)
@@ -147,10 +145,8 @@ class DefectControl:
         late_sensitivity: Order 0: how strongly the sample responds to a defect late in the chain, relative to data of one
             variance. On three samples of the digits network 0.2 to 0.8 was measured from log(alpha^2/sigma^2) = 3 on; 0.4 left
             errors of four times the estimate on a mixture in the plane. Raising it raises late estimates.
-        early_sensitivity: How much is added to it towards pure noise; on the same samples 1.3 to 6 was measured in sum below
-            -1, and up to 26 for one about to decide. Raising it raises early estimates.
-        sensitivity_width: Width of the transition between the two about signal-to-noise ratio 1, in log(alpha^2/sigma^2);
-            positive. About twice was measured at 0.
+        early_sensitivity: How much is added to it where all is undecided (chain/sensitivity.py); on the same samples 1.3 to 6
+            was measured in sum below -1, about 2 at 0, and up to 26 for one about to decide. Raising it raises early estimates.
         neighbours: Number of neighbours on either side in whose directions a defect of order 0 is propagated too. Raising it
             averages over more directions, at the cost of 2 solves each. Not scanned on its own.
     """
@@ -161,11 +157,10 @@ class DefectControl:
     ratio_safety: float = 1.5
     late_sensitivity: float = 0.7
     early_sensitivity: float = 2.7
-    sensitivity_width: float = 0.8
     neighbours: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("halving_ratio", "least_ratio", "most_ratio", "ratio_safety", "sensitivity_width"):
+        for name in ("halving_ratio", "least_ratio", "most_ratio", "ratio_safety"):
             require_real(name, getattr(self, name), positive=True)
         for name in ("late_sensitivity", "early_sensitivity"):
             require_real(name, getattr(self, name))

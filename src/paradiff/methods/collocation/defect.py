@@ -27,9 +27,9 @@ responded 1.3 to 5 times as strongly at l = -2 (one that was about to decide, 1.
 0.2 to 0.8 times from 3 on. A factor of 0.4 at the end left errors of four times the estimate on a mixture in the plane. The
 factor
 
-    0.7 + 2.7/(1 + exp(l/0.8))                                                                                      (2)
+    0.7 + 2.7 u,      u = 1/(1 + exp(l))                                                                            (2)
 
-is taken, beside what the secant pairs have observed.
+is taken, u being what is undecided (chain/sensitivity.py), beside what the secant pairs have observed.
 
 A defect of order 0 is random, and only its part along one or two directions grows. That part is a single number and small by
 chance as often as not. So each defect is propagated in the directions of its neighbours' defects too, and the mean square is
@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.chain.sensitivity import undecided
 from paradiff.methods.collocation.control import DefectControl
 from paradiff.methods.collocation.interval import Interval
 from paradiff.methods.collocation.system import CollocationSystem, draw
@@ -104,7 +105,7 @@ class DoubledIntervals:
 
 def sensitivity(log_snr: Tensor, control: DefectControl) -> Tensor:
     """Response of a sample to a defect at given levels, relative to Gaussian data: equation (2)."""
-    return control.late_sensitivity + control.early_sensitivity * torch.sigmoid(-log_snr / control.sensitivity_width)
+    return control.late_sensitivity + control.early_sensitivity * undecided(log_snr)
 
 
 def interpolation_defects(system: CollocationSystem, every: int = 2) -> tuple[list[int], Tensor]:

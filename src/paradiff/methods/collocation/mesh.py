@@ -2,13 +2,10 @@
 """Mesh points: where they go before anything is known of the sample, and how a mesh is refined.
 
 The first mesh equidistributes a monitor function of log(alpha^2/sigma^2) (de Boor): every interval contains an equal share of
-its integral. On a stochastic chain the error of an interval grows with the square of its length in log(alpha^2/sigma^2), and
-matters most where the sample decides what it will be. The monitor has its peak about the level at which the noise has the
-data's standard deviation, 1/2 or so, decays quickly towards pure noise, and stays high until the noise is invisible. The shape
-was measured on the bundled digits network.
-
-On a deterministic chain the monitor is constant but for a peak of three times the height about signal-to-noise ratio 1, where
-clean-data estimates of trained networks bend most.
+its integral. It is constant but for a peak of three times the height where the sample decides what it will be, or a little
+before: chain/sensitivity.py's decision. There the clean-data estimates of trained networks bend most. On a stochastic chain the
+error of an interval grows with the square of its length in log(alpha^2/sigma^2); the monitor decays quickly towards pure noise,
+and stays high until the noise is invisible. The shape was measured on the bundled digits network.
 
 Once the errors of the intervals are estimated, those that matter are subdivided. A part of one of n has 1/n^2 of the interval's
 error, so that n is in proportion to the root of that error.
@@ -23,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from paradiff.chain.sensitivity import decision
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.control import MeshControl
 from paradiff.methods.collocation.interval import finite_log_snr
@@ -164,8 +162,8 @@ def _parts(share: float, level: float) -> int:
 
 def monitor(log_snr: Tensor, stochastic: bool, control: MeshControl) -> Tensor:
     """The monitor function, in any unit, at values of log(alpha^2/sigma^2)."""
-    at = control.stochastic_peak if stochastic else control.deterministic_peak
-    peak = control.peak * torch.exp(-(((log_snr - at) / control.peak_width) ** 2) / 2)
+    lead = control.stochastic_lead if stochastic else control.deterministic_lead
+    peak = control.peak * decision(log_snr + lead)
     if not stochastic:
         return control.plateau + peak
     fall = 1.0
