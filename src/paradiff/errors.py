@@ -25,6 +25,10 @@ class NeedsLanes(Unsupported):
     of its own (pipelines/executors/lanes.py)."""
 
 
+class NeedsOrder(Unsupported):
+    """A network's calls depend on those before, so that they are right in the loop's own order alone, whatever the executor."""
+
+
 class MissingPackage(ImportError):
     """A package of an extra that is not installed. The text is a sentence: what needs it, and how to install it."""
 

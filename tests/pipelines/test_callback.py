@@ -92,13 +92,18 @@ def turns_guidance_off(pipe: Any, step: int, time: Tensor, tensors: dict[str, Te
     return tensors
 
 
+def test_a_callback_may_interrupt() -> None:
+    callback, pipeline = given(stops)
+    callback.on_final(1, torch.rand(2, 2))
+    assert pipeline._interrupt
+
+
 @pytest.mark.parametrize(
     ("function", "what"),
     [
         (replaces, "the latents"),
         (edits, "the latents"),
         (hands_back_more, "prompt_embeds"),
-        (stops, "pipe._interrupt"),
         (turns_guidance_off, "pipe._guidance_scale"),
     ],
 )

@@ -74,7 +74,7 @@ def both(
 )
 def test_arguments_keep_their_meaning(call: dict[str, Any]) -> None:
     report = both("sd", **call)
-    assert report.rounds < report.steps == call.get("num_inference_steps", 10)
+    assert report.passes < report.steps == call.get("num_inference_steps", 10)
     assert report.executor == "vector"
 
 
@@ -90,7 +90,7 @@ def test_a_list_of_generators_draws_as_in_the_plain_call(name: str, eta: float) 
     with parallelize(pipe := case.make(), METHOD) as run:
         found = case.run(pipe, generator=found_generators, eta=eta)
     assert difference(found, plain) < BOUND
-    assert run.report.rounds < 10
+    assert run.report.passes < 10
     for a, b in zip(plain_generators, found_generators, strict=True):
         assert torch.equal(a.get_state(), b.get_state())  # as many draws as the plain call makes
 
@@ -126,13 +126,13 @@ def test_without_a_generator_torchs_own_is_drawn_from(name: str) -> None:
 def test_image_to_image_starts_where_the_strength_says(strength: float) -> None:
     report = both("sd_img2img", bound=3e-5, strength=strength, num_inference_steps=40)  # latents of size 3
     assert report.steps == int(40 * strength)
-    assert report.rounds < report.steps
+    assert report.passes < report.steps
 
 
 @pytest.mark.parametrize("method", [sequential(), parasolver(1), parasolver(3, tolerance=1e-4, slope=freeze_epsilon)])
 def test_windows_of_any_width(method: WindowMethod) -> None:
     report = both("sd", method)
-    assert report.rounds == 10 if method.window == 1 else report.rounds <= 10
+    assert report.passes == 10 if method.window == 1 else report.passes <= 10
 
 
 @pytest.mark.parametrize("name", ["sd", "sd_euler_ancestral", "flux"])
@@ -160,7 +160,7 @@ def count_rows(network: Any) -> list[int]:
 def test_row_bounds_and_padding_change_no_result(name: str) -> None:
     free = both(name)
     bound = both(name, options={"max_rows": 8, "pad": True})
-    assert bound.rounds == free.rounds
+    assert bound.passes == free.passes
     pipe = CASES[name].make()
     for max_rows, pad, expected in ((8, False, {4, 8}), (None, False, None), (8, True, {4, 8})):
         sizes = count_rows(pipe.unet)
@@ -168,7 +168,7 @@ def test_row_bounds_and_padding_change_no_result(name: str) -> None:
             CASES[name].run(pipe)
         del pipe.unet.forward
         assert expected is None or set(sizes) <= expected  # a state is four rows: two images with guidance
-        assert len(sizes) > run.report.rounds if max_rows else len(sizes) == run.report.rounds
+        assert len(sizes) > run.report.passes if max_rows else len(sizes) == run.report.passes
         assert 4 * run.report.rows == sum(sizes) or pad
 
 
@@ -208,11 +208,11 @@ def test_callbacks_that_steer_are_refused_by_name() -> None:
     def shift(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": tensors["latents"] + 1}
 
-    def stop(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        pipe._interrupt = True
+    def unguide(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale = 1.0
         return tensors
 
-    for callback, complaint in ((shift, "changed the latents after step 0"), (stop, r"changed pipe\._interrupt after step 0")):
+    for callback, complaint in ((shift, "changed the latents after step 0"), (unguide, r"changed pipe\._guidance_scale after")):
         with parallelize(pipe := case.make(), METHOD), pytest.raises(ValueError, match=complaint):
             case.run(pipe, callback_on_step_end=callback)
     with parallelize(pipe := case.make(), METHOD), pytest.raises(ValueError, match="asks for prompt_embeds"):
@@ -241,7 +241,8 @@ def test_is_restored_after_an_exception(name: str, error: type[BaseException]) -
 
     hook = pipe.unet.register_forward_pre_hook(fail)
     grad = torch.is_grad_enabled()
-    with pytest.raises(error), parallelize(pipe, METHOD):
+    # The check would refuse the hook, which reads its list.
+    with pytest.raises(error), parallelize(pipe, METHOD, check="off"):
         case.run(pipe)
     hook.remove()
     assert (type(pipe), pipe.scheduler) == before
@@ -265,7 +266,7 @@ def test_two_pipelines_nested_and_in_threads() -> None:
     def work(name: str) -> None:
         with parallelize(pipes[name], METHOD) as run:
             found[name] = CASES[name].run(pipes[name], 3)
-            rounds[name] = run.report.rounds
+            rounds[name] = run.report.passes
 
     with warnings.catch_warnings():  # filters belong to the process: those set in a thread would be lost
         warnings.simplefilter("ignore")
@@ -306,7 +307,7 @@ def test_adapters_are_honoured() -> None:
     assert difference(bare, plain) > 1e-3  # the adapter does something
     with parallelize(pipe := adapted(), METHOD, check="every") as run:
         assert difference(case.run(pipe, 3), plain) < BOUND
-    assert run.report.rounds < 10
+    assert run.report.passes < 10
 
 
 def test_accelerates_hooks_are_honoured_and_left_in_place() -> None:
@@ -327,7 +328,7 @@ def test_accelerates_hooks_are_honoured_and_left_in_place() -> None:
     forward = pipe.unet.forward
     with parallelize(pipe, METHOD, check="off") as run:
         assert difference(case.run(pipe, 3), plain) < BOUND
-    assert spy.calls == run.report.rounds
+    assert spy.calls == run.report.passes
     assert pipe.unet.forward is forward
 
 
@@ -347,7 +348,7 @@ def test_half_precision_networks_keep_their_dtype_and_states_theirs(dtype: torch
 
     exact, _ = run(sequential())
     found, report = run(parasolver(tolerance=1e-6, slope=freeze_epsilon))
-    assert report.rounds < 10
+    assert report.passes < 10
     assert any("tolerance was raised" in w for w in report.warnings)
     resolution = torch.finfo(dtype).eps
     assert (found - exact).square().mean().sqrt() < 4 * resolution * exact.square().mean().sqrt()

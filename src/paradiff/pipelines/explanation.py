@@ -143,7 +143,7 @@ def _set_timesteps(scheduler: Any, steps: int, notes: list[str]) -> None:
 def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str:
     cached = run.cached()
     if cached:
-        refused.append(f"{', '.join(cached)} keeps a cache across steps, which needs them in order; disable it")
+        refused.append(f"{'; '.join(cached)}, which needs them in order; disable it")
         return "sequential"
     found = obstacles(kind)
     if found:

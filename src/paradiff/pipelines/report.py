@@ -19,10 +19,16 @@ class Report:
         method: The method's name.
         executor: `vector`, `lanes` or `sequential`.
         steps: Steps of the chain; None for a sequential call.
-        rounds: Sequential batched passes of the loop's body, the first one included; 0 for a sequential call.
-        rows: States at which the network was evaluated; 0 for a sequential call.
-        network_rows: Rows that entered the networks in the loop after its first pass. A state has several with guidance, or
-            with several images.
+        rounds: What the call waits for, one after the other: passes of the loop's body, the first one included, and checks; 0
+            for a sequential call.
+        rows: States at which the network was evaluated, those of checks included; 0 for a sequential call.
+        checks: Network calls among them that evaluate one state again to compare it, each a round and a row.
+        network_calls: Network calls in the loop, checks included; 0 for a sequential call. A round has several where its pass
+            calls several networks, or `max_rows` cuts it.
+        network_rows: Rows that entered the networks in the loop, those of checks and padding included; 0 for a sequential
+            call. A state has several with guidance, or with several images.
+        refused_calls: Network calls in the loop of tries that came to nothing.
+        refused_rows: Rows of these calls.
         seconds: Duration of the whole call: text encoders, solver, decoding.
         network_seconds: The part of it within network calls of the loop, as seen from the host.
         status: How the solver ended; `Status.SEQUENTIAL` for a sequential call.
@@ -39,7 +45,11 @@ class Report:
     steps: int | None
     rounds: int
     rows: int
+    checks: int
+    network_calls: int
     network_rows: int
+    refused_calls: int
+    refused_rows: int
     seconds: float
     network_seconds: float
     status: Status
@@ -47,6 +57,11 @@ class Report:
     error_estimate: ErrorEstimate | None
     warnings: list[str]
     history: list[Record]
+
+    @property
+    def passes(self) -> int:
+        """Passes of the loop's body: the rounds without the checks."""
+        return self.rounds - self.checks
 
     def __repr__(self) -> str:
         head = f"Report({self.pipeline}, {self.scheduler}, {self.method}, {self.executor}"

@@ -96,6 +96,8 @@ class Lane(greenlet.greenlet):
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The iteration over `timesteps`. For the loop it yields the first time, then those of the lane's passes."""
         number, self._begun = self._begun, self._begun + 1
+        if not self._shared.solver.started:
+            self._shared.batching.begin_loop()
         if self.number and not self._over and number == self._shared.loop:
             return self._passes()
         return self._walk(number, timesteps, uncounted())
@@ -202,7 +204,7 @@ class Lane(greenlet.greenlet):
         if not self._inside or (self.dry and call.signature not in shared.shapes):
             self._leading = True
             try:
-                output = forward(*args, **kwargs)
+                output = self._shared.batching.ordinary(forward, args, kwargs)
             finally:
                 self._leading = False
             shared.learn(call, output)

@@ -69,7 +69,7 @@ class Lockstep:
     """Resumes the lanes of one pipeline call, pass by pass."""
 
     def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
-        self.shared, self.solver = SharedCall(call, pipeline, solver), solver
+        self.shared, self.solver = SharedCall(call, pipeline, solver, batching), solver
         self.coalescer = Coalescer(batching)
         self.lanes: list[Lane] = []
         self._start = self.shared.generator_states(), Snapshot({})
@@ -85,7 +85,8 @@ class Lockstep:
                 raise Unsupported("its loop took no step")
             while not self.solver.done:
                 self._round()
-            last = len(self.solver.first.timesteps) - 1
+            self.coalescer.batching.looping = False
+            last = self.solver.ended - 1
             first.state = self.solver.final
             first.turns.extend([] if first.node == last else [(last, True)])
             self._resume(first)

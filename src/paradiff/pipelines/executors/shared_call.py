@@ -14,6 +14,7 @@ from torch.utils import _pytree
 from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.coalesce import NetworkCall
 from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.network.batching import Batching
 
 
 class SharedCall:
@@ -23,6 +24,7 @@ class SharedCall:
         call: The pipeline's own `__call__` with all its arguments by name.
         pipeline: The user's pipeline.
         solver: The call's solver (loop/driver.py).
+        batching: The run's batching (network/batching.py).
 
     Attributes:
         greenlet: The greenlet that resumes the lanes.
@@ -34,8 +36,8 @@ class SharedCall:
         generators: The generators among the call's arguments.
     """
 
-    def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver) -> None:
-        self.call, self.pipeline, self.solver = call, pipeline, solver
+    def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
+        self.call, self.pipeline, self.solver, self.batching = call, pipeline, solver, batching
         self.greenlet = greenlet.getcurrent()
         self.log = Log()
         self.shapes: dict[tuple[Any, ...], Any] = {}

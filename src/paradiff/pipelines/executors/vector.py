@@ -25,6 +25,9 @@ from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.tensor.windowed import Windowed
 
+HIDDEN = 3
+"""Times that an interrupt, set again and again by another thread, is hidden from the loop."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Round:
@@ -57,16 +60,23 @@ class Vector:
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The iteration over `timesteps`. For the loop it yields the first time, then a window of times a round."""
+        if not self._solver.started:
+            self._batching.begin_loop()
         return self._iterations.walk(timesteps, self._rounds)
 
     def _rounds(self) -> Iterator[Tensor]:
-        solver = self._solver
+        solver, interrupt = self._solver, self._solver.interrupt
         timesteps = solver.first.timesteps
+        hidden = 0
         while not solver.done:
             passes = solver.passes
             yield Windowed.wrap(timesteps[solver.nodes.to(timesteps.device)], self._round)
             if solver.passes == passes:
-                raise Unsupported("the loop passed over a step")
+                if interrupt is None or not interrupt or hidden == HIDDEN:
+                    raise Unsupported("the loop passed over a step")
+                # The flag was set in the midst of a round: the loop makes this pass once more, and ends with its step.
+                interrupt.hold()
+                hidden += 1
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """The scheduler's `scale_model_input`, for each state at its node."""
@@ -85,6 +95,8 @@ class Vector:
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
         """Ends a round with its outputs; returns the next window of states, or the sample."""
         solver = self._solver
+        if solver.interrupt is not None:
+            solver.interrupt.release()
         if not solver.started:
             first = FirstStep(
                 scheduler=real_scheduler(self.scheduler),
@@ -104,4 +116,5 @@ class Vector:
                 solver.tell(output.window, sample.window)
         self._iterations.steps += 1
         self._round = Round(self._batching)
+        self._batching.looping = not solver.done
         return solver.result(solver.final if solver.done else Windowed.wrap(solver.states, self._round))

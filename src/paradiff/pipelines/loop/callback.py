@@ -2,7 +2,8 @@
 """`callback_on_step_end` in a parallel run: called in order, once a step, with states that are final.
 
 A callback that only reads (previews, logging, progress) gets the states of the plain call, several steps at a time. A callback
-that changes the loop's course is refused by name, since later steps have been swept before it is called.
+that changes the loop's course is refused by name, since later steps have been swept before it is called. It may interrupt the
+call (interrupt.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback"
+INTERRUPT = ("interrupt", "_interrupt")
 
 
 class Callback:
@@ -26,6 +28,7 @@ class Callback:
     Attributes:
         timesteps: `[N]` the loop's times; set at the loop's first step.
         dtype: Dtype of the loop's states; set at the loop's first step.
+        error: What the function raised, or None.
     """
 
     timesteps: Tensor
@@ -33,6 +36,7 @@ class Callback:
 
     def __init__(self, pipeline: Any, function: Any) -> None:
         self._pipeline, self._function = pipeline, function
+        self.error: BaseException | None = None
         self._own: frozenset[str] | None = None  # the pipeline's attributes before the callback could add any
 
     @classmethod
@@ -76,11 +80,16 @@ class Callback:
             latents = state.to(self.dtype, copy=True)
             given, before = latents.clone(), _simple(self._pipeline)
             step = first - 1 + k
-            returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
+            try:
+                returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
+            except BaseException as error:
+                self.error = error
+                raise
             back = returned.get("latents", latents) if isinstance(returned, Mapping) else latents
             extra = [k for k in returned if k != "latents"] if isinstance(returned, Mapping) else []
             after = _simple(self._pipeline).items()
-            changed = [name for name, value in after if name in self._own and before.get(name, value) != value]
+            own = self._own - {*INTERRUPT}
+            changed = [name for name, value in after if name in own and before.get(name, value) != value]
             what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
             if what:
                 raise ValueError(

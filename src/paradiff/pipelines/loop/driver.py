@@ -18,9 +18,10 @@ from paradiff.chain.table import Table
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.first_step import FirstStep, step_result
+from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.loop import Rounds, solve
-from paradiff.solver.protocol import Batch, EditedOutputs, Method, Observer
+from paradiff.solver.protocol import Batch, EditedOutputs, Method, Observer, Round
 from paradiff.solver.solution import Solution
 
 HALF = (torch.float16, torch.bfloat16)
@@ -34,6 +35,7 @@ class LoopSolver:
         dtype: Dtype of the solver's states; float32 or float64.
         callback: The user's callback, which is called with final states.
         observer: Called after each round; it may ask the run to stop.
+        interrupt: The flag by which the call is ended from outside.
 
     Attributes:
         started: Whether the loop's first step was taken. The attributes from `first` on exist from then on.
@@ -45,7 +47,9 @@ class LoopSolver:
         table: The loop's chain.
         nodes: `[R]` the nodes of the next pass, on the CPU.
         states: `[R, B, ...]` the states at these nodes, not scaled, in the loop's dtype.
-        final: `[B, ...]` the sample, in the loop's dtype.
+        final: `[B, ...]` the sample, in the loop's dtype; of an interrupted call the newest final state.
+        ended: The node of `final`: that of the chain's end, or of the state at which the call was interrupted.
+        interrupted: Whether the call was interrupted before its solver ended.
         solution: The solver's solution, or None.
     """
 
@@ -70,7 +74,9 @@ class LoopSolver:
         dtype: torch.dtype = torch.float32,
         callback: Callback | None = None,
         observer: Observer | None = None,
+        interrupt: Interrupt | None = None,
     ) -> None:
+        self.interrupt, self.interrupted, self.ended = interrupt, False, -1
         self.method, self._dtype, self._callback, self._observer = method, dtype, callback, observer
         self.started = self.done = False
         self.passes = self.rows = 0
@@ -99,10 +105,10 @@ class LoopSolver:
             start=sample[None].to(self._dtype),
             device=sample.device,
             dtype=self._dtype,
-            observer=self._observer,
+            observer=self._observer if self.interrupt is None else self._observe,
             shared_window=True,
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
-            on_final=None if self._callback is None else self._callback.on_final,
+            on_final=self._final if self._callback is not None or self.method.dense_output else None,
         )
         self.started = True
         self.passes = self.rows = 1
@@ -137,6 +143,21 @@ class LoopSolver:
                 )
             edited = torch.where(states == self.states, self._batch.x[self._places], states.to(self._dtype))
         self._send(outputs.to(self._dtype), edited)
+
+    def _observe(self, round: Round) -> bool | None:
+        """Shows the observer a round, and asks for the end of an interrupted run."""
+        wish = None if self._observer is None else self._observer(round)
+        return True if self.interrupt else wish
+
+    def _final(self, first: int, states: Tensor) -> None:
+        """Hands on the final states `[n, ...]` of the nodes from `first` on. After an interrupt the callback gets no others."""
+        for node, state in enumerate(states, first):
+            if self._callback is not None and self.interrupt and self.interrupt.state is not None:
+                return
+            if self.interrupt is not None:
+                self.interrupt.on_final(node, state[None])
+            if self._callback is not None:
+                self._callback.on_final(node, state[None])
 
     def scale(self, nodes: Tensor) -> Tensor:
         """`[R]` factor from the states at `nodes` to the network's inputs."""
@@ -186,7 +207,11 @@ class LoopSolver:
             batch = self._solver.send(outputs if edited is None else EditedOutputs(outputs, edited))
         except StopIteration as end:
             self.solution, self.done = end.value, True
-            self._noise.finish()
-            self.final = end.value.sample[0].to(self.first.sample.dtype)
+            self.final, self.ended = end.value.sample[0].to(self.first.sample.dtype), self.table.steps
+            self.interrupted = bool(self.interrupt)
+            if self.interrupt and self.interrupt.state is not None:
+                self.final, self.ended = self.interrupt.state.to(self.first.sample.dtype), self.interrupt.node
+            else:
+                self._noise.finish()
             return
         self._take(batch)

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Snapshot:
-    """The states of the generators among a call's arguments, single or in lists, and of torch's global generators.
+    """The states of the generators among a call's arguments, and of the global ones of torch, numpy and Python.
 
     Args:
         arguments: The call's arguments.
@@ -22,6 +24,23 @@ class Snapshot:
         self._states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
         self._host = torch.get_rng_state()
         self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._others = np.random.get_state(legacy=False), random.getstate()
+
+    @property
+    def same(self) -> bool:
+        """Whether all generators are in these states still, so that nothing was drawn."""
+        now = [generator.get_state() for generator, _ in self._states]
+        pairs = zip([state for _, state in self._states], now, strict=True)
+        return (
+            all(torch.equal(a, b) for a, b in pairs)
+            and torch.equal(self._host, torch.get_rng_state())
+            and all(
+                torch.equal(a, b)
+                for a, b in zip(self._devices, torch.cuda.get_rng_state_all() if self._devices else [], strict=True)
+            )
+            and self._others[1] == random.getstate()
+            and _same_state(self._others[0], np.random.get_state(legacy=False))
+        )
 
     def restore(self) -> None:
         """Sets all generators to these states."""
@@ -30,6 +49,15 @@ class Snapshot:
         torch.set_rng_state(self._host)
         if self._devices:
             torch.cuda.set_rng_state_all(self._devices)
+        np.random.set_state(self._others[0])
+        random.setstate(self._others[1])
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    """Whether two states of numpy's global generator are equal."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same_state(a[name], b[name]) for name in a)
+    return bool(np.array_equal(a, b))
 
 
 def clone(generator: torch.Generator, state: Tensor | None = None) -> torch.Generator:

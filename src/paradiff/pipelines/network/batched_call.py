@@ -10,21 +10,23 @@ input of K rows is repeated in this order; frames of K videos, K * F rows, becom
 rotary embeddings, numbers) stay. Outputs are split into states again.
 
 The rule by which inputs have rows may be wrong for a network, and a network's rows may influence each other. So at a network's
-first call with a window the middle state is evaluated again by itself, as in the sequential loop, and compared.
+first call with a window the middle state is evaluated again by itself, as in the sequential loop, and compared. It is evaluated
+before that call and after it, and what the network keeps from one call to the next (memory.py) is compared, too.
 """
 
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paradiff.errors import Unsupported
+from paradiff.errors import NeedsOrder, Unsupported
+from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
 from paradiff.pipelines.tensor.windowed import HERE, Windowed, common_run, first_line
 
@@ -49,10 +51,10 @@ def batched_call(
         Unsupported: If the network fails or returns something without the rows it was given, or a check fails.
         torch.OutOfMemoryError: If one state alone does not fit.
     """
-    begin = time.perf_counter()
     call = _WindowCall(batching, name, forward, args, kwargs)
     try:
-        return call.outputs()
+        with batching.timed():
+            return call.outputs()
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -60,8 +62,6 @@ def batched_call(
             f"{name} could not be called with the states of a window as further rows ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from error
-    finally:
-        batching.seconds += time.perf_counter() - begin
 
 
 class _WindowCall:
@@ -92,27 +92,24 @@ class _WindowCall:
         states, rows = self.states, self.rows
         signature = (self.name, self.forward, tuple(self.kwargs), tuple([leaf.window.shape[1:] for leaf in self.leaves]))
         suspects = self.batching.wants(signature, states)
-        before = self._random_state() if suspects else []
+        before = Snapshot({}) if suspects else None
+        earlier = self._remembered(suspects[0]) if suspects and self.batching.first(self.forward) else None
         if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
             parts, suspects = [self._taken(self._alone(w), 1) for w in range(states)], []
-            self.batching.calls += states
         else:
             parts = self.batching.bound.parts(states, self._part, self.device, rows=rows, width=self.batching.width(states))
-        self.batching.rows += states * (rows or 1)
         structure = parts[0][0]
         pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
         windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
-        if suspects and any(not torch.equal(a, b) for a, b in zip(before, self._random_state(), strict=True)):
-            raise Unsupported(
+        if before is not None and not before.same:
+            raise NeedsOrder(
                 f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode"
             )
         for w in suspects:
-            self._compare(w, windows)
+            self._compare(w, windows, earlier)
+            earlier = None
         rest = iter(windows)
         return each(lambda leaf, _: Windowed.wrap(next(rest), self.run) if leaf is HERE else leaf, structure)
-
-    def _random_state(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])]
 
     # Inputs.
 
@@ -120,19 +117,22 @@ class _WindowCall:
         """An argument of the call for state w alone."""
         return each(lambda leaf, _: leaf.window[w] if isinstance(leaf, Windowed) else leaf, value)
 
-    def _alone(self, w: int) -> Any:
+    def _alone(self, w: int, *, check: bool = False) -> Any:
         """The network's output for state w alone, called as in the sequential loop."""
-        return self.forward(*self._state(self.args, w), **self._state(self.kwargs, w))
+        output = self.forward(*self._state(self.args, w), **self._state(self.kwargs, w))
+        self.batching.count(self.rows or 1, check=check)
+        return output
 
     def _part(self, part: slice) -> tuple[Any, list[Tensor]]:
         """The network's output for some of the states, split into its structure and its tensors."""
         count = part.stop - part.start if self.batching.pad else min(part.stop, self.states) - part.start
-        self.batching.calls += 1
         if count == 1:
             return self._taken(self._alone(part.start), 1)
         args = [self._batched(value, name, part.start, count) for value, name in zip(self.args, self._names(), strict=True)]
         kwargs = {name: self._batched(value, name, part.start, count) for name, value in self.kwargs.items()}
-        return self._taken(self.forward(*args, **kwargs), count)
+        output = self.forward(*args, **kwargs)
+        self.batching.count(count * (self.rows or 1))
+        return self._taken(output, count)
 
     def _names(self) -> list[str]:
         """The names of the positional arguments."""
@@ -218,31 +218,56 @@ class _WindowCall:
 
     # Check.
 
-    def _compare(self, w: int, windows: list[Tensor]) -> None:
-        """Compares state w of the batched call with a call of its own.
+    def _remembered(self, w: int) -> list[Tensor]:
+        """The network's output for state w alone, by a call that is seen to leave the network as it was.
+
+        What a network sets up at its first call of a kind is no memory, so after a change a call for another state decides.
+        """
+        change = None if self.batching.hooks is None else self.batching.hooks.influence()
+        output: list[Tensor] | None = None
+        for state in () if change is not None else (w, (w + 1) % self.states):
+            memory = Memory([(self.name, self.forward)])
+            found = self._taken(self._alone(state, check=True), 1)[1]
+            output = found if output is None else output
+            change = memory.influence()
+            if change is None:
+                return output
+        assert change is not None
+        raise NeedsOrder(
+            f"a call of {self.name} changes {change.path}, on which later calls may depend, so they need their order; if it is "
+            "harmless, leave the check out with check='off'"
+        )
+
+    def _compare(self, w: int, windows: list[Tensor], earlier: list[Tensor] | None) -> None:
+        """Compares state w of the batched call, and an earlier call of its own if there was one, with a call of its own.
 
         The two may differ by sqrt(eps) relative to the output's norm, with eps of the coarsest dtype involved, since rounding
         depends on the size of a batch and grows through a deep network. On CUDA, eps is at least that of TF32, 2^-10, in which
         convolutions are computed.
         """
-        _, alone = self._taken(self._alone(w), 1)
+        _, alone = self._taken(self._alone(w, check=True), 1)
         digits = [torch.finfo(leaf.dtype).eps for leaf in [*alone, *self._tensors()] if leaf.is_floating_point()]
         if self.device.type == "cuda":
             digits.append(2.0**-10)
         if torch.is_autocast_enabled(self.device.type):
             digits.append(torch.finfo(torch.get_autocast_dtype(self.device.type)).eps)
         granted = max(digits, default=0.0) ** 0.5
+        for first, own in zip(earlier or [], alone if earlier else [], strict=True):
+            difference = _difference(first[0].to(torch.float64), own[0].to(torch.float64))
+            if not difference <= granted:
+                raise NeedsOrder(
+                    f"{self.name} gave one state two values (relative difference {difference:.2g}, where rounding explains "
+                    f"{granted:.2g}): its calls depend on those before, so they need their order"
+                )
         for window, own in zip(windows, alone, strict=True):
             batched, own = window[w].to(torch.float64), own[0].to(torch.float64)
             if batched.shape != own.shape:
                 raise Unsupported(f"{self.name} returned shape {tuple(batched.shape)} for a state of shape {tuple(own.shape)}")
-            same = (batched == own) | (batched.isnan() & own.isnan())
-            size = torch.where(own.isfinite(), own, 0.0).norm().clamp_min(1e-300)
-            difference = torch.where(same, 0.0, batched - own).norm() / size
-            if not float(difference) <= granted:
+            difference = _difference(batched, own)
+            if not difference <= granted:
                 raise Unsupported(
                     f"{self.name} gave a state other values among {self.states} states than by itself (relative difference "
-                    f"{float(difference):.2g}, where rounding explains {granted:.2g}): its rows influence each other, or its "
+                    f"{difference:.2g}, where rounding explains {granted:.2g}): its rows influence each other, or its "
                     "conditioning is in another order"
                 )
 
@@ -255,6 +280,13 @@ class _WindowCall:
             (self.args, self.kwargs),
         )
         return found
+
+
+def _difference(found: Tensor, own: Tensor) -> float:
+    """The norm of the difference relative to that of `own`; NaN equals NaN."""
+    same = (found == own) | (found.isnan() & own.isnan())
+    size = torch.where(own.isfinite(), own, 0.0).norm().clamp_min(1e-300)
+    return float(torch.where(same, 0.0, found - own).norm() / size)
 
 
 def _stays(name: str, leaf: Tensor | None = None) -> bool:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from torch import Tensor
 
+from paradiff.pipelines.network.memory import Memory
 from paradiff.solver.evaluator import RowBound
 
 Check = Literal["first", "every", "off"]
 """Which network calls are checked: `first`, one state of each network's first call with its shapes; `every`, all states of all
-calls; `off`, none."""
+calls; `off`, none. Where calls are checked, so is what a network keeps from one call to the next."""
 
 
 class Batching:
@@ -23,13 +26,17 @@ class Batching:
         max_rows: Largest number of rows in one network call, at least 1; None for no bound. A state's rows stay together.
         pad: The number of states, at least 1, up to which each call is filled with copies of its last state, for networks
             that are compiled for a shape. True for the widest window so far, False for no padding.
-        check: See `Check`. A checked state costs a network call of its own and a wait for the device.
+        check: See `Check`. A checked state costs a network call of its own and a wait for the device; in a network's first
+            checked call, two of each.
 
     Attributes:
         bound: The bound on rows, halved when the device runs out of memory.
-        rows: Rows evaluated, without padding and checks.
-        calls: Network calls, without checks.
-        seconds: Duration of network calls and checks, as seen from the host: on an asynchronous device that of a call's launch.
+        rows: Rows that the networks were given in the loop, those of padding and checks included.
+        calls: Network calls in the loop, checks included.
+        checks: The calls among them that evaluate one state again, to compare it.
+        seconds: Duration of these calls, as seen from the host: on an asynchronous device that of their launch.
+        looping: Whether the loop runs; network calls before and after it are not counted.
+        hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
 
     Raises:
         ValueError: If `max_rows` or `pad` is below 1, or `check` is unknown.
@@ -42,11 +49,51 @@ class Batching:
             raise ValueError(f"check is {check!r}; it must be first, every or off")
         self.bound = RowBound(max_rows)
         self.pad, self.check = pad, check
-        self.rows = self.calls = 0
+        self.rows = self.calls = self.checks = 0
         self.seconds = 0.0
+        self.looping = False
+        self.hooks: Memory | None = None
+        self._inside = False
         self._widest = 0
         self._checked: set[Any] = set()
+        self._networks: set[Any] = set()
         self._kept: dict[int, tuple[weakref.ref[Tensor], int, Any, Tensor | None]] = {}
+
+    def begin_loop(self) -> None:
+        """Counts from here on. What was counted before belongs to another iteration over the times, which was not the loop."""
+        self.rows = self.calls = self.checks = 0
+        self.seconds, self.looping = 0.0, True
+
+    def count(self, rows: int, *, check: bool = False) -> None:
+        """Counts a network call with so many rows."""
+        self.calls += 1
+        self.rows += rows
+        self.checks += check
+
+    def ordinary(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A network call without a window, which is counted if it is in the loop and not within another one."""
+        if not self.looping or self._inside:
+            return forward(*args, **kwargs)
+        sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
+        self.count(sizes[0] if sizes else 1)
+        with self.timed():
+            return forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds the duration of a network call; calls within it are a part of it."""
+        begin, outer, self._inside = time.perf_counter(), self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = outer
+            self.seconds += time.perf_counter() - begin
+
+    def first(self, network: Any) -> bool:
+        """Whether this is the first checked call of a network."""
+        known = network in self._networks
+        self._networks.add(network)
+        return not known
 
     def width(self, states: int) -> int | None:
         """The number of states in each call for a window of `states` states; None for no padding."""

@@ -6,29 +6,43 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar, Token
 from typing import Any
 
 import greenlet
 from torch import nn
 
 from paradiff.pipelines.network.batched_call import batched_call
+from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.tree import windowed_inputs
 from paradiff.pipelines.tensor.windowed import common_run
 
+_BATCHING: ContextVar[Batching | None] = ContextVar("batching", default=None)
+"""The batching of the run whose `with` block of boundaries was entered last."""
 
-def install(modules: Iterable[nn.Module]) -> Installed:
+
+def install(modules: Iterable[nn.Module], batching: Batching | None = None) -> Installed:
     """Puts a boundary before the `forward` of each module, until `remove()` or the end of a `with` block.
 
     Calls without windowed inputs pass through, so runs and threads may share modules: each run installs boundaries for itself,
-    and the last run that removes them restores the `forward`. A module within a compiled one gets no boundary.
+    and the last run that removes them restores the `forward`. A module within a compiled one gets no boundary. Within the
+    `with` block, calls that pass through are counted by `batching`.
     """
-    return Installed(modules)
+    return Installed(modules, batching)
+
+
+def ordinary(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A network call without a window, counted by the run's batching."""
+    batching = _BATCHING.get()
+    return forward(*args, **kwargs) if batching is None else batching.ordinary(forward, args, kwargs)
 
 
 class Installed:
     """The boundaries of one run. See `install`."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], batching: Batching | None) -> None:
+        self._batching = batching
+        self._token: Token[Batching | None] | None = None
         listed = list({id(module): module for module in modules}.values())
         inner = {id(part) for module in listed if _is_compiled(module) for part in module.modules() if part is not module}
         self._records: list[_Record] = []
@@ -36,6 +50,11 @@ class Installed:
             for module in listed:
                 if id(module) not in inner:
                     self._records.append(_Record.of(module))
+
+    def replaced(self) -> str | None:
+        """The class of a module whose boundary is no longer in place; None if all are."""
+        lost = (record.module for record in self._records if not record.in_place)
+        return next((type(module).__name__ for module in lost), None)
 
     def remove(self) -> None:
         """Removes the run's boundaries. One that another run shares stays until that run removes it."""
@@ -45,9 +64,12 @@ class Installed:
                 record.release()
 
     def __enter__(self) -> Installed:
+        self._token = _BATCHING.set(self._batching)
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._token is not None:
+            _BATCHING.reset(self._token)
         self.remove()
 
 
@@ -84,9 +106,14 @@ class _Record:
         record.count += 1
         return record
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the module's calls still meet the boundary."""
+        return self.module.__dict__.get(self.attribute) is self.boundary
+
     def release(self) -> None:
         self.count -= 1
-        if self.count or self.module.__dict__.get(self.attribute) is not self.boundary:
+        if self.count or not self.in_place:
             return  # Other runs use it, or another library has replaced the function since.
         if self.had:
             self.module.__dict__[self.attribute] = self.before
@@ -104,7 +131,7 @@ def _boundary(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., A
             return route(module, forward, args, kwargs)
         leaves = windowed_inputs(args, kwargs)
         if not leaves:
-            return forward(*args, **kwargs)
+            return ordinary(forward, args, kwargs)
         return batched_call(common_run(leaves).batching, name, forward, args, kwargs)
 
     return boundary

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tries of a pipeline call: how one is undone, and whose error ends it.
+
+A try that fails must not be seen: what the call's arguments, the pipeline, its networks and the generators held before is put
+back, and the next try, or the plain call, begins as the first one did. An error in a try is one of three kinds: that of a
+user's own function, paradiff's refusal of an argument, and anything else, which the plain call may not meet.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from paradiff.pipelines.loop.callback import Callback
+from paradiff.pipelines.loop.random_state import Snapshot
+from paradiff.pipelines.network.hooks import call_hooks
+from paradiff.pipelines.network.memory import Memory
+from paradiff.solver.protocol import Observer, Round
+
+
+class Beginning:
+    """What a call finds: its arguments, the pipeline's attributes, its networks, the generators.
+
+    Args:
+        pipeline: The pipeline.
+        networks: Its networks by name.
+        arguments: The call's arguments by name. Those that are functions are left alone.
+
+    Attributes:
+        lasting: Where there is something that cannot be put back, a Python generator; None if there is nothing.
+    """
+
+    def __init__(self, pipeline: Any, networks: Mapping[str, nn.Module], arguments: Mapping[str, Any]) -> None:
+        data = {name: value for name, value in arguments.items() if not callable(value)}
+        self._random = Snapshot(arguments)
+        self._memory = Memory([*networks.items(), *data.items()], owners=[pipeline])
+        self.lasting = self._memory.lasting
+
+    def restore(self) -> None:
+        """Puts all of it back."""
+        self._memory.restore()
+        self._random.restore()
+
+
+def hooks_memory(networks: Mapping[str, nn.Module]) -> Memory | None:
+    """The memory of the functions that torch calls before and after the networks; None if there are none."""
+    hooks = [(f"a hook of the {name}", hook) for name, network in networks.items() for hook in call_hooks(network)]
+    inside = [module for network in networks.values() for module in network.modules()]
+    return Memory(hooks, leave=inside) if hooks else None
+
+
+@dataclass
+class Watched:
+    """An observer, and what it raised.
+
+    Attributes:
+        observer: The user's observer.
+        error: What it raised, or None.
+    """
+
+    observer: Observer
+    error: BaseException | None = None
+
+    def __call__(self, round: Round) -> bool | None:
+        try:
+            return self.observer(round)
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+def users_error(callback: Callback | None, observer: Watched | None) -> BaseException | None:
+    """What the user's callback or observer raised in a try; None if neither did."""
+    errors = [watched.error for watched in (callback, observer) if watched is not None]
+    return next((error for error in errors if error is not None), None)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error is a ValueError that paradiff raised itself, in a `raise` statement: a refused argument."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if not isinstance(error, ValueError) or trace is None:
+        return False
+    owner: str = trace.tb_frame.f_globals.get("__name__", "")
+    return owner.partition(".")[0] == "paradiff" and _raises(trace)
+
+
+def _raises(trace: types.TracebackType) -> bool:
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
