@@ -108,8 +108,10 @@ def test_the_counts_of_a_pipelines_run_agree(cli: Cli, saved: Saved, tmp_path: P
     for one, call in zip(samples, calls, strict=True):
         own = [h for h in contents["history"] if h["seed"] == one["seed"]]
         assert sum(h["passed"] for h in own) == 10
-        assert own[-1]["round"] == one["rounds"]
-        assert call["network_rows"] >= one["evaluations"]  # Two rows a state, with guidance.
+        assert own[-1]["round"] == one["rounds"] - call["checks"]
+        assert call["network_calls"] == one["rounds"]  # One network, and no bound on its rows.
+        assert call["network_rows"] == 2 * one["evaluations"]  # Two rows a state, with guidance.
+        assert call["refused_calls"] == call["refused_rows"] == 0
         assert 0 < call["network_seconds"] < call["seconds"]
         assert call["status"].startswith("converged: ")
         assert call["status_code"] == contents["status_code"] == "converged"

@@ -650,3 +650,20 @@ def test_values_are_compared_when_lanes_start_and_not_again(loop: Any, monkeypat
     Run(loop)(generator=seeded())
     assert compared[0] == 3  # state, time, condition
     assert set(compared[1:]) == {0}
+
+
+def test_equal_tensors_in_arguments_of_another_structure_do_not_join() -> None:
+    """As `text` and `image` beside each other, or one of them twice: what is given by another name is another argument."""
+    network, x, text = torch.nn.Identity(), torch.ones(2, 3), torch.zeros(2, 3)
+
+    def call(*args: Any, **kwargs: Any) -> coalesce.NetworkCall:
+        return coalesce.NetworkCall.of(network, network.forward, args, kwargs, 0, {})
+
+    first = call(x, text=text)
+    assert first.joins(call(x.clone(), text=text.clone()))
+    others = [call(x, image=text), call(x, text=[text]), call(x, text), call(x, text=(text,)), call([x], text=text)]
+    for other in others:
+        assert not first.joins(other)
+        assert not other.joins(first)
+        other.spec = first.spec  # Planted: a structure that is taken for equal.
+        assert first.joins(other)

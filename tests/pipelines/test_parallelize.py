@@ -216,7 +216,7 @@ def test_callbacks_that_steer_are_refused_by_name() -> None:
         with parallelize(pipe := case.make(), METHOD), pytest.raises(ValueError, match=complaint):
             case.run(pipe, callback_on_step_end=callback)
     with parallelize(pipe := case.make(), METHOD), pytest.raises(ValueError, match="asks for prompt_embeds"):
-        case.run(pipe, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+        case.run(pipe, callback_on_step_end=shift, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
     with (
         parallelize(pipe := CASES["sd_inpaint4"].make(), METHOD),
         pytest.raises(ValueError, match="leave out callback_on_step"),
