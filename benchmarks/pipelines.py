@@ -158,12 +158,12 @@ class Bench:
                 found.append(self.call(self.pipe, image))
                 reports.append(run.report)
         estimates = [r.error_estimate.estimated_error / self.spread for r in reports]
-        outside = [(s - r.network_seconds) / r.rounds for (_, s), r in zip(found, reports, strict=True)]
+        outside = [(s - r.network_seconds) / r.passes for (_, s), r in zip(found, reports, strict=True)]
         return self.row(
             label,
             found,
-            [r.rounds for r in reports],
-            [r.rows for r in reports],
+            [r.passes for r in reports],
+            [r.rows - r.checks for r in reports],
             tolerance=method.tolerance,
             rule=method.rule,
             executor=reports[0].executor,
@@ -207,7 +207,7 @@ def bookkeeping(repeats: int) -> list[Row]:
             begin = time.perf_counter()
             with parallelize(pipe, parasolver(window, tolerance=0.0), executor=executor, check="off") as run:
                 pipe(PROMPTS[0], num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="latent")
-            found.append((time.perf_counter() - begin, run.report.rounds or steps))
+            found.append((time.perf_counter() - begin, run.report.passes or steps))
         return min(found)
 
     def a_round(window: int | None, executor: str) -> float:

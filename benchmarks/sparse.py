@@ -190,8 +190,8 @@ def guided(bench: Bench, method: Any, **more: Any) -> Row:
             samples.append(
                 {
                     "seed": image,
-                    "rounds": report.rounds,
-                    "evaluations": report.rows,
+                    "rounds": report.passes,
+                    "evaluations": report.rows - report.checks,
                     "error": rms(found - latents)[0] / bench.spread,
                     "estimated": c.estimated_error / bench.spread,
                     "interpolation_error": c.interpolation_error / bench.spread,
