@@ -101,7 +101,7 @@ def test_a_schedulers_own_loop_gives_the_same_sample(
     wanted = scheduler_loop(unet, scheduler, 50, sources(kind), 2, options)
     found = sample(denoiser_of(unet), table_of(scheduler, 50), recorded(kind), method)
     assert gap(found.sample, wanted) < FLOAT32
-    assert found.passes < 50 or method is not TIGHT["parasolver"]
+    assert found.rounds < 50 or method is not TIGHT["parasolver"]
 
 
 def image_of(x: Tensor) -> Tensor:
