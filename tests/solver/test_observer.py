@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from paradiff import (
 )
 from paradiff.methods import underdamped_langevin
 from paradiff.samplers import ddim
-from paradiff.solver import Batch, EditedOutputs, Method, Problem, Round, Status, drive
+from paradiff.solver import Batch, EditedOutputs, Method, Problem, Query, Round, Status, drive
 
 METHODS: dict[str, Callable[[], Method]] = {
     "window": lambda: parasolver(8, 1e-3),
@@ -238,11 +239,11 @@ def test_outputs_of_another_shape_are_refused_whatever_the_method(method: str) -
         drive(solve(TABLE, Keyed(SHAPE), METHODS[method]()), lambda batch: network(batch.x, batch.t)[..., :1])
 
 
-class Endless:
-    """A method whose solvers never end a sweep, made of another."""
+class Changed:
+    """A method whose solvers are those of another after a change."""
 
-    def __init__(self) -> None:
-        self._of = parasolver(8)
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        self._of, self._change = parasolver(8), change
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._of, name)
@@ -250,7 +251,7 @@ class Endless:
     def prepare(self, problem: Problem) -> Any:
         run = self._of.prepare(problem)
         solver = run.solver
-        run.solver = lambda sample: silent(solver(sample))
+        run.solver = lambda sample: self._change(solver(sample))
         return run
 
 
@@ -259,10 +260,49 @@ def silent(solver: Any) -> Any:
     return solver
 
 
+ANSWERS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "no query": ("ask", lambda query: None, "`ask` of a solver of parasolver returned None; return a Query of nodes"),
+    "an empty query": (
+        "ask",
+        lambda query: Query(query.nodes[:0], query.rows[:0]),
+        r"returned nodes of shape \(0,\) with rows of shape \(0, 2, 3\); return nodes \[R\] with rows \[R, ...\], R at least 1",
+    ),
+    "a row too few": ("ask", lambda query: Query(query.nodes, query.rows[1:]), r"rows of shape \(7, 2, 3\)"),
+    "a list of norms": (
+        "tell",
+        lambda norms: norms.tolist(),
+        r"`tell` of a solver of parasolver returned \[.*; return a tensor",
+    ),
+    "no record": (
+        "advance",
+        lambda record: None,
+        "`advance` .* returned None, which has no round, sample, passed, to_json, trace",
+    ),
+    "half a record": (
+        "advance",
+        lambda record: SimpleNamespace(round=1, sample=0, passed=1),
+        "has no to_json, trace; return a Rec",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_solver_whose_answer_is_of_another_kind_is_refused_in_a_sentence(case: str) -> None:
+    name, changed, sentence = ANSWERS[case]
+
+    def wrong(solver: Any) -> Any:
+        right = getattr(solver, name)
+        setattr(solver, name, lambda *given: changed(right(*given)))
+        return solver
+
+    with pytest.raises(ValueError, match=sentence):
+        sample(network, TABLE, Keyed(SHAPE), Changed(wrong))
+
+
 def test_a_solver_that_ends_no_sweep_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paradiff.solver.loop.IDLE", 1000)
     with pytest.raises(RuntimeError, match="the solvers of parasolver ended no sweep in 1041 rounds"):
-        sample(network, TABLE, Keyed(SHAPE), Endless())
+        sample(network, TABLE, Keyed(SHAPE), Changed(silent))
 
 
 def test_a_corrector_of_many_sweeps_is_not_taken_for_one_that_ends_none() -> None:

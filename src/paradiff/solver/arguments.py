@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop is handed by its caller, and what it refuses: arguments of another kind, and outputs that are not one a row."""
+"""What the loop is handed, and what it refuses: arguments of another kind, outputs that are not one a row, and answers of a
+solver that are no query, no norms or no record."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from paradiff.chain.table import Table
 from paradiff.errors import require_whole, shown
-from paradiff.solver.protocol import EditedOutputs, Evaluate, Method
+from paradiff.solver.protocol import EditedOutputs, Evaluate, Method, Query
+from paradiff.solver.records import Record
 
 NOISE = ("samples", "shape", "start", "draw")
 METHOD = ("name", "tolerance", "dense_output", "solves_chain", "follows_edits")
@@ -150,3 +152,51 @@ def outputs_of(answer: Any, rows: Tensor) -> tuple[Tensor, Tensor | None]:
                 "dtype of the rows, on their device"
             )
     return outputs, states
+
+
+def query_of(answer: Any, method: str) -> Query:
+    """The query that a solver's `ask` returned.
+
+    Raises:
+        ValueError: If it is none, or not a state for each of at least one node.
+    """
+    nodes, rows = getattr(answer, "nodes", None), getattr(answer, "rows", None)
+    if not isinstance(nodes, Tensor) or not isinstance(rows, Tensor):
+        raise ValueError(
+            f"`ask` of a solver of {method} returned {shown(answer)}; return a Query of nodes [R] and rows [R, ...]"
+        )
+    if nodes.ndim != 1 or rows.ndim == 0 or len(nodes) != len(rows) or len(nodes) == 0:
+        raise ValueError(
+            f"`ask` of a solver of {method} returned nodes of shape {tuple(nodes.shape)} with rows of shape "
+            f"{tuple(rows.shape)}; return nodes [R] with rows [R, ...], R at least 1, or be done"
+        )
+    return answer
+
+
+def norms_of(answer: Any, method: str) -> Tensor | None:
+    """The numbers that a solver's `tell` returned; None in the midst of a sweep.
+
+    Raises:
+        ValueError: If they are neither.
+    """
+    if answer is not None and not (isinstance(answer, Tensor) and answer.ndim == 1):
+        raise ValueError(
+            f"`tell` of a solver of {method} returned {shown(answer)}; return a tensor [W] of norms, or None in the midst of a "
+            "sweep"
+        )
+    return answer
+
+
+def record_of(answer: Any, method: str) -> Record:
+    """The record that a solver's `advance` returned.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    missing = [name for name in ("round", "sample", "passed", "to_json", "trace") if not hasattr(answer, name)]
+    if missing:
+        raise ValueError(
+            f"`advance` of a solver of {method} returned {shown(answer)}, which has no {', '.join(missing)}; return a Record, "
+            "such as a WindowRecord"
+        )
+    return answer

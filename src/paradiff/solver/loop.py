@@ -22,7 +22,10 @@ from paradiff.errors import shown
 from paradiff.solver.arguments import (
     device_of,
     evaluates,
+    norms_of,
     outputs_of,
+    query_of,
+    record_of,
     require_callable,
     require_dtype,
     require_problem,
@@ -105,7 +108,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
     rounds = evaluations = idle = 0
     stopped = False
     while not stopped and (active := [s for s in solvers if not s.done]):
-        queries = [s.ask() for s in active]
+        queries = [query_of(s.ask(), method.name) for s in active]
         counts = [len(q.nodes) for q in queries]
         nodes = torch.cat([q.nodes for q in queries])
         samples = torch.cat([torch.full((n,), s.sample) for s, n in zip(active, counts, strict=True)])
@@ -121,12 +124,12 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
             )
         parts = [None] * len(active) if states is None else states.split(counts)
         told = [s.tell(q, m, x) for s, q, m, x in zip(active, queries, outputs.split(counts), parts, strict=True)]
-        swept = [(s, norms) for s, norms in zip(active, told, strict=True) if norms is not None]
+        swept = [(s, norms) for s, norms in zip(active, told, strict=True) if norms_of(norms, method.name) is not None]
         records: list[Record] = []
         if swept:
             numbers = torch.cat([norms for _, norms in swept]).tolist()  # the round's one wait for the device
             for solver, norms in swept:
-                records.append(solver.advance(numbers[: len(norms)], rounds))
+                records.append(record_of(solver.advance(numbers[: len(norms)], rounds), method.name))
                 numbers = numbers[len(norms) :]
         history += records
         idle = 0 if swept else idle + 1
