@@ -166,7 +166,8 @@ def _counted(columns: Sequence[Column], parts: int, title: str) -> Figure:
     colours = ListedColormap(colormaps["viridis"](np.linspace(0.1, 1, last + 1)))
     norm = BoundaryNorm(np.arange(-0.5, last + 1), last + 1)
     rows = axes.add_collection(PolyCollection(strips, array=np.array(numbers), cmap=colours, norm=norm, **look))
-    (line,) = axes.step(np.arange(rounds + 1) + 0.5, front - 0.5, where="post", color="tab:red", linewidth=2, clip_on=False)
+    above = {"clip_on": False, "zorder": 3}  # of the axes' frame, along which it runs while nothing is final
+    (line,) = axes.step(np.arange(rounds + 1) + 0.5, front - 0.5, where="post", color="tab:red", linewidth=2, **above)
     axes.set(xlim=(0.5, rounds + 0.5), ylim=(-0.5, parts - 0.5), xlabel="round", ylabel=columns[0].trace.axis, title=title)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
