@@ -46,7 +46,7 @@ SPACINGS = ("linspace", "leading", "trailing")
 SIGMAS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
 GUIDED = (("shapes", "DDIM, trailing"), ("shapes-flow", "flow Euler"), ("shapes", "DDPM, trailing"))
 BEST_SOLVERS = ("one step", "averaged states, explicit")  # on digits, and where
-BEST_PLACES = ("even in log-SNR", "collocation's")
+BEST_MESHES = ("even in log-SNR", "collocation's")
 BEST_STEPS = (50, 100, 200, 300, 400, 500, 700)
 QUICK_STEPS = 100
 LOOSER: dict[str, tuple[float, ...]] = {"ddpm": (1e-2,), "ddim": ()}
@@ -96,7 +96,7 @@ def on_closed_forms(seeds: Sequence[int]) -> Iterator[Row]:
         problem = Problem(name, at_any_time(target, table), table, shape)
         reference = problem.references(seeds)
         yield problem.measure("rivals", collocation(window=WINDOWS["ddpm"][-1]), seeds, reference=reference)
-        yield from stochastic(problem, reference, seeds, BEST_SOLVERS, BEST_PLACES, BEST_STEPS)
+        yield from stochastic(problem, reference, seeds, BEST_SOLVERS, BEST_MESHES, BEST_STEPS)
 
 
 def at_any_time(target: Any, table: Table) -> Denoiser:
@@ -128,7 +128,7 @@ def on_guided_networks(seeds: Sequence[int]) -> Iterator[Row]:
                 method = collocation(window=window, tolerance=tolerance)
                 yield problem.measure("rivals", method, seeds, reference=reference)
         if chain.table.stochastic:
-            yield from stochastic(problem, reference, seeds, BEST_SOLVERS, BEST_PLACES, BEST_STEPS)
+            yield from stochastic(problem, reference, seeds, BEST_SOLVERS, BEST_MESHES, BEST_STEPS)
         else:
             make = flow_solvers if model == "shapes-flow" else diffusion_solvers
             yield from deterministic(problem, {"chain": reference}, seeds, make(chain.config))
@@ -254,10 +254,10 @@ def stochastic(
     reference: Tensor,
     seeds: Sequence[int],
     chosen: Sequence[str] = (),
-    placed: Sequence[str] = (),
+    meshes: Sequence[str] = (),
     counts: Sequence[int] = (),
 ) -> Iterator[Row]:
-    """Long steps whose noises are the exact aggregates of the chain's: of several kinds, at several placements, and of ever
+    """Long steps whose noises are the exact aggregates of the chain's: of several kinds, on several meshes, and of ever
     more steps until the error is small enough; or some of these only."""
     noise, table = problem.noise(seeds), problem.table
     z = torch.stack([noise.draw(k, range(table.steps)) for k in range(len(seeds))]).double()
@@ -270,12 +270,12 @@ def stochastic(
         "averaged states, explicit": lambda nodes: path.averaged(CollocationSystem(recurrence, nodes, 0), noise, 1),
         "averaged states, corrected": lambda nodes: path.averaged(CollocationSystem(recurrence, nodes, 0), noise, 2),
     }
-    for spacing in placed or PLACES:
+    for spacing in meshes or MESHES:
         for solver in chosen or solvers:
             if solver.startswith("exponential") and spacing == "collocation's":
                 continue  # no better there than the other one-step solver
             tried = [n for n in counts_for(counts or LONG_STEPS, seeds) if n <= table.steps]
-            sizes = {len(nodes) - 1: nodes for nodes in (PLACES[spacing](table, n) for n in tried)}
+            sizes = {len(nodes) - 1: nodes for nodes in (MESHES[spacing](table, n) for n in tried)}
             for steps, nodes in sizes.items():
                 errors = problem.errors(solvers[solver](nodes), reference)
                 calls = 2 * steps if solver.endswith("corrected") else steps
@@ -290,12 +290,12 @@ def counts_for(counts: Sequence[int], seeds: Sequence[int]) -> Sequence[int]:
 
 
 def _even(place: Tensor, count: int) -> list[int]:
-    """Nodes 0 ... N, `count` gaps or fewer, as even as can be in a rising coordinate of nodes 0 ... N - 1."""
+    """Nodes 0 ... N, `count` intervals or fewer, as even as can be in a rising coordinate of nodes 0 ... N - 1."""
     wanted = np.linspace(float(place[0]), float(place[-1]), count)
     return [*np.unique(np.interp(wanted, place.numpy(), np.arange(len(place))).round().astype(int)).tolist(), len(place)]
 
 
-PLACES: dict[str, Callable[[Table, int], list[int]]] = {
+MESHES: dict[str, Callable[[Table, int], list[int]]] = {
     "even in time": lambda table, count: _even(-table.t[:-1].double(), count),
     "even in log-SNR": lambda table, count: _even((table.alpha / table.sigma)[:-1].log(), count),
     "collocation's": lambda table, count: mesh_on(table, collocation().control_on(table)).points(count),
@@ -331,11 +331,11 @@ class Brownian:
     def walk(self, coarse: Coarse) -> Tensor:
         """One call of the network a coarse step."""
         table, x, before = self.problem.table, self.start.double(), None
-        for gap, (left, right) in enumerate(zip(coarse.nodes, coarse.nodes[1:], strict=False)):
+        for interval, (left, right) in enumerate(zip(coarse.nodes, coarse.nodes[1:], strict=False)):
             clean = float(table.p[left]) * x + float(table.q[left]) * self.network(x, left)
-            ahead = clean if before is None else clean + float(coarse.extrapolation[gap]) * (clean - before)
+            ahead = clean if before is None else clean + float(coarse.extrapolation[interval]) * (clean - before)
             noise = torch.einsum("n,bn...->b...", coarse.weights[0, left:right], self.z[:, left:right])
-            x, before = float(coarse.state[gap, 0]) * x + float(coarse.clean[gap, 0]) * ahead + noise, clean
+            x, before = float(coarse.state[interval, 0]) * x + float(coarse.clean[interval, 0]) * ahead + noise, clean
         return x
 
     def averaged(self, system: CollocationSystem, noise: Recorded, passes: int) -> Tensor:

@@ -114,7 +114,7 @@ class Chain:
 
     def __init__(self, model: str, sampler: str, steps: int) -> None:
         self.model, self.sampler, self.steps = model, sampler, steps
-        self.rows: dict[str, Tensor] = {}  # what the network is conditioning of every prompt
+        self.rows: dict[str, Tensor] = {}  # the conditioning of every prompt, by name
         self.config: dict[str, Any] = {}  # of its scheduler
         self.network: Call
         if model == "digits":
@@ -160,11 +160,11 @@ class Chain:
         self.network = guided
 
     def conditioning(self, prompts: Sequence[int]) -> dict[str, Tensor]:
-        """What the network is conditioning in every row."""
+        """The conditioning of some prompts, by name, a row each."""
         return {name: value[list(prompts)] for name, value in self.rows.items()}
 
     def of_seeds(self, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """What the network is conditioning for some seeds, which take the prompts in turn."""
+        """The conditioning of some seeds, which take the prompts in turn."""
         return self.conditioning([seed % len(PROMPTS) for seed in seeds])
 
     @torch.inference_mode()
@@ -388,16 +388,16 @@ def secant(chain: Chain, edges: list[int], run: Run, waves: Tensor) -> tuple[Ten
     """`[L, 1]` levels, and `[L, d]` alpha times the slopes there."""
     table, generator = chain.table, torch.Generator().manual_seed(0)
     place = Recurrence(table, DEFAULT).log_snr
-    gaps = [(a, b) for a, b in pairwise(edges) if LEVELS[0] <= float(place[a]) <= LEVELS[1] and b < edges[-1]]
-    gaps = gaps[:: math.ceil(len(gaps) / MOST_LEVELS)]
+    intervals = [(a, b) for a, b in pairwise(edges) if LEVELS[0] <= float(place[a]) <= LEVELS[1] and b < edges[-1]]
+    intervals = intervals[:: math.ceil(len(intervals) / MOST_LEVELS)]
     found = []
-    for left, right in gaps:
+    for left, right in intervals:
         size = float((run.states[right] - run.states[left]).square().mean().sqrt()) / 2
         moved = size * torch.randn(2, *run.states[left].shape, generator=generator, dtype=torch.float64)
         answer = torch.stack([chain.clean(run.states[left] + m, left, run.prompts) - run.clean[left] for m in moved])
         moved, answer = moved @ waves, answer @ waves
         found.append(float(table.alpha[left]) * (answer * moved).sum((0, 1)) / moved.square().sum((0, 1)))
-    return place[[left for left, _ in gaps]][:, None], torch.stack(found)
+    return place[[left for left, _ in intervals]][:, None], torch.stack(found)
 
 
 def fitted(chain: Chain, edges: list[int], run: Run, waves: Tensor, variance: float) -> Tensor:
