@@ -87,3 +87,14 @@ def test_a_single_step_is_not_subdivided() -> None:
 
 def test_an_interval_of_two_steps_is_subdivided_once() -> None:
     assert Mesh(TABLES["ddpm"], MeshControl()).subdivide(50, 52, 4) == [50, 51]
+
+
+def test_errors_that_are_all_zero_ask_for_no_more_points() -> None:
+    mesh = Mesh(TABLES["ddim"], MeshControl())
+    points = mesh.points(8)
+    groups = [[n] for n in range(len(points) - 1)]
+    for shares in ([0.0] * len(groups), [0] * len(groups)):
+        assert mesh.refine(points, shares=shares, groups=groups, wanted=1e-3, most=100, most_parts=8) == points
+    assert len(mesh.refine(points, shares=[1.0] * len(groups), groups=groups, wanted=1e-3, most=100, most_parts=8)) > len(
+        points
+    )

@@ -116,6 +116,8 @@ class Mesh:
             most_parts: Most parts of one interval.
         """
         room = [min(1 + sum(left < n < right for n in self.candidates), most_parts) for left, right in pairwise(points)]
+        if max(shares) == 0:
+            return list(points)
         if math.inf in shares:
             shares, level = [float(math.isinf(e)) for e in shares], self._control.unknown_parts**-2
         else:
