@@ -83,13 +83,13 @@ def freeze_epsilon(table: Table) -> Tensor:
     return _from_clean_slope(table, torch.where(table.alpha[:-1] > 0, 1 / table.alpha[:-1], 0.0))
 
 
-def gaussian_gain(alpha: Tensor, sigma: Tensor, variance: float) -> Tensor:
+def gaussian_gain(alpha: Tensor, sigma: Tensor, variance: float | Tensor) -> Tensor:
     """g = alpha v/(alpha^2 v + sigma^2), the derivative of the clean-data estimate of Gaussian data with respect to the state.
 
     Args:
         alpha: Signal levels.
         sigma: Noise levels, of the same shape.
-        variance: v, of the data, in the data's own units squared.
+        variance: v, of the data, in the data's own units squared; one, or several, of a shape that broadcasts.
     """
     return alpha * variance / (alpha**2 * variance + sigma**2)
 

@@ -37,9 +37,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
-from paradiff.chain.slope import Slope, resolve
+from paradiff.chain.slope import Slope, gaussian_gain, resolve
 from paradiff.chain.table import Table
 
 Array = NDArray[np.float64]
@@ -130,11 +131,9 @@ def table_chain(table: Table, eigenvalues: ArrayLike, slope: Slope) -> LinearCha
     """
     if table.band != 1:
         raise ValueError(f"table {table.name!r} reads {table.band} states a step; the law is known for one")
-    alpha, sigma, p, q, a, b, c, g = (
+    p, q, a, b, c, g = (
         v.numpy()[:, None]
         for v in (
-            table.alpha[:-1],
-            table.sigma[:-1],
             table.p,
             table.q,
             table.a[:, 0],
@@ -143,8 +142,8 @@ def table_chain(table: Table, eigenvalues: ArrayLike, slope: Slope) -> LinearCha
             resolve(slope, table)[:, 0],
         )
     )
-    data = np.asarray(eigenvalues, dtype=np.float64)
-    response = (alpha * data / (alpha**2 * data + sigma**2) - p) / q
+    data = torch.from_numpy(np.array(eigenvalues, dtype=np.float64))
+    response = (gaussian_gain(table.alpha[:-1, None], table.sigma[:-1, None], data).numpy() - p) / q
     shape = response.shape
     return LinearChain(a + b * response, np.broadcast_to(g, shape), np.broadcast_to(c, shape))
 
