@@ -27,6 +27,7 @@ from typing import Literal, get_args
 from paradiff.chain.slope import DATA_VARIANCE, Slope, identity, shifted, zero
 from paradiff.errors import require_one_of
 from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, CollocationControl
+from paradiff.methods.collocation.mesh_store import require_store
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.options import Target
 from paradiff.methods.parareal.method import PararealMethod
@@ -242,8 +243,11 @@ def collocation(
         warm_start: File that stores where samples of this model needed their nodes, for later ones to start from
             (methods/collocation/mesh_store.py); made if it does not exist.
         control: The tuned numbers (methods/collocation/control.py); those of the interpolation's order by default.
+
+    Raises:
+        ValueError: If `warm_start` is a file that is no mesh store, or in a folder that does not exist.
     """
-    return CollocationMethod(
+    method = CollocationMethod(
         nodes=nodes,
         order=order,
         shift=shift,
@@ -256,3 +260,6 @@ def collocation(
         warm_start=warm_start,
         control=control,
     )
+    if method.warm_start is not None:
+        require_store(Path(method.warm_start))
+    return method

@@ -70,7 +70,7 @@ class MeshStore:
         self._path, self._key = path, _key(table, kind)
         self._control, self._bins = control.store, control.mesh.bins
         self._about = {"chain": table.name, "steps": table.steps}
-        entry = self._read().get(self._key)  # now, so that another file is refused before anything is computed
+        entry = read_entries(path).get(self._key)  # now, so that another file is refused before anything is computed
         self.stored = None if entry is None else self._parsed(entry)
         self._recorded: list[tuple[list[float], float]] = []
 
@@ -102,36 +102,60 @@ class MeshStore:
             "nodes": [float(f"{n:.4g}") for n in new.nodes],
         }
         try:
-            _write(self._path, {"format": FORMAT, "tables": self._read() | {self._key: entry}})
+            _write(self._path, {"format": FORMAT, "tables": read_entries(self._path) | {self._key: entry}})
         except OSError as error:
             warnings.warn(f"where samples needed nodes was not saved to {self._path}: {error}", stacklevel=2)
 
-    def _read(self) -> dict[str, Any]:
-        """The entries of the file, by table."""
-        if not self._path.parent.is_dir():
-            raise ValueError(f"warm_start is {str(self._path)!r}, whose folder does not exist; make it, or give another path")
-        try:
-            content = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(self._refusal(str(error))) from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), dict):
-            raise ValueError(self._refusal(f"it does not say {FORMAT!r}"))
-        return content["tables"]
-
     def _parsed(self, entry: Any) -> StoredMesh:
-        try:
-            found = StoredMesh(tuple(map(float, entry["nodes"])), float(entry["variance"]), int(entry["samples"]))
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(self._refusal(f"the entry {self._key} lacks {error}")) from error
-        numbers = (*found.nodes, found.variance, found.samples)
-        if len(found.nodes) != self._bins or not all(0 < n < math.inf for n in numbers):
-            raise ValueError(self._refusal(f"the entry {self._key} has {len(found.nodes)} node counts: {list(found.nodes)}"))
+        found = _parsed(self._path, self._key, entry)
+        if len(found.nodes) != self._bins:
+            raise ValueError(
+                _refusal(self._path, f"the entry {self._key} has {len(found.nodes)} node counts, not {self._bins}")
+            )
         return found
 
-    def _refusal(self, why: str) -> str:
-        return f"warm_start is {str(self._path)!r}, which is no mesh store ({why}); delete it, or give another path"
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """The entries of a file, by table; none where there is no file yet.
+
+    Raises:
+        ValueError: If the file is no mesh store, or its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"warm_start is {str(path)!r}, whose folder does not exist; make it, or give another path")
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(_refusal(path, str(error))) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), dict):
+        raise ValueError(_refusal(path, f"it does not say {FORMAT!r}"))
+    return content["tables"]
+
+
+def require_store(path: Path) -> None:
+    """Refuses a file that is no mesh store, whatever the table.
+
+    Raises:
+        ValueError: Then, or if its folder does not exist.
+    """
+    for key, entry in read_entries(path).items():
+        _parsed(path, key, entry)
+
+
+def _parsed(path: Path, key: str, entry: Any) -> StoredMesh:
+    try:
+        found = StoredMesh(tuple(map(float, entry["nodes"])), float(entry["variance"]), int(entry["samples"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(_refusal(path, f"the entry {key} lacks {error}")) from error
+    if not found.nodes or not all(0 < n < math.inf for n in (*found.nodes, found.variance, found.samples)):
+        raise ValueError(_refusal(path, f"the entry {key} has {len(found.nodes)} node counts: {list(found.nodes)}"))
+    return found
+
+
+def _refusal(path: Path, why: str) -> str:
+    return f"warm_start is {str(path)!r}, which is no mesh store ({why}); delete it, or give another path"
 
 
 def node_counts(shares: Sequence[float], wanted: float) -> list[float]:
