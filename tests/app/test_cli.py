@@ -465,6 +465,18 @@ def test_the_effective_options_are_those_after_the_methods_own_defaults() -> Non
     assert effective_options(*make_method("sequential")) == {}
 
 
+@pytest.mark.parametrize(("seconds", "code", "status"), [(1e-9, 3, "stopped"), (3600, 0, "converged")])
+def test_a_deadline_that_ended_a_run_is_an_exit_code(
+    seconds: float, code: int, status: str, cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    found = cli("sample", tiny, *SHORT, "--deadline", seconds, "--compare", "--out", tmp_path / "out")
+    assert (found.code, found.err) == (code, "")
+    contents = read(tmp_path / "out")
+    assert (contents["status_code"], contents["arguments"]["deadline"]) == (status, seconds)
+    assert contents["sequential"]["rounds"] == 10  # the reference has no deadline
+    assert ("ended it" in found.out) == (code == 3)
+
+
 def test_what_took_effect_is_written(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert cli("sample", tiny, *SHORT, "--out", tmp_path / "window").code == 0
     found = read(tmp_path / "window")["effective"]

@@ -30,7 +30,7 @@ from paradiff import (
 )
 from paradiff.methods import underdamped_langevin
 from paradiff.samplers import ddim
-from paradiff.solver import Batch, EditedOutputs, Method, Problem, Query, Round, Status, drive
+from paradiff.solver import Batch, Deadline, EditedOutputs, Method, Problem, Query, Round, Status, drive
 
 METHODS: dict[str, Callable[[], Method]] = {
     "window": lambda: parasolver(8, 1e-3),
@@ -91,6 +91,31 @@ def test_a_sample_that_was_found_before_the_end_keeps_its_estimate() -> None:
         if done[k]:
             assert torch.equal(found.sample[k], whole.sample[k])
             assert found.error_estimates[k] == whole.error_estimates[k]
+
+
+@pytest.mark.parametrize("method", ["window", "parareal", "collocation"])
+def test_a_deadline_ends_a_run_after_the_first_round_that_is_late(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))  # a second for each look at it: one at the start, one after each round
+    monkeypatch.setattr("paradiff.solver.deadline.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    deadline = Deadline(3)
+    for _ in range(2):
+        deadline.start()
+        found = run(METHODS[method](), observer=deadline)
+        assert (found.rounds, found.status) == (3, Status.STOPPED)
+        assert math.isinf(found.estimated_error)
+    assert deadline.stopped == 2
+
+
+def test_a_deadline_that_is_far_away_changes_nothing() -> None:
+    deadline = Deadline(3600)
+    assert run(METHODS["window"](), observer=deadline) == run(METHODS["window"]())
+    assert (deadline.stopped, repr(deadline)) == (0, "Deadline(3600)")
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, math.inf, math.nan, True, "2", None])
+def test_a_deadline_is_a_positive_number_of_seconds(seconds: Any) -> None:
+    with pytest.raises(ValueError, match=r"the deadline, in seconds, is .*; it must be a number, positive, and finite"):
+        Deadline(seconds)
 
 
 def test_an_observer_that_asks_to_stop_in_the_last_round_is_too_late() -> None:

@@ -22,6 +22,7 @@ from paradiff.app.media import Output, read_output
 from paradiff.pipelines.loop.source import reads_index
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.run import parallelize
+from paradiff.solver.deadline import Deadline
 from paradiff.solver.protocol import Method
 
 
@@ -52,6 +53,7 @@ def call_each(
     seeds: Sequence[int],
     *,
     max_rows: int | None = None,
+    deadline: Deadline | None = None,
     compare: bool = False,
 ) -> list[Call]:
     """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
@@ -64,13 +66,14 @@ def call_each(
         arguments: The call's arguments, without the generator.
         seeds: The seeds.
         max_rows: Most rows in one network call.
+        deadline: What ends a parallel call that takes too long; its clock starts with each.
         compare: Whether plain calls follow.
 
     Raises:
         ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
     """
     calls = []
-    context = parallelize(pipeline, method, max_rows=max_rows)
+    context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline)
     quiet = not sys.stderr.isatty()
     vector = reads_index(type(pipeline)) == []
     with warnings.catch_warnings():
@@ -82,6 +85,8 @@ def call_each(
             for seed in seeds:
                 # Lanes are many loops, each with a bar of its own.
                 pipeline.set_progress_bar_config(disable=quiet or not vector, desc=f"seed {seed}", unit="round")
+                if deadline is not None:
+                    deadline.start()
                 output, seconds = _timed(pipeline, arguments, seed)
                 calls.append(Call(seed, output, context.report, seconds))
     if not compare:

@@ -48,6 +48,9 @@ OUT = "paradiff-out"
 TRACEBACK = "PARADIFF_TRACEBACK"
 """The environment variable that asks for the traceback of an error that nobody foresaw."""
 
+LATE = 3
+"""Exit code of a run whose deadline ended it; its files are written."""
+
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of Ctrl-C and of SIGTERM: 128 and the signal's number."""
 
@@ -192,6 +195,14 @@ def sample(
     max_rows: Annotated[
         int | None, typer.Option(help="Most rows in one network call; no bound by default.", rich_help_panel=DEVICE)
     ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help=f"Time after which a parallel call ends with the best that is known; the exit code is then {LATE}.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The text to follow.", rich_help_panel=PIPELINES)] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="The text to keep away from.", rich_help_panel=PIPELINES)] = None,
     guidance: Annotated[
@@ -236,6 +247,7 @@ def sample(
         dtype=dtype,
         threads=threads,
         max_rows=max_rows,
+        deadline=deadline,
         prompt=prompt,
         negative_prompt=negative_prompt,
         guidance=guidance,
@@ -260,9 +272,11 @@ def run(request: Request, solver: Any, called: dict[str, Any], notice: str = "")
 
     from paradiff.app import environment, run_json
     from paradiff.models.files import is_pixel, read_index
+    from paradiff.solver import Deadline, Status
 
     console = Console(highlight=False)
     environment.use_threads(request.threads)
+    deadline = None if request.deadline is None else Deadline(request.deadline)
     device, dtype = environment.choose_device(request.device), getattr(torch, request.dtype)
     if is_pixel(read_index(request.model)):
         from paradiff.app.pixels import sample_pixels as sample_it
@@ -281,6 +295,7 @@ def run(request: Request, solver: Any, called: dict[str, Any], notice: str = "")
         called=called,
         device=device,
         dtype=dtype,
+        deadline=deadline,
         notice=notice,
     )
     with output_folder(Path(request.out), request.overwrite) as folder:
@@ -288,6 +303,9 @@ def run(request: Request, solver: Any, called: dict[str, Any], notice: str = "")
         run_json.write_json(result, folder / "run.json")
     show(console, result, request.method, title)
     console.print(f"{result['status']}; written to {request.out}", soft_wrap=True)
+    if deadline is not None and deadline.stopped and result["status_code"] == Status.STOPPED.code:
+        console.print(f"the deadline of {deadline.seconds:g} s ended it", soft_wrap=True)
+        raise typer.Exit(LATE)
 
 
 @app.command(cls=Command)
@@ -412,7 +430,8 @@ def _unforeseen(error: Exception) -> str:
 
 
 def main() -> None:
-    """The entry point: errors are one sentence and exit code 2, those that nobody foresaw 1, Ctrl-C is 130, SIGTERM 143."""
+    """The entry point. Exit codes: errors, one sentence each, are 2, those that nobody foresaw 1, a run that its deadline ended
+    3, Ctrl-C 130, SIGTERM 143."""
     with _termination() as came:
         try:
             code = app(standalone_mode=False)

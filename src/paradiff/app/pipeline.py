@@ -60,7 +60,15 @@ def sample_pipeline(job: Job, folder: Path, console: Console) -> tuple[dict[str,
     if request.sampler is not None:
         set_sampler(pipeline, request.sampler)
     given = call_arguments(pipeline, request)
-    calls = call_each(pipeline, job.method, given, job.seeds, max_rows=request.max_rows, compare=request.compare)
+    calls = call_each(
+        pipeline,
+        job.method,
+        given,
+        job.seeds,
+        max_rows=request.max_rows,
+        deadline=job.deadline,
+        compare=request.compare,
+    )
     if job.notice:  # only a call itself shows what its pipeline refuses
         console.print(job.notice, soft_wrap=True, markup=False)
     save(calls, folder)

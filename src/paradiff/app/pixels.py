@@ -21,9 +21,9 @@ from paradiff.app.run_json import Heading, report
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown
-from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, Model, load
 from paradiff.samplers.exponential import Form
+from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample
 from paradiff.solver.protocol import Batch, Method, Round
@@ -98,8 +98,8 @@ class Batched:
         generators = [torch.Generator(self.evaluator.device).manual_seed(seed) for seed in self.job.seeds]
         return Recorded(self.model.shape, generators, dtype=self.evaluator.dtype or torch.float32)
 
-    def run(self, label: str, method: Method) -> tuple[Solution, float]:
-        """Runs a method under a progress bar; the solution and its whole clock, noise included."""
+    def run(self, label: str, method: Method, deadline: Deadline | None = None) -> tuple[Solution, float]:
+        """Runs a method under a progress bar, up to a deadline; the solution and its whole clock, noise included."""
         parts, unit = method.progress(self.table)
         columns = (
             TextColumn("{task.description}"),
@@ -112,10 +112,13 @@ class Batched:
         with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
             bar = progress.add_task(label, total=parts * len(self.job.seeds), rounds=0)
 
-            def on_round(round: Round) -> None:
+            def on_round(round: Round) -> bool:
                 progress.update(bar, advance=sum(record.passed for record in round.records), rounds=round.number)
+                return deadline is not None and deadline(round)
 
             begin = time.perf_counter()
+            if deadline is not None:
+                deadline.start()
             solution = sample(self.evaluator, self.table, self.noise(), method, observer=on_round)
             if self.evaluator.device.type == "cuda":
                 torch.cuda.synchronize(self.evaluator.device)
@@ -142,12 +145,10 @@ def sample_pixels(job: Job, folder: Path, console: Console) -> tuple[dict[str, A
     edges = method.edges(table)
     evaluator = Evaluator(model, max_rows=request.max_rows, device=job.device, dtype=job.dtype)
     batched = Batched(model=model, table=table, evaluator=evaluator, job=job, console=console)
-    if isinstance(method, CollocationMethod):
-        method.store(table)  # refuses a file that is none
     batched.warm_up(method.width(table))
     if job.notice:
         console.print(job.notice, soft_wrap=True, markup=False)
-    solution, seconds = batched.run(request.method, method)
+    solution, seconds = batched.run(request.method, method, job.deadline)
     sequential = batched.run("sequential", method.reference()) if request.compare else None
     heading = Heading(arguments=request.to_json(), effective=effective(job, table), environment=environment(job.device))
     result = report(heading, solution, seconds, job.seeds, sequential)

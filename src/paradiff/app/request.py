@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paradiff.app.options import parse_argument, parse_seeds, parse_size
-from paradiff.errors import refuse_unknown
+from paradiff.errors import refuse_unknown, require_real
 
 if TYPE_CHECKING:
     import torch
 
+    from paradiff.solver.deadline import Deadline
     from paradiff.solver.protocol import Method
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,6 +49,7 @@ class Request:
     dtype: str
     threads: int | None
     max_rows: int | None
+    deadline: float | None
     prompt: str | None
     negative_prompt: str | None
     guidance: float | None
@@ -63,6 +65,8 @@ class Request:
             raise ValueError(
                 f"max_rows is {self.max_rows}; a network call needs at least 1 row: leave --max-rows out for no bound"
             )
+        if self.deadline is not None:
+            require_real("the deadline, in seconds,", self.deadline, positive=True)
         if self.size is not None:
             parse_size(self.size)
         for text in self.argument:
@@ -84,6 +88,7 @@ class Job:
         called: What the method's preset was called with, defaults included.
         device: Where the network goes.
         dtype: The network's dtype.
+        deadline: What ends calls that take too long; None for no such bound.
         notice: What is said of the run once nothing is left that would be refused before it; empty for nothing.
     """
 
@@ -93,6 +98,7 @@ class Job:
     called: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
+    deadline: Deadline | None = None
     notice: str = ""
 
     def counted(self) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop that solves a chain, what it is given and what it returns."""
 
+from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.loop import drive, sample, solve
 from paradiff.solver.protocol import (
@@ -21,6 +22,7 @@ from paradiff.solver.solution import ErrorEstimate, Solution, Status
 __all__ = [
     "Batch",
     "CollocationRecord",
+    "Deadline",
     "Denoiser",
     "EditedOutputs",
     "ErrorEstimate",
