@@ -115,8 +115,36 @@ def test_the_counts_of_a_pipelines_run_agree(cli: Cli, saved: Saved, tmp_path: P
         assert 0 < call["network_seconds"] < call["seconds"]
         assert call["status"].startswith("converged: ")
         assert call["status_code"] == contents["status_code"] == "converged"
-    assert contents["effective"]["parts"] == 10
-    assert contents["effective"]["tolerance"] == 1e-5
+    effective = contents["effective"]
+    assert [effective[name] for name in ("tolerance", "window", "parts", "unit")] == [1e-5, 10, 10, "nodes"]
+    assert effective["method_options"]["window"] == 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_took_effect_in_a_pipelines_calls_is_written(dtype: str, cli: Cli, saved: Saved, tmp_path: Path) -> None:
+    options = (*PLAIN, "--dtype", dtype, "--method", "srds", "--tolerance", 1e-5)
+    assert cli("sample", saved("sd"), *options, "--out", tmp_path / "out").code == 0
+    contents = read(tmp_path / "out")
+    effective, warnings = contents["effective"], contents["pipeline"]["calls"][0]["warnings"]
+    assert [effective[name] for name in ("window", "parts", "unit")] == [4, 4, "blocks"]
+    assert [effective["method_options"][name] for name in ("window", "blocks")] == [4, 4]
+    assert effective["tolerance"] == effective["method_options"]["tolerance"]
+    if dtype == "float32":
+        assert (effective["tolerance"], warnings) == (1e-5, [])
+    else:
+        assert effective["tolerance"] > 1e-3
+        assert warnings == [f"the tolerance was raised to {effective['tolerance']:g}, which the networks' dtype resolves"]
+
+
+def test_a_deadline_ends_each_call_and_says_so(cli: Cli, saved: Saved, tmp_path: Path) -> None:
+    options = (*PLAIN, *TIGHT, "--seeds", "0-1", "--deadline", 1e-9, "--out", tmp_path / "out")
+    found = cli("sample", saved("sd"), *options)
+    assert (found.code, found.err) == (3, "")
+    assert "stopped: the observer asked for it after round 1; written to" in found.out
+    assert found.out.endswith("the deadline of 1e-09 s ended it\n")
+    contents = read(tmp_path / "out")
+    assert [call["status_code"] for call in contents["pipeline"]["calls"]] == ["stopped"] * 2
+    assert {"seed-0.png", "seed-1.png", "samples.png", "run.json"} <= names(tmp_path / "out")
 
 
 def test_the_measured_error_is_that_of_the_pictures(cli: Cli, saved: Saved, tmp_path: Path) -> None:
@@ -280,6 +308,7 @@ def test_a_sequential_call_is_said_to_be_one(
     assert [call["executor"] for call in contents["pipeline"]["calls"]] == ["sequential"] * 2
     assert "the moon is full" in contents["pipeline"]["calls"][0]["warnings"][0]
     assert [s["estimated_error"] for s in contents["samples"]] == [0, 0]
+    assert [contents["effective"][name] for name in ("tolerance", "window", "parts", "unit")] == [None] * 4
     if compare:
         assert (contents["rounds"], contents["speedup"]["rounds"]) == (20, 1)
         assert [s["error"] for s in contents["samples"]] == [{"rms": 0, "max": 0}] * 2

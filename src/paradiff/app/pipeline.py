@@ -83,14 +83,14 @@ def sample_pipeline(job: Job, folder: Path, console: Console) -> tuple[dict[str,
 
 
 def effective(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
-    """The method's options as they took effect in the calls."""
+    """The method's options as they took effect in the calls that ran in parallel; all calls have the same chain."""
     options = effective_options(job.method, job.called)
-    parallel = next((call.report.history for call in calls if call.report.history), [])
-    parts = sum(record.passed for record in parallel) or None
-    if options.get("blocks", 0) is None:
-        options["blocks"] = parts
-    window = options.get("window")
-    return {"tolerance": job.method.tolerance, "window": window, "parts": parts, "unit": None, "method_options": options}
+    report = next((call.report for call in calls if call.report.steps is not None), calls[0].report)
+    for name, found in (("blocks", report.parts), ("window", report.window), ("tolerance", report.tolerance)):
+        if name in options and found is not None and (options[name] is None or name == "tolerance"):
+            options[name] = found
+    shared = {"tolerance": report.tolerance, "window": report.window, "parts": report.parts, "unit": report.unit}
+    return {**shared, "method_options": options}
 
 
 def option(name: str) -> str:

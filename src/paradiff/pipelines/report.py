@@ -19,6 +19,10 @@ class Report:
         method: The method's name.
         executor: `vector`, `lanes` or `sequential`.
         steps: Steps of the chain; None for a sequential call.
+        tolerance: The method's, or a larger one if the networks' dtype does not resolve that; None for a sequential call.
+        window: Parts of the chain that were solved at once, at most; None for a sequential call.
+        parts: Parts of the chain that the method iterated on; None for a sequential call.
+        unit: What the parts are called, such as `nodes`; None for a sequential call.
         rounds: What the call waits for, one after the other: passes of the loop's body, the first one included, and checks; 0
             for a sequential call.
         rows: States at which the network was evaluated, those of checks included; 0 for a sequential call.
@@ -43,6 +47,10 @@ class Report:
     method: str
     executor: str
     steps: int | None
+    tolerance: float | None
+    window: int | None
+    parts: int | None
+    unit: str | None
     rounds: int
     rows: int
     checks: int

@@ -410,12 +410,17 @@ class Run:
         status, message = solution.status, solution.message
         if solver.ended < solver.table.steps:
             status, message = Status.STOPPED, Status.STOPPED.message(f"the call was interrupted after step {solver.ended}")
+        parts, unit = solver.fitted.progress(solver.table)
         return Report(
             pipeline=self._plain_class.__name__,
             scheduler=type(cast(Any, self.pipeline).scheduler).__name__,
             method=self.settings.method.name,
             executor=executor,
             steps=solver.table.steps,
+            tolerance=solver.fitted.tolerance,
+            window=solver.fitted.width(solver.table),
+            parts=parts,
+            unit=unit,
             rounds=solver.passes + batching.checks,
             rows=solver.rows + batching.checks,
             checks=batching.checks,
@@ -439,6 +444,10 @@ class Run:
             method=self.settings.method.name,
             executor="sequential",
             steps=None,
+            tolerance=None,
+            window=None,
+            parts=None,
+            unit=None,
             rounds=0,
             rows=0,
             checks=0,

@@ -43,6 +43,7 @@ class LoopSolver:
         passes: Passes of the loop's body so far, the first one included.
         rows: States evaluated so far.
         raised_tolerance: The tolerance used in place of the method's, if the network's dtype does not resolve that one.
+        fitted: The method as the loop is driven by it.
         first: The loop's first step.
         table: The loop's chain.
         nodes: `[R]` the nodes of the next pass, on the CPU.
@@ -63,6 +64,7 @@ class LoopSolver:
     _places: Tensor
     _last: tuple[Tensor, Tensor, Tensor]
     table: Table
+    fitted: Method
     nodes: Tensor
     states: Tensor
     final: Tensor
@@ -97,11 +99,12 @@ class LoopSolver:
         self._first_output = output.to(self._dtype)
         if self._callback is not None:
             self._callback.timesteps, self._callback.dtype = first.timesteps, sample.dtype
+        self.fitted = self._fitted(output.dtype)
         plain = dataclasses.replace(self.table, scale=torch.ones_like(self.table.scale))
         self._solver = solve(
             plain,
             self._noise,
-            self._fitted(output.dtype),
+            self.fitted,
             start=sample[None].to(self._dtype),
             device=sample.device,
             dtype=self._dtype,
