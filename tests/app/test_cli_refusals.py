@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typer.main import get_command
 
 from paradiff.app import cli as cli_module
 from paradiff.app.cli import app
-from paradiff.app.options import SLOPES, parse_seeds, read_value
+from paradiff.app.options import PRESETS, SLOPES, known_parameters, parameters, parse_seeds, preset, read_value, words
 from paradiff.app.request import DTYPES
 from paradiff.chain import slope
 from paradiff.models.files import BUNDLED
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 REFUSED: dict[str, str] = {
     # The chain and the method.
     "--window 0": "the window is 0; it must be a whole number, at least 1, or none for the whole chain",
+    "--deadline 0": "the deadline, in seconds, is 0.0; it must be a number, positive, and finite",
+    "--deadline nan": "the deadline, in seconds, is nan; it must be a number, positive, and finite",
     "--window many": "the window is 'many'; it must be one of a whole number, none",
     "--window 99999999999999999999": "the window is 99999999999999999999, a number of more than 18 digits",
     "--window -3": "the window is -3; it must be a whole number, at least 1",
@@ -244,13 +247,15 @@ def test_where_a_run_goes_is_not_said_of_one_that_is_refused(
 
 
 @pytest.mark.parametrize("contents", [None, "not json", "{}"])
-def test_a_file_that_is_no_mesh_store_is_refused_before_the_progress_bar(
-    contents: str | None, cli: Cli, tiny: Path, tmp_path: Path
+@pytest.mark.parametrize("model", ["digits", "shapes", "no-such-model"])
+def test_a_file_that_is_no_mesh_store_is_refused_before_the_model_is_loaded(
+    model: str, contents: str | None, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("paradiff.models.files.read_index", lambda *_: pytest.fail("the model was looked for"))
     path = tmp_path / "store"
     path.mkdir() if contents is None else path.write_text(contents)
     given = ("--method", "collocation", "-m", f"warm_start={path}")
-    found = cli("sample", tiny, "--steps", 20, "--out", tmp_path / "out", *given)
+    found = cli("sample", model, "--steps", 20, "--out", tmp_path / "out", *given)
     assert f"warm_start is {str(path)!r}, which is no mesh store" in found.sentence
     assert found.out == ""
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
@@ -335,9 +340,15 @@ LIGHT = {
     "a seed": (["sample", "--seeds", "a"], 2),
     "a dtype": (["sample", "--dtype", "int8"], 2),
     "a noise": (["sample", "--noise", "white"], 2),
+    "a deadline": (["sample", "--deadline", "-1"], 2),
     "a size": (["sample", "--size", "16"], 2),
     "a method option without a value": (["sample", "-m", "stride"], 2),
     "an option twice": (["sample", "-m", "stride=1", "-m", "stride=1"], 2),
+    "an option that the method has not": (["sample", "--method", "srds", "-m", "blocs=20"], 2),
+    "--tolerance of a method without": (["sample", "--method", "sequential", "--tolerance", "0.1"], 2),
+    "an option of the wrong kind": (["sample", "--method", "srds", "-m", "blocks=many"], 2),
+    "an option that is missing": (["sample", "--method", "piadm_sde"], 2),
+    "explain's option": (["explain", "digits", "--method", "srds", "-m", "blocs=20"], 2),
     "explain's method": (["explain", "digits", "--method", "srd"], 2),
     "methods' method": (["methods", "srd"], 2),
 }
@@ -361,6 +372,16 @@ def test_no_network_library_is_loaded_for(name: str) -> None:
     assert found.returncode == code, found.stderr
     assert found.stdout.splitlines()[-1] == "loaded:"
     assert len(found.stderr.splitlines()) == (1 if code else 0), found.stderr
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_options_read_off_the_source_are_those_of_the_preset(name: str) -> None:
+    real, read = parameters(preset(name)), known_parameters(name)
+    assert list(read) == list(real)
+    for option, parameter in real.items():
+        assert words(read[option].annotation) == words(parameter.annotation)
+        assert read[option].kind is parameter.kind
+        assert (read[option].default is inspect.Parameter.empty) == (parameter.default is inspect.Parameter.empty)
 
 
 def test_names_that_help_repeats_are_those_of_the_library() -> None:

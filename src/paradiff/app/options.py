@@ -18,6 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
+from paradiff.app import signatures
 from paradiff.errors import refuse_unknown
 
 if TYPE_CHECKING:
@@ -146,7 +147,15 @@ def preset(name: str) -> Callable[..., Method]:
 
 def parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The arguments of a preset that a text can be given for, with annotations that are types."""
-    found = inspect.signature(build, eval_str=True).parameters
+    return _with_texts(inspect.signature(build, eval_str=True).parameters)
+
+
+def known_parameters(name: str) -> dict[str, inspect.Parameter]:
+    """The same of a method, read off its preset's source without importing it; every default is `...`."""
+    return _with_texts(signatures.parameters(PRESETS[name], name))
+
+
+def _with_texts(found: Mapping[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
     return {name: parameter for name, parameter in found.items() if set(words(parameter.annotation)) - {"none"}}
 
 
@@ -167,8 +176,7 @@ def make_method(name: str, texts: Sequence[str] = (), **shared: Any) -> tuple[Me
     twice = next((option for option in own if option in given), None)
     if twice is not None:
         raise ValueError(f"{twice} was given twice, as --{twice} and as -m {twice}; give it once")
-    build = preset(name)
-    known = parameters(build)
+    known = known_parameters(name)
     for option in (*own, *given):
         if option not in known:
             source = f"--{option} was given, but " if option in own else ""
@@ -179,7 +187,8 @@ def make_method(name: str, texts: Sequence[str] = (), **shared: Any) -> tuple[Me
         raise ValueError(f"method {name!r} needs {missing}; give it as -m {missing}=VALUE")
     values = own | {option: read_value(option, text, known[option].annotation) for option, text in given.items()}
     shown = {option: value if _is_plain(value) else given[option] for option, value in values.items()}
-    return build(**values), {option: p.default for option, p in known.items()} | shown
+    build = preset(name)  # imports torch, which no refusal above needs
+    return build(**values), {option: p.default for option, p in parameters(build).items()} | shown
 
 
 def effective_options(method: Method, called: Mapping[str, Any]) -> dict[str, Any]:
