@@ -5,40 +5,52 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from pipelines import tiny_unet
 from problems import TABLES
 
 from paradiff import (
+    Evaluator,
     Keyed,
     Method,
     Recorded,
     Schedule,
     Table,
     collocation,
+    explain,
     from_scheduler,
     jacobi,
     models,
     paradigms,
+    parallelize,
     parasolver,
     piadm_ode,
     piadm_sde,
     quasi_newton,
+    sample,
     sequential,
     slopes,
     srds,
 )
-from paradiff.chain import Clip
+from paradiff.chain import Clip, DynamicThreshold
 from paradiff.chain.slope import Slope, resolve
+from paradiff.methods import Blocks
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import underdamped_langevin
 from paradiff.methods.window.method import WindowMethod
-from paradiff.samplers import ddim
+from paradiff.planning import Theory
+from paradiff.samplers import Grid, ddim
+from paradiff.samplers.process import variance_preserving
+from paradiff.solver import Batch, Deadline, EditedOutputs, Problem, Query, Round, Status
 
 SHAPE = (2, 3)
 
@@ -270,3 +282,84 @@ def test_lists_and_tuples_make_equal_methods() -> None:
     assert piadm_sde([0, 20]) == piadm_sde((0, 20))
     assert collocation([0, 20]) == collocation((0, 20))
     assert srds(range(3)).blocks == (0, 1, 2)
+
+
+# -- every public class ------------------------------------------------------------------------------------------------
+
+ROOMS = ("", ".chain", ".methods", ".models", ".pipelines", ".planning", ".samplers", ".solver")
+CLASSES = {
+    value
+    for module in (importlib.import_module(f"paradiff{room}") for room in ROOMS)
+    for value in (getattr(module, name) for name in module.__all__)
+    if inspect.isclass(value) and value.__module__.startswith("paradiff.") and not getattr(value, "_is_protocol", False)
+}
+
+
+def seen(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A network."""
+    return 0.1 * x
+
+
+def pipeline() -> diffusers.DDPMPipeline:
+    return diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler())
+
+
+def examples() -> list[Any]:
+    """An object of every public class, all alike from one call to the next."""
+    rounds: list[Round] = []
+    table = ddim(Schedule.linear(), 6)
+    solutions = [
+        sample(seen, table, Keyed(SHAPE), method, observer=rounds.append)
+        for method in (parasolver(4), srds(2), collocation(3, order=0))
+    ]
+    run = parallelize(pipeline())
+    run.pipeline.set_progress_bar_config(disable=True)
+    run(num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np")
+    zeros = torch.zeros(2, *SHAPE)
+    unet = tiny_unet()
+    return [
+        *(x for s in solutions for x in (s, s.history[0], s.error_estimates[0])),
+        *(parasolver(), srds(), collocation(), Blocks(2), underdamped_langevin(1, 2)),
+        *(Keyed(SHAPE), recorded(), table, Schedule.linear(), Grid(torch.tensor([2.0, 1.0, 0.0]), [0, 2])),
+        *(Clip(1.0), DynamicThreshold(0.9, 2.0), Status.EXACT, rounds[0], Deadline(5)),
+        *(Evaluator(seen), Problem(table=table, noise=Keyed(SHAPE)), EditedOutputs(zeros, zeros), Query(zeros[:, 0, 0], zeros)),
+        Batch(zeros, torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)),
+        *(models.Gaussian(torch.zeros(3), torch.ones(3)), models.Empirical(torch.eye(3))),
+        models.Mixture(torch.ones(2) / 2, torch.eye(2), torch.ones(2)),
+        models.Model("tiny", unet, dict(diffusers.DDPMScheduler().config)),
+        variance_preserving(Schedule.linear()),
+        Theory("sde", 64, 0.1),
+        *(run, run.report, explain(run.pipeline, num_inference_steps=4)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def two() -> list[list[Any]]:
+    return [examples(), examples()]
+
+
+def test_every_public_class_has_an_example(two: list[list[Any]]) -> None:
+    assert {type(value) for value in two[0]} == CLASSES
+
+
+def test_every_public_object_is_compared_without_an_error(two: list[list[Any]]) -> None:
+    """By its values where these can be compared at all, else by identity; its docstring then says so."""
+    for one, other in zip(*two, strict=True):
+        assert one == one
+        assert one != None  # noqa: E711
+        assert (one == other) in (True, False)
+        own = type(one).__eq__ is not object.__eq__ or isinstance(one, Status)
+        assert own or "compared by identity" in " ".join((inspect.getdoc(type(one)) or "").split()), type(one)
+
+
+def test_every_public_object_pickles(two: list[list[Any]]) -> None:
+    for value in two[0]:
+        again = pickle.loads(pickle.dumps(value))
+        assert type(again) is type(value)
+        if type(value).__eq__ is not object.__eq__ and not isinstance(value, Round):
+            assert again == value
+
+
+def test_a_run_that_is_enabled_says_why_it_does_not_pickle() -> None:
+    with parallelize(pipeline()) as run, pytest.raises(ValueError, match=r"this run is enabled; call disable\(\) before"):
+        pickle.dumps(run)

@@ -52,7 +52,7 @@ Clean = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Gaussian data, its covariance given by eigenvalues and eigenvectors.
+    """Gaussian data, its covariance given by eigenvalues and eigenvectors. Targets are compared by identity.
 
     States may be flat or of any shape with d numbers a row; results have the shape and dtype of the states. Tensors
     stay on the device they are given on: put them on that of the states, or every call copies them there.
@@ -160,7 +160,8 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A mixture of K Gaussians. A call holds a few float64 arrays `[R, K, d]`: meant for small problems.
+    """A mixture of K Gaussians. A call holds a few float64 arrays `[R, K, d]`: meant for small problems. Mixtures are compared
+    by identity.
 
     Attributes:
         weights: w `[K]`, positive, adding up to one.
@@ -236,7 +237,7 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class Empirical:
-    """Point masses of equal weight on the n data, whose optimal denoiser is equation (5).
+    """Point masses of equal weight on the n data, whose optimal denoiser is equation (5). Objects are compared by identity.
 
     The cost of a call is two matrix products of R x n x d. At sigma = 0 the estimate is the limit, the nearest datum.
 

@@ -76,7 +76,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A network, its scheduler's config, and the shape of one sample. Two models are equal if they are the same object.
+    """A network, its scheduler's config, and the shape of one sample. Models are compared by identity.
 
     Attributes:
         name: As the user gave it.

@@ -107,7 +107,7 @@ class _Parallel:
 
 
 class Run:
-    """A pipeline and the settings of its parallel calls; `parallelize` returns one.
+    """A pipeline and the settings of its parallel calls; `parallelize` returns one. Runs are compared by identity.
 
     Args:
         pipeline: The pipeline.
@@ -147,6 +147,16 @@ class Run:
         calls = f"{len(self.reports)} call{'' if len(self.reports) == 1 else 's'}"
         settings = self.settings
         return f"Run({self._plain_class.__name__}, {settings.method.name}, executor={settings.executor!r}, {state}, {calls})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the warning of an unused run.
+
+        Raises:
+            ValueError: If the run is enabled: the pipeline has a class of its own then, which does not pickle.
+        """
+        if self.enabled:
+            raise ValueError("this run is enabled; call disable() before it is pickled or copied, or leave its `with` block")
+        return {**vars(self), "_warning": None}
 
     @property
     def report(self) -> Report:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Levels and blocks.
+    """Levels and blocks. Grids are compared by identity.
 
     Attributes:
         u: `[N+1]` levels, falling, float64; the first may be infinite (pure noise), the last is above 0 or 0.

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ Levels = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """A noising process.
+    """A noising process. Processes are compared by identity.
 
     Attributes:
         name: Its name.
@@ -64,13 +65,44 @@ def signal_and_noise(u: Tensor) -> tuple[Tensor, Tensor]:
     return (-u / 2).exp(), (-torch.expm1(-u)).sqrt()
 
 
+# Functions of (alpha, sigma), none of them a local one, so that a process pickles.
+
+
 def _ones(alpha: Tensor, sigma: Tensor) -> Tensor:
     return torch.ones_like(alpha + sigma)
 
 
+def _own_level(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return -2 * alpha.log()
+
+
+def _training_time(schedule: Schedule, last: float, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return torch.where(alpha > 0, schedule.time_of(sigma / alpha.clamp(min=1e-12)), last)
+
+
+def _itself(sigma: Tensor) -> Tensor:
+    return sigma
+
+
+def _time_of_ratio(time: Callable[[Tensor], Tensor], alpha: Tensor, sigma: Tensor) -> Tensor:
+    return time(sigma / alpha)
+
+
+def _over_signal(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return 1 / alpha
+
+
+def _flow_time(train_steps: int, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return train_steps * sigma / (alpha + sigma)
+
+
+def _over_sum(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return 1 / (alpha + sigma)
+
+
 def ornstein_uhlenbeck() -> Process:
     """The process (1) itself, for scores that are functions of z and u."""
-    return Process("ornstein_uhlenbeck", lambda alpha, sigma: -2 * alpha.log(), _ones)
+    return Process("ornstein_uhlenbeck", _own_level, _ones)
 
 
 def variance_preserving(schedule: Schedule) -> Process:
@@ -82,16 +114,12 @@ def variance_preserving(schedule: Schedule) -> Process:
     pure = bool(schedule.alpha_bar[-1] == 0)
     # The capped last ratio of such a schedule may lie below its neighbours: finite levels then belong to the times before it.
     finite = Schedule(schedule.betas[:-1]) if ratio[-1] <= ratio[-2] else schedule
-
-    def time(alpha: Tensor, sigma: Tensor) -> Tensor:
-        found = finite.time_of(sigma / alpha.clamp(min=1e-12))
-        return torch.where(alpha > 0, found, float(schedule.train_steps - 1))
-
+    time = partial(_training_time, finite, float(schedule.train_steps - 1))
     lowest, highest = level_of(ratio[[0, -1]]).tolist()
     return Process("variance_preserving", time, _ones, lowest, math.inf if pure else highest, train_times=True)
 
 
-def variance_exploding(lowest: float, highest: float, time: Callable[[Tensor], Tensor] = lambda sigma: sigma) -> Process:
+def variance_exploding(lowest: float, highest: float, time: Callable[[Tensor], Tensor] = _itself) -> Process:
     """A network that sees x0 + sigma eps itself (Song et al., arXiv 2011.13456; Karras et al., arXiv 2206.00364).
 
     Args:
@@ -105,7 +133,7 @@ def variance_exploding(lowest: float, highest: float, time: Callable[[Tensor], T
     if not 0 < lowest < highest < math.inf:
         raise ValueError(f"the noise levels are {lowest} to {highest}; they must be above 0, rising and finite")
     ends = level_of(torch.tensor([lowest, highest], dtype=torch.float64)).tolist()
-    return Process("variance_exploding", lambda alpha, sigma: time(sigma / alpha), lambda alpha, sigma: 1 / alpha, *ends)
+    return Process("variance_exploding", partial(_time_of_ratio, time), _over_signal, *ends)
 
 
 def rectified_flow(train_steps: int = 1000) -> Process:
@@ -121,7 +149,7 @@ def rectified_flow(train_steps: int = 1000) -> Process:
         raise ValueError(f"the flow has {train_steps} training steps; the scale of its times must be at least 1")
     return Process(
         "rectified_flow",
-        lambda alpha, sigma: train_steps * sigma / (alpha + sigma),
-        lambda alpha, sigma: 1 / (alpha + sigma),
+        partial(_flow_time, train_steps),
+        _over_sum,
         train_times=True,
     )

@@ -86,7 +86,7 @@ class Evaluator:
     """Evaluates rows with one network on one device, in chunks of at most `max_rows`.
 
     On an accelerator that runs out of memory the chunk is halved and the rows are evaluated again; the smaller chunk is
-    kept. Nothing here waits for the device.
+    kept. Nothing here waits for the device. Evaluators are compared by identity.
 
     Args:
         denoiser: The network behind its calling convention (see `Denoiser`).

@@ -33,7 +33,7 @@ OnFinal = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """What is solved, and in which arithmetic.
+    """What is solved, and in which arithmetic. Problems are compared by identity.
 
     Attributes:
         table: The sampler.
@@ -83,7 +83,8 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """The rows of one sample that a solver wants evaluated; a solver's own kind may carry more, for its `tell`.
+    """The rows of one sample that a solver wants evaluated; a solver's own kind may carry more, for its `tell`. Queries are
+    compared by identity.
 
     Attributes:
         nodes: `[R]` fine nodes, on the CPU.
@@ -240,7 +241,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch:
-    """Rows to be evaluated in one round.
+    """Rows to be evaluated in one round. Batches are compared by identity.
 
     Attributes:
         x: `[R, ...]` states, already scaled as the network expects them.
@@ -261,7 +262,8 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class EditedOutputs:
-    """What a solver is sent in place of plain outputs where its caller changed states before the network saw them.
+    """What a solver is sent in place of plain outputs where its caller changed states before the network saw them. Objects are
+    compared by identity.
 
     Attributes:
         outputs: `[R, ...]` the network's outputs at the changed states.
