@@ -123,8 +123,11 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
                 "the state after every step; use parasolver or quasi_newton with a stride of 1"
             )
         parts = [None] * len(active) if states is None else states.split(counts)
-        told = [s.tell(q, m, x) for s, q, m, x in zip(active, queries, outputs.split(counts), parts, strict=True)]
-        swept = [(s, norms) for s, norms in zip(active, told, strict=True) if norms_of(norms, method.name) is not None]
+        told = [
+            norms_of(s.tell(q, m, x), method.name)
+            for s, q, m, x in zip(active, queries, outputs.split(counts), parts, strict=True)
+        ]
+        swept = [(s, norms) for s, norms in zip(active, told, strict=True) if norms is not None]
         records: list[Record] = []
         if swept:
             numbers = torch.cat([norms for _, norms in swept]).tolist()  # the round's one wait for the device
