@@ -3,12 +3,21 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint bench docs clean
+.PHONY: help demo test test-oldest lint bench docs clean
+
+help:
+	@echo "make demo         digits and a picture that follows a text, in parallel and step by step, into demo/"
+	@echo "make test         format, lint, types and tests"
+	@echo "make test-oldest  a part of the tests with the oldest versions that are allowed (Python 3.10, a download of 3 GB)"
+	@echo "make lint         format, lint and types alone"
+	@echo "make bench        the benchmarks' figures in benchmarks/results, afresh; hours"
+	@echo "make docs         the API reference, into docs/api/"
+	@echo "make clean        removes what these have made, but for benchmarks/results"
 
 # What the command needs.
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[cli]"
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[cli,text]"
 	touch $@
 
 # The same, and what development needs.
@@ -28,7 +37,9 @@ demo: .venv/.demo
 		--compare --trace --overwrite --out demo/sixteen
 	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.028 --seeds 0 \
 		--compare --trace --overwrite --out demo/one
-	@echo "Look at demo/sixteen/samples.png and demo/one/trace.png"
+	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 500 --method collocation \
+		--window 4 --seeds 0 --compare --trace --overwrite --out demo/text
+	@echo "Look at demo/sixteen/samples.png, demo/one/trace.png and demo/text/samples.png"
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .
@@ -60,6 +71,7 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/corrector.py --json benchmarks/results/corrector.json
 	$(BIN)/python benchmarks/pipelines.py --json benchmarks/results/pipelines.json
 	$(BIN)/python benchmarks/sparse.py --json benchmarks/results/sparse.json
+	$(BIN)/python benchmarks/front.py --json benchmarks/results/front.json
 	$(BIN)/python benchmarks/shift.py --json benchmarks/results/shift.json
 
 # The API reference, of the names that each room lists in __all__.

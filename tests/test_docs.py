@@ -145,6 +145,14 @@ def test_a_command_of_the_pages_runs(command: str, cli: Cli, tmp_path: Path, mon
             pytest.fail(f"a page gives {command!r}, which nothing here runs or looks up; mark it as not run, with a reason")
 
 
+def test_make_alone_names_every_target() -> None:
+    rules = (ROOT / "Makefile").read_text()
+    (targets,) = re.findall(r"^\.PHONY: (.*)", rules, flags=re.MULTILINE)
+    named = re.findall(r'^\t@echo "make (\S+)', rules, flags=re.MULTILINE)
+    assert ["help", *named] == targets.split()
+    assert re.findall(r"^([^\s#=]+):", rules, flags=re.MULTILINE)[1] == "help"  # after .PHONY: what `make` alone makes
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_code_is_fenced_and_names_its_language(page: Path) -> None:
     assert [b for b in blocks(page) if b.language not in LANGUAGES] == []
