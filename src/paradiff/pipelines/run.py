@@ -149,14 +149,18 @@ class Run:
         return f"Run({self._plain_class.__name__}, {settings.method.name}, executor={settings.executor!r}, {state}, {calls})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the warning of an unused run.
+        """Everything but the warning of an unused run and the lock of its calls.
 
         Raises:
             ValueError: If the run is enabled: the pipeline has a class of its own then, which does not pickle.
         """
         if self.enabled:
             raise ValueError("this run is enabled; call disable() before it is pickled or copied, or leave its `with` block")
-        return {**vars(self), "_warning": None}
+        return {name: value for name, value in vars(self).items() if name != "_turn"} | {"_warning": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the state of another run, with a lock of its own."""
+        vars(self).update(state, _turn=threading.Lock())
 
     @property
     def report(self) -> Report:
