@@ -56,7 +56,7 @@ def test_a_record_that_nobody_reads_is_harmless(name: str, executor: str) -> Non
 def test_without_checks_the_faults_would_be_seen_in_the_result() -> None:
     """What the tests above guard against: the networks' memory is felt."""
     felt = []
-    for name in ("Counter", "Buffered", "Momentum", "Late", "closure", "hook"):
+    for name in ("Counter", "Momentum", "Late", "closure", "hook"):
         plain, found, report = both(WITH_MEMORY[name], check="off")
         assert report.executor != "sequential"
         felt.append(float((found - plain).abs().max()) > 10 * BOUND)
