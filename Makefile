@@ -33,9 +33,9 @@ help:
 	touch .venv/.demo $@
 
 demo: .venv/.demo
-	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.028 --seeds 0-15 \
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.014 --seeds 0-15 \
 		--compare --trace --overwrite --out demo/sixteen
-	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.028 --seeds 0 \
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.014 --seeds 0 \
 		--compare --trace --overwrite --out demo/one
 	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 500 --method collocation \
 		--window 4 --seeds 0 --compare --trace --overwrite --out demo/text

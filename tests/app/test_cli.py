@@ -480,11 +480,11 @@ def test_a_deadline_that_ended_a_run_is_an_exit_code(
 def test_what_took_effect_is_written(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert cli("sample", tiny, *SHORT, "--out", tmp_path / "window").code == 0
     found = read(tmp_path / "window")["effective"]
-    assert (found["tolerance"], found["window"], found["parts"], found["unit"]) == (2.4e-2, 10, 10, "nodes")
+    assert (found["tolerance"], found["window"], found["parts"], found["unit"]) == (4e-3, 10, 10, "nodes")
     assert found["method_options"]["window"] == 10
     assert cli("sample", tiny, *SHORT, "--method", "srds", "--out", tmp_path / "srds").code == 0
     found = read(tmp_path / "srds")["effective"]
-    assert (found["tolerance"], found["window"], found["parts"], found["unit"]) == (6e-3, 4, 4, "blocks")
+    assert (found["tolerance"], found["window"], found["parts"], found["unit"]) == (4e-3, 4, 4, "blocks")
     assert found["method_options"]["blocks"] == 4
 
 

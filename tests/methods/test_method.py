@@ -134,7 +134,7 @@ def test_presets_hold_what_their_papers_say() -> None:
     published = paradigms(10)
     assert (published.slope, published.predictor, published.rule, published.tolerance) == (identity, "copy", "change", 0.1)
     found = parasolver(10)
-    assert (found.slope, found.predictor, found.rule, found.tolerance, found.warmup) == (identity, "clean", "error", 2.4e-2, 0)
+    assert (found.slope, found.predictor, found.rule, found.tolerance, found.warmup) == (identity, "clean", "error", 4e-3, 0)
     assert parasolver(rule="change").tolerance == 0.1
     assert parasolver(tolerance=0.3, rule="change").tolerance == 0.3
     assert parasolver(slope=freeze_clean_data).slope is freeze_clean_data

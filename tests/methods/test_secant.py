@@ -253,8 +253,8 @@ def test_images_that_share_a_window_need_as_many_rounds_as_the_slower_alone() ->
     assert gap(together.sample[0], alone.sample) < 2 * 1e-4 * 6**0.5
 
 
-@pytest.mark.parametrize("strength", [2.0, 5.0, 10.0])
-def test_a_stiff_network_takes_fewer_rounds_than_the_slope_alone_at_no_larger_error(strength: float) -> None:
+@pytest.mark.parametrize(("strength", "tolerance"), [(2.0, 3e-4), (5.0, 3e-4), (10.0, 1.5e-4)])
+def test_a_stiff_network_takes_fewer_rounds_than_the_slope_alone_at_no_larger_error(strength: float, tolerance: float) -> None:
     table, size = ddim(Schedule.linear(), 40), 16
     mix = random(size, size, seed=2) / size**0.5
 
@@ -268,13 +268,13 @@ def test_a_stiff_network_takes_fewer_rounds_than_the_slope_alone_at_no_larger_er
         found = sample(stiff, table, Keyed((size,)), method, dtype=torch.float64)
         return found.rounds, float((found.sample[0] - wanted).square().mean().sqrt())
 
-    rounds, error = solved(parasolver(slope=SLOPE))
-    fewer, smaller = solved(quasi_newton(tolerance=1e-3))
+    rounds, error = solved(parasolver(tolerance=7.5e-3, slope=SLOPE))
+    fewer, smaller = solved(quasi_newton(tolerance=tolerance))
     assert fewer < rounds
-    assert smaller <= error < 2.4e-2  # the tolerance
+    assert smaller <= error < 4e-3  # the tolerance
     fewest, largest = solved(quasi_newton())
     assert fewest <= fewer
-    assert largest < 2.4e-2
+    assert largest < 4e-3
 
 
 def test_iterates_that_repeat_exactly_leave_the_pairs_and_everything_finite() -> None:

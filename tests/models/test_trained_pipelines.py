@@ -78,7 +78,7 @@ def test_a_text_pipeline_with_guidance_needs_a_third_of_its_rounds(shapes: Any, 
     assert report.steps == 50
     assert report.rounds <= 15
     assert report.error_estimate is not None
-    assert report.error_estimate.estimated_error <= 2.4e-2  # the tolerance, which the real error stays well below
+    assert report.error_estimate.estimated_error <= 4e-3  # the tolerance
     assert error(found, plain) < 1e-2 * float(plain.std())
     assert report.warnings == []
 

@@ -16,13 +16,12 @@ measured where they stand:
 
 A node whose state is wrong by e changes the sample by about s e, with the factor
 
-    s[n] = k max(s0[n] (1 + d[n]), 0.6)                                                                         (2)
+    s[n] = max(s0[n] (1 + d[n]), 0.6)                                                                           (2)
 
 where s0 is the factor for Gaussian data of mean square 1, (alpha^2 + sigma^2)^(-1/2) for deterministic chains (the
-probability-flow map) and alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state). The rest,
-with k = 2 for stochastic chains, which forget, and 32 for deterministic ones, which do not, allows for what Gaussian data lack.
-On trained networks most states stay below (2), and single ones exceed it sixfold for a while; so a sum of s e is an estimate of
-the sample's error, not a bound.
+probability-flow map) and alpha/(alpha^2 + sigma^2) for stochastic ones (the regression of the sample on the state). The rest
+allows for what Gaussian data lack. Methods multiply s by a caution of their own (`WindowControl`, `PararealControl`), since on
+trained networks single states exceed (2) sixfold for a while. So a sum of s e estimates the sample's error, and is no bound.
 
 A sweep with slope G that changes a node by delta leaves an error of about (J - G) delta at the next one, with J the derivative
 of the step. J is unknown, but lies between those of two extreme networks, a frozen clean-data estimate and a frozen noise
@@ -40,8 +39,6 @@ from torch import Tensor
 
 from paradiff.chain.slope import carried, freeze_clean_data, freeze_epsilon, resolve
 from paradiff.chain.table import Table
-
-STOCHASTIC_CAUTION, DETERMINISTIC_CAUTION = 2.0, 32.0  # k
 
 
 def noise_units(table: Table, edges: list[int]) -> Tensor:
@@ -68,16 +65,11 @@ def decision(log_snr: Tensor) -> Tensor:
     return 4 * torch.sigmoid(log_snr) * torch.sigmoid(-log_snr)
 
 
-def response(table: Table) -> Tensor:
-    """`[N+1]` factor by which a change of a node reaches the sample on ordinary data: equation (2) with k = 1."""
+def sensitivity(table: Table) -> Tensor:
+    """`[N+1]` s of equation (2): the factor by which a change of a node reaches the sample."""
     square = table.alpha**2 + table.sigma**2
     gaussian = table.alpha / square if table.stochastic else square.rsqrt()
     return (gaussian * (1 + decision(log_snr(table)))).clamp(min=0.6)
-
-
-def sensitivity(table: Table) -> Tensor:
-    """`[N+1]` the same with the caution k of equation (2)."""
-    return (STOCHASTIC_CAUTION if table.stochastic else DETERMINISTIC_CAUTION) * response(table)
 
 
 def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:

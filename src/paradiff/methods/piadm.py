@@ -22,12 +22,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paradiff.chain.slope import DATA_VARIANCE, Slope, freeze_epsilon, identity, shifted
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
 from paradiff.methods.window.method import WindowMethod
 from paradiff.methods.window.options import Chains, Predictor
-
-TOLERANCE = 2.4e-2
 
 
 def _method(
@@ -54,7 +53,7 @@ def _method(
         slope=own if slope is None else slope,
         window=window,
         predictor=predictor if predictor is not None else "copy" if published else "clean",
-        tolerance=0.0 if published else TOLERANCE if tolerance is None else tolerance,
+        tolerance=0.0 if published else DEFAULT_TOLERANCE if tolerance is None else tolerance,
         rule="sweeps" if published else "error",
         sweeps=sweeps,
         blocks=Blocks(blocks, stagger, carry),
@@ -90,7 +89,7 @@ def piadm_sde(
         predictor: The initial guess for a block's path (methods/window/options.py): by default the paper's `copy` of its first
             state with `sweeps`, and else `clean`.
         tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate, in the data's units;
-            2.4e-2 by default.
+            4e-3 by default.
         stagger: Sweeps of a block after which the next one joins it, the diagonal schedule (Zhou and Sugiyama, arXiv
             2412.07435); None for blocks in turn.
         carry: Whether changes cross the edges of blocks in flight together in the same sweep; the published schedule lets
@@ -135,7 +134,7 @@ def piadm_ode(
         predictor: The initial guess for a block's path (methods/window/options.py): by default the paper's `copy` of its first
             state with `sweeps`, and else `clean`.
         tolerance: Without `sweeps`, the root mean square error that the sample may have by estimate, in the data's units;
-            2.4e-2 by default.
+            4e-3 by default.
         stagger: Sweeps of a block after which the next one joins it, the diagonal schedule (Zhou and Sugiyama, arXiv
             2412.07435); None for blocks in turn.
         carry: Whether changes cross the edges of blocks in flight together in the same sweep; the published schedule lets

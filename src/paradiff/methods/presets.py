@@ -26,7 +26,7 @@ from typing import Literal, get_args
 
 from paradiff.chain.slope import DATA_VARIANCE, Slope, identity, shifted, zero
 from paradiff.errors import require_one_of
-from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, CollocationControl
+from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.mesh_store import require_store
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.options import Target
@@ -34,6 +34,7 @@ from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.parareal.options import Choice, Ordering, StopRule
 from paradiff.methods.piadm import piadm_ode as piadm_ode
 from paradiff.methods.piadm import piadm_sde as piadm_sde
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.methods.window.method import WindowMethod
 
 
@@ -42,7 +43,7 @@ def sequential() -> WindowMethod:
     return WindowMethod("sequential", slope=zero, window=1, predictor="copy", tolerance=0.0)
 
 
-def jacobi(window: int | None = None, tolerance: float = 2.4e-2) -> WindowMethod:
+def jacobi(window: int | None = None, tolerance: float = DEFAULT_TOLERANCE) -> WindowMethod:
     """Jacobi (fixed-point) iteration: every node takes its step from the last sweep's states.
 
     Source: Song, Meng, Liao and Ermon, "Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving",
@@ -108,7 +109,7 @@ def parasolver(
 
     Args:
         window: Sub-intervals solved at once; None for all.
-        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 2.4e-2 by default. With
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 4e-3 by default. With
             rule `change`, in units of the standard deviation of the noise between nodes, 0.1 by default.
         stride: Steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
         warmup: Steps taken one after the other before the window opens.
@@ -117,13 +118,13 @@ def parasolver(
     """
     require_one_of("rule", rule, ("error", "change"))
     if tolerance is None:
-        tolerance = 0.1 if rule == "change" else 2.4e-2
+        tolerance = 0.1 if rule == "change" else DEFAULT_TOLERANCE
     return WindowMethod("parasolver", slope, window, stride, warmup, "clean", tolerance, rule)
 
 
 def quasi_newton(
     window: int | None = None,
-    tolerance: float = 2.4e-2,
+    tolerance: float = DEFAULT_TOLERANCE,
     *,
     secants: int = 3,
     slope: Slope | None = None,
@@ -185,7 +186,7 @@ def srds(
             whose nodes are fine nodes; or a slope (chain/slope.py), which costs no network calls and makes the method
             ParaSolver's over whole blocks.
         ordering: Of the rows: `pipelined`, or `batched` with barriers between sweeps.
-        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 6e-3 by default. With
+        tolerance: With rule `error`, the root mean square error that the sample may have by estimate, 4e-3 by default. With
             `change`, in units of the standard deviation of the noise of a step between block edges, 0.1 by default. With
             `sample`, the root mean square change of the sample in its own units, 4e-3 by default; with `image`, the mean
             change of the picture in grey levels of 0 ... 255, 0.1 by default (the threshold of a public implementation).
@@ -196,7 +197,7 @@ def srds(
     """
     require_one_of("rule", rule, get_args(StopRule))
     if tolerance is None:
-        tolerance = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule]
+        tolerance = {"error": DEFAULT_TOLERANCE, "change": 0.1, "sample": 4e-3, "image": 0.1}[rule]
     return PararealMethod("srds", blocks, coarse, ordering, tolerance, rule, iterations, window, rows)
 
 

@@ -369,7 +369,7 @@ def test_coarse_steps_share_a_block_evenly_and_are_no_more_than_its_own() -> Non
 
 
 def test_the_tolerance_has_a_default_for_each_rule() -> None:
-    rules: dict[StopRule, float] = {"error": 6e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}
+    rules: dict[StopRule, float] = {"error": 4e-3, "change": 0.1, "sample": 4e-3, "image": 0.1}
     for rule, tolerance in rules.items():
         assert srds(rule=rule).tolerance == tolerance
         assert srds(rule=rule, tolerance=0.3).tolerance == 0.3

@@ -15,7 +15,7 @@ from problems import EXACT, SHAPE, TABLES, gap, mixture, network
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Solution, Table, sample, sequential, srds
-from paradiff.chain.sensitivity import noise_units, response
+from paradiff.chain.sensitivity import noise_units, sensitivity
 from paradiff.methods import PararealMethod
 from paradiff.methods.parareal.coarse import propagator_mismatch
 from paradiff.methods.parareal.control import PararealControl
@@ -368,7 +368,7 @@ def test_every_value_of_a_run_follows_the_stated_equations(name: str, decision: 
     signal, noise = table.alpha[edges[:-1]] ** 2, table.sigma[edges[:-1]] ** 2
     w = signal / (signal + noise)
     h = (propagator_mismatch(table, method.propagator(table, edges), edges) * (0.3 + 4 * decision * w * (1 - w))).tolist()
-    s = response(table)[edges].tolist()
+    s = sensitivity(table)[edges].tolist()
     variance = [float(table.alpha[n] ** 2 / 4 + table.sigma[n] ** 2) for n in edges]
     found = solved(table, method)
     level = {(edge, p): change for w in found.history if isinstance(w, PararealRecord) for edge, p, change in w.values}

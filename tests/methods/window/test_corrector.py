@@ -534,4 +534,4 @@ def test_the_status_says_what_the_estimate_leaves_out() -> None:
     """A corrector of fewer sweeps than steps has an error of its own, which no estimate covers."""
     for sweeps, said in ((2, "; not in it: the corrector's 4 steps were swept 2 times, as asked"), (4, "")):
         found = run(OU, piadm_ode(GRID.edges, None, underdamped_langevin(4, sweeps)))
-        assert found.message == f"converged: the estimated error of every sample is at most 0.024{said}"
+        assert found.message == f"converged: the estimated error of every sample is at most 0.004{said}"

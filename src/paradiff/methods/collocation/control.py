@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.errors import require_between, require_kind, require_real, require_whole
-
-DEFAULT_TOLERANCE = 4e-3
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ from typing import Literal, get_args
 
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
-from paradiff.methods.collocation.control import DEFAULT_TOLERANCE, HIGHER_ORDER, ORDER_ZERO, CollocationControl
+from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 from paradiff.methods.face import Face, settle
 from paradiff.methods.secant import MOST_PAIRS
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 
 Target = Literal["chain", "ode", "sde"]
 

@@ -33,6 +33,7 @@ from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, r
 from paradiff.methods.face import Face, settle
 from paradiff.methods.parareal.coarse import Coarse, between, of_table, one_step, two_step
 from paradiff.methods.parareal.control import PararealControl
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 
 Ordering = Literal["pipelined", "batched"]
 StopRule = Literal["error", "change", "sample", "image"]
@@ -64,7 +65,7 @@ class PararealOptions(Face):
     blocks: int | Sequence[int] | None = None
     coarse: Choice = "one step"
     ordering: Ordering = "pipelined"
-    tolerance: float = 6e-3
+    tolerance: float = DEFAULT_TOLERANCE
     rule: StopRule = "error"
     iterations: int | None = None
     window: int | None = None

@@ -2,7 +2,7 @@
 """The stopping rule: the values that Parareal gives to block edges, and how far each may be trusted.
 
 After iteration p the error left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|. Carried along the chain as Gaussian data
-would carry it (f) it gives e, the error expected of the edge; carried to the sample by chain/sensitivity.py's response s it
+would carry it (f) it gives e, the error expected of the edge; carried to the sample by chain/sensitivity.py's factor s it
 gives the estimated error of the sample, `control.caution` times theta times the sum of
 
     e[n+1] = f[n] e[n] + h[n] |change n|,       estimate[n+1] = estimate[n] + s[n+1] h[n] |change n|                (1)
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from paradiff.chain.sensitivity import decision, log_snr, noise_units, response
+from paradiff.chain.sensitivity import decision, log_snr, noise_units, sensitivity
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, propagator_mismatch
@@ -103,7 +103,7 @@ class StoppingRule:
         self._units = [0.0, *(method.tolerance * noise_units(table, list(edges))).tolist()]
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
             self._units[-1] = self._units[-2]
-        self._response = response(table)[list(edges)].tolist()
+        self._sensitivity = sensitivity(table)[list(edges)].tolist()
         control = method.control
         factor = control.stochastic_decision if table.stochastic else control.deterministic_decision
         caution = control.least_mismatch + factor * decision(log_snr(table)[list(edges[:-1])])
@@ -139,7 +139,7 @@ class StoppingRule:
         elif previous is not None:
             left = self._mismatch[i] * source.change
             run.error = self._carried[i] * source.error + left
-            run.estimate = source.estimate + self._response[i + 1] * left
+            run.estimate = source.estimate + self._sensitivity[i + 1] * left
             run.residual = max(source.residual, source.change)
         run.seen, run.predicted = source.seen, source.predicted
         if previous is not None:

@@ -7,9 +7,9 @@ about (J - G) delta at the next node, and these errors add up along the window:
     e[n+1] = theta sum_{k<=n} h[k] |delta[k]|                                                                    (1)
 
 with h of chain/sensitivity.py, equation (3). theta is observed: a node that stays in the window is swept again, and the change
-it then sees is the error it had. A node that becomes final carries its error to the sample with the factor s of
-chain/sensitivity.py, equation (2); so the sum of s e over the nodes at which a sample's window came to begin is an estimate of
-its error, not a bound.
+it then sees is the error it had. A node that becomes final carries its error to the sample with the factor k s: s of
+chain/sensitivity.py, equation (2), and k the caution of control.py. So the sum of k s e over the nodes at which a sample's
+window came to begin is an estimate of its error, not a bound.
 
 With the rule `error` a sample may use its tolerance along the chain in proportion to the sum of h s^(1/2) passed.
 """
@@ -26,14 +26,14 @@ class ErrorBudget:
 
     Args:
         error: `[M]` h of equation (1), the `slope_error`.
-        factor: `[M+1]` s, the `sensitivity` of the nodes.
+        factor: `[M+1]` k s of the nodes.
         control: The tuned numbers.
         sloped: Whether changes are carried by a slope; without one, sweeps leave all errors in place but the first, and theta
             is 1 at least.
 
     Attributes:
         theta: The observed contraction.
-        used: Sum of s e over the nodes at which the window came to begin, in the data's units.
+        used: Sum of k s e over the nodes at which the window came to begin, in the data's units.
         residual: The largest root mean square change of a node that was accepted before it stopped changing.
     """
 
@@ -62,7 +62,7 @@ class ErrorBudget:
         self._first, self._change = first, change
 
     def cost_of(self, passed: int) -> float:
-        """The error that accepting `passed` nodes uses: s e at the last of them."""
+        """The error that accepting `passed` nodes uses: k s e at the last of them."""
         return self._factor[self._first + passed] * self.theta * self._errors[passed - 1]
 
     def accept(self, passed: int) -> None:

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from paradiff.errors import require_between
+from paradiff.errors import require_between, require_real
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowControl:
-    """The tuned numbers of the error budget (budget.py). None of them was scanned on its own.
+    """The tuned numbers of the error budget (budget.py). The cautions were fitted so that 95 of 100
+    samples err by less than their estimate (benchmarks/tolerance.py); none of the others was scanned on its own.
 
     Attributes:
+        stochastic_caution: k of budget.py on stochastic chains, which forget; positive. A larger one lets nodes pass later.
+        deterministic_caution: The same on deterministic chains, which do not forget.
+        secant_caution: Factor of k on stochastic chains for methods with secant pairs, 1 or more: pairs lower the changes that
+            a sweep sees sooner than the errors, so that theta comes out too small.
         first_theta: Contraction that is assumed before any was observed, 0 ... 1. A larger one lets the first nodes pass later.
         least_theta: The smallest contraction believed of a method with a slope, 0 ... 1: a smaller one may be chance.
         forgetting: Share of theta that survives a sweep which observed less, 0 ... 1. A larger one lets nodes pass later.
@@ -21,6 +27,9 @@ class WindowControl:
         ValueError: If a number is out of its range.
     """
 
+    stochastic_caution: float = 1.0
+    deterministic_caution: float = 10.0
+    secant_caution: float = 3.0
     first_theta: float = 0.5
     least_theta: float = 0.02
     forgetting: float = 0.7
@@ -28,3 +37,17 @@ class WindowControl:
     def __post_init__(self) -> None:
         for name in ("first_theta", "least_theta", "forgetting"):
             require_between(f"the control's {name}", getattr(self, name), 0, 1)
+        for name in ("stochastic_caution", "deterministic_caution"):
+            require_real(f"the control's {name}", getattr(self, name), positive=True)
+        require_between("the control's secant_caution", self.secant_caution, 1, math.inf)
+
+    def caution(self, stochastic: bool, secants: bool) -> float:
+        """k of budget.py.
+
+        Args:
+            stochastic: Whether the chain is.
+            secants: Whether secant pairs correct the slope.
+        """
+        if not stochastic:
+            return self.deterministic_caution
+        return self.stochastic_caution * (self.secant_caution if secants else 1)

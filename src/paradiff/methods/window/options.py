@@ -13,6 +13,7 @@ from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.face import Face, settle
 from paradiff.methods.secant import MOST_PAIRS
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import Corrector
@@ -58,7 +59,7 @@ class WindowOptions(Face):
     stride: int | Sequence[int] = 1
     warmup: int = 0
     predictor: Predictor = "clean"
-    tolerance: float = 2.4e-2
+    tolerance: float = DEFAULT_TOLERANCE
     rule: Rule = "error"
     sweeps: int | None = None
     blocks: Blocks | None = None

@@ -36,7 +36,7 @@ class WindowSetup:
         blocks: Edges of the blocks, as numbers of sub-intervals.
         exact_after: Sweeps after which every block is exact.
         slope: `[M, P]` G over the sub-intervals; `sloped` says whether any of it is not 0.
-        slope_error: `[M]` h of budget.py's equation (1), and `factor` `[M+1]` s of its equation (2).
+        slope_error: `[M]` h of budget.py's equation (1), and `factor` `[M+1]` k s of the same.
         recurrence: The predictor's coefficients.
         passes: The rule by which nodes pass.
     """
@@ -70,7 +70,8 @@ class WindowSetup:
                 for j in range(table.band):
                     self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
         self.sloped = bool(self.slope.any())
-        error, factor = slope_error(table, self.slope, self.edges), sensitivity(table)[self.edges]
+        error = slope_error(table, self.slope, self.edges)
+        factor = method.control.caution(table.stochastic, method.secants > 0) * sensitivity(table)[self.edges]
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()
         self._shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)

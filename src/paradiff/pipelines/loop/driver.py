@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paradiff.chain.sensitivity import DETERMINISTIC_CAUTION, STOCHASTIC_CAUTION
 from paradiff.chain.table import Table
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.callback import Callback
@@ -25,6 +24,9 @@ from paradiff.solver.protocol import Batch, EditedOutputs, Method, Observer, Rou
 from paradiff.solver.solution import Solution
 
 HALF = (torch.float16, torch.bfloat16)
+STOCHASTIC_ROUNDING, DETERMINISTIC_ROUNDING = 3.0, 10.0
+"""Smallest tolerance, in units of the relative precision of a network of these dtypes, on either kind of chain: rounding moves
+outputs by the precision, and estimates count that with a caution (methods/window/control.py)."""
 
 
 class LoopSolver:
@@ -182,9 +184,8 @@ class LoopSolver:
     def _fitted(self, dtype: torch.dtype) -> Method:
         """The method for this call, with a tolerance that a network of that dtype resolves."""
         least = 0.0
-        if dtype in HALF:  # rounding moves outputs by eps, and the estimate counts it with the caution of its kind of chain
-            caution = STOCHASTIC_CAUTION if self.table.stochastic else DETERMINISTIC_CAUTION
-            least = caution * torch.finfo(dtype).eps
+        if dtype in HALF:
+            least = (STOCHASTIC_ROUNDING if self.table.stochastic else DETERMINISTIC_ROUNDING) * torch.finfo(dtype).eps
         fitted = self.method.in_loop(self.table, least)
         self.raised_tolerance = None if fitted.tolerance == self.method.tolerance else fitted.tolerance
         return fitted
