@@ -29,6 +29,14 @@ class NeedsOrder(Unsupported):
     """A network's calls depend on those before, so that they are right in the loop's own order alone, whatever the executor."""
 
 
+class Carried(NeedsOrder):
+    """Evidence that a loop keeps something from one pass to the next, which no executor can follow."""
+
+
+class MixedWindows(NeedsLanes):
+    """The loop body mixed the states of two rounds, which belong to other nodes."""
+
+
 class MissingPackage(ImportError):
     """A package of an extra that is not installed. The text is a sentence: what needs it, and how to install it."""
 

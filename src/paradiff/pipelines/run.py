@@ -23,8 +23,9 @@ from typing import Any, cast
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.utils import _pytree
 
-from paradiff.errors import NeedsLanes, NeedsOrder, Unsupported
+from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, Unsupported
 from paradiff.methods.presets import parasolver
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
@@ -32,15 +33,21 @@ from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.source import obstacles, reads_index
+from paradiff.pipelines.loop.whole_call import call_and_last_state, difference
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching, Check
 from paradiff.pipelines.network.hooks import stateful_hooks
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
-from paradiff.pipelines.tensor.windowed import first_line
+from paradiff.pipelines.tensor.windowed import Windowed, first_line
 from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.solution import Status
+
+NOTHING_GAINED = (
+    "it took as many rounds as steps, so nothing was gained: the tolerance may be finer than the networks' answers allow, the "
+    "window too narrow, or the loop may keep more than its state from one pass to the next, which check='every' looks for"
+)
 
 
 def parallelize(
@@ -281,7 +288,16 @@ class Run:
                 met |= not isinstance(error, Unsupported) or error.__cause__ is not None
                 reason = str(error) if isinstance(error, Unsupported) else _met(error)
                 go_on = (solver.started and not isinstance(error, NeedsOrder)) or isinstance(error, NeedsLanes)
+                if isinstance(error, MixedWindows) and self.settings.check == "off":
+                    go_on = False  # It may be an edit, which lanes can follow, or a kept value: the audit would tell.
             else:
+                if self.settings.check == "every" and solver.done and not solver.interrupted:
+                    assert beginning is not None
+                    beginning.restore()
+                    plain, wrong = self._plain_beside(Callback.without(arguments), solver, batching)
+                    if wrong is not None:
+                        result, notes = plain, [*notes, f"{executor}: {wrong}; the plain call's result is returned"]
+                        warnings.warn(notes[-1], RuntimeWarning, stacklevel=4)
                 if solver.started:
                     self.reports.append(self._report(executor, solver, batching, refused, time.perf_counter() - begin, notes))
                 else:
@@ -304,6 +320,14 @@ class Run:
             warnings.warn(notes[0], RuntimeWarning, stacklevel=4)
         self.reports.append(self._sequential_report(refused, time.perf_counter() - begin, notes))
         return result
+
+    def _plain_beside(self, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> tuple[Any, str | None]:
+        """What the plain call returns, and a clause if its sample is not the parallel call's."""
+        scheduler, solution = cast(Any, self.pipeline).scheduler, solver.solution
+        assert solution is not None
+        plain, last = call_and_last_state(scheduler, functools.partial(self._plain_call, self.pipeline, **arguments))
+        estimate = solution.error_estimates[0].estimated_error
+        return plain, difference(solver.final, last, estimate, batching.eps)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name; those of `*args` as a tuple."""
@@ -347,9 +371,15 @@ class Run:
         if found:
             notes.append(found[0])
             return []
+        reads = reads_index(self._plain_class)
+        if self.settings.executor == "vector" and reads:
+            notes.append(
+                f"vector: its loop reads its step number, for which each state needs a lane of its own: {reads[0].strip()}"
+            )
+            return []
         if self.settings.executor != "auto":
             return [self.settings.executor]
-        return ["vector", "lanes"] if reads_index(self._plain_class) == [] else ["lanes"]
+        return ["vector", "lanes"] if reads == [] else ["lanes"]
 
     def _try(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
         """The pipeline's own call, with a scheduler proxy and boundaries before its networks."""
@@ -371,16 +401,20 @@ class Run:
                 if solver.interrupted:
                     interrupt.set()
             else:
-                loop = Vector(scheduler, solver, batching)
+                generators = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
+                loop = Vector(scheduler, solver, batching, generators)
                 object.__setattr__(pipeline, "scheduler", loop.scheduler)
                 try:
-                    result = self._plain_call(pipeline, **arguments)
+                    with loop.mixing():
+                        result = self._plain_call(pipeline, **arguments)
                 finally:
                     object.__setattr__(pipeline, "scheduler", scheduler)
             if (replaced := installed.replaced()) is not None:
                 raise NeedsOrder(f"the forward of {replaced} is replaced in the call")
         if not solver.started and interrupt:
             return result  # The loop passed over all its steps, as that of the plain call does.
+        if _holds_windows(result):
+            raise NeedsLanes("the loop edits its last state, or returns tensors, with the states of a window")
         if not solver.done:
             raise Unsupported("its loop took no step" if not solver.started else "its loop ended before its states were solved")
         return result
@@ -425,6 +459,8 @@ class Run:
         if solver.ended < solver.table.steps:
             status, message = Status.STOPPED, Status.STOPPED.message(f"the call was interrupted after step {solver.ended}")
         parts, unit = solver.fitted.progress(solver.table)
+        if solver.passes >= solver.table.steps and solver.width > 1:
+            notes = [*notes, NOTHING_GAINED]
         return Report(
             pipeline=self._plain_class.__name__,
             scheduler=type(cast(Any, self.pipeline).scheduler).__name__,
@@ -483,6 +519,13 @@ def _met(error: Exception) -> str:
     """The clause for an error that a try met."""
     text = first_line(error)
     return f"the parallel run met {type(error).__name__}{f': {text}' if text else ''}"
+
+
+def _holds_windows(result: Any) -> bool:
+    """Whether there are windowed tensors in nested dicts, lists and tuples."""
+    if isinstance(result, dict):
+        return any(map(_holds_windows, result.values()))
+    return isinstance(result, Windowed) or (isinstance(result, list | tuple) and any(map(_holds_windows, result)))
 
 
 def _warn_of_a_dropped_run(kind: str) -> None:

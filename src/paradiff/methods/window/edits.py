@@ -61,13 +61,15 @@ class Edits:
     def advance(self, passed: int, states: Tensor) -> None:
         """The window slides by `passed` nodes.
 
+        A state y that is passed over will not be shown again, but a multistep sampler still reads what would come of it. That
+        is E(y) = E(y') + y - y' up to E's share of the change since y', which was shown last.
+
         Args:
             passed: How many.
-            states: `[.., ...]` states from the window's first node on; those passed over, which a multistep sampler still
-                reads, are put as they would be shown.
+            states: `[.., ...]` states from the window's first node on; those passed over become E(y).
         """
         if self._before is not None:
             handed, shown = self._before
             for n in range(1, min(passed, len(shown))):
-                states[n] = self.spare(states[n], shown[n])
+                states[n] = self.spare(shown[n] + (states[n] - handed[n]), shown[n])
             self._before = handed[passed:], shown[passed:]

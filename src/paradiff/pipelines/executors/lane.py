@@ -23,8 +23,11 @@ from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.shared_call import Shape, SharedCall
-from paradiff.pipelines.loop.first_step import FirstStep
-from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler
+from paradiff.pipelines.loop.driver import AFTER_THE_STEP
+from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_time
+from paradiff.pipelines.loop.ledger import Ledger, ledger
+from paradiff.pipelines.loop.random_watch import RandomWatch
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 
@@ -47,6 +50,8 @@ class Lane(greenlet.greenlet):
     Attributes:
         node: The node of the present pass, and the number that `enumerate` yields.
         dry: Whether the present pass is a dry one (lanes.py).
+        walked: Nodes whose passes the lane made one after the other up to the present one, dry ones left out.
+        seen: Nodes of all passes that the lane ever made.
         turns: The next passes, as (node, dry).
         state: The state that the step before the next pass that is not dry returns.
         call: The network call for which the lane waits, or None.
@@ -54,7 +59,8 @@ class Lane(greenlet.greenlet):
         task: A function to run within the lane, in its modes and context, when it is resumed; or None.
         output: The model output that the loop gave its step in the present pass.
         sample: The sample that the loop gave its step.
-        edited: Whether the loop changed the state that it got from the step before.
+        audited: Whether the present pass is compared with that of another lane.
+        ledger: What the loop counts and collects (ledger.py), at the step of an audited pass.
         modes: torch's modes within the lane.
     """
 
@@ -73,21 +79,23 @@ class Lane(greenlet.greenlet):
             if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider holds its step number
                 attributes[name] = copy.copy(value)
         self.node, self.dry, self.turns = 0, False, deque[tuple[int, bool]]()
+        self.walked, self.seen = range(0), set[int]()
         self.state: Tensor | None = None
         self.call: NetworkCall | None = None
         self.result: Any = None
         self.task: Callable[[], Any] | None = None
         self.output: Any = None
         self.sample: Any = None
-        self.edited = False
+        self.audited, self.ledger = False, Ledger()
         self._inside = self._over = self._leading = False
         self._iterations = Iterations()
         self._begun = 0
-        self._marks: dict[int, tuple[int, int, list[Tensor], Scope | None]] = {}
+        self._marks: dict[int, tuple[int, int, RandomWatch, Scope | None]] = {}
         self._stepped = True
         self._time: Tensor | None = None
         self._handed: Tensor | None = None
-        self._version = -1
+        self._generators = [g for g in _pytree.tree_leaves(keywords) if isinstance(g, torch.Generator)]
+        self._watch = RandomWatch(self._generators)
         self._calls: list[Any] = []
         self._played = 0
         self._known: dict[Key, Known] = {}
@@ -106,7 +114,8 @@ class Lane(greenlet.greenlet):
         """An iteration that may turn out to be the loop."""
         for position, time in enumerate(self._iterations.walk(timesteps, self._passes)):
             if position == 0 and not self._inside:
-                self._marks[id(timesteps)] = number, len(self._shared.log.entries), self._shared.random_states(), scope
+                watch = RandomWatch(self._generators)
+                self._marks[id(timesteps)] = number, len(self._shared.log.entries), watch, scope
                 self._calls, self._stepped = [], False
             yield time
 
@@ -115,20 +124,32 @@ class Lane(greenlet.greenlet):
         shared = self._shared
         if not self._inside:
             self._inside = True
+            seal(self.scheduler, shared.running)
             if self._played != len(shared.log.entries):
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
             raise Unsupported("the loop passed over a step")
+        else:
+            self._watch.check()
         while self.turns:
-            self.node, self.dry = self.turns.popleft()
+            self._turn(*self.turns.popleft())
             self._calls, self._stepped = [], False
             if shared.index is not None:
                 place(self.scheduler, shared.index + self.node)
             self._time = shared.solver.first.timesteps[self.node]
+            self._watch.mark()
             yield self._time
             if not self._stepped:
                 raise Unsupported("the loop passed over a step")
+            self._watch.check()
         self._inside, self._over = False, True
+
+    def _turn(self, node: int, dry: bool) -> None:
+        """Begins the pass of a node."""
+        straight = bool(self.walked) and node == self.walked.stop
+        self.walked = range(0) if dry else range(self.walked.start if straight else node, node + 1)
+        self.seen.add(node)
+        self.node, self.dry = node, dry
 
     def count(self, iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
         """`enumerate`, which numbers the loop's times by their nodes."""
@@ -151,9 +172,12 @@ class Lane(greenlet.greenlet):
         if self._over:
             raise Unsupported("the call has a second loop")
         if not self._inside:
-            self._begin(output, sample, kwargs)
+            self._begin(output, timestep, sample, kwargs)
+        else:
+            self._watch.check()
         if self._stepped:
             raise Unsupported("the loop takes several steps in one iteration")
+        refuse_other_time(timestep, shared.solver.first.timesteps[self.node] if self._time is None else self._time)
         shared.solver.first.check_options(kwargs)
         self._stepped = True
         self._iterations.steps += 1
@@ -161,39 +185,44 @@ class Lane(greenlet.greenlet):
             raise Unsupported("the call comes to its loop with another state when it is made again")
         if not self.dry:
             self.output, self.sample = output, sample
-            self.edited = self._handed is not None and not (sample is self._handed and self._version == sample._version)
+            self.ledger = ledger() if self.audited else {}
             self._wait()
         assert self.state is not None
         if shared.index is not None:
             place(self.scheduler, shared.index + self.node + 1)
-        with torch.inference_mode(False), torch.no_grad():  # so that torch counts changes in place
+        with torch.inference_mode(False), torch.no_grad():
             self._handed = self.state.clone()
-        self._version = self._handed._version
         return shared.solver.result(self._handed)
 
-    def _begin(self, output: Tensor, sample: Tensor, kwargs: dict[str, Any]) -> None:
+    def _begin(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> None:
         """Starts the solver, at lane 0's first step."""
         shared = self._shared
         timesteps = self._iterations.begin()
-        shared.loop, played, random, scope = self._marks[id(timesteps)]
+        shared.loop, played, watch, scope = self._marks[id(timesteps)]
         if scope is not None:
             raise Elsewhere(scope)
-        if not all(torch.equal(a, b) for a, b in zip(random, shared.random_states(), strict=False)):
-            raise Unsupported("the loop draws random numbers besides its scheduler's")
+        watch.check()
         del shared.log.entries[played:]
         self._played = played
         self._inside = True
         scheduler = real_scheduler(self.scheduler)
-        first = FirstStep(scheduler=scheduler, timesteps=timesteps, output=output, sample=sample, kwargs=kwargs)
+        first = FirstStep(
+            scheduler=scheduler, timesteps=timesteps, output=output, sample=sample, timestep=timestep, kwargs=kwargs
+        )
         with Modes.exact().entered():
-            shared.solver.begin(first)
+            shared.solver.begin(first, own=shared.own)
         shared.index = first_index(self.scheduler, timesteps[0])
+        shared.running = first.running()
+        seal(self.scheduler, shared.running)
+        self._turn(0, False)
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Makes a network call of this lane: from the log before the loop, with other lanes in it, as zeros in a dry pass."""
         shared = self._shared
         if self._leading or self._over:
             return forward(*args, **kwargs)
+        if self._inside and self._stepped:
+            raise Unsupported(AFTER_THE_STEP)
         call = NetworkCall.of(module, forward, args, kwargs, len(self._calls), self._known)
         for earlier in self._calls:
             shared.order.add((id(earlier), id(module)))
@@ -227,10 +256,13 @@ class Lane(greenlet.greenlet):
 
     def _wait(self) -> None:
         """Switches to the other lanes until this one is resumed without a task."""
+        if not self._stepped:
+            self._watch.check()
         while True:
             self.modes = Modes.now()
             self._shared.greenlet.switch()
             if self.task is None:
+                self._watch.mark()
                 return
             task, self.task, self._leading = self.task, None, True
             try:

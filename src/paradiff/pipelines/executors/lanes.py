@@ -13,6 +13,11 @@ come from a log, and random numbers come from copies of the generators.
 A pipeline may edit its latents after a step, and the edit depends on the step's number. So a lane must be at node j - 1 when
 it receives the state of node j. A lane that has just finished node j - 1 is there. Any other lane makes a dry pass first: it
 runs its loop's body as node j - 1 with zeros for the networks' outputs, and its step returns the state of node j.
+
+So lanes have different pasts, and a loop that keeps something from one pass to the next gives different outputs in them. For
+the audit (audit.py), a row of each pass is evaluated again in the next one, by a lane that did not make the passes before it.
+Rows are chosen such that in the course of a run as many passes as possible have been left out by such a lane. Lane 0 makes its
+second pass before any other lane has started: it is the pipeline's own, whatever lanes may have in common.
 """
 
 from __future__ import annotations
@@ -20,20 +25,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.errors import Unsupported
+from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import Scope, counting
 from paradiff.pipelines.executors.coalesce import Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane
 from paradiff.pipelines.executors.shared_call import SharedCall
+from paradiff.pipelines.loop.audit import KEEPS, judge, relative_difference
 from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.loop.ledger import Ledger, differing
 from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
+
+SECOND = 2
+"""The pass in which lane 0 has one between its first and the present; two of its rows are audited."""
 
 
 def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> Any:
@@ -65,13 +77,44 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, b
             snapshot.restore()
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of a pass that the next one evaluates again, in a lane with another past.
+
+    Attributes:
+        node: Its node.
+        before: The nodes of the passes that its lane made before, one after the other.
+        handed: `[B, ...]` the state that its lane was handed.
+        output: `[B, ...]` the network's output that the step was given.
+        sample: `[B, ...]` the state that the step was given.
+        ledger: What the loop counted and collected.
+    """
+
+    node: int
+    before: range
+    handed: Tensor
+    output: Tensor
+    sample: Tensor
+    ledger: Ledger
+
+
 class Lockstep:
-    """Resumes the lanes of one pipeline call, pass by pass."""
+    """Resumes the lanes of one pipeline call, pass by pass.
+
+    Attributes:
+        audited: Nodes of passes that a double left out, one at least before the present, without a difference.
+        rows: The rows of the last pass that are evaluated again in the next.
+        round: The number of the pass, counted without lane 0's first one.
+    """
 
     def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
         self.shared, self.solver = SharedCall(call, pipeline, solver, batching), solver
+        self.shared.own = 1 if batching.check == "off" else 2
         self.coalescer = Coalescer(batching)
         self.lanes: list[Lane] = []
+        self.audited: set[int] = set()
+        self.rows: list[Row] = []
+        self.round = 0
         self._start = self.shared.generator_states(), Snapshot({})
         self._result: Any = None
 
@@ -101,8 +144,48 @@ class Lockstep:
 
     def _round(self) -> None:
         """One pass of all wanted nodes."""
+        self.round += 1
         solver = self.solver
-        lanes = self._assign(solver.nodes.tolist())
+        nodes = solver.nodes.tolist()
+        wanted = self._assign(nodes)
+        doubles = self._doubles(wanted)
+        chosen = self._choose(nodes, wanted)
+        for place in chosen:
+            wanted[place].audited = True
+        for lane in doubles:
+            lane.audited = True
+        lanes = [*wanted, *doubles]
+        alone = self.round < self.shared.own and solver.width > 1 and len(wanted) > 1 and wanted[0] is self.lanes[0]
+        if alone:
+            self._go(lanes[:1])
+            solver.passes += 1
+        self._go(lanes[alone:])
+        shapes = {tuple(lane.sample.shape) for lane in lanes} | {tuple(solver.states.shape[1:])}
+        if len(shapes) > 1:
+            raise Unsupported("the loop changes the shape of its state")
+        with Modes.exact().entered():
+            outputs = torch.stack([lane.output for lane in lanes])
+            samples = torch.stack([lane.sample for lane in lanes])
+            eps = max(self.coalescer.batching.eps, torch.finfo(outputs.dtype).eps)
+            self._compare(doubles, outputs[len(nodes) :], samples[len(nodes) :], eps)
+            self.rows = [
+                Row(
+                    node=nodes[place],
+                    before=range(wanted[place].walked.start, nodes[place]),
+                    handed=solver.states[place].clone(),
+                    output=outputs[place],
+                    sample=samples[place],
+                    ledger=wanted[place].ledger,
+                )
+                for place in chosen
+            ]
+            for lane in lanes:
+                lane.output = lane.sample = None
+                lane.audited = False
+            solver.tell(outputs[: len(nodes)], samples[: len(nodes)], eps)
+
+    def _go(self, lanes: list[Lane]) -> None:
+        """Resumes lanes until each has stepped."""
         for lane in lanes:
             self._resume(lane)
         while waiting := [lane for lane in lanes if lane.call is not None]:
@@ -118,20 +201,30 @@ class Lockstep:
                 going += group
             for lane in going:
                 self._resume(lane)
-        shapes = {tuple(lane.sample.shape) for lane in lanes} | {tuple(solver.states.shape[1:])}
-        if len(shapes) > 1:
-            raise Unsupported("the loop changes the shape of its state")
-        with Modes.exact().entered():
-            outputs = torch.stack([lane.output for lane in lanes])
-            edited = any(lane.edited for lane in lanes)
-            samples = torch.stack([lane.sample for lane in lanes]) if edited else solver.states
-            for lane in lanes:
-                lane.output = lane.sample = None
-            solver.tell(outputs, samples)
+
+    def _compare(self, lanes: list[Lane], outputs: Tensor, samples: Tensor, eps: float) -> None:
+        """Compares the rows of the last pass with what other lanes gave for them in this one, `[R, B, ...]`."""
+        if not lanes:
+            return
+        self.solver.rows += len(lanes)
+        differences = [
+            relative_difference(outputs, torch.stack([row.output for row in self.rows])),
+            relative_difference(samples, torch.stack([row.sample for row in self.rows])),
+        ]
+        for row, lane, output, sample in zip(self.rows, lanes, *torch.stack(differences).tolist(), strict=True):
+            judge(row.node, output, sample, eps, "between a call that made the passes before and one that did not")
+            path = differing(row.ledger, lane.ledger)
+            if path is not None:
+                raise Carried(
+                    f"{KEEPS}: {path} is {row.ledger[path]} after the passes before, and {lane.ledger[path]} without them"
+                )
+            self.audited |= set(row.before[:-1])
 
     def _assign(self, wanted: list[int]) -> list[Lane]:
         """A lane for each wanted node, in order: the lane at the node before, else a free lane, else a new one."""
-        after = {lane.node + 1: lane for lane in self.lanes}
+        after: dict[int, Lane] = {}
+        for lane in sorted(self.lanes, key=lambda lane: len(lane.walked)):
+            after[lane.node + 1] = lane
         straight = {node: after[node] for node in wanted if node in after}
         free = [lane for lane in self.lanes if straight.get(lane.node + 1) is not lane]
         chosen: list[Lane] = []
@@ -140,11 +233,46 @@ class Lockstep:
             turns = [(node, False)]
             if lane is None:
                 lane = free.pop() if free and node else self._new()
-                turns = [(node - 1, True), *turns] if node else turns
+                turns = self._entering(node)
             lane.state = state
             lane.turns.extend(turns)
             chosen.append(lane)
         return chosen
+
+    def _entering(self, node: int) -> list[tuple[int, bool]]:
+        """The turns of a lane that enters at a node."""
+        return [(node - 1, True), (node, False)] if node else [(node, False)]
+
+    def _choose(self, nodes: list[int], lanes: list[Lane]) -> list[int]:
+        """The places of the rows in this pass that the next one evaluates again."""
+        check = self.coalescer.batching.check
+        if check == "off" or self.solver.width == 1:
+            return []
+        straight = [place for place, lane in enumerate(lanes) if len(lane.walked) > 0 and lane.walked.stop == nodes[place]]
+        chosen: list[int] = []
+        left_out = set(self.audited)
+        for _ in range(2 if check == "every" or self.round == SECOND else 1):
+            new = {place: set(lanes[place].walked[:-1]) - left_out for place in straight if place not in chosen}
+            if not new:
+                break
+            place = max(new, key=lambda place: (len(new[place]), place))
+            if not new[place] and check == "first" and self.round > SECOND:
+                break
+            left_out |= new[place]
+            chosen.append(place)
+        return chosen
+
+    def _doubles(self, lanes: list[Lane]) -> list[Lane]:
+        """Lanes that evaluate rows of the last pass again: free ones that made none of the passes before, else new ones."""
+        doubles: list[Lane] = []
+        for row in self.rows:
+            busy = {id(lane) for lane in [*lanes, *doubles]}
+            before = {*row.before, row.node}
+            lane = next((lane for lane in self.lanes if id(lane) not in busy and not lane.seen & before), None) or self._new()
+            lane.state = row.handed
+            lane.turns.extend(self._entering(row.node))
+            doubles.append(lane)
+        return doubles
 
     def _new(self) -> Lane:
         """A further lane, not started yet."""

@@ -33,6 +33,8 @@ class SharedCall:
         order: Pairs of networks `(id, id)` of which a pass calls the first one earlier.
         loop: The number of the iteration over the timesteps that is the loop; -1 before its first step.
         index: The scheduler's step index at the loop's start; None for a scheduler that counts no steps.
+        own: How many passes lane 0 makes before another lane starts.
+        running: The scheduler's attributes that its own step changes.
         generators: The generators among the call's arguments.
     """
 
@@ -44,16 +46,13 @@ class SharedCall:
         self.order: set[tuple[int, int]] = set()
         self.loop = -1
         self.index: int | None = None
+        self.own = 1
+        self.running: set[str] = set()
         self.generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
 
     def generator_states(self) -> list[Tensor]:
         """The states of the generators among the arguments."""
         return [g.get_state() for g in self.generators]
-
-    def random_states(self) -> list[Tensor]:
-        """The states of all generators that the loop may draw from, torch's global ones included."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return [*self.generator_states(), torch.get_rng_state(), *devices]
 
     def learn(self, call: NetworkCall, output: Any) -> None:
         """Keeps the shapes of a network call's output."""

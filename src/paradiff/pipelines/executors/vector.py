@@ -4,40 +4,63 @@
 After the first pass the loop's state and time are `Windowed` tensors (windowed.py), and so is every tensor that the body
 computes from them. Networks see the window as further rows of their batch (boundary.py). The loop's counter then counts
 rounds, so this executor serves loops that do not use it as a step number (source.py).
+
+Whatever the loop keeps from one pass to the next shows in one of three ways. Windowed tensors of two rounds do not mix. A row
+of each pass is evaluated again in the next one (audit.py). Counts and lengths that grow with every pass are found among the
+loop's variables (ledger.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paradiff.chain.table import column
-from paradiff.errors import Unsupported
-from paradiff.pipelines.loop.driver import LoopSolver
-from paradiff.pipelines.loop.first_step import FirstStep
-from paradiff.pipelines.loop.scheduler_proxy import blur, make_proxy, real_scheduler
+from paradiff.errors import Carried, MixedWindows, Unsupported
+from paradiff.pipelines.loop.audit import KEEPS
+from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
+from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_time
+from paradiff.pipelines.loop.ledger import Ledger, grown, ledger
+from paradiff.pipelines.loop.random_watch import RandomWatch
+from paradiff.pipelines.loop.scheduler_proxy import blur, make_proxy, real_scheduler, seal
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
-from paradiff.pipelines.tensor.windowed import Windowed
+from paradiff.pipelines.tensor.windowed import Windowed, common_run
 
 HIDDEN = 3
 """Times that an interrupt, set again and again by another thread, is hidden from the loop."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Round:
     """The round that windowed tensors belong to. Tensors of two rounds do not mix, since their states are at other nodes.
 
     Attributes:
-        batching: The run's batching, which boundary.py reads here.
+        own: The run's batching.
+        open: Whether the pass of this round has begun: its times were yielded.
     """
 
-    batching: Batching
+    own: Batching
+    open: bool = False
+
+    @property
+    def batching(self) -> Batching:
+        """The run's batching, which boundary.py reads here when a network is called.
+
+        Raises:
+            Unsupported: If the pass has not begun: the loop calls the network between a step and the next time.
+        """
+        if not self.open:
+            raise Unsupported(AFTER_THE_STEP)
+        return self.own
 
 
 class Vector:
@@ -47,14 +70,19 @@ class Vector:
         scheduler: The pipeline's scheduler.
         solver: The call's solver.
         batching: The run's batching.
+        generators: The generators among the call's arguments.
 
     Attributes:
         scheduler: The proxy that replaces the pipeline's scheduler during the call.
     """
 
-    def __init__(self, scheduler: Any, solver: LoopSolver, batching: Batching) -> None:
+    def __init__(
+        self, scheduler: Any, solver: LoopSolver, batching: Batching, generators: Sequence[torch.Generator] = ()
+    ) -> None:
         self._solver, self._batching = solver, batching
         self._round = Round(batching)
+        self._watch = RandomWatch(generators)
+        self._ledgers = deque[Ledger](maxlen=3)
         self._iterations = Iterations()
         self.scheduler = make_proxy(scheduler, self)
 
@@ -62,7 +90,10 @@ class Vector:
         """The iteration over `timesteps`. For the loop it yields the first time, then a window of times a round."""
         if not self._solver.started:
             self._batching.begin_loop()
-        return self._iterations.walk(timesteps, self._rounds)
+        for time in self._iterations.walk(timesteps, self._rounds):
+            if not self._solver.started:
+                self._watch.mark()
+            yield time
 
     def _rounds(self) -> Iterator[Tensor]:
         solver, interrupt = self._solver, self._solver.interrupt
@@ -70,13 +101,32 @@ class Vector:
         hidden = 0
         while not solver.done:
             passes = solver.passes
-            yield Windowed.wrap(timesteps[solver.nodes.to(timesteps.device)], self._round)
+            self._round.open = True
+            self._times = Windowed.wrap(timesteps[solver.nodes.to(timesteps.device)], self._round)
+            yield self._times
             if solver.passes == passes:
                 if interrupt is None or not interrupt or hidden == HIDDEN:
                     raise Unsupported("the loop passed over a step")
                 # The flag was set in the midst of a round: the loop makes this pass once more, and ends with its step.
                 interrupt.hold()
                 hidden += 1
+
+    @contextlib.contextmanager
+    def mixing(self) -> Iterator[None]:
+        """Tells two ways apart in which the states of two rounds mix.
+
+        After a step, before the next time, the loop edits its states with values of the pass that has ended; lanes can follow
+        that. Within a pass, it uses a value of an earlier pass.
+
+        Raises:
+            Carried: If it was within a pass.
+        """
+        try:
+            yield
+        except MixedWindows:
+            if not self._round.open:
+                raise
+            raise Carried(f"{KEEPS}: a pass reads a tensor of the states of an earlier one") from None
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """The scheduler's `scale_model_input`, for each state at its node."""
@@ -97,24 +147,42 @@ class Vector:
         solver = self._solver
         if solver.interrupt is not None:
             solver.interrupt.release()
+        self._watch.check()
+        if self._batching.check != "off":
+            self._ledgers.append(ledger())
+        if len(self._ledgers) == 3 and (path := grown(*self._ledgers)) is not None:
+            raise Carried(f"{KEEPS}: {path} grows by the same amount in each")
         if not solver.started:
             first = FirstStep(
                 scheduler=real_scheduler(self.scheduler),
                 timesteps=self._iterations.begin(),
                 output=output,
                 sample=sample,
+                timestep=timestep,
                 kwargs=kwargs,
             )
+            check = self._batching.check
             with Modes.exact().entered():
-                solver.begin(first)
+                solver.begin(first, repeat={"off": 0, "first": 1}.get(check, sys.maxsize))
             blur(self.scheduler)
+            seal(self.scheduler, first.running())
         else:
             if not isinstance(output, Windowed) or not isinstance(sample, Windowed):
                 raise Unsupported("the loop steps a state that is not of its window")
+            common_run([self._times, output, sample])
+            if timestep is not self._times:
+                given = timestep.window if isinstance(timestep, Windowed) else timestep
+                refuse_other_time(given, self._times.window)
             solver.first.check_options(kwargs)
             with Modes.exact().entered():
-                solver.tell(output.window, sample.window)
+                solver.tell(output.window, sample.window, self._batching.eps)
         self._iterations.steps += 1
+        self._round.open = False
         self._round = Round(self._batching)
+        self._watch.mark()
         self._batching.looping = not solver.done
-        return solver.result(solver.final if solver.done else Windowed.wrap(solver.states, self._round))
+        if solver.done:
+            return solver.result(solver.final)
+        with torch.inference_mode(False), torch.no_grad():
+            handed = solver.states.clone()
+        return solver.result(Windowed.wrap(handed, self._round))

@@ -3,6 +3,9 @@
 
 From the first step (first_step.py) the scheduler is probed (probe.py) and the solver is started. The network's output at node 0
 is kept and used in every later round, since the state x[0] never changes.
+
+An executor whose passes have one past in common, such as `vector`, is audited here (audit.py): each pass has, beside the rows
+that the solver wants, a row of the pass before.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from paradiff.chain.table import Table
 from paradiff.errors import Unsupported
+from paradiff.methods.window.method import WindowMethod
+from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.first_step import FirstStep, step_result
 from paradiff.pipelines.loop.interrupt import Interrupt
@@ -27,6 +32,25 @@ HALF = (torch.float16, torch.bfloat16)
 STOCHASTIC_ROUNDING, DETERMINISTIC_ROUNDING = 3.0, 10.0
 """Smallest tolerance, in units of the relative precision of a network of these dtypes, on either kind of chain: rounding moves
 outputs by the precision, and estimates count that with a caution (methods/window/control.py)."""
+AFTER_THE_STEP = "the loop calls a network after its scheduler's step, for which a parallel run has no place"
+"""The reason against a loop whose pass goes on after its step."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Repeats:
+    """Rows of a pass, which the next one evaluates again.
+
+    Attributes:
+        nodes: `[R]` their nodes.
+        handed: `[R, B, ...]` the states that the loop was handed; for the first pass, those that its step was given.
+        outputs: `[R, B, ...]` the network's outputs that its step was given.
+        states: `[R, B, ...]` the states that its step was given.
+    """
+
+    nodes: Tensor
+    handed: Tensor
+    outputs: Tensor
+    states: Tensor
 
 
 class LoopSolver:
@@ -43,13 +67,14 @@ class LoopSolver:
         started: Whether the loop's first step was taken. The attributes from `first` on exist from then on.
         done: Whether the solver has ended; `final` and `solution` exist from then on.
         passes: Passes of the loop's body so far, the first one included.
-        rows: States evaluated so far.
+        rows: States evaluated so far, those of the audit included.
         raised_tolerance: The tolerance used in place of the method's, if the network's dtype does not resolve that one.
         fitted: The method as the loop is driven by it.
         first: The loop's first step.
+        width: The largest number of nodes that are solved at once.
         table: The loop's chain.
         nodes: `[R]` the nodes of the next pass, on the CPU.
-        states: `[R, B, ...]` the states at these nodes, not scaled, in the loop's dtype.
+        states: `[R, B, ...]` the states at these nodes, not scaled, in the loop's dtype. The loop is handed copies of them.
         final: `[B, ...]` the sample, in the loop's dtype; of an interrupted call the newest final state.
         ended: The node of `final`: that of the chain's end, or of the state at which the call was interrupted.
         interrupted: Whether the call was interrupted before its solver ended.
@@ -58,6 +83,7 @@ class LoopSolver:
 
     # All that follows is set by `begin`.
     first: FirstStep
+    width: int
     _first_output: Tensor
     _template: Any
     _noise: Increments
@@ -65,6 +91,7 @@ class LoopSolver:
     _batch: Batch
     _places: Tensor
     _last: tuple[Tensor, Tensor, Tensor]
+    _repeats: Repeats | None
     table: Table
     fitted: Method
     nodes: Tensor
@@ -87,8 +114,13 @@ class LoopSolver:
         self.solution: Solution | None = None
         self.raised_tolerance: float | None = None
 
-    def begin(self, first: FirstStep) -> None:
+    def begin(self, first: FirstStep, *, repeat: int = 0, own: int = 1) -> None:
         """Probes the chain and starts the solver, at the loop's first step.
+
+        Args:
+            first: The step.
+            repeat: The largest number of rows of a pass that the next pass evaluates again, for the audit.
+            own: Passes that are to be the pipeline's own, one after the other; a window opens after them.
 
         Raises:
             Unsupported: If the chain has no table.
@@ -103,6 +135,10 @@ class LoopSolver:
             self._callback.timesteps, self._callback.dtype = first.timesteps, sample.dtype
         self.fitted = self._fitted(output.dtype)
         plain = dataclasses.replace(self.table, scale=torch.ones_like(self.table.scale))
+        if isinstance(self.fitted, WindowMethod) and self.fitted.warmup and self.fitted.stride == 1:
+            self.fitted = dataclasses.replace(self.fitted, warmup=min(max(self.fitted.warmup, own), self.table.steps))
+        self.width = self.fitted.width(self.table)
+        self._repeat = repeat if self.width > 1 else 0
         self._solver = solve(
             plain,
             self._noise,
@@ -118,35 +154,44 @@ class LoopSolver:
         self.started = True
         self.passes = self.rows = 1
         self._last = torch.zeros(1, dtype=torch.int64), output[None], sample[None]
+        self._repeats = Repeats(self._last[0], sample[None], output[None], sample[None]) if self._repeat else None
         self._take(next(self._solver))
 
-    def tell(self, outputs: Tensor, states: Tensor) -> None:
-        """Gives the solver the outputs of a pass.
+    def tell(self, outputs: Tensor, states: Tensor, eps: float) -> None:
+        """Gives the solver the outputs of a pass. Waits for the device.
 
         Args:
             outputs: `[R, B, ...]` the network's outputs.
-            states: `[R, B, ...]` the states that the loop gave its step: `self.states` itself, or an edited copy.
+            states: `[R, B, ...]` the states that the loop gave its step: those of `self.states`, or edited ones.
+            eps: That of the coarsest dtype in which the pass was computed.
 
         Raises:
             Unsupported: If outputs and states differ in shape.
+            Carried: If a repeated row differs from the pass before.
             ValueError: If the loop edits its states and there is a callback.
         """
-        if outputs.shape != self.states.shape:
+        if outputs.shape != self.states.shape or states.shape != self.states.shape:
             raise Unsupported(
                 f"the loop's step was given outputs of shape {tuple(outputs.shape[1:])} for states of shape "
                 f"{tuple(self.first.sample.shape)}"
             )
         self.passes += 1
         self.rows += len(outputs)
-        self._last = self.nodes, outputs, states
+        own = len(self._places)
+        handed = self.states
+        same = (states == handed) | (states.isnan() & handed.isnan())
+        self._audit(outputs[own:], states[own:], same[own:], eps)
+        nodes, handed, outputs, states, same = self.nodes[:own], handed[:own], outputs[:own], states[:own], same[:own]
+        self._last = nodes, outputs, states
+        self._choose(handed)
         edited = None
-        if states is not self.states:
+        if not bool(same.all()):
             if self._callback is not None:
                 raise ValueError(
                     "the loop changes its latents after a step, so a parallel run has no final latents for a callback: leave "
                     "out callback_on_step_end"
                 )
-            edited = torch.where(states == self.states, self._batch.x[self._places], states.to(self._dtype))
+            edited = torch.where(same, self._batch.x[self._places], states.to(self._dtype))
         self._send(outputs.to(self._dtype), edited)
 
     def _observe(self, round: Round) -> bool | None:
@@ -163,6 +208,30 @@ class LoopSolver:
                 self.interrupt.on_final(node, state[None])
             if self._callback is not None:
                 self._callback.on_final(node, state[None])
+
+    def _audit(self, outputs: Tensor, states: Tensor, same: Tensor, eps: float) -> None:
+        """Compares rows that were repeated with those of the pass before."""
+        before = self._repeats
+        if before is None:
+            return
+        if self.passes == 2 and not bool(same.all()):
+            return  # The loop edits its states, and what it was handed in its first pass is not known.
+        differences = torch.stack(
+            [relative_difference(outputs, before.outputs), relative_difference(states, before.states)]
+        ).tolist()
+        for node, output, state in zip(before.nodes.tolist(), *differences, strict=True):
+            eps = max(eps, torch.finfo(outputs.dtype).eps)
+            judge(node, output, state, eps, "when the same state is evaluated again in the pass after")
+
+    def _choose(self, handed: Tensor) -> None:
+        """Chooses the rows of this pass that the next one repeats: in turn the last, the first and the middle one."""
+        if not self._repeat:
+            return
+        nodes, outputs, states = self._last
+        count = len(nodes)
+        place = (count - 1, 0, count // 2)[self.passes % 3]
+        rows = slice(None) if self._repeat >= count else slice(place, place + 1)
+        self._repeats = Repeats(nodes[rows], handed[rows].clone(), outputs[rows].clone(), states[rows].clone())
 
     def scale(self, nodes: Tensor) -> Tensor:
         """`[R]` factor from the states at `nodes` to the network's inputs."""
@@ -199,6 +268,9 @@ class LoopSolver:
             return
         self.nodes = batch.nodes[self._places]
         self.states = batch.x[self._places.to(batch.x.device)].to(self.first.sample.dtype)
+        if self._repeats is not None:
+            self.nodes = torch.cat([self.nodes, self._repeats.nodes])
+            self.states = torch.cat([self.states, self._repeats.handed])
 
     def _send(self, outputs: Tensor, edited: Tensor | None) -> None:
         """Sends the solver the outputs of its batch, and the edited states if there are any; takes the next batch."""
@@ -217,5 +289,6 @@ class LoopSolver:
                 self.final, self.ended = self.interrupt.state.to(self.first.sample.dtype), self.interrupt.node
             else:
                 self._noise.finish()
+            self.final = self.final.clone()  # in the modes of the loop, not the solver's
             return
         self._take(batch)

@@ -30,11 +30,13 @@ class FirstStep:
         scheduler: A copy of the user's scheduler, in its state before the step.
         timesteps: `[N]` the loop's times.
         output: `[B, ...]` the network's output at x[0].
-        sample: `[B, ...]` the state x[0].
+        sample: `[B, ...]` the state x[0]; like the output, a copy, which later passes do not change.
+        timestep: The time that the step was given.
         kwargs: The further arguments of the step, by name.
 
     Raises:
-        Unsupported: If the output and the sample are no tensors of floats of one shape, or the loop gives the step's noise.
+        Unsupported: If the output and the sample are no tensors of floats of one shape, the time is not the loop's, or the loop
+            gives the step's noise.
         ValueError: If the output is not finite.
     """
 
@@ -42,6 +44,7 @@ class FirstStep:
     timesteps: Tensor
     output: Tensor
     sample: Tensor
+    timestep: Any
     kwargs: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -57,8 +60,11 @@ class FirstStep:
             )
         if self.kwargs.get(GIVEN_NOISE) is not None:
             raise Unsupported("the loop gives the step's noise itself")
+        refuse_other_time(self.timestep, self.timesteps[0])
         if not torch.isfinite(output).all():
             raise ValueError("the network's output at the first time is not finite; check its weights, dtype and inputs")
+        object.__setattr__(self, "output", output.clone())
+        object.__setattr__(self, "sample", sample.clone())
 
     @property
     def generator(self) -> Any:
@@ -81,6 +87,19 @@ class FirstStep:
             if name != "generator" and now is not first and (isinstance(now, Tensor) or now != first):
                 raise Unsupported(f"the loop changes the {name} of its scheduler's step")
 
+    def running(self) -> set[str]:
+        """The attributes that the scheduler's own step changes, besides its step index."""
+        scheduler = copy.deepcopy(self.scheduler)
+        before = copy.deepcopy(vars(scheduler))
+        with torch.random.fork_rng([self.sample.device] if self.sample.device.type == "cuda" else []):
+            for time in self.timesteps[:2]:
+                kwargs = {name: value for name, value in self.kwargs.items() if name != "generator"}
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(self.sample, time)
+                scheduler.step(self.output, time, self.sample, **kwargs)
+        after = vars(scheduler)
+        return {name for name in {*before, *after} - {"_step_index"} if not _alike(before.get(name), after.get(name))}
+
     def real_step(self, index: int, output: Tensor, sample: Tensor) -> Any:
         """What the scheduler's own `step` number `index` returns, made on copies of the scheduler and the generators."""
         scheduler = copy.deepcopy(self.scheduler)
@@ -95,6 +114,28 @@ class FirstStep:
             if scale_model_input is not None:
                 scale_model_input(sample, self.timesteps[index])
             return scheduler.step(output, self.timesteps[index], sample, **kwargs)
+
+
+def refuse_other_time(given: Any, wanted: Tensor) -> None:
+    """Refuses a step whose time is not that of its pass. Waits for the device.
+
+    Args:
+        given: The time that the step was given: a number, or a tensor with one or several equal entries a pass.
+        wanted: `[]` the time of the pass, or `[W]` those of a window, as `given` has them along its first axis.
+
+    Raises:
+        Unsupported: If they differ.
+    """
+    if given is wanted:
+        return
+    if isinstance(given, Tensor):
+        wanted = wanted.to(given.device, given.dtype)
+        same = given == (wanted if wanted.ndim == 0 else wanted.reshape(-1, *[1] * (given.ndim - 1)))
+        if bool(same.all()):
+            return
+    elif wanted.ndim == 0 and isinstance(given, int | float) and given == wanted.item():
+        return
+    raise Unsupported("the loop gives its scheduler's step another time than that of its pass")
 
 
 def step_result(template: Any, sample: Tensor, real: Any = None) -> Any:
@@ -112,6 +153,18 @@ def step_result(template: Any, sample: Tensor, real: Any = None) -> Any:
     known = template if real is None else real
     fields = {k: v if real is not None or v is None else _Unread() for k, v in vars(known).items() if k != "prev_sample"}
     return type(template)(prev_sample=sample, **fields)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two attributes are equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list | tuple) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    try:
+        return type(a) is type(b) and (bool(a == b) or hasattr(a, "set_timesteps"))
+    except (ValueError, RuntimeError):  # Arrays of several values.
+        return False
 
 
 class _Unread:

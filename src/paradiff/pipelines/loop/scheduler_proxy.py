@@ -20,7 +20,7 @@ from torch import Tensor
 from paradiff.errors import NeedsLanes, Unsupported
 from paradiff.pipelines.loop.timesteps import LoopHandler, RoundTimesteps, plain
 
-HANDLER = "_paradiff_handler"
+HANDLER, RUNNING = "_paradiff_handler", "_paradiff_running"
 STEP = ("model_output", "timestep", "sample")
 STRAY = ("step_", "undo_step", "batch_step_no_noise")  # prefixes of methods that take a step in another way
 
@@ -50,7 +50,7 @@ def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
 def real_scheduler(proxy: Any) -> Any:
     """A deep copy of a proxy's scheduler: of the user's class, in the proxy's present state."""
     real = object.__new__(_real_class(proxy))
-    state = {name: None if value is BLURRED else value for name, value in vars(proxy).items() if name != HANDLER}
+    state = {name: None if value is BLURRED else value for name, value in vars(proxy).items() if name not in (HANDLER, RUNNING)}
     vars(real).update(copy.deepcopy(state))
     return real
 
@@ -74,6 +74,14 @@ def blur(proxy: Any) -> None:
     """Makes every read of the step index raise `NeedsLanes`, for a round that takes several steps at once."""
     if "_step_index" in vars(proxy):
         vars(proxy)["_step_index"] = BLURRED
+
+
+def seal(proxy: Any, names: set[str]) -> None:
+    """Makes every read of these attributes raise `Unsupported`: a scheduler's own step changes them, a proxy's does not."""
+    state = vars(proxy)
+    for name in names:
+        state.pop(name, None)
+    state[RUNNING] = names
 
 
 class SchedulerProxy:
@@ -102,6 +110,14 @@ class SchedulerProxy:
     @_step_index.setter
     def _step_index(self, value: Any) -> None:
         vars(self)["_step_index"] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name in vars(self).get(RUNNING, ()):
+            raise Unsupported(f"the loop reads the scheduler's {name}, which changes from step to step")
+        above = getattr(super(), "__getattr__", None)
+        if above is None:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return above(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise Unsupported("the pipeline copies its scheduler: it steps several coupled states in one loop")

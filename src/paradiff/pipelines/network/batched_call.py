@@ -105,8 +105,10 @@ class _WindowCall:
             raise NeedsOrder(
                 f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode"
             )
+        eps = self._eps(windows)
+        self.batching.eps = max(self.batching.eps, eps)
         for w in suspects:
-            self._compare(w, windows, earlier)
+            self._compare(w, windows, earlier, eps)
             earlier = None
         rest = iter(windows)
         return each(lambda leaf, _: Windowed.wrap(next(rest), self.run) if leaf is HERE else leaf, structure)
@@ -238,20 +240,23 @@ class _WindowCall:
             "harmless, leave the check out with check='off'"
         )
 
-    def _compare(self, w: int, windows: list[Tensor], earlier: list[Tensor] | None) -> None:
-        """Compares state w of the batched call, and an earlier call of its own if there was one, with a call of its own.
-
-        The two may differ by sqrt(eps) relative to the output's norm, with eps of the coarsest dtype involved, since rounding
-        depends on the size of a batch and grows through a deep network. On CUDA, eps is at least that of TF32, 2^-10, in which
-        convolutions are computed.
-        """
-        _, alone = self._taken(self._alone(w, check=True), 1)
-        digits = [torch.finfo(leaf.dtype).eps for leaf in [*alone, *self._tensors()] if leaf.is_floating_point()]
+    def _eps(self, windows: list[Tensor]) -> float:
+        """The eps of the coarsest dtype involved; on CUDA at least that of TF32, 2^-10, in which convolutions are computed."""
+        digits = [torch.finfo(leaf.dtype).eps for leaf in [*windows, *self._tensors()] if leaf.is_floating_point()]
         if self.device.type == "cuda":
             digits.append(2.0**-10)
         if torch.is_autocast_enabled(self.device.type):
             digits.append(torch.finfo(torch.get_autocast_dtype(self.device.type)).eps)
-        granted = max(digits, default=0.0) ** 0.5
+        return max(digits, default=0.0)
+
+    def _compare(self, w: int, windows: list[Tensor], earlier: list[Tensor] | None, eps: float) -> None:
+        """Compares state w of the batched call, and an earlier call of its own if there was one, with a call of its own.
+
+        The two may differ by sqrt(eps) relative to the output's norm, with eps of the coarsest dtype involved, since rounding
+        depends on the size of a batch and grows through a deep network.
+        """
+        _, alone = self._taken(self._alone(w, check=True), 1)
+        granted = eps**0.5
         for first, own in zip(earlier or [], alone if earlier else [], strict=True):
             difference = _difference(first[0].to(torch.float64), own[0].to(torch.float64))
             if not difference <= granted:

@@ -37,6 +37,7 @@ class Batching:
         seconds: Duration of these calls, as seen from the host: on an asynchronous device that of their launch.
         looping: Whether the loop runs; network calls before and after it are not counted.
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
+        eps: That of the coarsest dtype in which a network was computed so far; 0 before the first call.
 
     Raises:
         ValueError: If `max_rows` or `pad` is below 1, or `check` is unknown.
@@ -50,7 +51,7 @@ class Batching:
         self.bound = RowBound(max_rows)
         self.pad, self.check = pad, check
         self.rows = self.calls = self.checks = 0
-        self.seconds = 0.0
+        self.seconds = self.eps = 0.0
         self.looping = False
         self.hooks: Memory | None = None
         self._inside = False

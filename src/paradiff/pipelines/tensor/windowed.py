@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
-from paradiff.errors import NeedsLanes, Unsupported
+from paradiff.errors import MixedWindows, NeedsLanes, Unsupported
 
 Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Computes a function of torch on whole windows, from its arguments `(func, args, kwargs)`, or returns UNSUITABLE."""
@@ -139,14 +139,16 @@ def common_run(leaves: list[Windowed]) -> Any:
     """The run that these windowed tensors share.
 
     Raises:
-        NeedsLanes: If they belong to different windows.
+        MixedWindows: If they belong to different windows.
     """
     first = leaves[0]
     for leaf in leaves:
         if len(leaf.window) != len(first.window):
-            raise NeedsLanes(f"the loop mixes the states of two windows, of {len(first.window)} and {len(leaf.window)} states")
+            raise MixedWindows(
+                f"the loop mixes the states of two windows, of {len(first.window)} and {len(leaf.window)} states"
+            )
         if leaf.run is not first.run:
-            raise NeedsLanes("the loop mixes the states of two windows")
+            raise MixedWindows("the loop mixes the states of two windows")
     return first.run
 
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loop counts or collects: whole numbers and lengths in the containers and objects that its variables lead to.
+
+A counter that has not reached its threshold, or a list that is read after the loop, changes no output that an audit could
+compare. So numbers, truth values and lengths are read in the frames of the running pipeline call, from its variables, the
+global names that its code uses and the attributes of its `self`, at most DEPTH containers or objects deep. Plain variables are
+left to the reader of the source (reader.py), and tensors to the audit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import sys
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+DEPTH, ITEMS, ENTRIES = 4, 32, 4000
+"""Containers or objects that are entered one within the other; items that are read of each; entries in all."""
+FOREIGN = (
+    "torch",
+    "numpy",
+    "PIL",
+    "tqdm",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "paradiff",
+    "logging",
+    "greenlet",
+    "builtins",
+)
+LEFT_OUT = {"scheduler", "_internal_dict", "_progress_bar_config", "__builtins__"}
+ITERATORS = tuple({type(iter(v)) for v in ([], (), range(1), {}, set(), "", {}.values(), {}.items(), deque())})
+
+Ledger = dict[str, int | str]
+"""Numbers by their path from a variable, as `box.count` or `len(found)`."""
+
+
+def ledger() -> Ledger:
+    """The numbers within reach of the pipeline call that runs in this thread, or greenlet, above the caller."""
+    entries: Ledger = {}
+    seen: set[int] = set()
+    for frame in _frames():
+        for name, value in list(frame.f_locals.items()):
+            if isinstance(value, DiffusionPipeline):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    for attribute, part in list(vars(value).items()):
+                        if attribute not in LEFT_OUT:
+                            _enter(f"{name}.{attribute}", part, 1, entries, seen)
+            elif not isinstance(value, int | str):
+                _enter(name, value, 0, entries, seen)
+        for name in frame.f_code.co_names:
+            value = frame.f_globals.get(name)
+            if not callable(value) and not isinstance(value, int | str):
+                _enter(name, value, 0, entries, seen)
+    return entries
+
+
+def grown(first: Ledger, second: Ledger, third: Ledger) -> str | None:
+    """The first path whose number grew, or shrank, by the same amount from one pass to the next, twice."""
+    for path, value in third.items():
+        a, b = first.get(path), second.get(path)
+        if type(value) is int and type(a) is int and type(b) is int and value - b == b - a != 0:
+            return path
+    return None
+
+
+def differing(one: Ledger, other: Ledger) -> str | None:
+    """The first path whose numbers differ."""
+    return next((path for path, value in one.items() if path in other and other[path] != value), None)
+
+
+def _frames() -> Iterator[types.FrameType]:
+    """The frames of the pipeline's code, from the innermost one to its `__call__`."""
+    frame: types.FrameType | None = sys._getframe(1)
+    entered = False
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        own = module == "paradiff" or module.startswith("paradiff.")
+        if own and entered:
+            return
+        if not own and module.split(".")[0] not in ("torch", "functools", "contextlib"):
+            entered = True
+            yield frame
+        frame = frame.f_back
+
+
+def _enter(path: str, value: Any, depth: int, entries: Ledger, seen: set[int]) -> None:
+    """Adds the numbers at and below a value."""
+    if isinstance(value, int):
+        entries[path] = value
+        return
+    if len(entries) >= ENTRIES or isinstance(
+        value, float | str | bytes | complex | Tensor | nn.Module | type | types.ModuleType
+    ):
+        return
+    if value is None or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, list | deque | dict | set | tuple):
+        entries[f"len({path})"] = len(value)
+    elif isinstance(value, ITERATORS):
+        entries[f"the rest of {path}"] = operator.length_hint(value, 0)
+        return
+    elif type(value) is itertools.count:
+        entries[path] = repr(value)
+        return
+    if depth < DEPTH:
+        for name, part in itertools.islice(_parts(path, value), ITEMS):
+            _enter(name, part, depth + 1, entries, seen)
+
+
+def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values within a value, with their paths."""
+    if isinstance(value, dict):
+        yield from ((f"{path}[{key!r}]", part) for key, part in list(value.items()) if isinstance(key, str | int))
+    elif isinstance(value, list | deque | tuple):
+        yield from ((f"{path}[{place}]", part) for place, part in enumerate(list(itertools.islice(value, ITEMS))))
+    elif isinstance(value, types.GeneratorType):
+        if value.gi_frame is not None:
+            yield from ((f"{path}.{name}", part) for name, part in list(value.gi_frame.f_locals.items()))
+    elif isinstance(value, types.FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            try:
+                yield f"{path}.{name}", cell.cell_contents
+            except ValueError:
+                continue  # The cell is empty yet.
+    elif isinstance(value, types.MethodType):
+        yield path, value.__self__
+    elif type(value).__module__.split(".")[0] not in FOREIGN and not hasattr(value, "set_timesteps"):
+        yield from ((f"{path}.{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))
