@@ -190,8 +190,8 @@ class Loop:
             "use up": HISTORY + UNBOUND,
             "draw": "draws random numbers|" + HISTORY,
             "time": "another time",
-            "side exit": HISTORY + "|one network call" + UNBOUND,
-            "hook": HISTORY + "|its rows influence each other|answers differently" + UNBOUND,
+            "side exit": HISTORY + "|on which later calls may depend",
+            "hook": HISTORY + "|on which later calls may depend|is a Python generator",
         }
         if self.fault == "edit":
             return BROKEN_EDITS[self.detail[0]][3]
@@ -251,6 +251,7 @@ class Loop:
     def make(self) -> Any:
         """A fresh pipeline with this loop."""
         pipe = _class(self.source())(Net(), SCHEDULERS[self.scheduler]())
+        pipe.net.leaves = self.fault == "side exit"
         if self.fault in ("hook", "plain") and HOOKS[self.detail[0]][0] is not None:
             register, hook = HOOKS[self.detail[0]][0]
             getattr(pipe.net, register)(hook())
@@ -267,10 +268,12 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
         self.processor = Cell()
+        self.leaves = False  # whether it leaves something in its processor
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         hidden = torch.tanh(self.a(x) + t.reshape(-1, 1) / 300)
-        self.processor.map, self.processor.level = hidden, float(hidden.mean())
+        if self.leaves:
+            self.processor.map, self.processor.level = hidden, float(hidden.mean())
         return self.b(hidden)
 
 
