@@ -175,7 +175,7 @@ def test_row_bounds_and_padding_change_no_result(name: str) -> None:
 def test_lanes_can_be_asked_for() -> None:
     vector, lanes = both("sd"), both("sd", options={"executor": "lanes"})
     assert (vector.executor, lanes.executor) == ("vector", "lanes")
-    assert (vector.rounds, vector.rows) == (lanes.rounds, lanes.rows)
+    assert 0 <= lanes.passes - vector.passes <= 1  # lane 0 makes its second pass before the others start
     plain = both("sd", options={"executor": "sequential"})
     assert plain.executor == "sequential"
     assert plain.warnings == []

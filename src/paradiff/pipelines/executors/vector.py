@@ -76,6 +76,8 @@ class Vector:
         scheduler: The proxy that replaces the pipeline's scheduler during the call.
     """
 
+    _times: Windowed  # those of the present pass; set when the first windowed one begins
+
     def __init__(
         self, scheduler: Any, solver: LoopSolver, batching: Batching, generators: Sequence[torch.Generator] = ()
     ) -> None:

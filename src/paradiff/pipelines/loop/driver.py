@@ -84,6 +84,7 @@ class LoopSolver:
     # All that follows is set by `begin`.
     first: FirstStep
     width: int
+    _repeat: int
     _first_output: Tensor
     _template: Any
     _noise: Increments

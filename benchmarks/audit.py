@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost of the audit: whole calls of the tests' tiny pipelines, with check="off" and with check="first".
+
+A row is a pipeline. Passes are those of the loop's body; checks are the network calls that evaluate a state again by itself, to
+compare it; rows are states at which the network was evaluated, those of both included. Milliseconds are those of the fastest of
+a few calls, on networks that cost next to nothing: what is left is the bookkeeping of the loop and of the audit.
+
+    python benchmarks/audit.py --quick
+    python benchmarks/audit.py --json benchmarks/results/audit.json
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from harness import ROOT, Results, Row, options, show
+
+from paradiff import parallelize, parasolver
+from paradiff.chain.slope import freeze_epsilon
+
+sys.path.insert(0, str(ROOT / "tests"))
+from tiny import CASES
+
+PIPELINES = (
+    "sd",
+    "sd_euler_ancestral",
+    "sdxl",
+    "flux",
+    "qwen",
+    "sd_inpaint4",
+    "sd_controlnet",
+    "sd3_skip_layers",
+    "wan22",
+    "ltx_image_to_video",
+    "z_image",
+    "cogvideox",
+)
+METHOD = parasolver(tolerance=1e-4, slope=freeze_epsilon)
+COLUMNS = ("pipeline", "executor", "steps", "passes", "passes_before", "checks", "rows", "rows_before", "ms", "ms_before")
+
+
+def measure(name: str, repeats: int) -> Row:
+    """The reports of one pipeline's calls, without and with the audit."""
+    case, found = CASES[name], {}
+    for check in ("off", "first"):
+        pipe: Any = case.make()
+        with parallelize(pipe, METHOD, check=check) as run:
+            for _ in range(repeats):
+                case.run(pipe)
+        found[check] = run.reports
+    before, after = found["off"][-1], found["first"][-1]
+    return {
+        "pipeline": name,
+        "executor": after.executor,
+        "steps": after.steps,
+        "passes": after.passes,
+        "passes_before": before.passes,
+        "checks": after.checks,
+        "rows": after.rows,
+        "rows_before": before.rows,
+        "ms": round(1000 * min(report.seconds for report in found["first"]), 1),
+        "ms_before": round(1000 * min(report.seconds for report in found["off"]), 1),
+    }
+
+
+def main() -> None:
+    given = options(__doc__, PIPELINES)
+    warnings.simplefilter("ignore")
+    results = Results(given.json, given.keep)
+    for name in given.only:
+        results.drop([row for row in results.rows if row["pipeline"] != name])
+        results.add(measure(name, 2 if given.quick else 5))
+    results.save()
+    show(results.rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
