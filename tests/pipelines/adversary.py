@@ -250,7 +250,7 @@ class Loop:
 
     def make(self) -> Any:
         """A fresh pipeline with this loop."""
-        pipe = _class(self.source())(Net(), SCHEDULERS[self.scheduler]())
+        pipe = Adversary.of(self.source())(Net(), SCHEDULERS[self.scheduler]())
         pipe.net.leaves = self.fault == "side exit"
         if self.fault in ("hook", "plain") and HOOKS[self.detail[0]][0] is not None:
             register, hook = HOOKS[self.detail[0]][0]
@@ -372,7 +372,7 @@ _numbers = itertools.count()
 
 
 def _class(loop: str) -> Any:
-    """A pipeline class with this loop, whose source can be read."""
+    """The class of `Adversary.of`."""
     text = (
         "from collections import deque\nfrom itertools import count\nfrom types import SimpleNamespace\nimport torch\n"
         "from torch import nn\nfrom diffusers import DiffusionPipeline\n\nclass Adversary(DiffusionPipeline):"
@@ -440,6 +440,15 @@ def sampled(count: int, seed: int) -> list[Loop]:
             )
         )
     return loops
+
+
+class Adversary:
+    """Makes pipeline classes."""
+
+    @staticmethod
+    def of(loop: str) -> Any:
+        """A pipeline class with a method `loop` of this text, whose source can be read."""
+        return _class(loop)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ runs its loop's body as node j - 1 with zeros for the networks' outputs, and its
 So lanes have different pasts, and a loop that keeps something from one pass to the next gives different outputs in them. For
 the audit (audit.py), a row of each pass is evaluated again in the next one, by a lane that did not make the passes before it.
 Rows are chosen such that in the course of a run as many passes as possible have been left out by such a lane. Lane 0 makes its
-second pass before any other lane has started: it is the pipeline's own, whatever lanes may have in common.
+second pass before any other lane has started: it is the pipeline's own, whatever lanes may have in common. When the solver has
+ended, passes that no lane has left out are left out in a last pass, which is for the audit alone.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from paradiff.pipelines.network.batching import Batching
 
 SECOND = 2
 """The pass in which lane 0 has one between its first and the present; two of its rows are audited."""
+
+SHARE = 8
+"""Rows of a pass for each that is evaluated again, at most."""
 
 
 def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> Any:
@@ -128,6 +132,8 @@ class Lockstep:
                 raise Unsupported("its loop took no step")
             while not self.solver.done:
                 self._round()
+            if self.coalescer.batching.check != "off" and self.solver.width > 1 and not self.solver.interrupted:
+                self._close()
             self.coalescer.batching.looping = False
             last = self.solver.ended - 1
             first.state = self.solver.final
@@ -152,8 +158,6 @@ class Lockstep:
         chosen = self._choose(nodes, wanted)
         for place in chosen:
             wanted[place].audited = True
-        for lane in doubles:
-            lane.audited = True
         lanes = [*wanted, *doubles]
         alone = self.round < self.shared.own and solver.width > 1 and len(wanted) > 1 and wanted[0] is self.lanes[0]
         if alone:
@@ -251,7 +255,7 @@ class Lockstep:
         straight = [place for place, lane in enumerate(lanes) if len(lane.walked) > 0 and lane.walked.stop == nodes[place]]
         chosen: list[int] = []
         left_out = set(self.audited)
-        for _ in range(2 if check == "every" or self.round == SECOND else 1):
+        for _ in range(max(2 if check == "every" or self.round == SECOND else 1, self.solver.width // SHARE)):
             new = {place: set(lanes[place].walked[:-1]) - left_out for place in straight if place not in chosen}
             if not new:
                 break
@@ -263,16 +267,58 @@ class Lockstep:
         return chosen
 
     def _doubles(self, lanes: list[Lane]) -> list[Lane]:
-        """Lanes that evaluate rows of the last pass again: free ones that made none of the passes before, else new ones."""
+        """Lanes that evaluate rows of the last pass again."""
         doubles: list[Lane] = []
         for row in self.rows:
-            busy = {id(lane) for lane in [*lanes, *doubles]}
-            before = {*row.before, row.node}
-            lane = next((lane for lane in self.lanes if id(lane) not in busy and not lane.seen & before), None) or self._new()
-            lane.state = row.handed
-            lane.turns.extend(self._entering(row.node))
-            doubles.append(lane)
+            doubles.append(self._double(row.node, row.before, row.handed, [*lanes, *doubles]))
         return doubles
+
+    def _double(self, node: int, before: range, state: Tensor, busy: list[Lane]) -> Lane:
+        """A lane for a row: a free one that made none of the passes before, else a new one."""
+        taken, passes = {id(lane) for lane in busy}, {*before, node}
+        free = (lane for lane in self.lanes if id(lane) not in taken and not lane.seen & passes)
+        lane = next(free, None) or self._new()
+        lane.state, lane.audited = state, True
+        lane.turns.extend(self._entering(node))
+        return lane
+
+    def _close(self) -> None:
+        """A last pass for the audit alone, in which passes are left out that no lane has left out so far."""
+        solver = self.solver
+        missing = set(range(len(solver.first.timesteps) - 2)) - self.audited
+        able = [lane for lane in self.lanes if len(lane.walked) > 1 and lane.walked.stop < len(solver.first.timesteps)]
+        warm: list[Lane] = []
+        while able and (lane := max(able, key=lambda lane: len(missing & {*lane.walked[:-1]}))):
+            new = missing & {*lane.walked[:-1]}
+            if not new:
+                break
+            missing -= new
+            warm.append(lane)
+            able.remove(lane)
+        if not warm:
+            return
+        states = [lane.state for lane in warm]
+        before = [lane.walked for lane in warm]
+        doubles: list[Lane] = []
+        for lane, state in zip(warm, states, strict=True):
+            assert state is not None
+            doubles.append(self._double(lane.walked.stop, lane.walked, state, [*warm, *doubles]))
+            lane.audited = True
+            lane.turns.append((lane.walked.stop, False))
+        self._go([*warm, *doubles])
+        solver.passes += 1
+        solver.rows += len(warm)
+        with Modes.exact().entered():
+            outputs, samples = (
+                torch.stack([getattr(lane, name) for lane in [*warm, *doubles]]) for name in ("output", "sample")
+            )
+            self.rows = [
+                Row(lane.node, walked, state, output, sample, lane.ledger)
+                for lane, walked, state, output, sample in zip(warm, before, states, outputs, samples, strict=False)
+                if state is not None
+            ]
+            eps = max(self.coalescer.batching.eps, torch.finfo(outputs.dtype).eps)
+            self._compare(doubles, outputs[len(warm) :], samples[len(warm) :], eps)
 
     def _new(self) -> Lane:
         """A further lane, not started yet."""
