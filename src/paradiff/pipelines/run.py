@@ -87,7 +87,8 @@ def parallelize(
             no bound. Halved when the device runs out of memory.
         pad: Fill every network call up to the window's full width, for compiled networks and CUDA graphs.
         check: Which batched network calls are compared, row by row, with calls of their own: each network's `first` one,
-            `every` one (slow; for tests), or none with `off`.
+            `every` one (slow; for tests), or none with `off`. Unless it is off, passes of the loop are audited, which costs
+            rows and with lanes up to two passes; with `every` the sample is compared with that of a plain call.
         dtype: Dtype of the solver's states, float32 or float64; the networks keep theirs.
         observer: Called after each round (`Observer` of paradiff.solver); it may ask the run to stop. When an executor fails
             and the next one is tried, rounds are counted from 1 again.
@@ -458,8 +459,7 @@ class Run:
         status, message = solution.status, solution.message
         if solver.ended < solver.table.steps:
             status, message = Status.STOPPED, Status.STOPPED.message(f"the call was interrupted after step {solver.ended}")
-        parts, unit = solver.fitted.progress(solver.table)
-        if solver.passes >= solver.table.steps and solver.width > 1:
+        if solver.passes + batching.checks >= solver.table.steps and solver.width > 1:
             notes = [*notes, NOTHING_GAINED]
         return Report(
             pipeline=self._plain_class.__name__,
