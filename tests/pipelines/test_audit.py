@@ -101,6 +101,13 @@ def test_what_a_pass_uses_up_is_found_in_a_window(source: str) -> None:
     assert verdict.kind == "refused", verdict.text
 
 
+def test_a_factor_that_changes_with_every_pass_is_found_by_the_repeated_row() -> None:
+    text = made("keep", "count", "object").source().replace("box.c + 1", "box.c + 0.5")  # no whole number
+    _, report = run_of(Adversary.of(text)(Net(), diffusers.FlowMatchEulerDiscreteScheduler()), executor="vector")
+    assert report.executor == "sequential"
+    assert "when the same state is evaluated again in the pass after" in report.warnings[0]
+
+
 @pytest.mark.parametrize("place", ["object", "dict", "closure", "module global"])
 @pytest.mark.parametrize("executor", ["vector", "lanes"])
 def test_a_count_is_found_before_it_has_an_effect(place: str, executor: str) -> None:
