@@ -459,6 +459,7 @@ class Run:
         status, message = solution.status, solution.message
         if solver.ended < solver.table.steps:
             status, message = Status.STOPPED, Status.STOPPED.message(f"the call was interrupted after step {solver.ended}")
+        parts, unit = solver.fitted.progress(solver.table)
         if solver.passes + batching.checks >= solver.table.steps and solver.width > 1:
             notes = [*notes, NOTHING_GAINED]
         return Report(
