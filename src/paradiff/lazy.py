@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of a package that are imported when they are first asked for (PEP 562).
 
-A package whose modules need torch and numpy only may import them at once. Where a name needs more, or where packages import
+A package whose modules need no more than the core may import them at once. Where a name needs more, or where packages import
 each other's modules, the package lists the module of each name instead, and a dependency that is not installed is reported with
 the extra that brings it.
 """

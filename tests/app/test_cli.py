@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ import torch
 from PIL import Image
 from pipelines import Cli
 
-from paradiff.app.folder import next_folder, output_folder
+from paradiff.app import run_json
+from paradiff.app.folder import Taken, next_folder, output_folder
 from paradiff.app.options import PRESETS, argument_texts, effective_options, make_method, parameters, preset
 from paradiff.app.plots import save_history
+from paradiff.app.stream import Stream
 from paradiff.chain import slope
 from paradiff.chain.noise import Keyed
 from paradiff.chain.table import Table
@@ -573,67 +577,200 @@ def test_a_second_run_without_a_folder_goes_to_the_next_one(
 
 def test_the_next_folder_is_the_first_that_is_free(tmp_path: Path) -> None:
     first = tmp_path / "out"
-    assert next_folder(first) == first
+
+    def found() -> Path:
+        with next_folder(first) as folder:
+            assert names(folder.path) == {".paradiff"}
+            return folder.path
+
+    assert found() == first
     first.write_text("a file")
-    assert next_folder(first) == tmp_path / "out-2"
+    assert found() == tmp_path / "out-2"
     (tmp_path / "out-2").mkdir()
-    assert next_folder(first) == tmp_path / "out-2"
+    assert found() == tmp_path / "out-2"
+    with next_folder(first):
+        assert found() == tmp_path / "out-3"
     (tmp_path / "out-2" / "run.json").write_text("")
-    assert next_folder(first) == tmp_path / "out-3"
+    assert found() == tmp_path / "out-3"
+    assert names(tmp_path) == {"out", "out-2"}
 
 
-@pytest.mark.parametrize("fails_at", ["a", "b/c", "d"])
-def test_files_that_cannot_all_be_replaced_are_put_back(fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def write(text: str, *files: str) -> list[Any]:
+    """What writes a text into files, each on its own."""
+    return [lambda folder, name=name: (folder / name).write_text(text) for name in files]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    return place
+
+
+@pytest.mark.parametrize("fails_at", range(5))
+def test_files_that_cannot_all_be_replaced_are_put_back_and_the_run_is_kept_elsewhere(
+    fails_at: int, tmp_path: Path, spare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "a").write_text("old")
-    (out / "d").write_text("old")
-    replace = os.replace
+    for name in ("a", "run.json", "mine"):
+        (out / name).write_text("old")
+    replace, moves = os.replace, [0]
 
-    def full(source: Path, target: Path) -> None:
-        if target == out / fails_at and source.parent.name != out.name and (source.read_text() == "new"):
-            raise OSError(errno.ENOSPC, "no space left on device")
+    def full(source: Path, target: Path) -> None:  # one from new to whole, two out of the way, three into their places
+        moves[0] += 1
+        if moves[0] == fails_at + 2:
+            raise FULL
         replace(source, target)
 
     monkeypatch.setattr("os.replace", full)
+    with (
+        pytest.raises(ValueError, match=f"'{out}' cannot be written: No space left on device; the run was written to "),
+        output_folder(out, overwrite=True) as folder,
+    ):
+        folder.fill(write("new", "a", "d", "run.json"))
+    assert moves[0] > fails_at + 2
+    assert contents(out) == {"a": "old", "run.json": "old", "mine": "old"}
+    (kept,) = spare.iterdir()
+    assert contents(kept) == {"a": "new", "d": "new", "run.json": "new"}
+    assert names(tmp_path) == {"out", "temporary"}
 
-    def run() -> None:
-        with output_folder(out, overwrite=True) as scratch:
-            (scratch / "b").mkdir()
-            for name in ("a", "b/c", "d"):
-                (scratch / name).write_text("new")
 
-    with pytest.raises(ValueError, match="cannot be written: no space left on device; give another folder"):
-        run()
-    assert {p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.is_file()} == {"a": "old", "d": "old"}
-    assert names(tmp_path) == {"out"}
+def test_of_a_run_that_no_disk_takes_what_could_be_saved_is_named(tmp_path: Path, spare: Path) -> None:
+    def full(folder: Path) -> None:
+        (folder / "half").write_text("ha")
+        raise FULL
+
+    sentence = "cannot be written: No space left on device; what could be saved was written to "
+    with pytest.raises(ValueError, match=sentence), output_folder(tmp_path / "a" / "out", overwrite=False) as folder:
+        folder.fill([*write("new", "a"), full, *write("new", "run.json")])
+    (kept,) = spare.iterdir()
+    assert contents(kept) == {"a": "new", "run.json": "new"}
+    assert names(tmp_path) == {"temporary"}
+    sentence = "cannot be written: No space left on device; nothing could be saved"
+    with pytest.raises(ValueError, match=sentence), output_folder(tmp_path / "a" / "out", overwrite=False) as folder:
+        folder.fill([full])
+    assert names(tmp_path) == {"temporary"}
 
 
-def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path: Path, spare: Path) -> None:
     out = tmp_path / "out"
 
-    def run() -> None:
-        with output_folder(out, overwrite=False) as scratch:
-            (scratch / "run.json").write_text("new")
-            out.mkdir()
-            (out / "run.json").write_text("another's")
+    def meanwhile(_: Path) -> None:
+        (out / "run.json").write_text("another's")
 
-    with pytest.raises(ValueError, match="cannot be written: "):
-        run()
-    assert (out / "run.json").read_text() == "another's"
-    assert names(out) == {"run.json"}
-    assert names(tmp_path) == {"out"}
+    sentence = r"run\.json was put there meanwhile; the run was written to "
+    with pytest.raises(ValueError, match=sentence), output_folder(out, overwrite=False) as folder:
+        folder.fill([meanwhile, *write("new", "a", "run.json")])
+    assert contents(out) == {"run.json": "another's"}
+    assert contents(spare) != {}
 
 
 def test_what_the_file_system_refuses_is_one_sentence(
-    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, tmp_path: Path, spare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space left on device", "run.json")
 
     monkeypatch.setattr("paradiff.app.run_json.write_json", full)
-    assert cli("sample", tiny, *SHORT, "--out", tmp_path / "out").sentence == "no space left on device: 'run.json'"
-    assert names(tmp_path) == set()
+    found = cli("sample", tiny, *SHORT, "--out", tmp_path / "out").sentence
+    start = f"the output '{tmp_path / 'out'}' cannot be written: no space left on device; what could be saved was written to '"
+    assert found.startswith(start)
+    assert names(Path(found.removeprefix(start).rstrip("'"))) == {"samples.png", "seed-0.png"}
+    assert names(tmp_path) == {"temporary"}
+
+
+@pytest.mark.parametrize("killed_at", range(6))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_was_whole_when_a_run_was_killed_is_moved_on_by_the_next(
+    killed_at: int, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if overwrite:
+        (out / "a").write_text("old")
+        (out / "run.json").write_text("old")
+    replace, moves = os.replace, [0]
+
+    def end(source: Path, target: Path) -> None:
+        moves[0] += 1
+        if moves[0] > 1 + killed_at:
+            raise SystemExit  # and so does every later one: nothing is put back
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", end)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    with suppress(SystemExit), output_folder(out, overwrite) as folder:
+        folder.fill(write("new", "a", "d", "run.json"))
+    monkeypatch.undo()
+    seen = {text for name, text in contents(out).items() if not name.startswith(".")}
+    assert len(seen) <= 1, "files of two runs"
+    with pytest.raises(Taken, match="is not empty"), output_folder(out, overwrite=False):
+        pass
+    assert contents(out) == {"a": "new", "d": "new", "run.json": "new"}
+
+
+def test_what_a_killed_run_had_not_finished_is_removed_by_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".paradiff" / "new").mkdir(parents=True)
+    (out / ".paradiff" / "new" / "a").write_text("ha")
+    with output_folder(out, overwrite=False) as folder:
+        folder.fill(write("new", "b", "run.json"))
+    assert contents(out) == {"b": "new", "run.json": "new"}
+    assert names(out) == {"b", "run.json"}
+
+
+def test_a_folder_with_a_run_at_work_is_refused(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for overwrite in ([], ["--overwrite"]):
+        with output_folder(out, overwrite=False) as folder:
+            found = cli("sample", tiny, *SHORT, "--out", out, *overwrite).sentence
+            assert found == f"the output folder '{out}' is in use by another run; wait until it ends, or give another folder"
+            folder.fill(write("new", "run.json"))
+        assert contents(out) == {"run.json": "new"}
+        (out / "run.json").unlink()
+        out.rmdir()
+
+
+def test_a_folder_keeps_its_mode_and_its_place(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir(mode=0o750)
+    (out / "lost+found").mkdir()
+    before = out.stat()
+    assert cli("sample", tiny, *SHORT, "--out", out).code == 0
+    assert cli("sample", tiny, *SHORT, "--out", out, "--overwrite").code == 0
+    after = out.stat()
+    assert (before.st_mode, before.st_ino) == (after.st_mode, after.st_ino)
+    assert names(out) == {"lost+found", "samples.png", "seed-0.png", "run.json"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_is_followed(there: bool, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    if there:
+        (tmp_path / "far").mkdir()
+    (tmp_path / "out").symlink_to("far")
+    (tmp_path / "round").symlink_to("round")
+    assert cli("sample", tiny, *SHORT, "--out", tmp_path / "out").code == 0
+    assert (tmp_path / "out").is_symlink()
+    assert names(tmp_path / "far") == {"samples.png", "seed-0.png", "run.json"}
+    assert "'; give a folder" in cli("sample", tiny, *SHORT, "--out", tmp_path / "round").sentence.replace(" is a file", "'")
+
+
+def test_a_folder_where_a_file_goes_is_refused_before_the_run(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "seed-3.png").mkdir()
+    found = cli("sample", tiny, *SHORT, "--out", tmp_path, "--overwrite")
+    assert "holds a folder named seed-3.png, where the run writes a file; remove it, or give another folder" in found.sentence
+    assert found.out == ""
+    assert names(tmp_path) == {"seed-3.png"}
 
 
 # -- an interrupt ------------------------------------------------------------------------------------------------------
@@ -646,9 +783,13 @@ def test_a_signal_ends_a_run_with_one_sentence_and_no_files(sent: int, code: int
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 60
-            while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+            while (
+                not (tmp_path / "out" / ".paradiff" / "lock").exists()
+                and process.poll() is None
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
-            assert [p.name[:5] for p in tmp_path.iterdir()] == [".out-"]  # The run's scratch folder.
+            assert names(tmp_path / "out") == {".paradiff"}
             time.sleep(2)  # Into the chain, which takes far longer.
             assert process.poll() is None
             process.send_signal(sent)
@@ -659,3 +800,77 @@ def test_a_signal_ends_a_run_with_one_sentence_and_no_files(sent: int, code: int
     assert err == f"{word}: nothing was written\n"
     assert "Traceback" not in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_while_the_files_are_written_loses_no_run(
+    sent: int, code: int, word: str, cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = run_json.write_json
+
+    def interrupted(*given: Any) -> None:
+        signal.raise_signal(sent)
+        write(*given)
+
+    monkeypatch.setattr("paradiff.app.run_json.write_json", interrupted)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    found = cli("sample", tiny, *SHORT, "--out", tmp_path / "out")
+    assert (found.code, found.err) == (code, f"{word}: the run was whole and is written to {tmp_path / 'out'}\n")
+    assert read(tmp_path / "out")["status_code"] == "converged"
+    assert names(tmp_path / "out") == {"samples.png", "seed-0.png", "run.json"}
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_signal_while_the_files_are_written_ends_the_run(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("paradiff.app.run_json.write_json", interrupted)
+    found = cli("sample", tiny, *SHORT, "--out", tmp_path / "out")
+    assert (found.code, found.err) == (130, "interrupted: nothing was written\n")
+    assert names(tmp_path) == set()
+
+
+# -- a stream that ends --------------------------------------------------------------------------------------------------
+
+
+class Broken(io.StringIO):
+    """Standard output that takes no text."""
+
+    def __init__(self, error: Exception, flushes: bool) -> None:
+        super().__init__()
+        self.error, self.flushes = error, flushes
+
+    def write(self, text: str) -> int:
+        if not self.flushes:
+            raise self.error
+        return len(text)
+
+    def flush(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+@pytest.mark.parametrize("error", [BrokenPipeError(), FULL, ValueError("I/O operation on closed file")], ids=repr)
+def test_a_run_outlives_its_output_stream(
+    error: Exception, flushes: bool, cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Broken(error, flushes))
+    assert cli("sample", tiny, *SHORT, "--out", tmp_path / "out").code == 0
+    assert "run.json" in names(tmp_path / "out")
+
+
+def test_a_run_needs_no_streams(cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python starts with standard output closed
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli("sample", tiny, *SHORT, "--out", tmp_path / "out").code == 0
+    assert "run.json" in names(tmp_path / "out")
+
+
+def test_a_stream_escapes_what_its_encoding_lacks(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "w", encoding="ascii") as file:
+        assert Stream(file).write("a\u2500b\udc80") == 4
+    assert (tmp_path / "file").read_text() == "a\\u2500b\\udc80"

@@ -588,3 +588,57 @@ def test_pictures_of_every_form_are_read(result: Any) -> None:
     found = read_output(result, object())
     assert found.data.shape == (1, 3, 2, 3)
     assert found.data == pytest.approx(0.5, abs=1 / 255)  # An 8-bit level.
+
+
+# -- runs that end early -----------------------------------------------------------------------------------------------
+
+ENDS: dict[str, tuple[BaseException, int, str]] = {
+    "interrupted": (KeyboardInterrupt(), 130, "interrupted"),
+    "without memory": (
+        MemoryError(),
+        1,
+        "error: memory ran out (MemoryError); give fewer seeds, a smaller window, or --max-rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("compare", [False, True])
+@pytest.mark.parametrize("how", ENDS)
+def test_seeds_that_were_finished_are_kept(
+    how: str, compare: bool, cli: Cli, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, code, sentence = ENDS[how]
+    spare = tmp_path / "temporary"
+    spare.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(spare))
+    calls = [0]
+
+    def reading(*given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > (3 if compare else 2):
+            raise error
+        return read_output(*given)
+
+    monkeypatch.setattr("paradiff.app.calls.read_output", reading)
+    given = (*PLAIN, "--seeds", "4,2" if compare else "4,2,7", *["--compare"] * compare)
+    found = cli("sample", saved("sd"), *given, "--out", tmp_path / "out")
+    assert found.code == code
+    start = f"{sentence}; " if how != "interrupted" else "interrupted: "
+    start += "seeds 4, 2 are finished; what they gave was written to '"
+    assert found.err.startswith(start)
+    (kept,) = spare.iterdir()
+    assert found.err == f"{start}{kept}'\n"
+    assert {path.name for path in kept.iterdir()} == {"samples.png", "seed-4.png", "seed-2.png"}
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+
+
+def test_nothing_is_kept_before_the_first_seed_is_finished(
+    cli: Cli, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reading(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paradiff.app.calls.read_output", reading)
+    found = cli("sample", saved("sd"), *PLAIN, "--seeds", "4,2", "--out", tmp_path / "out")
+    assert (found.code, found.err) == (130, "interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == []

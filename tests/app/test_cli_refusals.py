@@ -21,6 +21,7 @@ from paradiff.app import cli as cli_module
 from paradiff.app.cli import app
 from paradiff.app.options import PRESETS, SLOPES, known_parameters, parameters, parse_seeds, preset, read_value, words
 from paradiff.app.request import DTYPES
+from paradiff.app.signals import INTERRUPTED, TERMINATED
 from paradiff.chain import slope
 from paradiff.models.files import BUNDLED
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, load
@@ -196,6 +197,14 @@ def test_no_arguments_show_the_help(cli: Cli) -> None:
     assert found.err == ""
     for text in ("Usage", "sample", "explain", "methods", "--version"):
         assert text in found.out
+
+
+def test_the_help_and_the_page_list_the_exit_codes(cli: Cli) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "run_json.md").read_text(encoding="utf-8")
+    told = " ".join(cli("--help").out.split())
+    for code in (0, cli_module.FAILED, cli_module.REFUSED, INTERRUPTED, TERMINATED):
+        assert f"{code}, " in told.split("Exit codes: ")[1]
+        assert f"| {code} | " in page.split("## The folder")[1]
 
 
 def test_the_version_is_the_packages(cli: Cli) -> None:

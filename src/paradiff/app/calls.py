@@ -51,11 +51,12 @@ def call_each(
     method: Method,
     arguments: Mapping[str, Any],
     seeds: Sequence[int],
+    calls: list[Call],
     *,
     max_rows: int | None = None,
     deadline: Deadline | None = None,
     compare: bool = False,
-) -> list[Call]:
+) -> None:
     """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
 
     The parallel calls come first. On an accelerator whose clocks are to be compared, an untimed call precedes them.
@@ -65,6 +66,7 @@ def call_each(
         method: The method.
         arguments: The call's arguments, without the generator.
         seeds: The seeds.
+        calls: Where each call goes as soon as it is finished.
         max_rows: Most rows in one network call.
         deadline: What ends a parallel call that takes too long; its clock starts with each.
         compare: Whether plain calls follow.
@@ -72,7 +74,6 @@ def call_each(
     Raises:
         ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
     """
-    calls = []
     context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline)
     quiet = not sys.stderr.isatty()
     vector = reads_index(type(pipeline)) == []
@@ -89,16 +90,12 @@ def call_each(
                     deadline.start()
                 output, seconds = _timed(pipeline, arguments, seed)
                 calls.append(Call(seed, output, context.report, seconds))
-    if not compare:
-        return calls
-    compared = []
-    for call in calls:
+    for k, call in enumerate(calls if compare else ()):
         pipeline.set_progress_bar_config(disable=quiet, desc=f"seed {call.seed}, sequential", unit="step")
         with counted_steps(pipeline.scheduler) as count:
             output, seconds = _timed(pipeline, arguments, call.seed)
         plain = Plain(output, count[0], seconds)
-        compared.append(Call(call.seed, call.output, call.report, call.seconds, plain))
-    return compared
+        calls[k] = Call(call.seed, call.output, call.report, call.seconds, plain)
 
 
 def _timed(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> tuple[Output, float]:

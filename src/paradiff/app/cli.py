@@ -7,21 +7,21 @@ with is imported when its options were found to be well-formed.
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand
 
-from paradiff.app.folder import next_folder, output_folder
 from paradiff.app.options import (
     PRESETS,
     argument_texts,
@@ -35,24 +35,33 @@ from paradiff.app.options import (
     summary,
     words,
 )
+from paradiff.app.outcome import CutShort
 from paradiff.app.request import DTYPES, NOISES, Job, Request
+from paradiff.app.signals import INTERRUPTED, TERMINATED, WORDS, EndedLate, finishing, termination
+from paradiff.app.stream import Stream
 from paradiff.errors import refuse_unknown
 from paradiff.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from paradiff.app.folder import Folder
+
 OUT = "paradiff-out"
 """The folder of a run that was given none; of the next one, `paradiff-out-2`."""
 
+FAILED, REFUSED, LATE = 1, 2, 3
+"""Exit codes of an error that nobody foresaw, of what was refused or could not be written, and of a run whose deadline ended it;
+its files are written."""
+
+EXIT_CODES = (
+    f"Exit codes: 0, all is well; {FAILED}, a package is missing, memory ran out, or paradiff is at fault; {REFUSED}, what was "
+    f"given is refused, or the output cannot be written; {LATE}, the deadline ended the run; {INTERRUPTED}, Ctrl-C; "
+    f"{TERMINATED}, SIGTERM."
+)
+
 TRACEBACK = "PARADIFF_TRACEBACK"
 """The environment variable that asks for the traceback of an error that nobody foresaw."""
-
-LATE = 3
-"""Exit code of a run whose deadline ended it; its files are written."""
-
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes of Ctrl-C and of SIGTERM: 128 and the signal's number."""
 
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")
 EXPONENTIAL = ("exponential_sde", "exponential_ode")
@@ -117,7 +126,7 @@ Tolerance = Annotated[
 ]
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
 
 
 def _show_version(asked: bool) -> None:
@@ -239,7 +248,7 @@ def sample(
         method_option=method_option or [],
         window=window,
         tolerance=tolerance,
-        out=str(chosen_folder(overwrite)) if out is None else out,
+        out=OUT if out is None and overwrite else out,
         compare=compare,
         trace=trace,
         overwrite=overwrite,
@@ -256,25 +265,20 @@ def sample(
         trust_remote_code=trust_remote_code,
     )
     solver, called = make_method(method, request.method_option, window=window, tolerance=tolerance)
-    moved = out is None and request.out != OUT
-    run(request, solver, called, f"{OUT} is not empty; this run goes to {request.out}" if moved else "")
+    run(request, solver, called)
 
 
-def chosen_folder(overwrite: bool) -> Path:
-    """The output folder of a run that was given none."""
-    return Path(OUT) if overwrite else next_folder(Path(OUT))
-
-
-def run(request: Request, solver: Any, called: dict[str, Any], notice: str = "") -> None:
-    """Runs a well-formed request, writes its files and shows its figures; `notice` is said when the run starts for good."""
+def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
+    """Runs a well-formed request, writes its files and shows its figures."""
     import torch
     from rich.console import Console
 
     from paradiff.app import environment, run_json
+    from paradiff.app.folder import LAST, rescued
     from paradiff.models.files import is_pixel, read_index
     from paradiff.solver import Deadline, Status
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)))
     environment.use_threads(request.threads)
     deadline = None if request.deadline is None else Deadline(request.deadline)
     device, dtype = environment.choose_device(request.device), getattr(torch, request.dtype)
@@ -288,24 +292,37 @@ def run(request: Request, solver: Any, called: dict[str, Any], notice: str = "")
         from paradiff.app.pipeline import sample_pipeline as sample_it
 
         refuse_pixel_options(request)
-    job = Job(
-        request=request,
-        seeds=parse_seeds(request.seeds),
-        method=solver,
-        called=called,
-        device=device,
-        dtype=dtype,
-        deadline=deadline,
-        notice=notice,
-    )
-    with output_folder(Path(request.out), request.overwrite) as folder:
-        result, title = sample_it(job, folder, console)
-        run_json.write_json(result, folder / "run.json")
-    show(console, result, request.method, title)
-    console.print(f"{result['status']}; written to {request.out}", soft_wrap=True)
-    if deadline is not None and deadline.stopped and result["status_code"] == Status.STOPPED.code:
+    with claimed(request) as folder:
+        place = str(folder.path)
+        job = Job(
+            request=dataclasses.replace(request, out=place),
+            seeds=parse_seeds(request.seeds),
+            method=solver,
+            called=called,
+            device=device,
+            dtype=dtype,
+            deadline=deadline,
+            notice=f"{OUT} is not empty; this run goes to {place}" if place != OUT and request.out is None else "",
+        )
+        try:
+            outcome = sample_it(job, console)
+        except CutShort as cut:
+            cut.saved = rescued(cut.writers, "what they gave")
+            raise
+        with finishing(place):
+            folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
+    show(console, outcome.contents, request.method, outcome.title)
+    console.print(f"{outcome.contents['status']}; written to {place}", soft_wrap=True)
+    if deadline is not None and deadline.stopped and outcome.contents["status_code"] == Status.STOPPED.code:
         console.print(f"the deadline of {deadline.seconds:g} s ended it", soft_wrap=True)
         raise typer.Exit(LATE)
+
+
+def claimed(request: Request) -> AbstractContextManager[Folder]:
+    """The output folder of a run, for as long as it lasts."""
+    from paradiff.app.folder import next_folder, output_folder
+
+    return next_folder(Path(OUT)) if request.out is None else output_folder(Path(request.out), request.overwrite)
 
 
 @app.command(cls=Command)
@@ -395,26 +412,6 @@ def show(console: Console, result: dict[str, Any], method: str, title: str) -> N
     console.print(sheet)
 
 
-@contextmanager
-def _termination() -> Iterator[list[int]]:
-    """Makes SIGTERM end a run as Ctrl-C does; the list it gives holds the signal once it came."""
-    came: list[int] = []
-
-    def end(number: int, _: object) -> None:
-        if not came:
-            came.append(number)
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _as_typed(sentence: str) -> str:
     """A sentence of the library, with None as the command line has it."""
     return re.sub(r"\bor None\b", "or none", sentence)
@@ -429,35 +426,49 @@ def _unforeseen(error: Exception) -> str:
     return f"{said}; this is a fault of paradiff: please report it with the command ({TRACEBACK}=1 shows where)"
 
 
+def _told(error: Exception) -> tuple[str, int]:
+    """The sentence of an error, and the exit code."""
+    if isinstance(error, ValueError):
+        return _as_typed(str(error)), REFUSED
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename!r}' if error.filename else ''}", REFUSED
+    if hasattr(error, "format_message"):  # of typer's
+        return error.format_message(), getattr(error, "exit_code", REFUSED)  # pyright: ignore[reportAttributeAccessIssue]
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    return _unforeseen(error), FAILED
+
+
 def main() -> None:
     """The entry point. Exit codes: errors, one sentence each, are 2, those that nobody foresaw 1, a run that its deadline ended
     3, Ctrl-C 130, SIGTERM 143."""
-    with _termination() as came:
+    end = ""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before Python started
+            setattr(sys, name, io.StringIO())
+    with termination() as came:
         try:
             code = app(standalone_mode=False)
         except KeyboardInterrupt:
             code = INTERRUPTED
+        except EndedLate as late:
+            code, end = late.code, str(late)
+        except CutShort as cut:
+            cause = cast(Exception | KeyboardInterrupt, cut.__cause__)
+            if isinstance(cause, KeyboardInterrupt):
+                code, end = TERMINATED if came else INTERRUPTED, f"{WORDS[came[0] if came else SIGINT]}: {cut}; {cut.saved}"
+            else:
+                sentence, code = _told(cause)
+                end = f"error: {sentence}; {cut}; {cut.saved}"
         except ModuleNotFoundError:
             raise  # a package of an extra, perhaps: app/__init__.py names it
-        except OSError as error:
-            reason = error.strerror or str(error)
-            print(f"error: {reason}{f': {error.filename!r}' if error.filename else ''}", file=sys.stderr)
-            code = 2
-        except ValueError as error:
-            print(f"error: {_as_typed(str(error))}", file=sys.stderr)
-            code = 2
         except Exception as error:
-            if hasattr(error, "format_message"):
-                print(f"error: {error.format_message()}", file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
-                code = getattr(error, "exit_code", 2)
-            else:
-                if os.environ.get(TRACEBACK):
-                    traceback.print_exc()
-                print(f"error: {_unforeseen(error)}", file=sys.stderr)
-                code = 1
-    if code == INTERRUPTED:
-        print(f"{'terminated' if came else 'interrupted'}: nothing was written", file=sys.stderr)
-        code = TERMINATED if came else INTERRUPTED
+            sentence, code = _told(error)
+            end = f"error: {sentence}"
+    if code == INTERRUPTED and not end:
+        code, end = TERMINATED if came else INTERRUPTED, f"{WORDS[came[0] if came else SIGINT]}: nothing was written"
+    if end:
+        print(end, file=sys.stderr)
     sys.exit(code or 0)
 
 

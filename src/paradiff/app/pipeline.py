@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from paradiff.app import plots
 from paradiff.app.calls import Call, call_each
 from paradiff.app.environment import environment
 from paradiff.app.options import effective_options, parse_argument, parse_size
+from paradiff.app.outcome import CutShort, Outcome, Writer
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, pipeline_report
 from paradiff.models.pipeline import load_pipeline, set_sampler
@@ -53,33 +55,46 @@ def refuse_pixel_options(request: Request) -> None:
         )
 
 
-def sample_pipeline(job: Job, folder: Path, console: Console) -> tuple[dict[str, Any], str]:
-    """Calls a pipeline into a folder, once for each seed; the contents of run.json, and a title."""
+def sample_pipeline(job: Job, console: Console) -> Outcome:
+    """Calls a pipeline once for each seed."""
     request = job.request
     pipeline = load_pipeline(request.model, device=job.device, dtype=job.dtype, trust_remote_code=request.trust_remote_code)
     if request.sampler is not None:
         set_sampler(pipeline, request.sampler)
     given = call_arguments(pipeline, request)
-    calls = call_each(
-        pipeline,
-        job.method,
-        given,
-        job.seeds,
-        max_rows=request.max_rows,
-        deadline=job.deadline,
-        compare=request.compare,
-    )
+    calls: list[Call] = []
+    try:
+        call_each(
+            pipeline,
+            job.method,
+            given,
+            job.seeds,
+            calls,
+            max_rows=request.max_rows,
+            deadline=job.deadline,
+            compare=request.compare,
+        )
+    except (Exception, KeyboardInterrupt) as cause:
+        if not calls:
+            raise
+        seeds = ", ".join(str(call.seed) for call in calls)
+        finished = f"seed {seeds} is finished" if len(calls) == 1 else f"seeds {seeds} are finished"
+        raise CutShort(finished, pictures(calls)) from cause
     if job.notice:  # only a call itself shows what its pipeline refuses
         console.print(job.notice, soft_wrap=True, markup=False)
-    save(calls, folder)
     for warning in dict.fromkeys(text for call in calls for text in call.report.warnings):
         console.print(f"warning: {warning}", soft_wrap=True, markup=False)
-    if request.trace and not save_trace(calls, folder / "trace.png"):
-        console.print("warning: no trace was drawn, since no call ran in parallel", soft_wrap=True)
+    writers = pictures(calls)
+    if request.trace:
+        drawn = trace(calls)
+        writers += drawn
+        if not drawn:
+            console.print("warning: no trace was drawn, since no call ran in parallel", soft_wrap=True)
     kind, report = type(pipeline).__name__, calls[0].report
     steps = "" if report.steps is None else f"{report.steps} steps, "
     heading = Heading(arguments=request.to_json(), effective=effective(job, calls), environment=environment(job.device))
-    return pipeline_report(heading, kind, calls, given), f"{kind}, {report.scheduler}, {steps}{job.counted()}"
+    contents = pipeline_report(heading, kind, calls, given)
+    return Outcome(contents=contents, title=f"{kind}, {report.scheduler}, {steps}{job.counted()}", writers=writers)
 
 
 def effective(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
@@ -162,29 +177,30 @@ def refuse_eta(scheduler: Any) -> None:
         )
 
 
-def save(calls: Sequence[Call], folder: Path) -> None:
-    """Writes what each seed gave, and samples.png, which shows all of them."""
-    sheets = []
-    for call in calls:
-        call.output.save(folder, f"seed-{call.seed}")
-        sheet = call.output.sheet()
-        if sheet is not None:
-            sheets.append(_pixels(np.array(sheet)))
-    if sheets:
-        plots.grid(torch.stack(sheets)).save(folder / "samples.png", format="PNG")
+def pictures(calls: Sequence[Call]) -> list[Writer]:
+    """What writes the files of each seed, and samples.png, which shows all of them."""
+    writers: list[Writer] = [partial(call.output.save, name=f"seed-{call.seed}") for call in calls]
+    if any(call.output.pictures is not None for call in calls):
+        writers.append(partial(_save_together, calls))
+    return writers
 
 
-def save_trace(calls: Sequence[Call], path: Path) -> bool:
-    """Draws the slowest seed's run; False where all seeds ran sequentially."""
+def _save_together(calls: Sequence[Call], folder: Path) -> None:
+    """Writes samples.png."""
+    sheets = [sheet for call in calls if (sheet := call.output.sheet()) is not None]
+    plots.grid(torch.stack([_pixels(np.array(sheet)) for sheet in sheets])).save(folder / "samples.png", format="PNG")
+
+
+def trace(calls: Sequence[Call]) -> list[Writer]:
+    """What draws the slowest seed's run; nothing where all seeds ran sequentially."""
     parallel = [call for call in calls if call.report.history]
     if not parallel:
-        return False
+        return []
     slowest = max(parallel, key=lambda call: call.report.rounds)
     report = slowest.report
     title = f"{report.scheduler}, {report.steps} steps, {report.method}: seed {slowest.seed}, the slowest of {len(calls)}"
     total = sum(record.passed for record in report.history)
-    plots.save_history(report.history, 0, total, path, title)
-    return True
+    return [lambda folder: plots.save_history(report.history, 0, total, folder / "trace.png", title)]
 
 
 def _pixels(levels: np.ndarray) -> Tensor:

@@ -6,16 +6,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from paradiff.app import plots
 from paradiff.app.environment import environment
 from paradiff.app.options import effective_options
+from paradiff.app.outcome import Outcome, Writer
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, report
 from paradiff.chain.noise import Keyed, Noise, Recorded
@@ -137,8 +140,8 @@ def effective(job: Job, table: Table) -> dict[str, Any]:
     return {"tolerance": job.method.tolerance, "window": window, "parts": parts, "unit": unit, "method_options": options}
 
 
-def sample_pixels(job: Job, folder: Path, console: Console) -> tuple[dict[str, Any], str]:
-    """Samples a pixel model into a folder, all seeds in one batch; the contents of run.json, and a title."""
+def sample_pixels(job: Job, console: Console) -> Outcome:
+    """Samples a pixel model, all seeds in one batch."""
     request, method = job.request, job.method
     model = load(request.model, device=job.device, dtype=job.dtype)
     table = make_table(model, request)
@@ -152,12 +155,18 @@ def sample_pixels(job: Job, folder: Path, console: Console) -> tuple[dict[str, A
     sequential = batched.run("sequential", method.reference()) if request.compare else None
     heading = Heading(arguments=request.to_json(), effective=effective(job, table), environment=environment(job.device))
     result = report(heading, solution, seconds, job.seeds, sequential)
-    plots.grid(solution.sample).save(folder / "samples.png", format="PNG")
-    for seed, x in zip(job.seeds, solution.sample, strict=True):
-        plots.to_image(x).save(folder / f"seed-{seed}.png", format="PNG")
     chain = f"{request.sampler}, {request.steps} steps"
+    writers: list[Writer] = [lambda folder: plots.grid(solution.sample).save(folder / "samples.png", format="PNG")]
+    writers += [partial(_save, x, f"seed-{seed}.png") for seed, x in zip(job.seeds, solution.sample, strict=True)]
     if request.trace:
         slowest = max(range(len(job.seeds)), key=lambda k: solution.error_estimates[k].rounds)
         title = f"{chain}, {request.method}: seed {job.seeds[slowest]}, the slowest of {len(job.seeds)}"
-        plots.save_history(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
-    return result, f"{chain}, {job.counted()}"
+        writers.append(
+            lambda folder: plots.save_history(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
+        )
+    return Outcome(contents=result, title=f"{chain}, {job.counted()}", writers=writers)
+
+
+def _save(sample: Tensor, name: str, folder: Path) -> None:
+    """Writes one sample's picture."""
+    plots.to_image(sample).save(folder / name, format="PNG")

@@ -41,7 +41,7 @@ class Request:
     method_option: list[str]
     window: int | None
     tolerance: float | None
-    out: str
+    out: str | None
     compare: bool
     trace: bool
     overwrite: bool

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGINT and SIGTERM: both end a run, and neither ends one that is being written."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of Ctrl-C and of SIGTERM: 128 and the signal's number."""
+
+WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class EndedLate(Exception):
+    """A signal that came while a run was written, which is whole all the same. The text is a sentence for the user.
+
+    Attributes:
+        code: The exit code.
+    """
+
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(f"{WORDS[number]}: the run was whole and is written to {where}")
+        self.code = 128 + number
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def termination() -> Iterator[list[int]]:
+    """Makes SIGTERM end a run as Ctrl-C does; the list it gives holds the signal once it came."""
+    came: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        if not came:
+            came.append(number)
+            raise KeyboardInterrupt
+
+    if not _in_main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def finishing(where: str) -> Iterator[None]:
+    """Lets a block that writes a run come to its end before a signal is heeded; a second one ends it at once.
+
+    Args:
+        where: The folder that is written to.
+
+    Raises:
+        EndedLate: At the end of the block, if a signal came.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if not _in_main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in WORDS}
+    heeded = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in heeded:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+    if came:
+        raise EndedLate(came[0], where)
