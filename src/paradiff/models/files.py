@@ -14,11 +14,19 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError
 
 from paradiff.errors import shown
 
 BUNDLED = Path(__file__).parent / "bundled"
 INDEX = "model_index.json"
+LINES, LONGEST = 2, 300
+"""Of a loader's error: lines, and characters of them."""
+
+PATIENCE = 5
+"""Seconds that the hub is given to answer."""
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -52,18 +60,58 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, bool]:
     return model, False
 
 
-def read_index(model: str) -> dict[str, Any]:
+def read_index(model: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model's `model_index.json` says: the pipeline's class, and library and class of every component.
 
     Raises:
         ValueError: If there is no such model, or its index cannot be read.
     """
-    source, _ = locate(model)
-    with loading(model):
+    source = _here(model)
+    with loading(os.fspath(model)):
         index = DiffusionPipeline.load_config(source)
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ValueError(f"{model!r} could not be loaded: its {INDEX} names no pipeline class; save the pipeline again")
     return index
+
+
+def folder_of(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Path:
+    """The folder that a model's files are read from; those of a hub id are downloaded, unless they are there.
+
+    Raises:
+        ValueError: If there is no such model, or it cannot be downloaded.
+    """
+    source = _here(model)
+    if Path(source).is_dir():
+        return Path(source)
+    with loading(os.fspath(model)):
+        return Path(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=trust_remote_code))
+
+
+def _here(model: str | os.PathLike[str]) -> str:
+    """A model's folder, or its hub id if the hub can be reached.
+
+    Raises:
+        ValueError: If there is no such model, or neither the hub nor a copy of the model can be reached.
+    """
+    source, local = locate(model)
+    if local:
+        return source
+    try:
+        HfApi().model_info(source, timeout=PATIENCE)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"{source!r} is no folder here, and the hub has no such model, or none for you; check its name, or log in by "
+            "`hf auth login`"
+        ) from error
+    except Exception as error:  # of the HTTP library that the hub's client uses, or that it is told to keep offline
+        kept = try_to_load_from_cache(source, INDEX)
+        if isinstance(kept, str):
+            return str(Path(kept).parent)
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{source!r} is no folder here, and the hub cannot be reached ({why}); connect to it, or give a folder"
+        ) from error
+    return source
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -78,14 +126,15 @@ def is_pixel(index: Mapping[str, Any]) -> bool:
     return set(parts) == {"unet", "scheduler"} and parts["unet"][1] == "UNet2DModel"
 
 
-def check_weights(folder: Path, part: str) -> None:
-    """Refuses a component whose weights are not safetensors.
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The safetensors files of a component.
 
     Raises:
         ValueError: If there are none in `folder/part`.
     """
-    if list((folder / part).glob("*.safetensors")):
-        return
+    found = sorted(p for p in (folder / part).glob("*.safetensors") if p.is_file())
+    if found:
+        return found
     pickles = sorted(p.name for p in (folder / part).glob("*") if p.suffix in PICKLES)
     given = f"its weights are {pickles[0]}, a pickle, which can run code when it is read" if pickles else "it has no weights"
     raise ValueError(
@@ -96,7 +145,7 @@ def check_weights(folder: Path, part: str) -> None:
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Keeps diffusers quiet, and makes one sentence of what cannot be read.
+    """Keeps diffusers quiet, and makes one sentence of what its loaders raise.
 
     Raises:
         ValueError: If something within cannot be loaded.
@@ -105,8 +154,12 @@ def loading(model: str) -> Iterator[None]:
     diffusers_logging.set_verbosity_error()
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: weights that do not fit the network
-        first = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
-        raise ValueError(f"{model!r} could not be loaded: {first}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # files of any content reach constructors of any class
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[:LINES])[:LONGEST].rstrip(":")
+        name = "" if said and isinstance(error, OSError | RuntimeError | ValueError) else type(error).__name__
+        raise ValueError(f"{model!r} could not be loaded: {': '.join(filter(None, (name, said)))}") from error
     finally:
         diffusers_logging.set_verbosity(level)

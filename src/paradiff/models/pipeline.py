@@ -6,19 +6,20 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from paradiff.errors import refuse_unknown
-from paradiff.models.files import check_weights, components, loading, locate, read_index
+from paradiff.models.files import components, folder_of, loading, read_index, weight_files
+from paradiff.models.network import check_values, load_network
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS
 
 BETAS = "beta_schedule"
@@ -43,24 +44,21 @@ def load_pipeline(
         ValueError: If there is no such model, it holds pickled weights or code, a component is missing, a package that it
             needs is not installed, or it cannot be read.
     """
-    source, local = locate(model)
     index = read_index(model)
-    absent: dict[str, Any] = {name: None for name, part in index.items() if part == [None, None]}
-    with _quiet(), loading(model):
+    with _quiet():
         if not trust_remote_code:
-            _check_code(model, index, Path(source) if local else None)
+            _check_code(model, index)
             _check_class(model, index)
-        if local:
-            _check_components(Path(source), index)
-        try:
+        folder = folder_of(model, trust_remote_code=trust_remote_code)
+        if not trust_remote_code:
+            _check_files(model, folder)
+        given: dict[str, Any] = {name: None for name, part in index.items() if part == [None, None]}
+        given |= _networks(model, folder, index, dtype)
+        _check_schedulers(model, folder, index)
+        with loading(model):
             pipeline = DiffusionPipeline.from_pretrained(
-                source, use_safetensors=True, torch_dtype=dtype, trust_remote_code=trust_remote_code, **absent
+                folder, use_safetensors=True, torch_dtype=dtype, trust_remote_code=trust_remote_code, **given
             )
-        except (OSError, RuntimeError):
-            raise
-        except Exception as error:  # configs of any content reach constructors of any class
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{model!r} could not be loaded: {first}") from error
         return pipeline.to(device)
 
 
@@ -99,11 +97,19 @@ def set_sampler(pipeline: Any, name: str) -> None:
         pipeline.scheduler = kind.from_config(own.config)
 
 
-def _check_code(model: str, index: Mapping[str, Any], folder: Path | None) -> None:
-    """Refuses a model that brings Python code."""
+def _check_code(model: str, index: Mapping[str, Any]) -> None:
+    """Refuses a model whose index names Python code."""
     found = [str(index["_class_name"][0]) + ".py"] if isinstance(index["_class_name"], list | tuple) else []
     found += [library + ".py" for library, _ in components(index).values() if _library(library) is None]
-    found += sorted(str(p.relative_to(folder)) for p in folder.rglob("*.py")) if folder else []
+    _refuse_code(model, found)
+
+
+def _check_files(model: str, folder: Path) -> None:
+    """Refuses a folder that holds Python code."""
+    _refuse_code(model, sorted(str(p.relative_to(folder)) for p in folder.rglob("*.py")))
+
+
+def _refuse_code(model: str, found: Sequence[str]) -> None:
     if found:
         raise ValueError(
             f"{model!r} brings code of its own ({found[0]}), which loading it would run; give --trust-remote-code if you trust "
@@ -127,8 +133,9 @@ def _check_class(model: str, index: Mapping[str, Any]) -> None:
 INSTALL = "install what is missing, such as transformers by pip install 'paradiff[text]'"
 
 
-def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
-    """Refuses a folder in which a component is missing, or has weights that are not safetensors."""
+def _networks(model: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name, each loaded with all its weights; those of code that comes with it are left out."""
+    kinds: dict[str, type[nn.Module]] = {}
     for part, (library, name) in components(index).items():
         if not (folder / part).is_dir():
             raise ValueError(
@@ -137,7 +144,19 @@ def _check_components(folder: Path, index: Mapping[str, Any]) -> None:
             )
         kind = getattr(_library(library), name, None)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
-            check_weights(folder, part)
+            weight_files(folder, part)
+            kinds[part] = kind
+    return {part: load_network(model, kind, folder, part, dtype) for part, kind in kinds.items()}
+
+
+def _check_schedulers(model: str, folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuses a scheduler whose config has values of wrong kinds."""
+    for part, (library, name) in components(index).items():
+        kind: Any = getattr(diffusers, name, None) if library == "diffusers" else None
+        if isinstance(kind, type) and issubclass(kind, SchedulerMixin):
+            with loading(model):
+                config = cast(Any, kind).load_config(folder, subfolder=part)
+            check_values(kind, config if isinstance(config, dict) else {}, f"{part}/scheduler_config.json of {model!r}")
 
 
 def _library(name: str) -> Any:

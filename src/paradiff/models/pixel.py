@@ -12,14 +12,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import diffusers
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -32,12 +31,13 @@ from paradiff import samplers
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
-from paradiff.errors import is_whole, refuse_unknown, shown
-from paradiff.models.files import check_weights, components, is_pixel, loading, locate
+from paradiff.errors import are_whole, is_whole, refuse_unknown, require_whole, shown
+from paradiff.models.files import components, folder_of, is_pixel, loading, read_index
+from paradiff.models.network import check_values, load_network
 from paradiff.samplers.exponential import Form, exponential_integrator
 from paradiff.samplers.grid import log_snr_grid, uniform_grid
 from paradiff.samplers.process import Process, level_of, variance_preserving
-from paradiff.samplers.schedule import SMALLEST_ALPHA_BAR, Schedule
+from paradiff.samplers.schedule import MOST_TIMES, SMALLEST_ALPHA_BAR, Schedule
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 SCHEDULERS: dict[str, Any] = {
@@ -161,6 +161,9 @@ class Model:
 def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float = 0.0) -> Table:
     """The table that a diffusers scheduler class walks with a config: see `Model.table`."""
     refuse_unknown("sampler", sampler, list(SCHEDULERS))
+    check_values(SCHEDULERS[sampler], config, "the scheduler's config")
+    if config.get("num_train_timesteps") is not None:
+        require_whole("num_train_timesteps of the scheduler's config", config["num_train_timesteps"], 2, most=MOST_TIMES)
     scheduler = SCHEDULERS[sampler].from_config(dict(config))
     found = scheduler.config
     for option, known in ONLY.items():
@@ -229,27 +232,34 @@ def load(model: str | os.PathLike[str], *, device: torch.device | str = "cpu", d
     Raises:
         ValueError: If the folder is no pipeline, its weights are not safetensors, or the pipeline is of another kind.
     """
-    source, local = locate(model)
+    folder = folder_of(model)
     model = os.fspath(model)
-    if local:
-        check_weights(Path(source), "unet")
+    index = read_index(model)
+    parts = components(index)
+    if not is_pixel(index):
+        raise ValueError(
+            f"{model!r} holds a {index['_class_name']}; this command samples unconditional pixel pipelines, made of a "
+            "UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline)"
+        )
     with loading(model):
-        index = DiffusionPipeline.load_config(source)
-        index = index if isinstance(index, dict) else {}
-        kind, parts = index.get("_class_name", "unknown"), components(index)
-        if not is_pixel(index):
-            raise ValueError(
-                f"{model!r} holds a {kind}; this command samples unconditional pixel pipelines, made of a UNet2DModel and a "
-                "scheduler (DDPMPipeline, DDIMPipeline)"
-            )
-        config = DDPMScheduler.load_config(source, subfolder="scheduler")
-        if not isinstance(config, dict) or not {"beta_schedule", "trained_betas"} & set(config):
-            raise ValueError(
-                f"{model!r} has a {parts['scheduler'][1]}, whose config has no betas; this command needs a scheduler on a "
-                "schedule of betas, such as DDPMScheduler or DDIMScheduler"
-            )
-        unet = UNet2DModel.from_pretrained(
-            source, subfolder="unet", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=dtype
+        config = DDPMScheduler.load_config(folder, subfolder="scheduler")
+    kind = getattr(diffusers, parts["scheduler"][1], None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ValueError(
+            f"model_index.json of {model!r} names {parts['scheduler'][1]!r} as its scheduler, which is none of diffusers; save "
+            "the pipeline again"
+        )
+    if not isinstance(config, dict) or not {"beta_schedule", "trained_betas"} & set(config):
+        raise ValueError(
+            f"{model!r} has a {parts['scheduler'][1]}, whose config has no betas; this command needs a scheduler on a "
+            "schedule of betas, such as DDPMScheduler or DDIMScheduler"
+        )
+    check_values(DDPMScheduler, config, f"scheduler/scheduler_config.json of {model!r}")
+    unet = cast(UNet2DModel, load_network(model, UNet2DModel, folder, "unet", dtype))
+    size = unet.config["sample_size"]
+    if not (is_whole(size) and size > 0) and not (are_whole(size) and len(size) == 2 and min(size) > 0):
+        raise ValueError(
+            f"unet/config.json of {model!r} has sample_size = {shown(size)}; it must be a number of pixels, or height and width"
         )
     torch.nn.Module.to(unet, torch.device(device))
     return Model(model, unet.eval().requires_grad_(False), config)
