@@ -14,7 +14,7 @@ import paradiff
 SOURCE = Path(paradiff.__file__).parent
 
 ORDER = [
-    {"errors", "version"},
+    {"errors", "lock", "version"},
     {"lazy"},
     {"chain"},
     {"samplers", "solver"},

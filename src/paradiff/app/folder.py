@@ -13,15 +13,14 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from paradiff.app.outcome import Writer
+from paradiff.app.signals import held
+from paradiff.lock import locked
 
 SCRATCH = ".paradiff"
 LAST = "run.json"
@@ -30,9 +29,6 @@ OURS = re.compile(r"run\.json|samples\.png|trace\.png|seed-[0-9]+\.(png|mp4|wav)
 
 NOT_OURS = frozenset({SCRATCH, "lost+found"})
 """Entries of a folder that is empty all the same: the second is that of a file system's own root."""
-
-TRIES = 20
-"""Times that a lock is tried for whose file another run removes as it ends."""
 
 
 class Taken(ValueError):
@@ -113,18 +109,20 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Folder]:
             raise ValueError(f"the output {str(path)!r} is a file; give a folder")
         if real.is_dir() and not (real / SCRATCH).exists():
             _check_contents(path, real, overwrite)  # before anything is touched
+    claimed = ExitStack()
     try:
-        with ExitStack() as claimed:
-            with _writing(path):
-                claimed.enter_context(_locked(path, real, made))
-                claimed.callback(shutil.rmtree, real / SCRATCH, ignore_errors=True)
-                _tidy(real)
-                _check_contents(path, real, overwrite)
-            yield Folder(path=given, real=real, overwrite=overwrite, made=made)
+        with held(), _writing(path):
+            claimed.enter_context(_claimed(path, real, made))
+            claimed.callback(shutil.rmtree, real / SCRATCH, ignore_errors=True)
+            _tidy(real)
+            _check_contents(path, real, overwrite)
+        yield Folder(path=given, real=real, overwrite=overwrite, made=made)
     finally:
-        for one in made:
-            with suppress(OSError):
-                one.rmdir()
+        with held():
+            claimed.close()
+            for one in made:
+                with suppress(OSError):
+                    one.rmdir()
 
 
 @contextmanager
@@ -148,44 +146,16 @@ def next_folder(first: Path) -> Iterator[Folder]:
 
 
 @contextmanager
-def _locked(path: Path, real: Path, made: list[Path]) -> Iterator[None]:
-    """Holds the lock of a folder, which is made if it does not exist.
-
-    A run that ends removes its lock's file. Whoever had opened it just before would hold a lock that nobody else can see, so
-    that the file has to be the same before and after.
-    """
+def _claimed(path: Path, real: Path, made: list[Path]) -> Iterator[None]:
+    """Holds the lock of a folder, which is made if it does not exist."""
     file = real / SCRATCH / "lock"
-    lock = FileLock(file)
-    missing: FileNotFoundError | None = None
-    for _ in range(TRIES):
-        try:
-            _make(file.parent, made)
-            file.touch()
-            before = file.stat().st_ino
-            lock.acquire(timeout=0)
-        except Timeout as busy:
-            if file.exists():
-                raise Taken(
-                    f"the output folder {str(path)!r} is in use by another run; wait until it ends, or give another folder"
-                ) from busy
-            continue
-        except FileNotFoundError as error:  # another run's end removed the folder, or none can be made there
-            missing = error
-            continue
-        except NotImplementedError:  # a file system without locks
-            yield
-            return
-        with suppress(FileNotFoundError):
-            if file.stat().st_ino == before:
-                break
-        lock.release()
-        time.sleep(0.01)
-    else:
-        raise missing or Taken(f"the output folder {str(path)!r} is in use by other runs; give another folder")
     try:
-        yield
-    finally:
-        lock.release()
+        with locked(file, 0, lambda: _make(file.parent, made)):
+            yield
+    except TimeoutError as busy:
+        raise Taken(
+            f"the output folder {str(path)!r} is in use by another run; wait until it ends, or give another folder"
+        ) from busy
 
 
 def _make(folder: Path, made: list[Path]) -> None:

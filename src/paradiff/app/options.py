@@ -19,7 +19,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from paradiff.app import signatures
-from paradiff.errors import refuse_unknown
+from paradiff.errors import LONGEST, refuse_unknown, shown
 
 if TYPE_CHECKING:
     from paradiff.solver.protocol import Method
@@ -68,17 +68,17 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"the seed {large if len(large) <= 40 else large[:40] + '...'} is too large; seeds are below 2^63")
         if not found or (found[2] and int(found[2]) < int(found[1])):
             raise ValueError(
-                f"seeds are {text!r}, of which {part.strip()!r} is no seed; give whole numbers and rising ranges, such as "
+                f"seeds are {shown(text)}, of which {shown(part.strip())} is no seed; give whole numbers and rising ranges, such as "
                 "0-15 or 0,3,7-9"
             )
         ranges.append(range(int(found[1]), int(found[2] or found[1]) + 1))
     count = sum(part.stop - part.start for part in ranges)
     if count > MOST_SEEDS:
-        raise ValueError(f"seeds are {text!r}, which are {count}; give at most {MOST_SEEDS} to one run")
+        raise ValueError(f"seeds are {shown(text)}, which are {count}; give at most {MOST_SEEDS} to one run")
     seeds: dict[int, None] = {}
     for seed in itertools.chain.from_iterable(ranges):
         if seed in seeds:
-            raise ValueError(f"seeds are {text!r}, which names seed {seed} twice; name each once")
+            raise ValueError(f"seeds are {shown(text)}, which names seed {seed} twice; name each once")
         seeds[seed] = None
     return list(seeds)
 
@@ -91,7 +91,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not found:
-        raise ValueError(f"the size is {text!r}; give width and height in pixels as WIDTHxHEIGHT, such as 768x512")
+        raise ValueError(f"the size is {shown(text)}; give width and height in pixels as WIDTHxHEIGHT, such as 768x512")
     return int(found[1]), int(found[2])
 
 
@@ -103,13 +103,20 @@ def parse_argument(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise ValueError(f"the argument is {text!r}; give it as NAME=VALUE, such as guidance_rescale=0.7")
+        raise ValueError(f"the argument is {shown(text)}; give it as NAME=VALUE, such as guidance_rescale=0.7")
     if not value.strip():
-        raise ValueError(f"the argument {name} is empty; give it a value ({name}='\"\"' for an empty text), or leave it out")
+        raise ValueError(
+            f"the argument {_cut(name)} is empty; give it a value ({_cut(name)}='\"\"' for an empty text), or leave it out"
+        )
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def _cut(text: str) -> str:
+    """A text as a sentence shows it without quotes."""
+    return text if text.isprintable() and len(text) <= LONGEST else shown(text)
 
 
 def split_options(texts: Sequence[str]) -> dict[str, str]:
@@ -123,11 +130,14 @@ def split_options(texts: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name.isidentifier():
-            raise ValueError(f"the method option is {text!r}; give it as NAME=VALUE, such as -m blocks=20")
+            raise ValueError(f"the method option is {shown(text)}; give it as NAME=VALUE, such as -m blocks=20")
         if not value.strip():
-            raise ValueError(f"the method option {name} is empty; give it a value, or leave it out")
+            raise ValueError(f"the method option {_cut(name)} is empty; give it a value, or leave it out")
         if name in given:
-            raise ValueError(f"the method option {name} was given twice, as {given[name]} and {value.strip()}; give it once")
+            raise ValueError(
+                f"the method option {_cut(name)} was given twice, as {_cut(given[name])} and {_cut(value.strip())}; give it "
+                "once"
+            )
         given[name] = value.strip()
     return given
 
@@ -181,14 +191,14 @@ def make_method(name: str, texts: Sequence[str] = (), **shared: Any) -> tuple[Me
         if option not in known:
             source = f"--{option} was given, but " if option in own else ""
             takes = f"it takes {', '.join(known)}" if known else "it takes no options"
-            raise ValueError(f"{source}method {name!r} has no option {option!r}; {takes}{nearest(option, list(known))}")
+            raise ValueError(f"{source}method {name!r} has no option {shown(option)}; {takes}{nearest(option, list(known))}")
     missing = next((option for option, p in known.items() if p.default is p.empty and option not in given | own), None)
     if missing is not None:
         raise ValueError(f"method {name!r} needs {missing}; give it as -m {missing}=VALUE")
     values = own | {option: read_value(option, text, known[option].annotation) for option, text in given.items()}
-    shown = {option: value if _is_plain(value) else given[option] for option, value in values.items()}
+    texts_of = {option: value if _is_plain(value) else given[option] for option, value in values.items()}
     build = preset(name)  # imports torch, which no refusal above needs
-    return build(**values), {option: p.default for option, p in parameters(build).items()} | shown
+    return build(**values), {option: p.default for option, p in parameters(build).items()} | texts_of
 
 
 def effective_options(method: Method, called: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,7 +308,7 @@ def read_value(option: str, text: str, annotation: Any) -> Any:
             return text
     known = words(annotation)
     expected = f"it must be one of {', '.join(known)}" if len(known) > 1 else f"give {known[0]}"
-    raise ValueError(f"{option} is {text!r}; {expected}{nearest(text, [word for word in known if ' ' not in word])}")
+    raise ValueError(f"{option} is {shown(text)}; {expected}{nearest(text, [word for word in known if ' ' not in word])}")
 
 
 def _whole(option: str, text: str) -> int:
@@ -327,7 +337,7 @@ def parse_slope(option: str, text: str) -> Any:
     try:
         return slopes.shifted(float(text.removeprefix("shifted:")))
     except ValueError as error:
-        raise ValueError(f"{option} is {text!r}; shifted takes a positive data variance, such as shifted:0.5") from error
+        raise ValueError(f"{option} is {shown(text)}; shifted takes a positive data variance, such as shifted:0.5") from error
 
 
 def parse_corrector(text: str) -> Any:

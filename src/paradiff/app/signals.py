@@ -51,21 +51,13 @@ def termination() -> Iterator[list[int]]:
 
 
 @contextmanager
-def finishing(where: str) -> Iterator[None]:
-    """Lets a block that writes a run come to its end before a signal is heeded; a second one ends it at once.
+def _noted(came: list[int]) -> Iterator[None]:
+    """Notes signals in a list in place of heeding them; a second one is heeded at once."""
 
-    Args:
-        where: The folder that is written to.
-
-    Raises:
-        EndedLate: At the end of the block, if a signal came.
-    """
-    came: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if came:
-            raise KeyboardInterrupt
+    def note(number: int, _: object) -> None:
         came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
 
     if not _in_main_thread():
         yield
@@ -79,5 +71,32 @@ def finishing(where: str) -> Iterator[None]:
     finally:
         for number in heeded:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Lets a short block come to its end before a signal is heeded; a second one ends it at once."""
+    came: list[int] = []
+    try:
+        with _noted(came):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def finishing(where: str) -> Iterator[None]:
+    """Lets a block that writes a run come to its end before a signal is heeded; a second one ends it at once.
+
+    Args:
+        where: The folder that is written to.
+
+    Raises:
+        EndedLate: At the end of the block, if a signal came.
+    """
+    came: list[int] = []
+    with _noted(came):
+        yield
     if came:
         raise EndedLate(came[0], where)

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from paradiff import Keyed, Schedule, Solution, Table, collocation, sample
+from paradiff.methods.collocation import mesh_store
 from paradiff.methods.collocation.control import HIGHER_ORDER
 from paradiff.methods.collocation.mesh_store import MeshStore, node_counts
 from paradiff.methods.collocation.method import CollocationMethod
@@ -185,8 +189,12 @@ def test_a_file_that_is_something_else_is_refused_and_kept(content: str | bytes,
         ({"nodes": [1.0] * 3, "variance": 0.25, "samples": 1}, "has 3 node counts"),
         ({"nodes": [-1.0] * BINS, "variance": 0.25, "samples": 1}, "node counts"),
         ({"nodes": [math.nan] * BINS, "variance": 0.25, "samples": 1}, "node counts"),
+        ({"nodes": [1.0] * BINS, "variance": 0.25, "samples": math.inf}, "cannot convert float infinity"),
+        ({"nodes": [10**400] * BINS, "variance": 0.25, "samples": 1}, "too large"),
+        ({"nodes": [[[]]], "variance": 0.25, "samples": 1}, "lacks float"),
+        ([[]], "lacks list"),
     ],
-    ids=["no count", "few", "negative", "nan"],
+    ids=["no count", "few", "negative", "nan", "infinite count", "huge", "nested", "a list"],
 )
 def test_an_entry_that_is_damaged_is_refused(entry: dict[str, Any], why: str, tmp_path: Path) -> None:
     table, path = ddim(LINEAR, 100), tmp_path / "nodes.json"
@@ -222,3 +230,53 @@ def test_what_cannot_be_written_costs_no_sample(tmp_path: Path, monkeypatch: pyt
     assert torch.isfinite(found.sample).all()
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["nodes.json"]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "a loop"])
+def test_what_is_no_regular_file_is_refused_and_not_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else path)
+    with pytest.raises(ValueError, match=r"nodes\.json', which is no mesh store \((it is no regular file|.*[Ll]inks)"):
+        run(ddim(LINEAR, 100), collocation(warm_start=path))
+
+
+def test_a_file_of_many_bytes_is_refused_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.json"
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(ValueError, match=r"which is no mesh store \(it has 1099511627776 bytes"):
+        run(ddim(LINEAR, 100), collocation(warm_start=path))
+
+
+def test_stores_that_are_saved_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tables = tmp_path / "nodes.json", [ddim(LINEAR, steps) for steps in range(100, 106)]
+    stores = [MeshStore(path, table, HIGHER_ORDER, 3) for table in tables]
+    read = mesh_store.read_entries
+
+    def slowly(path: Path) -> dict[str, Any]:
+        found = read(path)
+        time.sleep(0.02)  # in which another store would write
+        return found
+
+    monkeypatch.setattr(mesh_store, "read_entries", slowly)
+    for store in stores:
+        store.record([1.0] * BINS, 0.25)
+    with ThreadPoolExecutor(len(stores)) as threads:
+        list(threads.map(lambda store: store.save([1.0] * BINS), stores))
+    assert sorted(entry["steps"] for entry in entries(path).values()) == list(range(100, 106))
+    assert [file.name for file in tmp_path.iterdir()] == ["nodes.json"]
+
+
+def test_a_file_that_became_another_is_left_alone_with_a_warning(tmp_path: Path) -> None:
+    path, table = tmp_path / "nodes.json", ddim(LINEAR, 100)
+    store = MeshStore(path, table, HIGHER_ORDER, 3)
+    store.record([1.0] * BINS, 0.25)
+    path.write_text("mine")
+    with pytest.warns(UserWarning, match="where samples needed nodes was not saved"):
+        store.save([1.0] * BINS)
+    assert path.read_text() == "mine"

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -30,9 +31,12 @@ from typing import Any
 import torch
 
 from paradiff.chain.table import Table
+from paradiff.lock import locked
 from paradiff.methods.collocation.control import CollocationControl
 
 FORMAT = "paradiff nodes 1"
+MOST_BYTES = 2**24  # of a file: an entry has about a thousand
+PATIENCE = 10.0  # seconds that a file is waited for which another process writes
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,9 @@ class MeshStore:
             "nodes": [float(f"{n:.4g}") for n in new.nodes],
         }
         try:
-            _write(self._path, {"format": FORMAT, "tables": read_entries(self._path) | {self._key: entry}})
-        except OSError as error:
+            with locked(self._path.with_name(f".{self._path.name}.lock"), PATIENCE):
+                _write(self._path, {"format": FORMAT, "tables": read_entries(self._path) | {self._key: entry}})
+        except (OSError, ValueError) as error:  # ValueError: somebody else has put another file there meanwhile
             warnings.warn(f"where samples needed nodes was not saved to {self._path}: {error}", stacklevel=2)
 
     def _parsed(self, entry: Any) -> StoredMesh:
@@ -124,10 +129,15 @@ def read_entries(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise ValueError(f"warm_start is {str(path)!r}, whose folder does not exist; make it, or give another path")
     try:
-        content = json.loads(path.read_text())
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(_refusal(path, "it is no regular file"))
+        if found.st_size > MOST_BYTES:
+            raise ValueError(_refusal(path, f"it has {found.st_size} bytes"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(_refusal(path, str(error))) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), dict):
         raise ValueError(_refusal(path, f"it does not say {FORMAT!r}"))
@@ -147,7 +157,7 @@ def require_store(path: Path) -> None:
 def _parsed(path: Path, key: str, entry: Any) -> StoredMesh:
     try:
         found = StoredMesh(tuple(map(float, entry["nodes"])), float(entry["variance"]), int(entry["samples"]))
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise ValueError(_refusal(path, f"the entry {key} lacks {error}")) from error
     if not found.nodes or not all(0 < n < math.inf for n in (*found.nodes, found.variance, found.samples)):
         raise ValueError(_refusal(path, f"the entry {key} has {len(found.nodes)} node counts: {list(found.nodes)}"))
