@@ -102,7 +102,7 @@ def require_whole(name: str, value: object, least: int, otherwise: str = "", *, 
         raise ValueError(f"{name} is {shown(value)}; it must be a whole number, at least {least}{bound}{otherwise}")
 
 
-def _number(value: object) -> float:
+def number_of(value: object) -> float:
     """A real number as a float, infinite where no float holds it; NaN for any other value."""
     if not is_real(value):
         return math.nan
@@ -124,7 +124,7 @@ def require_real(name: str, value: object, *, positive: bool = False, otherwise:
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    number = _number(value)
+    number = number_of(value)
     if not 0 <= number < math.inf or (positive and number == 0):
         expected = "positive" if positive else "0 or more"
         raise ValueError(f"{name} is {shown(value)}; it must be a number, {expected}, and finite{otherwise}")
@@ -142,10 +142,24 @@ def require_between(name: str, value: object, least: float, most: float) -> None
     Raises:
         ValueError: With the argument's name, what was given, and what was expected.
     """
-    number = _number(value)
+    number = number_of(value)
     if not least <= number <= most or math.isinf(number):
         expected = f"from {least:g} to {most:g}" if math.isfinite(most) else f"at least {least:g}, and finite"
         raise ValueError(f"{name} is {shown(value)}; it must be a number, {expected}")
+
+
+def require_truth(name: str, value: object) -> None:
+    """Refuses what is no truth value.
+
+    Args:
+        name: The argument, as the sentence begins with it.
+        value: What was given.
+
+    Raises:
+        ValueError: With the argument's name, what was given, and what was expected.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {shown(value)}; it must be True or False")
 
 
 def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:

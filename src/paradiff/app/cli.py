@@ -50,9 +50,12 @@ if TYPE_CHECKING:
 OUT = "paradiff-out"
 """The folder of a run that was given none; of the next one, `paradiff-out-2`."""
 
+LONGEST = 800
+"""Characters of a sentence."""
+
 FAILED, REFUSED, LATE = 1, 2, 3
-"""Exit codes of an error that nobody foresaw, of what was refused or could not be written, and of a run whose deadline ended it;
-its files are written."""
+"""Exit codes of an error that nobody foresaw, of what was refused or could not be written, and of a run that its deadline ended,
+whose files are written."""
 
 EXIT_CODES = (
     f"Exit codes: 0, all is well; {FAILED}, a package is missing, memory ran out, or paradiff is at fault; {REFUSED}, what was "
@@ -426,6 +429,12 @@ def _unforeseen(error: Exception) -> str:
     return f"{said}; this is a fault of paradiff: please report it with the command ({TRACEBACK}=1 shows where)"
 
 
+def _one_line(text: str) -> str:
+    """A sentence in one line of a length that can be read, whatever texts it repeats."""
+    line = " ".join(text.splitlines())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 4 :]}"
+
+
 def _told(error: Exception) -> tuple[str, int]:
     """The sentence of an error, and the exit code."""
     if isinstance(error, ValueError):
@@ -468,7 +477,7 @@ def main() -> None:
     if code == INTERRUPTED and not end:
         code, end = TERMINATED if came else INTERRUPTED, f"{WORDS[came[0] if came else SIGINT]}: nothing was written"
     if end:
-        print(end, file=sys.stderr)
+        print(_one_line(end), file=sys.stderr)
     sys.exit(code or 0)
 
 

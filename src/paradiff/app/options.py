@@ -68,8 +68,8 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"the seed {large if len(large) <= 40 else large[:40] + '...'} is too large; seeds are below 2^63")
         if not found or (found[2] and int(found[2]) < int(found[1])):
             raise ValueError(
-                f"seeds are {shown(text)}, of which {shown(part.strip())} is no seed; give whole numbers and rising ranges, such as "
-                "0-15 or 0,3,7-9"
+                f"seeds are {shown(text)}, of which {shown(part.strip())} is no seed; give whole numbers and rising ranges, "
+                "such as 0-15 or 0,3,7-9"
             )
         ranges.append(range(int(found[1]), int(found[2] or found[1]) + 1))
     count = sum(part.stop - part.start for part in ranges)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paradiff.errors import number_of, shown
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -29,8 +31,8 @@ class Clip:
     limit: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise ValueError(f"the clipping limit is {self.limit}; it must be positive")
+        if not number_of(self.limit) > 0:
+            raise ValueError(f"the clipping limit is {shown(self.limit)}; it must be positive")
 
     def __call__(self, clean: Tensor) -> Tensor:
         """C(D) for estimates `[R, ...]`."""
@@ -50,10 +52,10 @@ class DynamicThreshold:
     maximum: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"the thresholding ratio is {self.ratio}; it must be above 0 and at most 1")
-        if self.maximum < 1:
-            raise ValueError(f"the thresholding maximum is {self.maximum}; it must be at least 1")
+        if not 0 < number_of(self.ratio) <= 1:
+            raise ValueError(f"the thresholding ratio is {shown(self.ratio)}; it must be above 0 and at most 1")
+        if not number_of(self.maximum) >= 1:
+            raise ValueError(f"the thresholding maximum is {shown(self.maximum)}; it must be at least 1")
 
     def __call__(self, clean: Tensor) -> Tensor:
         """C(D) for estimates `[R, ...]`, each row by its own quantile."""

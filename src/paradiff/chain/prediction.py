@@ -26,6 +26,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from paradiff.errors import shown
+
 Prediction = Literal["epsilon", "sample", "v", "flow"]
 
 
@@ -53,4 +55,4 @@ def clean_coefficients(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> 
         return alpha / square, -sigma / square.sqrt()
     if prediction == "flow":
         return 1 / (alpha + sigma), -sigma / (alpha + sigma)
-    raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(get_args(Prediction))}")
+    raise ValueError(f"prediction is {shown(prediction)}; it must be one of {', '.join(get_args(Prediction))}")

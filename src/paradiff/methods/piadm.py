@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paradiff.chain.slope import DATA_VARIANCE, Slope, freeze_epsilon, identity, shifted
+from paradiff.errors import shown
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector
@@ -44,7 +45,8 @@ def _method(
 ) -> WindowMethod:
     if sweeps is not None and tolerance is not None:
         raise ValueError(
-            f"{name} got sweeps = {sweeps} and tolerance = {tolerance}; a fixed number of sweeps heeds no tolerance: give one"
+            f"{name} got sweeps = {shown(sweeps)} and tolerance = {shown(tolerance)}; a fixed number of sweeps heeds no "
+            "tolerance: give one"
         )
     published = sweeps is not None
     own = freeze_epsilon if published else identity if chains == "stochastic" else shifted(DATA_VARIANCE)

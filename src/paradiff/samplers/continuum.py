@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
+from paradiff.errors import require_kind, require_one_of, require_whole
 from paradiff.samplers.forms import in_outputs
 
 STEPS = {"ode": 8000, "sde": 4000}
+MOST_STEPS = 10**6
 CLOSE = 1e-5
 
 
@@ -36,8 +38,13 @@ def continuum(table: Table, target: Literal["ode", "sde"], steps: int | None = N
         steps: Fine steps; 8000 for the ODE and 4000 for the SDE by default.
 
     Raises:
-        ValueError: If the levels are of no kind whose coordinates are known, or the network's inputs are scaled otherwise.
+        ValueError: If an argument is of another kind, the levels are of no kind whose coordinates are known, or the network's
+            inputs are scaled otherwise.
     """
+    require_kind("the table", table, Table)
+    require_one_of("the target", target, tuple(STEPS))
+    if steps is not None:
+        require_whole("the number of fine steps", steps, 2, f", or None for {STEPS[target]}", most=MOST_STEPS)
     count = STEPS[target] if steps is None else steps
     first = 1 if table.alpha[0] == 0 else 0
     coordinate, nodes = _coordinate(table), _nodes(table, first)

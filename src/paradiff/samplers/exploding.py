@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
-from paradiff.errors import refuse_unknown
+from paradiff.errors import refuse_unknown, require_truth
 from paradiff.samplers.forms import Clipping, Final, descending, in_outputs, last_ratio, refuse_other_kinds, with_end
 from paradiff.samplers.schedule import Schedule, Spacing, fractional_times, karras_ratios
 
@@ -144,6 +144,7 @@ def _ratios(
     """`[N]` times and `[N+1]` noise ratios of a variance-exploding sampler."""
     refuse_other_kinds(schedule, steps)
     refuse_unknown("final", final, get_args(Final))
+    require_truth("karras", karras)
     times = fractional_times(schedule.train_steps, steps, spacing, offset)
     ratio = schedule.ratio_at(times)
     if karras:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
-from paradiff.errors import refuse_unknown
+from paradiff.errors import is_real, refuse_unknown, require_kind, shown
 from paradiff.samplers.forms import in_outputs
 from paradiff.samplers.grid import Grid
 from paradiff.samplers.process import Process, signal_and_noise
@@ -65,10 +65,12 @@ def exponential_integrator(
         ValueError: If an option is unknown, the volatility is negative, a level lies outside those of the process, a form
             does not exist at a level of pure noise, or nearest times are asked of a process without whole times.
     """
+    require_kind("the process", process, Process)
+    require_kind("the grid", grid, Grid)
     refuse_unknown("form", form, get_args(Form))
     refuse_unknown("times", times, get_args(Times))
-    if not 0 <= volatility < float("inf"):
-        raise ValueError(f"the volatility is {volatility}; it must be 0 (the ODE) or more; 1 is the reverse SDE")
+    if not is_real(volatility) or not 0 <= volatility < float("inf"):
+        raise ValueError(f"the volatility is {shown(volatility)}; it must be 0 (the ODE) or more; 1 is the reverse SDE")
     _check_levels(process, grid, form)
     alpha, sigma = signal_and_noise(grid.u)
     state, clean, c = _step(form, volatility, grid.u, alpha, sigma)

@@ -22,6 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paradiff.errors import are_whole, is_real, is_whole, number_of, require_truth, shown
+
+MOST_STEPS = 10**6
+"""Steps that a grid may have."""
+
+HIGHEST = 700.0
+"""Largest level u: there e^(-u/2) is 1e-152, and e^u is still a number."""
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -39,9 +47,15 @@ class Grid:
     edges: Sequence[int]
 
     def __post_init__(self) -> None:
-        u = torch.as_tensor(self.u, dtype=torch.float64, device="cpu")
+        try:
+            u = torch.as_tensor(self.u, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"the grid's levels are {shown(self.u)}; give a row of at least two numbers") from error
         object.__setattr__(self, "u", u)
-        object.__setattr__(self, "edges", list(self.edges))
+        edges = self.edges.tolist() if isinstance(self.edges, Tensor) else self.edges
+        if not are_whole(edges):
+            raise ValueError(f"the block edges are {shown(self.edges)}; give a sequence of whole numbers that rise from 0")
+        object.__setattr__(self, "edges", [int(edge) for edge in edges])
         if u.ndim != 1 or len(u) < 2 or not (u[1:] < u[:-1]).all() or u[-1] < 0:
             raise ValueError(
                 f"the grid has levels of shape {tuple(u.shape)}; it needs a row of at least two that fall from T to 0 or more"
@@ -66,17 +80,28 @@ class Grid:
         return max(b - a for a, b in itertools.pairwise(self.edges))
 
 
-def _check_range(start: float, stop: float, **counts: int) -> None:
+def _check_range(start: float, stop: float, clean: bool, **counts: int) -> None:
     for name, count in counts.items():
+        if not is_whole(count):
+            raise ValueError(f"{name} is {shown(count)}; it must be a whole number")
         if count < 1:
             raise ValueError(f"{name} is {count}; a grid needs at least 1")
-    if not 0 < start < math.inf:
-        raise ValueError(f"the grid begins at u = T = {start}; it must be positive and finite")
-    if not 0 < stop < start:
+    _check_size(math.prod(map(int, counts.values())))
+    require_truth("clean", clean)
+    if not 0 < number_of(start) < math.inf:
+        raise ValueError(f"the grid begins at u = T = {shown(start)}; it must be positive and finite")
+    if start > HIGHEST:
+        raise ValueError(f"the grid begins at u = T = {shown(start)}; give at most {HIGHEST:g}, where a state holds no data")
+    if not is_real(stop) or not 0 < stop < start:
         raise ValueError(
-            f"the early stop eta is {stop}; it must lie above 0 and below T = {start}, as the score has no bound at 0 (for "
-            "a clean end ask for clean=True)"
+            f"the early stop eta is {shown(stop)}; it must lie above 0 and below T = {start}, as the score has no bound at 0 "
+            "(for a clean end ask for clean=True)"
         )
+
+
+def _check_size(steps: float) -> None:
+    if steps > MOST_STEPS:
+        raise ValueError(f"the grid would have {steps:g} steps; it may have {MOST_STEPS} at most")
 
 
 def _ended(u: Tensor, edges: list[int], clean: bool) -> Grid:
@@ -98,17 +123,17 @@ def uniform_grid(start: float, stop: float, blocks: int, steps: int, *, clean: b
     Raises:
         ValueError: If eta is not in (0, T), or a count is below 1.
     """
-    _check_range(start, stop, blocks=blocks, steps=steps)
+    _check_range(start, stop, clean, blocks=blocks, steps=steps)
     u = torch.linspace(start, stop, blocks * steps + 1, dtype=torch.float64)
     return _ended(u, list(range(0, blocks * steps + 1, steps)), clean)
 
 
 def log_snr_grid(start: float, stop: float, blocks: int, steps: int, *, clean: bool = False) -> Grid:
     """Equal steps in log(alpha/sigma) from `start` to `stop`; arguments and errors as of `uniform_grid`."""
-    _check_range(start, stop, blocks=blocks, steps=steps)
+    _check_range(start, stop, clean, blocks=blocks, steps=steps)
     first, last = (math.log(math.expm1(level)) for level in (start, stop))
     u = torch.linspace(first, last, blocks * steps + 1, dtype=torch.float64).exp().log1p()
-    u[0], u[-1] = start, stop
+    u[0], u[-1] = float(start), float(stop)
     return _ended(u, list(range(0, blocks * steps + 1, steps)), clean)
 
 
@@ -126,11 +151,16 @@ def paper_grid(blocks: int, step: float, stop: float, *, length: float = 1.0, cl
     Raises:
         ValueError: If eta is not in (0, h), a block is shorter than a step, or a number is out of range.
     """
-    _check_range(blocks * length, stop, blocks=blocks)
-    if not 0 < step <= length:
-        raise ValueError(f"the step epsilon is {step} and a block's length h is {length}; a block must hold at least one step")
+    if not math.isfinite(number_of(length)):
+        raise ValueError(f"the length h of a block is {shown(length)}; it must be a number, positive, and finite")
+    _check_range(blocks * length if is_whole(blocks) else length, stop, clean, blocks=blocks)
+    if not is_real(step) or not 0 < step <= length:
+        raise ValueError(
+            f"the step epsilon is {shown(step)} and a block's length h is {length}; a block must hold at least one step"
+        )
     if stop >= length:
         raise ValueError(f"the early stop eta is {stop}; it must lie below the length h = {length} of the last block")
+    _check_size(blocks * length / step + math.log(length / stop) / math.log1p(step))
     count = math.ceil(length / step - 1e-9)
     u = torch.linspace(blocks * length, length, (blocks - 1) * count + 1, dtype=torch.float64)
     levels = [length]

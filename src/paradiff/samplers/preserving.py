@@ -14,7 +14,7 @@ import torch
 
 from paradiff.chain.prediction import Prediction, clean_coefficients
 from paradiff.chain.table import Table
-from paradiff.errors import are_whole, is_real, refuse_unknown, shown
+from paradiff.errors import are_whole, is_real, refuse_unknown, require_truth, shown
 from paradiff.samplers.forms import Clipping, Final, descending, in_outputs, last_ratio, refuse_other_kinds, with_end
 from paradiff.samplers.schedule import Schedule, Spacing, karras_ratios, spaced_times
 
@@ -53,6 +53,8 @@ def ddim(
     """
     refuse_other_kinds(schedule, steps)
     refuse_unknown("landing", landing, get_args(Landing))
+    require_truth("set_alpha_to_one", set_alpha_to_one)
+    require_truth("clipped_epsilon", clipped_epsilon)
     if not is_real(eta) or not 0 <= eta <= 1:
         raise ValueError(f"eta is {shown(eta)}; it must lie in [0, 1], from deterministic (0) to the noise of DDPM (1)")
     times = spaced_times(schedule.train_steps, steps, spacing, offset)
@@ -184,6 +186,8 @@ def dpmpp_2m(
     refuse_other_kinds(schedule, steps)
     refuse_unknown("spacing", spacing, get_args(Spacing))
     refuse_unknown("final", final, get_args(Final))
+    require_truth("karras", karras)
+    require_truth("lower_order_final", lower_order_final)
     extra = 0 if spacing == "trailing" else 1
     most = schedule.train_steps - extra
     if not 1 <= steps <= most:

@@ -29,6 +29,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from paradiff.errors import is_real, is_whole, require_kind, shown
 from paradiff.samplers.schedule import Schedule
 
 Levels = Callable[[Tensor, Tensor], Tensor]
@@ -110,6 +111,7 @@ def variance_preserving(schedule: Schedule) -> Process:
 
     A level is u = -log alpha_bar: for the linear betas 1e-4 ... 0.02 from 1.0e-4 to 10.1.
     """
+    require_kind("the schedule", schedule, Schedule)
     ratio = schedule.ratio
     pure = bool(schedule.alpha_bar[-1] == 0)
     # The capped last ratio of such a schedule may lie below its neighbours: finite levels then belong to the times before it.
@@ -130,8 +132,8 @@ def variance_exploding(lowest: float, highest: float, time: Callable[[Tensor], T
     Raises:
         ValueError: If the levels are not 0 < lowest < highest, finite.
     """
-    if not 0 < lowest < highest < math.inf:
-        raise ValueError(f"the noise levels are {lowest} to {highest}; they must be above 0, rising and finite")
+    if not is_real(lowest) or not is_real(highest) or not 0 < lowest < highest < math.inf:
+        raise ValueError(f"the noise levels are {shown(lowest)} to {shown(highest)}; they must be above 0, rising and finite")
     ends = level_of(torch.tensor([lowest, highest], dtype=torch.float64)).tolist()
     return Process("variance_exploding", partial(_time_of_ratio, time), _over_signal, *ends)
 
@@ -145,8 +147,8 @@ def rectified_flow(train_steps: int = 1000) -> Process:
     Raises:
         ValueError: If T is below 1.
     """
-    if train_steps < 1:
-        raise ValueError(f"the flow has {train_steps} training steps; the scale of its times must be at least 1")
+    if not is_whole(train_steps) or train_steps < 1:
+        raise ValueError(f"the flow has {shown(train_steps)} training steps; the scale of its times must be at least 1")
     return Process(
         "rectified_flow",
         partial(_flow_time, train_steps),

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from paradiff.errors import is_real, is_whole, refuse_unknown, require_real, require_whole, shown
+from paradiff.errors import is_real, is_whole, number_of, refuse_unknown, require_real, require_truth, require_whole, shown
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -72,6 +72,7 @@ def cosine_betas(train_steps: int = 1000, max_beta: float = 0.999) -> Tensor:
 def zero_snr_betas(betas: Tensor) -> Tensor:
     """`[T]` betas rescaled to end in pure noise: alpha is shifted to 0 at the last time and stretched back to its old
     value at the first (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    betas = Schedule(betas).betas
     alpha = torch.cumprod(1 - betas, dim=0).sqrt()
     alpha_bar = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
@@ -93,7 +94,7 @@ class Schedule:
     def __post_init__(self) -> None:
         try:
             betas = torch.as_tensor(self.betas, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"betas is {shown(self.betas)}; it must be a row of at least two numbers, one for each training time"
             ) from error
@@ -129,6 +130,7 @@ class Schedule:
         cls, train_steps: int = 1000, start: float = 1e-4, end: float = 0.02, *, rescale_zero_snr: bool = False
     ) -> Schedule:
         """The schedule of `linear_betas`, through `zero_snr_betas` if asked."""
+        require_truth("rescale_zero_snr", rescale_zero_snr)
         betas = linear_betas(train_steps, start, end)
         return cls(zero_snr_betas(betas) if rescale_zero_snr else betas)
 
@@ -137,12 +139,14 @@ class Schedule:
         cls, train_steps: int = 1000, start: float = 0.00085, end: float = 0.012, *, rescale_zero_snr: bool = False
     ) -> Schedule:
         """The schedule of `scaled_linear_betas`, through `zero_snr_betas` if asked."""
+        require_truth("rescale_zero_snr", rescale_zero_snr)
         betas = scaled_linear_betas(train_steps, start, end)
         return cls(zero_snr_betas(betas) if rescale_zero_snr else betas)
 
     @classmethod
     def cosine(cls, train_steps: int = 1000, max_beta: float = 0.999, *, rescale_zero_snr: bool = False) -> Schedule:
         """The schedule of `cosine_betas`, through `zero_snr_betas` if asked."""
+        require_truth("rescale_zero_snr", rescale_zero_snr)
         betas = cosine_betas(train_steps, max_beta)
         return cls(zero_snr_betas(betas) if rescale_zero_snr else betas)
 
@@ -229,6 +233,7 @@ def fractional_times(train_steps: int, steps: int, spacing: Spacing, offset: int
 
 def _spaced(train_steps: int, steps: int, spacing: Spacing, offset: int) -> Tensor:
     refuse_unknown("spacing", spacing, get_args(Spacing))
+    require_whole("the number of training times", train_steps, 1, most=MOST_TIMES)
     for name, value in (("the number of steps", steps), ("the offset", offset)):
         if not is_whole(value):
             raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
@@ -274,14 +279,15 @@ def karras_ratios(low: float, high: float, steps: int, rho: float = 7.0) -> Tens
     Raises:
         ValueError: If an argument is out of range.
     """
-    if not (0 < low <= high < math.inf and rho > 0 and steps >= 1):
+    first, last, power = map(number_of, (high, low, rho))
+    if not (0 < last <= first < math.inf and 0 < power < math.inf and is_whole(steps) and 1 <= steps <= MOST_TIMES):
         raise ValueError(
-            f"Karras ratios were asked from {high} down to {low} in {steps} steps with rho {rho}; they need 0 < low "
-            "<= high, at least one step and rho above 0"
+            f"Karras ratios were asked from {shown(high)} down to {shown(low)} in {shown(steps)} steps with rho "
+            f"{shown(rho)}; they need 0 < low <= high, at least one step and at most {MOST_TIMES}, and rho above 0, all finite"
         )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    ratios = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    ratios[-1], ratios[0] = low, high
+    ratios = (first ** (1 / power) + ramp * (last ** (1 / power) - first ** (1 / power))) ** power
+    ratios[-1], ratios[0] = last, first
     return ratios
 
 
@@ -308,6 +314,8 @@ def flow_sigmas(steps: int, shift: float = 1.0, train_steps: int = 1000) -> Tens
             raise ValueError(f"{name} is {shown(value)}; it must be a whole number")
     if not is_real(shift):
         raise ValueError(f"the shift is {shown(shift)}; it must be a number, positive, and finite")
+    if steps > MOST_TIMES:
+        raise ValueError(f"flow levels were asked for {shown(steps)} steps; give at most {MOST_TIMES}")
     if not (steps >= 1 and 0 < shift < math.inf and train_steps >= 2):
         raise ValueError(
             f"flow levels were asked for {steps} steps with shift {shift} and {train_steps} training steps; they need "

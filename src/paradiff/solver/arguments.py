@@ -103,7 +103,7 @@ def device_of(value: Any) -> torch.device:
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, OverflowError) as error:
         raise ValueError(f"the device is {shown(value)}, which is not available here; give cpu, cuda or another") from error
     if device.type == "meta":
         raise ValueError("the device is 'meta', which holds no numbers; give cpu, cuda or another")
