@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,9 @@ from diffusers.schedulers.deprecated import ScoreSdeVpScheduler
 from torch import Tensor
 
 from paradiff.errors import NeedsLanes, Unsupported
-from paradiff.pipelines.loop.scheduler_proxy import blur, first_index, make_proxy, place, real_scheduler
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler
 from paradiff.pipelines.loop.timesteps import Iterations, RoundTimesteps
+from paradiff.pipelines.tensor.windowed import Windowed
 
 SCHEDULERS = [
     diffusers.DDIMScheduler,
@@ -71,8 +73,7 @@ def test_a_proxy_is_the_users_in_every_other_respect(make: Any) -> None:
     before = state(scheduler)
     proxy = make_proxy(scheduler, Spy())
     real = copy.deepcopy(scheduler)
-    assert isinstance(proxy, type(scheduler))
-    assert (type(proxy).__name__, type(proxy).__module__) == (type(scheduler).__name__, type(scheduler).__module__)
+    assert type(proxy) is proxy.__class__ is type(scheduler)  # loops ask for it
     for method in ("step", "set_timesteps"):
         assert inspect.signature(getattr(proxy, method)) == inspect.signature(getattr(scheduler, method))
     for one in (proxy, real):
@@ -267,11 +268,21 @@ def test_noise_added_within_the_loop_has_the_level_of_the_step() -> None:
         place(proxy, base + i + 1)
         after: Any = real.timesteps[i + 3].reshape(1)
         assert torch.equal(proxy.add_noise(x, noise, after), real.add_noise(x, noise, after))
-    blur(proxy)
+    place(proxy, base + Windowed.wrap(torch.tensor([1, 4]), object()))
+    at = proxy.sigmas[proxy.step_index]  # of all states of a window at once
+    assert at.window.tolist() == real.sigmas[[base + 1, base + 4]].tolist()
     last: Any = real.timesteps[-1:]
-    with pytest.raises(NeedsLanes, match="step index"):
+    with pytest.raises(NeedsLanes):
         proxy.add_noise(x, noise, last)
     assert real_scheduler(proxy).step_index is None
+
+
+@pytest.mark.parametrize("name", ["step", "scale_model_input", "set_timesteps"])
+def test_a_method_that_somebody_has_replaced_is_refused(name: str) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler()
+    setattr(scheduler, name, functools.partial(getattr(scheduler, name)))
+    with pytest.raises(Unsupported, match=f"the {name} of this EulerDiscreteScheduler object"):
+        make_proxy(scheduler, Spy())
 
 
 def test_the_first_index_is_looked_up_where_the_pipeline_does_not_set_it() -> None:

@@ -29,7 +29,7 @@ from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_time
 from paradiff.pipelines.loop.ledger import Ledger, grown, ledger
 from paradiff.pipelines.loop.random_watch import RandomWatch
-from paradiff.pipelines.loop.scheduler_proxy import blur, make_proxy, real_scheduler, seal
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
@@ -86,6 +86,7 @@ class Vector:
         self._watch = RandomWatch(generators)
         self._ledgers = deque[Ledger](maxlen=3)
         self._iterations = Iterations()
+        self._index: int | None = None
         self.scheduler = make_proxy(scheduler, self)
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
@@ -166,7 +167,7 @@ class Vector:
             check = self._batching.check
             with Modes.exact().entered():
                 solver.begin(first, repeat={"off": 0, "first": 1}.get(check, sys.maxsize))
-            blur(self.scheduler)
+            self._index = first_index(self.scheduler, first.timesteps[0])
             seal(self.scheduler, first.running())
         else:
             if not isinstance(output, Windowed) or not isinstance(sample, Windowed):
@@ -183,6 +184,9 @@ class Vector:
         self._round = Round(self._batching)
         self._watch.mark()
         self._batching.looping = not solver.done
+        if self._index is not None:  # the index of the states that are returned
+            nodes = solver.table.steps if solver.done else Windowed.wrap(solver.nodes.to(sample.device), self._round)
+            place(self.scheduler, self._index + nodes)
         if solver.done:
             return solver.result(solver.final)
         with torch.inference_mode(False), torch.no_grad():

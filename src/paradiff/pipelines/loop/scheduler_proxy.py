@@ -2,8 +2,9 @@
 """The scheduler a pipeline's loop sees during a parallel run.
 
 A denoising loop requests three things from its scheduler: the times, a scaled network input, and a step. A scheduler proxy is
-an instance of a subclass of the user's scheduler class. It passes these requests to a `LoopHandler` and is the user's scheduler
-in every other respect. Its `timesteps` are a tensor with the true values whose *iteration* the `LoopHandler` decides.
+a copy of the user's scheduler, of the very same class, since loops ask for that. Its own attributes `step`, `scale_model_input`
+and `set_timesteps` hide the methods of the class and pass these requests to a `LoopHandler`. Its `timesteps` are a tensor with
+the true values whose *iteration* the `LoopHandler` decides.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import copy
 import functools
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree
 
-from paradiff.errors import NeedsLanes, Unsupported
+from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.timesteps import LoopHandler, RoundTimesteps, plain
+from paradiff.pipelines.tensor.windowed import Windowed
 
-HANDLER, RUNNING = "_paradiff_handler", "_paradiff_running"
+OWN = "_paradiff_own"  # the proxy's attribute that names those that the user's scheduler does not have
 STEP = ("model_output", "timestep", "sample")
 STRAY = ("step_", "undo_step", "batch_step_no_noise")  # prefixes of methods that take a step in another way
+REPLACED = ("step", "set_timesteps", "scale_model_input")
 
 
 def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
@@ -33,24 +37,33 @@ def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
         handler: The executor of the loop.
 
     Raises:
-        Unsupported: If the scheduler's `step` does not take a model output, a time and a sample first.
+        Unsupported: If the scheduler's `step` does not take a model output, a time and a sample first, or one of the methods
+            that a proxy replaces was replaced before.
     """
     real = type(scheduler)
-    if issubclass(real, SchedulerProxy):
+    if OWN in vars(scheduler):
         raise Unsupported(f"the pipeline's {real.__name__} already belongs to a parallel run")
     names = tuple(inspect.signature(real.step).parameters)[1:4] if hasattr(real, "step") else ()
     if names != STEP:
         raise Unsupported(f"{real.__name__}.step takes {', '.join(names) or 'nothing'} first and not {', '.join(STEP)}")
-    proxy = object.__new__(_subclass(real))
+    for name in REPLACED:
+        if name in vars(scheduler):
+            raise Unsupported(f"the {name} of this {real.__name__} object is not that of its class: somebody has replaced it")
+    proxy = object.__new__(real)
     vars(proxy).update({name: _own(value) for name, value in vars(scheduler).items()})
-    vars(proxy)[HANDLER] = handler
+    methods = _methods(proxy, handler)
+    vars(proxy).update({**methods, OWN: frozenset(methods)})
+    _wrap(proxy, handler)
     return proxy
 
 
 def real_scheduler(proxy: Any) -> Any:
-    """A deep copy of a proxy's scheduler: of the user's class, in the proxy's present state."""
-    real = object.__new__(_real_class(proxy))
-    state = {name: None if value is BLURRED else value for name, value in vars(proxy).items() if name not in (HANDLER, RUNNING)}
+    """A deep copy of a proxy's scheduler: with the methods of its class, in the proxy's present state."""
+    real = object.__new__(type(proxy))
+    own = {OWN, *vars(proxy)[OWN]}
+    state = {name: plain(value) for name, value in vars(proxy).items() if name not in own and type(value) is not _Sealed}
+    if isinstance(state.get("_step_index"), Windowed):
+        state["_step_index"] = None
     vars(real).update(copy.deepcopy(state))
     return real
 
@@ -65,66 +78,43 @@ def first_index(proxy: Any, time: Tensor) -> int | None:
     return int(proxy.index_for_timestep(time))
 
 
-def place(proxy: Any, index: int) -> None:
-    """Sets the step index of a scheduler that counts its steps; it decides on the level of noise added within the loop."""
+def place(proxy: Any, index: Any) -> None:
+    """Sets the step index of a scheduler that counts its steps; it decides on the level of noise added within the loop.
+
+    Args:
+        proxy: The proxy.
+        index: The index, or a windowed one for a round that takes several steps at once.
+    """
     vars(proxy)["_step_index"] = index
 
 
-def blur(proxy: Any) -> None:
-    """Makes every read of the step index raise `NeedsLanes`, for a round that takes several steps at once."""
-    if "_step_index" in vars(proxy):
-        vars(proxy)["_step_index"] = BLURRED
-
-
 def seal(proxy: Any, names: set[str]) -> None:
-    """Makes every read of these attributes raise `Unsupported`: a scheduler's own step changes them, a proxy's does not."""
-    state = vars(proxy)
-    for name in names:
-        state.pop(name, None)
-    state[RUNNING] = names
+    """Makes every use of these attributes raise `Unsupported`: a scheduler's own step changes them, a proxy's does not."""
+    vars(proxy).update({name: _Sealed(name) for name in names})
 
 
-class SchedulerProxy:
-    """The base of all scheduler proxies. Timesteps are kept as a plain tensor and read as `RoundTimesteps`."""
+class _Sealed:
+    """An attribute of a scheduler that has no value in a parallel run."""
 
-    @property
-    def timesteps(self) -> Any:
-        try:
-            value = vars(self)["timesteps"]
-        except KeyError:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute 'timesteps'") from None
-        handler = vars(self)[HANDLER]
-        return RoundTimesteps.wrap(value, handler) if isinstance(value, Tensor) and value.ndim == 1 else value
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    @timesteps.setter
-    def timesteps(self, value: Any) -> None:
-        vars(self)["timesteps"] = plain(value)
-
-    @property
-    def _step_index(self) -> Any:
-        value = vars(self).get("_step_index")
-        if value is BLURRED:
-            raise NeedsLanes("the loop reads the scheduler's step index")
-        return value
-
-    @_step_index.setter
-    def _step_index(self, value: Any) -> None:
-        vars(self)["_step_index"] = value
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise Unsupported(f"the loop reads the scheduler's {vars(self)['name']}, which changes from step to step")
 
     def __getattr__(self, name: str) -> Any:
-        if name in vars(self).get(RUNNING, ()):
-            raise Unsupported(f"the loop reads the scheduler's {name}, which changes from step to step")
-        above = getattr(super(), "__getattr__", None)
-        if above is None:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        return above(name)
+        return self._refuse()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise Unsupported("the pipeline copies its scheduler: it steps several coupled states in one loop")
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = _pytree.tree_leaves((args, kwargs or {}))
+        return next(leaf for leaf in leaves if isinstance(leaf, cls))._refuse()
 
-
-BLURRED = object()
-"""The step index of a scheduler that takes several steps at once."""
+    __getitem__ = __iter__ = __len__ = __bool__ = __index__ = __int__ = __float__ = __call__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
+    __neg__ = __abs__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # pyright: ignore[reportAssignmentType]
+    __hash__ = object.__hash__
 
 
 def _own(value: Any) -> Any:
@@ -134,68 +124,54 @@ def _own(value: Any) -> Any:
     return copy.deepcopy(value) if hasattr(value, "set_timesteps") else value
 
 
-def _real_class(proxy: Any) -> type:
-    return type(proxy).__mro__[2]
+def _wrap(proxy: Any, handler: LoopHandler) -> None:
+    """Gives the iteration of the scheduler's timesteps to the handler."""
+    values = vars(proxy).get("timesteps")
+    if isinstance(values, Tensor) and values.ndim == 1:
+        vars(proxy)["timesteps"] = RoundTimesteps.wrap(values, handler)
 
 
-@functools.cache
-def _subclass(real: Any) -> type:
-    """The proxy class of a scheduler class, with the same name, module and signatures."""
-    signature = inspect.signature(real.step)
+def _methods(proxy: Any, handler: LoopHandler) -> dict[str, Callable[..., Any]]:
+    """The methods that hide those of the proxy's class, with their signatures."""
+    real: Any = type(proxy)
+    signature = inspect.signature(proxy.step)
 
-    @functools.wraps(real.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
-        given.pop("self")
+    @functools.wraps(proxy.step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(*args, **kwargs).arguments)
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given.update(given.pop(name, {}))
-        return vars(self)[HANDLER].step(*(given.pop(name) for name in STEP), given)
+        output, time, sample = (given.pop(name) for name in STEP)
+        return handler.step(output, time, sample, given)
 
-    @functools.wraps(real.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handler, vars(self)[HANDLER] = vars(self)[HANDLER], _InOrder()
+    @functools.wraps(proxy.set_timesteps)
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        if "timesteps" in vars(proxy):
+            vars(proxy)["timesteps"] = plain(vars(proxy)["timesteps"])
         try:
-            return real.set_timesteps(self, *args, **kwargs)
+            return real.set_timesteps(proxy, *args, **kwargs)
         finally:
-            vars(self)[HANDLER] = handler
+            _wrap(proxy, handler)
 
-    namespace: dict[str, Any] = {
-        "__module__": real.__module__,
-        "__doc__": real.__doc__,
-        "step": step,
-        "set_timesteps": set_timesteps,
-    }
+    def copied(memo: dict[int, Any]) -> Any:
+        raise Unsupported("the pipeline copies its scheduler: it steps several coupled states in one loop")
+
+    methods: dict[str, Callable[..., Any]] = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": copied}
     if hasattr(real, "scale_model_input"):
 
-        @functools.wraps(real.scale_model_input)
-        def scale_model_input(self: Any, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-            return vars(self)[HANDLER].scale(sample, timestep)
+        def scale_model_input(sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+            return handler.scale(sample, timestep)
 
-        namespace["scale_model_input"] = scale_model_input
-    if hasattr(real, "from_config"):
-        namespace["from_config"] = staticmethod(real.from_config)
+        methods["scale_model_input"] = functools.update_wrapper(scale_model_input, proxy.scale_model_input)
     for name in dir(real):
         if name.startswith(STRAY) and inspect.isfunction(getattr(real, name)):
-            namespace[name] = _stray(name)
-    return type(real.__name__, (SchedulerProxy, real), namespace)
+            methods[name] = _stray(name)
+    return methods
 
 
 def _stray(name: str) -> Callable[..., Any]:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
         raise Unsupported(f"the loop calls the scheduler's {name}, which has no parallel form")
 
     return refuse
-
-
-class _InOrder:
-    """The handler while a scheduler's own `set_timesteps` runs."""
-
-    def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
-        return iter(timesteps)
-
-    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
-        raise AssertionError(timestep)
-
-    def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
-        raise AssertionError(timestep)
