@@ -545,3 +545,48 @@ def test_two_threads_share_a_module() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Batching(**options)
+
+
+# -- inputs that are laid out otherwise ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_numbers_that_are_as_many_as_the_rows_are_found_to_be_none(rows: int) -> None:
+    def function(x: Tensor, scales: Tensor) -> Tensor:
+        if len(scales) != rows:
+            raise ValueError(f"{len(scales)} scales for {rows} layers")
+        return x * scales.sum() + x.square() * scales[0]
+
+    check(function, windowed(None, rows, 4), drawn(rows))
+
+
+def test_rows_on_the_second_axis_are_found() -> None:
+    x = windowed(None, 2, 4)
+    check(lambda x, layers, text: x + layers.mean(0) + layers[0] * text, x, drawn(5, 2, 4), drawn(2, 4, seed=1))
+    # As many layers as rows: the rule takes the layers for rows, and the check finds that out.
+    check(lambda x, layers: x + layers[0] - 2 * layers[1], x, drawn(2, 2, 4))
+
+
+def test_a_layout_is_found_once_and_used_in_later_calls() -> None:
+    batching, layers = Batching(check="first"), drawn(5, 2, 4)
+    check(lambda x, layers: x + layers.mean(0), windowed(None, 2, 4), layers, batching=batching)
+    network = Network(lambda x, layers: x + layers.mean(0))
+    with install([network]):
+        for seed in (0, 1):
+            network.calls.clear()
+            x = windowed(run_of(batching), 2, 4, seed=seed)
+            torch.testing.assert_close(network(x, layers).window, x.window + layers.mean(0))
+    assert network.calls == [2 * W]
+
+
+def test_a_network_that_no_layout_fits_is_refused_in_the_words_of_the_rule() -> None:
+    with pytest.raises(Unsupported, match="its rows influence each other"):
+        check(lambda x, y: x - x.mean(0, keepdim=True) + y, windowed(None, 2, 4), drawn(2, 4), batching=Batching())
+    with pytest.raises(Unsupported, match=r"could not be called .*\(ValueError: three rows"):
+        check(lambda x, y: _only_three(x) + y, windowed(None, 3, 4), drawn(3, 4))
+
+
+def _only_three(x: Tensor) -> Tensor:
+    if len(x) != 3:
+        raise ValueError("three rows")
+    return x

@@ -11,12 +11,16 @@ rotary embeddings, numbers) stay. Outputs are split into states again.
 
 The rule by which inputs have rows may be wrong for a network, and a network's rows may influence each other. So at a network's
 first call with a window the middle state is evaluated again by itself, as in the sequential loop, and compared. It is evaluated
-before that call and after it, and what the network keeps from one call to the next (memory.py) is compared, too.
+before that call and after it, and what the network keeps from one call to the next (memory.py) is compared, too. Where the rule
+fails (an input of K numbers that are no rows, a stack of embeddings with its rows on the second axis), other layouts are tried:
+one with which every state is that of a call of its own is used from there on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +37,11 @@ from paradiff.pipelines.tensor.windowed import HERE, Windowed, common_run, first
 MAIN_INPUTS = ("sample", "hidden_states", "x", "latent_model_input")
 POSITIONS = {"img_ids", "txt_ids", "image_ids", "text_ids", "latent_ids", "latent_image_ids"}
 ROW_LISTS = {"img_shapes", "txt_seq_lens"}
+LAYOUTS = 12
+"""Most layouts tried for a network whose inputs are not laid out by the rule."""
+
+Layout = dict[int, int | None]
+"""The axis of the rows of some inputs, None for no rows, by their place among the call's tensors; others follow the rule."""
 
 
 def batched_call(
@@ -51,10 +60,9 @@ def batched_call(
         Unsupported: If the network fails or returns something without the rows it was given, or a check fails.
         torch.OutOfMemoryError: If one state alone does not fit.
     """
-    call = _WindowCall(batching, name, forward, args, kwargs)
     try:
         with batching.timed():
-            return call.outputs()
+            return _WindowCall(batching, name, forward, args, kwargs).laid_out()
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -62,6 +70,10 @@ def batched_call(
             f"{name} could not be called with the states of a window as further rows ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from error
+
+
+class _Differs(Unsupported):
+    """A batched call gave other outputs than single ones."""
 
 
 class _WindowCall:
@@ -79,6 +91,8 @@ class _WindowCall:
         shape: list[int] = [] if isinstance(main, list) else list(main.shape)
         self.rows = len(main) if isinstance(main, list) else shape[0] if shape else None
         self.frames = {size for size in shape[1:3] if size > 1} if len(shape) == 5 else set()
+        self.layout: Layout = {}
+        self._place = 0
 
     def _main(self) -> Any:
         """The input whose rows are the batch: a tensor, or a list with one tensor a row."""
@@ -88,10 +102,37 @@ class _WindowCall:
                 return value
         raise Unsupported(f"{self.name} was called without a tensor")
 
-    def outputs(self) -> Any:
-        states, rows = self.states, self.rows
+    def laid_out(self) -> Any:
+        """The outputs with the rule's layout of the inputs, or with another one that the check finds right."""
         signature = (self.name, self.forward, tuple(self.kwargs), tuple([leaf.window.shape[1:] for leaf in self.leaves]))
-        suspects = self.batching.wants(signature, states)
+        self.layout = self.batching.layouts.get(signature, {})
+        try:
+            return self.outputs(self.batching.wants(signature, self.states))
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, Unsupported) and type(error) is not _Differs):
+                raise
+            for layout in self._layouts():
+                self.layout = layout
+                with contextlib.suppress(Exception):  # what the rule's own layout met is what is told
+                    outputs = self.outputs(list(range(self.states)))
+                    self.batching.layouts[signature] = layout
+                    return outputs
+            raise
+
+    def _layouts(self) -> list[Layout]:
+        """Layouts that differ from the rule's in one input or two."""
+        others: list[tuple[int, int | None]] = []
+        for place, (leaf, name) in enumerate(self._plain()):
+            ruled = self._axis(leaf, name)
+            possible = [1] if leaf.dim() > 1 and leaf.shape[1] == self.rows else []
+            possible += [0] if leaf.dim() > 0 and leaf.shape[0] == self.rows else []
+            others += [(place, axis) for axis in (*possible, None) if axis != ruled]
+        pairs = [pair for pair in itertools.combinations(others, 2) if pair[0][0] != pair[1][0]]
+        return [dict(chosen) for chosen in itertools.islice([*[(one,) for one in others], *pairs], LAYOUTS)]
+
+    def outputs(self, suspects: list[int]) -> Any:
+        """The outputs; the states `suspects` are compared with calls of their own."""
+        states, rows = self.states, self.rows
         before = Snapshot({}) if suspects else None
         earlier = self._remembered(suspects[0]) if suspects and self.batching.first(self.forward) else None
         if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
@@ -130,6 +171,7 @@ class _WindowCall:
         count = part.stop - part.start if self.batching.pad else min(part.stop, self.states) - part.start
         if count == 1:
             return self._taken(self._alone(part.start), 1)
+        self._place = 0
         args = [self._batched(value, name, part.start, count) for value, name in zip(self.args, self._names(), strict=True)]
         kwargs = {name: self._batched(value, name, part.start, count) for name, value in self.kwargs.items()}
         output = self.forward(*args, **kwargs)
@@ -151,15 +193,23 @@ class _WindowCall:
         def tensor(leaf: Any, name: str) -> Any:
             if isinstance(leaf, Windowed):
                 return self._batched_window(leaf.window, start, count)
-            return self._repeated(leaf, name, count) if isinstance(leaf, Tensor) else leaf
+            if not isinstance(leaf, Tensor):
+                return leaf
+            place, self._place = self._place, self._place + 1
+            axis = self.layout.get(place, self._axis(leaf, name))
+            return leaf if axis is None else self._repeated(leaf, axis, count)
 
         def whole_list(value: list[Any], name: str) -> list[Any] | None:
-            if len(value) != self.rows or not (self.listed or name in ROW_LISTS) or _stays(name):
+            if not self._has_rows(value, name):
                 return None
             states = [min(start + n, self.states - 1) for n in range(count)]
             return [self._state(part, w) for part in value for w in states]
 
         return each(tensor, value, name, whole_list)
+
+    def _has_rows(self, value: list[Any], name: str) -> bool:
+        """Whether a list has an item for each row."""
+        return len(value) == self.rows and (self.listed or name in ROW_LISTS) and not _stays(name)
 
     def _batched_window(self, window: Tensor, start: int, count: int) -> Tensor:
         rows = self.rows
@@ -175,17 +225,22 @@ class _WindowCall:
             raise Unsupported(f"{self.name} was given {window.shape[1]} rows of a window beside an input of {rows} rows")
         return window.unflatten(1, (rows, -1)).transpose(0, 1).flatten(0, 2)
 
-    def _repeated(self, leaf: Tensor, name: str, count: int) -> Tensor:
+    def _axis(self, leaf: Tensor, name: str) -> int | None:
+        """The axis of an input's rows by the rule; None for an input without rows."""
         rows = self.rows
         assert rows is not None
         if leaf.dim() == 0 or _stays(name, leaf):
-            return leaf
-        if leaf.shape[0] == rows or any(leaf.shape[0] == rows * frames for frames in self.frames):
-            key = (rows, count)
-            return self.batching.repeated(
-                leaf, key, lambda: leaf.unflatten(0, (rows, -1)).repeat_interleave(count, 0).flatten(0, 1)
-            )
-        return leaf
+            return None
+        return 0 if leaf.shape[0] == rows or any(leaf.shape[0] == rows * frames for frames in self.frames) else None
+
+    def _repeated(self, leaf: Tensor, axis: int, count: int) -> Tensor:
+        rows = self.rows
+        assert rows is not None
+        return self.batching.repeated(
+            leaf,
+            (rows, count, axis),
+            lambda: leaf.unflatten(axis, (rows, -1)).repeat_interleave(count, axis).flatten(axis, axis + 1),
+        )
 
     # Outputs.
 
@@ -202,7 +257,7 @@ class _WindowCall:
             if count == 1:
                 found.append(leaf[None])
             elif leaf.dim() == 0 or leaf.shape[0] % (rows * count):
-                raise Unsupported(
+                raise _Differs(
                     f"{self.name} returned a tensor of shape {tuple(leaf.shape)} for {rows * count} rows; an output must have "
                     "a row for each"
                 )
@@ -267,14 +322,26 @@ class _WindowCall:
         for window, own in zip(windows, alone, strict=True):
             batched, own = window[w].to(torch.float64), own[0].to(torch.float64)
             if batched.shape != own.shape:
-                raise Unsupported(f"{self.name} returned shape {tuple(batched.shape)} for a state of shape {tuple(own.shape)}")
+                raise _Differs(f"{self.name} returned shape {tuple(batched.shape)} for a state of shape {tuple(own.shape)}")
             difference = _difference(batched, own)
             if not difference <= granted:
-                raise Unsupported(
+                raise _Differs(
                     f"{self.name} gave a state other values among {self.states} states than by itself (relative difference "
                     f"{difference:.2g}, where rounding explains {granted:.2g}): its rows influence each other, or its "
                     "conditioning is in another order"
                 )
+
+    def _plain(self) -> list[tuple[Tensor, str]]:
+        """The inputs that are no windows, with their names, in the order of `_batched`."""
+        found: list[tuple[Tensor, str]] = []
+
+        def note(leaf: Any, name: str) -> None:
+            if isinstance(leaf, Tensor) and not isinstance(leaf, Windowed):
+                found.append((leaf, name))
+
+        for value, name in [*zip(self.args, self._names(), strict=True), *[(v, k) for k, v in self.kwargs.items()]]:
+            each(note, value, name, lambda part, name: part if self._has_rows(part, name) else None)
+        return found
 
     def _tensors(self) -> list[Tensor]:
         found: list[Tensor] = []

@@ -37,6 +37,7 @@ class Batching:
         seconds: Duration of these calls, as seen from the host: on an asynchronous device that of their launch.
         looping: Whether the loop runs; network calls before and after it are not counted.
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
+        layouts: How networks lay out their inputs where the rule of batched_call.py does not hold, by the signature of a call.
         eps: That of the coarsest dtype in which a network was computed so far; 0 before the first call.
 
     Raises:
@@ -55,6 +56,7 @@ class Batching:
         self.looping = False
         self.hooks: Memory | None = None
         self._inside = False
+        self.layouts: dict[Any, dict[int, int | None]] = {}
         self._widest = 0
         self._checked: set[Any] = set()
         self._networks: set[Any] = set()
