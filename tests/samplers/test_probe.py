@@ -377,3 +377,20 @@ def test_what_are_no_timesteps_is_refused(timesteps: Any) -> None:
         ValueError, match=r"timesteps is .*; it must be a Tensor, a stretch of the scheduler's own, or None for all"
     ):
         from_scheduler(ready("DDIM"), timesteps)
+
+
+def test_a_step_that_takes_a_time_for_each_sample_is_probed_with_one() -> None:
+    scheduler: Any = diffusers.DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(8)
+    times = scheduler.timesteps[:-1]
+    table = probe(scheduler, times)
+    assert (table.steps, table.band, table.stochastic) == (8, 1, True)
+    x = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = Increments(scheduler, table, times, x, torch.Generator().manual_seed(5)).draw(0, range(8))
+    generator, own, ours = torch.Generator().manual_seed(5), x, x
+    for i, t in enumerate(times):
+        m = torch.sin(own)
+        ours = table.a[i, 0] * ours + table.b[i, 0] * torch.sin(ours) + table.c[i] * noise[i]
+        own = scheduler.step(m, t.expand(3), own, generator=generator).prev_sample
+    # The scheduler's levels are float32, and the increments are drawn in float32.
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.random_state import clone
+from paradiff.samplers.scheduler.walk import time_of
 
 GIVEN_NOISE = "variance_noise"
 
@@ -113,7 +114,7 @@ class FirstStep:
             scale_model_input = getattr(scheduler, "scale_model_input", None)
             if scale_model_input is not None:
                 scale_model_input(sample, self.timesteps[index])
-            return scheduler.step(output, self.timesteps[index], sample, **kwargs)
+            return scheduler.step(output, time_of(scheduler, self.timesteps[index], sample), sample, **kwargs)
 
 
 def refuse_other_time(given: Any, wanted: Tensor) -> None:

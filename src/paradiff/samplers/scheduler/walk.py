@@ -204,11 +204,46 @@ def _parameters(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.step).parameters)
 
 
+def time_of(scheduler: Any, t: Tensor, x: Tensor) -> Tensor:
+    """The time as a scheduler's step takes it: a number `[]`, or `[B]`, one for each sample of the state `x` `[B, ...]`."""
+    return t.expand(len(x)) if _takes_rows(type(scheduler), Sampled(scheduler, t)) else t
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A scheduler and one of its times, equal to all others: what a trial of the scheduler's class is made with."""
+
+    scheduler: Any = field(compare=False)
+    time: Tensor = field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _takes_rows(kind: type, sampled: Sampled) -> bool:
+    """Whether the step of a scheduler class fails with one time for all samples, and not with a time for each of them."""
+    x = torch.zeros(1, 1, 1, 1)
+
+    def fails(time: Tensor) -> bool:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler = on_cpu(sampled.scheduler)
+            try:
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(x, time)
+                scheduler.step(x, time, x)
+            except Exception:
+                return True
+            return False
+
+    time = sampled.time.cpu()
+    return fails(time) and not fails(time.expand(1))
+
+
 def step_of(
     scheduler: Any, m: Tensor, t: Tensor, x: Tensor, kwargs: Mapping[str, Any], generator: Any, mode: _Draws | None
 ) -> Any:
     """What the step returns as the next state; draws replaced by `mode`."""
     known = _parameters(type(scheduler))
+    t = time_of(scheduler, t, x)
     options = {k: v for k, v in (("generator", generator), ("return_dict", False)) if k in known}
     if mode is None:
         found = scheduler.step(m, t, x, **kwargs, **options)
