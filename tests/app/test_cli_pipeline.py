@@ -350,7 +350,6 @@ REFUSED: dict[str, str] = {
     "give one of DDIMScheduler, DDPMScheduler",
     "--prompt cat --steps 0": "0 steps were asked for; give at least 1",
     "--prompt cat --argument guidance_scale=[1,2]": "the StableDiffusionPipeline failed with these arguments: TypeError: ",
-    "--prompt cat --size 16x16 --steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals: give at most that",
     "--prompt cat --guidance much": "Invalid value for '--guidance': ",
     "--prompt cat --max-rows 0": "max_rows is 0; a network call needs at least 1 row",
 }

@@ -129,6 +129,33 @@ def test_image_to_image_starts_where_the_strength_says(strength: float) -> None:
     assert report.passes < report.steps
 
 
+@pytest.mark.parametrize(
+    ("method", "sentences"),
+    [
+        (parasolver(16), ["the window was shortened from 16 to 3, for the loop's chain of 3 steps"]),
+        (
+            parasolver(8, warmup=2, stride=4),
+            [
+                "the window was shortened from 8 to 3, for the loop's chain of 3 steps",
+                "the stride was shortened from 4 to 1, for the loop's chain of 3 steps",
+            ],
+        ),
+        (srds(5), ["the blocks were shortened from 5 to 3, for the loop's chain of 3 steps"]),
+        (srds(5, window=4), ["the window was shortened from 4 to 3", "the blocks were shortened from 5 to 3"]),
+        (parasolver(3), []),
+        (parasolver(), []),
+        (piadm_ode(4), ["the blocks were shortened from 4 to 3, for the loop's chain of 3 steps"]),
+    ],
+    ids=str,
+)
+def test_a_method_longer_than_the_chain_is_shortened_to_it(method: Any, sentences: list[str]) -> None:
+    report = both("sd_img2img", method, strength=0.3)
+    assert report.steps == 3
+    assert len(report.warnings) == len(sentences)
+    assert all(found.startswith(told) for found, told in zip(report.warnings, sentences, strict=True))
+    assert both("sd_img2img", method, strength=0.1).steps == 1
+
+
 @pytest.mark.parametrize("method", [sequential(), parasolver(1), parasolver(3, tolerance=1e-4, slope=freeze_epsilon)])
 def test_windows_of_any_width(method: WindowMethod) -> None:
     report = both("sd", method)
@@ -460,7 +487,6 @@ def test_a_second_parallelize_on_the_same_pipeline_is_named() -> None:
 @pytest.mark.parametrize(
     ("method", "call", "complaint"),
     [
-        (parasolver(20), {}, "the window is 20; the chain has 10 sub-intervals"),
         (METHOD, {"num_inference_steps": 2000}, "num_inference_steps|2000"),
         (piadm_ode(2, corrector=underdamped_langevin(2, 2)), {}, "given a corrector, which changes the sample"),
         (srds([0, 2, 10]), {"name": "sd_unipc"}, "reads 9 states and needs blocks of at least 8 steps"),

@@ -454,6 +454,7 @@ class Run:
     ) -> Report:
         solution = solver.solution
         assert solution is not None
+        notes = [*notes, *solver.shortened]
         if solver.raised_tolerance is not None:
             notes = [*notes, f"the tolerance was raised to {solver.raised_tolerance:g}, which the networks' dtype resolves"]
         status, message = solution.status, solution.message

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from paradiff.chain.table import Table
+from paradiff.errors import is_whole
 from paradiff.methods.parareal.options import PararealOptions
 from paradiff.methods.parareal.run import PararealRun
 from paradiff.methods.window.method import WindowMethod
@@ -57,7 +58,12 @@ class PararealMethod(PararealOptions):
         return len(self.edges(table)) - 1, "blocks"
 
     def in_loop(self, table: Table, least: float) -> PararealMethod:
-        """As it is, with a tolerance that the network's dtype resolves."""
-        if self.rule == "error" and self.tolerance < least:
-            return dataclasses.replace(self, tolerance=least)
-        return self
+        """With a tolerance that the network's dtype resolves, and no more blocks than the loop's chain has steps."""
+        tolerance = max(self.tolerance, least) if self.rule == "error" else self.tolerance
+        blocks = min(self.blocks, table.steps) if is_whole(self.blocks) else self.blocks
+        fitted = dataclasses.replace(self, tolerance=tolerance, blocks=blocks, window=None)
+        return (
+            fitted
+            if self.window is None
+            else dataclasses.replace(fitted, window=min(self.window, len(fitted.edges(table)) - 1))
+        )

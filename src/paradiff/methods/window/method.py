@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from paradiff.chain.slope import zero
 from paradiff.chain.table import Table
+from paradiff.errors import is_whole
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.run import WindowRun
 from paradiff.solver.protocol import Problem
@@ -73,6 +74,9 @@ class WindowMethod(WindowOptions):
     def in_loop(self, table: Table, least: float) -> WindowMethod:
         """With a first step alone, where a window slides freely, as a loop's first pass takes just that.
 
+        Warm-up, stride, blocks and window are shortened to the loop's chain: a pipeline that starts from an image walks only a
+        part of the steps that its call names.
+
         Raises:
             ValueError: If there is a corrector, which changes the sample.
         """
@@ -81,9 +85,19 @@ class WindowMethod(WindowOptions):
                 f"{self.name} was given a corrector, which changes the sample; a pipeline's call has to give its own: leave "
                 "the corrector out"
             )
-        warmup, tolerance = self.warmup, self.tolerance
-        if self.blocks is None and self.window != 1:
-            warmup = min(max(warmup, 1), table.steps)
+        steps, warmup, stride, blocks, tolerance = table.steps, self.warmup, self.stride, self.blocks, self.tolerance
+        if blocks is None and self.window != 1:
+            warmup = max(warmup, 1)
+        warmup = min(warmup, steps)
+        if is_whole(stride):
+            stride = min(stride, max(steps - warmup, 1))
+        if blocks is not None and is_whole(blocks.count):
+            blocks = dataclasses.replace(blocks, count=min(blocks.count, steps))
         if self.rule == "error" and 0 < tolerance < least:
             tolerance = least
-        return dataclasses.replace(self, warmup=warmup, tolerance=tolerance)
+        fitted = dataclasses.replace(self, warmup=warmup, stride=stride, blocks=blocks, window=None, tolerance=tolerance)
+        return (
+            fitted
+            if self.window is None
+            else dataclasses.replace(fitted, window=min(self.window, len(fitted.edges(table)) - 1))
+        )

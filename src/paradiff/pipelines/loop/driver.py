@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.errors import Unsupported
+from paradiff.errors import Unsupported, is_whole
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
@@ -68,6 +68,7 @@ class LoopSolver:
         done: Whether the solver has ended; `final` and `solution` exist from then on.
         passes: Passes of the loop's body so far, the first one included.
         rows: States evaluated so far, those of the audit included.
+        shortened: Sentences about what of the method is longer than the loop's chain and was shortened to it.
         raised_tolerance: The tolerance used in place of the method's, if the network's dtype does not resolve that one.
         fitted: The method as the loop is driven by it.
         first: The loop's first step.
@@ -113,6 +114,7 @@ class LoopSolver:
         self.started = self.done = False
         self.passes = self.rows = 0
         self.solution: Solution | None = None
+        self.shortened: list[str] = []
         self.raised_tolerance: float | None = None
 
     def begin(self, first: FirstStep, *, repeat: int = 0, own: int = 1) -> None:
@@ -258,6 +260,13 @@ class LoopSolver:
             least = (STOCHASTIC_ROUNDING if self.table.stochastic else DETERMINISTIC_ROUNDING) * torch.finfo(dtype).eps
         fitted = self.method.in_loop(self.table, least)
         self.raised_tolerance = None if fitted.tolerance == self.method.tolerance else fitted.tolerance
+        end = f"for the loop's chain of {self.table.steps} step{'s' * (self.table.steps > 1)}"
+        self.shortened = [
+            f"the {name} {'were' if name == 'blocks' else 'was'} shortened from {given} to {used}, {end}"
+            for name in ("window", "warmup", "stride", "blocks")
+            for given, used in [(_length(self.method, name), _length(fitted, name))]
+            if given is not None and used is not None and used < given
+        ]
         return fitted
 
     def _take(self, batch: Batch) -> None:
@@ -293,3 +302,10 @@ class LoopSolver:
             self.final = self.final.clone()  # in the modes of the loop, not the solver's
             return
         self._take(batch)
+
+
+def _length(method: Method, name: str) -> int | None:
+    """A length among a method's hyper-parameters; None where it has none of this name, or a list of lengths."""
+    value = getattr(method, name, None)
+    value = getattr(value, "count", None) if value is not None and not is_whole(value) else value
+    return value if is_whole(value) else None
