@@ -115,24 +115,11 @@ def pixart() -> Any:
     )
 
 
-def sana() -> Any:
-    network = diffusers.SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        sample_size=32,
-    )
+def deep_autoencoder() -> Any:
     blocks: dict[str, Any] = {
         f"{part}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock") for part in ("encoder", "decoder")
     }
-    vae = diffusers.AutoencoderDC(
+    return diffusers.AutoencoderDC(
         **blocks,
         latent_channels=4,
         attention_head_dim=2,
@@ -146,6 +133,22 @@ def sana() -> Any:
         upsample_block_type="interpolate",
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
+    )
+
+
+def sana() -> Any:
+    network = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=32,
     )
     gemma = transformers.Gemma2Config(
         vocab_size=VOCABULARY,
@@ -162,7 +165,7 @@ def sana() -> Any:
     return assemble(
         diffusers.SanaPipeline,
         transformer=network,
-        vae=vae,
+        vae=deep_autoencoder(),
         text_encoder=transformers.Gemma2Model(gemma),
         tokenizer=tokenizer(eos=False),
         scheduler=diffusers.DPMSolverMultistepScheduler(
