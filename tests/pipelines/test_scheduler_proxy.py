@@ -16,7 +16,7 @@ from diffusers.schedulers.deprecated import ScoreSdeVpScheduler
 from torch import Tensor
 
 from paradiff.errors import NeedsLanes, Unsupported
-from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
 from paradiff.pipelines.loop.timesteps import Iterations, RoundTimesteps
 from paradiff.pipelines.tensor.windowed import Windowed
 
@@ -290,3 +290,27 @@ def test_the_first_index_is_looked_up_where_the_pipeline_does_not_set_it() -> No
     proxy.set_timesteps(8)
     assert first_index(proxy, proxy.timesteps[3]) == 3
     assert first_index(make_proxy(diffusers.DDIMScheduler(), Spy()), torch.tensor(0)) is None
+
+
+USES = {
+    "an item": lambda held: held[-1],
+    "its truth": lambda held: bool(held),
+    "a comparison": lambda held: held < 2,
+    "an attribute": lambda held: held.shape,
+    "a sum": lambda held: 1 + held,
+    "a sum with a tensor": lambda held: torch.ones(2) + held,
+    "a torch function": lambda held: torch.add(torch.ones(2), held),
+    "its items": lambda held: list(held),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_a_step_changes_is_sealed(use: Any) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    proxy = make_proxy(scheduler, Spy())
+    seal(proxy, {"model_outputs", "lower_order_nums", "nothing of the kind"})
+    for name in ("model_outputs", "lower_order_nums"):
+        with pytest.raises(Unsupported, match=f"the loop reads the scheduler's {name}, which changes from step to step"):
+            use(getattr(proxy, name))
+    assert "model_outputs" not in vars(real_scheduler(proxy))
+    assert scheduler.lower_order_nums == 0
