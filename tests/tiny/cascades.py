@@ -328,7 +328,7 @@ CASES = [
         guidance_scale=...,
         output_type="np",
     ),
-    case("ace_step", ace_step, prompt="a cat", lyrics="la", audio_duration=4.0, max_text_length=32, guidance_scale=3.0),
+    case("ace_step", ace_step, prompt="a cat", lyrics="la", audio_duration=4.0, max_text_length=32, guidance_scale=1.0),
     case(
         "ace_step_guided",
         lambda: ace_step(is_turbo=False, model_version="base"),
