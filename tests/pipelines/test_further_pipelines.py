@@ -128,13 +128,7 @@ EXPECTED = {
 }
 
 
-CARRYING = ("flux2_klein_kv_reference", "hunyuan_image", "hunyuan15_momentum", "ace_step_guided")
-"""Cases in which a pass leaves more to the next one than its state: only a comparison with the loop's own passes shows it."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.xfail] if name in CARRYING else []) for name in FURTHER]
-)
+@pytest.mark.parametrize("name", FURTHER)
 def test_gives_the_plain_calls_result(name: str) -> None:
     case, expected = FURTHER[name], EXPECTED[name]
     pipe = case.make()

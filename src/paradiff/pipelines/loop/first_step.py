@@ -97,7 +97,7 @@ class FirstStep:
                 kwargs = {name: value for name, value in self.kwargs.items() if name != "generator"}
                 if hasattr(scheduler, "scale_model_input"):
                     scheduler.scale_model_input(self.sample, time)
-                scheduler.step(self.output, time, self.sample, **kwargs)
+                scheduler.step(self.output, time_of(scheduler, time, self.sample), self.sample, **kwargs)
         after = vars(scheduler)
         return {name for name in {*before, *after} - {"_step_index"} if not _alike(before.get(name), after.get(name))}
 
