@@ -111,8 +111,8 @@ def guided(bench: Bench, method: Method) -> Row:
             samples.append(
                 {
                     "seed": image,
-                    "rounds": run.report.rounds,
-                    "evaluations": run.report.rows,
+                    "rounds": run.report.passes,
+                    "evaluations": run.report.rows - run.report.checks,
                     "error": rms(latents - wanted)[0] / bench.spread,
                     "estimated": found.estimated_error / bench.spread,
                     "nodes": None,

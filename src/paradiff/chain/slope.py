@@ -39,7 +39,8 @@ Slope = Callable[[Table], Tensor] | Tensor
 DATA_VARIANCE = 0.25
 """v, the variance of the data that every method assumes where its caller gives none, for data in -1 ... 1: in Gaussian slopes,
 initial guesses, errors along Parareal's blocks, and collocation's forcing. It is EDM's, whose sigma_data is 0.5 (arXiv
-2206.00364). The bundled digits have 0.29 a pixel; with 0.29 or 0.5 no method takes fewer rounds (benchmarks/tolerance.py)."""
+2206.00364). The bundled digits have 0.29 a pixel; with 0.29 or 0.5 mean rounds change by a few hundredths of themselves at most
+(benchmarks/tolerance.py)."""
 
 
 def refuse_no_slope(slope: object, name: str = "the slope") -> None:
