@@ -171,7 +171,7 @@ def _tried(table: Table, method: Method) -> Solution:
         clean = target.clean(x, table.alpha[nodes], table.sigma[nodes])
         return ((clean - table.p[nodes, None] * x) / table.q[nodes, None]).float()
 
-    return drive(solve(table, Keyed((DIMENSION,), 0), method), outputs)
+    return drive(solve(table, Keyed((DIMENSION,), 0), method), outputs, check="off")
 
 
 def _will_it_pay(pipeline: Any, table: Table, expected: Solution, notes: list[str]) -> None:

@@ -98,8 +98,9 @@ class Evaluator:
 
     Attributes:
         rounds: Rounds so far.
-        evaluations: Rows so far.
-        seconds: Time spent in network calls, as seen from the host: on an asynchronous device only their launch.
+        evaluations: Their rows so far; those of checks are not counted.
+        seconds: Time spent in network calls, those of checks included, as seen from the host: on an asynchronous device only
+            their launch.
 
     Raises:
         ValueError: If an argument is of another kind, `max_rows` is below 1, or the device is not to be had.
@@ -151,18 +152,26 @@ class Evaluator:
         Raises:
             ValueError: If the network returns something else than one floating-point tensor of the shape of its input.
         """
-        begin = time.perf_counter()
-        rows = len(batch.x)
-        with torch.inference_mode(False), torch.no_grad():
-            outputs = self.bound.parts(rows, lambda part: self._call(batch, part), self.device)
+        outputs = self.evaluate_again(batch)
         self.rounds += 1
-        self.evaluations += rows
+        self.evaluations += len(batch.x)
+        return outputs
+
+    def evaluate_again(self, batch: Batch) -> Tensor:
+        """As a call, for rows of a check (row_check.py): it is no round, and its rows are not counted.
+
+        Raises:
+            ValueError: As a call does.
+        """
+        begin = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = self.bound.parts(len(batch.x), lambda part: self._call(batch, part), self.device)
         self.seconds += time.perf_counter() - begin
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _call(self, batch: Batch, part: slice) -> Tensor:
         x = batch.x[part].to(device=self.device, dtype=self.dtype, copy=True)
-        t = batch.t[part].to(self.device, non_blocking=True)
+        t = batch.t[part].to(self.device, non_blocking=True, copy=True)
         if t.is_floating_point():
             t = t.to(x.dtype if x.dtype == torch.float64 else torch.float32)
         rows = {name: value[batch.samples[part].to(value.device)] for name, value in self.conditioning.items()}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
-from paradiff.chain.noise import Noise
+from paradiff.chain.noise import Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import shown
 from paradiff.solver.arguments import (
@@ -34,8 +34,10 @@ from paradiff.solver.arguments import (
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.protocol import Batch, EditedOutputs, Evaluate, Method, Observer, OnFinal, Problem, Round
 from paradiff.solver.records import Record
+from paradiff.solver.row_check import Check, RowCheck
 from paradiff.solver.solution import Solution, Status
 
+UNCHECKED = "not checked: that the model's output for a row depends on that row alone"
 IDLE = 100_000  # rounds beyond the chain's steps without the end of a sweep: no stride and no corrector in use has so many
 Rounds = Generator[Batch, Tensor | EditedOutputs, Solution]
 
@@ -88,7 +90,7 @@ def solve(
     require_callable("on_final", on_final, "a function of a fine node and states")
     problem = Problem(
         table=table,
-        noise=noise,
+        noise=noise.along(table.draws) if isinstance(noise, Recorded) else noise,
         start=start,
         device=device_of(device),
         dtype=dtype,
@@ -113,7 +115,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         nodes = torch.cat([q.nodes for q in queries])
         samples = torch.cat([torch.full((n,), s.sample) for s, n in zip(active, counts, strict=True)])
         x = queries[0].rows if len(queries) == 1 else torch.cat([q.rows for q in queries])
-        answer = yield Batch(x, run.t[nodes], nodes, samples)
+        answer = yield Batch(x, run.t[nodes], nodes, samples, len(run.t) - 1)
         rounds += 1
         evaluations += len(nodes)
         outputs, states = outputs_of(answer, x)
@@ -165,25 +167,41 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
     )
 
 
-def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs]) -> Solution:
+def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], *, check: Check = "first") -> Solution:
     """Runs a solver, as `solve` returns it, with an evaluator, or with any function of a batch that returns its outputs.
 
+    Args:
+        rounds: What `solve` returned.
+        evaluate: The function. It may return the same memory at every call.
+        check: Which rounds have rows evaluated again, each by itself, and compared (row_check.py). `first` costs two rows at
+            the first round, three where their answers hardly differ, and one at each further quarter of the chain that the
+            rounds come to. They are counted in `Solution.checked_rows` alone.
+
     Raises:
-        ValueError: As the solver and the evaluator do.
+        ValueError: As the solver and the evaluator do, and if the check finds that a row's output depends on more than its own
+            state, time and sample.
         RuntimeError: If the evaluator raises StopIteration.
     """
     if not hasattr(rounds, "send"):
         raise ValueError(f"drive was given {shown(rounds)}; give what paradiff.solve returns")
+    checked = RowCheck(evaluate, check, again=evaluate.evaluate_again if isinstance(evaluate, Evaluator) else None)
     batch = next(rounds)
     while True:
         try:
-            outputs = evaluate(batch)
+            answer = checked(batch)
         except StopIteration as error:
             raise RuntimeError("the model raised StopIteration; catch it in the model") from error
         try:
-            batch = rounds.send(outputs)
+            batch = rounds.send(answer)
         except StopIteration as end:
-            return end.value
+            return _with_check(end.value, check, checked.rows)
+
+
+def _with_check(solution: Solution, check: Check, rows: int) -> Solution:
+    """The solution with the check's rows; without a check, "exact" says what it rests on."""
+    if check != "off" or solution.status is not Status.EXACT:
+        return dataclasses.replace(solution, checked_rows=rows)
+    return dataclasses.replace(solution, message=f"{solution.message}; {UNCHECKED}")
 
 
 def sample(
@@ -195,6 +213,7 @@ def sample(
     start: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     observer: Observer | None = None,
+    check: Check = "first",
 ) -> Solution:
     """Samples with one model on one device: drives `solve` with an evaluator.
 
@@ -207,9 +226,10 @@ def sample(
         start: `[B, ...]` states at node 0 to use instead of the noise's.
         dtype: Dtype of states, float32 or float64.
         observer: Called after each round; it may ask the run to stop.
+        check: Which rounds have rows evaluated again and compared, as `drive` has it: `first`, `every` or `off`.
 
     Raises:
-        ValueError: As `solve` and `Evaluator` do.
+        ValueError: As `solve`, `Evaluator` and `drive` do.
     """
     evaluate = denoiser if evaluates(denoiser) else Evaluator(denoiser)
     require_problem(table, noise, method)
@@ -219,7 +239,7 @@ def sample(
     rounds = solve(
         table, noise, method, start=start, device=evaluate.device, dtype=dtype, observer=observer, resolution=resolution
     )
-    return drive(rounds, evaluate)
+    return drive(rounds, evaluate, check=check)
 
 
 def _refuse_other_lengths(evaluate: Evaluate, noise: Noise) -> None:

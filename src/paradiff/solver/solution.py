@@ -14,7 +14,12 @@ from paradiff.solver.records import Record
 
 
 class Status(Enum):
-    """How a run ended. The value is the general sentence; `Solution.message` is the same with the run's own numbers."""
+    """How a run ended. The value is the general sentence; `Solution.message` is the same with the run's own numbers.
+
+    "Exact" means that every state came out of the chain's own step from the states before it and the model's outputs there.
+    That is the sequential sample, up to the rounding by which an output depends on the size of its batch, where the output of a
+    row depends on that row alone (row_check.py).
+    """
 
     EXACT = "every node was reached by the chain's own steps"
     CONVERGED = "every sample met the method's rule"
@@ -80,6 +85,8 @@ class Solution:
         seconds: The whole clock: noise, start-up and bookkeeping included.
         error_estimates: One a sample.
         history: One record a sweep and sample, in order; for Parareal one a round and sample.
+        checked_rows: Rows that were evaluated again to check the model (row_check.py); they are in none of the counts above,
+            and in the seconds.
     """
 
     sample: Tensor
@@ -90,6 +97,7 @@ class Solution:
     seconds: float
     error_estimates: list[ErrorEstimate]
     history: list[Record]
+    checked_rows: int = 0
 
     @property
     def residual(self) -> float:
@@ -109,6 +117,7 @@ class Solution:
             "samples": len(self.sample),
             "rounds": self.rounds,
             "evaluations": self.evaluations,
+            "checked_rows": self.checked_rows,
             "seconds": self.seconds,
             "estimated_error": self.estimated_error,
             "interpolation_error": max(e.interpolation_error for e in self.error_estimates),
@@ -121,10 +130,13 @@ class Solution:
         return f"Solution({len(self.sample)} of {shape}, {cost},\n         {self.message})"
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same samples, estimates, counts and history; the clock does not count."""
+        """Whether both hold the same samples, estimates, counts and history; the clock and the check's rows do not
+        count."""
         if not isinstance(other, Solution):
             return NotImplemented
-        mine, theirs = ({k: v for k, v in vars(s).items() if k not in ("sample", "seconds")} for s in (self, other))
+        mine, theirs = (
+            {k: v for k, v in vars(s).items() if k not in ("sample", "seconds", "checked_rows")} for s in (self, other)
+        )
         a, b = self.sample, other.sample
         return mine == theirs and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 

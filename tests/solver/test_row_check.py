@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose rows depend on more than themselves is refused, or its sample is right; an honest one is never refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import TABLES, chain, gap, network
+from torch import Tensor, nn
+
+from paradiff import (
+    Evaluator,
+    Keyed,
+    Schedule,
+    Table,
+    collocation,
+    jacobi,
+    paradigms,
+    parasolver,
+    quasi_newton,
+    sample,
+    sequential,
+    solve,
+    srds,
+)
+from paradiff.samplers import ddim, ddpm
+from paradiff.solver import Batch, Method, Solution, drive
+from paradiff.solver.protocol import EditedOutputs
+from paradiff.solver.row_check import RowCheck, difference
+
+Model = Callable[..., Tensor]
+
+
+def column(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def answer(x: Tensor, t: Tensor) -> Tensor:
+    """An honest network, which heeds state and time."""
+    return torch.tanh(0.8 * x) + 0.5 * torch.cos(column(t.double(), x.double()) / 200).to(x.dtype) * torch.sin(x)
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def dropout(p: float) -> Model:
+    drop = nn.Dropout(p)
+    return lambda x, t: answer(drop(x), t)
+
+
+def with_numpy() -> Model:
+    draw = np.random.default_rng(0)
+    return lambda x, t: answer(x + torch.from_numpy(draw.standard_normal(x.shape)).to(x.dtype), t)
+
+
+def own_generator() -> Model:
+    generator = torch.Generator().manual_seed(0)
+    return lambda x, t: answer(x + 0.1 * torch.randn(x.shape, generator=generator).to(x.dtype), t)
+
+
+def self_conditioning() -> Model:
+    last: list[Tensor | None] = [None]
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        y = answer(x, t)
+        if last[0] is not None and last[0].shape == x.shape:
+            y = 0.7 * y + 0.3 * last[0]
+        last[0] = y
+        return y
+
+    return model
+
+
+def moving_average() -> Model:
+    mean = [0.0]
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        mean[0] = 0.9 * mean[0] + 0.1 * float(x.abs().mean())
+        return answer(x, t) + mean[0]
+
+    return model
+
+
+def momentum() -> Model:
+    kept: dict[torch.Size, Tensor] = {}
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        kept[x.shape] = answer(x, t) - 0.5 * kept.get(x.shape, torch.zeros_like(x))
+        return kept[x.shape]
+
+    return model
+
+
+def first_answer_of_a_shape() -> Model:
+    kept: dict[torch.Size, Tensor] = {}
+    return lambda x, t: kept.setdefault(x.shape, answer(x, t))
+
+
+def counts_its_calls() -> Model:
+    calls = itertools.count()
+    return lambda x, t: answer(x, t) * (1 + 0.1 * next(calls))
+
+
+def trained_batch_norm() -> Model:
+    norm = nn.BatchNorm1d(4)  # in training mode
+    return lambda x, t: answer(norm(x.float().reshape(len(x) * 2, 4)).reshape(x.shape).to(x.dtype), t)
+
+
+MEMORY: dict[str, Callable[[], Model]] = {
+    "dropout": lambda: dropout(0.2),
+    "a little dropout": lambda: dropout(0.01),
+    "numpy's random numbers": with_numpy,
+    "a generator of its own": own_generator,
+    "self-conditioning": self_conditioning,
+    "a moving average": moving_average,
+    "momentum": momentum,
+    "the first answer of a shape": first_answer_of_a_shape,
+    "a counter": counts_its_calls,
+}
+ROWS: dict[str, Callable[[], Model]] = {
+    "the first time for all": lambda: lambda x, t: answer(x, t[:1].expand_as(t)),
+    "the last time for all": lambda: lambda x, t: answer(x, t[-1:].expand_as(t)),
+    "the mean time for all": lambda: lambda x, t: answer(x, t.double().mean().expand(len(t))),
+    "the mean of the rows": lambda: lambda x, t: answer(x, t) + 0.2 * x.mean(0),
+    "batch norm in training": trained_batch_norm,
+    "the rows' largest entry": lambda: lambda x, t: answer(x / x.abs().max().clamp(min=1), t),
+    "attention over rows": lambda: lambda x, t: answer((x.flatten(1).float().softmax(0)).to(x.dtype).view_as(x), t),
+    "the row before": lambda: lambda x, t: answer(x, t) + 0.1 * torch.cat([torch.zeros_like(x[:1]), x[:-1]]),
+    "the row after": lambda: lambda x, t: answer(x, t) + 0.1 * torch.cat([x[1:], torch.zeros_like(x[:1])]),
+    "rows that were sorted": lambda: lambda x, t: answer(x.sort(0).values, t),
+}
+TABLE = ddim(Schedule.linear(), 24)
+NOISY = ddpm(Schedule.linear(), 40)
+METHODS: dict[str, tuple[Table, Method]] = {
+    "jacobi": (NOISY, jacobi(tolerance=1e-4)),
+    "parasolver": (NOISY, parasolver(8, 1e-4)),
+    "paradigms": (TABLE, paradigms(6, 1e-3)),
+    "quasi-Newton": (TABLE, quasi_newton(tolerance=1e-4)),
+    "srds": (TABLE, srds(tolerance=1e-3)),
+    "collocation": (NOISY, collocation(tolerance=1e-2)),
+    "sequential": (TABLE, sequential()),
+}
+KINDS = {
+    "one sample, float32": (1, None),
+    "two samples, float64": (2, torch.float64),
+    "three samples, float16": (3, torch.float16),
+    "two samples, bfloat16": (2, torch.bfloat16),
+}
+SHAPE = (2, 4)
+
+
+def solved(model: Model, method: str, kind: str) -> Solution:
+    table, given = METHODS[method]
+    samples, dtype = KINDS[kind]
+    states = torch.float64 if dtype == torch.float64 else torch.float32
+    return sample(Evaluator(model, dtype=dtype), table, Keyed(SHAPE, 0, samples), given, dtype=states)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fault", MEMORY)
+def test_a_model_that_answers_a_row_in_two_ways_is_refused(fault: str, method: str, kind: str) -> None:
+    if (fault, method) == ("the first answer of a shape", "sequential"):
+        return  # a constant, to all that a chain of calls of one shape can tell
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        with pytest.raises(ValueError, match=r"answered node \d+ of sample \d in two ways: .* rounding explains .* model.eval"):
+            solved(MEMORY[fault](), method, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fault", ROWS)
+def test_a_model_whose_rows_know_of_each_other_is_refused(fault: str, method: str, kind: str) -> None:
+    if method == "sequential" and (KINDS[kind][0] == 1 or "time" in fault):
+        solved(ROWS[fault](), method, kind)  # rows are alone, or of one time: this is the model's own chain
+        return
+    with pytest.raises(ValueError, match=r"otherwise among \d+ rows than by itself: .* one row's time or conditioning for all"):
+        solved(ROWS[fault](), method, kind)
+
+
+@pytest.mark.parametrize("rows", [None, 3, 5])
+@pytest.mark.parametrize("method", ["parasolver", "srds", "sequential"])
+def test_one_samples_conditioning_for_all_is_refused(method: str, rows: int | None) -> None:
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return answer(x, t) * y[:1, None]
+
+    evaluator = Evaluator(model, conditioning={"y": torch.tensor([[0.5], [1.0], [1.5]])}, max_rows=rows)
+    with pytest.raises(ValueError, match=r"of sample [12] otherwise"):
+        sample(evaluator, METHODS[method][0], Keyed(SHAPE, samples=3), METHODS[method][1])
+
+
+def test_a_time_that_is_heeded_in_a_part_of_the_chain_only_is_found_there() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x + t[0] / 50)  # 1 to all digits at large times, -1 near the data
+
+    with pytest.raises(ValueError, match="otherwise among 16 rows"):
+        sample(model, ddpm(Schedule.linear(), 100), Keyed((8,)), parasolver(16, 1e-4))
+
+
+@pytest.mark.parametrize("period", [2, 3, 5])
+def test_a_memory_of_later_calls_is_found_in_every_round(period: int) -> None:
+    calls = itertools.count()
+    kept: dict[torch.Size, Tensor] = {}
+
+    def model(x: Tensor, t: Tensor) -> Tensor:  # evaluates in some calls only
+        if next(calls) % period == 0 or x.shape not in kept:
+            kept[x.shape] = answer(x, t)
+        return kept[x.shape]
+
+    with pytest.raises(ValueError, match="in two ways"):
+        sample(model, NOISY, Keyed(SHAPE), parasolver(8, 1e-4), check="every")
+
+
+def test_a_model_that_takes_no_single_row_is_refused() -> None:
+    norm = nn.BatchNorm1d(8)
+    with pytest.raises(
+        ValueError, match=r"the model fails for node 0 of sample 0 in a call of 1 rows: ValueError: Expected more"
+    ):
+        sample(lambda x, t: norm(x), NOISY, Keyed((8,)), parasolver())
+
+
+# -- honest ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_check_is_asked_for() -> None:
+    found = sample(dropout(0.2), NOISY, Keyed(SHAPE), jacobi(tolerance=0), check="off")
+    assert found.message == (
+        "exact: every node was reached by the chain's own steps; not checked: that the model's output for a row depends on "
+        "that row alone"
+    )
+    assert found.checked_rows == 0
+    assert sample(answer, NOISY, Keyed(SHAPE), parasolver(), check="off").message.endswith("0.024")
+    assert sample(answer, NOISY, Keyed(SHAPE), jacobi(tolerance=0)).message.endswith("the chain's own steps")
+
+
+def test_the_checks_rows_are_counted_apart() -> None:
+    evaluator = Evaluator(answer)
+    found = sample(evaluator, NOISY, Keyed(SHAPE), parasolver())
+    assert (found.checked_rows, found.stats["checked_rows"]) == (2, 2)  # the whole chain in the first round
+    assert (evaluator.rounds, evaluator.evaluations) == (found.rounds, found.evaluations)
+    assert sample(answer, NOISY, Keyed(SHAPE), parasolver(5)).checked_rows == 2 + 4
+    assert sample(answer, NOISY, Keyed(SHAPE, samples=2), sequential()).checked_rows == 2
+    every = sample(answer, NOISY, Keyed(SHAPE), parasolver(5), check="every")
+    assert every.checked_rows >= every.evaluations
+    assert every == found or every.evaluations > 0  # the check moves nothing
+    assert every == sample(answer, NOISY, Keyed(SHAPE), parasolver(5))
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+        self.norm = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x) + column(t, x) / 1000))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 16), nn.Linear(16, 2)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.first(x.flatten(2).mT) + column(t, x)[:, 0] / 1000
+        return self.last(self.layer(self.layer(h))).mT.reshape(x.shape)
+
+
+class Products(nn.Module):
+    """A chaotic network, by which rounding grows to the size of the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(24))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = x.flatten(1) + column(t, x)[:, 0, 0] / 1000
+        for layer in self.layers:
+            h = torch.tanh(12 * layer(h))
+        return h.view_as(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("made", [Convolutions, Attention, Products])
+def test_rounding_is_borne(made: Callable[[], nn.Module], rows: int | None, dtype: torch.dtype) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made().eval().to(dtype)
+    table = ddpm(Schedule.linear(), 10)
+    for check in ("first", "every"):
+        evaluator = Evaluator(model, dtype=dtype, max_rows=rows)
+        assert sample(evaluator, table, Keyed((2, 4, 4), 0, 2), parasolver(7, 0.3), check=check).checked_rows > 0
+
+
+def test_half_precision_inside_a_float32_network_is_borne() -> None:
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))).to(torch.bfloat16)
+    sample(lambda x, t: layers(x.bfloat16()).float(), NOISY, Keyed((8,), 0, 2), parasolver(), check="every")
+
+
+def test_a_model_that_draws_what_it_does_not_use_is_borne() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return answer(x + torch.randn(8)[0], t)
+
+    with torch.random.fork_rng():
+        assert sample(model, NOISY, Keyed(SHAPE), parasolver(), check="every").rounds > 0
+
+
+def test_outputs_that_are_not_finite_in_a_sweep_are_no_fault_of_the_rows() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where((x.abs() > 0.5) & (column(t, x) < 300), torch.inf, answer(x, t))
+
+    found = sample(model, TABLE, Keyed(SHAPE), jacobi(8, 0), check="every", observer=lambda round: round.number == 6)
+    assert found.checked_rows > 0
+
+
+# -- a function of a batch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["parasolver", "quasi-Newton", "collocation", "srds"])
+def test_a_function_of_a_batch_may_return_the_same_memory(method: str) -> None:
+    table, given = METHODS[method]
+    buffer = torch.zeros(512, *SHAPE)
+
+    def kept(batch: Batch) -> Tensor:
+        buffer[: len(batch.x)] = answer(batch.x, batch.t)
+        return buffer[: len(batch.x)]
+
+    found = drive(solve(table, Keyed(SHAPE), given), kept)
+    wanted = drive(solve(table, Keyed(SHAPE), given), lambda batch: answer(batch.x, batch.t))
+    assert found == wanted
+
+
+def test_a_function_of_a_batch_is_checked_like_a_model() -> None:
+    with pytest.raises(ValueError, match="otherwise among 40 rows"):
+        drive(solve(NOISY, Keyed(SHAPE), parasolver()), lambda batch: answer(batch.x, batch.t[:1].expand_as(batch.t)))
+    found = drive(
+        solve(NOISY, Keyed(SHAPE), parasolver()), lambda batch: EditedOutputs(answer(batch.x + 1, batch.t), batch.x + 1)
+    )
+    assert found.checked_rows == 2
+
+
+def test_an_unknown_check_is_refused() -> None:
+    unknown: Any = "always"
+    with pytest.raises(ValueError, match="check is 'always'; it must be one of first, every, off"):
+        sample(network, TABLE, Keyed(SHAPE), parasolver(), check=unknown)
+
+
+@pytest.mark.parametrize("leaf", ["x", "t"])
+def test_gradients_flow_through_states_times_and_parameters(leaf: str) -> None:
+    weight = nn.Parameter(torch.ones(()))
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = x.clone().requires_grad_()
+            energy = (
+                (y * column(t, y) * weight / 500).tanh().sum()
+                if leaf == "x"
+                else (y * t.view(-1, 1, 1) * weight / 500).sin().sum()
+            )
+            return x + 1e-3 * torch.autograd.grad(energy, y)[0]
+
+    with torch.inference_mode():
+        inside = sample(model, TABLES["ddim"], Keyed((2, 3)), parasolver(tolerance=0))
+    found = sample(model, TABLES["ddim"], Keyed((2, 3)), parasolver(tolerance=0))
+    assert torch.equal(inside.sample, found.sample)
+    assert gap(found.sample[0], chain(lambda x, t: model(x.float(), t).double(), TABLES["ddim"], Keyed((2, 3)))[-1]) < 1e-4
+
+
+def test_differences_are_relative_and_see_what_is_not_finite() -> None:
+    one = torch.tensor([1.0, torch.inf, torch.nan])
+    assert difference(one, one) == 0
+    assert difference(one, torch.tensor([1.1, torch.inf, torch.nan])) == pytest.approx(0.1 / 1.1)
+    assert difference(one, torch.tensor([1.0, 2.0, torch.nan])) == torch.inf
+    assert difference(torch.zeros(2), torch.zeros(2)) == 0
+
+
+def test_without_the_check_the_sample_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowCheck, "_compare", lambda *_: None)
+    found, wanted = (
+        solved(ROWS["the first time for all"](), method, "one sample, float32").sample
+        for method in ("srds", "sequential")
+    )
+    assert gap(found, wanted) > 1e-2
