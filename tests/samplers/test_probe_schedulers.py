@@ -65,6 +65,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "heun, clipped": ("HeunDiscrete", 10, {}, {"clip_sample": True}),
     "kdpm2": ("KDPM2Discrete", 10, {}, {}),
     "kdpm2 ancestral": ("KDPM2AncestralDiscrete", 10, {}, {}),
+    "dpm++ sde": ("DPMSolverSDE", 10, {}, {"noise_sampler_seed": 3}),
     "dpm++ 1": (DPM, 20, {}, {"solver_order": 1}),
     "dpm++ 2": (DPM, 20, {}, {}),
     "dpm++ 2, few steps": (DPM, 8, {}, {"lower_order_final": True}),
@@ -102,7 +103,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "cogvideox ddim": ("CogVideoXDDIM", 20, {}, {}),
     "unclip": ("UnCLIP", 20, {}, {}),
 }
-DENSE = {"unipc 2", "unipc 3, flow", "unipc, thresholded", "sa-solver"}
+DENSE = {"unipc 2", "unipc 3, flow", "unipc, thresholded"}
 # Steps that no levels can agree with: the first of IPNDM starts from alpha = 0 with a rounded beta; unCLIP lands on a level
 # that its rounded variance does not fit.
 LEVELS_A_GUIDE = {"ipndm", "unclip"}
@@ -110,7 +111,7 @@ LEVELS_A_GUIDE = {"ipndm", "unclip"}
 
 def scheduler_of(case: str) -> tuple[Any, dict[str, Any]]:
     kind, steps, options, config = CASES[case]
-    if kind == "CosineDPMSolverMultistep":
+    if kind in ("CosineDPMSolverMultistep", "DPMSolverSDE"):
         pytest.importorskip("torchsde")
     scheduler = getattr(diffusers, kind + "Scheduler")(**config)
     scheduler.set_timesteps(steps)

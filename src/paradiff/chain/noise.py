@@ -7,7 +7,7 @@ for. Two sources:
 - `Keyed`: z is a pure function of (seed, sample, node), by the counter-based generator Philox (Salmon et al. 2011), and is
   regenerated on demand. The same on every device.
 - `Recorded`: the exact draws that a sequential diffusers run makes with the same `torch.Generator`, one for the start and
-  one a step, replayed from saved generator states.
+  one a step, or what the scheduler of the table draws (draws.py), replayed from saved generator states.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paradiff.chain.draws import Draws
 from paradiff.errors import are_whole, is_whole, require_whole, shown
 
 
@@ -140,6 +141,9 @@ class Keyed:
 class Recorded:
     """The draws of a sequential diffusers run: `randn_tensor` once for the latents and once in every step.
 
+    With a table that was read off a scheduler (`from_scheduler`), the draws are those that its own loop makes, whether it draws
+    in every step or in some, and wherever they enter (`along`).
+
     Generator states are saved every `SPACING` nodes, so that any node can be drawn again; a few drawn stretches are kept.
     The user's generator is not advanced.
 
@@ -181,6 +185,7 @@ class Recorded:
         if self.samples < 1:
             raise ValueError("no sample was asked for; give at least one generator and a count of at least 1")
         self._dtype = dtype
+        self._of_torch = shared and generator is torch.default_generator
         self._group = self.samples if shared else 1
         self._generators = [torch.Generator(device=g.device) for g in generators]
         self._starts: list[Tensor] = []
@@ -210,6 +215,26 @@ class Recorded:
         """What determines the draws."""
         states = tuple((g.device.type, bytes(s[0].tolist())) for g, s in zip(self._generators, self._states, strict=True))
         return self.shape, self.samples, self._dtype, states
+
+    def along(self, draws: Draws | None) -> Noise:
+        """The noises of a chain that makes such draws.
+
+        Raises:
+            ValueError: If the scheduler draws with another generator than the one it is given.
+        """
+        if draws is None:
+            return self
+        if draws.source == "own":
+            raise ValueError(
+                f"{draws.scheduler} draws its noise with generators of its own (a Brownian tree), which a recorded generator "
+                "cannot repeat; give Keyed noise, or run the pipeline by paradiff.parallelize"
+            )
+        if draws.source == "torch" and not self._of_torch:
+            raise ValueError(
+                f"{draws.scheduler} draws its noise with torch's own generator, whichever it is given; give "
+                "Recorded(shape, torch.default_generator), or Keyed noise"
+            )
+        return RecordedAlong(self, draws)
 
     def __getstate__(self) -> dict[str, object]:
         """The generators by their devices: their states are saved beside them. Drawn stretches are drawn again."""
@@ -250,3 +275,32 @@ class Recorded:
         """z at consecutive nodes, `[len(nodes), *shape]`."""
         source, place = (0, sample) if len(self._generators) == 1 else (sample, 0)
         return torch.stack([self._stretch(source, n // self.SPACING)[n % self.SPACING, place] for n in nodes])
+
+
+class RecordedAlong:
+    """Recorded draws as the noises of a chain, equation (1) of draws.py.
+
+    Args:
+        recorded: The draws.
+        draws: Which of them make each step's noise.
+    """
+
+    def __init__(self, recorded: Recorded, draws: Draws) -> None:
+        self._recorded, self._draws = recorded, draws
+        self.shape, self.samples = recorded.shape, recorded.samples
+        self._after = sum(draws.counts)
+
+    def start(self, sample: int) -> Tensor:
+        """The standard normal draw behind x[0], of shape `shape`."""
+        return self._recorded.start(sample)
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        """z at consecutive nodes, `[len(nodes), *shape]`; 0 where a step adds no noise, and after the last step the draws that
+        follow those of the chain."""
+        found = []
+        for node in nodes:
+            after = node - len(self._draws.terms)
+            terms = self._draws.terms[node] if after < 0 else ((self._after + after, 1.0),)
+            drawn = [weight * self._recorded.draw(sample, range(k, k + 1))[0] for k, weight in terms]
+            found.append(torch.stack(drawn).sum(0) if drawn else torch.zeros_like(self.start(sample)))
+        return torch.stack(found)

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from paradiff.chain.draws import Draws
 from paradiff.chain.prediction import Prediction, clean_coefficients
 
 CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
@@ -61,6 +62,7 @@ class Table:
         clean: `[N, 2]` p and q, where they are not those of `prediction` (a network behind EDM's preconditioning).
         exact_levels: False for coefficients that are exact while the levels are a guide: excused from both conditions, by
             `mismatch`.
+        draws: The random draws that a sequential run makes the noises of (draws.py), for `Recorded`; None for one a step.
 
     Raises:
         ValueError: If shapes disagree, a value is not finite, or a consistency condition fails.
@@ -82,6 +84,7 @@ class Table:
     exact_variance: bool = True
     clean: Tensor | None = None
     exact_levels: bool = True
+    draws: Draws | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes(self.steps)
@@ -148,6 +151,11 @@ class Table:
                     f"{self.sigma[node]:.3g}, {self.prediction} prediction); a schedule that starts from pure noise "
                     "needs sample, v or flow prediction"
                 )
+        if self.draws is not None and not len(self.draws.counts) == len(self.draws.terms) == steps:
+            raise ValueError(
+                f"table {self.name!r}: draws has {len(self.draws.counts)} counts and {len(self.draws.terms)} terms; with "
+                f"{steps} steps it must have {steps} of each"
+            )
         for i in range(min(band - 1, steps)):
             if self.a[i, i + 1 :].any() or self.b[i, i + 1 :].any():
                 raise ValueError(f"table {self.name!r}: step {i} refers to states before the first one")

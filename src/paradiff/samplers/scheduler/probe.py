@@ -33,12 +33,16 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.clipping import Clip, DynamicThreshold
+from paradiff.chain.draws import Draws, Source
 from paradiff.chain.table import CONSISTENT, ROUNDING, Table
 from paradiff.errors import Unsupported, require_kind, shown
 from paradiff.samplers.scheduler.levels import levels_of
-from paradiff.samplers.scheduler.walk import UNUSED, Request, fingerprint, on_cpu, refuse_unfit, step_of, walk
+from paradiff.samplers.scheduler.walk import UNUSED, Request, Walk, fingerprint, on_cpu, refuse_unfit, step_of, walk
 
 LINEAR = 1e-6  # superposition error allowed, beside the size of the terms; limits and other nonlinearities miss by 0.01 ... 1
+FLOAT32 = 32 * torch.finfo(torch.float32).eps
+"""What a scheduler's float32 arithmetic leaves of terms that cancel, beside their size: ten roundings of half an eps in each
+coefficient, which differences of neighbouring levels amplify several times. Terms that do not cancel leave 1e-2 and more."""
 CHANNELS = 64  # random inputs of the superposition test
 LIMITS = ("clip_sample", "clip_denoised", "thresholding")
 
@@ -149,7 +153,8 @@ def _probe(request: Request) -> Probed:
         return found[0], found[1]
 
     main = walk(request, unit, 0, **off)
-    factors = main.states[:, : 2 * steps] - main.states[:, 2 * steps :]
+    own = main.states[:, 2 * steps :]
+    factors = _cancelled(main.states[:, : 2 * steps] - own, main.states[:, : 2 * steps].abs() + own.abs())
     if not torch.isfinite(main.states).all():
         i = int((~torch.isfinite(main.states)).any(1).nonzero()[0])
         raise Unsupported(
@@ -158,9 +163,12 @@ def _probe(request: Request) -> Probed:
         )
     noise = _responses(request, main.different, off)
     mixing, c = _independent(noise)
-    mixed = factors if mixing is None else mixing @ factors
+    mixed = factors
     if mixing is not None:
+        mixed, size = mixing @ factors, mixing.abs() @ factors.abs()
         mixed[1:, 1:steps] -= (mixing.tril(-1))[1:, : steps - 1]
+        size[1:, 1:steps] += (mixing.tril(-1)).abs()[1:, : steps - 1]
+        mixed = _cancelled(mixed, size)
     a, b = _banded(mixed[:, :steps]), _banded(mixed[:, steps:])
     band = max(a.shape[1], b.shape[1])
     a, b = (torch.nn.functional.pad(v, (0, band - v.shape[1])) for v in (a, b))
@@ -180,6 +188,7 @@ def _probe(request: Request) -> Probed:
         start_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)) if begins else 1.0,
         clean=levels.clean,
         exact_levels=False,
+        draws=_draws_of(name, main, noise if mixing is None else mixing @ noise, c),
     )
     ray, spread = table.mismatches.amax(0).tolist()
     table = dataclasses.replace(table, exact_variance=ray > ROUNDING or spread <= ROUNDING)
@@ -195,6 +204,32 @@ def _probe(request: Request) -> Probed:
         )
     clip = None if table.clip is None else Merged(table.clip)
     return Probed(table, dataclasses.replace(table, start_scale=1.0, clip=clip), main.draws, mixing, error)
+
+
+def _cancelled(values: Tensor, size: Tensor) -> Tensor:
+    """Sums whose terms are of that size in all; 0 where rounding explains what is left."""
+    return torch.where(values.abs() <= FLOAT32 * size, 0.0, values)
+
+
+def _draws_of(name: str, main: Walk, noise: Tensor, c: Tensor) -> Draws | None:
+    """How the steps' independent noises are made of draws; None for one a step.
+
+    Args:
+        name: The scheduler's.
+        main: A walk.
+        noise: `[N, K]` coefficients of the K draws in c[i] z[i].
+        c: `[N]` deviations.
+    """
+    if not c.any():
+        return None
+    source: Source = main.sources.pop() if len(main.sources) == 1 and sum(main.draws) == main.different else "own"
+    terms = []
+    for row, deviation in zip(noise, c.tolist(), strict=True):
+        weights = (row / deviation if deviation > 0 else row * 0).tolist()
+        weights = [float(round(w)) if abs(w - round(w)) <= FLOAT32 else w for w in weights]
+        terms.append(tuple((k, w) for k, w in enumerate(weights) if w))
+    found = Draws(name, tuple(main.draws), tuple(terms) if source != "own" else ((),) * len(noise), source)
+    return None if found.one_a_step else found
 
 
 def _banded(factors: Tensor) -> Tensor:
@@ -229,7 +264,7 @@ def _independent(noise: Tensor) -> tuple[Tensor | None, Tensor]:
     """
     covariance = noise @ noise.T
     c = covariance.diagonal().sqrt()
-    if ((covariance - covariance.diagonal().diag()).abs() <= 1e-9 * c[:, None] * c).all():
+    if not _cancelled(covariance - covariance.diagonal().diag(), c[:, None] * c).any():
         return None, c
     lower, rest, c = torch.eye(len(noise), dtype=torch.float64), covariance.clone(), c.clone()
     for k in range(len(noise)):
@@ -241,7 +276,10 @@ def _independent(noise: Tensor) -> tuple[Tensor | None, Tensor]:
         lower[k + 1 :, k] = rest[k + 1 :, k] / pivot
         rest[k + 1 :, k + 1 :] -= torch.outer(lower[k + 1 :, k], rest[k, k + 1 :])
     unit = torch.eye(len(noise), dtype=torch.float64)
-    return torch.linalg.solve_triangular(lower, unit, upper=False, unitriangular=True), c
+    mixing = torch.linalg.solve_triangular(lower, unit, upper=False, unitriangular=True)
+    deviations = covariance.diagonal().sqrt()
+    moved = _cancelled(mixing * deviations, deviations[:, None].expand_as(mixing))
+    return torch.where(moved == 0, 0.0, mixing) + unit * (moved == 0), c
 
 
 def _random(steps: int, seed: int) -> Tensor:

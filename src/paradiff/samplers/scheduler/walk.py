@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from paradiff.chain.draws import Source
 from paradiff.errors import Unsupported
 
 UNUSED = ("generator", "return_dict")  # options of step that do not change the table
@@ -116,11 +117,14 @@ class _Draws(TorchFunctionMode):
     Attributes:
         calls: Draws asked for.
         known: The draws seen, by the state of their generator.
+        sources: Whose generators they were made with.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, given: torch.Generator, size: int) -> None:
         super().__init__()
         self.calls, self.known, self._channels = 0, dict[bytes, int](), channels
+        self.sources = set[Source]()
+        self._given, self._size = given, size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,6 +134,8 @@ class _Draws(TorchFunctionMode):
         channel = self.known.setdefault(generator.get_state().numpy().tobytes(), len(self.known))
         self.calls += 1
         found = func(*args, **kwargs).zero_()
+        plain = {id(self._given): "given", id(torch.default_generator): "torch"}
+        self.sources.add(plain.get(id(generator), "own") if found.numel() == self._size else "own")
         if channel < self._channels:
             found.view(-1)[channel] = 1
         return found
@@ -138,13 +144,14 @@ class _Draws(TorchFunctionMode):
 @dataclass(frozen=True)
 class Walk:
     """One walk: `[N, L]` states returned, `[N]` input scales, the scheduler's step indices, the number of draws asked for by
-    each step, and that of different ones in all."""
+    each step, that of different ones in all, and whose generators made them."""
 
     states: Tensor
     scale: Tensor
     places: list[int] | None
     draws: list[int]
     different: int
+    sources: set[Source]
 
 
 Inputs = Callable[[int], tuple[Tensor, Tensor]]
@@ -165,7 +172,7 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
         scheduler.register_to_config(**config)
     generator = torch.Generator().manual_seed(0)
     states, scales, places, counts = [], [], [], [0]
-    mode = _Draws(draws or 0)
+    mode = _Draws(draws or 0, generator, len(inputs(0)[0]))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loop itself will give them
         torch.manual_seed(0)
@@ -186,7 +193,7 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
             places.append(getattr(scheduler, "step_index", None))
     known = None if None in places else [int(p) - 1 for p in places]
     per_step = [after - before for before, after in itertools.pairwise(counts)]
-    return Walk(torch.stack(states), torch.tensor(scales, dtype=torch.float64), known, per_step, len(mode.known))
+    return Walk(torch.stack(states), torch.tensor(scales, dtype=torch.float64), known, per_step, len(mode.known), mode.sources)
 
 
 def _scale(scheduler: Any, t: Tensor) -> float:

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The random draws behind a chain's noises, where a scheduler does not draw once a step and use that draw there.
+
+Step i of a sequential run makes counts[i] standard normal draws of the state's shape. The noise of equation (1) of table.py is
+
+    z[i] = sum_k w[i,k] d[k],      sum_k w[i,k]^2 = 1 where c[i] > 0,                                           (1)
+
+with d[0], d[1] ... all draws of the run after that of its start, in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["given", "torch", "own"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """See the module.
+
+    Attributes:
+        scheduler: The name of the scheduler's class.
+        counts: `[N]` draws that each step makes.
+        terms: For each step the pairs of k and w[i,k] that are not 0; none where c[i] = 0.
+        source: `given`, drawn with the generator that the run is given; `torch`, with torch's own whichever is given; `own`,
+            with generators that the scheduler makes, such as those of a Brownian tree.
+    """
+
+    scheduler: str
+    counts: tuple[int, ...]
+    terms: tuple[tuple[tuple[int, float], ...], ...]
+    source: Source = "given"
+
+    @property
+    def one_a_step(self) -> bool:
+        """Whether step i makes one draw, which is its noise, as far as steps have any."""
+        last = max((i + 1 for i, own in enumerate(self.terms) if own), default=0)
+        drawn = all(count == 1 for count in self.counts[:last])
+        plain = all(own in ((), ((i, 1.0),)) for i, own in enumerate(self.terms))
+        return drawn and plain and self.source == "given"
