@@ -21,6 +21,9 @@ import paradiff.methods.window.solver
 import paradiff.methods.window.update
 from paradiff import Evaluator, Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential
 from paradiff.methods import WindowMethod
+from paradiff.methods.window.budget import ErrorBudget
+from paradiff.methods.window.control import WindowControl
+from paradiff.methods.window.fill import PredictedFill
 from paradiff.methods.window.solver import WindowQuery, WindowSolver
 from paradiff.samplers import ddim, dpmpp_2m
 from paradiff.solver import Batch
@@ -161,7 +164,7 @@ def to_lone_chains(rows: int | None = None) -> float:
     """Check: three samples with conditioning, solved together, against a plain loop for each."""
     table, noise = TABLES["ddim"], Keyed(SHAPE, 0, 3)
     evaluator = Evaluator(shifted_network, conditioning={"shift": SHIFTS}, max_rows=rows)
-    found = sample(evaluator, table, noise, parasolver(5, 0.0), dtype=torch.float64)
+    found = sample(evaluator, table, noise, parasolver(5, 0.0), dtype=torch.float64, check="off")
     wanted = [chain(shifted_network, table, noise, k, shift=SHIFTS[k : k + 1])[-1] for k in range(3)]
     return gap(found.sample, torch.stack(wanted))
 
@@ -213,3 +216,54 @@ def test_a_tolerance_that_lets_everything_pass_is_seen_by_the_chain(monkeypatch:
     monkeypatch.setattr(paradiff.methods.window.solver.ErrorBudget, "cost_of", lambda self, passed: 0.0)
     assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) > SEEN
     assert run(TABLES["ddpm"], jacobi(5, 0.0)).estimated_error == 0  # And by nothing that the run itself reports.
+
+
+# -- first guesses and estimates ---------------------------------------------------------------------------------------
+
+
+def rounds_of_constant_data(stride: int) -> int:
+    """Check: rounds of DPM-Solver++(2M) with a stride on data of one point, which frozen clean data fill exactly."""
+    table = dpmpp_2m(Schedule.linear(), 24)
+    clean = torch.ones(SHAPE, dtype=torch.float64)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        places = [int((table.t[:-1] - time).abs().argmin()) for time in t]
+        p, q = (values[places].view(-1, 1, 1) for values in (table.p, table.q))
+        return (clean - p * x) / q
+
+    found = sample(denoiser, table, Keyed(SHAPE), parasolver(3, 1e-6, stride=stride), dtype=torch.float64)
+    assert gap(found.sample[0], chain(denoiser, table, Keyed(SHAPE))[-1]) < EXACT * 1e6
+    return found.rounds
+
+
+def test_filled_outputs_of_the_wrong_sign_are_seen_by_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rounds_of_constant_data(2)
+    outputs = PredictedFill._outputs
+
+    def wrong(self: PredictedFill, steps: slice, states: Tensor) -> Tensor:
+        return outputs(self, steps, -states)  # (D + p x) / q in place of (D - p x) / q
+
+    monkeypatch.setattr(PredictedFill, "_outputs", wrong)
+    assert rounds_of_constant_data(2) > right
+
+
+def contraction(passed: int) -> float:
+    """Check: the contraction seen where all that stays changes by exactly what a contraction of 1 predicts."""
+    error, change = [1.0, 0.5, 0.5, 0.25, 0.25], [0.4, 0.2, 0.1, 0.08]
+    budget = ErrorBudget(error, [1.0] * 6, WindowControl())
+    budget.observe(0, change)
+    budget.accept(passed)
+    budget.observe(passed, [sum(error[k + 1] * change[k] for k in range(passed - 1, n)) for n in range(passed, 4)])
+    return budget.theta
+
+
+def test_predictions_not_reduced_by_the_node_that_passed_are_seen_by_the_contraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert abs(contraction(2) - 1) < EXACT
+    accept = ErrorBudget.accept
+
+    def wrong(self: ErrorBudget, passed: int) -> None:
+        accept(self, passed)
+        self._predicted = self._errors[passed:]
+
+    monkeypatch.setattr(ErrorBudget, "accept", wrong)
+    assert abs(contraction(2) - 1) > SEEN

@@ -210,6 +210,19 @@ def test_the_budget_follows_its_equations() -> None:
     assert budget.estimated_error == budget.used
 
 
+@pytest.mark.parametrize("passed", [1, 2, 3])
+def test_nodes_that_stay_are_predicted_to_change_by_what_the_one_that_passed_does_not_carry(passed: int) -> None:
+    error = [1.0, 0.5, 0.5, 0.25, 0.25]
+    budget = ErrorBudget(error, [1.0] * 6, WindowControl())
+    change = [0.4, 0.2, 0.1, 0.08]
+    budget.observe(0, change)
+    budget.accept(passed)
+    # A state that is final has no error left that a sweep could see: the sum of h |delta| begins after it.
+    left = [sum(error[k + 1] * change[k] for k in range(passed - 1, n)) for n in range(passed, 4)]
+    budget.observe(passed, [1.7 * e for e in left])
+    assert budget.theta == pytest.approx(1.7)
+
+
 def test_the_budget_forgets_a_sweep_that_overflowed() -> None:
     budget = ErrorBudget([1.0] * 4, [1.0] * 5, WindowControl())
     budget.observe(0, [0.4, 0.2, 0.1])

@@ -26,7 +26,7 @@ from problems import (
 )
 from torch import Tensor
 
-from paradiff import Evaluator, Keyed, Recorded, Schedule, paradigms, parasolver, sample
+from paradiff import Evaluator, Keyed, Recorded, Schedule, Table, paradigms, parasolver, sample
 from paradiff.chain.slope import freeze_epsilon, identity
 from paradiff.methods import Blocks, WindowMethod, underdamped_langevin
 from paradiff.methods.window.solver import WindowSolver
@@ -46,6 +46,27 @@ def test_after_k_sweeps_the_first_k_nodes_are_exact(name: str, method: str) -> N
     for k in range(1, len(wanted) + 1):
         sweep(window)
         assert gap(ends(window)[:k], wanted[:k]) < EXACT, f"after {k} sweeps"
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_outputs_that_nodes_are_filled_with_are_those_of_the_frozen_clean_data(stride: int) -> None:
+    table = dpmpp_2m(Schedule.linear(), 24)
+    window = window_of(table, parasolver(3, 0.0, stride=stride))
+    for round in range(4):  # the first fill knows no clean data
+        norms = sweep(window, lambda x, t: constant_clean(table, x, t))
+        last = window.hi
+        window.advance(norms, round)
+        nodes = torch.arange(window.setup.edges[window.hi - 1], window.setup.edges[window.hi])
+        states, outputs = window.x[-1 - stride : -1], window.m[-stride:]
+        assert window.hi == last or gap(outputs, constant_clean(table, states, table.t[nodes])) < EXACT
+
+
+def constant_clean(table: Table, x: Tensor, t: Tensor) -> Tensor:
+    """A network whose clean-data estimate is the same everywhere."""
+    clean = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    places = [int((table.t[:-1] - time).abs().argmin()) for time in t]
+    p, q = (values[places].view(-1, 1, 1) for values in (table.p, table.q))
+    return (clean - p * x) / q
 
 
 @pytest.mark.parametrize("stride", [1, 3])
