@@ -386,7 +386,6 @@ def test_differences_are_relative_and_see_what_is_not_finite() -> None:
 def test_without_the_check_the_sample_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowCheck, "_compare", lambda *_: None)
     found, wanted = (
-        solved(ROWS["the first time for all"](), method, "one sample, float32").sample
-        for method in ("srds", "sequential")
+        solved(ROWS["the first time for all"](), method, "one sample, float32").sample for method in ("srds", "sequential")
     )
     assert gap(found, wanted) > 1e-2

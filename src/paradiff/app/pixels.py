@@ -24,12 +24,13 @@ from paradiff.app.run_json import Heading, report
 from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown
+from paradiff.methods.presets import sequential
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, Model, load
 from paradiff.samplers.exponential import Form
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample
-from paradiff.solver.protocol import Batch, Method, Round
+from paradiff.solver.protocol import Batch, Method, Observer, Round
 from paradiff.solver.solution import Solution
 
 PIPELINES_ONLY = ("prompt", "negative_prompt", "guidance", "size", "argument", "trust_remote_code")
@@ -102,7 +103,14 @@ class Batched:
         return Recorded(self.model.shape, generators, dtype=self.evaluator.dtype or torch.float32)
 
     def run(self, label: str, method: Method, deadline: Deadline | None = None) -> tuple[Solution, float]:
-        """Runs a method under a progress bar, up to a deadline; the solution and its whole clock, noise included."""
+        """Runs a method under a progress bar, up to a deadline; the solution and its whole clock, noise included.
+
+        The plain chain without a deadline is not watched, so that its samples march in step (methods/window/march.py), as in a
+        loop by hand.
+        """
+        if method == sequential() and deadline is None:
+            with self.console.status(label):
+                return self._timed(method, None)
         parts, unit = method.progress(self.table)
         columns = (
             TextColumn("{task.description}"),
@@ -119,13 +127,16 @@ class Batched:
                 progress.update(bar, advance=sum(record.passed for record in round.records), rounds=round.number)
                 return deadline is not None and deadline(round)
 
-            begin = time.perf_counter()
             if deadline is not None:
                 deadline.start()
-            solution = sample(self.evaluator, self.table, self.noise(), method, observer=on_round)
-            if self.evaluator.device.type == "cuda":
-                torch.cuda.synchronize(self.evaluator.device)
-            return solution, time.perf_counter() - begin
+            return self._timed(method, on_round)
+
+    def _timed(self, method: Method, observer: Observer | None) -> tuple[Solution, float]:
+        begin = time.perf_counter()
+        solution = sample(self.evaluator, self.table, self.noise(), method, observer=observer)
+        if self.evaluator.device.type == "cuda":
+            torch.cuda.synchronize(self.evaluator.device)
+        return solution, time.perf_counter() - begin
 
 
 def effective(job: Job, table: Table) -> dict[str, Any]:
@@ -152,9 +163,9 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
     if job.notice:
         console.print(job.notice, soft_wrap=True, markup=False)
     solution, seconds = batched.run(request.method, method, job.deadline)
-    sequential = batched.run("sequential", method.reference()) if request.compare else None
+    plain = batched.run("sequential", method.reference()) if request.compare else None
     heading = Heading(arguments=request.to_json(), effective=effective(job, table), environment=environment(job.device))
-    result = report(heading, solution, seconds, job.seeds, sequential)
+    result = report(heading, solution, seconds, job.seeds, plain)
     chain = f"{request.sampler}, {request.steps} steps"
     writers: list[Writer] = [lambda folder: plots.grid(solution.sample).save(folder / "samples.png", format="PNG")]
     writers += [partial(_save, x, f"seed-{seed}.png") for seed, x in zip(job.seeds, solution.sample, strict=True)]

@@ -274,7 +274,13 @@ class Recorded:
     def draw(self, sample: int, nodes: range) -> Tensor:
         """z at consecutive nodes, `[len(nodes), *shape]`."""
         source, place = (0, sample) if len(self._generators) == 1 else (sample, 0)
-        return torch.stack([self._stretch(source, n // self.SPACING)[n % self.SPACING, place] for n in nodes])
+        if nodes.step != 1 or not nodes:
+            return torch.stack([self._stretch(source, n // self.SPACING)[n % self.SPACING, place] for n in nodes])
+        parts = []
+        for index in range(nodes.start // self.SPACING, (nodes.stop - 1) // self.SPACING + 1):
+            first = index * self.SPACING
+            parts.append(self._stretch(source, index)[max(nodes.start - first, 0) : nodes.stop - first, place])
+        return torch.cat(parts)
 
 
 class RecordedAlong:

@@ -32,7 +32,20 @@ from paradiff.solver.arguments import (
     require_states,
 )
 from paradiff.solver.evaluator import Denoiser, Evaluator
-from paradiff.solver.protocol import Batch, EditedOutputs, Evaluate, Method, Observer, OnFinal, Problem, Round
+from paradiff.solver.protocol import (
+    Batch,
+    EditedOutputs,
+    Evaluate,
+    March,
+    Marched,
+    Marches,
+    Method,
+    Observer,
+    OnFinal,
+    Problem,
+    Round,
+    Run,
+)
 from paradiff.solver.records import Record
 from paradiff.solver.row_check import Check, RowCheck
 from paradiff.solver.solution import Solution, Status
@@ -105,6 +118,9 @@ def solve(
 def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: float) -> Rounds:
     """The loop of `solve`, which knows no method by name."""
     run = method.prepare(problem)
+    march = run.march() if observer is None and isinstance(run, Marches) else None
+    if march is not None:
+        return (yield from _in_step(run, march, begin))
     solvers = [run.solver(k) for k in range(problem.noise.samples)]
     history: list[Record] = []
     rounds = evaluations = idle = 0
@@ -164,6 +180,32 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         seconds=time.perf_counter() - begin,
         error_estimates=estimates,
         history=history,
+    )
+
+
+def _in_step(run: Run, march: March, begin: float) -> Rounds:
+    """All samples in step; the whole of a run without an observer."""
+    batch, rounds, evaluations = next(march), 0, 0
+    while True:
+        answer = yield batch
+        rounds += 1
+        evaluations += len(batch.x)
+        try:
+            batch = march.send(outputs_of(answer, batch.x))
+        except StopIteration as end:
+            marched: Marched = end.value
+            break
+    run.close()
+    status, message = run.status(marched.estimates)
+    return Solution(
+        sample=marched.sample,
+        status=status,
+        message=message,
+        rounds=rounds,
+        evaluations=evaluations,
+        seconds=time.perf_counter() - begin,
+        error_estimates=marched.estimates,
+        history=list(marched.history),
     )
 
 

@@ -14,7 +14,7 @@ knows no method by name: a new method is a class with these functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -144,6 +144,34 @@ class Solver(Protocol[AnyQuery]):
 
     def advance(self, norms: list[float], round: int) -> Record:
         """Judges the round by the numbers that `tell` returned, and moves on."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Marched:
+    """What a march of all samples in step returns.
+
+    Attributes:
+        sample: `[B, ...]` samples.
+        estimates: One a sample.
+        history: The records of all rounds.
+    """
+
+    sample: Tensor
+    estimates: list[ErrorEstimate]
+    history: Sequence[Record]
+
+
+March = Generator["Batch", tuple[Tensor, Tensor | None], Marched]
+"""Yields the rows of a round, and is sent their outputs, and the states where the caller changed them."""
+
+
+@runtime_checkable
+class Marches(Protocol):
+    """A run that may take all samples through their rounds in step, without a solver for each."""
+
+    def march(self) -> March | None:
+        """The march; None where the method or the problem needs solvers."""
         ...
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from paradiff.methods.window.march import march
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
-from paradiff.solver.protocol import Problem
+from paradiff.solver.protocol import March, Problem
 from paradiff.solver.solution import ErrorEstimate, Status
 
 RULES = {
@@ -37,6 +38,14 @@ class WindowRun:
         """The window of one sample."""
         problem = self._problem
         return WindowSolver(self._setup, problem.noise, sample, problem.start_of(sample), problem.on_final)
+
+    def march(self) -> March | None:
+        """All samples in step, where windows are of one node that copies the state before it, and nobody listens to states."""
+        options, setup, problem = self._options, self._setup, self._problem
+        plain = setup.width == 1 and setup.single and options.predictor == "copy" and options.sweeps is None
+        alone = options.blocks is None and options.corrector is None
+        heard = problem.on_final is not None or problem.shared_window
+        return march(setup, problem) if plain and alone and not heard else None
 
     def status(self, estimates: Sequence[ErrorEstimate]) -> tuple[Status, str]:
         """How the run ended."""

@@ -134,7 +134,7 @@ class _Draws(TorchFunctionMode):
         channel = self.known.setdefault(generator.get_state().numpy().tobytes(), len(self.known))
         self.calls += 1
         found = func(*args, **kwargs).zero_()
-        plain = {id(self._given): "given", id(torch.default_generator): "torch"}
+        plain: dict[int, Source] = {id(self._given): "given", id(torch.default_generator): "torch"}
         self.sources.add(plain.get(id(generator), "own") if found.numel() == self._size else "own")
         if channel < self._channels:
             found.view(-1)[channel] = 1
