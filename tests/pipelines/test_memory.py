@@ -36,7 +36,7 @@ def both(make: Any, **options: Any) -> tuple[Tensor, Tensor, Report]:
 @pytest.mark.parametrize("executor", ["auto", "lanes"])
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_a_network_with_memory_is_called_as_the_plain_call_does_bit_for_bit(name: str, executor: str) -> None:
-    with pytest.warns(RuntimeWarning, match=r"called sequentially.*(order|random numbers|replaced|Python generator)"):
+    with pytest.warns(RuntimeWarning, match=r"called sequentially.*(order|random numbers|replaced|Python generator|keeps something)"):
         plain, found, report = both(WITH_MEMORY[name], executor=executor)
     assert report.executor == "sequential"
     assert torch.equal(found, plain)
@@ -202,3 +202,27 @@ def test_a_name_is_read_unless_it_is_only_written() -> None:
     hidden: dict[str, Any] = {"calls": calls}
     exec("def unknown():\n    calls.append(1)", hidden)  # without source: it may do anything
     assert is_read("calls", hidden["unknown"])
+
+
+def test_hooks_that_a_first_call_installs_are_taken_away_with_the_sign_that_they_are_there() -> None:
+    class Lazy(Net):
+        """As text encoders of transformers: the first call installs hooks that gather its layers' outputs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Identity()
+            self.installed = False
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            if not self.installed:
+                self.layer.register_forward_hook(lambda module, args, output: output + 1)
+                self.installed = True
+            return self.layer(x)
+
+    net = Lazy()
+    memory = Memory([("net", net)])
+    x, t = torch.zeros(2), torch.ones(1)
+    assert net(x, t).tolist() == [1, 1]
+    memory.restore()
+    assert not net.installed
+    assert net(x, t).tolist() == [1, 1]  # one hook, not two

@@ -54,8 +54,8 @@ LONGEST = 800
 """Characters of a sentence."""
 
 FAILED, REFUSED, LATE = 1, 2, 3
-"""Exit codes of an error that nobody foresaw, of what was refused or could not be written, and of a run that its deadline ended,
-whose files are written."""
+"""Exit codes of an error that nobody foresaw, of what was refused or could not be written, and of a run that its deadline
+ended, whose files are written."""
 
 EXIT_CODES = (
     f"Exit codes: 0, all is well; {FAILED}, a package is missing, memory ran out, or paradiff is at fault; {REFUSED}, what was "

@@ -26,6 +26,7 @@ class Holder:
         name: The name under which functions reach it.
         named: Whether the keys are names: those of attributes, buffers or global variables.
         names: The names that are looked at; None for all.
+        hooks: Whether it holds a module's hooks, which are put back and are no memory: what they keep has holders of its own.
         before: The values at the time of the record.
     """
 
@@ -34,6 +35,7 @@ class Holder:
     name: str = ""
     named: bool = False
     names: set[str] | None = None
+    hooks: bool = False
     before: dict[Any, Any] = field(default_factory=dict)
 
     def read(self) -> dict[Any, Any]:

@@ -149,6 +149,8 @@ class Memory:
             if not _equal(_state(thing), _state(state) if isinstance(state, Iterator) else state):
                 yield Change(path, "", silent=False)
         for holder in self._holders:
+            if holder.hooks:
+                continue
             now = holder.read()
             for key in self._changed(holder, now):
                 values = [held[key] for held in (holder.before, now) if key in held]
@@ -236,6 +238,8 @@ class Memory:
         for name, part in [*module._buffers.items(), *module._parameters.items(), *module._modules.items()]:
             self._visit(part, f"{path}.{name}", name)
         for name, part in vars(module).items():
+            if name.startswith("_forward_") and isinstance(part, dict):
+                self._holders.append(Holder(part, f"{path}.{name}", hooks=True))
             if name in ("_forward_hooks", "_forward_pre_hooks"):
                 for hook in part.values():
                     self._visit(hook, f"a hook of {path}", "")
