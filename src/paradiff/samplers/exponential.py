@@ -26,7 +26,7 @@ from torch import Tensor
 
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
-from paradiff.errors import is_real, refuse_unknown, require_kind, shown
+from paradiff.errors import number_of, refuse_unknown, require_kind, shown
 from paradiff.samplers.forms import in_outputs
 from paradiff.samplers.grid import Grid
 from paradiff.samplers.process import Process, signal_and_noise
@@ -69,8 +69,9 @@ def exponential_integrator(
     require_kind("the grid", grid, Grid)
     refuse_unknown("form", form, get_args(Form))
     refuse_unknown("times", times, get_args(Times))
-    if not is_real(volatility) or not 0 <= volatility < float("inf"):
+    if not 0 <= number_of(volatility) < float("inf"):
         raise ValueError(f"the volatility is {shown(volatility)}; it must be 0 (the ODE) or more; 1 is the reverse SDE")
+    volatility = float(volatility)
     _check_levels(process, grid, form)
     alpha, sigma = signal_and_noise(grid.u)
     state, clean, c = _step(form, volatility, grid.u, alpha, sigma)

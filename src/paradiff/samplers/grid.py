@@ -84,15 +84,15 @@ def _check_range(start: float, stop: float, clean: bool, **counts: int) -> None:
     for name, count in counts.items():
         if not is_whole(count):
             raise ValueError(f"{name} is {shown(count)}; it must be a whole number")
-        if count < 1:
-            raise ValueError(f"{name} is {count}; a grid needs at least 1")
+        if not 1 <= count <= MOST_STEPS:
+            raise ValueError(f"{name} is {shown(count)}; a grid needs at least 1, and has {MOST_STEPS} at most")
     _check_size(math.prod(map(int, counts.values())))
     require_truth("clean", clean)
     if not 0 < number_of(start) < math.inf:
         raise ValueError(f"the grid begins at u = T = {shown(start)}; it must be positive and finite")
     if start > HIGHEST:
         raise ValueError(f"the grid begins at u = T = {shown(start)}; give at most {HIGHEST:g}, where a state holds no data")
-    if not is_real(stop) or not 0 < stop < start:
+    if not 0 < number_of(stop) < float(start):
         raise ValueError(
             f"the early stop eta is {shown(stop)}; it must lie above 0 and below T = {start}, as the score has no bound at 0 "
             "(for a clean end ask for clean=True)"
@@ -153,7 +153,7 @@ def paper_grid(blocks: int, step: float, stop: float, *, length: float = 1.0, cl
     """
     if not math.isfinite(number_of(length)):
         raise ValueError(f"the length h of a block is {shown(length)}; it must be a number, positive, and finite")
-    _check_range(blocks * length if is_whole(blocks) else length, stop, clean, blocks=blocks)
+    _check_range(blocks * length if is_whole(blocks) and 1 <= blocks <= MOST_STEPS else length, stop, clean, blocks=blocks)
     if not is_real(step) or not 0 < step <= length:
         raise ValueError(
             f"the step epsilon is {shown(step)} and a block's length h is {length}; a block must hold at least one step"

@@ -29,8 +29,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from paradiff.errors import is_real, is_whole, require_kind, shown
-from paradiff.samplers.schedule import Schedule
+from paradiff.errors import is_whole, number_of, require_kind, shown
+from paradiff.samplers.schedule import MOST_TIMES, Schedule
 
 Levels = Callable[[Tensor, Tensor], Tensor]
 
@@ -132,7 +132,7 @@ def variance_exploding(lowest: float, highest: float, time: Callable[[Tensor], T
     Raises:
         ValueError: If the levels are not 0 < lowest < highest, finite.
     """
-    if not is_real(lowest) or not is_real(highest) or not 0 < lowest < highest < math.inf:
+    if not 0 < number_of(lowest) < number_of(highest) < math.inf:
         raise ValueError(f"the noise levels are {shown(lowest)} to {shown(highest)}; they must be above 0, rising and finite")
     ends = level_of(torch.tensor([lowest, highest], dtype=torch.float64)).tolist()
     return Process("variance_exploding", partial(_time_of_ratio, time), _over_signal, *ends)
@@ -147,8 +147,11 @@ def rectified_flow(train_steps: int = 1000) -> Process:
     Raises:
         ValueError: If T is below 1.
     """
-    if not is_whole(train_steps) or train_steps < 1:
-        raise ValueError(f"the flow has {shown(train_steps)} training steps; the scale of its times must be at least 1")
+    if not is_whole(train_steps) or not 1 <= train_steps <= MOST_TIMES:
+        raise ValueError(
+            f"the flow has {shown(train_steps)} training steps; the scale of its times must be at least 1, "
+            f"and at most {MOST_TIMES}"
+        )
     return Process(
         "rectified_flow",
         partial(_flow_time, train_steps),

@@ -32,6 +32,9 @@ SMALLEST_ALPHA_BAR = 2.0**-24
 4096 (the smallest float16; diffusers does the same)."""
 
 
+LARGEST_LOG = 700.0
+"""Of a number that float64 holds, nearly."""
+
 MOST_TIMES = 10**6
 """Training times that a named schedule may have."""
 
@@ -280,10 +283,12 @@ def karras_ratios(low: float, high: float, steps: int, rho: float = 7.0) -> Tens
         ValueError: If an argument is out of range.
     """
     first, last, power = map(number_of, (high, low, rho))
-    if not (0 < last <= first < math.inf and 0 < power < math.inf and is_whole(steps) and 1 <= steps <= MOST_TIMES):
+    fits = 0 < last <= first < math.inf and 0 < power < math.inf and is_whole(steps) and 1 <= steps <= MOST_TIMES
+    if not fits or max(abs(math.log(first)), abs(math.log(last))) / power > LARGEST_LOG:
         raise ValueError(
             f"Karras ratios were asked from {shown(high)} down to {shown(low)} in {shown(steps)} steps with rho "
-            f"{shown(rho)}; they need 0 < low <= high, at least one step and at most {MOST_TIMES}, and rho above 0, all finite"
+            f"{shown(rho)}; they need 0 < low <= high, at least one step and at most {MOST_TIMES}, and rho above 0, all "
+            "finite, and so are their rho-th roots"
         )
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     ratios = (first ** (1 / power) + ramp * (last ** (1 / power) - first ** (1 / power))) ** power
