@@ -228,7 +228,7 @@ def call(draw: random.Random, place: Place) -> list[str]:
     """The arguments of a call."""
     name = draw.choice(["sample"] * 8 + ["explain", "methods"])
     if draw.random() < 0.01:
-        return draw.sample(["smaple", "--version", "--help", "-h", "", "sample", "\udc80", "--", "-"], 2)
+        return draw.sample(["smaple", "--version", "--help", "-h", "", "sample", "\udc80", "-"], 2)
     if name == "methods":
         return [name, *draw.choices([*PRESETS, *TEXTS], k=draw.choice([0, 1, 1, 2]))]
     model = (

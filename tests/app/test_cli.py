@@ -821,6 +821,30 @@ def test_a_signal_while_the_files_are_written_loses_no_run(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+class Finalized:
+    """An object that is signalled while it goes, where Python drops exceptions."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_while_an_object_goes_is_not_lost(
+    sent: int, code: int, word: str, cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computing(*_: Any) -> Any:
+        Finalized(sent)
+        time.sleep(10)
+
+    monkeypatch.setattr("paradiff.app.pixels.make_table", computing)
+    found = cli("sample", tiny, *SHORT, "--out", tmp_path / "out")
+    assert (found.code, found.err) == (code, f"{word}: nothing was written\n")
+    assert names(tmp_path) == set()
+
+
 def test_a_second_signal_while_the_files_are_written_ends_the_run(
     cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -465,7 +465,8 @@ def main() -> None:
         except CutShort as cut:
             cause = cast(Exception | KeyboardInterrupt, cut.__cause__)
             if isinstance(cause, KeyboardInterrupt):
-                code, end = TERMINATED if came else INTERRUPTED, f"{WORDS[came[0] if came else SIGINT]}: {cut}; {cut.saved}"
+                number = came[0] if came else SIGINT
+                code, end = 128 + number, f"{WORDS[number]}: {cut}; {cut.saved}"
             else:
                 sentence, code = _told(cause)
                 end = f"error: {sentence}; {cut}; {cut.saved}"
@@ -475,7 +476,8 @@ def main() -> None:
             sentence, code = _told(error)
             end = f"error: {sentence}"
     if code == INTERRUPTED and not end:
-        code, end = TERMINATED if came else INTERRUPTED, f"{WORDS[came[0] if came else SIGINT]}: nothing was written"
+        number = came[0] if came else SIGINT
+        code, end = 128 + number, f"{WORDS[number]}: nothing was written"
     if end:
         print(_one_line(end), file=sys.stderr)
     sys.exit(code or 0)

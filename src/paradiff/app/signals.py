@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of Ctrl-C and of SIGTERM: 128 and the signal's number."""
 
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+SOON = 0.02
+"""Seconds after which a signal is sent again that came where it would have been lost."""
 
 
 class EndedLate(Exception):
@@ -32,22 +38,39 @@ def _in_main_thread() -> bool:
 
 @contextmanager
 def termination() -> Iterator[list[int]]:
-    """Makes SIGTERM end a run as Ctrl-C does; the list it gives holds the signal once it came."""
+    """Makes SIGINT and SIGTERM end a run by KeyboardInterrupt; the list it gives holds the signal once it came."""
     came: list[int] = []
 
-    def end(number: int, _: object) -> None:
-        if not came:
+    def end(number: int, frame: FrameType | None) -> None:
+        if _in_finalizer(frame):  # where Python drops exceptions
+            again = threading.Timer(SOON, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        elif not came:
             came.append(number)
             raise KeyboardInterrupt
 
     if not _in_main_thread():
         yield came
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in WORDS}
+    heeded = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in heeded:
+        signal.signal(number, end)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether a frame runs within an object's `__del__`."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

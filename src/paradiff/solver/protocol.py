@@ -64,8 +64,8 @@ class Problem:
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"states were asked for in {shown(self.dtype)}; they are kept in float32 or float64 (the network's own dtype is "
-                "given to the evaluator)"
+                f"states were asked for in {shown(self.dtype)}; they are kept in float32 or float64 (the network's own dtype "
+                "is given to the evaluator)"
             )
         if self.resolution is not None:
             require_real("the resolution", self.resolution, positive=True, otherwise=", or None for that of the states")
