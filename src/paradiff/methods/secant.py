@@ -17,7 +17,9 @@ Since y[n] acts on later nodes only, the inner products c[n] = DX[n]^T d[n] solv
 
     c[n] = DX[n]^T (L r)[n] + sum_{q<n} ( (L(a-G))[n,q] DX[n]^T DX[q] + (Lb)[n,q] DX[n]^T DM[q] ) K[q] c[q],    (3)
 
-whose matrix is one batched product of all pairs with each other. Nothing here loops over nodes or waits for the device.
+whose matrix is one batched product of all pairs with each other. Nothing here loops over nodes or waits for the device. A wide
+window is solved stretch by stretch (methods/window/update.py), so that the matrix does not grow with it: equation (3) is
+triangular, and what an earlier stretch found enters the next one as known changes.
 
 A node whose predecessors do not change gets exactly its step, as with a slope alone. Images that share a window have pairs of
 their own. Memory: 2 k + 2 states a node of the window.
@@ -67,23 +69,30 @@ class Secants:
         self._dx, self._dm = dx, dm
         self._seen = x.clone(), m.clone()
 
-    def correction(self, change: Tensor, state_part: Tensor, output_part: Tensor) -> Tensor:
-        """What the pairs add to the changes of the nodes after the first, `[W, ...]`.
+    def correction(
+        self, change: Tensor, state_part: Tensor, output_part: Tensor, *, begin: int = 0, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the pairs add to the changes of the nodes after the first of a stretch of the window, `[W, ...]`; and the
+        states DX y and outputs DM y of its nodes from the first on that do so, `[W, ...]` each.
 
         Args:
             change: `[W, ...]` their changes by the slope alone, L r.
-            state_part: `[W, W]` L (a - G): how a change of the state at a node of the window, beyond what the slope says,
+            state_part: `[W, W]` L (a - G): how a change of the state at a node of the stretch, beyond what the slope says,
                 reaches the nodes after the first.
             output_part: `[W, W]` L b: the same for its output.
+            begin: Number of the stretch's first node in the window.
+            first: `[...]` change of that node; None for none.
         """
-        d = self._split(change)
-        before = torch.cat([torch.zeros_like(d[:1]), d[:-1]])  # [W, b, d] changes of the nodes from the first
+        d, dx, dm = self._split(change), *(v[begin : begin + len(change)] for v in (self._dx, self._dm))
+        known = torch.zeros_like(d[:1]) if first is None else self._split(first[None])
+        before = torch.cat([known, d[:-1]])  # [W, b, d] changes of the nodes from the first
         to_states, to_outputs = (  # from node q to node n, both counted from the first: a row of zeros above
             torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part)
         )
-        y = SecantJacobian(self._dx, [(to_states, self._dx), (to_outputs, self._dm)], causal=True)(before)
-        of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (self._dx, self._dm))  # [W, b d]
-        return (state_part @ of_states + output_part @ of_outputs).view_as(change)
+        y = SecantJacobian(dx, [(to_states, dx), (to_outputs, dm)], causal=True)(before)
+        of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (dx, dm))  # [W, b d]
+        added = state_part @ of_states + output_part @ of_outputs
+        return added.view_as(change), of_states.view_as(change), of_outputs.view_as(change)
 
     def advance(self, passed: int) -> None:
         """Drops the pairs of `passed` nodes, which left the window."""

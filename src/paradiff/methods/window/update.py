@@ -13,6 +13,7 @@ from paradiff.methods.secant import Secants
 from paradiff.methods.window.setup import WindowSetup
 
 STRETCH = 256  # nodes updated by one matrix product
+PAIRED = 96  # nodes updated by one solution of the pairs' triangular system, whose cost grows with its square
 
 
 class Update(Protocol):
@@ -115,12 +116,46 @@ class SecantUpdate:
         self.secants.observe(states, outputs)
 
     def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
-        """Equation (2) of methods/secant.py; a single node takes its step."""
-        new = self._newton(lo, hi, phi, old)
+        """Equation (2) of methods/secant.py, stretch by stretch; a single node takes its step."""
         if len(phi) == 1:
-            return new
+            return phi
         assert self.secants is not None
-        return new + self.secants.correction(new - old, *self._reach_of_pairs(lo, hi))
+        found: list[Tensor] = []
+        entering, first = None, None
+        for begin in range(0, len(phi), PAIRED):
+            part = slice(begin, min(begin + PAIRED, len(phi)))
+            rows = lo + part.start, lo + part.stop
+            steps, residual = phi[part], phi[part] - old[part]
+            if entering is not None:
+                steps, residual = (torch.cat([v[: len(entering)] + entering, v[len(entering) :]]) for v in (steps, residual))
+            new = self._newton.carried(*rows, steps.flatten(1), residual.flatten(1)).view_as(steps)
+            added, *followed = self.secants.correction(new - old[part], *self._reach_of_pairs(*rows), begin=begin, first=first)
+            found.append(new + added)
+            change = found[-1] - old[part]
+            first = change[-1]
+            entering = self._entering(rows[1], min(self._setup.table.band, hi - rows[1]), change, *followed)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _entering(self, node: int, count: int, change: Tensor, states: Tensor, outputs: Tensor) -> Tensor:
+        """`[count, ...]` what a stretch that ends at `node` adds to the residuals of the next `count` nodes.
+
+        Args:
+            node: The sub-interval after its last.
+            count: How many nodes look back into it, at most.
+            change: `[W, ...]` changes of the nodes after its first.
+            states: `[W, ...]` what the pairs add to the states of its nodes, DX y.
+            outputs: `[W, ...]` the same for their outputs, DM y.
+        """
+        slope, table = self._setup.slope[node : node + count], self._setup.table
+        beyond = (table.a[node : node + count] - slope, table.b[node : node + count])
+        entering = torch.zeros_like(change[:count])
+        for i in range(len(entering)):
+            for j in range(i, min(table.band, i + len(change))):
+                entering[i].add_(change[i - j - 1], alpha=slope[i, j].item())
+                if j > i:
+                    for values, weights in zip((states, outputs), beyond, strict=True):
+                        entering[i].add_(values[i - j], alpha=weights[i, j].item())
+        return entering
 
     def distance(self, new: Tensor, phi: Tensor, old: Tensor) -> Tensor:
         """The change."""
