@@ -23,6 +23,10 @@ probability-flow map) and alpha/(alpha^2 + sigma^2) for stochastic ones (the reg
 allows for what Gaussian data lack. Methods multiply s by a caution of their own (`WindowControl`, `PararealControl`), since on
 trained networks single states exceed (2) sixfold for a while. So a sum of s e estimates the sample's error, and is no bound.
 
+Data of mean square V are data of mean square 1 times V^(1/2), on a chain whose signal levels are V^(1/2) times as high: they
+decide earlier, and answer to early errors up to V^(1/2) or V times as strongly. V is taken for 1 until a sample is
+found; where its mean square is `LARGE` or more, its error is estimated anew with that.
+
 A sweep with slope G that changes a node by delta leaves an error of about (J - G) delta at the next one, with J the derivative
 of the step. J is unknown, but lies between those of two extreme networks, a frozen clean-data estimate and a frozen noise
 estimate (slope.py), so that
@@ -34,11 +38,19 @@ bounds that remainder in units of |delta|.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from paradiff.chain.slope import carried, freeze_clean_data, freeze_epsilon, resolve
 from paradiff.chain.table import Table
+
+LARGE = 4.0  # mean square of a sample from which on its error is estimated with it
+OFF_SCALE = (
+    "an estimated error of {:.2g} was reached, where {:g} was asked for: the samples' mean square is far above 1, for which "
+    "nodes pass; give a tolerance that is smaller by this ratio, or data in about -1 ... 1"
+)
 
 
 def noise_units(table: Table, edges: list[int]) -> Tensor:
@@ -65,11 +77,11 @@ def decision(log_snr: Tensor) -> Tensor:
     return 4 * torch.sigmoid(log_snr) * torch.sigmoid(-log_snr)
 
 
-def sensitivity(table: Table) -> Tensor:
-    """`[N+1]` s of equation (2): the factor by which a change of a node reaches the sample."""
-    square = table.alpha**2 + table.sigma**2
-    gaussian = table.alpha / square if table.stochastic else square.rsqrt()
-    return (gaussian * (1 + decision(log_snr(table)))).clamp(min=0.6)
+def sensitivity(table: Table, size: float = 1.0) -> Tensor:
+    """`[N+1]` s of equation (2): the factor by which a change of a node reaches the sample, on data of mean square `size`."""
+    square = table.alpha**2 * size + table.sigma**2
+    gaussian = table.alpha * size / square if table.stochastic else math.sqrt(size) * square.rsqrt()
+    return (gaussian * (1 + decision(log_snr(table) + math.log(size)))).clamp(min=0.6)
 
 
 def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:

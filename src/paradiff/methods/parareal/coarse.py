@@ -160,15 +160,15 @@ def _node_of(table: Table, coarse: Table, k: int) -> int:
     return node
 
 
-def propagator_mismatch(table: Table, coarse: Coarse, edges: Sequence[int]) -> Tensor:
+def propagator_mismatch(table: Table, coarse: Coarse, edges: Sequence[int], size: float = 1.0) -> Tensor:
     """`[B]` how far the derivative of the coarse propagator over a block may be from that of the fine one: the largest
-    difference over Gaussian data of every variance, along the deterministic chain between the same nodes. Zero where the
-    two are the same step.
+    difference over Gaussian data of variances up to 100 times their mean square `size`, along the deterministic chain between
+    the same nodes. Zero where the two are the same step.
 
     Stochastic chains are measured by the deterministic one too: for Gaussian data their steps compose exactly, and what real
     data add to the mismatch is of the same order.
     """
-    variance = torch.logspace(-4, 2, 49, dtype=torch.float64)[:, None]
+    variance = size * torch.logspace(-4, 2, 49, dtype=torch.float64)[:, None]
     extrapolates = bool(coarse.extrapolation.any())
     found = []
     for left, right in itertools.pairwise(edges):

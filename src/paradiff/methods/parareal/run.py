@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from paradiff.chain.sensitivity import OFF_SCALE
 from paradiff.methods.parareal.options import PararealOptions
 from paradiff.methods.parareal.setup import PararealSetup
 from paradiff.methods.parareal.solver import PararealSolver
@@ -45,6 +46,9 @@ class PararealRun:
             return Status.EXACT, Status.EXACT.message()
         if options.iterations is not None:
             return Status.STOPPED, Status.STOPPED.message(f"{options.iterations} iterations were made, as asked")
+        worst = max(e.estimated_error for e in estimates)
+        if options.rule == "error" and worst > options.tolerance:
+            return Status.STOPPED, Status.STOPPED.message(OFF_SCALE.format(worst, options.tolerance))
         return Status.CONVERGED, Status.CONVERGED.message(RULES[options.rule].format(options.tolerance))
 
     def close(self) -> None:

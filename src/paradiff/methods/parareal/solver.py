@@ -88,7 +88,9 @@ class PararealSolver:
     @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
-        estimated = self.setup.stopping.estimate(self.result)
+        stopping = self.setup.stopping
+        size = float(self.setup.step.mean_square(self.final[None])) if self.done else 0.0
+        estimated = stopping.recounted(self.result, size)
         return ErrorEstimate(self.result.residual, estimated, self.rounds, self.evaluations)
 
     def ask(self) -> PararealQuery:

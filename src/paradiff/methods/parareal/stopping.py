@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from paradiff.chain.sensitivity import decision, log_snr, noise_units, sensitivity
+from paradiff.chain.sensitivity import LARGE, decision, log_snr, noise_units, sensitivity
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, propagator_mismatch
@@ -49,6 +49,7 @@ class BlockRun:
         change: Root mean square of x[i, p] - x[i, p-1].
         error: e of equation (1).
         estimate: Sum of s h |change| up to here.
+        changes: The blocks before and |change| at their starts, which the sum is of.
         residual: Largest change that the value came from.
         seen, predicted: Sums of squares behind theta.
     """
@@ -66,6 +67,7 @@ class BlockRun:
     change: float = math.inf
     error: float = math.inf
     estimate: float = math.inf
+    changes: tuple[tuple[int, float], ...] = ()
     residual: float = math.inf
     seen: float = 0.0
     predicted: float = 0.0
@@ -103,13 +105,30 @@ class StoppingRule:
         self._units = [0.0, *(method.tolerance * noise_units(table, list(edges))).tolist()]
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
             self._units[-1] = self._units[-2]
-        self._sensitivity = sensitivity(table)[list(edges)].tolist()
-        control = method.control
-        factor = control.stochastic_decision if table.stochastic else control.deterministic_decision
-        caution = control.least_mismatch + factor * decision(log_snr(table)[list(edges[:-1])])
-        self._mismatch = (propagator_mismatch(table, coarse, edges) * caution).tolist()
+        self._coarse = coarse
+        self._sensitivity, self._mismatch = self._weights(1.0)
         spread = (table.alpha[list(edges)] ** 2 * DATA_VARIANCE + table.sigma[list(edges)] ** 2).sqrt()
         self._carried = (spread[1:] / spread[:-1]).tolist()
+
+    def _weights(self, size: float) -> tuple[list[float], list[float]]:
+        """s `[B+1]` at the edges and h `[B]` of equation (1) for data of mean square `size`."""
+        table, control, edges = self._table, self._method.control, list(self._edges)
+        factor = control.stochastic_decision if table.stochastic else control.deterministic_decision
+        place = log_snr(table)[edges[:-1]] + math.log(size)
+        mismatch = propagator_mismatch(table, self._coarse, edges, size)
+        return (
+            sensitivity(table, size)[edges].tolist(),
+            (mismatch * (control.least_mismatch + factor * decision(place))).tolist(),
+        )
+
+    def recounted(self, run: BlockRun, size: float) -> float:
+        """The estimated error that this value leaves in the sample, for data of mean square `size`."""
+        if size < LARGE or not run.changes:
+            return self.estimate(run)
+        factor, mismatch = self._weights(size)
+        total = sum(factor[i + 1] * mismatch[i] * change for i, change in run.changes)
+        found = self._method.control.caution * run.theta * total
+        return found if math.isfinite(found) else math.inf
 
     def observe(self, update: EdgeUpdate, value: float, sample: int) -> None:
         """Equation (1) for one value.
@@ -135,11 +154,13 @@ class StoppingRule:
                     "check its weights, its dtype and the times it was trained on"
                 )
             run.error, run.estimate = self._carried[i] * source.error, source.estimate
+            run.changes = source.changes
             run.residual = source.residual
         elif previous is not None:
             left = self._mismatch[i] * source.change
             run.error = self._carried[i] * source.error + left
             run.estimate = source.estimate + self._sensitivity[i + 1] * left
+            run.changes = (*source.changes, (i, source.change))
             run.residual = max(source.residual, source.change)
         run.seen, run.predicted = source.seen, source.predicted
         if previous is not None:

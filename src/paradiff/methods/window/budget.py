@@ -17,6 +17,7 @@ With the rule `error` a sample may use its tolerance along the chain in proporti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from paradiff.methods.window.control import WindowControl
 
@@ -40,6 +41,7 @@ class ErrorBudget:
     def __init__(self, error: list[float], factor: list[float], control: WindowControl, *, sloped: bool = True) -> None:
         self._error, self._factor, self._control = error, factor, control
         self._least_theta = control.least_theta if sloped else 1.0
+        self._accepted: list[tuple[int, float]] = []  # the nodes at which the window came to begin, and e there
         self._predicted: list[float] = []  # e/theta of the nodes that stayed in the window
         self._errors: list[float] = []  # e/theta of the window's nodes after the last sweep
         self._change: list[float] = []  # |delta| of the same
@@ -68,8 +70,13 @@ class ErrorBudget:
     def accept(self, passed: int) -> None:
         """Uses the error of `passed` nodes, which become final."""
         self.used += self.cost_of(passed)
+        self._accepted.append((self._first + passed, self.theta * self._errors[passed - 1]))
         self.residual = max([self.residual, *self._change[: passed - 1]])
         self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
+
+    def recount(self, factor: Sequence[float]) -> None:
+        """Counts the accepted nodes anew, with k s `[M+1]` of the data as the sample shows them."""
+        self.used = sum(factor[node] * error for node, error in self._accepted)
 
     def forget(self) -> None:
         """A sweep overflowed: its one node that became final is exact, and nothing was observed."""

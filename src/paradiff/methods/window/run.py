@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from paradiff.chain.sensitivity import OFF_SCALE
 from paradiff.methods.window.march import march
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.setup import WindowSetup
@@ -55,6 +56,9 @@ class WindowRun:
             return Status.STOPPED, Status.STOPPED.message(f"every node was swept {options.sweeps} times, as asked")
         if (options.tolerance == 0 or setup.width == 1) and corrected:
             return Status.EXACT, Status.EXACT.message()
+        worst = max(e.estimated_error for e in estimates)
+        if options.rule == "error" and worst > options.tolerance:
+            return Status.STOPPED, Status.STOPPED.message(OFF_SCALE.format(worst, options.tolerance))
         beside = ""
         if corrector is not None and not corrected:
             beside = f"; not in it: the corrector's {corrector.steps} steps were swept {corrector.sweeps} times, as asked"

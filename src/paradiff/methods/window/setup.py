@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from torch import Tensor
 
 from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
 from paradiff.chain.slope import over_intervals, resolve
@@ -70,8 +71,7 @@ class WindowSetup:
                 for j in range(table.band):
                     self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
         self.sloped = bool(self.slope.any())
-        error = slope_error(table, self.slope, self.edges)
-        factor = method.control.caution(table.stochastic, method.secants > 0) * sensitivity(table)[self.edges]
+        error, factor = slope_error(table, self.slope, self.edges), self.factor_of(1.0)
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         self.slope_error, self.factor = error.tolist(), factor.tolist()
         self._shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
@@ -79,6 +79,11 @@ class WindowSetup:
         self.t, self.move = self.step.t, self.step.move
         self.recurrence = Recurrence(self.step, method.predictor)
         self.passes = self._rule()
+
+    def factor_of(self, size: float) -> Tensor:
+        """`[M+1]` k s of budget.py for data of mean square `size`."""
+        caution = self.method.control.caution(self.table.stochastic, self.method.secants > 0)
+        return caution * sensitivity(self.table, size)[self.edges]
 
     def _rule(self) -> PassingRule:
         """The rule that the method names."""

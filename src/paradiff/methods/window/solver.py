@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.chain.sensitivity import LARGE
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
@@ -93,6 +94,7 @@ class WindowSolver:
         self.edits = Edits()
         self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
+        self._counted = False  # whether the budget was counted for the sample's own size
         self._rounds: Rounds = SingleSteps(setup) if setup.single else Substeps(setup)
         self._fill: Fill = PredictedFill(setup.recurrence, x0) if guide is None else GuidedFill(guide)
         self._on_final = _unheard if on_final is None else on_final
@@ -117,6 +119,10 @@ class WindowSolver:
     @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
+        if self.done and not self._counted:
+            self._counted, size = True, float(self.setup.step.mean_square(self.final[None]))
+            if size >= LARGE:
+                self.budget.recount(self.setup.factor_of(size).tolist())
         return ErrorEstimate(self.budget.residual, self.budget.estimated_error, self.rounds, self.evaluations)
 
     def ask(self) -> Query:
