@@ -234,7 +234,7 @@ def collocation(
         order: Degree of the interpolation in log(alpha^2/sigma^2) between nodes; 0 takes constants at averaged states. None
             for 0 on stochastic chains and 3 on deterministic ones.
         shift: Variance of the data, which sets the linear part that is not interpolated; `auto` starts from 1/4 and replaces
-            it by the mean square of the sample if that is far off.
+            it by the mean square of the sample if that is far off; a given one is replaced where it is 256 times off.
         secants: Secant pairs kept for each node; 0 for plain Picard sweeps, 1000 at most.
         max_nodes: Most nodes that a sample may have; as many as the chain has by default.
         exact: Goes on over all nodes of the chain, from the sample found, until the window method's own estimate (that of

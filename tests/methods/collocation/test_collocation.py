@@ -103,7 +103,7 @@ TABLES: dict[str, Callable[[int], Table]] = {
     "dpmpp_2m": lambda n: dpmpp_2m(LINEAR, n),
     "flow_euler": flow_euler,
 }
-each_table = pytest.mark.parametrize("name", TABLES)
+each_table = pytest.mark.parametrize("name", [name for name in TABLES if name != "heun"])  # which has no mesh
 
 
 def run(table: Table, data: Gaussian | Mixture, method: CollocationMethod, noise: Keyed, **options: Any) -> Solution:
@@ -135,7 +135,7 @@ def test_on_gaussian_data_of_the_shifts_variance_few_nodes_give_the_chains_sampl
     assert found.estimated_error < 4e-4  # a bound by the staleness of the nodes
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if name != "heun"])
+@each_table
 def test_with_every_fine_node_the_fixed_point_is_the_sequential_sample(name: str) -> None:
     table, noise = TABLES[name](20), Keyed((2,), 3, 3)
     found = run(table, PLANE, collocation(list(range(table.steps)), tolerance=1e-6, control=unrefined(table)), noise)
@@ -283,7 +283,7 @@ def test_a_tighter_tolerance_costs_more_and_errs_less_and_the_estimate_is_of_the
         costs.append(found.evaluations)
         errors.append(float(error.mean()))
         fair += [c.estimated_error > e / 2 for c, e in zip(found.error_estimates, error.tolist(), strict=True)]
-        assert found.message == f"converged: the estimated error of every sample is at most {tolerance:g}"
+        assert found.message.startswith(f"converged: the estimated error of every sample is at most {tolerance:g}")
         for c in found.error_estimates:
             assert c.estimated_error <= tolerance
             assert c.estimated_error == pytest.approx(math.hypot(c.interpolation_error, c.iteration_error))
@@ -375,7 +375,8 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
 def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)
     found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4), noise)
-    assert found.message == "converged: the estimated error of every sample is at most 0.0002"
+    assert found.message.startswith("converged: the estimated error of every sample is at most 0.0002; the window method took ")
+    assert found.message.endswith("of 4 samples over, since they would need most of the chain's nodes")
     assert rms(found.sample, wanted_of(name, table, PLANE, noise)).max() < 4e-4
     handed = {v.sample for v in found.history if isinstance(v, WindowRecord)}
     assert handed
@@ -388,11 +389,12 @@ def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method
 
 
 def test_the_window_method_is_tightened_for_a_sample_that_amplifies() -> None:
-    setup = CollocationSetup(TABLES["ddpm"](100), collocation(tolerance=4e-3), device=torch.device("cpu"), dtype=torch.float32)
+    setup = CollocationSetup(TABLES["ddpm"](200), collocation(tolerance=4e-3), device=torch.device("cpu"), dtype=torch.float32)
     assert setup.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
-    assert [setup.tightening(amplification) for amplification in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
-    assert setup.verification(9.0).method.tolerance == 4e-3 / 16
-    assert setup.verification(9.0) is setup.verification(12.0)
+    loop = setup.window_loop
+    assert [loop.tightening(amplification) for amplification in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
+    assert loop.setup(9.0).method.tolerance == 4e-3 / 16
+    assert loop.setup(9.0) is loop.setup(12.0)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
@@ -401,7 +403,7 @@ def test_exact_goes_on_to_the_sequential_sample(name: str) -> None:
     wanted = wanted_of(name, table, PLANE, noise)
     found = run(table, PLANE, collocation(tolerance=tolerance, exact=True), noise)
     assert rms(found.sample, wanted).max() < tolerance
-    assert found.message == "converged: the estimated error of every sample is at most 0.0001"
+    assert found.message.startswith("converged: the estimated error of every sample is at most 0.0001")
     assert found.estimated_error <= tolerance
     assert [c.interpolation_error for c in found.error_estimates] == [0] * 3
     assert sum(c.evaluations for c in found.error_estimates) == found.evaluations
@@ -567,7 +569,6 @@ def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
     [
         ("ddim", {"nodes": 41}, r"41 nodes were asked for; the chain has 40 steps: give at most that"),
         ("ddim", {"nodes": [0, 10, 20, 40]}, r"node 40 was given; the chain evaluates nodes 0 to 39"),
-        ("heun", {"nodes": [0, 9, 20, 30]}, r"node 9 was given; table 'heun' does not start afresh there"),
         ("ddim", {"nodes": [0, 10, 20]}, r"the nodes are 3, for interpolation of order 3; it needs at least 4"),
         ("ddpm", {"nodes": 2, "order": 2}, r"the nodes are 2, for interpolation of order 2; it needs at least 3"),
     ],
@@ -597,7 +598,7 @@ def test_the_tuned_numbers_are_those_of_the_order_or_the_callers() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_network_that_is_not_finite_is_named(name: str, bad: float) -> None:
-    table = TABLES[name](40)
+    table = TABLES[name](200)
     denoiser = PLANE.denoiser(table)
 
     def broken(x: Tensor, t: Tensor) -> Tensor:

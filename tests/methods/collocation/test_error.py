@@ -9,8 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from paradiff import Schedule
 from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO
-from paradiff.methods.collocation.error import Calibration, InterpolationError
+from paradiff.methods.collocation.defect import DoubledIntervals
+from paradiff.methods.collocation.error import Calibration, InterpolationError, Propagation, interpolation_error
+from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.system import CollocationSystem
+from paradiff.samplers import ddpm
 
 
 def test_what_a_refinement_taught_of_estimates_is_told_from_amplification_and_fades() -> None:
@@ -51,3 +57,38 @@ def test_a_sample_whose_error_was_never_known_teaches_nothing() -> None:
     unknown = Calibration().accept(InterpolationError([math.inf], [(0, 1)]), 1.0, iteration_error=0.0, sample=torch.zeros(()))
     error = InterpolationError([3e-3], [(0, 1)])
     assert unknown.apply(error, lambda _: 0.06, averaged=False, control=HIGHER_ORDER) == (error, 1.0)
+
+
+def test_a_defect_beside_the_direction_that_grows_counts_as_its_neighbours_along_it() -> None:
+    """All defects but every second one lie across the direction that grows, by chance."""
+    system = CollocationSystem(Recurrence(ddpm(Schedule.linear(), 200), 0.25), list(range(0, 201, 10)), 0)
+    doubled, count = DoubledIntervals(system, ORDER_ZERO.defect), len(system.intervals)
+    along = torch.eye(2, dtype=torch.float64)
+    dx = torch.zeros(count, 1, 1, 2, dtype=torch.float64)
+    du = dx.clone()
+    dx[1:, 0, 0], du[1:, 0, 0] = along[0], 5 * along[0]  # forcings follow their states along one direction alone
+    now = Linearization(system.influence, system.nodes, dx, du, 0.0)
+    defects = 1e-3 * torch.stack([along[j % 2] for j in range(len(doubled.first))])[:, None]
+
+    def shares(neighbours: int | None) -> torch.Tensor:
+        defect = ORDER_ZERO.defect if neighbours is None else replace(ORDER_ZERO.defect, neighbours=neighbours)
+        found = interpolation_error(
+            Propagation(
+                system=system,
+                influence=system.influence,
+                now=now,
+                first=None,
+                mean_square=lambda changes: changes.square().mean((1, 2)),
+            ),
+            torch.zeros(count, 1, 2, dtype=torch.float64),
+            (doubled, defects),
+            amplification=1.0,
+            control=replace(ORDER_ZERO, defect=defect),
+            move=lambda values: values,
+        )
+        return torch.tensor(found.shares, dtype=torch.float64)
+
+    alone, usual = shares(0), shares(None)
+    assert torch.equal(usual, shares(2))
+    across = torch.arange(1, len(alone) - 1, 2)
+    assert (usual[across][:3] > 1.5 * alone[across][:3]).all(), usual / alone

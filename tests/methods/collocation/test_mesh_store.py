@@ -142,7 +142,7 @@ def test_nodes_lie_where_they_were_needed(tmp_path: Path) -> None:
 
 
 def test_the_variance_that_was_found_is_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, path = ddim(LINEAR, 200), tmp_path / "nodes.json"
+    table, path = ddim(LINEAR, 400), tmp_path / "nodes.json"
     data = Gaussian(torch.tensor([0.001, -0.002]), 1e-4 * torch.ones(2))
     shifts = list[float]()
     again = CollocationSolver._rescale

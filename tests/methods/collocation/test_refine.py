@@ -42,11 +42,12 @@ def decided(
     found: InterpolationError | None,
     *,
     converged: bool = True,
+    moved: bool = False,
     iteration_error: float = 1e-4,
     sweeps: int = 3,
     **bounds: object,
 ) -> Decision:
-    progress = Progress(converged=converged, iteration_error=iteration_error, sweeps=sweeps, most_sweeps=20)
+    progress = Progress(converged=converged, moved=moved, iteration_error=iteration_error, sweeps=sweeps, most_sweeps=20)
     return decide(progress, found, POINTS, MESH, replace(BOUNDS, **bounds))  # pyright: ignore[reportArgumentType]
 
 
@@ -58,6 +59,11 @@ def test_without_an_estimate_sweeps_go_on_up_to_their_bound(sweeps: int, decisio
 def test_within_the_tolerance_a_sample_has_converged_even_if_its_sweeps_have_not() -> None:
     assert decided(error(0.9 * TOLERANCE)) == Converged(verify=False)
     assert decided(error(0.7 * TOLERANCE), converged=False, iteration_error=0.7 * TOLERANCE) == Converged(verify=False)
+
+
+def test_a_sample_whose_nodes_moved_since_they_were_evaluated_has_not_converged() -> None:
+    assert decided(error(0.1 * TOLERANCE), converged=False, moved=True) == Sweep()
+    assert decided(error(0.1 * TOLERANCE), converged=False, moved=True, sweeps=21) == GiveUp()
 
 
 def test_an_exact_sample_is_verified_whatever_its_error() -> None:
@@ -78,12 +84,13 @@ def test_an_interpolation_error_above_the_tolerance_refines_the_mesh_at_once(con
 
 def test_a_sample_that_needs_most_nodes_is_handed_over_once_its_sweeps_have_converged() -> None:
     few = replace(HIGHER_ORDER, handover_share=0.05)
-    assert decided(error(4 * TOLERANCE), control=few) == HandOver()
+    assert decided(error(4 * TOLERANCE), control=few) == HandOver("they would need most of the chain's nodes")
     assert decided(error(4 * TOLERANCE), control=few, converged=False) == Sweep()
     assert isinstance(decided(error(4 * TOLERANCE), control=few, may_hand_over=False), Refine)
 
 
 def test_a_sample_without_a_node_to_spare_stops() -> None:
     most = len(POINTS) - 1
-    assert decided(error(4 * TOLERANCE), most_nodes=most) == Stop()
+    assert decided(error(4 * TOLERANCE), most_nodes=most, may_hand_over=False) == Stop()
+    assert decided(error(4 * TOLERANCE), most_nodes=most) == HandOver("their meshes cannot be refined")
     assert decided(error(4 * TOLERANCE), most_nodes=most, converged=False) == Sweep()

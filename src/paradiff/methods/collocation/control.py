@@ -215,7 +215,8 @@ class CollocationControl:
         variance: Variance of the data, positive, as long as neither the caller nor a file gives one (chain/slope.py).
             benchmarks/sparse.py and benchmarks/shift.py scan it.
         variance_margin: Factor, above 1, by which the mean square of the first sample that has nearly converged must differ
-            from the variance for the variance to be replaced. Raising it replaces it more rarely. Not scanned on its own.
+            from the variance for the variance to be replaced; its square for a variance that was given. Raising it replaces it
+            more rarely. Not scanned on its own.
         iteration_share: Fraction of the tolerance below which the iteration error counts as converged. Raising it spares sweeps
             and leaves less for interpolation.
         early_factor: Multiple of the tolerance below which the iteration error must be for the interpolation error to be
@@ -245,6 +246,17 @@ class CollocationControl:
             fewer. Bounds memory and time, which grow with its square and cube.
         pair_uncertainty: Share of a change, 0 to 1, that stays uncertain along directions that secant pairs cover: the forcing
             is not linear. Raising it evaluates nodes again sooner.
+        trusted_move: How far a node's state may have moved since it was evaluated for the sample to count as found, as a
+            multiple of the node's noise level, root mean square. The staleness knows the slopes that were observed; on the
+            wrong side of a decision a network answers to nothing, so that nodes which moved farther are evaluated again.
+            benchmarks/conditions.py: without it 4 of 16 samples of two points, DDPM 200 without a window, ended on the wrong
+            point, with 0.1 none. Raising it trusts older evaluations.
+        most_gain: Largest factor, positive, by which the sample may answer to an error of a network's output: above, the
+            coefficients multiply rounding, and the window method takes over. 0.05 to 4 on the chains of paradiff.samplers.
+            Raising it trusts coefficients of more extreme levels.
+        unseen_amplification: Amplification of early errors, 1 or more, that is assumed of a sample on a stochastic chain which
+            the window method solves from its first round. With 1, one of 8 samples of the digits network, DDPM 100, erred by
+            0.06 at tolerance 4e-3. Raising it sweeps more.
         handover_secants: Secant pairs a node of the window method that takes over. Raising it costs memory.
         handover_window: Its window where the caller gives no bound: over the whole chain, every sweep would evaluate every
             node. Raising it takes fewer rounds and more evaluations.
@@ -277,6 +289,9 @@ class CollocationControl:
     pair_rounding: float = 64
     most_pairs: int = 600
     pair_uncertainty: float = 0.25
+    trusted_move: float = 0.1
+    most_gain: float = 1e3
+    unseen_amplification: float = 8.0
     handover_secants: int = 1
     handover_window: int = 32
     mesh: MeshControl = field(default_factory=MeshControl)
@@ -287,14 +302,16 @@ class CollocationControl:
     def __post_init__(self) -> None:
         require_between("order", self.order, 0, 8)
         wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
-        for name, least in (wholes | {"handover_secants": 0, "handover_window": 1}).items():
+        wholes |= {"handover_secants": 0, "handover_window": 1}
+        for name, least in wholes.items():
             require_whole(name, getattr(self, name), least)
-        for name in ("reference_tolerance", "variance", "iteration_share", "refined_share", "lipschitz_cap"):
+        for name in ("reference_tolerance", "variance", "iteration_share", "refined_share", "lipschitz_cap", "most_gain"):
             require_real(name, getattr(self, name), positive=True)
         for name in ("node_exponent", "least_nodes", "early_factor", "node_share", "refined_exponent", "handover_error"):
             require_real(name, getattr(self, name))
-        for name in ("rounding_share", "pair_rounding"):
+        for name in ("rounding_share", "pair_rounding", "trusted_move"):
             require_real(name, getattr(self, name))
+        require_between("unseen_amplification", self.unseen_amplification, 1, math.inf)
         require_between("variance_margin", self.variance_margin, 1, math.inf)
         for name in ("handover_share", "pair_uncertainty"):
             require_between(name, getattr(self, name), 0, 1)

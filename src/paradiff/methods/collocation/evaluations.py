@@ -58,10 +58,9 @@ class Evaluations:
             squares = du.square().sum(2) / dx.square().sum(2).clamp(min=1e-300)
             observed = torch.where(large, squares, 0.0).amax(1).sqrt()
             self.quotients[at] = torch.maximum(self.quotients[at], observed)
-            large = large[:, None, :, None]
-            for kept, new in ((self.dx, dx), (self.du, du)):
-                pushed = torch.cat([new[:, None], kept[at, :-1]], dim=1)
-                kept[at] = torch.where(large, pushed, kept[at])
+            for kept, new in ((self.dx, dx), (self.du, du)):  # one place at a time: no copy of all pairs
+                for k in range(kept.shape[1] - 1, -1, -1):
+                    kept[at, k] = torch.where(large[..., None], kept[at, k - 1] if k else new, kept[at, k])
         self.states[at], self.forcings[at] = states, forcings
         for n in chosen:
             self.evaluated[n] = self.assigned[n] = True

@@ -35,7 +35,7 @@ class Linearization:
         """
         if self._jacobian is None:
             return base
-        follow = (self._du * self._jacobian(base[:-1] - known)).sum(1)
+        follow = _along(self._du, self._jacobian(base[:-1] - known))
         return base + (self._influence @ follow.flatten(1)).view_as(base)
 
     def unknown(self, changes: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Linearization:
         return (
             changes
             if self._jacobian is None
-            else changes - (1 - self._uncertainty) * (self._dx * self._jacobian.own(changes)).sum(1)
+            else changes - (1 - self._uncertainty) * _along(self._dx, self._jacobian.own(changes))
         )
 
     def on_sample(self, changes: Tensor, influence: Tensor) -> Tensor:
@@ -58,3 +58,8 @@ class Linearization:
             return found
         onto = torch.einsum("nkbd,jbd->bnkj", self._dx, changes) * influence[:-1, None]
         return found + torch.einsum("n,nkbd,bnkj->jbd", self._influence[-1], self._du, self._jacobian.solve(onto))
+
+
+def _along(pairs: Tensor, weights: Tensor) -> Tensor:
+    """`[M, b, d]` sums of pairs `[M, k, b, d]` by weights `[M, k, b, 1]`, without a copy of the pairs."""
+    return torch.einsum("nkbd,nkb->nbd", pairs, weights[..., 0])

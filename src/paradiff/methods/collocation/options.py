@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
+from paradiff.methods.collocation.conditions import too_few_steps, unfit_levels
 from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
@@ -31,7 +32,8 @@ class CollocationOptions(Face):
         order: Degree of the interpolation between nodes; None for 0 on stochastic chains, at averaged states, and for 3 on
             deterministic ones.
         shift: Variance of the data, which sets the linear part of the forcing (interval.py); or `auto`: 1/4, replaced by the
-            mean square of the first sample that has nearly converged, if that is far off.
+            mean square of the first sample that has nearly converged, if that is far off. A given one is replaced
+            where it is 256 times off.
         window: Most rows that a sample puts in one round; None for no bound.
         tolerance: Root mean square error that the sample may have by estimate, in the data's units.
         secants: Secant pairs kept for each node (methods/secant.py), 0 to 1000.
@@ -115,11 +117,23 @@ class CollocationOptions(Face):
         if len(places) < 2:
             raise ValueError("1 node was given; an interpolation needs at least 2")
 
+    def _refuse_beyond(self, table: Table) -> None:
+        """Refuses nodes that a table does not have."""
+        if isinstance(self.nodes, str):
+            return
+        if is_whole(self.nodes):
+            if self.nodes > table.steps:
+                raise ValueError(f"{self.nodes} nodes were asked for; the chain has {table.steps} steps: give at most that")
+        elif self.nodes[-1] >= table.steps:
+            raise ValueError(f"node {self.nodes[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
+
     def degree(self, table: Table) -> int:
         """Degree of the interpolation on a chain."""
         if self.order is not None:
             return self.order
         usual = self.control or (ORDER_ZERO if table.stochastic else HIGHER_ORDER)
+        if levels_of(table) is not None:
+            return usual.order
         return min(usual.order, len(mesh_on(table, usual).candidates) - 1)
 
     def control_on(self, table: Table) -> CollocationControl:
@@ -147,8 +161,42 @@ class CollocationOptions(Face):
             else MeshStore(Path(self.warm_start), table, self.control_on(table), self.degree(table), self.target)
         )
 
+    def count(self, table: Table, stored: StoredMesh | None = None) -> int:
+        """Nodes of the first mesh at this tolerance, where the caller gave none; more, maybe, than the chain has."""
+        share = max(self.relative(table), self.control_on(table).least_nodes)
+        usual = self.usual(table) if stored is None else sum(stored.nodes)
+        return max(round(usual * share), self.degree(table) + 1)
+
+    def unfit(self, table: Table, stored: StoredMesh | None = None) -> str | None:
+        """Why a chain is left to the window method from the first round on (conditions.py); None where it is not.
+
+        Args:
+            table: The chain that is solved.
+            stored: The mesh store's entry of it.
+        """
+        found = levels_of(table)
+        if found is None and isinstance(self.nodes, str) and self.max_nodes is None and self.target == "chain":
+            found = too_few_steps(table, self.count(table, stored), self.control_on(table).handover_share)
+        return found
+
+    def stored(self, table: Table) -> StoredMesh | None:
+        """What the mesh store holds of a table; None without a file or an entry.
+
+        Raises:
+            ValueError: If the file is no mesh store.
+        """
+        store = self.store(table)
+        return None if store is None else store.stored
+
+    def variance_on(self, table: Table) -> float:
+        """The data's variance that samples of a chain start from."""
+        if not isinstance(self.shift, str):
+            return float(self.shift)
+        stored = self.stored(table)
+        return self.control_on(table).variance if stored is None else stored.variance
+
     def edges(self, table: Table, stored: StoredMesh | None = None) -> list[int]:
-        """The points of the first mesh, 0 and N included.
+        """The points of the first mesh, 0 and N included; all nodes of a chain that is left to the window method.
 
         Args:
             table: The sampler.
@@ -157,23 +205,19 @@ class CollocationOptions(Face):
         Raises:
             ValueError: If nodes are out of range, no candidates of the mesh, or too few for the order.
         """
+        self._refuse_beyond(table)
+        if self.unfit(table, stored) is not None:
+            return list(range(table.steps + 1))
         order, control = self.degree(table), self.control_on(table)
         mesh = mesh_on(table, control, stored)
         if isinstance(self.nodes, str) or is_whole(self.nodes):
             if isinstance(self.nodes, str):
-                share = max(self.relative(table), control.least_nodes)
-                count = self.usual(table) if stored is None else sum(stored.nodes)
-                count = max(round(count * share), order + 1)
-                count = min(count, table.steps, self.max_nodes or table.steps)
+                count = min(self.count(table, stored), table.steps, self.max_nodes or table.steps)
             else:
                 count = self.nodes
-                if count > table.steps:
-                    raise ValueError(f"{count} nodes were asked for; the chain has {table.steps} steps: give at most that")
             points = mesh.points(count)
         else:
             points = [int(n) for n in self.nodes]
-            if points[-1] >= table.steps:
-                raise ValueError(f"node {points[-1]} was given; the chain evaluates nodes 0 to {table.steps - 1}")
             strange = sorted(set(points) - set(mesh.candidates))
             if strange:
                 raise ValueError(
@@ -187,6 +231,11 @@ class CollocationOptions(Face):
                 "more nodes, or a lower order"
             )
         return points
+
+
+def levels_of(table: Table) -> str | None:
+    """`unfit_levels` of a table; found once."""
+    return table.cached(("unfit levels",), lambda: unfit_levels(table))
 
 
 def mesh_on(table: Table, control: CollocationControl, stored: StoredMesh | None = None) -> Mesh:

@@ -50,7 +50,13 @@ class Converged:
 
 @dataclass(frozen=True)
 class HandOver:
-    """The window method takes over."""
+    """The window method takes over.
+
+    Attributes:
+        reason: Why, of several samples.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,14 @@ class Progress:
 
     Attributes:
         converged: Whether the nodes have converged.
+        moved: Whether a node's state has moved farther since its evaluation than is trusted.
         iteration_error: Root mean square at the sample.
         sweeps: Sweeps made on this mesh.
         most_sweeps: Sweeps after which the sample is given up.
     """
 
     converged: bool
+    moved: bool
     iteration_error: float
     sweeps: int
     most_sweeps: int
@@ -124,7 +132,7 @@ def _judge(
 ) -> Refine | Converged | HandOver | Stop | None:
     """What follows from the estimate; None where the iteration error is too large to tell."""
     total, tolerance, control = error.total, bounds.tolerance, bounds.control
-    if bounds.exact or math.hypot(total, progress.iteration_error) <= tolerance:
+    if bounds.exact or (math.hypot(total, progress.iteration_error) <= tolerance and not progress.moved):
         return Converged(bounds.exact)
     if not progress.converged and total <= max(progress.iteration_error, tolerance):
         return None
@@ -142,4 +150,6 @@ def _judge(
         return Refine(refined)
     if not progress.converged:
         return None
-    return HandOver() if refined != points else Stop()
+    if not bounds.may_hand_over:
+        return Stop()
+    return HandOver("they would need most of the chain's nodes" if refined != points else "their meshes cannot be refined")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
@@ -28,6 +29,7 @@ class SampleSystem:
         base: `[M+1, b, d]` f x[0] + n.
         lipschitz_floor: `[M]` Lipschitz constant of the forcing that is taken for granted at each node.
         q_u: `[M]` size of the weight of the network's output in the forcing, positive.
+        trusted: Mean squares of how far each node's state may move before it is evaluated again.
     """
 
     system: CollocationSystem
@@ -36,6 +38,7 @@ class SampleSystem:
     base: Tensor
     lipschitz_floor: Tensor
     q_u: Tensor
+    trusted: list[float]
 
     def states(self, forcings: Tensor) -> Tensor:
         """`[M+1, b, d]` states of the nodes and, last, the sample, with the forcings `[M, b, d]` fixed."""
@@ -69,6 +72,7 @@ class SampleSystem:
             influence=setup.move(system.influence),
             base=setup.move(system.initial)[:, None, None] * x0 + share,
             lipschitz_floor=setup.move(lipschitz_floor(rec, nodes, setup.control.lipschitz_cap)),
+            trusted=_trusted(setup, system).tolist(),
             q_u=setup.move(rec.q_u[nodes].abs().clamp(min=1e-300)),
         )
 
@@ -85,3 +89,11 @@ class SampleSystem:
             states = states + setup.move(noises).view(-1, *x0.shape).view_as(states)
         states, forcings = states.view(*initial.shape, *shape), forcings.view(-1, *shape)
         return DenseOutput(system, forcings, states, noise=noise, sample=sample, move=setup.move)
+
+
+def _trusted(setup: CollocationSetup, system: CollocationSystem) -> Tensor:
+    """`[M]` mean squares of moves: a share of the node's noise level, or of the network's rounding of its state."""
+    table, rec = setup.table, system.recurrence
+    alpha, sigma = table.alpha[system.nodes], table.sigma[system.nodes]
+    size = alpha**2 * rec.variance + sigma**2
+    return torch.maximum(setup.control.trusted_move**2 * sigma**2, setup.resolution**2 * size)

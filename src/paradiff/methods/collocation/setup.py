@@ -8,25 +8,22 @@ from collections.abc import Sequence
 
 import torch
 
-from paradiff.chain.slope import shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.error import InterpolationError
+from paradiff.methods.collocation.handover import WindowLoop
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.mesh_store import node_counts
 from paradiff.methods.collocation.options import CollocationOptions, mesh_on
 from paradiff.methods.collocation.system import CollocationSystem
-from paradiff.methods.window.options import WindowOptions
-from paradiff.methods.window.setup import WindowSetup
-from paradiff.samplers.continuum import continuum
 
 
 class CollocationSetup:
     """The table, the first mesh, the tuned numbers, and coefficients on the device.
 
     Args:
-        table: The sampler.
+        table: The chain that is solved, of whose levels `unfit` finds nothing to say.
         method: The method.
         device: Where states live.
         dtype: Dtype in which the network is given its rows. The system is solved in float64 where the device has it, since a
@@ -35,7 +32,7 @@ class CollocationSetup:
         resolution: Relative precision of the network's outputs; that of `dtype` by default.
 
     Attributes:
-        table: The chain that is solved; a fine grid of the equation for the targets `ode` and `sde`.
+        table: The chain that is solved.
         order: Degree of the interpolation.
         control: The tuned numbers.
         store: The mesh store's entry; None without a file.
@@ -43,7 +40,9 @@ class CollocationSetup:
         points: The first mesh.
         most_nodes: Most nodes of a mesh.
         recurrence: The chain's recurrence with the variance that samples start from.
-        settled_shift: Whether that variance is given, by the caller or the store.
+        variance_margin: Factor by which it may be off before it is replaced; the square of the control's where the caller or
+            the store gave it.
+        window_loop: The window method that takes samples over.
     """
 
     def __init__(
@@ -56,10 +55,6 @@ class CollocationSetup:
         shared_window: bool = False,
         resolution: float | None = None,
     ) -> None:
-        if method.target != "chain":
-            kind = method.target
-            coarse = table
-            table = coarse.cached(("continuum", kind), lambda: continuum(coarse, kind))
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
         self.shared_window = shared_window
         self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
@@ -70,11 +65,20 @@ class CollocationSetup:
         stored = None if self.store is None else self.store.stored
         self.mesh = mesh_on(table, self.control, stored)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
-        usual = self.control.variance if stored is None else stored.variance
-        self.recurrence = self.recurrence_of(usual if method.shift == "auto" else float(method.shift))
-        self.settled_shift = method.shift != "auto" or stored is not None
+        self.recurrence = self.recurrence_of(method.variance_on(table))
+        given = method.shift != "auto" or stored is not None
+        self.variance_margin = self.control.variance_margin ** (2 if given else 1)
         self.points = method.edges(table, stored)
-        self._windows: dict[float, WindowSetup] = {}
+        self.window_loop = WindowLoop(
+            table,
+            method,
+            self.control,
+            variance=self.recurrence.variance,
+            device=device,
+            dtype=dtype,
+            shared_window=shared_window,
+            resolution=self.resolution,
+        )
 
     def record(self, points: Sequence[int], error: InterpolationError, variance: float) -> None:
         """Records the nodes that a sample needed, if a file was given for it.
@@ -98,26 +102,6 @@ class CollocationSetup:
         if self.store is not None:
             prior = self.method.usual(self.table) * mesh_on(self.table, self.control).in_bins()
             self.store.save(prior.tolist())
-
-    @staticmethod
-    def tightening(amplification: float) -> float:
-        """Power of 2 by which the window method's tolerance is divided for a sample that amplifies early errors so much more
-        than the chain's linear part does; its estimate is multiplied by the same factor."""
-        return 2.0 ** max(0, math.ceil(math.log2(amplification)))
-
-    def verification(self, amplification: float) -> WindowSetup:
-        """The window method over all nodes of the chain, for a sample of that amplification; made once for a tightening."""
-        tightening = self.tightening(amplification)
-        if tightening not in self._windows:
-            method = self.method
-            width = min(method.window or self.control.handover_window, self.table.steps)
-            slope, tolerance = shifted(self.recurrence.variance), method.tolerance / tightening
-            secants = self.control.handover_secants
-            loop = WindowOptions(name="collocation", slope=slope, window=width, tolerance=tolerance, secants=secants)
-            self._windows[tightening] = WindowSetup(
-                self.table, loop, self.device, self.dtype, self.shared_window, self.resolution
-            )
-        return self._windows[tightening]
 
     def recurrence_of(self, variance: float) -> Recurrence:
         """The fine chain's recurrence with a data variance; made once for a table."""

@@ -53,7 +53,6 @@ from paradiff.methods.collocation.sample_system import SampleSystem
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.staleness import beyond_rounding, lipschitz
 from paradiff.methods.collocation.system import CollocationSystem
-from paradiff.methods.window.solver import WindowSolver
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import CollocationRecord, WindowRecord
 from paradiff.solver.solution import ErrorEstimate
@@ -89,8 +88,8 @@ class CollocationSolver:
         estimator: Its interpolation error.
         iteration_error: Root mean square at the sample that the staleness of all nodes may amount to.
         residual: Largest root mean square distance of a node's state from that of its evaluation.
-        rounds: Rounds in which the sample took part.
-        evaluations: Its rows.
+        rounds: Rounds in which the sample took part, before any handover.
+        evaluations: Its rows in these.
         active: Numbers of the nodes to evaluate next.
     """
 
@@ -112,7 +111,7 @@ class CollocationSolver:
             control=setup.control,
         )
         system = setup.system(setup.recurrence, setup.points)
-        self._recurrence, self._settled_shift = setup.recurrence, setup.settled_shift
+        self._recurrence, self._settled_shift = setup.recurrence, False
         self._at = SampleSystem.of(setup, system, self._x0, noise, sample, drawn={})
         self._probes = Probes(setup, noise, sample, self._x0, system)
         self.estimator = Estimator(setup, self._mean_square)
@@ -161,10 +160,15 @@ class CollocationSolver:
         return self._final.to(self.setup.dtype) if self._handover is None else self._handover.newest
 
     @property
+    def handed_over(self) -> str | None:
+        """Why the window method took the sample over; None where it did not, or was asked to."""
+        return None if self._handover is None else self._handover.reason
+
+    @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self._handover is not None:
-            return self._handover.error_estimate(self.rounds, self.evaluations)
+            return self._handover.error_estimate
         interpolation_error = self.estimator.interpolation_error
         total = math.hypot(interpolation_error, self.iteration_error)
         return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, interpolation_error)
@@ -203,10 +207,10 @@ class CollocationSolver:
             its size; and 1 if all outputs are finite.
         """
         assert states is None, "the loop refuses changed states, since follows_edits is False"
-        self.rounds += 1
-        self.evaluations += len(outputs)
         if self._handover is not None:
             return self._handover.tell(query, outputs)
+        self.rounds += 1
+        self.evaluations += len(outputs)
         assert isinstance(query, CollocationQuery)
         self._visited = query.nodes.tolist()
         table, y, before = self.setup.table, query.evaluated_at, self._final
@@ -260,7 +264,7 @@ class CollocationSolver:
                 "chain's own steps"
             )
         self.residual = math.sqrt(max(nodes[count:]))
-        progress = self._progress(nodes[:count], together)
+        progress = self._progress(nodes[:count], nodes[count:], together)
         self._follow(self._decision(progress, size))
         return CollocationRecord(
             round=round,
@@ -275,11 +279,12 @@ class CollocationSolver:
 
     # -- what follows a round -----------------------------------------------------------------------------------------
 
-    def _progress(self, each: list[float], together: float) -> Progress:
+    def _progress(self, each: list[float], away: list[float], together: float) -> Progress:
         """The sample after a sweep.
 
         Args:
             each: Mean square effects of each node's staleness on the sample.
+            away: Mean square distances of the nodes' states from those of their evaluations.
             together: That of all nodes together.
         """
         count, window = len(each), self.setup.method.window
@@ -288,11 +293,15 @@ class CollocationSolver:
         self._sweeps += 1
         self.active = [n for n, e in enumerate(each) if not self._nodes.evaluated[n] or e > limit]
         self.iteration_error = math.sqrt(max(together, sum(each)))
-        converged = not self._nodes.missing and (self.iteration_error <= rest or not self.active)
-        if converged:
-            self.active = []
+        settled = not self._nodes.missing and (self.iteration_error <= rest or not self.active)
+        moved = [n for n, (d, most) in enumerate(zip(away, self._at.trusted, strict=True)) if d > most]
+        if settled:  # what is at rest by its staleness is found once its evaluations are near its states
+            self.active = moved
+        elif self.iteration_error <= self._bounds.tolerance:
+            self.active = sorted({*self.active, *moved})
         return Progress(
-            converged=converged,
+            converged=settled and not moved,
+            moved=bool(moved),
             iteration_error=self.iteration_error,
             sweeps=self._sweeps,
             most_sweeps=self.control.most_sweeps * (1 + count // (window or count)),
@@ -303,7 +312,7 @@ class CollocationSolver:
         within = self.iteration_error <= self.control.early_factor * self._bounds.tolerance
         near = progress.converged or (not self._nodes.missing and within)
         if near and not self._settled_shift:
-            self._settled_shift, far = True, self.control.variance_margin
+            self._settled_shift, far = True, self.setup.variance_margin
             if size > 0 and not 1 / far <= size / self._recurrence.variance <= far:
                 return Rescale(size)
         if progress.converged and self._unprobed():
@@ -335,13 +344,13 @@ class CollocationSolver:
             case Refine(points):
                 self._refine(points)
             case HandOver() | Converged(verify=True):
-                self._hand_over()
+                self._hand_over(decision.reason if isinstance(decision, HandOver) else None)
             case Converged() | Stop():
                 self.done = True
             case GiveUp():
                 self.iteration_error = math.inf
                 if self._bounds.may_hand_over:
-                    self._hand_over()
+                    self._hand_over("their sweeps did not converge")
                 else:
                     self.done = True
             case Sweep() | Probe():
@@ -367,17 +376,25 @@ class CollocationSolver:
         self.active = list(range(len(self.system.intervals)))
         self._linearization, self._states, self._final = self._stepped()
 
-    def _hand_over(self) -> None:
-        """The window method takes over, from the sample's states if their error is not too large."""
+    def _hand_over(self, reason: str | None) -> None:
+        """The window method takes over, from the sample's states if their error is not too large; `reason` None where that was
+        asked for."""
         setup = self.setup
         error = math.hypot(self.estimator.interpolation_error, self.iteration_error)
         guide = None
         if error <= self.control.handover_error * self._bounds.tolerance:
             guide = self._at.dense_output(setup, self._x0, self._nodes.forcings, self.shape, self.noise, self.sample)
         x0 = self._x0.view(self.shape).to(setup.dtype)
-        amplification = self.estimator.amplification
-        window = WindowSolver(setup.verification(amplification), self.noise, self.sample, x0, guide=guide)
-        self._handover = Handover(window, setup.tightening(amplification))
+        self._handover = setup.window_loop.take_over(
+            self.noise,
+            self.sample,
+            x0,
+            amplification=self.estimator.amplification,
+            guide=guide,
+            reason=reason,
+            rounds=self.rounds,
+            evaluations=self.evaluations,
+        )
 
 
 def _mean_square(step: Step, shape: tuple[int, ...], changes: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conditions of collocation: which chains it interpolates, and which it leaves to the window method.
+
+Interpolation along log(alpha^2/sigma^2) needs one state at each level, on the trajectory. So a chain is left to the window
+method over all nodes, from its first round on, where
+
+- a level has no signal or no noise at an inner node, or levels do not rise in order;
+- steps have several stages: a second stage is evaluated at a predicted state, which is no state of the trajectory, and its
+  defects tell nothing of the trajectory's;
+- the first mesh would hold as large a part of the chain's nodes as makes a sample be handed over (`handover_share`): little is
+  left to interpolate;
+- the coefficients would multiply the network's rounding by more than the control's `most_gain`: neither sample nor estimate
+  could be trusted.
+
+A mesh that the caller gave, or bounded, is judged by the first two and the last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.table import Table
+from paradiff.methods.collocation.interval import Recurrence, finite_log_snr
+from paradiff.methods.collocation.system import CollocationSystem
+
+
+def unfit_levels(table: Table) -> str | None:
+    """Why the nodes of a chain cannot be interpolated along their levels; None where they can."""
+    alpha, sigma = table.alpha[:-1], table.sigma[:-1]
+    silent = (sigma <= 0) | ((alpha <= 0) & (torch.arange(table.steps) > 0))
+    if bool(silent.any()):
+        node = int(silent.nonzero()[0, 0])
+        return f"node {node} of the chain has no {'noise' if float(sigma[node]) <= 0 else 'signal'}"
+    afresh = len(table.restarts) - 1
+    if afresh < table.steps and 3 * (afresh - 1) >= table.steps > 4:  # a multistep sampler starts afresh at its ends
+        return f"the sampler's steps have several stages, of which {afresh} of {table.steps} nodes are the first"
+    place = finite_log_snr(table)
+    if not bool(torch.isfinite(place).all()):
+        return f"a chain of {table.steps} step{'s' * (table.steps > 1)} from pure noise has no levels to interpolate along"
+    flat = (place.diff() <= 0).nonzero()[:, 0].tolist()
+    if flat:
+        return f"the signal-to-noise ratio does not rise from node {flat[0]} to node {flat[0] + 1}"
+    return None
+
+
+def too_few_steps(table: Table, nodes: int, share: float) -> str | None:
+    """Why a chain is too short for a first mesh of so many nodes; None where it is long enough."""
+    if nodes <= share * table.steps:
+        return None
+    return f"a chain of {table.steps} step{'s' * (table.steps > 1)} leaves little to interpolate between {nodes} nodes"
+
+
+def unfit_coefficients(recurrence: Recurrence, system: CollocationSystem, most_gain: float) -> str | None:
+    """Why the coefficients of a system cannot be trusted, where a network's rounding may grow by `most_gain`; None where they
+    can."""
+    reach: Tensor = system.influence[-1].abs() * recurrence.q_u[system.nodes].abs()
+    finite = all(bool(torch.isfinite(v).all()) for v in (system.initial, system.influence, system.noise_weights, reach))
+    if finite and float(reach.max()) <= most_gain:
+        return None
+    return (
+        "the chain's coefficients overflow"
+        if not finite
+        else f"the chain's coefficients would multiply the network's rounding by {float(reach.max()):.2g}"
+    )

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outside of its conditions collocation hands over and says so, and nothing at rest is called found unseen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from paradiff import Keyed, Schedule, Solution, Table, collocation, sample, sequential
+from paradiff.methods.collocation.conditions import unfit_levels
+from paradiff.methods.collocation.control import ORDER_ZERO
+from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.models.exact import Empirical
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, flow_euler, from_scheduler, heun
+from paradiff.solver import WindowRecord
+from paradiff.solver.solution import Status
+
+LINEAR, ZERO = Schedule.linear(), Schedule.linear(rescale_zero_snr=True)
+POINTS = torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
+
+
+def scheduler(name: str) -> Table:
+    diffusers = pytest.importorskip("diffusers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, of numpy
+        made = getattr(diffusers, name)()
+        made.set_timesteps(20)
+    return from_scheduler(made)
+
+
+def solved(table: Table, method: CollocationMethod, noise: Keyed, points: Tensor = POINTS) -> tuple[Solution, Tensor]:
+    """The solution, and the errors of its samples beside the data's scale."""
+    network = Empirical(points).denoiser(table)
+    exact = sample(network, table, noise, sequential()).sample
+    found = sample(network, table, noise, method)
+    return found, (found.sample - exact).square().mean(1).sqrt()
+
+
+def test_without_a_window_every_sample_is_on_its_own_point() -> None:
+    table, noise = ddpm(LINEAR, 200), Keyed((2,), 0, 8)
+    found, errors = solved(table, collocation(), noise)
+    assert found.status is Status.CONVERGED
+    assert errors.max() < 4e-3
+    trusting = replace(ORDER_ZERO, trusted_move=1e9)  # what is at rest by its staleness is taken for found
+    assert solved(table, collocation(control=trusting), noise)[1].max() > 1
+
+
+LEFT_TO_THE_WINDOW: dict[str, tuple[Callable[[], Table], str]] = {
+    "heun": (lambda: heun(LINEAR, 20), "the sampler's steps have several stages, of which 20 of 39 nodes are the first"),
+    "kdpm2": (lambda: scheduler("KDPM2DiscreteScheduler"), "the sampler's steps have several stages, of which 20 of 39"),
+    "kdpm2 ancestral": (lambda: scheduler("KDPM2AncestralDiscreteScheduler"), "the sampler's steps have several stages"),
+    "zero-SNR, 2 steps": (
+        lambda: ddpm(ZERO, 2, prediction="sample", spacing="linspace"),
+        "a chain of 2 steps from pure noise has no levels to interpolate along",
+    ),
+    "flow, 1 step": (lambda: flow_euler(1), "a chain of 1 step from pure noise has no levels to interpolate along"),
+    "ddim, 1 step": (lambda: ddim(LINEAR, 1), "a chain of 1 step leaves little to interpolate between 56 nodes"),
+    "ddim, 50 steps": (lambda: ddim(LINEAR, 50), "a chain of 50 steps leaves little to interpolate between 32 nodes"),
+    "ddpm, 25 steps": (lambda: ddpm(LINEAR, 25), "a chain of 25 steps leaves little to interpolate between 56 nodes"),
+    "dpmpp_2m, 7 steps": (lambda: dpmpp_2m(LINEAR, 7), "a chain of 7 steps leaves little to interpolate between 32 nodes"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_TO_THE_WINDOW)
+def test_a_chain_that_it_does_not_fit_is_solved_by_the_window_method_from_the_first_round(name: str) -> None:
+    make, reason = LEFT_TO_THE_WINDOW[name]
+    table = make()
+    found, errors = solved(table, collocation(), Keyed((2,), 0, 6))
+    assert found.status is Status.CONVERGED
+    assert f"; the window method solved all nodes, since {reason}" in found.message
+    assert all(isinstance(record, WindowRecord) for record in found.history)
+    assert errors.max() < 4e-3
+    assert collocation().edges(table) == list(range(table.steps + 1))
+    assert found.rounds == max(e.rounds for e in found.error_estimates)
+    assert found.evaluations == sum(e.evaluations for e in found.error_estimates)
+
+
+@pytest.mark.parametrize("make", [lambda: ddpm(LINEAR, 200), lambda: euler(LINEAR, 100), lambda: dpmpp_2m(LINEAR, 100)])
+def test_a_chain_that_it_fits_is_left_to_nobody(make: Callable[[], Table]) -> None:
+    table = make()
+    assert collocation().unfit(table) is None
+    found, _ = solved(table, collocation(window=16), Keyed((2,), 0, 2))
+    assert "window method" not in found.message
+
+
+def test_levels_that_cannot_be_interpolated_along_are_named() -> None:
+    table = ddim(LINEAR, 40)
+    sigma, alpha = table.sigma.clone(), table.alpha.clone()
+    sigma[7], alpha[9] = 0.0, 0.0
+    assert unfit_levels(_levels(table, sigma=sigma)) == "node 7 of the chain has no noise"
+    assert unfit_levels(_levels(table, alpha=alpha)) == "node 9 of the chain has no signal"
+    flat = table.sigma.clone()
+    flat[5] = 1.5 * flat[4]
+    assert unfit_levels(_levels(table, sigma=flat)) == "the signal-to-noise ratio does not rise from node 4 to node 5"
+    assert unfit_levels(table) is None
+
+
+def _levels(table: Table, **levels: Tensor) -> Table:
+    """A table with other levels, as those of a scheduler may be that states its own clean-data estimate."""
+    clean = torch.stack([table.p, table.q], 1)
+    return replace(table, clean=clean, exact_levels=False, **levels)
+
+
+def test_coefficients_that_multiply_rounding_are_not_used() -> None:
+    found, errors = solved(ddpm(ZERO, 5, prediction="sample", spacing="linspace"), collocation(3, shift=1e6), Keyed((2,), 0, 2))
+    assert "; the window method solved all nodes, since the chain's coefficients would multiply the network's" in found.message
+    assert errors.max() < 4e-3
+
+
+def test_a_given_variance_that_is_far_off_is_replaced() -> None:
+    found, errors = solved(ddim(LINEAR, 200), collocation(shift=1e-12), Keyed((2,), 0, 8))
+    assert found.status is Status.CONVERGED
+    assert errors.max() < 4e-3
