@@ -76,7 +76,7 @@ def test_collocation_is_the_sequential_sample_within_its_tolerance(sampler: str)
 
 
 def test_collocation_with_a_small_window_can_need_more_rounds() -> None:
-    assert solved("ddpm", collocation(window=1, exact=True))[0].rounds > STEPS
+    assert solved("ddpm", collocation(8, window=1, exact=True))[0].rounds > STEPS
 
 
 @pytest.mark.parametrize("build", [srds, collocation])
