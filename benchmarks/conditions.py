@@ -40,12 +40,9 @@ from paradiff.samplers import (
     dpmpp_2m,
     euler,
     euler_ancestral,
-    exponential_integrator,
     flow_euler,
     from_scheduler,
     heun,
-    log_snr_grid,
-    variance_preserving,
 )
 from paradiff.solver.protocol import Method
 
@@ -92,7 +89,6 @@ def cases() -> Iterator[Case]:
             yield "decisions", data, f"DDIM {steps}", lambda n=steps: ddim(LINEAR, n), both
         yield "decisions", data, "Euler ancestral 200", lambda: euler_ancestral(LINEAR, 200), both
         yield "decisions", data, "flow Euler 200", lambda: flow_euler(200), both
-        yield "decisions", data, "exponential SDE 200", _exponential, both
     yield "decisions", "digits", "DDPM 200", lambda: ddpm(LINEAR, 200), both
     yield "decisions", "mixture 64", "DDPM 200", lambda: ddpm(LINEAR, 200), both
     for data in ("two points", "mixture 2"):
@@ -149,11 +145,6 @@ def cases() -> Iterator[Case]:
         for steps in (50, 200, 1000):
             some: list[Method] = [collocation(window=16)] if steps == 1000 else [*both, quasi_newton()]
             yield "digits", "digits network", f"{name.upper()} {steps}", lambda s=name, n=steps: model.table(s, n), some
-
-
-def _exponential() -> Table:
-    process = variance_preserving(LINEAR)
-    return exponential_integrator(process, log_snr_grid(process, 200), kind="sde")
 
 
 def _zero(make: Callable[..., Table], steps: int, prediction: str) -> Make:

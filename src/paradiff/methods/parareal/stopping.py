@@ -122,13 +122,14 @@ class StoppingRule:
         )
 
     def recounted(self, run: BlockRun, size: float) -> float:
-        """The estimated error that this value leaves in the sample, for data of mean square `size`."""
+        """The estimated error that this value leaves in the sample, for data of mean square `size`; at least
+        that for data of mean square 1."""
         if size < LARGE or not run.changes:
             return self.estimate(run)
         factor, mismatch = self._weights(size)
         total = sum(factor[i + 1] * mismatch[i] * change for i, change in run.changes)
         found = self._method.control.caution * run.theta * total
-        return found if math.isfinite(found) else math.inf
+        return max(found, self.estimate(run)) if math.isfinite(found) else math.inf
 
     def observe(self, update: EdgeUpdate, value: float, sample: int) -> None:
         """Equation (1) for one value.

@@ -75,8 +75,8 @@ class ErrorBudget:
         self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
 
     def recount(self, factor: Sequence[float]) -> None:
-        """Counts the accepted nodes anew, with k s `[M+1]` of the data as the sample shows them."""
-        self.used = sum(factor[node] * error for node, error in self._accepted)
+        """Counts the accepted nodes anew, with k s `[M+1]` of the data as the sample shows them; no estimate falls by it."""
+        self.used = max(self.used, sum(factor[node] * error for node, error in self._accepted))
 
     def forget(self) -> None:
         """A sweep overflowed: its one node that became final is exact, and nothing was observed."""
