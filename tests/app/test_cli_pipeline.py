@@ -481,16 +481,18 @@ def test_a_hub_id_is_not_fetched_before_the_options_are_right(
 ) -> None:
     asked = []
 
-    def offline(source: str, *_: object, **__: object) -> None:
-        asked.append(source)
-        raise OSError("there is no network\nat all")
+    class Offline:
+        def model_info(self, source: str, **_: object) -> None:
+            asked.append(source)
+            raise OSError("there is no network\nat all")
 
-    monkeypatch.setattr(DiffusionPipeline, "load_config", offline)
+    monkeypatch.setattr("paradiff.models.files.HfApi", Offline)
     for option in ("--seeds a", "--method nothing", "--dtype int8", "--window 0", "--device gpu", "--noise none"):
         assert "no network" not in cli("sample", "some/model", *option.split(), "--out", tmp_path / "out").sentence
     assert asked == []
     found = cli("sample", "some/model", "--prompt", "cat", "--out", tmp_path / "out").sentence
-    assert found == "'some/model' could not be loaded: there is no network"
+    sentence = "is no folder here, and the hub cannot be reached (there is no network); connect to it, or give a folder"
+    assert found == f"'some/model' {sentence}"
     assert asked == ["some/model"]
     assert list(tmp_path.iterdir()) == []
 

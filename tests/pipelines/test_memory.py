@@ -36,7 +36,9 @@ def both(make: Any, **options: Any) -> tuple[Tensor, Tensor, Report]:
 @pytest.mark.parametrize("executor", ["auto", "lanes"])
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_a_network_with_memory_is_called_as_the_plain_call_does_bit_for_bit(name: str, executor: str) -> None:
-    with pytest.warns(RuntimeWarning, match=r"called sequentially.*(order|random numbers|replaced|Python generator|keeps something)"):
+    with pytest.warns(
+        RuntimeWarning, match=r"called sequentially.*(order|random numbers|replaced|Python generator|keeps something)"
+    ):
         plain, found, report = both(WITH_MEMORY[name], executor=executor)
     assert report.executor == "sequential"
     assert torch.equal(found, plain)
