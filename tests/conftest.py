@@ -4,6 +4,7 @@ between runs. Cases of a diffusers newer than the one installed are left out."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,3 +57,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder with a tiny network."""
     return save_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def samples_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples of a random network are no data, and no estimate is made anew for their size."""
+    for module in ("paradiff.methods.window.solver", "paradiff.methods.parareal.stopping"):
+        monkeypatch.setattr(f"{module}.LARGE", math.inf)

@@ -472,6 +472,7 @@ def mixed(kind: str, form: str) -> tuple[Table, Denoiser, Tensor]:
     return table, denoiser, chains(denoiser, table, Keyed(SHAPE, 0, 4))
 
 
+@pytest.mark.usefixtures("samples_of_any_size")
 @each_kind
 @pytest.mark.parametrize("form", ["score", "epsilon", "clean"])
 @pytest.mark.parametrize("stagger", [None, 2])

@@ -151,8 +151,9 @@ def test_image_to_image_starts_where_the_strength_says(strength: float) -> None:
 def test_a_method_longer_than_the_chain_is_shortened_to_it(method: Any, sentences: list[str]) -> None:
     report = both("sd_img2img", method, strength=0.3)
     assert report.steps == 3
-    assert len(report.warnings) == len(sentences)
-    assert all(found.startswith(told) for found, told in zip(report.warnings, sentences, strict=True))
+    warnings = [warning for warning in report.warnings if not warning.startswith("it took as many rounds as steps")]
+    assert len(warnings) == len(sentences)
+    assert all(found.startswith(told) for found, told in zip(warnings, sentences, strict=True))
     assert both("sd_img2img", method, strength=0.1).steps == 1
 
 

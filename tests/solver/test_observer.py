@@ -154,6 +154,7 @@ class Module(torch.nn.Module):
         return network(x, t)
 
 
+@pytest.mark.usefixtures("samples_of_any_size")
 def test_a_model_with_a_device_and_a_dtype_is_a_model() -> None:
     found = sample(Module(), TABLE, Keyed(SHAPE), parasolver(8, 1e-3))
     assert found.status is Status.CONVERGED

@@ -228,6 +228,7 @@ def test_a_model_that_takes_no_single_row_is_refused() -> None:
 # -- honest ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("samples_of_any_size")
 def test_no_check_is_asked_for() -> None:
     found = sample(dropout(0.2), NOISY, Keyed(SHAPE), jacobi(tolerance=0), check="off")
     assert found.message == (

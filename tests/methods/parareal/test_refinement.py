@@ -17,7 +17,6 @@ from torch import Tensor
 from paradiff import Keyed, Schedule, Solution, Table, sample, sequential, srds
 from paradiff.chain.sensitivity import noise_units, sensitivity
 from paradiff.methods import PararealMethod
-from paradiff.methods.parareal import stopping
 from paradiff.methods.parareal.coarse import propagator_mismatch
 from paradiff.methods.parareal.control import PararealControl
 from paradiff.methods.parareal.options import Ordering as Order
@@ -52,10 +51,7 @@ def iterations(found: Solution) -> int:
     return max(level for edge, level, _ in values if edge == last)
 
 
-@pytest.fixture(autouse=True)
-def _samples_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The samples of the tests' network are no data, and their size says nothing."""
-    monkeypatch.setattr(stopping, "LARGE", math.inf)
+pytestmark = pytest.mark.usefixtures("samples_of_any_size")
 
 
 # -- rule `error` ------------------------------------------------------------------------------------------------------

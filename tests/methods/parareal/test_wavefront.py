@@ -498,7 +498,8 @@ def test_float32_states_reach_the_sample_to_float32_accuracy(name: str, ordering
 def test_the_host_reads_the_states_at_most_once_a_round(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = host_reads(monkeypatch)
     found = run(TABLES[name], LOOSE[method], samples=2, dtype=torch.float32)
-    assert set(+reads) == {"tolist"}
+    assert set(+reads) == {"tolist", "__float__"}
+    assert reads["__float__"] <= len(found.error_estimates)  # the size of each sample, once it is there
     assert reads["tolist"] <= found.rounds
 
 

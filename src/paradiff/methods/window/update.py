@@ -122,8 +122,9 @@ class SecantUpdate:
         assert self.secants is not None
         found: list[Tensor] = []
         entering, first = None, None
-        for begin in range(0, len(phi), PAIRED):
-            part = slice(begin, min(begin + PAIRED, len(phi)))
+        stretch = max(PAIRED, self._setup.table.band)  # so that a step looks back into the stretch before, and no further
+        for begin in range(0, len(phi), stretch):
+            part = slice(begin, min(begin + stretch, len(phi)))
             rows = lo + part.start, lo + part.stop
             steps, residual = phi[part], phi[part] - old[part]
             if entering is not None:
