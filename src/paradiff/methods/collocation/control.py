@@ -50,8 +50,8 @@ class MeshControl:
         peak: What multiplies the decision (chain/sensitivity.py), 0 or more. Raising it puts more mesh points where the sample
             decides what it will be.
         stochastic_lead: Distance in log(alpha^2/sigma^2) before signal-to-noise ratio 1 at which that has its peak on
-            stochastic chains, about where the noise has the data's standard deviation. Raising it moves the peak towards
-            noise.
+            stochastic chains. Raising it moves the peak towards noise. The digits network, DDPM, window 16: 48 samples took
+            27.4, 25.7 and 28.2 rounds in the mean with 0.5, 0.8 and 1.2; 32 of them 21.8, 25.4 and 25.4 with 0.8, 1.2 and 1.6.
         deterministic_lead: The same on deterministic chains, whose clean-data estimates bend most near signal-to-noise ratio 1.
         noise_side: Decay towards pure noise, on stochastic chains only.
         data_side: Decay towards data, where the noise becomes invisible, on stochastic chains only.
@@ -69,7 +69,7 @@ class MeshControl:
 
     plateau: float = 1.0
     peak: float = 2.0
-    stochastic_lead: float = 1.2
+    stochastic_lead: float = 0.8
     deterministic_lead: float = 0.3
     noise_side: Falloff = Falloff(begin=-0.6, width=1.3, power=1.8)
     data_side: Falloff = Falloff(begin=5.0, width=2.5, power=2.0)
