@@ -176,12 +176,23 @@ class MethodSource:
         stores = [
             node for node in syntax.names(loop, ast.Store) if not self._uncounted(node, loop) and not self._replaced(node, loop)
         ]
+        order = {part: place for place, part in enumerate(syntax.statements(loop))}
         for name in dict.fromkeys(node.id for node in stores if node.id not in state):
-            first = min(self._statement(node, loop) for node in stores if node.id == name)
+            first = min(order[self._statement(node)] for node in stores if node.id == name)
             loads = [node for node in syntax.names(loop, ast.Load) if node.id == name]
-            if any(self._statement(node, loop) <= first and not self._local(node, loop) for node in loads):
+            if any(order[self._statement(node)] <= first and not self._local(node, loop) for node in loads):
                 carried.append(name)
+        if len(carried) == 1 and not any(syntax.steps(loop)) and self._advanced(carried[0], stores):
+            return []
         return carried
+
+    def _advanced(self, name: str, stores: list[ast.Name]) -> bool:
+        """Whether a name is set by calls that are given it alone, as `x = self.advance(v, t, x)` sets the state."""
+        made = [self._statement(node) for node in stores if node.id == name]
+        calls = [node.value for node in made if isinstance(node, ast.Assign)]
+        return len(calls) == len(made) and all(
+            isinstance(_inner(call), ast.Call) and any(syntax.is_named(part, name) for part in ast.walk(call)) for call in calls
+        )
 
     def _bound_inside(self, node: ast.Name, loop: ast.For) -> bool:
         """Whether a name is a comprehension's own."""
@@ -193,11 +204,11 @@ class MethodSource:
             for part in above.generators
         )
 
-    def _statement(self, node: ast.AST, loop: ast.For) -> int:
-        """The line of the statement that holds a node."""
+    def _statement(self, node: ast.AST) -> ast.stmt:
+        """The statement that holds a node; of a compound one, the node is in its head."""
         while not isinstance(node, ast.stmt):
             node = self.parents[node]
-        return node.lineno
+        return node
 
     def _replaced(self, node: ast.AST, loop: ast.For) -> bool:
         """Whether an assignment only hands on what a callback returned."""
@@ -219,3 +230,10 @@ class MethodSource:
                 if source is not None and any(wanted(part) for part in ast.walk(source.tree)):
                     found.append(node)
         return found
+
+
+def _inner(node: ast.AST) -> ast.AST:
+    """A value without the indices and attributes that are taken of it, as the call in `f(x)[0]`."""
+    while isinstance(node, ast.Subscript | ast.Attribute):
+        node = node.value
+    return node

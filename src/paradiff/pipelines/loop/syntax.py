@@ -16,6 +16,16 @@ def body(loop: ast.For) -> Iterator[ast.AST]:
         yield from ast.walk(statement)
 
 
+def statements(loop: ast.For) -> Iterator[ast.stmt]:
+    """All statements in a loop's body, in the order of the text."""
+    waiting: list[ast.AST] = list(loop.body)
+    while waiting:
+        node = waiting.pop(0)
+        if isinstance(node, ast.stmt):
+            yield node
+        waiting[:0] = ast.iter_child_nodes(node)
+
+
 def names(loop: ast.For, context: type[ast.expr_context]) -> list[ast.Name]:
     """The names that a loop's body reads (`ast.Load`) or sets (`ast.Store`)."""
     return [node for node in body(loop) if isinstance(node, ast.Name) and isinstance(node.ctx, context)]
