@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.errors import Unsupported
+from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.shared_call import Shape, SharedCall
+from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP
-from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_time
-from paradiff.pipelines.loop.ledger import Ledger, ledger
+from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
+from paradiff.pipelines.loop.ledger import Ledger, differing, ledger
 from paradiff.pipelines.loop.random_watch import RandomWatch
-from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, refuse_changes, seal, settings
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 
@@ -92,6 +93,8 @@ class Lane(greenlet.greenlet):
         self._begun = 0
         self._marks: dict[int, tuple[int, int, RandomWatch, Scope | None]] = {}
         self._stepped = True
+        self._settings: dict[str, Any] = {}
+        self._drawn_from: tuple[Any] | None = None
         self._time: Tensor | None = None
         self._handed: Tensor | None = None
         self._generators = [g for g in _pytree.tree_leaves(keywords) if isinstance(g, torch.Generator)]
@@ -117,6 +120,7 @@ class Lane(greenlet.greenlet):
                 watch = RandomWatch(self._generators)
                 self._marks[id(timesteps)] = number, len(self._shared.log.entries), watch, scope
                 self._calls, self._stepped = [], False
+                self._settings = settings(self.scheduler)
             yield time
 
     def _passes(self) -> Iterator[Tensor]:
@@ -125,6 +129,7 @@ class Lane(greenlet.greenlet):
         if not self._inside:
             self._inside = True
             seal(self.scheduler, shared.running)
+            self._settings = settings(self.scheduler)
             if self._played != len(shared.log.entries):
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
@@ -179,6 +184,9 @@ class Lane(greenlet.greenlet):
             raise Unsupported("the loop takes several steps in one iteration")
         refuse_other_time(timestep, shared.solver.first.timesteps[self.node] if self._time is None else self._time)
         shared.solver.first.check_options(kwargs)
+        self._drawn_from = self._drawn_from or (kwargs.get("generator"),)
+        refuse_other_generator(kwargs.get("generator"), self._drawn_from[0])
+        refuse_changes(self.scheduler, self._settings)
         self._stepped = True
         self._iterations.steps += 1
         if self._handed is None and not _near(sample, shared.solver.first.sample):
@@ -202,6 +210,7 @@ class Lane(greenlet.greenlet):
         if scope is not None:
             raise Elsewhere(scope)
         watch.check()
+        refuse_changes(self.scheduler, self._settings)
         del shared.log.entries[played:]
         self._played = played
         self._inside = True
@@ -214,6 +223,7 @@ class Lane(greenlet.greenlet):
         shared.index = first_index(self.scheduler, timesteps[0])
         shared.running = first.running()
         seal(self.scheduler, shared.running)
+        self._settings = settings(self.scheduler)
         self._turn(0, False)
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -223,6 +233,8 @@ class Lane(greenlet.greenlet):
             return forward(*args, **kwargs)
         if self._inside and self._stepped:
             raise Unsupported(AFTER_THE_STEP)
+        if self._inside and shared.attributes is not None and (changed := shared.attributes.changed()) is not None:
+            raise Unsupported(f"the loop changes {changed} of a network, which the states of a window share")
         call = NetworkCall.of(module, forward, args, kwargs, len(self._calls), self._known)
         for earlier in self._calls:
             shared.order.add((id(earlier), id(module)))
@@ -237,13 +249,18 @@ class Lane(greenlet.greenlet):
             finally:
                 self._leading = False
             shared.learn(call, output)
+            if shared.attributes is not None:
+                shared.attributes.mark()
             if not self._inside:
                 shared.log.add(call.signature, output)
             return output
         if self.dry:
             return _pytree.tree_map_only(Shape, Shape.zeros, shared.shapes[call.signature])
         self.call = call
+        before = ledger() if self.audited else {}
         self._wait()
+        if before and (path := differing(before, ledger())) is not None:
+            raise Carried(f"{KEEPS}: {path} is set by each pass, in an object that the states of a window share")
         self.call, result, self.result = None, self.result, None
         return result
 

@@ -38,7 +38,7 @@ from paradiff.pipelines.executors.builtins import Scope, counting
 from paradiff.pipelines.executors.coalesce import Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane
 from paradiff.pipelines.executors.shared_call import SharedCall
-from paradiff.pipelines.loop.audit import KEEPS, judge, relative_difference
+from paradiff.pipelines.loop.audit import KEEPS, granted, judge, relative_difference
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.ledger import Ledger, differing
 from paradiff.pipelines.loop.random_state import Snapshot, clone
@@ -200,6 +200,8 @@ class Lockstep:
                 self._resume(group[0])
                 results = group[0].result
                 self.shared.learn(calls[0], results[0])
+                if self.shared.attributes is not None:
+                    self.shared.attributes.mark()
                 for lane, result in zip(group, results, strict=True):
                     lane.result = result
                 going += group
@@ -217,7 +219,7 @@ class Lockstep:
         ]
         for row, lane, output, sample in zip(self.rows, lanes, *torch.stack(differences).tolist(), strict=True):
             judge(row.node, output, sample, eps, "between a call that made the passes before and one that did not")
-            path = differing(row.ledger, lane.ledger)
+            path = differing(row.ledger, lane.ledger, granted(eps))
             if path is not None:
                 raise Carried(
                     f"{KEEPS}: {path} is {row.ledger[path]} after the passes before, and {lane.ledger[path]} without them"

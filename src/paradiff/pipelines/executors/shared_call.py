@@ -8,12 +8,13 @@ from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.coalesce import NetworkCall
 from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.batching import Batching
 
 
@@ -34,6 +35,7 @@ class SharedCall:
         loop: The number of the iteration over the timesteps that is the loop; -1 before its first step.
         index: The scheduler's step index at the loop's start; None for a scheduler that counts no steps.
         own: How many passes lane 0 makes before another lane starts.
+        attributes: The networks' settings, as they were after the last network call; None where nothing is checked.
         running: The scheduler's attributes that its own step changes.
         generators: The generators among the call's arguments.
     """
@@ -47,6 +49,8 @@ class SharedCall:
         self.loop = -1
         self.index: int | None = None
         self.own = 1
+        networks = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
+        self.attributes = None if batching.check == "off" else Attributes(networks)
         self.running: set[str] = set()
         self.generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
 

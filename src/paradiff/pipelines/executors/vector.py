@@ -26,10 +26,10 @@ from paradiff.chain.table import column
 from paradiff.errors import Carried, MixedWindows, Unsupported
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
-from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_time
+from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
 from paradiff.pipelines.loop.ledger import Ledger, grown, ledger
 from paradiff.pipelines.loop.random_watch import RandomWatch
-from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, refuse_changes, seal, settings
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
@@ -77,6 +77,7 @@ class Vector:
     """
 
     _times: Windowed  # those of the present pass; set when the first windowed one begins
+    _settings: dict[str, Any]  # the scheduler's, at the loop's start
 
     def __init__(
         self, scheduler: Any, solver: LoopSolver, batching: Batching, generators: Sequence[torch.Generator] = ()
@@ -96,6 +97,7 @@ class Vector:
         for time in self._iterations.walk(timesteps, self._rounds):
             if not self._solver.started:
                 self._watch.mark()
+                self._settings = settings(self.scheduler)
             yield time
 
     def _rounds(self) -> Iterator[Tensor]:
@@ -150,7 +152,10 @@ class Vector:
         solver = self._solver
         if solver.interrupt is not None:
             solver.interrupt.release()
+        if not solver.started:
+            timesteps = self._iterations.begin()
         self._watch.check()
+        refuse_changes(self.scheduler, self._settings)
         if self._batching.check != "off":
             self._ledgers.append(ledger())
         if len(self._ledgers) == 3 and (path := grown(*self._ledgers)) is not None:
@@ -158,7 +163,7 @@ class Vector:
         if not solver.started:
             first = FirstStep(
                 scheduler=real_scheduler(self.scheduler),
-                timesteps=self._iterations.begin(),
+                timesteps=timesteps,
                 output=output,
                 sample=sample,
                 timestep=timestep,
@@ -169,6 +174,7 @@ class Vector:
                 solver.begin(first, repeat={"off": 0, "first": 1}.get(check, sys.maxsize))
             self._index = first_index(self.scheduler, first.timesteps[0])
             seal(self.scheduler, first.running())
+            self._settings = settings(self.scheduler)
         else:
             if not isinstance(output, Windowed) or not isinstance(sample, Windowed):
                 raise Unsupported("the loop steps a state that is not of its window")
@@ -177,6 +183,7 @@ class Vector:
                 given = timestep.window if isinstance(timestep, Windowed) else timestep
                 refuse_other_time(given, self._times.window)
             solver.first.check_options(kwargs)
+            refuse_other_generator(kwargs.get("generator"), solver.first.generator)
             with Modes.exact().entered():
                 solver.tell(output.window, sample.window, self._batching.eps)
         self._iterations.steps += 1

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from paradiff.pipelines.network.attributes import Attributes
 
 CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback"
 INTERRUPT = ("interrupt", "_interrupt")
@@ -37,6 +39,7 @@ class Callback:
     def __init__(self, pipeline: Any, function: Any) -> None:
         self._pipeline, self._function = pipeline, function
         self.error: BaseException | None = None
+        self._networks = Attributes(part for part in vars(pipeline).values() if isinstance(part, nn.Module))
         self._own: frozenset[str] | None = None  # the pipeline's attributes before the callback could add any
 
     @classmethod
@@ -72,13 +75,14 @@ class Callback:
         """Calls the callback with the final states `[n, ...]` of the nodes from `first` on, in order.
 
         Raises:
-            ValueError: If the callback changes the latents or the pipeline.
+            ValueError: If the callback changes the latents, the pipeline or a setting of its networks.
         """
         if self._own is None:
             self._own = frozenset(vars(self._pipeline))
         for k, state in enumerate(states):
             latents = state.to(self.dtype, copy=True)
             given, before = latents.clone(), _simple(self._pipeline)
+            self._networks.mark()
             step = first - 1 + k
             try:
                 returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
@@ -91,6 +95,7 @@ class Callback:
             own = self._own - {*INTERRUPT}
             changed = [name for name, value in after if name in own and before.get(name, value) != value]
             what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
+            what = what or self._networks.changed()
             if what:
                 raise ValueError(
                     f"{CALLBACK} changed {what} after step {step}; a parallel run has swept later steps already and cannot "

@@ -139,6 +139,21 @@ def refuse_other_time(given: Any, wanted: Tensor) -> None:
     raise Unsupported("the loop gives its scheduler's step another time than that of its pass")
 
 
+def refuse_other_generator(given: Any, wanted: Any) -> None:
+    """Refuses a step that draws from another generator than the step before.
+
+    Args:
+        given: The step's generator, a list of them, or None.
+        wanted: That of the step before.
+
+    Raises:
+        Unsupported: If they are others.
+    """
+    both = [leaf if isinstance(leaf, list | tuple) else [leaf] for leaf in (given, wanted)]
+    if len(both[0]) != len(both[1]) or any(a is not b for a, b in zip(*both, strict=True)):
+        raise Unsupported("the loop gives its scheduler's step another generator from pass to pass")
+
+
 def step_result(template: Any, sample: Tensor, real: Any = None) -> Any:
     """A step's result with `sample` as its new state.
 
@@ -171,8 +186,18 @@ def _alike(a: Any, b: Any) -> bool:
 class _Unread:
     """A field of a step's result that does not exist in a parallel run."""
 
-    def __getattr__(self, name: str) -> Any:
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise Unsupported("the loop reads more of a step's result than the new state")
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Unsupported("the loop reads more of a step's result than the new state")
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
 
 
 def _first_index(scheduler: Any, timesteps: Tensor) -> int:

@@ -10,6 +10,7 @@ left to the reader of the source (reader.py), and tensors to the audit.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import sys
 import types
@@ -33,12 +34,13 @@ FOREIGN = (
     "paradiff",
     "logging",
     "greenlet",
+    "threading",
     "builtins",
 )
 LEFT_OUT = {"scheduler", "_internal_dict", "_progress_bar_config", "__builtins__"}
 ITERATORS = tuple({type(iter(v)) for v in ([], (), range(1), {}, set(), "", {}.values(), {}.items(), deque())})
 
-Ledger = dict[str, int | str]
+Ledger = dict[str, int | float | str]
 """Numbers by their path from a variable, as `box.count` or `len(found)`."""
 
 
@@ -54,11 +56,11 @@ def ledger() -> Ledger:
                     for attribute, part in list(vars(value).items()):
                         if attribute not in LEFT_OUT:
                             _enter(f"{name}.{attribute}", part, 1, entries, seen)
-            elif not isinstance(value, int | str):
+            elif not isinstance(value, int | float | str):
                 _enter(name, value, 0, entries, seen)
         for name in frame.f_code.co_names:
             value = frame.f_globals.get(name)
-            if not callable(value) and not isinstance(value, int | str):
+            if not callable(value) and not isinstance(value, int | float | str):
                 _enter(name, value, 0, entries, seen)
     return entries
 
@@ -67,14 +69,27 @@ def grown(first: Ledger, second: Ledger, third: Ledger) -> str | None:
     """The first path whose number grew, or shrank, by the same amount from one pass to the next, twice."""
     for path, value in third.items():
         a, b = first.get(path), second.get(path)
-        if type(value) is int and type(a) is int and type(b) is int and value - b == b - a != 0:
+        numbers = [number for number in (a, b, value) if type(number) in (int, float)]
+        if len(numbers) == 3 and _steady(*numbers):
             return path
     return None
 
 
-def differing(one: Ledger, other: Ledger) -> str | None:
-    """The first path whose numbers differ."""
-    return next((path for path, value in one.items() if path in other and other[path] != value), None)
+def differing(one: Ledger, other: Ledger, granted: float = 0.0) -> str | None:
+    """The first path whose numbers differ; those that are no whole numbers by more than `granted`, relative to the larger."""
+    return next((path for path, value in one.items() if path in other and not _same(value, other[path], granted)), None)
+
+
+def _steady(a: float, b: float, c: float) -> bool:
+    """Whether three numbers are equally far apart."""
+    rounding = 0.0 if {type(a), type(b), type(c)} == {int} else 1e-9 * max(abs(a), abs(b), abs(c))
+    return abs((c - b) - (b - a)) <= rounding < abs(b - a)
+
+
+def _same(a: float | str, b: float | str, granted: float) -> bool:
+    if isinstance(a, str) or isinstance(b, str) or {type(a), type(b)} == {int}:
+        return a == b
+    return a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= granted * max(abs(a), abs(b))
 
 
 def _frames() -> Iterator[types.FrameType]:
@@ -94,12 +109,16 @@ def _frames() -> Iterator[types.FrameType]:
 
 def _enter(path: str, value: Any, depth: int, entries: Ledger, seen: set[int]) -> None:
     """Adds the numbers at and below a value."""
-    if isinstance(value, int):
+    if isinstance(value, int | float):
         entries[path] = value
         return
-    if len(entries) >= ENTRIES or isinstance(
-        value, float | str | bytes | complex | Tensor | nn.Module | type | types.ModuleType
-    ):
+    if isinstance(value, str):
+        entries[f"len({path})"] = len(value)
+        return
+    if type(value) is Tensor and value.ndim == 0 and value.device.type == "cpu" and not value.is_complex():
+        entries[path] = value.item()
+        return
+    if len(entries) >= ENTRIES or isinstance(value, bytes | complex | Tensor | nn.Module | type | types.ModuleType):
         return
     if value is None or id(value) in seen:
         return
@@ -136,3 +155,9 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value.__self__
     elif type(value).__module__.split(".")[0] not in FOREIGN and not hasattr(value, "set_timesteps"):
         yield from ((f"{path}.{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))
+        slots = [name for cls in type(value).__mro__ for name in _listed(vars(cls).get("__slots__", ()))]
+        yield from ((f"{path}.{name}", getattr(value, name)) for name in slots if hasattr(value, name))
+
+
+def _listed(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

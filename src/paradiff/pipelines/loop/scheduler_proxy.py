@@ -93,6 +93,47 @@ def seal(proxy: Any, names: set[str]) -> None:
     vars(proxy).update({name: _Sealed(name) for name in names})
 
 
+def settings(proxy: Any) -> dict[str, Any]:
+    """A proxy's attributes, its configuration among them, as `refuse_changes` compares them; without its step index."""
+    own = {OWN, "_step_index", *vars(proxy)[OWN]}
+    return {name: _setting(value) for name, value in vars(proxy).items() if name not in own}
+
+
+def refuse_changes(proxy: Any, before: dict[str, Any]) -> None:
+    """Refuses a loop that changes its scheduler, since its chain was probed before.
+
+    Args:
+        proxy: The proxy.
+        before: Its `settings` at the loop's start.
+
+    Raises:
+        Unsupported: If they are others.
+    """
+    now = settings(proxy)
+    for name in {**before, **now}:
+        if name not in before or name not in now or not _alike(before[name], now[name]):
+            what = "configuration" if name == "_internal_dict" else name
+            raise Unsupported(f"the loop changes the {what} of its scheduler")
+
+
+def _setting(value: Any) -> Any:
+    """A value with what tells a change of it in place: a tensor's version, or a copy of a container."""
+    if isinstance(value, Tensor):
+        return value, -1 if value.is_inference() else value._version
+    return copy.copy(value) if type(value) in (list, set, deque) else dict(value) if isinstance(value, dict) else value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and a and isinstance(a[0], Tensor):
+        return a[0] is b[0] and a[1] == b[1]
+    if a is b:
+        return True
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except (ValueError, RuntimeError):  # arrays of several values
+        return False
+
+
 class _Sealed:
     """An attribute of a scheduler that has no value in a parallel run."""
 
