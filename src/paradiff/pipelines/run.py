@@ -37,6 +37,7 @@ from paradiff.pipelines.loop.whole_call import call_and_last_state, difference
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching, Check
 from paradiff.pipelines.network.hooks import stateful_hooks
+from paradiff.pipelines.network.memory import users_methods
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
 from paradiff.pipelines.tensor.windowed import Windowed, first_line
@@ -394,7 +395,8 @@ class Run:
         pipeline, scheduler, interrupt = self.pipeline, cast(Any, self.pipeline).scheduler, solver.interrupt
         assert interrupt is not None
         if self.settings.check != "off":
-            batching.hooks = hooks_memory(self._modules())
+            batching.readers = users_methods(self._plain_class)
+            batching.hooks = hooks_memory(self._modules(), batching.readers)
         with boundary.install(self._modules().values(), batching) as installed:
             if executor == "lanes":
                 interrupt.clear()  # Each lane clears that of its own copy of the pipeline.

@@ -47,11 +47,11 @@ class Beginning:
         self._random.restore()
 
 
-def hooks_memory(networks: Mapping[str, nn.Module]) -> Memory | None:
+def hooks_memory(networks: Mapping[str, nn.Module], readers: list[types.FunctionType]) -> Memory | None:
     """The memory of the functions that torch calls before and after the networks; None if there are none."""
     hooks = [(f"a hook of the {name}", hook) for name, network in networks.items() for hook in call_hooks(network)]
     inside = [module for network in networks.values() for module in network.modules()]
-    return Memory(hooks, leave=inside) if hooks else None
+    return Memory(hooks, leave=inside, readers=readers) if hooks else None
 
 
 @dataclass

@@ -22,13 +22,21 @@ from torch.utils import _pytree
 from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
-from paradiff.pipelines.executors.shared_call import Shape, SharedCall
+from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
 from paradiff.pipelines.loop.ledger import Ledger, differing, ledger
 from paradiff.pipelines.loop.random_watch import RandomWatch
-from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, refuse_changes, seal, settings
+from paradiff.pipelines.loop.scheduler_proxy import (
+    first_index,
+    make_proxy,
+    place,
+    real_scheduler,
+    refuse_changes,
+    seal,
+    settings,
+)
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 
@@ -62,6 +70,9 @@ class Lane(greenlet.greenlet):
         sample: The sample that the loop gave its step.
         audited: Whether the present pass is compared with that of another lane.
         ledger: What the loop counts and collects (ledger.py), at the step of an audited pass.
+        results: What the network calls of the present pass returned, each with its signature.
+        replayed: What those of a dry pass return, in place of zeros.
+        ending: The sample, which the step of the last dry pass returns; None before it.
         modes: torch's modes within the lane.
     """
 
@@ -88,6 +99,9 @@ class Lane(greenlet.greenlet):
         self.output: Any = None
         self.sample: Any = None
         self.audited, self.ledger = False, Ledger()
+        self.results: list[Result] = []
+        self.replayed = deque[Result]()
+        self.ending: Tensor | None = None
         self._inside = self._over = self._leading = False
         self._iterations = Iterations()
         self._begun = 0
@@ -119,7 +133,7 @@ class Lane(greenlet.greenlet):
             if position == 0 and not self._inside:
                 watch = RandomWatch(self._generators)
                 self._marks[id(timesteps)] = number, len(self._shared.log.entries), watch, scope
-                self._calls, self._stepped = [], False
+                self._calls, self._stepped, self.results = [], False, []
                 self._settings = settings(self.scheduler)
             yield time
 
@@ -155,6 +169,10 @@ class Lane(greenlet.greenlet):
         self.walked = range(0) if dry else range(self.walked.start if straight else node, node + 1)
         self.seen.add(node)
         self.node, self.dry = node, dry
+        if self.number or node:
+            self.results = []
+        if dry and self._handed is None:
+            self.replayed = deque(self._shared.first_results)
 
     def count(self, iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
         """`enumerate`, which numbers the loop's times by their nodes."""
@@ -193,8 +211,10 @@ class Lane(greenlet.greenlet):
             raise Unsupported("the call comes to its loop with another state when it is made again")
         if not self.dry:
             self.output, self.sample = output, sample
-            self.ledger = ledger() if self.audited else {}
+            self.ledger = ledger(tensors=True) if self.audited else {}
             self._wait()
+        elif self.ending is not None:
+            self.state = self.ending
         assert self.state is not None
         if shared.index is not None:
             place(self.scheduler, shared.index + self.node + 1)
@@ -218,6 +238,7 @@ class Lane(greenlet.greenlet):
         first = FirstStep(
             scheduler=scheduler, timesteps=timesteps, output=output, sample=sample, timestep=timestep, kwargs=kwargs
         )
+        shared.first_results = list(self.results)
         with Modes.exact().entered():
             shared.solver.begin(first, own=shared.own)
         shared.index = first_index(self.scheduler, timesteps[0])
@@ -253,15 +274,19 @@ class Lane(greenlet.greenlet):
                 shared.attributes.mark()
             if not self._inside:
                 shared.log.add(call.signature, output)
+                self.results.append((call.signature, output))
             return output
+        if self.dry and self.replayed and self.replayed[0][0] == call.signature:
+            return _pytree.tree_map_only(Tensor, torch.clone, self.replayed.popleft()[1])
         if self.dry:
             return _pytree.tree_map_only(Shape, Shape.zeros, shared.shapes[call.signature])
         self.call = call
-        before = ledger() if self.audited else {}
+        before = ledger() if shared.attributes is not None else {}
         self._wait()
         if before and (path := differing(before, ledger())) is not None:
             raise Carried(f"{KEEPS}: {path} is set by each pass, in an object that the states of a window share")
         self.call, result, self.result = None, self.result, None
+        self.results.append((call.signature, _pytree.tree_map_only(Tensor, torch.clone, result)))
         return result
 
     def end(self) -> None:

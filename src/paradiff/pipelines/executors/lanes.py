@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,12 +133,17 @@ class Lockstep:
                 raise Unsupported("its loop took no step")
             while not self.solver.done:
                 self._round()
+            last = self.solver.ended - 1
+            made = next((lane for lane in self.lanes if lane.node == last and not lane.dry), None)
+            ending = None if made is None else (made.state, list(made.results))
             if self.coalescer.batching.check != "off" and self.solver.width > 1 and not self.solver.interrupted:
                 self._close()
             self.coalescer.batching.looping = False
-            last = self.solver.ended - 1
             first.state = self.solver.final
-            first.turns.extend([] if first.node == last else [(last, True)])
+            if first.node != last:
+                first.turns.append((last, True))
+                if ending is not None:  # What the loop leaves behind is that of its last pass.
+                    first.state, first.ending, first.replayed = ending[0], self.solver.final, deque(ending[1])
             self._resume(first)
             assert first.dead
             self._keep(first)

@@ -31,6 +31,7 @@ class SharedCall:
         greenlet: The greenlet that resumes the lanes.
         log: The outputs of the networks that lane 0 called before its loop.
         shapes: The outputs of the network calls in the loop, by signature, as `Shape` in place of tensors.
+        first_results: What the network calls of lane 0's first pass returned.
         order: Pairs of networks `(id, id)` of which a pass calls the first one earlier.
         loop: The number of the iteration over the timesteps that is the loop; -1 before its first step.
         index: The scheduler's step index at the loop's start; None for a scheduler that counts no steps.
@@ -45,6 +46,7 @@ class SharedCall:
         self.greenlet = greenlet.getcurrent()
         self.log = Log()
         self.shapes: dict[tuple[Any, ...], Any] = {}
+        self.first_results: list[Result] = []
         self.order: set[tuple[int, int]] = set()
         self.loop = -1
         self.index: int | None = None
@@ -62,6 +64,10 @@ class SharedCall:
         """Keeps the shapes of a network call's output."""
         if call.signature not in self.shapes:
             self.shapes[call.signature] = _pytree.tree_map_only(Tensor, Shape, output)
+
+
+Result = tuple[tuple[Any, ...], Any]
+"""The signature of a network call, and what it returned."""
 
 
 class Log:

@@ -29,7 +29,15 @@ from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
 from paradiff.pipelines.loop.ledger import Ledger, grown, ledger
 from paradiff.pipelines.loop.random_watch import RandomWatch
-from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, refuse_changes, seal, settings
+from paradiff.pipelines.loop.scheduler_proxy import (
+    first_index,
+    make_proxy,
+    place,
+    real_scheduler,
+    refuse_changes,
+    seal,
+    settings,
+)
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching

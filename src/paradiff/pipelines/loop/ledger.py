@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 DEPTH, ITEMS, ENTRIES = 4, 32, 4000
 """Containers or objects that are entered one within the other; items that are read of each; entries in all."""
+LARGE = 2**24
+"""Numbers of the largest tensor whose norm is taken."""
 FOREIGN = (
     "torch",
     "numpy",
@@ -44,9 +46,13 @@ Ledger = dict[str, int | float | str]
 """Numbers by their path from a variable, as `box.count` or `len(found)`."""
 
 
-def ledger() -> Ledger:
-    """The numbers within reach of the pipeline call that runs in this thread, or greenlet, above the caller."""
-    entries: Ledger = {}
+def ledger(*, tensors: bool = False) -> Ledger:
+    """The numbers within reach of the pipeline call that runs in this thread, or greenlet, above the caller.
+
+    Args:
+        tensors: Whether to add the norms of tensors within containers and objects. Waits for the device.
+    """
+    entries = _Entries(tensors=tensors)
     seen: set[int] = set()
     for frame in _frames():
         for name, value in list(frame.f_locals.items()):
@@ -63,6 +69,14 @@ def ledger() -> Ledger:
             if not callable(value) and not isinstance(value, int | float | str):
                 _enter(name, value, 0, entries, seen)
     return entries
+
+
+class _Entries(Ledger):
+    """A ledger that is being made."""
+
+    def __init__(self, *, tensors: bool) -> None:
+        super().__init__()
+        self.tensors = tensors
 
 
 def grown(first: Ledger, second: Ledger, third: Ledger) -> str | None:
@@ -107,7 +121,7 @@ def _frames() -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
-def _enter(path: str, value: Any, depth: int, entries: Ledger, seen: set[int]) -> None:
+def _enter(path: str, value: Any, depth: int, entries: _Entries, seen: set[int]) -> None:
     """Adds the numbers at and below a value."""
     if isinstance(value, int | float):
         entries[path] = value
@@ -117,6 +131,9 @@ def _enter(path: str, value: Any, depth: int, entries: Ledger, seen: set[int]) -
         return
     if type(value) is Tensor and value.ndim == 0 and value.device.type == "cpu" and not value.is_complex():
         entries[path] = value.item()
+        return
+    if entries.tensors and depth and type(value) is Tensor and value.is_floating_point() and value.numel() <= LARGE:
+        entries[f"the norm of {path}"] = float(value.detach().norm())
         return
     if len(entries) >= ENTRIES or isinstance(value, bytes | complex | Tensor | nn.Module | type | types.ModuleType):
         return

@@ -29,6 +29,7 @@ class LoopSource:
         gradients: Lines that compute gradients.
         numpy: Lines that leave torch.
         random: Lines that draw random numbers.
+        left: Names of values that are set in some passes only and read after the loop.
         carried: Names of values that one pass sets and the next one reads, except the state and values that callbacks replace.
     """
 
@@ -40,6 +41,7 @@ class LoopSource:
     numpy: list[str]
     random: list[str]
     carried: list[str]
+    left: list[str]
 
 
 def read_loops(pipeline: type) -> list[LoopSource]:
@@ -54,6 +56,27 @@ def read_loops(pipeline: type) -> list[LoopSource]:
         seen.update(names)
         names = [name for name in dict.fromkeys(name for source in sources for name in source.called()) if name not in seen]
     return []
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def collected(pipeline: type) -> list[str]:
+    """Clauses against loops that hand on what each of their passes makes, which a parallel run does not make in order."""
+    found, seen, names = [], set[str](), ["__call__"]
+    while names:
+        name = names.pop()
+        seen.add(name)
+        source = MethodSource.of(pipeline, name)
+        if source is None:
+            continue
+        names += [other for other in source.called() if other not in seen and other not in names]
+        for node in ast.walk(source.tree):
+            if isinstance(node, COMPREHENSIONS) and any(syntax.steps(node)):
+                found.append(f"its loop is a comprehension, which keeps the states of all passes: {source.line(node)}")
+        if source.loops() and any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(source.tree)):
+            found.append(f"its loop yields the states of its passes to another function: {name}")
+    return found
 
 
 _PARSER = threading.Lock()  # CPython builds one syntax tree at a time (gh-106905)
@@ -126,6 +149,7 @@ class MethodSource:
             numpy=self._unique([n for n in syntax.body(loop) if syntax.is_named(n, "np") or syntax.is_named(n, "numpy")]),
             random=self._unique([n for n in syntax.body(loop) if isinstance(n, ast.Call) and syntax.last(n.func) in RANDOM]),
             carried=self._carried(loop),
+            left=self._left(loop),
         )
 
     def _unique(self, nodes: list[Any]) -> list[str]:
@@ -185,6 +209,39 @@ class MethodSource:
         if len(carried) == 1 and not any(syntax.steps(loop)) and self._advanced(carried[0], stores):
             return []
         return carried
+
+    def _left(self, loop: ast.For) -> list[str]:
+        """Names that are set in some passes only, and read after the loop but not in another branch of it."""
+        stores: dict[str, list[ast.Name]] = {}
+        for node in syntax.names(loop, ast.Store):
+            stores.setdefault(node.id, []).append(node)
+        state = {name.id for step in syntax.steps(loop) for name in ast.walk(step) if isinstance(name, ast.Name)}
+        sometimes = [
+            name
+            for name, nodes in stores.items()
+            if name not in state and all(self._in_a_branch(n, loop) and not self._uncounted(n, loop) for n in nodes)
+        ]
+        last = loop.end_lineno or loop.lineno
+        later = [
+            node
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Name) and node.id in sometimes and node.lineno > last and not self._put_away(node)
+        ]
+        first: dict[str, ast.Name] = {}
+        for node in sorted(later, key=lambda node: (node.lineno, isinstance(node.ctx, ast.Store), node.col_offset)):
+            first.setdefault(node.id, node)
+        return [name for name in sometimes if name in first and isinstance(first[name].ctx, ast.Load)]
+
+    def _put_away(self, node: ast.Name) -> bool:
+        """Whether a value is only compared with None, or told something, as in `cache.clear()`."""
+        above = self.parents[node]
+        if isinstance(above, ast.Compare):
+            return all(isinstance(part, ast.Is | ast.IsNot) for part in above.ops)
+        call = self.parents.get(above)
+        return isinstance(above, ast.Attribute) and isinstance(call, ast.Call) and isinstance(self.parents.get(call), ast.Expr)
+
+    def _in_a_branch(self, node: ast.AST, loop: ast.For) -> bool:
+        return any(isinstance(above, ast.If | ast.Try | ast.While | ast.Match) for above in self._above(node, loop))
 
     def _advanced(self, name: str, stores: list[ast.Name]) -> bool:
         """Whether a name is set by calls that are given it alone, as `x = self.advance(v, t, x)` sets the state."""

@@ -7,7 +7,7 @@ so if it uses the counter for nothing but a progress bar, a callback or a log.
 
 from __future__ import annotations
 
-from paradiff.pipelines.loop.reader import read_loops
+from paradiff.pipelines.loop.reader import collected, read_loops
 
 
 def reads_index(pipeline: type) -> list[str] | None:
@@ -29,7 +29,8 @@ def obstacles(pipeline: type) -> list[str]:
         found += [f"its loop leaves torch for numpy: {line}" for line in loop.numpy[:1]]
         found += [f"its loop draws random numbers: {line}" for line in loop.random[:1]]
         found += [f"its passes leave {', '.join(coupled)} to the next one"] if coupled else []
-    return list(dict.fromkeys(found))
+        found += [f"one of its passes leaves {', '.join(loop.left)} to what follows the loop"] if loop.left else []
+    return list(dict.fromkeys([*found, *collected(pipeline)]))
 
 
 def outer_loops(pipeline: type) -> list[str]:

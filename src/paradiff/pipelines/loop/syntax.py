@@ -61,9 +61,9 @@ def over_timesteps(loop: ast.For) -> bool:
     return any("timesteps" in last(node) for node in ast.walk(loop.iter))
 
 
-def steps(loop: ast.For, inner: bool = True) -> Iterator[ast.Call]:
+def steps(loop: ast.For | ast.expr, inner: bool = True) -> Iterator[ast.Call]:
     """The calls of a scheduler's `step` in a loop's body; with `inner` False, without those in inner loops."""
-    waiting: list[ast.AST] = list(loop.body)
+    waiting: list[ast.AST] = list(loop.body) if isinstance(loop, ast.For) else [loop]
     while waiting:
         node = waiting.pop(0)
         if (

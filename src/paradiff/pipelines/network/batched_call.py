@@ -283,7 +283,7 @@ class _WindowCall:
         change = None if self.batching.hooks is None else self.batching.hooks.influence()
         output: list[Tensor] | None = None
         for state in () if change is not None else (w, (w + 1) % self.states):
-            memory = Memory([(self.name, self.forward)])
+            memory = Memory([(self.name, self.forward)], readers=self.batching.readers)
             found = self._taken(self._alone(state, check=True), 1)[1]
             output = found if output is None else output
             change = memory.influence()

@@ -7,6 +7,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -36,6 +37,7 @@ class Batching:
         checks: The calls among them that evaluate one state again, to compare it.
         seconds: Duration of these calls, as seen from the host: on an asynchronous device that of their launch.
         looping: Whether the loop runs; network calls before and after it are not counted.
+        readers: The pipeline's own methods, which may read what a network keeps; without those of diffusers.
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
         layouts: How networks lay out their inputs where the rule of batched_call.py does not hold, by the signature of a call.
         eps: That of the coarsest dtype in which a network was computed so far; 0 before the first call.
@@ -55,6 +57,7 @@ class Batching:
         self.seconds = self.eps = 0.0
         self.looping = False
         self.hooks: Memory | None = None
+        self.readers: list[FunctionType] = []
         self._inside = False
         self.layouts: dict[Any, dict[int, int | None]] = {}
         self._widest = 0

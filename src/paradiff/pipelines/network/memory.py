@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import inspect
 import io
 import random
 import sys
@@ -85,9 +86,18 @@ class Memory:
         roots: Networks, functions and containers, each with its name.
         owners: Objects, such as pipelines, of which all attributes are recorded.
         leave: Objects that the walk leaves out.
+        readers: Further functions that may read what is kept: a loop's.
     """
 
-    def __init__(self, roots: Iterable[tuple[str, Any]], *, owners: Iterable[Any] = (), leave: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        roots: Iterable[tuple[str, Any]],
+        *,
+        owners: Iterable[Any] = (),
+        leave: Iterable[Any] = (),
+        readers: Iterable[types.FunctionType] = (),
+    ) -> None:
+        self._readers = list(readers)
         self._seen: dict[int, Any] = {id(value): value for value in leave}
         self._holders: list[Holder] = []
         self._saved: dict[int, Saved] = {}
@@ -114,7 +124,11 @@ class Memory:
         A number, a text or a list that no function reads is harmless. A tensor that is kept is not, since the loop may read it.
         """
         for change in self._changes():
-            if not change.silent or not change.name or any(is_read(change.name, function) for function in self._functions):
+            if (
+                not change.silent
+                or not change.name
+                or any(is_read(change.name, function) for function in [*self._functions, *self._readers])
+            ):
                 return change
         return None
 
@@ -313,6 +327,12 @@ class Memory:
                         self._reached.add((id(owner), name))
                         self._visit(_function(part), f"{path}.{name}", name)
         return len(self._reached) > before
+
+
+def users_methods(cls: type) -> list[types.FunctionType]:
+    """The methods of a class that are of no known library."""
+    members = [_function(part) for owner in cls.__mro__ if _is_users(owner.__module__) for part in vars(owner).values()]
+    return [part for part in map(inspect.unwrap, filter(callable, members)) if isinstance(part, types.FunctionType)]
 
 
 def _is_users(module: str | None) -> bool:
