@@ -32,7 +32,10 @@ import paradiff
 
 STEPS = 30
 
-HISTORY = "keeps something from one pass to the next|leave .* to the next one|counts its passes|collects"
+HISTORY = (
+    "keeps something from one pass to the next|which the states of a window share|leave .* to the next one|counts its passes"
+    "|collects"
+)
 UNBOUND = "|UnboundLocalError|NameError|AttributeError|KeyError|IndexError|TypeError|ValueError|StopIteration"
 
 IN_WINDOWS = (

@@ -90,8 +90,9 @@ def test_what_an_earlier_pass_made_is_found_in_lanes(kind: str, begin: int) -> N
 
 
 @pytest.mark.parametrize("place", ["network", "processor", "module global"])
-def test_what_lanes_share_is_found_by_the_pipelines_own_second_pass(place: str) -> None:
-    verdict = judged(made("keep", "made at", place, method="quasi_newton, loose", indexed=True))
+@pytest.mark.parametrize("begin", [0, 1, 5])
+def test_what_lanes_share_is_found(place: str, begin: int) -> None:
+    verdict = judged(made("keep", "made at", place, begin=begin, method="quasi_newton, loose", indexed=True))
     assert verdict.kind == "refused", verdict.text
 
 
@@ -128,7 +129,7 @@ def test_differences_are_relative_to_the_members_and_rounding_is_that_of_the_dty
 
 
 def test_a_difference_beyond_rounding_is_not_granted() -> None:
-    verdict = judged(made("keep", "made once", "object", executor="lanes", method="parasolver, tight"))
+    verdict = judged(made("keep", "previous output", "object", executor="lanes", method="parasolver, tight"))
     assert "where rounding explains 9.7e-05" in verdict.text
 
 

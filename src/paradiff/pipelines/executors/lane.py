@@ -26,7 +26,7 @@ from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
-from paradiff.pipelines.loop.ledger import Ledger, differing, ledger
+from paradiff.pipelines.loop.ledger import Ledger, differing, ledger, variables
 from paradiff.pipelines.loop.random_watch import RandomWatch
 from paradiff.pipelines.loop.scheduler_proxy import (
     first_index,
@@ -108,6 +108,7 @@ class Lane(greenlet.greenlet):
         self._marks: dict[int, tuple[int, int, RandomWatch, Scope | None]] = {}
         self._stepped = True
         self._settings: dict[str, Any] = {}
+        self._variables: dict[int, Any] = {}
         self._drawn_from: tuple[Any] | None = None
         self._time: Tensor | None = None
         self._handed: Tensor | None = None
@@ -134,7 +135,7 @@ class Lane(greenlet.greenlet):
                 watch = RandomWatch(self._generators)
                 self._marks[id(timesteps)] = number, len(self._shared.log.entries), watch, scope
                 self._calls, self._stepped, self.results = [], False, []
-                self._settings = settings(self.scheduler)
+                self._settings, self._variables = settings(self.scheduler), variables()
             yield time
 
     def _passes(self) -> Iterator[Tensor]:
@@ -143,7 +144,7 @@ class Lane(greenlet.greenlet):
         if not self._inside:
             self._inside = True
             seal(self.scheduler, shared.running)
-            self._settings = settings(self.scheduler)
+            self._settings, self._variables = settings(self.scheduler), variables()
             if self._played != len(shared.log.entries):
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
@@ -211,7 +212,7 @@ class Lane(greenlet.greenlet):
             raise Unsupported("the call comes to its loop with another state when it is made again")
         if not self.dry:
             self.output, self.sample = output, sample
-            self.ledger = ledger(tensors=True) if self.audited else {}
+            self.ledger = ledger(tensors=self._variables) if self.audited else {}
             self._wait()
         elif self.ending is not None:
             self.state = self.ending
@@ -281,9 +282,9 @@ class Lane(greenlet.greenlet):
         if self.dry:
             return _pytree.tree_map_only(Shape, Shape.zeros, shared.shapes[call.signature])
         self.call = call
-        before = ledger() if shared.attributes is not None else {}
+        before = ledger(identities=True) if shared.attributes is not None else {}
         self._wait()
-        if before and (path := differing(before, ledger())) is not None:
+        if before and (path := differing(before, ledger(identities=True))) is not None:
             raise Carried(f"{KEEPS}: {path} is set by each pass, in an object that the states of a window share")
         self.call, result, self.result = None, self.result, None
         self.results.append((call.signature, _pytree.tree_map_only(Tensor, torch.clone, result)))

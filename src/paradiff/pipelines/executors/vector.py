@@ -160,8 +160,7 @@ class Vector:
         solver = self._solver
         if solver.interrupt is not None:
             solver.interrupt.release()
-        if not solver.started:
-            timesteps = self._iterations.begin()
+        timesteps = solver.first.timesteps if solver.started else self._iterations.begin()
         self._watch.check()
         refuse_changes(self.scheduler, self._settings)
         if self._batching.check != "off":

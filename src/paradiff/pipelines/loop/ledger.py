@@ -15,7 +15,7 @@ import operator
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -46,16 +46,20 @@ Ledger = dict[str, int | float | str]
 """Numbers by their path from a variable, as `box.count` or `len(found)`."""
 
 
-def ledger(*, tensors: bool = False) -> Ledger:
+def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False) -> Ledger:
     """The numbers within reach of the pipeline call that runs in this thread, or greenlet, above the caller.
 
     Args:
-        tensors: Whether to add the norms of tensors within containers and objects. Waits for the device.
+        tensors: Objects by identity (`variables`), of which the norms of the tensors within are added, and of those within the
+            pipeline's attributes. Waits for the device. None for no norms.
+        identities: Whether to add which tensors are within containers and objects, or that there are none.
     """
-    entries = _Entries(tensors=tensors)
+    entries = _Entries()
+    entries.identities = identities
     seen: set[int] = set()
     for frame in _frames():
         for name, value in list(frame.f_locals.items()):
+            entries.tensors = tensors is not None and (isinstance(value, DiffusionPipeline) or id(value) in tensors)
             if isinstance(value, DiffusionPipeline):
                 if id(value) not in seen:
                     seen.add(id(value))
@@ -64,6 +68,7 @@ def ledger(*, tensors: bool = False) -> Ledger:
                             _enter(f"{name}.{attribute}", part, 1, entries, seen)
             elif not isinstance(value, int | float | str):
                 _enter(name, value, 0, entries, seen)
+        entries.tensors = False
         for name in frame.f_code.co_names:
             value = frame.f_globals.get(name)
             if not callable(value) and not isinstance(value, int | float | str):
@@ -74,16 +79,21 @@ def ledger(*, tensors: bool = False) -> Ledger:
 class _Entries(Ledger):
     """A ledger that is being made."""
 
-    def __init__(self, *, tensors: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.tensors = tensors
+        self.tensors = self.identities = False
+
+
+def variables() -> dict[int, Any]:
+    """What the variables of the pipeline call above the caller refer to, by identity."""
+    return {id(value): value for frame in _frames() for value in frame.f_locals.values() if not isinstance(value, Tensor)}
 
 
 def grown(first: Ledger, second: Ledger, third: Ledger) -> str | None:
     """The first path whose number grew, or shrank, by the same amount from one pass to the next, twice."""
     for path, value in third.items():
         a, b = first.get(path), second.get(path)
-        numbers = [number for number in (a, b, value) if type(number) in (int, float)]
+        numbers = [number for number in (a, b, value) if isinstance(number, int | float)]
         if len(numbers) == 3 and _steady(*numbers):
             return path
     return None
@@ -131,6 +141,9 @@ def _enter(path: str, value: Any, depth: int, entries: _Entries, seen: set[int])
         return
     if type(value) is Tensor and value.ndim == 0 and value.device.type == "cpu" and not value.is_complex():
         entries[path] = value.item()
+        return
+    if entries.identities and depth and (value is None or isinstance(value, Tensor)):
+        entries[path] = "nothing" if value is None else f"tensor {id(value)}"
         return
     if entries.tensors and depth and type(value) is Tensor and value.is_floating_point() and value.numel() <= LARGE:
         entries[f"the norm of {path}"] = float(value.detach().norm())

@@ -41,7 +41,8 @@ class Attributes:
                         self._containers.append(value)
                     elif not isinstance(value, nn.Module | Tensor | type) and _has_attributes(value):
                         self._owners.append((f"{path}.{key}", vars(value)))
-        self.mark()
+        self._marked = self._read()
+        self._keys = [list(values) for _, values in self._owners]
 
     def mark(self) -> None:
         """Takes the present settings."""

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loops of further kinds: each gives the plain call's sample in parallel, or is refused for its own reason."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from adversary import Adversary, Net
+
+from paradiff import parallelize, parasolver
+from paradiff.pipelines.loop.source import obstacles
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
+
+ON_12 = "\n        if i == 12: self.scheduler."
+PLAIN = """
+def loop(self, x, generator):
+    SETUP
+    for i, t in enumerate(self.scheduler.timesteps):
+        BEFORE
+        v = self.net(x, t)
+        WITHIN
+        x = self.scheduler.step(v, t, x)[0]
+        AFTER
+    return x RESULT
+"""
+
+
+def written(**parts: str) -> str:
+    """PLAIN with these parts."""
+    text = PLAIN
+    for name in ("setup", "before", "within", "after"):
+        text = text.replace(name.upper(), parts.get(name, "pass"))
+    return text.replace(" RESULT", parts.get("result", ""))
+
+
+HELPERS = {
+    "helper": "def advance(self, v, t, x):\n    return self.scheduler.step(v, t, x)[0]\n"
+    "def loop(self, x, generator):\n    for t in self.scheduler.timesteps:\n"
+    "        x = self.advance(self.net(x, t), t, x)\n    return x\n",
+    "step by another name": "def loop(self, x, generator):\n    step = self.scheduler.step\n"
+    "    for t in self.scheduler.timesteps:\n        v = self.net(x, t); x = step(v, t, x)[0]\n    return x\n",
+}
+FOLLOWED = {
+    "last output": written(result="- 0.1 * v"),
+    "last output in an object": written(setup="box = SimpleNamespace(v=None)", within="box.v = v", result="- 0.1 * box.v"),
+    "last state": written(before="old = x", result="+ 0.3 * (x - old)"),
+    "state before the step by the network": written(before="x = x + 0.1 * self.net(x, t)", within="v = v * (1 - 0.01 * i)"),
+}
+REFUSED = {
+    "number": (written(setup="box = SimpleNamespace(k=0.0)", within="box.k += 0.5; v = v if box.k < 6 else 0.8 * v"), "box.k"),
+    "text": (
+        written(setup="box = SimpleNamespace(s='')", within="box.s += 'a'; v = v if len(box.s) < 12 else 0.8 * v"),
+        "box.s",
+    ),
+    "tensor": (written(setup="n = torch.zeros(())", within="n.add_(1); v = torch.where(n > 12, 0.8, 1.0) * v"), "n (grows|is)"),
+    "sum of states": (
+        written(setup="box = SimpleNamespace(s=0 * x)", after="box.s = box.s + x", result="+ 0.02 * box.s"),
+        "the norm of box.s",
+    ),
+    "one state": (written(after="\n        if i == 12:\n            mid = x", result="+ mid"), "leaves mid to what follows"),
+    "comprehension": (
+        "def loop(self, x, generator):\n"
+        "    out = [x := self.scheduler.step(self.net(x, t), t, x)[0] for t in self.scheduler.timesteps]\n"
+        "    return out[-1] + 0.1 * torch.stack(out).mean(0)\n",
+        "keeps the states of all passes",
+    ),
+    "generator function": (
+        "def states(self, x):\n    for t in self.scheduler.timesteps:\n"
+        "        x = self.scheduler.step(self.net(x, t), t, x)[0]\n        yield x\n"
+        "def loop(self, x, generator):\n    total = 0\n    for x in self.states(x):\n        total = total + x\n"
+        "    return x + 0.02 * total\n",
+        "yields the states of its passes",
+    ),
+    "network's setting": (written(before="self.net.gain = 0.6 if 5 <= i < 9 else 1.0"), "Gained.gain of a network"),
+    "shared setting": (
+        written(before="STORE['w'] = 0.7 if 5 <= i < 9 else 1.0", within="v = v * STORE['w']"),
+        "STORE.'w'. is set",
+    ),
+    "levels": (
+        written(before=ON_12 + "alphas_cumprod = self.scheduler.alphas_cumprod ** 1.1"),
+        "alphas_cum",
+    ),
+    "levels in place": (
+        written(before=ON_12 + "alphas_cumprod.pow_(1.1)"),
+        "alphas_cumprod of its",
+    ),
+    "configuration": (
+        written(before=ON_12 + "register_to_config(clip_sample=True)"),
+        "the configuration of its scheduler",
+    ),
+    "clean data": (
+        written().replace("x = self.scheduler.step(v, t, x)[0]", "o = self.scheduler.step(v, t, x); x = o[0] + 0.02 * o[1]"),
+        "reads more of a step's result",
+    ),
+    "fresh generators": (
+        written().replace("step(v, t, x)", "step(v, t, x, generator=torch.Generator().manual_seed(i))"),
+        "another generator from pass to pass",
+    ),
+    "times as numbers": (written().replace("timesteps)", "timesteps.tolist())"), "does not walk over scheduler.timesteps"),
+}
+
+
+class Gained(Net):
+    """A network with a setting and optional arguments."""
+
+    gain: float
+    seen: list[float]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.seen = 1.0, []
+
+    def forward(self, x: torch.Tensor, t: Any, scale: float = 1.0, shift: Any = None) -> torch.Tensor:
+        v = scale * self.gain * super().forward(x, torch.as_tensor(t))
+        return v if shift is None else v + shift
+
+
+class Listing(Gained):
+    """A network that lists what it gave, and reads none of it."""
+
+    def forward(self, x: torch.Tensor, t: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        v = super().forward(x, t)
+        self.seen.append(float(v.mean()))
+        return v
+
+
+def both(text: str, executor: Any, scheduler: Any, network: Any = Gained) -> tuple[Any, Any, Any]:
+    """The plain sample, the parallel one, and the report."""
+    kind = Adversary.of(text)
+    calls: list[Any] = []
+    call: Any = None
+    for parallel in (False, True):
+        pipe = kind(network(), scheduler())
+        call = parallelize(pipe, parasolver(tolerance=1e-4), executor=executor) if parallel else pipe
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            calls.append(call(generator=torch.Generator().manual_seed(3)))
+    return calls[0], calls[1], call.report
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("name", HELPERS)
+def test_a_step_in_a_helper_is_followed(name: str, executor: Any) -> None:
+    plain, found, report = both(HELPERS[name], executor, lambda: diffusers.DDIMScheduler(clip_sample=False))
+    assert report.executor == executor, report.warnings
+    assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_the_last_pass_leaves_is_that_of_the_plain_call(name: str) -> None:
+    plain, found, report = both(FOLLOWED[name], "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert report.executor == "lanes", report.warnings
+    assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_loop_is_refused_for_what_it_does(name: str) -> None:
+    text, reason = REFUSED[name]
+    ddpm = name == "fresh generators"
+    plain, found, report = both(
+        text, "lanes", lambda: (diffusers.DDPMScheduler if ddpm else diffusers.DDIMScheduler)(clip_sample=False)
+    )
+    assert report.executor == "sequential"
+    assert torch.equal(plain, found)
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(report.warnings[0])
+
+
+def test_two_values_that_a_helper_hands_on_are_named() -> None:
+    text = HELPERS["helper"].replace("        x = self.advance(self.net(x, t), t, x)", "        x, m = self.advance(m, t, x)")
+    assert obstacles(Adversary.of(text)) == ["its passes leave x, m to the next one"]
+
+
+def test_a_callback_that_changes_a_networks_setting_is_refused() -> None:
+    kind = Adversary.of(written())
+
+    class Called(kind):
+        def __call__(self, generator: Any = None, callback_on_step_end: Any = None) -> Any:
+            return kind.__call__(self, generator)
+
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        pipe.net.gain = 0.5
+        return tensors
+
+    pipe = Called(Gained(), diffusers.DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match=r"callback_on_step_end changed Gained\.gain after step 0"):
+        parallelize(pipe, parasolver(), executor="lanes")(callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_list_in_a_network_is_memory_where_the_pipeline_reads_it(read: bool) -> None:
+    text = written(result="+ sum(self.net.seen) / 30" if read else "")
+    plain, found, report = both(text, "vector", diffusers.FlowMatchEulerDiscreteScheduler, Listing)
+    assert report.executor == ("sequential" if read else "vector")
+    if read:
+        assert "a call of Listing changes Listing.seen" in report.warnings[0]
+    assert float((found - plain).abs().max()) < (1e-6 if read else 0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "x, t, 1 - 0.02 * i",
+        "x, t, **({'shift': 0.1 * x} if i % 3 else {})",
+        "x, t, **({'scale': 0.9} if i % 3 else {'shift': x})",
+    ],
+)
+def test_network_calls_with_other_arguments_are_made_apart(arguments: str) -> None:
+    text = written().replace("self.net(x, t)", f"self.net({arguments})")
+    plain, found, report = both(text, "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert report.executor == "lanes", report.warnings
+    assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
