@@ -69,7 +69,9 @@ class Attributes:
         for (path, values), keys in zip(self._owners, self._keys, strict=True):
             held = {key: next(before) for key in keys}
             for key, value in values.items():
-                if isinstance(value, PLAIN) and held.get(key, self) != value:
+                was = held.get(key, self)
+                both = isinstance(value, PLAIN) + isinstance(was, PLAIN)
+                if both == 1 or (both == 2 and was != value):
                     return f"{path}.{key}"
         for part, was in zip(now[len(now) - len(self._containers) :], before, strict=True):
             numbers = [value for value in chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in part)]
