@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import diffusers
@@ -256,3 +257,8 @@ def test_what_is_no_beta_is_refused(value: Any) -> None:
 def test_what_are_no_betas_is_refused(betas: Any) -> None:
     with pytest.raises(ValueError, match=r"betas is .*; it must be a row of at least two numbers"):
         Schedule(betas)
+
+
+def test_a_shift_may_be_a_fraction() -> None:
+    half: Any = Fraction(1, 2)
+    assert torch.equal(flow_sigmas(4, half), flow_sigmas(4, 0.5))

@@ -199,8 +199,63 @@ def test_a_time_that_is_heeded_in_a_part_of_the_chain_only_is_found_there() -> N
     def model(x: Tensor, t: Tensor) -> Tensor:
         return torch.tanh(x + t[0] / 50)  # 1 to all digits at large times, -1 near the data
 
-    with pytest.raises(ValueError, match="otherwise among 16 rows"):
+    with pytest.raises(ValueError, match=r"otherwise among \d+ rows"):
         sample(model, ddpm(Schedule.linear(), 100), Keyed((8,)), parasolver(16, 1e-4))
+
+
+@pytest.mark.parametrize("heeded", [lambda t: t[0], lambda t: t.min(), lambda t: t.max(), lambda t: t[-1]])
+@pytest.mark.parametrize("bound", [150, 380, 620, 900])
+@pytest.mark.parametrize("rows", [None, 5])
+def test_a_branch_on_one_rows_time_is_found_by_a_narrow_window(
+    heeded: Callable[[Tensor], Tensor], bound: int, rows: int | None
+) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return answer(x, t) if heeded(t) > bound else 0.5 * answer(x, t)
+
+    with pytest.raises(ValueError, match="answered node"):
+        sample(Evaluator(model, max_rows=rows), ddpm(Schedule.linear(), 200), Keyed(SHAPE), parasolver(8, 1e-4))
+
+
+@pytest.mark.parametrize("fault", ROWS)
+def test_rows_that_know_of_each_other_are_found_where_the_first_guess_is_the_same_for_all(fault: str) -> None:
+    with pytest.raises(ValueError, match="otherwise among"):
+        sample(ROWS[fault](), NOISY, Keyed(SHAPE), paradigms(tolerance=1e-4))
+
+
+def by_rows(x: Tensor, t: Tensor) -> Tensor:
+    return answer(x, t) / len(x)
+
+
+def last_of_odd(x: Tensor, t: Tensor) -> Tensor:
+    y = answer(x, t)
+    return torch.cat([y[:-1], 0.3 * y[-1:]]) if len(x) % 2 else y
+
+
+def padded(x: Tensor, t: Tensor) -> Tensor:
+    return answer(x, t) * (len(x) / (-(-len(x) // 4) * 4))
+
+
+@pytest.mark.parametrize("model", [by_rows, last_of_odd, padded])
+@pytest.mark.parametrize("method", ["parasolver", "jacobi", "paradigms", "quasi-Newton"])
+def test_a_model_that_heeds_the_number_of_rows_is_refused(model: Model, method: str) -> None:
+    with pytest.raises(ValueError, match=r"otherwise in a call of \d+ rows than by itself: .* the number of rows"):
+        solved(model, method, "two samples, float64")
+
+
+def test_features_that_are_kept_for_a_time_are_found() -> None:
+    kept: dict[tuple[int, float], Tensor] = {}
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return answer(x, t) + kept.setdefault((len(x), float(t[0])), torch.tanh(x))
+
+    with pytest.raises(ValueError, match="answered node"):
+        sample(model, NOISY, Keyed(SHAPE), parasolver())
+
+
+@pytest.mark.parametrize("made", [Tensor.to_sparse, lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged)])
+def test_outputs_without_an_entry_for_each_of_the_input_are_refused(made: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match="a sparse or nested tensor"):
+        sample(lambda x, t: made(x), NOISY, Keyed(SHAPE), parasolver())
 
 
 @pytest.mark.parametrize("period", [2, 3, 5])
@@ -220,7 +275,7 @@ def test_a_memory_of_later_calls_is_found_in_every_round(period: int) -> None:
 def test_a_model_that_takes_no_single_row_is_refused() -> None:
     norm = nn.BatchNorm1d(8)
     with pytest.raises(
-        ValueError, match=r"the model fails for node 0 of sample 0 in a call of 1 rows: ValueError: Expected more"
+        ValueError, match=r"the model fails for node 39 of sample 0 in a call of 1 rows: ValueError: Expected more"
     ):
         sample(lambda x, t: norm(x), NOISY, Keyed((8,)), parasolver())
 
@@ -243,10 +298,10 @@ def test_no_check_is_asked_for() -> None:
 def test_the_checks_rows_are_counted_apart() -> None:
     evaluator = Evaluator(answer)
     found = sample(evaluator, NOISY, Keyed(SHAPE), parasolver())
-    assert (found.checked_rows, found.stats["checked_rows"]) == (2, 2)  # the whole chain in the first round
+    assert (found.checked_rows, found.stats["checked_rows"]) == (3, 3)  # the whole chain in the first round
     assert (evaluator.rounds, evaluator.evaluations) == (found.rounds, found.evaluations)
-    assert sample(answer, NOISY, Keyed(SHAPE), parasolver(5)).checked_rows == 2 + 4
-    assert sample(answer, NOISY, Keyed(SHAPE, samples=2), sequential()).checked_rows == 2
+    assert sample(answer, NOISY, Keyed(SHAPE), parasolver(5)).checked_rows == 3 + 4 + 4
+    assert sample(answer, NOISY, Keyed(SHAPE, samples=2), sequential()).checked_rows == 3
     every = sample(answer, NOISY, Keyed(SHAPE), parasolver(5), check="every")
     assert every.checked_rows >= every.evaluations
     assert every == found or every.evaluations > 0  # the check moves nothing
@@ -346,7 +401,7 @@ def test_a_function_of_a_batch_is_checked_like_a_model() -> None:
     found = drive(
         solve(NOISY, Keyed(SHAPE), parasolver()), lambda batch: EditedOutputs(answer(batch.x + 1, batch.t), batch.x + 1)
     )
-    assert found.checked_rows == 2
+    assert found.checked_rows == 3
 
 
 def test_an_unknown_check_is_refused() -> None:

@@ -327,8 +327,10 @@ def flow_sigmas(steps: int, shift: float = 1.0, train_steps: int = 1000) -> Tens
             "at least one step, a positive shift and at least two training steps"
         )
 
+    factor = float(shift)
+
     def shifted(s: Tensor) -> Tensor:
-        return shift * s / (1 + (shift - 1) * s)
+        return factor * s / (1 + (factor - 1) * s)
 
     lowest = shifted(torch.tensor(1 / train_steps, dtype=torch.float64))
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)

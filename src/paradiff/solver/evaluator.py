@@ -180,6 +180,8 @@ class Evaluator:
             raise ValueError(
                 f"the model returned a {type(m).__name__}; it must return one tensor (for a diffusers network, its `.sample`)"
             )
+        if m.is_nested or m.layout is not torch.strided:
+            raise ValueError("the model returned a sparse or nested tensor; it must return one entry for each of its input")
         if m.shape != x.shape:
             raise ValueError(
                 f"the model returned shape {tuple(m.shape)} for rows of shape {tuple(x.shape)}; it must return one output "

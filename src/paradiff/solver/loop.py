@@ -131,7 +131,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         nodes = torch.cat([q.nodes for q in queries])
         samples = torch.cat([torch.full((n,), s.sample) for s, n in zip(active, counts, strict=True)])
         x = queries[0].rows if len(queries) == 1 else torch.cat([q.rows for q in queries])
-        answer = yield Batch(x, run.t[nodes], nodes, samples, len(run.t) - 1)
+        answer = yield Batch(x, run.t[nodes], nodes, samples, run.t[:-1])
         rounds += 1
         evaluations += len(nodes)
         outputs, states = outputs_of(answer, x)
@@ -215,9 +215,9 @@ def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], *
     Args:
         rounds: What `solve` returned.
         evaluate: The function. It may return the same memory at every call.
-        check: Which rounds have rows evaluated again, each by itself, and compared (row_check.py). `first` costs two rows at
-            the first round, three where their answers hardly differ, and one at each further quarter of the chain that the
-            rounds come to. They are counted in `Solution.checked_rows` alone.
+        check: Which rounds have rows evaluated again, each by itself, and compared (row_check.py). `first` costs three rows
+            at the first round, four more where its network calls hold a part of the chain only, and one at each further quarter
+            of the chain that the rounds come to. They are counted in `Solution.checked_rows` alone.
 
     Raises:
         ValueError: As the solver and the evaluator do, and if the check finds that a row's output depends on more than its own

@@ -276,14 +276,14 @@ class Batch:
         t: `[R]` times, on the CPU; int64 where all times of the table are whole numbers, else float64.
         nodes: `[R]` nodes, on the CPU.
         samples: `[R]` samples, on the CPU.
-        steps: Steps of the chain, whose last node that is evaluated is `steps` - 1; None where that is not known.
+        chain: `[N]` times of all nodes of the chain that are evaluated, on the CPU; None where they are not known.
     """
 
     x: Tensor
     t: Tensor
     nodes: Tensor
     samples: Tensor
-    steps: int | None = None
+    chain: Tensor | None = None
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.x.shape[1:]))
