@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
@@ -175,11 +176,13 @@ def _alike(a: Any, b: Any) -> bool:
     """Whether two attributes are equal."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
     if isinstance(a, list | tuple) and type(a) is type(b):
         return len(a) == len(b) and all(map(_alike, a, b))
     try:
         return type(a) is type(b) and (bool(a == b) or hasattr(a, "set_timesteps"))
-    except (ValueError, RuntimeError):  # Arrays of several values.
+    except (ValueError, RuntimeError):  # Values that have no one answer.
         return False
 
 
