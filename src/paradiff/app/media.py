@@ -8,13 +8,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import export_to_video
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +23,7 @@ RATES = (("vae", "sampling_rate"), ("vocoder", "output_sampling_rate"), ("vocode
 """Components, and where they keep the samples a second of the sound that they make."""
 
 FRAMES_A_SECOND = 10
-"""Of a video whose pipeline names no number of its own: the default of `diffusers.utils.export_to_video`."""
+"""Of a video whose pipeline names no number of its own, as diffusers' `export_to_video` has it."""
 
 EXTRAS = {"video": ("imageio", "imageio_ffmpeg"), "sound": ("soundfile",)}
 """Optional dependency groups of this package, and the modules that each brings."""
@@ -70,11 +68,11 @@ class Output:
         if sheet is not None:
             sheet.save(folder / f"{name}.png", format="PNG")
         if self.pictures is not None and self.fps and _can_write("video", folder / f"{name}.mp4"):
-            frames = [plots.to_image(frame).convert("RGB") for frame in self.pictures]
+            import imageio  # pyright: ignore[reportMissingImports]  (optional)
+
+            frames: list[Any] = [np.asarray(plots.to_image(frame).convert("RGB")) for frame in self.pictures]
             # 4:2:0 video has even sides: a macro block of 2 enlarges odd ones by a pixel, and leaves all others as they are.
-            # Older releases of diffusers always take blocks of 16.
-            sides = {"macro_block_size": 2} if "macro_block_size" in signature(export_to_video).parameters else {}
-            export_to_video(frames, str(folder / f"{name}.mp4"), fps=self.fps, **sides)  # pyright: ignore[reportArgumentType]
+            imageio.mimwrite(folder / f"{name}.mp4", frames, fps=self.fps, macro_block_size=2)
         if self.sound is not None and _can_write("sound", folder / f"{name}.wav"):
             import soundfile  # pyright: ignore[reportMissingImports]  (optional)
 
