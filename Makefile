@@ -55,12 +55,12 @@ test: lint
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON_OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --disable-pip-version-check -c constraints-oldest.txt -e ".[all]" \
-		accelerate peft pytest pytest-xdist scikit-learn scipy torchsde
+		accelerate jsonschema peft pytest pytest-xdist scikit-learn scipy torchsde
 	touch $@
 
 test-oldest: .venv-oldest/.ready
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal tests/test_rooms.py tests/test_face.py \
-		tests/test_values.py tests/test_errors.py tests/test_extending.py $(addprefix tests/app/test_,$(addsuffix .py,cli_refusals plots)) \
+		tests/test_values.py tests/test_errors.py tests/test_extending.py $(addprefix tests/app/test_,$(addsuffix .py,cli cli_pipeline cli_refusals media plots)) \
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
 		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain pipelines same_image scheduler_proxy windowed))
 
