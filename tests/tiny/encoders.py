@@ -87,3 +87,31 @@ def autoencoder(channels: int = 4, **options: Any) -> diffusers.AutoencoderKL:
         }
         | options
     )
+
+
+def qwen_autoencoder() -> diffusers.AutoencoderKLQwenImage:
+    """That of Qwen-Image, without a change of size in time."""
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
+def ltx_autoencoder() -> diffusers.AutoencoderKLLTXVideo:
+    """That of LTX-Video."""
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=2,
+        patch_size_t=1,
+    )

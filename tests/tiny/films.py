@@ -10,7 +10,7 @@ import diffusers
 
 from tiny.case import Case, assemble, calling, noise
 from tiny.edits import XL_EMBEDDED, xl_unet
-from tiny.encoders import autoencoder
+from tiny.encoders import autoencoder, ltx_autoencoder
 from tiny.flows import FULL, MASKS, PICTURE, euler
 from tiny.stable import ddim_scheduler, unet
 from tiny.video import flow_unipc
@@ -241,17 +241,7 @@ def ltx_condition() -> Any:
         num_layers=1,
         caption_channels=8,
     )
-    vae = D.AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False),
-        patch_size=2,
-        patch_size_t=1,
-    )
+    vae = ltx_autoencoder()
     return film(D.LTXConditionPipeline, network, vae, euler())
 
 

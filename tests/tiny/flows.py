@@ -11,7 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from tiny.case import Case, assemble, calling, noise
-from tiny.encoders import autoencoder
+from tiny.encoders import autoencoder, qwen_autoencoder
 from tiny.images import deep_autoencoder
 from tiny.stable import IMAGE, MASK, TRAINING
 
@@ -412,15 +412,7 @@ def qwen(kind: Any) -> Any:
         joint_attention_dim=16,
         axes_dims_rope=(2, 2, 4),
     )
-    vae = D.AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    vae = qwen_autoencoder()
     return simple(kind, network, dynamic(), vae=vae)
 
 

@@ -10,7 +10,7 @@ import diffusers
 import transformers
 
 from tiny.case import Case, assemble, calling
-from tiny.encoders import SPECIAL, VOCABULARY, autoencoder, clip, clip_projected, t5, tokenizer
+from tiny.encoders import SPECIAL, VOCABULARY, autoencoder, clip, clip_projected, qwen_autoencoder, t5, tokenizer
 from tiny.stable import OTHER, TEXT, TRAINING, ddim_scheduler, unet
 
 SIZE = {"height": 16, "width": 16}
@@ -185,15 +185,7 @@ def qwen() -> Any:
         joint_attention_dim=8,
         axes_dims_rope=(2, 2, 4),
     )
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    vae = qwen_autoencoder()
     config = transformers.Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY,

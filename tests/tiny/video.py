@@ -10,7 +10,7 @@ import diffusers
 import transformers
 
 from tiny.case import Case, assemble, calling, noise
-from tiny.encoders import SPECIAL, VOCABULARY, autoencoder, clip, t5, tokenizer
+from tiny.encoders import SPECIAL, VOCABULARY, autoencoder, clip, ltx_autoencoder, t5, tokenizer
 from tiny.stable import OTHER, TEXT, ddim_scheduler, unet
 
 SIZE = {"height": 32, "width": 32}
@@ -132,17 +132,7 @@ def ltx(kind: Any = diffusers.LTXPipeline) -> Any:
         num_layers=2,
         caption_channels=8,
     )
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False),
-        patch_size=2,
-        patch_size_t=1,
-    )
+    vae = ltx_autoencoder()
     return assemble(
         kind,
         transformer=network,
