@@ -27,6 +27,7 @@ from paradiff.app.media import read_output
 from paradiff.app.plots import grid
 from paradiff.methods.presets import parasolver, srds
 from paradiff.models.pipeline import load_pipeline, set_sampler
+from paradiff.pipelines import call as call_of
 from paradiff.pipelines.explanation import explain
 from paradiff.pipelines.run import Run, parallelize
 
@@ -293,11 +294,7 @@ def test_sound_is_written_as_a_wave_file(cli: Cli, saved: Saved, tmp_path: Path)
 def test_a_sequential_call_is_said_to_be_one(
     compare: bool, cli: Cli, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(_: object, notes: list[str]) -> list[str]:
-        notes.append("the moon is full")
-        return []
-
-    monkeypatch.setattr(Run, "_executors", none)
+    monkeypatch.setattr(call_of, "obstacles", lambda _: ["the moon is full"])
     options = (*PLAIN, "--seeds", "0-1", "--trace", *["--compare"] * compare)
     result = cli("sample", saved("sd"), *options, "--out", tmp_path / "out")
     assert (result.code, result.err) == (0, "")

@@ -7,7 +7,7 @@ registry at the modules, whether `enable_cache` or an `apply_*` function put the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,18 @@ def stateful_hooks(network: nn.Module) -> list[str]:
     registries = [vars(module).get(REGISTRY) for module in network.modules()]
     hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
     return list(dict.fromkeys(type(hook).__name__ for hook in hooks if getattr(hook, "_is_stateful", False)))
+
+
+def caches(networks: Mapping[str, nn.Module]) -> list[str]:
+    """A clause for each of some networks that keeps a cache, or values of another kind, from one step to the next."""
+    found: list[str] = []
+    for name, network in networks.items():
+        hooks = stateful_hooks(network)
+        if hooks:
+            found.append(f"{name} keeps values across steps in a hook ({', '.join(hooks)})")
+        elif getattr(network, "is_cache_enabled", False):
+            found.append(f"{name} keeps a cache across steps")
+    return found
 
 
 def call_hooks(network: nn.Module) -> list[Callable[..., Any]]:

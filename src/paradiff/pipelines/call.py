@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of a pipeline in parallel: its executors, tried in order, and the plain call after them.
+
+Three executors are tried: `vector` where the loop allows it, `lanes` where each state needs a loop of its own, and the plain
+call, with a warning, where there is no parallel form. What a try changed is put back before the next one (tries.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, Unsupported
+from paradiff.pipelines.account import Account
+from paradiff.pipelines.executors.lanes import run_lanes
+from paradiff.pipelines.executors.vector import Vector
+from paradiff.pipelines.loop.callback import Callback
+from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.loop.interrupt import Interrupt
+from paradiff.pipelines.loop.source import obstacles, reads_index
+from paradiff.pipelines.loop.whole_call import call_and_last_state, difference
+from paradiff.pipelines.network import boundary
+from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.hooks import caches
+from paradiff.pipelines.network.origin import users_methods
+from paradiff.pipelines.report import Report
+from paradiff.pipelines.settings import Settings
+from paradiff.pipelines.signature import plain_call
+from paradiff.pipelines.tensor.windowed import Windowed, first_line
+from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
+
+CALLERS_LINE = 4
+"""The frame to which warnings point: that of the user, above `Call.made` and two of the run (run.py)."""
+
+
+class Call:
+    """A call of a pipeline, made once.
+
+    Args:
+        pipeline: The pipeline.
+        kind: Its own class.
+        settings: The settings of the run.
+        arguments: The call's arguments by name (signature.py).
+
+    Attributes:
+        trying: Whether an executor is being tried.
+    """
+
+    def __init__(self, pipeline: Any, kind: type, settings: Settings, arguments: dict[str, Any]) -> None:
+        self._pipeline, self._kind, self._settings, self._arguments = pipeline, kind, settings, arguments
+        self._networks = networks(pipeline)
+        self._account = Account(kind.__name__, type(pipeline.scheduler).__name__, settings.method.name)
+        self.trying = False
+
+    def made(self) -> tuple[Any, Report]:
+        """Makes the call; what it returns, and its report."""
+        account, settings = self._account, self._settings
+        executors = self._executors()
+        callback = Callback.of(self._pipeline, self._arguments)
+        beginning = Beginning(self._pipeline, self._networks, self._arguments) if executors else None
+        if beginning is not None and beginning.lasting is not None:
+            account.notes.append(f"{beginning.lasting} is a Python generator, whose position could not be put back after a try")
+            executors = []
+        met = False  # whether a try met an error of which nothing is known
+        for executor in executors:
+            observer = None if settings.observer is None else Watched(settings.observer)
+            solver, batching = self._new_solver(callback, observer), self._new_batching()
+            try:
+                result = self._try(executor, Callback.without(self._arguments), solver, batching)
+            except Exception as error:
+                own = users_error(callback, observer)
+                if (own is error and not isinstance(own, Unsupported)) or is_refusal(error):
+                    raise
+                if own is not None and not isinstance(own, Unsupported):
+                    raise own from None  # Python put another error around it
+                met |= not isinstance(error, Unsupported) or error.__cause__ is not None
+                reason = str(error) if isinstance(error, Unsupported) else _met(error)
+                go_on = (solver.started and not isinstance(error, NeedsOrder)) or isinstance(error, NeedsLanes)
+                if isinstance(error, MixedWindows) and settings.check == "off":
+                    go_on = False  # It may be an edit, which lanes can follow, or a kept value: the audit would tell.
+            else:
+                if settings.check == "every" and solver.done and not solver.interrupted:
+                    assert beginning is not None
+                    beginning.restore()
+                    plain, wrong = self._plain_beside(Callback.without(self._arguments), solver, batching)
+                    if wrong is not None:
+                        result = plain
+                        account.notes.append(f"{executor}: {wrong}; the plain call's result is returned")
+                        warnings.warn(account.notes[-1], RuntimeWarning, stacklevel=CALLERS_LINE)
+                if solver.started:
+                    return result, account.parallel(executor, solver, batching)
+                account.notes.append("the call was interrupted before its first step")
+                return result, account.sequential()
+            assert beginning is not None
+            beginning.restore()
+            account.refused.append(batching)
+            account.notes.append(f"{executor}: {reason}")
+            if not go_on:
+                break  # a scheduler without parallel form, a network with memory, or an error before the loop
+        if settings.executor != "sequential":
+            reason = "; ".join(account.notes) or "there is no executor for its loop"
+            account.notes = [f"the {self._kind.__name__} was called sequentially, {reason}"]
+            if not met:
+                warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
+        result = plain_call(self._kind)(self._pipeline, **self._arguments)
+        if met:  # An error that the plain call meets too is the user's, and is not warned of beside.
+            warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
+        return result, account.sequential()
+
+    def _plain_beside(self, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> tuple[Any, str | None]:
+        """What the plain call returns, and a clause if its sample is not the parallel call's."""
+        solution = solver.solution
+        assert solution is not None
+        call = functools.partial(plain_call(self._kind), self._pipeline, **arguments)
+        plain, last = call_and_last_state(self._pipeline.scheduler, call)
+        estimate = solution.error_estimates[0].estimated_error
+        return plain, difference(solver.final, last, estimate, batching.eps)
+
+    def _executors(self) -> list[str]:
+        """The executors to try, in order; if there is none, the reason is noted."""
+        if self._settings.executor == "sequential":
+            return []
+        cached = caches(self._networks)
+        if cached:
+            self._account.notes.append(f"{'; '.join(cached)}, which needs them in order")
+            return []
+        found = obstacles(self._kind)
+        if found:
+            self._account.notes.append(found[0])
+            return []
+        reads = reads_index(self._kind)
+        if self._settings.executor == "vector" and reads:
+            self._account.notes.append(
+                f"vector: its loop reads its step number, for which each state needs a lane of its own: {reads[0].strip()}"
+            )
+            return []
+        if self._settings.executor != "auto":
+            return [self._settings.executor]
+        return ["vector", "lanes"] if reads == [] else ["lanes"]
+
+    def _try(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
+        """The pipeline's own call, with a scheduler proxy and boundaries before its networks."""
+        self.trying = True
+        try:
+            return self._run(executor, arguments, solver, batching)
+        finally:
+            self.trying = False
+
+    def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
+        pipeline, scheduler, interrupt = self._pipeline, self._pipeline.scheduler, solver.interrupt
+        assert interrupt is not None
+        call = plain_call(self._kind)
+        if self._settings.check != "off":
+            batching.readers = users_methods(self._kind)
+            batching.hooks = hooks_memory(self._networks, batching.readers)
+        with boundary.install(self._networks.values(), batching) as installed:
+            if executor == "lanes":
+                interrupt.clear()  # Each lane clears that of its own copy of the pipeline.
+                result = run_lanes(functools.partial(call, **arguments), pipeline, solver, batching)
+                if solver.interrupted:
+                    interrupt.set()
+            else:
+                generators = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
+                loop = Vector(scheduler, solver, batching, generators)
+                object.__setattr__(pipeline, "scheduler", loop.scheduler)
+                try:
+                    with loop.mixing():
+                        result = call(pipeline, **arguments)
+                finally:
+                    object.__setattr__(pipeline, "scheduler", scheduler)
+            if (replaced := installed.replaced()) is not None:
+                raise NeedsOrder(f"the forward of {replaced} is replaced in the call")
+        if not solver.started and interrupt:
+            return result  # The loop passed over all its steps, as that of the plain call does.
+        if _holds_windows(result):
+            raise NeedsLanes("the loop edits its last state, or returns tensors, with the states of a window")
+        if not solver.done:
+            raise Unsupported("its loop took no step" if not solver.started else "its loop ended before its states were solved")
+        return result
+
+    def _new_solver(self, callback: Callback | None, observer: Watched | None) -> LoopSolver:
+        interrupt = Interrupt(self._pipeline, self._kind)
+        settings = self._settings
+        return LoopSolver(settings.method, dtype=settings.dtype, callback=callback, observer=observer, interrupt=interrupt)
+
+    def _new_batching(self) -> Batching:
+        return Batching(max_rows=self._settings.max_rows, pad=self._settings.pad, check=self._settings.check)
+
+
+def networks(pipeline: Any) -> dict[str, nn.Module]:
+    """A pipeline's networks by name, whether or not they are registered as components."""
+    return {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
+
+
+def _met(error: Exception) -> str:
+    """The clause for an error that a try met."""
+    text = first_line(error)
+    return f"the parallel run met {type(error).__name__}{f': {text}' if text else ''}"
+
+
+def _holds_windows(result: Any) -> bool:
+    """Whether there are windowed tensors in nested dicts, lists and tuples."""
+    if isinstance(result, dict):
+        return any(map(_holds_windows, result.values()))
+    return isinstance(result, Windowed) or (isinstance(result, list | tuple) and any(map(_holds_windows, result)))

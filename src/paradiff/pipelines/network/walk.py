@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walk from networks to all that their calls can change.
+
+It goes from modules to their buffers, attributes and hooks, to the objects and containers in these, to the variables that their
+functions share, and to generators. Parameters of more than a few numbers are left out, since they are large and no forward
+changes them. Of a user's own objects, only those attributes are visited whose names occur in the functions that the walk found,
+so that an object that does other work beside is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paradiff.pipelines.network.holder import STRUCTURE, Holder, contents
+from paradiff.pipelines.network.origin import MODELS, function_of, is_users
+from paradiff.pipelines.network.plain import PLAIN
+from paradiff.pipelines.network.position import record
+from paradiff.pipelines.network.reads import names
+from paradiff.pipelines.network.saved import Saved
+
+SMALL = 2**12
+"""Numbers of the largest parameter that is recorded."""
+LARGE = 2**24
+"""Numbers of the largest other tensor whose values are recorded; of a larger one it is known whether it changed."""
+LONG = 2**12
+"""Length of the longest container whose items are looked at."""
+MAKERS = ("__init__", "__new__", "__init_subclass__")
+"""Methods that make an object; no call of a network is one of them."""
+
+
+class Walk:
+    """What is within reach of some objects.
+
+    Args:
+        roots: Networks, functions and containers, each with its name.
+        owners: Objects, such as pipelines, of which all attributes are visited.
+        leave: Objects that the walk leaves out.
+
+    Attributes:
+        holders: The containers, shared variables and objects with attributes.
+        saved: The tensors and arrays by identity, with copies of their values.
+        states: The random generators and iterators, each with its path and its record.
+        functions: The users' functions.
+    """
+
+    def __init__(self, roots: Iterable[tuple[str, Any]], owners: Iterable[Any], leave: Iterable[Any]) -> None:
+        self._seen: dict[int, Any] = {id(value): value for value in leave}
+        self.holders: list[Holder] = []
+        self.saved: dict[int, Saved] = {}
+        self.states: list[tuple[str, Any, Any]] = []
+        self.functions: list[types.FunctionType] = []
+        self._names: set[str] = set()
+        self._objects: list[tuple[Any, str]] = []
+        self._reached: set[tuple[int, str]] = set()
+        for name, root in roots:
+            self._visit(root, name, name)
+        for owner in owners:
+            holder = Holder(owner, type(owner).__name__, named=True)
+            self.holders.append(holder)
+            for name, value in holder.read().items():
+                self._visit(value, f"{holder.path}.{name}", name)
+        while self._visit_named():
+            pass
+        for holder in self.holders:
+            holder.before = holder.read()
+
+    def _visit(self, value: Any, path: str, name: str) -> None:
+        if isinstance(value, PLAIN) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        match value:
+            case Tensor():
+                self._visit_tensor(value, path)
+            case np.ndarray():
+                if value.size <= LARGE and value.dtype.kind != "O":
+                    self.saved[id(value)] = Saved(path, value, value.copy())
+            case nn.Module():
+                self._visit_module(value, path)
+            case types.FunctionType():
+                self._visit_function(value, path)
+            case types.MethodType():
+                self._visit(value.__func__, path, name)
+                self._visit(value.__self__, path, name)
+            case functools.partial():
+                for part in (value.func, *value.args, *value.keywords.values()):
+                    self._visit(part, path, name)
+            case type():
+                self._visit_class(value)
+            case dict() | list() | deque() | set():
+                self.holders.append(Holder(value, path, name))
+                for key, item in value.items() if isinstance(value, dict) else enumerate(list(value)):
+                    if _short(value):
+                        self._visit(item, f"{path}[{key!r}]" if isinstance(value, dict) else path, name)
+            case tuple() | frozenset():
+                for item in value if _short(value) else ():
+                    self._visit(item, path, name)
+            case torch.Generator() | random.Random() | np.random.Generator() | np.random.RandomState():
+                self.states.append((path, value, record(value)))
+            case Iterator() if type(value).__module__ in ("builtins", "itertools"):
+                self.states.append((path, value, record(value)))
+            case io.IOBase():
+                pass
+            case _:
+                self._visit_object(value, path)
+
+    def _visit_tensor(self, tensor: Tensor, path: str) -> None:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if tensor.is_meta or tensor.layout != torch.strided or (is_parameter and tensor.numel() > SMALL):
+            return
+        values = tensor.detach().clone() if tensor.numel() <= LARGE else None
+        self.saved[id(tensor)] = Saved(path, tensor, values, -1 if tensor.is_inference() else tensor._version)
+
+    def _visit_module(self, module: nn.Module, path: str) -> None:
+        self.holders += [Holder(module, path, named=True), Holder(module._buffers, path, named=True)]
+        for name, part in [*module._buffers.items(), *module._parameters.items(), *module._modules.items()]:
+            self._visit(part, f"{path}.{name}", name)
+        for name, part in vars(module).items():
+            if name.startswith("_forward_") and isinstance(part, dict):
+                self.holders.append(Holder(part, f"{path}.{name}", hooks=True))
+            if name in ("_forward_hooks", "_forward_pre_hooks"):
+                for hook in part.values():
+                    self._visit(hook, f"a hook of {path}", "")
+            elif name not in STRUCTURE and not name.endswith("_hooks") and not name.startswith("_forward_"):
+                self._visit(part, f"{path}.{name}", name)
+        for cls in type(module).__mro__:
+            if is_users(cls.__module__):
+                self._visit(cls, path, "")
+                for name, part in list(vars(cls).items()):
+                    if name not in MAKERS:
+                        self._visit(function_of(part), path, "")
+
+    def _visit_function(self, function: types.FunctionType, path: str) -> None:
+        code, scope = function.__code__, function.__globals__
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if id(cell) not in self._seen:
+                self._seen[id(cell)] = cell
+                self.holders.append(Holder(cell, name, name))
+                for held in contents(cell).values():
+                    self._visit(held, name, name)
+        positional, defaults = code.co_varnames[: code.co_argcount], function.__defaults__ or ()
+        given = dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True))
+        for name, value in [*given.items(), *(function.__kwdefaults__ or {}).items()]:
+            self._visit(value, name, name)
+        if vars(function):
+            self.holders.append(Holder(vars(function), path, named=True))
+            for name, value in vars(function).items():
+                self._visit(value, f"{path}.{name}", name)
+        if not is_users(scope.get("__name__")):
+            return
+        self.functions.append(function)
+        self._names |= names(code)
+        shared = {name for name in names(code) if name in scope and not isinstance(scope[name], types.ModuleType | type)}
+        if shared:
+            self.holders.append(Holder(scope, "", named=True, names=shared))
+            for name in shared:
+                self._visit(scope[name], name, name)
+
+    def _visit_class(self, cls: type) -> None:
+        if not is_users(cls.__module__):
+            return
+        data = {name for name, value in vars(cls).items() if not name.startswith("__") and not hasattr(value, "__get__")}
+        if data:
+            self.holders.append(Holder(cls, cls.__name__, named=True, names=data))
+            for name in data:
+                self._visit(vars(cls)[name], f"{cls.__name__}.{name}", name)
+
+    def _visit_object(self, value: Any, path: str) -> None:
+        origin = type(value).__module__
+        if hasattr(value, "components"):  # A pipeline's attributes are its loop's affair.
+            return
+        if isinstance(value, types.SimpleNamespace) or origin.partition(".")[0] in MODELS:
+            holder = Holder(value, path, named=True)
+            self.holders.append(holder)
+            for name, part in holder.read().items():
+                self._visit(part, f"{path}.{name}", name)
+        elif is_users(origin):
+            self.holders.append(Holder(value, path, named=True, names=self._names))
+            self._objects.append((value, path))
+
+    def _visit_named(self) -> bool:
+        """Visits the attributes and methods of users' objects whose names occur; whether there were further ones."""
+        before = len(self._reached)
+        for value, path in list(self._objects):
+            for owner in [value, *(cls for cls in type(value).__mro__ if is_users(cls.__module__))]:
+                if isinstance(owner, type):
+                    self._visit(owner, path, "")
+                for name, part in Holder(owner, path).read().items():
+                    named = (name in self._names and name not in MAKERS) or name == "__call__"
+                    if named and (id(owner), name) not in self._reached:
+                        self._reached.add((id(owner), name))
+                        self._visit(function_of(part), f"{path}.{name}", name)
+        return len(self._reached) > before
+
+
+def _short(value: Any) -> bool:
+    return len(value) <= LONG
