@@ -33,7 +33,7 @@ from typing import get_args
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from paradiff.app import cli
+from paradiff.app import cli, flags
 from paradiff.app.options import PRESETS, SLOPES, parameters, preset, words
 
 SECONDS = 30
@@ -248,7 +248,7 @@ def call(draw: random.Random, place: Place) -> list[str]:
         "--size": (["16x16"], ["0x0", "16", "x", "9999999999x9999999999", "1e3x2", "-1x4", "٣x٣", *TEXTS]),
         "--device": (["cpu", "auto"], ["cuda", "cuda:99", "cuda:99999999999999999999", "mps", "meta", "gpu", "cpu:9", *TEXTS]),
         "--dtype": (["float32", "bfloat16"], ["float64", "int8", *TEXTS]),
-        "--sampler": (list(cli.SAMPLERS + cli.EXPONENTIAL), ["ddmp", "DDIMScheduler", "Nothing", *TEXTS]),
+        "--sampler": (list(flags.SAMPLERS + flags.EXPONENTIAL), ["ddmp", "DDIMScheduler", "Nothing", *TEXTS]),
         "--grid": (["log-snr", "uniform"], TEXTS),
         "--form": (["clean", "score"], TEXTS),
         "--noise": (["recorded", "keyed"], TEXTS),

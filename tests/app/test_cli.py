@@ -27,7 +27,8 @@ from pipelines import Cli
 
 from paradiff.app import run_json
 from paradiff.app.folder import Taken, next_folder, output_folder
-from paradiff.app.options import PRESETS, argument_texts, effective_options, make_method, parameters, preset
+from paradiff.app.method_page import argument_texts
+from paradiff.app.options import PRESETS, effective_options, make_method, parameters, preset
 from paradiff.app.plots import save_history
 from paradiff.app.stream import Stream
 from paradiff.chain import slope

@@ -17,8 +17,10 @@ import torch
 from pipelines import Cli, save_pipeline, tiny_unet
 from typer.main import get_command
 
-from paradiff.app import cli as cli_module
+from paradiff.app import flags
 from paradiff.app.cli import app
+from paradiff.app.ends import FAILED, LATE
+from paradiff.app.ends import REFUSED as REFUSED_CODE
 from paradiff.app.options import PRESETS, SLOPES, known_parameters, parameters, parse_seeds, preset, read_value, words
 from paradiff.app.request import DTYPES
 from paradiff.app.signals import INTERRUPTED, TERMINATED
@@ -202,7 +204,7 @@ def test_no_arguments_show_the_help(cli: Cli) -> None:
 def test_the_help_and_the_page_list_the_exit_codes(cli: Cli) -> None:
     page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("| exit code |")[1].split("##")[0]
     told = " ".join(cli("--help").out.split())
-    for code in (0, cli_module.FAILED, cli_module.REFUSED, cli_module.LATE, INTERRUPTED, TERMINATED):
+    for code in (0, FAILED, REFUSED_CODE, LATE, INTERRUPTED, TERMINATED):
         assert f"{code}, " in told.split("Exit codes: ")[1]
         assert str(code) in page
 
@@ -394,8 +396,8 @@ def test_options_read_off_the_source_are_those_of_the_preset(name: str) -> None:
 
 
 def test_names_that_help_repeats_are_those_of_the_library() -> None:
-    assert tuple(SCHEDULERS) == cli_module.SAMPLERS
-    assert tuple(EXPONENTIAL) == cli_module.EXPONENTIAL
+    assert tuple(SCHEDULERS) == flags.SAMPLERS
+    assert tuple(EXPONENTIAL) == flags.EXPONENTIAL
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in DTYPES)
     assert all(callable(getattr(slope, name)) for name in SLOPES.values())
 

@@ -344,33 +344,3 @@ def parse_corrector(text: str) -> Any:
     """A corrector from STEPSxSWEEPS."""
     steps, sweeps = text.split("x")
     return importlib.import_module("paradiff.methods.window.corrector").underdamped_langevin(int(steps), int(sweeps))
-
-
-# -- what a method's documentation says --------------------------------------------------------------------------------
-
-
-def documentation(build: Callable[..., Any]) -> str:
-    """A preset's docstring, without its indentation."""
-    return inspect.getdoc(build) or ""
-
-
-def summary(build: Callable[..., Any]) -> str:
-    """The first line of a preset's docstring."""
-    return documentation(build).partition("\n")[0]
-
-
-def introduction(build: Callable[..., Any]) -> str:
-    """A preset's docstring up to its arguments: what the method is, its source, and in what it differs from the paper."""
-    return re.split(r"^(?:Args|Raises):$", documentation(build), maxsplit=1, flags=re.MULTILINE)[0].strip()
-
-
-def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
-    """What a preset's docstring says of each of its arguments, each in one line."""
-    found = re.search(r"^Args:\n((?:[ ]+.*\n?)*)", documentation(build), re.MULTILINE)
-    texts: dict[str, str] = {}
-    current = ""
-    for line in inspect.cleandoc("\n" + found[1]).splitlines() if found else []:
-        start = re.match(r"(\w+): (.*)", line)
-        current = start[1] if start else current
-        texts[current] = start[2] if start else f"{texts[current]} {line.strip()}"
-    return texts

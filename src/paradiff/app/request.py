@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 NOISES = ("recorded", "keyed")
 
+OUT = "paradiff-out"
+"""The folder of a run that was given none; of the next one, `paradiff-out-2`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of `paradiff sample`: a well-formed request computed, written and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from paradiff.app import environment, run_json
+from paradiff.app.ends import LATE
+from paradiff.app.folder import LAST, Folder, next_folder, output_folder, rescued
+from paradiff.app.options import parse_seeds
+from paradiff.app.outcome import CutShort
+from paradiff.app.request import OUT, Job, Request
+from paradiff.app.signals import finishing
+from paradiff.app.stream import Stream
+from paradiff.models.files import is_pixel, read_index
+from paradiff.solver.deadline import Deadline
+from paradiff.solver.solution import Status
+
+
+def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
+    """Runs a well-formed request, writes its files and shows its figures."""
+    console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)))
+    environment.use_threads(request.threads)
+    deadline = None if request.deadline is None else Deadline(request.deadline)
+    device, dtype = environment.choose_device(request.device), getattr(torch, request.dtype)
+    if is_pixel(read_index(request.model)):
+        from paradiff.app.pixels import sample_pixels as sample_it
+        from paradiff.app.pixels import with_defaults
+
+        request = with_defaults(request)
+    else:
+        from paradiff.app.pipeline import refuse_pixel_options
+        from paradiff.app.pipeline import sample_pipeline as sample_it
+
+        refuse_pixel_options(request)
+    with claimed(request) as folder:
+        place = str(folder.path)
+        job = Job(
+            request=dataclasses.replace(request, out=place),
+            seeds=parse_seeds(request.seeds),
+            method=solver,
+            called=called,
+            device=device,
+            dtype=dtype,
+            deadline=deadline,
+            notice=f"{OUT} is not empty; this run goes to {place}" if place != OUT and request.out is None else "",
+        )
+        try:
+            outcome = sample_it(job, console)
+        except CutShort as cut:
+            cut.saved = rescued(cut.writers, "what they gave")
+            raise
+        with finishing(place):
+            folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
+    show(console, outcome.contents, request.method, outcome.title)
+    console.print(f"{outcome.contents['status']}; written to {place}", soft_wrap=True)
+    if deadline is not None and deadline.stopped and outcome.contents["status_code"] == Status.STOPPED.code:
+        console.print(f"the deadline of {deadline.seconds:g} s ended it", soft_wrap=True)
+        raise typer.Exit(LATE)
+
+
+def claimed(request: Request) -> AbstractContextManager[Folder]:
+    """The output folder of a run, for as long as it lasts."""
+    return next_folder(Path(OUT)) if request.out is None else output_folder(Path(request.out), request.overwrite)
+
+
+def show(console: Console, result: dict[str, Any], method: str, title: str) -> None:
+    """The table at the end of a run."""
+    sheet = Table(title=title, title_justify="left")
+    for heading in ("", "rounds", "evaluations", "seconds", "speed-up", "error to sequential"):
+        sheet.add_column(heading, justify="left" if not heading else "right")
+    errors = [s["error"]["rms"] for s in result["samples"] if s["error"]]
+    speedup = f"{result['speedup']['seconds']:.2f}x" if result["speedup"] else "-"
+    error = (
+        f"{max(errors):.1e} RMS, worst" if errors else f"{max(s['estimated_error'] for s in result['samples']):.1e} estimated"
+    )
+    rounds, evaluations = ("-" if result[k] is None else str(result[k]) for k in ("rounds", "evaluations"))
+    sheet.add_row(method, rounds, evaluations, f"{result['seconds']:.2f}", speedup, error)
+    if result["sequential"]:
+        reference = result["sequential"]
+        counts = (str(reference["rounds"]), str(reference["evaluations"]), f"{reference['seconds']:.2f}")
+        sheet.add_row("sequential", *counts, "1.00x", "0")
+    console.print(sheet)
