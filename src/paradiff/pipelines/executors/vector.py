@@ -115,7 +115,7 @@ class Vector:
         while not solver.done:
             passes = solver.passes
             self._round.open = True
-            self._times = Windowed.wrap(timesteps[solver.nodes.to(timesteps.device)], self._round)
+            self._times = Windowed.wrap(timesteps[solver.nodes.to(timesteps.device, non_blocking=True)], self._round)
             yield self._times
             if solver.passes == passes:
                 if interrupt is None or not interrupt or hidden == HIDDEN:

@@ -9,6 +9,9 @@ So a network that cuts its batch into two or three parts, for guidance, cuts it 
 input of K rows is repeated in this order; frames of K videos, K * F rows, become (k, w, f). Inputs without rows (positions,
 rotary embeddings, numbers) stay. Outputs are split into states again.
 
+A number in a tensor of the CPU goes with any device, and pipelines of pixels keep their times so. A window's numbers are rows,
+and are moved to the device of the main input.
+
 The rule by which inputs have rows may be wrong for a network, and a network's rows may influence each other. So at a network's
 first call with a window the middle state is evaluated again by itself, as in the sequential loop, and compared. It is evaluated
 before that call and after it, and what the network keeps from one call to the next (memory.py) is compared, too. Where the rule
@@ -32,7 +35,7 @@ from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
-from paradiff.pipelines.tensor.windowed import HERE, Windowed, common_run, first_line
+from paradiff.pipelines.tensor.windowed import HERE, Windowed, beside, common_run, first_line
 
 MAIN_INPUTS = ("sample", "hidden_states", "x", "latent_model_input")
 POSITIONS = {"img_ids", "txt_ids", "image_ids", "text_ids", "latent_ids", "latent_image_ids"}
@@ -85,8 +88,9 @@ class _WindowCall:
         self.batching, self.name, self.forward, self.args, self.kwargs = batching, name, forward, args, kwargs
         self.leaves = windowed_inputs(args, kwargs)
         self.run, self.states = common_run(self.leaves), self.leaves[0].width
-        self.device = self.leaves[0].window.device
         main = self._main()
+        first = main[0] if isinstance(main, list) else main
+        self.device: torch.device = first.device
         self.listed = isinstance(main, list)
         shape: list[int] = [] if isinstance(main, list) else list(main.shape)
         self.rows = len(main) if isinstance(main, list) else shape[0] if shape else None
@@ -218,7 +222,7 @@ class _WindowCall:
         if len(window) < count:
             window = torch.cat([window, window[-1:].expand(count - len(window), *window.shape[1:])])
         if window.dim() == 1:
-            return window.repeat(rows)
+            return beside(window, self.device).repeat(rows)
         if window.shape[1] == 1:
             window = window.expand(count, rows, *window.shape[2:])
         if window.shape[1] % rows:

@@ -21,8 +21,10 @@ from paradiff.pipelines.tensor.windowed import (
     RULES,
     UNSUITABLE,
     Windowed,
+    beside,
     common_run,
     mapped,
+    met,
     title,
     windowed_leaves,
 )
@@ -129,11 +131,13 @@ def aligned(values: tuple[Any, ...]) -> list[Any] | None:
         if tensor.dtype != dtype:
             return None
         rank = max(rank, own)
+    device = met([value.window if isinstance(value, Windowed) else value for value in values])
     parts: list[Any] = []
     for value in values:
         if isinstance(value, Windowed):
-            missing = rank + 1 - value.window.dim()
-            parts.append(value.window[(slice(None), *[None] * missing)] if missing else value.window)
+            window = beside(value.window, device)
+            missing = rank + 1 - window.dim()
+            parts.append(window[(slice(None), *[None] * missing)] if missing else window)
         else:
             parts.append(value)
     return parts
@@ -290,7 +294,7 @@ def taken(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if type(index) is tuple and len(index) == 1:  # As torch 2.4 hands on the index of `table[index]`.
         (index,) = index
     if type(x) in PLAIN and isinstance(index, Windowed) and index.window.dtype in (torch.int64, torch.int32):
-        return Windowed.wrap(x[index.window], index.run)
+        return Windowed.wrap(x[index.window.to(x.device, non_blocking=x.device.type != "cpu")], index.run)
     return UNSUITABLE
 
 

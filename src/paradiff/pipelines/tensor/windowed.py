@@ -8,7 +8,7 @@ the loop body acts on each state by itself,
 
 so that no axis has to be guessed: concatenation for guidance, chunks, reshapes and time factors mean the same as in the
 sequential loop. Operations that broadcast, or that name their axes, run on the window directly (rules.py); all others run under
-`torch.vmap`.
+`torch.vmap`. A number of the CPU goes with a tensor of any device, so a window's numbers are moved to the device that they meet.
 
 A value read in Python (`bool`, `float`, `.item()`) must be equal for all states; else the read raises `NeedsLanes`. There is
 no storage behind a `Windowed`: code that reads it past these rules fails, and never gets a wrong number.
@@ -152,6 +152,25 @@ def common_run(leaves: list[Windowed]) -> Any:
     return first.run
 
 
+def beside(window: Tensor, device: torch.device | None) -> Tensor:
+    """A window `[W, *v]` on the device of what it meets, where torch takes one of its states as it is: a number of the CPU.
+
+    Does not wait for the device.
+
+    Args:
+        window: The window; only one of numbers, `[W]`, on the CPU is moved.
+        device: The device; None for the CPU.
+    """
+    if device is None or window.dim() > 1 or window.device.type != "cpu":
+        return window
+    return window.to(device, non_blocking=True)
+
+
+def met(leaves: list[Any]) -> torch.device | None:
+    """The device of the tensors among `leaves` that is not the CPU; None where there is none."""
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "cpu"), None)
+
+
 def title(func: Callable[..., Any]) -> str:
     """The name of a torch function as users write it."""
     name = getattr(func, "__name__", str(func))
@@ -178,6 +197,11 @@ def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         raise NeedsLanes(f"`{title(func)}` writes the states of a window into a tensor of one state")
     leaves = windowed_leaves((args, kwargs))
     run = common_run(leaves)
+    everything: list[Any] = []
+    mapped(everything.append, (args, kwargs))
+    device = met(everything)
+    target: Any = args[0] if in_place else None
+    windows = [leaf.window if leaf is target else beside(leaf.window, device) for leaf in leaves]
     structure: list[Any] = []
 
     def one_state(*states: Tensor) -> tuple[Tensor, ...]:
@@ -194,9 +218,8 @@ def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         structure.append(mapped(noted, func(*inner_args, **inner_kwargs)))
         return tuple(outputs)
 
-    outputs = torch.vmap(one_state, randomness="different")(*[leaf.window for leaf in leaves])
+    outputs = torch.vmap(one_state, randomness="different")(*windows)
     if in_place:
-        target = args[0]
         if target.window.shape[1:] != target.shape:
             raise NeedsLanes(f"`{title(func)}` changes the shape of a tensor of the states of a window in place")
         return None if name == "__setitem__" else target
