@@ -7,8 +7,9 @@ the loop body acts on each state by itself,
     f(x, y)[w] = f(x[w], y[w])        for windowed x and y,      f(x, p)[w] = f(x[w], p)        for a plain tensor p,
 
 so that no axis has to be guessed: concatenation for guidance, chunks, reshapes and time factors mean the same as in the
-sequential loop. Operations that broadcast, or that name their axes, run on the window directly (rules.py); all others run under
-`torch.vmap`. A number of the CPU goes with a tensor of any device, so a window's numbers are moved to the device that they meet.
+sequential loop. Operations that broadcast, or that name their axes, run on the window directly (rules.py); all others run
+under `torch.vmap`. A number of the CPU goes with a tensor of any device, so a window's numbers are moved to the device that
+they meet.
 
 A value read in Python (`bool`, `float`, `.item()`) must be equal for all states; else the read raises `NeedsLanes`. There is
 no storage behind a `Windowed`: code that reads it past these rules fails, and never gets a wrong number.
