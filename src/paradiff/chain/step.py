@@ -11,6 +11,12 @@ from torch import Tensor
 from paradiff.chain.table import Table, column
 
 
+def uploaded(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
+    """Whole numbers or truth values on a device, without waiting for it: an index made of a list waits for all its work."""
+    kind = torch.bool if values and isinstance(values[0], bool) else torch.int64
+    return torch.tensor(values, dtype=kind).to(device, non_blocking=True)
+
+
 class Step:
     """The table's coefficients on a device, in the dtype of the states, and the step that they make.
 

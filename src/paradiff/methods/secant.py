@@ -121,14 +121,14 @@ class SecantJacobian:
         own = self._x @ self._x.mT
         diagonal = own.diagonal(dim1=2, dim2=3)
         damped = own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
-        self._inverse = torch.linalg.inv(damped)
+        self._inverse = torch.linalg.inv_ex(damped).inverse  # unlike `inv`, without a look at it from the host
         flat = self._x.reshape(b, n * k, size)
         cross = flat.new_zeros(b, n * k, n * k)
         for reach, values in terms:
             wide = reach.repeat_interleave(k, 0).repeat_interleave(k, 1)
             cross = cross + wide * (flat @ values.permute(2, 0, 1, 3).reshape(b, n * k, size).mT)
         system = torch.eye(n * k, dtype=dx.dtype, device=dx.device) - _times(cross, self._inverse)
-        self._system, self._pivots = (system, None) if causal else torch.linalg.lu_factor(system)
+        self._system, self._pivots = (system, None) if causal else torch.linalg.lu_factor_ex(system)[:2]
 
     def __call__(self, before: Tensor) -> Tensor:
         """`[n, k, b, 1]` y for changes of the states `[n, b, d]` as far as no pair has a part in them."""

@@ -24,7 +24,7 @@ def test_what_a_refinement_taught_of_estimates_is_told_from_amplification_and_fa
     before = torch.zeros(())
 
     def calibrated(calibration: Calibration, error: InterpolationError) -> tuple[InterpolationError, float]:
-        return calibration.apply(error, lambda _: 0.06, averaged=True, control=ORDER_ZERO)
+        return calibration.apply(error, 0.06, averaged=True, control=ORDER_ZERO)
 
     assert calibrated(Calibration(), error) == (error, 1.0)  # no refinement yet
     accepted = Calibration().accept(InterpolationError([0.01], [(0,)]), 1.0, iteration_error=0.0, sample=before)
@@ -44,7 +44,7 @@ def test_a_small_move_relaxes_estimates_of_benign_samples_at_higher_orders_only(
     assert refined.predicted == pytest.approx(0.02 / 8)
 
     def total(error: InterpolationError, *, averaged: bool, move: float) -> float:
-        return refined.apply(error, lambda _: move, averaged=averaged, control=HIGHER_ORDER)[0].total
+        return refined.apply(error, move, averaged=averaged, control=HIGHER_ORDER)[0].total
 
     assert total(error, averaged=True, move=0.01) == pytest.approx(error.total)
     assert total(replace(error, amplification=1.6), averaged=False, move=0.01) == pytest.approx(error.total)
@@ -56,7 +56,7 @@ def test_a_small_move_relaxes_estimates_of_benign_samples_at_higher_orders_only(
 def test_a_sample_whose_error_was_never_known_teaches_nothing() -> None:
     unknown = Calibration().accept(InterpolationError([math.inf], [(0, 1)]), 1.0, iteration_error=0.0, sample=torch.zeros(()))
     error = InterpolationError([3e-3], [(0, 1)])
-    assert unknown.apply(error, lambda _: 0.06, averaged=False, control=HIGHER_ORDER) == (error, 1.0)
+    assert unknown.apply(error, 0.06, averaged=False, control=HIGHER_ORDER) == (error, 1.0)
 
 
 def test_a_defect_beside_the_direction_that_grows_counts_as_its_neighbours_along_it() -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals, convergence_ratio, directions, interpolation_defects
 from paradiff.methods.collocation.linearization import Linearization
@@ -70,9 +71,9 @@ class Propagation:
     first: Linearization | None
     mean_square: Callable[[Tensor], Tensor]
 
-    def effects(self, several: list[Tensor], influence: Tensor) -> tuple[Tensor, float]:
-        """`[J]` mean square effects of J defects on the sample, the mean over several sets of directions; and their
-        amplification.
+    def effects(self, several: list[Tensor], influence: Tensor) -> Tensor:
+        """`[J + 2]` mean square effects of J defects on the sample, the mean over several sets of directions; their sum; and
+        that by the chain's linear part alone.
 
         Args:
             several: Sets of defects, `[J, b, d]` each, the defects in their own directions in the middle.
@@ -82,9 +83,10 @@ class Propagation:
         if self.first is not None:
             nodes = self.system.nodes
             near = torch.searchsorted(nodes, self.first.nodes).clamp(max=len(nodes) - 1)
-            found = torch.maximum(found, self._mean_over(self.first, several, influence[[*near.tolist(), -1]]))
-        linear = float(self.mean_square(influence[-1][:, None, None] * several[len(several) // 2]).sum())
-        return found, math.sqrt(float(found.sum()) / max(linear, 1e-300))
+            rows = uploaded([*near.tolist(), len(influence) - 1], influence.device)
+            found = torch.maximum(found, self._mean_over(self.first, several, influence[rows]))
+        linear = self.mean_square(influence[-1][:, None, None] * several[len(several) // 2]).sum()
+        return torch.cat([found, torch.stack([found.sum(), linear])])
 
     def _mean_over(self, linearization: Linearization, several: list[Tensor], influence: Tensor) -> Tensor:
         return torch.stack([self.mean_square(linearization.on_sample(d, influence)) for d in several]).mean(0)
@@ -114,26 +116,41 @@ def interpolation_error(
         return InterpolationError([0.0], [(0,)], amplification)
     if probed is not None:
         doubled, defects = probed
-        found, seen = propagation.effects(directions(defects, neighbours), move(doubled.effect))
-        amplification = max(amplification, seen)
+        found, total, linear = _read(propagation.effects(directions(defects, neighbours), move(doubled.effect)))
+        amplification = max(amplification, _amplification(total, linear))
         # What grows is a single number, so that a small value is chance more often.
         tail = 1 + control.error.tail_safety * (1 - amplification**-control.error.tail_exponent)
         factors = safety * tail / control.defect.halving_ratio * doubled.sensitivity
         groups: list[tuple[int, ...]] = [(n, n + 1) for n in doubled.first]
-        return InterpolationError((factors * found.sqrt().cpu()).tolist(), groups, amplification)
+        return InterpolationError((factors * found.sqrt()).tolist(), groups, amplification)
     omitted, weights = interpolation_defects(system)
     if not omitted:
         return InterpolationError([math.inf], [tuple(range(len(system.intervals)))], amplification)
     several = directions(weighted(move(weights), forcings), neighbours)
-    found, seen = propagation.effects(several, propagation.influence[:, omitted])
-    amplification, fourth = max(amplification, seen), None
+    numbers = [propagation.effects(several, propagation.influence[:, uploaded(omitted, forcings.device)])]
     more, weights = interpolation_defects(system, 4)
     if more:
-        coarser, seen = propagation.effects([weighted(move(weights), forcings)], propagation.influence[:, more])
-        amplification, fourth = max(amplification, seen), float(coarser.sum().sqrt())
-    ratio = convergence_ratio(float(found.sum().sqrt()), fourth, control.defect)
+        at = uploaded(more, forcings.device)
+        numbers.append(propagation.effects([weighted(move(weights), forcings)], propagation.influence[:, at]))
+    host = torch.cat(numbers).cpu()  # the estimate's one wait for the device
+    found, total, linear = _read(host[: len(numbers[0])])
+    amplification, fourth = max(amplification, _amplification(total, linear)), None
+    if more:
+        _, coarser, linear = _read(host[len(numbers[0]) :])
+        amplification, fourth = max(amplification, _amplification(coarser, linear)), math.sqrt(coarser)
+    ratio = convergence_ratio(math.sqrt(total), fourth, control.defect)
     shares = [safety / ratio * math.sqrt(e) for e in found.tolist()]
     return InterpolationError(shares, [(n - 1, n) for n in omitted], amplification)
+
+
+def _read(numbers: Tensor) -> tuple[Tensor, float, float]:
+    """What `Propagation.effects` returned, on the host: `[J]` effects, their sum, and that of the linear part."""
+    host = numbers.cpu()
+    return host[:-2], float(host[-2]), float(host[-1])
+
+
+def _amplification(total: float, linear: float) -> float:
+    return math.sqrt(total / max(linear, 1e-300))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,25 +172,24 @@ class Calibration:
     predicted: float = math.inf
 
     def apply(
-        self, error: InterpolationError, moved: Callable[[Tensor], float], *, averaged: bool, control: CollocationControl
+        self, error: InterpolationError, moved: float, *, averaged: bool, control: CollocationControl
     ) -> tuple[InterpolationError, float]:
         """An estimate, calibrated; and the factor to keep if it is accepted.
 
         Args:
             error: The estimate by the defects alone.
-            moved: Root mean square distance of the sample from what it was.
+            moved: Root mean square distance of the sample from `sample`.
             averaged: Whether the interpolation is of order 0.
             control: The tuned numbers.
         """
         last = self.error
         if last is None or self.sample is None or not math.isfinite(last.total):
             return error.scaled(self.factor), self.factor
-        move = moved(self.sample)
         expected = last.total * error.amplification / last.amplification  # with the amplification that is observed now
-        factor = max(math.sqrt(self.factor), move / math.hypot(expected, self.iteration_error))
+        factor = max(math.sqrt(self.factor), moved / math.hypot(expected, self.iteration_error))
         benign = not averaged and error.amplification < control.error.benign_amplification and factor == 1
         if benign:  # with several independent defects a small total move is evidence, not luck
-            predicted = control.error.safety * self.predicted * move / last.total
+            predicted = control.error.safety * self.predicted * moved / last.total
             relaxed = math.sqrt(predicted / max(error.total, 1e-300))
             error = error.scaled(min(max(relaxed, control.error.least_relaxation), 1.0))
         return error.scaled(factor), factor

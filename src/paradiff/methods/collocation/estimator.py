@@ -34,22 +34,27 @@ class Estimator:
         self._calibration = Calibration()
         self._first: Linearization | None = None  # when the first estimate was accepted
 
+    @property
+    def sample(self) -> Tensor | None:
+        """The sample when an estimate was accepted last; None before."""
+        return self._calibration.sample
+
     def estimate(
         self,
         at: SampleSystem,
         linearization: Linearization,
         forcings: Tensor,
         probed: tuple[DoubledIntervals, Tensor] | None,
-        sample: Tensor,
+        moved: float,
     ) -> tuple[InterpolationError, float]:
-        """The calibrated estimate, and its calibration factor; the amplification that it shows is kept.
+        """The calibrated estimate, and its calibration factor; the amplification that it shows is kept. Waits for the device.
 
         Args:
             at: The sample's collocation system.
             linearization: The same, linearized.
             forcings: `[M, b, d]`.
             probed: Order 0: the doubled intervals and their defects (`Probes.defects`).
-            sample: The sample as far as it is known.
+            moved: Root mean square distance of the sample from `sample`; 0 where that is None.
         """
         control, mean_square = self._setup.control, self._mean_square
         propagation = Propagation(
@@ -59,10 +64,6 @@ class Estimator:
             propagation, forcings, probed, amplification=self.amplification, control=control, move=self._setup.move
         )
         self.amplification = error.amplification
-
-        def moved(before: Tensor) -> float:
-            return math.sqrt(float(mean_square((sample - before)[None])))
-
         return self._calibration.apply(error, moved, averaged=at.system.averaged, control=control)
 
     def accept(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.system import CollocationSystem, weighted
 
@@ -49,9 +50,9 @@ class Evaluations:
             forcings: `[R, b, d]`.
             least: Relative size below which a state change makes no secant pair.
         """
-        at = torch.tensor(chosen, device=states.device)
+        at = uploaded(chosen, states.device)
         if self.dx.shape[1]:
-            again = torch.tensor([self.evaluated[n] for n in chosen], device=states.device)[:, None]
+            again = uploaded([self.evaluated[n] for n in chosen], states.device)[:, None]
             dx, du = states - self.states[at], forcings - self.forcings[at]
             large = dx.square().sum(2) > least**2 * states.square().sum(2)
             large = large & again
@@ -75,8 +76,9 @@ class Evaluations:
                 unassigned.append(n)
                 source.append(last)
         if unassigned:
-            self.forcings[unassigned] = self.forcings[source]
-            self.states[unassigned] = states[unassigned]
+            at = uploaded(unassigned, states.device)
+            self.forcings[at] = self.forcings[uploaded(source, states.device)]
+            self.states[at] = states[at]
 
     @property
     def missing(self) -> list[int]:
@@ -98,7 +100,7 @@ class Evaluations:
             kept.append(same and self.evaluated[k])
             nearest.append(k)
             ratios.append(1.0 if same or not 0 < level < math.inf else float(level))
-        at, factor = torch.tensor(nearest, device=self.states.device), move(torch.tensor(ratios))[:, None, None]
+        at, factor = uploaded(nearest, self.states.device), move(torch.tensor(ratios))[:, None, None]
         self.states, self.dx, self.du = self.states[at] * factor, self.dx[at] * factor[:, None], self.du[at].clone()
         self.quotients = self.quotients[at] / factor[:, 0, 0]
         if new.averaged:

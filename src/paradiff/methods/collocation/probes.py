@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.system import CollocationSystem, noise_states, weighted
@@ -66,7 +67,9 @@ class Probes:
         assert self._doubled is not None
         initial, influence = (self._setup.move(v[pairs]) for v in (self._doubled.initial, self._doubled.influence))
         found = initial[:, None, None] * self._x0 + weighted(influence, forcings)
-        return self._doubled.nodes[pairs], found if self._noises is None else found + self._noises[pairs]
+        if self._noises is not None:
+            found = found + self._noises[uploaded(pairs, self._noises.device)]
+        return self._doubled.nodes[pairs], found
 
     def observe(self, pairs: list[int], evaluated: Tensor, forcings: Tensor) -> None:
         """Takes the forcings `[R, b, d]` evaluated at doubled intervals, beside those of all nodes, `[M, b, d]`."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
-from paradiff.chain.step import Step
+from paradiff.chain.step import Step, uploaded
 from paradiff.methods.collocation.estimator import Estimator
 from paradiff.methods.collocation.evaluations import Evaluations
 from paradiff.methods.collocation.handover import Handover
@@ -181,12 +181,12 @@ class CollocationSolver:
         window = setup.method.window or len(self.system.intervals) * 2
         chosen = self.active[:window]
         pairs = self._unprobed()[: window - len(chosen)]
-        nodes, states = self.system.nodes[chosen], self._states[chosen]
+        nodes, states = self.system.nodes[chosen], self._states[uploaded(chosen, self._states.device)]
         if pairs:
             more = self._probes.states(pairs, self._nodes.forcings)
             nodes, states = torch.cat([nodes, more[0]]), torch.cat([states, more[1]])
         evaluated_at = states.to(setup.dtype).to(states.dtype)
-        rows = setup.step.seen(nodes.to(setup.device), evaluated_at.view(-1, *self.shape)).to(setup.dtype)
+        rows = setup.step.seen(nodes.to(setup.device, non_blocking=True), evaluated_at.view(-1, *self.shape)).to(setup.dtype)
         return CollocationQuery(nodes, rows, chosen, pairs, evaluated_at)
 
     def _unprobed(self) -> list[int]:
@@ -202,9 +202,9 @@ class CollocationSolver:
             states: States as the caller changed them, which this method cannot follow.
 
         Returns:
-            Mean squares `[2 M + 4]`: for each node the change of the sample by its staleness, and the distance of its state
-            from that of its evaluation; the change by the staleness of all nodes together; the sample's move in this round;
-            its size; and 1 if all outputs are finite.
+            Mean squares `[2 M + 5]`: for each node the change of the sample by its staleness, and the distance of its state
+            from that of its evaluation; the change by the staleness of all nodes together; the sample's move in this round,
+            and since an estimate was accepted last; its size; and 1 if all outputs are finite.
         """
         assert states is None, "the loop refuses changed states, since follows_edits is False"
         if self._handover is not None:
@@ -228,9 +228,10 @@ class CollocationSolver:
         effects = self._stale_effects(changes)
         each, together = self._mean_square(effects), self._mean_square(effects.sum(0, keepdim=True))
         away = self._mean_square(changes)
-        moved = self._mean_square((self._final - before).view(1, *self._x0.shape))[0]
+        accepted = self._final if self.estimator.sample is None else self.estimator.sample
+        moved, since = (self._mean_square((self._final - x).view(1, *self._x0.shape))[0] for x in (before, accepted))
         finite = torch.isfinite(m).all().to(each.dtype)
-        return torch.cat([each, away, together, torch.stack([moved, self._final.square().mean(), finite])])
+        return torch.cat([each, away, together, torch.stack([moved, since, self._final.square().mean(), finite])])
 
     def _stale_effects(self, changes: Tensor) -> Tensor:
         """`[M, b, d]` change of the sample by the staleness of each node, of state changes `[M, b, d]`."""
@@ -254,7 +255,7 @@ class CollocationSolver:
             record = self._handover.advance(norms, round)
             self.done = self._handover.done
             return record
-        *nodes, together, moved, size, finite = norms
+        *nodes, together, moved, since, size, finite = norms
         visited, count = self._visited, len(nodes) // 2
         if not finite or not all(map(math.isfinite, nodes)):
             raise ValueError(
@@ -265,7 +266,7 @@ class CollocationSolver:
             )
         self.residual = math.sqrt(max(nodes[count:]))
         progress = self._progress(nodes[:count], nodes[count:], together)
-        self._follow(self._decision(progress, size))
+        self._follow(self._decision(progress, size, math.sqrt(since)))
         return CollocationRecord(
             round=round,
             sample=self.sample,
@@ -307,8 +308,14 @@ class CollocationSolver:
             most_sweeps=self.control.most_sweeps * (1 + count // (window or count)),
         )
 
-    def _decision(self, progress: Progress, size: float) -> Decision:
-        """What follows the round; `size` is the mean square of the sample."""
+    def _decision(self, progress: Progress, size: float, moved: float) -> Decision:
+        """What follows the round. Waits for the device where the interpolation error is estimated.
+
+        Args:
+            progress: The sample after the round.
+            size: Its mean square.
+            moved: Root mean square distance from what it was when an estimate was accepted last.
+        """
         within = self.iteration_error <= self.control.early_factor * self._bounds.tolerance
         near = progress.converged or (not self._nodes.missing and within)
         if near and not self._settled_shift:
@@ -321,7 +328,7 @@ class CollocationSolver:
         if not progress.converged and not early:
             return decide(progress, None, self.system.points, self.setup.mesh, self._bounds)
         error, factor = self.estimator.estimate(
-            self._at, self._linearization, self._nodes.forcings, self._probes.defects(), self._final
+            self._at, self._linearization, self._nodes.forcings, self._probes.defects(), moved
         )
         decision = decide(progress, error, self.system.points, self.setup.mesh, self._bounds)
         if not isinstance(decision, Sweep | GiveUp):
@@ -365,7 +372,8 @@ class CollocationSolver:
         self._go_over(new)
         self.active = self._nodes.missing
         if not new.averaged:  # guessed forcings go with the states that they give
-            self._nodes.states[self.active] = self._at.states(self._nodes.forcings)[self.active]
+            at = uploaded(self.active, self._nodes.states.device)
+            self._nodes.states[at] = self._at.states(self._nodes.forcings)[at]
         self._linearization, self._states, self._final = self._stepped()
 
     def _rescale(self, variance: float) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paradiff.chain.step import uploaded
 from paradiff.methods.parareal.setup import PararealSetup
 from paradiff.methods.parareal.stopping import BlockRun
 
@@ -40,7 +41,7 @@ class StatePool:
 
     def index(self, values: list[int]) -> Tensor:
         """Whole numbers or truth values on the device, without waiting for it."""
-        return torch.tensor(values).to(self.states.device, non_blocking=True)
+        return uploaded(values, self.states.device)
 
 
 class BlockRuns:

@@ -101,14 +101,15 @@ class CoarseSteps:
         state, gain = setup.state[chosen].view(shape), setup.clean[chosen].view(shape)
         new = state * x[:, None] + gain * clean[:, None]
         if setup.table.stochastic:
-            for step in steps:
-                if step not in self._noises:
-                    self._noises[step] = setup.move(setup.coarse.aggregate(self._noise, self._sample, step))
+            missing = [step for step in steps if step not in self._noises]
+            if missing:
+                made = [setup.coarse.aggregate(self._noise, self._sample, step) for step in missing]
+                self._noises.update(zip(missing, setup.move(torch.stack(made)), strict=True))
             new += torch.stack([self._noises[step] for step in steps])
         if band == 1:
             return new
         ends = torch.tensor([setup.coarse.nodes[step + 1] for step in steps])[:, None] - torch.arange(1, band)
-        ends = ends.clamp(min=0).to(setup.device)
+        ends = ends.clamp(min=0).to(setup.device, non_blocking=True)
         shape = (*ends.shape, *[1] * (x.ndim - 1))
         past = (clean[:, None] - setup.p[ends].view(shape) * new[:, 1:]) / setup.q[ends].view(shape)
         return torch.cat([new, past], 1)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from paradiff.chain.step import uploaded
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.solver.protocol import Query
 
@@ -95,7 +96,7 @@ class Substeps:
             self._first, self._phi = lo, torch.empty_like(x[: hi - lo])
         running = [n for n in range(lo, hi) if edges[n] + self._taken < edges[n + 1]]
         nodes = torch.tensor([edges[n] + self._taken for n in running])
-        at = nodes.to(setup.device)
+        at = nodes.to(setup.device, non_blocking=True)
         noise_place = at - edges[lo]
         places: list[slice | Tensor] = [noise_place + setup.history - j for j in range(setup.table.band)]
         states = x[places[0]]
@@ -108,10 +109,12 @@ class Substeps:
         going = [k for k, n in enumerate(running) if edges[n] + self._taken < edges[n + 1]]
         ended = [k for k, n in enumerate(running) if edges[n] + self._taken == edges[n + 1]]
         if ended:
-            self._phi[[running[k] - self._first for k in ended]] = phi[ended]
+            device = phi.device
+            self._phi[uploaded([running[k] - self._first for k in ended], device)] = phi[uploaded(ended, device)]
         if going:
             assert isinstance(place, Tensor)
-            x[place[going] + 1] = phi[going]
+            rows = uploaded(going, phi.device)
+            x[place[rows] + 1] = phi[rows]
             return None
         self._taken = 0
         return self._phi
@@ -119,4 +122,4 @@ class Substeps:
     def ends(self, lo: int, hi: int) -> slice | Tensor:
         """At the sub-intervals' right edges."""
         edges = torch.tensor(self._setup.edges[lo : hi + 1])
-        return (edges[1:] - edges[0] + self._setup.history).to(self._setup.device)
+        return (edges[1:] - edges[0] + self._setup.history).to(self._setup.device, non_blocking=True)
