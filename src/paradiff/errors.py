@@ -37,6 +37,11 @@ class MixedWindows(NeedsLanes):
     """The loop body mixed the states of two rounds, which belong to other nodes."""
 
 
+class RanksFailed(Exception):
+    """The end of a run on several ranks: one of them died, hangs, failed, or disagrees with the others. The text is a sentence
+    that names it."""
+
+
 class MissingPackage(ImportError):
     """A package of an extra that is not installed. The text is a sentence: what needs it, and how to install it."""
 

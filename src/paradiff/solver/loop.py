@@ -257,7 +257,7 @@ def sample(
     observer: Observer | None = None,
     check: Check = "first",
 ) -> Solution:
-    """Samples with one model on one device: drives `solve` with an evaluator.
+    """Samples with one model: drives `solve` with an evaluator, on one device or on several ranks.
 
     Args:
         denoiser: The model as a function `(x, t) -> m` of rows (evaluator.py), or an evaluator: anything with the members of
@@ -272,11 +272,15 @@ def sample(
 
     Raises:
         ValueError: As `solve`, `Evaluator` and `drive` do.
+        RanksFailed: If one of several ranks fails, or was given other arguments.
     """
     evaluate = denoiser if evaluates(denoiser) else Evaluator(denoiser)
     require_problem(table, noise, method)
     require_dtype(evaluate.dtype)
     _refuse_other_lengths(evaluate, noise)
+    if isinstance(evaluate, Evaluator):
+        arguments = {"table": table, "noise": noise, "method": method, "start": start, "dtype of states": dtype}
+        evaluate.begin(arguments, method.width(table) * noise.samples)
     resolution = None if evaluate.dtype is None else torch.finfo(evaluate.dtype).eps
     rounds = solve(
         table, noise, method, start=start, device=evaluate.device, dtype=dtype, observer=observer, resolution=resolution
