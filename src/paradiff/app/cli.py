@@ -7,7 +7,6 @@ with is imported when its options were found to be well-formed.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, cast
 
 import typer
@@ -15,6 +14,7 @@ import typer
 from paradiff.app import flags
 from paradiff.app.ends import EXIT_CODES, LATE, ended
 from paradiff.app.flags import CHAIN, METHOD, OUTPUT, Command
+from paradiff.app.launched import leave
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
 from paradiff.app.request import DTYPES, NOISES, OUT, Request
@@ -78,6 +78,7 @@ def sample(
     dtype: flags.Dtype = DTYPES[0],
     threads: flags.Threads = None,
     max_rows: flags.MaxRows = None,
+    timeout: flags.Timeout = None,
     deadline: Annotated[
         float | None,
         typer.Option(
@@ -115,6 +116,7 @@ def sample(
         dtype=dtype,
         threads=threads,
         max_rows=max_rows,
+        timeout=timeout,
         deadline=deadline,
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -178,7 +180,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method, to see it
 def main() -> None:
     """The entry point. Exit codes: errors, one sentence each, are 2, those that nobody foresaw 1, a run that its deadline ended
     3, Ctrl-C 130, SIGTERM 143."""
-    sys.exit(ended(lambda: app(standalone_mode=False)))
+    leave(ended(lambda: app(standalone_mode=False)))
 
 
 if __name__ == "__main__":

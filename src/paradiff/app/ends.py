@@ -12,8 +12,10 @@ from collections.abc import Callable
 from signal import SIGINT
 from typing import cast
 
+from paradiff.app.launched import rank
 from paradiff.app.outcome import CutShort
 from paradiff.app.signals import INTERRUPTED, TERMINATED, WORDS, EndedLate, termination
+from paradiff.errors import RanksFailed
 
 LONGEST = 800
 """Characters of a sentence."""
@@ -23,9 +25,9 @@ FAILED, REFUSED, LATE = 1, 2, 3
 ended, whose files are written."""
 
 EXIT_CODES = (
-    f"Exit codes: 0, all is well; {FAILED}, a package is missing, memory ran out, or paradiff is at fault; {REFUSED}, what was "
-    f"given is refused, or the output cannot be written; {LATE}, the deadline ended the run; {INTERRUPTED}, Ctrl-C; "
-    f"{TERMINATED}, SIGTERM."
+    f"Exit codes: 0, all is well; {FAILED}, a package is missing, memory ran out, a rank failed, or paradiff is at fault; "
+    f"{REFUSED}, what was given is refused, or the output cannot be written; {LATE}, the deadline ended the run; "
+    f"{INTERRUPTED}, Ctrl-C; {TERMINATED}, SIGTERM."
 )
 
 TRACEBACK = "PARADIFF_TRACEBACK"
@@ -56,6 +58,8 @@ def _told(error: Exception) -> tuple[str, int]:
     """The sentence of an error, and the exit code."""
     if isinstance(error, ValueError):
         return _as_typed(str(error)), REFUSED
+    if isinstance(error, RanksFailed):
+        return str(error), FAILED
     if isinstance(error, OSError):
         return f"{error.strerror or error}{f': {error.filename!r}' if error.filename else ''}", REFUSED
     if hasattr(error, "format_message"):  # of typer's
@@ -102,5 +106,6 @@ def ended(command: Callable[[], int | None]) -> int:
         number = came[0] if came else SIGINT
         code, end = 128 + number, f"{WORDS[number]}: nothing was written"
     if end:
+        end = end if rank() == 0 else f"rank {rank()}: {end}"
         print(_one_line(end), file=sys.stderr)
     return code or 0

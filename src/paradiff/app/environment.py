@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from paradiff.app import launched
+
 DEVICES = re.compile(r"cpu|cuda(:[0-9]+)?|mps")
 """Names of devices, beside `auto`."""
 
@@ -65,13 +67,15 @@ def use_threads(threads: int | None) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """A device by name; `auto` is a GPU if there is one.
+    """A device by name; `auto` is a GPU if there is one, and on several ranks each takes the one of its number.
 
     Raises:
         ValueError: If the name is no device's, or there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched.size() > 1:
+        name = f"cuda:{launched.local_rank()}"
     if not DEVICES.fullmatch(name):
         raise ValueError(f"device is {name!r}; use cpu, cuda, cuda:1, mps or auto")
     try:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperCommand
 
+from paradiff.app.launched import TIMEOUT
 from paradiff.app.options import PRESETS, read_value
 from paradiff.app.request import DTYPES
 
@@ -95,6 +96,15 @@ Dtype = Annotated[
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores by default.", rich_help_panel=DEVICE)]
 MaxRows = Annotated[
     int | None, typer.Option(help="Most rows in one network call; no bound by default.", rich_help_panel=DEVICE)
+]
+
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help=f"How long ranks that torchrun started wait for each other; {TIMEOUT:g} by default.",
+        rich_help_panel=DEVICE,
+    ),
 ]
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paradiff.app import plots
 from paradiff.app.environment import environment
+from paradiff.app.launched import in_turn
 from paradiff.app.options import effective_options
 from paradiff.app.outcome import Outcome, Writer
 from paradiff.app.request import Job, Request
@@ -154,10 +155,11 @@ def effective(job: Job, table: Table) -> dict[str, Any]:
 def sample_pixels(job: Job, console: Console) -> Outcome:
     """Samples a pixel model, all seeds in one batch."""
     request, method = job.request, job.method
-    model = load(request.model, device=job.device, dtype=job.dtype)
+    with in_turn(job.ranks):
+        model = load(request.model, device=job.device, dtype=job.dtype)
     table = make_table(model, request)
     edges = method.edges(table)
-    evaluator = Evaluator(model, max_rows=request.max_rows, device=job.device, dtype=job.dtype)
+    evaluator = Evaluator(model, max_rows=request.max_rows, device=job.device, dtype=job.dtype, mesh=job.ranks)
     batched = Batched(model=model, table=table, evaluator=evaluator, job=job, console=console)
     batched.warm_up(method.width(table))
     if job.notice:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from paradiff.solver.deadline import Deadline
     from paradiff.solver.protocol import Method
+    from paradiff.solver.ranks import Ranks
 
 DTYPES = ("float32", "bfloat16", "float16")
 NOISES = ("recorded", "keyed")
@@ -52,6 +53,7 @@ class Request:
     dtype: str
     threads: int | None
     max_rows: int | None
+    timeout: float | None
     deadline: float | None
     prompt: str | None
     negative_prompt: str | None
@@ -68,6 +70,8 @@ class Request:
             raise ValueError(
                 f"max_rows is {self.max_rows}; a network call needs at least 1 row: leave --max-rows out for no bound"
             )
+        if self.timeout is not None:
+            require_real("the time-out, in seconds,", self.timeout, positive=True)
         if self.deadline is not None:
             require_real("the deadline, in seconds,", self.deadline, positive=True)
         if self.size is not None:
@@ -92,6 +96,7 @@ class Job:
         device: Where the network goes.
         dtype: The network's dtype.
         deadline: What ends calls that take too long; None for no such bound.
+        ranks: The ranks that share the work; None where there is one process.
         notice: What is said of the run once nothing is left that would be refused before it; empty for nothing.
     """
 
@@ -102,6 +107,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     deadline: Deadline | None = None
+    ranks: Ranks | None = None
     notice: str = ""
 
     def counted(self) -> str:

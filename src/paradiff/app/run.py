@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from rich.table import Table
 from paradiff.app import environment, run_json
 from paradiff.app.ends import LATE
 from paradiff.app.folder import LAST, Folder, next_folder, output_folder, rescued
+from paradiff.app.launched import clock_of, rank, team
 from paradiff.app.options import parse_seeds
 from paradiff.app.outcome import CutShort
 from paradiff.app.request import OUT, Job, Request
@@ -29,9 +30,8 @@ from paradiff.solver.solution import Status
 
 def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
     """Runs a well-formed request, writes its files and shows its figures."""
-    console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)))
+    console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)), quiet=rank() > 0)
     environment.use_threads(request.threads)
-    deadline = None if request.deadline is None else Deadline(request.deadline)
     device, dtype = environment.choose_device(request.device), getattr(torch, request.dtype)
     if is_pixel(read_index(request.model)):
         from paradiff.app.pixels import sample_pixels as sample_it
@@ -43,25 +43,29 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
         from paradiff.app.pipeline import sample_pipeline as sample_it
 
         refuse_pixel_options(request)
-    with claimed(request) as folder:
-        place = str(folder.path)
-        job = Job(
-            request=dataclasses.replace(request, out=place),
-            seeds=parse_seeds(request.seeds),
-            method=solver,
-            called=called,
-            device=device,
-            dtype=dtype,
-            deadline=deadline,
-            notice=f"{OUT} is not empty; this run goes to {place}" if place != OUT and request.out is None else "",
-        )
-        try:
-            outcome = sample_it(job, console)
-        except CutShort as cut:
-            cut.saved = rescued(cut.writers, "what they gave")
-            raise
-        with finishing(place):
-            folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
+    with team(request, device) as ranks:
+        deadline = None if request.deadline is None else Deadline(request.deadline, clock=clock_of(ranks))
+        with claimed(request) as folder:
+            place = "" if folder is None else str(folder.path)
+            job = Job(
+                request=dataclasses.replace(request, out=place),
+                seeds=parse_seeds(request.seeds),
+                method=solver,
+                called=called,
+                device=device,
+                dtype=dtype,
+                deadline=deadline,
+                ranks=ranks,
+                notice=f"{OUT} is not empty; this run goes to {place}" if place != OUT and request.out is None else "",
+            )
+            try:
+                outcome = sample_it(job, console)
+            except CutShort as cut:
+                cut.saved = "" if folder is None else rescued(cut.writers, "what they gave")
+                raise
+            if folder is not None:
+                with finishing(place):
+                    folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
     show(console, outcome.contents, request.method, outcome.title)
     console.print(f"{outcome.contents['status']}; written to {place}", soft_wrap=True)
     if deadline is not None and deadline.stopped and outcome.contents["status_code"] == Status.STOPPED.code:
@@ -69,8 +73,10 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
         raise typer.Exit(LATE)
 
 
-def claimed(request: Request) -> AbstractContextManager[Folder]:
-    """The output folder of a run, for as long as it lasts."""
+def claimed(request: Request) -> AbstractContextManager[Folder | None]:
+    """The output folder of a run, for as long as it lasts; None on ranks that write nothing."""
+    if rank() > 0:
+        return nullcontext()
     return next_folder(Path(OUT)) if request.out is None else output_folder(Path(request.out), request.overwrite)
 
 

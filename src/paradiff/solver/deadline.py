@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from paradiff.errors import require_real
 from paradiff.solver.protocol import Round
@@ -22,6 +23,7 @@ class Deadline:
 
     Args:
         seconds: Time that a run may take, more than 0.
+        clock: A function that tells the seconds. Of several ranks, each has to be told the same (`Ranks.tell`).
 
     Attributes:
         seconds: The same.
@@ -31,20 +33,20 @@ class Deadline:
         ValueError: If `seconds` is no positive number.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         require_real("the deadline, in seconds,", seconds, positive=True)
-        self.seconds, self.stopped = float(seconds), 0
-        self._begin = time.perf_counter()
+        self.seconds, self.stopped, self._clock = float(seconds), 0, clock
+        self._begin = self._clock()
 
     def __repr__(self) -> str:
         return f"Deadline({self.seconds:g})"
 
     def start(self) -> None:
         """Starts the clock anew."""
-        self._begin = time.perf_counter()
+        self._begin = self._clock()
 
     def __call__(self, round: Round, /) -> bool:
         """True once the time is over."""
-        over = time.perf_counter() - self._begin >= self.seconds
+        over = self._clock() - self._begin >= self.seconds
         self.stopped += over
         return over

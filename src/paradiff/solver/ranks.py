@@ -63,7 +63,6 @@ class Ranks:
         timeout: Seconds, as given.
         exchanges: Exchanges so far.
         received: Bytes of blocks that this rank received from others so far.
-        clock: Seconds on the clock of the rank at place 0, as of the last exchange of rows: the same on all ranks.
 
     Raises:
         ValueError: If the argument is no mesh, or has no axis of that name.
@@ -77,7 +76,7 @@ class Ranks:
         self._group = _group_of(mesh, axis)
         members = dist.get_process_group_ranks(self._group)
         self.place, self.size, self.timeout = members.index(dist.get_rank()), len(members), float(timeout)
-        self.exchanges, self.received, self.clock = 0, 0, 0.0
+        self.exchanges = self.received = 0
         self._backend = str(dist.get_backend(self._group))
         board = _board(members)
         mine = name_of(dist.get_rank(), dist.get_world_size())
@@ -203,6 +202,11 @@ class Ranks:
         if error is not None:
             raise error
         return result
+
+    def tell(self) -> float:
+        """The seconds on the clock of the rank at place 0, on all ranks; an exchange of its own."""
+        mine = torch.tensor([time.monotonic()], dtype=torch.float64).view(torch.uint8)
+        return float(self.gather(self.open(5), mine, [8] * self.size)[0].view(torch.float64))
 
     # Faults.
 

@@ -227,7 +227,7 @@ class Sharded:
         if self.balance == "speed" and device.type == "cuda":
             torch.cuda.synchronize(device)
         spent = (time.perf_counter() - begin) / max(1, lengths[self.ranks.place])
-        head = [result.status, 0, bound.max_rows or 0, -1, int(1e9 * spent), int(1e6 * time.monotonic()), 0, 0]
+        head = [result.status, 0, bound.max_rows or 0, -1, int(1e9 * spent), 0, 0, 0]
         heads, outputs = self._exchanged(opened, result, head, lengths, device, inputs, key)
         self._heed(heads, result, lengths)
         self._learn(bound, heads, lengths)
@@ -333,10 +333,9 @@ class Sharded:
         ) from result.error
 
     def _learn(self, bound: Bound, heads: Tensor, lengths: Sequence[int]) -> None:
-        """Takes over what the heads say of bounds, speeds and the clock."""
+        """Takes over what the heads say of bounds and speeds."""
         bounds = [most for most in heads[:, 2].tolist() if most]
         bound.max_rows = min(bounds, default=bound.max_rows)
-        self.ranks.clock = int(heads[0, 5]) / 1e6
         for place, spent in enumerate(heads[:, 4].tolist()):
             if lengths[place]:
                 before, now = self.seconds[place], spent / 1e9

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command on several ranks: `torchrun --nproc-per-node 8 -m paradiff ...` starts it once a rank, with the same arguments.
+
+torchrun tells each process its rank by environment variables, as Slurm's `srun` can be made to. All ranks compute; the one of
+rank 0 writes the files and shows the figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from paradiff.errors import RanksFailed, require_whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from paradiff.app.request import Request
+    from paradiff.solver.ranks import Ranks
+
+TIMEOUT = 600.0
+"""Seconds that ranks wait for each other."""
+
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets."""
+
+OWN = ("out", "device", "threads")
+"""Options that ranks may be given differently."""
+
+
+def rank() -> int:
+    """This process's rank; 0 where it is the only one."""
+    return _number("RANK") if size() > 1 else 0
+
+
+def size() -> int:
+    """The number of ranks that were started.
+
+    Raises:
+        ValueError: If a variable of torchrun's is no number.
+    """
+    return max(1, _number("WORLD_SIZE")) if all(name in os.environ for name in NEEDED) else 1
+
+
+def local_rank() -> int:
+    """This process's rank among those of its host."""
+    return _number("LOCAL_RANK") if size() > 1 else 0
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "0")
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    require_whole(f"the environment variable {name}", number if number >= 0 else text, 0, ", as torchrun sets it")
+    return number
+
+
+@contextmanager
+def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
+    """The ranks of a command, for as long as the block lasts; None where there is one.
+
+    An error in the block ends it on all ranks, and where another rank is at fault, its sentence is raised.
+
+    Args:
+        request: What was typed; the same on all ranks, but for what each may have for itself.
+        device: This rank's device.
+
+    Raises:
+        RanksFailed: If ranks do not come together, were started with different arguments, or one of them fails.
+    """
+    if size() == 1:
+        yield None
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from paradiff.solver.ranks import Ranks
+
+    timeout = TIMEOUT if request.timeout is None else request.timeout
+    if rank() > 0:
+        warnings.simplefilter("ignore")
+    try:
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        mesh = init_device_mesh(device.type, (size(),), mesh_dim_names=("time",))
+    except (RuntimeError, ValueError) as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise RanksFailed(
+            f"the {size()} ranks did not come together within {timeout:g} s (rank {rank()} met {type(error).__name__}: "
+            f"{line[:200]}): start all of them, and see that they reach {os.environ['MASTER_ADDR']}"
+        ) from error
+    ranks = Ranks(mesh, timeout=timeout)
+    try:
+        options = {name: repr(value) for name, value in dataclasses.asdict(request).items() if name not in OWN}
+        ranks.agree({f"--{name.replace('_', '-')}" if name != "model" else name: value for name, value in options.items()})
+        yield ranks
+        ranks.agree({})  # all have come to the end
+    except BaseException as error:
+        if (other := ranks.ended(error)) is not None:
+            raise other from error
+        raise
+    ranks.close()
+    dist.destroy_process_group()
+
+
+def clock_of(ranks: Ranks | None) -> Callable[[], float]:
+    """A clock that tells all ranks the same."""
+    return time.perf_counter if ranks is None else ranks.tell
+
+
+@contextmanager
+def in_turn(ranks: Ranks | None) -> Iterator[None]:
+    """Lets one rank of each host go through the block before the others: what it downloads, they find, and what it reads from a
+    disk, the host's memory keeps for them."""
+    first = local_rank() == 0
+    if ranks is not None and not first:
+        ranks.agree({})
+    yield
+    if ranks is not None and first:
+        ranks.agree({})
+
+
+def leave(code: int) -> None:
+    """Ends the process. On ranks that could not end together, threads of `torch.distributed` may wait for others in vain."""
+    if size() > 1 and code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
