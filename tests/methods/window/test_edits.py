@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -90,6 +91,30 @@ def test_overwritten_elements_cost_no_rounds() -> None:
     assert painted.rounds <= free.rounds + 2 < table.steps
     error = (painted.sample[0] - chain(table, noise, EDITS["overwrite"])).square().mean().sqrt()
     assert error < 1e-3  # ten times the tolerance, which is an estimate
+
+
+@pytest.mark.parametrize("name", ["flow_euler", "euler", "ddpm"])
+def test_an_edit_that_changes_nothing_in_some_sweeps_is_followed(name: str) -> None:
+    # A caller that compares states says in each sweep whether it changed any.
+    table, noise = TABLES[name], Keyed(SHAPE, 3)
+    solver, edited = solve(table, noise, parasolver(tolerance=0.0), dtype=torch.float64), []
+    bound = 0.6 * float(chain(table, noise, lambda i, x: x).abs().max())
+
+    def clamped(batch: Batch) -> EditedOutputs | Tensor:
+        scale = table.scale[batch.nodes].view(-1, 1, 1, 1)
+        states = batch.x / scale
+        limits = torch.tensor([bound if node else math.inf for node in batch.nodes.tolist()], dtype=torch.float64)
+        limits = limits.view(-1, 1, 1, 1)
+        shown = states.clamp(-limits, limits)
+        edited.append(bool((shown != states).any()))
+        outputs = model(shown * scale, batch.t)
+        return EditedOutputs(outputs, shown) if edited[-1] else outputs
+
+    solution = drive(solver, clamped)
+    assert True in edited
+    assert False in edited[edited.index(True) :]
+    expected = chain(table, noise, lambda i, x: x.clamp(-bound, bound))
+    torch.testing.assert_close(solution.sample[0], expected, rtol=1e-10, atol=1e-10)  # float64, sums in another order
 
 
 def test_states_left_alone_are_no_edit() -> None:

@@ -30,6 +30,11 @@ class Edits:
         self._handed: Tensor | None = None  # [W, ...] what was handed out at the nodes after the first
         self.overwritten: Tensor | None = None
 
+    @property
+    def seen(self) -> bool:
+        """Whether states were ever edited; from then on every sweep is taken, edited or not."""
+        return self._before is not None
+
     def take(self, first: int, handed: Tensor, shown: Tensor, after: Tensor) -> None:
         """Takes what was shown at the window's nodes from `first` on.
 

@@ -152,7 +152,8 @@ class WindowSolver:
             return self.correction.tell(query, outputs)
         assert isinstance(query, WindowQuery)
         asked, places = query.states, query.places
-        if states is not None:
+        if states is not None or self.edits.seen:
+            states = asked if states is None else states
             self._edit(asked, states)
             self.x[places[0]] = asked = states
         m = table.convert(query.nodes, asked, outputs)
