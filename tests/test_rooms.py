@@ -22,6 +22,7 @@ ORDER = [
     {"planning"},
     {"pipelines"},
     {"app"},
+    {"__main__"},
 ]
 """A room imports from rooms before its own place only; rooms at one place do not import each other."""
 

@@ -321,6 +321,6 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """`values` `[R]` on the device and in the dtype of `like` `[R, ...]`, shaped to multiply it; from the host without waiting."""
+    """`values` `[R]` on the device and in the dtype of `like` `[R, ...]`, shaped to multiply it; the host does not wait."""
     moved = values.to(device=like.device, dtype=like.dtype, non_blocking=values.device.type == "cpu")
     return moved.view(-1, *[1] * (like.ndim - 1))

@@ -23,7 +23,8 @@ class Deadline:
 
     Args:
         seconds: Time that a run may take, more than 0.
-        clock: A function that tells the seconds. Of several ranks, each has to be told the same (`Ranks.tell`).
+        clock: A function that tells the seconds; None for `time.perf_counter`. Of several ranks, each has to be told the same
+            (`Ranks.tell`).
 
     Attributes:
         seconds: The same.
@@ -33,20 +34,23 @@ class Deadline:
         ValueError: If `seconds` is no positive number.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] | None = None) -> None:
         require_real("the deadline, in seconds,", seconds, positive=True)
         self.seconds, self.stopped, self._clock = float(seconds), 0, clock
-        self._begin = self._clock()
+        self._begin = self._now()
 
     def __repr__(self) -> str:
         return f"Deadline({self.seconds:g})"
 
+    def _now(self) -> float:
+        return time.perf_counter() if self._clock is None else self._clock()
+
     def start(self) -> None:
         """Starts the clock anew."""
-        self._begin = self._clock()
+        self._begin = self._now()
 
     def __call__(self, round: Round, /) -> bool:
         """True once the time is over."""
-        over = self._clock() - self._begin >= self.seconds
+        over = self._now() - self._begin >= self.seconds
         self.stopped += over
         return over
