@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from paradiff.errors import require_whole, shown
+from paradiff.solver.accelerator import empty_cache
 from paradiff.solver.agreement import described, versions, weights_of
 from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows
 from paradiff.solver.protocol import Batch
@@ -123,8 +124,7 @@ class RowBound:
                 first += size
                 continue
             # Outside of the handler, since the error's traceback holds the tensors of the failed call.
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            empty_cache(device)
         return done
 
 
@@ -267,7 +267,9 @@ class Evaluator:
         t = batch.t[part].to(self.device, non_blocking=True, copy=True)
         if t.is_floating_point():
             t = t.to(x.dtype if x.dtype == torch.float64 else torch.float32)
-        rows = {name: value[batch.samples[part].to(value.device)] for name, value in self.conditioning.items()}
+        rows = {
+            name: value[batch.samples[part].to(value.device, non_blocking=True)] for name, value in self.conditioning.items()
+        }
         m = self.denoiser(x, t, **rows)
         if not isinstance(m, Tensor):
             raise ValueError(

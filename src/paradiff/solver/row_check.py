@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from paradiff.errors import require_one_of
+from paradiff.solver.accelerator import random_states
 from paradiff.solver.arguments import outputs_of
 from paradiff.solver.protocol import Batch, EditedOutputs
 
@@ -97,9 +98,9 @@ class RowCheck:
         if not wanted and not self._draws:
             return _copied(self._evaluate(batch), batch.x)
         self._seen, self._part = variety | self._seen, max(part, self._part)
-        x, before = batch.x.clone(), _random_states(batch.x.device)
+        x, before = batch.x.clone(), [torch.get_rng_state(), *random_states()]
         answer = _copied(self._evaluate(batch), batch.x)
-        self._draws = not all(map(torch.equal, before, _random_states(batch.x.device)))
+        self._draws = not all(map(torch.equal, before, [torch.get_rng_state(), *random_states()]))
         given, outputs = Batch(x, batch.t, batch.nodes, batch.samples, batch.chain), _outputs(answer)
         if self._draws:
             self._compare_all(given, outputs)
@@ -306,9 +307,3 @@ def _outputs(answer: Answer) -> Tensor:
 
 def _name(batch: Batch, k: int) -> str:
     return f"node {int(batch.nodes[k])} of sample {int(batch.samples[k])}"
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    """The states of torch's own generators, on the CPU and on a device."""
-    found = [torch.get_rng_state()]
-    return [*found, torch.cuda.get_rng_state(device)] if device.type == "cuda" else found

@@ -171,7 +171,7 @@ class Correction:
         """The rows wanted now."""
         points = self._points()
         nodes = torch.full((len(points),), self.node)
-        return Query(nodes, self._step.seen(nodes.to(self._step.device), points))
+        return Query(nodes, self._step.seen(nodes.to(self._step.device, non_blocking=True), points))
 
     def tell(self, query: Query, outputs: Tensor) -> Tensor | None:
         """Takes the outputs `[R, ...]` of a query and sweeps; `change` if that was the last sweep, else None."""

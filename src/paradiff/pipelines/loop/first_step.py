@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.random_state import clone
 from paradiff.samplers.scheduler.walk import time_of
+from paradiff.solver.accelerator import forked_random_state
 
 GIVEN_NOISE = "variance_noise"
 
@@ -93,7 +94,7 @@ class FirstStep:
         """The attributes that the scheduler's own step changes, besides its step index."""
         scheduler = copy.deepcopy(self.scheduler)
         before = copy.deepcopy(vars(scheduler))
-        with torch.random.fork_rng([self.sample.device] if self.sample.device.type == "cuda" else []):
+        with forked_random_state(self.sample.device):
             for time in self.timesteps[:2]:
                 kwargs = {name: value for name, value in self.kwargs.items() if name != "generator"}
                 if hasattr(scheduler, "scale_model_input"):
@@ -110,8 +111,7 @@ class FirstStep:
         kwargs = dict(self.kwargs)
         if kwargs.get("generator") is not None:
             kwargs["generator"] = _pytree.tree_map_only(torch.Generator, clone, kwargs["generator"])
-        devices = [sample.device] if sample.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with forked_random_state(sample.device):
             scale_model_input = getattr(scheduler, "scale_model_input", None)
             if scale_model_input is not None:
                 scale_model_input(sample, self.timesteps[index])

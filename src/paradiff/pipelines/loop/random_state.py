@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paradiff.solver.accelerator import random_states, set_random_states
+
 
 class Snapshot:
     """The states of the generators among a call's arguments, and of the global ones of torch, numpy and Python.
@@ -23,7 +25,7 @@ class Snapshot:
         found = [g for value in arguments.values() for g in (value if isinstance(value, list | tuple) else [value])]
         self._states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
         self._host = torch.get_rng_state()
-        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._devices = random_states()
         self._others = np.random.get_state(legacy=False), random.getstate()
 
     @property
@@ -34,10 +36,7 @@ class Snapshot:
         return (
             all(torch.equal(a, b) for a, b in pairs)
             and torch.equal(self._host, torch.get_rng_state())
-            and all(
-                torch.equal(a, b)
-                for a, b in zip(self._devices, torch.cuda.get_rng_state_all() if self._devices else [], strict=True)
-            )
+            and all(torch.equal(a, b) for a, b in zip(self._devices, random_states() if self._devices else [], strict=True))
             and self._others[1] == random.getstate()
             and _same_state(self._others[0], np.random.get_state(legacy=False))
         )
@@ -47,8 +46,7 @@ class Snapshot:
         for generator, state in self._states:
             generator.set_state(state)
         torch.set_rng_state(self._host)
-        if self._devices:
-            torch.cuda.set_rng_state_all(self._devices)
+        set_random_states(self._devices)
         np.random.set_state(self._others[0])
         random.setstate(self._others[1])
 

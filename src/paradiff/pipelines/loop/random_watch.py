@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from paradiff.errors import Unsupported
+from paradiff.solver.accelerator import random_states
 
 State = list[tuple[str, Any]]
 """The states of all generators, each with its name in a sentence."""
@@ -51,11 +52,10 @@ class RandomWatch:
 
     def _now(self) -> State:
         kind, keys, *rest = np.random.get_state()
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return [
             ("torch's generator", torch.get_rng_state()),
             ("numpy's generator", (kind, keys.tobytes() if isinstance(keys, np.ndarray) else keys, *rest)),
             ("Python's generator", random.getstate()),
             *[("a generator among the call's arguments", g.get_state()) for g in self._generators],
-            *[("torch's generator of a device", state) for state in devices],
+            *[("torch's generator of a device", state) for state in random_states()],
         ]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch offers of every kind of accelerator in the module of its name: `torch.cuda`, `torch.xpu`, `torch.mps`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def empty_cache(device: torch.device) -> None:
+    """Gives memory that torch keeps for later back to the device; nothing on the CPU."""
+    release = getattr(_module(device.type), "empty_cache", None)
+    if release is not None:
+        release()
+
+
+def random_states() -> list[Tensor]:
+    """The states of torch's own generators of all accelerators that are in use, on the CPU. Does not wait for them."""
+    module = _in_use()
+    return [] if module is None else module.get_rng_state_all()
+
+
+def set_random_states(states: list[Tensor]) -> None:
+    """Sets torch's own generators of the accelerators to what `random_states` returned."""
+    module = _in_use()
+    if states and module is not None:
+        module.set_rng_state_all(states)
+
+
+def forked_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Restores torch's own generators of the CPU and of a device at the end of a `with` block."""
+    known = hasattr(_module(device.type), "get_rng_state_all")
+    return torch.random.fork_rng([device], device_type=device.type) if known else torch.random.fork_rng([])
+
+
+def _module(kind: str) -> Any:
+    return None if kind == "cpu" else getattr(torch, kind, None)
+
+
+def _in_use() -> Any:
+    """The module of the accelerator that is in use, whose generators have states; None where there is none."""
+    present = getattr(torch, "accelerator", None)  # not in torch 2.4
+    found = present.current_accelerator() if present is not None else torch.device("cuda")
+    module: Any = None if found is None else _module(found.type)
+    return module if hasattr(module, "get_rng_state_all") and module.is_initialized() else None
