@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, Unsupported
+from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, RanksFailed, Unsupported
 from paradiff.pipelines.account import Account
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
@@ -27,12 +27,15 @@ from paradiff.pipelines.loop.whole_call import call_and_last_state, difference
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.hooks import caches
+from paradiff.pipelines.network.one_rank import on_one_rank
 from paradiff.pipelines.network.origin import users_methods
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.signature import plain_call
 from paradiff.pipelines.tensor.windowed import Windowed, first_line
 from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
+from paradiff.solver.agreement import described, versions, weights_of
+from paradiff.solver.sharded import Sharded
 
 CALLERS_LINE = 4
 """The frame to which warnings point: that of the user, above `Call.made` and two of the run (run.py)."""
@@ -56,6 +59,7 @@ class Call:
         self._networks = networks(pipeline)
         self._account = Account(kind.__name__, type(pipeline.scheduler).__name__, settings.method.name)
         self.trying = False
+        self._crew = self._agree()
 
     def made(self) -> tuple[Any, Report]:
         """Makes the call; what it returns, and its report."""
@@ -73,6 +77,8 @@ class Call:
             try:
                 result = self._try(executor, Callback.without(self._arguments), solver, batching)
             except Exception as error:
+                if isinstance(error, RanksFailed):
+                    raise
                 own = users_error(callback, observer)
                 if (own is error and not isinstance(own, Unsupported)) or is_refusal(error):
                     raise
@@ -93,6 +99,8 @@ class Call:
                         account.notes.append(f"{executor}: {wrong}; the plain call's result is returned")
                         warnings.warn(account.notes[-1], RuntimeWarning, stacklevel=CALLERS_LINE)
                 if solver.started:
+                    if self._crew is not None:
+                        self._crew.warn_of_idle(solver.width)
                     return result, account.parallel(executor, solver, batching)
                 account.notes.append("the call was interrupted before its first step")
                 return result, account.sequential()
@@ -158,7 +166,8 @@ class Call:
         if self._settings.check != "off":
             batching.readers = users_methods(self._kind)
             batching.hooks = hooks_memory(self._networks, batching.readers)
-        with boundary.install(self._networks.values(), batching) as installed:
+        modules = self._networks.values()
+        with boundary.install(modules, batching) as installed, on_one_rank(modules, batching):
             if executor == "lanes":
                 interrupt.clear()  # Each lane clears that of its own copy of the pipeline.
                 result = run_lanes(functools.partial(call, **arguments), pipeline, solver, batching)
@@ -189,7 +198,28 @@ class Call:
         return LoopSolver(settings.method, dtype=settings.dtype, callback=callback, observer=observer, interrupt=interrupt)
 
     def _new_batching(self) -> Batching:
-        return Batching(max_rows=self._settings.max_rows, pad=self._settings.pad, check=self._settings.check)
+        settings = self._settings
+        crew = self._crew
+        return Batching(
+            max_rows=settings.max_rows, pad=settings.pad, check=settings.check, shares=settings.shares or 1, crew=crew
+        )
+
+    def _agree(self) -> Sharded | None:
+        """What deals states out over ranks, once all have come with the same call; None for one process.
+
+        Raises:
+            RanksFailed: If ranks were called with different arguments, or have other weights.
+        """
+        ranks, settings = self._settings.ranks, self._settings
+        if ranks is None:
+            return None
+        ranks.carries(self._pipeline.device)
+        leaves = _pytree.tree_leaves(self._arguments)
+        random = {} if any(isinstance(leaf, torch.Generator) for leaf in leaves) else {"random state": torch.get_rng_state()}
+        arguments = {name: value for name, value in self._arguments.items() if not callable(value)}
+        facts = {"pipeline": self._kind.__name__, "method": settings.method, "settings": settings.compared(), **random}
+        ranks.agree(versions() | {name: described(value) for name, value in (facts | arguments).items()})
+        return Sharded(ranks, lambda: weights_of(self._networks), shares=settings.shares)
 
 
 def networks(pipeline: Any) -> dict[str, nn.Module]:

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,6 +26,10 @@ from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
 from paradiff.pipelines.signature import bound
 from paradiff.solver.protocol import Method, Observer
+from paradiff.solver.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def parallelize(
@@ -38,6 +42,9 @@ def parallelize(
     check: Check = "first",
     dtype: torch.dtype = torch.float32,
     observer: Observer | None = None,
+    mesh: DeviceMesh | Ranks | None = None,
+    mesh_axis: str = "time",
+    shares: int | None = None,
 ) -> Run:
     """Makes a pipeline's calls run in parallel over time.
 
@@ -70,9 +77,17 @@ def parallelize(
         dtype: Dtype of the solver's states, float32 or float64; the networks keep theirs.
         observer: Called after each round (`Observer` of paradiff.solver); it may ask the run to stop. When an executor fails
             and the next one is tried, rounds are counted from 1 again.
+        mesh: Ranks that each have the pipeline and share the states of a window: a DeviceMesh, or the `Ranks` along one of its
+            axes. All ranks have to make the same calls, with generators of the same seeds. What networks return without a
+            window, a text's embeddings or a picture, is computed on one of them. None for one process.
+        mesh_axis: The name of the mesh's axis along which states are shared.
+        shares: Stretches of equal length that a window's states are cut into, at least; as many as ranks by default. Samples
+            are the same, bit for bit, on any number of ranks with the same shares, and on one process.
 
     Raises:
-        ValueError: If the argument is no pipeline, has no scheduler or is already parallel, or an option is unknown.
+        ValueError: If the argument is no pipeline, has no scheduler or is already parallel, an option is unknown, or the mesh
+            has no such axis.
+        RanksFailed: If a rank does not come.
     """
     settings = Settings(
         method=parasolver() if method is None else method,
@@ -82,6 +97,8 @@ def parallelize(
         check=check,
         dtype=dtype,
         observer=observer,
+        ranks=Ranks(mesh, mesh_axis) if mesh is not None and not isinstance(mesh, Ranks) else mesh,
+        shares=shares,
     )
     run = Run(pipeline, settings)
     run.warn_if_dropped()

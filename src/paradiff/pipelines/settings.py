@@ -8,9 +8,11 @@ from typing import Literal, get_args
 
 import torch
 
+from paradiff.errors import require_whole
 from paradiff.methods.presets import parasolver
 from paradiff.pipelines.network.batching import Check
 from paradiff.solver.protocol import Method, Observer
+from paradiff.solver.ranks import Ranks
 
 Executor = Literal["auto", "vector", "lanes", "sequential"]
 
@@ -30,6 +32,12 @@ class Settings:
     check: Check = "first"
     dtype: torch.dtype = torch.float32
     observer: Observer | None = None
+    ranks: Ranks | None = None
+    shares: int | None = None
+
+    def compared(self) -> tuple[object, ...]:
+        """What has to be the same on all ranks, beside the method."""
+        return self.executor, self.max_rows, self.pad, self.check, self.dtype, self.shares
 
     def __post_init__(self) -> None:
         method = self.method
@@ -52,5 +60,7 @@ class Settings:
             raise ValueError(f"the solver's states were asked for in {self.dtype}; they are kept in float32 or float64")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows is {self.max_rows}; a network call needs at least 1 row, or None for no bound")
+        if self.shares is not None:
+            require_whole("shares", self.shares, 1, ", or None for as many as ranks")
         if self.observer is not None and not callable(self.observer):
             raise ValueError(f"observer is a {type(self.observer).__name__}; give a function of a round")

@@ -104,6 +104,10 @@ def described(value: Any, depth: int = DEPTH) -> str:
         return f"[{', '.join(described(part, depth - 1) for part in value)}]"
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return value.__qualname__
+    if (data := getattr(value, "tobytes", None)) is not None:  # of an array or a picture
+        return f"{type(value).__name__} {getattr(value, 'shape', getattr(value, 'size', ''))} {zlib.crc32(data()):x}"
+    if not type(value).__module__.startswith("paradiff."):
+        return type(value).__name__
     parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else None
     parts = vars(value) if parts is None and hasattr(value, "__dict__") else parts
     return f"{type(value).__name__}({described(parts, depth - 1) if parts is not None else ''})"

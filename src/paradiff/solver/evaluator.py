@@ -70,6 +70,7 @@ class RowBound:
         key: Hashable = None,
         mark: int = 0,
         alone: bool = False,
+        made: Callable[[int], None] | None = None,
     ) -> list[Part]:
         """`call(part)` for the consecutive parts of `range(count)`, in order; on ranks, all outputs in one part.
 
@@ -86,46 +87,61 @@ class RowBound:
             key: What the form of the output depends on; None where nothing is known of it.
             mark: A number on which all ranks have to agree.
             alone: Whether this rank makes all calls by itself.
+            made: Told the items of each call that was made, by any rank.
 
         Raises:
             torch.OutOfMemoryError: If one item alone does not fit.
             RanksFailed: If a rank fails, or ranks disagree.
         """
         if self.crew is not None and not alone:
-            return self.crew.parts(self, count, call, device, rows=rows, width=width, inputs=inputs, key=key, mark=mark)
+            return self.crew.parts(
+                self, count, call, device, rows=rows, width=width, inputs=inputs, key=key, mark=mark, made=made
+            )
         if alone or self.shares == 1:
-            return [part for part, _ in self.stretch(range(count), call, device, rows=rows, width=width)]
+            return [part for part, _ in self.stretch(range(count), call, device, rows=rows, width=width, made=made)]
         width = None if width is None else -(-width // self.shares)
-        stretches = shares_of(count, self.shares)
         return [
             taken(part, items)
-            for stretch in stretches
-            for part, items in self.stretch(stretch, call, device, rows=rows, width=width)
+            for stretch in shares_of(count, self.shares)
+            for part, items in self.stretch(stretch, call, device, rows=rows, width=width, made=made)
         ]
 
     def stretch(
-        self, items: range, call: Callable[[slice], Part], device: torch.device, *, rows: int = 1, width: int | None = None
+        self,
+        items: range,
+        call: Callable[[slice], Part],
+        device: torch.device,
+        *,
+        rows: int = 1,
+        width: int | None = None,
+        made: Callable[[int], None] | None = None,
     ) -> list[tuple[Part, int]]:
         """The parts of consecutive items, each with the number of items that it is for; as `parts` on one process."""
-        padded, width = width is not None, len(items) if width is None else width
-        size = width if self.max_rows is None else min(width, max(1, self.max_rows // rows))
+        size = self.size(len(items), rows, width)
         done: list[tuple[Part, int]] = []
         first = items.start
         while first < items.stop:
+            stop = min(first + size, items.stop) if width is None else first + size
             try:
-                part = call(slice(first, first + size if padded else min(first + size, items.stop)))
-                done.append((part, min(size, items.stop - first)))
+                done.append((call(slice(first, stop)), min(stop, items.stop) - first))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
                 size = (size + 1) // 2
                 self.max_rows = size * rows
             else:
-                first += size
+                if made is not None:
+                    made(stop - first)
+                first = stop
                 continue
             # Outside of the handler, since the error's traceback holds the tensors of the failed call.
             empty_cache(device)
         return done
+
+    def size(self, count: int, rows: int, width: int | None) -> int:
+        """Items in each call for `count` consecutive ones."""
+        most = count if width is None else width
+        return most if self.max_rows is None else min(most, max(1, self.max_rows // rows))
 
 
 class Evaluator:

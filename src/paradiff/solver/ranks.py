@@ -203,6 +203,11 @@ class Ranks:
             raise error
         return result
 
+    def any(self, this: bool) -> bool:
+        """Whether something is so on any rank; an exchange of its own."""
+        blocks = self.gather(self.open(6), torch.tensor([int(this)]).view(torch.uint8), [8] * self.size)
+        return any(bool(block.view(torch.int64)) for block in blocks)
+
     def tell(self) -> float:
         """The seconds on the clock of the rank at place 0, on all ranks; an exchange of its own."""
         mine = torch.tensor([time.monotonic()], dtype=torch.float64).view(torch.uint8)

@@ -126,8 +126,13 @@ class Bound(Protocol):
         *,
         rows: int,
         width: int | None,
+        made: Callable[[int], None] | None,
     ) -> list[tuple[Any, int]]:
         """The parts of consecutive items, each with the number of items that it is for."""
+        ...
+
+    def size(self, count: int, rows: int, width: int | None) -> int:
+        """Items in each call for `count` consecutive ones."""
         ...
 
 
@@ -197,6 +202,7 @@ class Sharded:
         inputs: Sequence[Tensor],
         key: Hashable,
         mark: int,
+        made: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """The outputs for all items, as one part, on every rank.
 
@@ -210,6 +216,7 @@ class Sharded:
             inputs: `[items, ...]` tensors on which all ranks have to agree.
             key: What the form of the output depends on; None where nothing is known of it.
             mark: A further number on which all ranks have to agree.
+            made: Told the items of each call that was made, by any rank.
 
         Raises:
             RanksFailed: If ranks disagree, or one of them fails.
@@ -223,7 +230,9 @@ class Sharded:
         form = zlib.crc32(repr([(tuple(x.shape[1:]), x.dtype) for x in inputs]).encode())
         opened = self.ranks.open(ROWS, count, rows, form, mark)
         begin = time.perf_counter()
-        result = self._evaluated(bound, stretches[self.ranks.place], call, device, rows, width)
+        most = max(len(stretch) for own in stretches for stretch in own)
+        width = None if width is None else most if self.balance == "speed" else -(-width // self.shares)
+        result = self._evaluated(bound, stretches[self.ranks.place], call, device, rows, width, made)
         if self.balance == "speed" and device.type == "cuda":
             torch.cuda.synchronize(device)
         spent = (time.perf_counter() - begin) / max(1, lengths[self.ranks.place])
@@ -232,6 +241,11 @@ class Sharded:
         self._heed(heads, result, lengths)
         self._learn(bound, heads, lengths)
         self._heed_states(heads)
+        if made is not None:
+            for items in (items for place, own in enumerate(stretches) if place != self.ranks.place for items in own):
+                size = bound.size(len(items), rows, width)
+                for first in range(0, len(items), size):
+                    made(size if width is not None else min(size, len(items) - first))
         if (bad := next((row for row in heads[:, 3].tolist() if row >= 0), None)) is not None:
             self._heed_number(call, bad, next(place for place, row in enumerate(heads[:, 3].tolist()) if row >= 0))
         return outputs
@@ -244,10 +258,11 @@ class Sharded:
         device: torch.device,
         rows: int,
         width: int | None,
+        made: Callable[[int], None] | None,
     ) -> Result:
         """The outputs for this rank's items, or what went wrong."""
         try:
-            found = [one for stretch in own for one in bound.stretch(stretch, call, device, rows=rows, width=width)]
+            found = [one for stretch in own for one in bound.stretch(stretch, call, device, rows=rows, width=width, made=made)]
             parts = [(*Layout.of(part), items) for part, items in found]
             tensors = [[tensor[:items] for tensor in several] for _, several, items in parts]
             joined = [column[0] if len(parts) == 1 else torch.cat(column) for column in zip(*tensors, strict=True)]

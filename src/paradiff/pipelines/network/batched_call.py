@@ -21,7 +21,6 @@ one with which every state is that of a call of its own is used from there on.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 from collections.abc import Callable
@@ -29,8 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-from paradiff.errors import NeedsOrder, Unsupported
+from paradiff.errors import NeedsOrder, RanksFailed, Unsupported
 from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.memory import Memory
@@ -66,7 +66,7 @@ def batched_call(
     try:
         with batching.timed():
             return _WindowCall(batching, name, forward, args, kwargs).laid_out()
-    except (Unsupported, torch.OutOfMemoryError):
+    except (Unsupported, RanksFailed, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise Unsupported(
@@ -113,14 +113,20 @@ class _WindowCall:
         try:
             return self.outputs(self.batching.wants(signature, self.states))
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, Unsupported) and type(error) is not _Differs):
+            if isinstance(error, RanksFailed | torch.OutOfMemoryError) or (
+                isinstance(error, Unsupported) and type(error) is not _Differs
+            ):
                 raise
             for layout in self._layouts():
                 self.layout = layout
-                with contextlib.suppress(Exception):  # what the rule's own layout met is what is told
+                try:
                     outputs = self.outputs(list(range(self.states)))
-                    self.batching.layouts[signature] = layout
-                    return outputs
+                except RanksFailed:
+                    raise
+                except Exception:
+                    continue  # what the rule's own layout met is what is told
+                self.batching.layouts[signature] = layout
+                return outputs
             raise
 
     def _layouts(self) -> list[Layout]:
@@ -140,13 +146,13 @@ class _WindowCall:
         before = Snapshot({}) if suspects else None
         earlier = self._remembered(suspects[0]) if suspects and self.batching.first(self.forward) else None
         if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
-            parts, suspects = [self._taken(self._alone(w), 1) for w in range(states)], []
+            parts, suspects = self._parts(1), []
         else:
-            parts = self.batching.bound.parts(states, self._part, self.device, rows=rows, width=self.batching.width(states))
+            parts = self._parts(self.batching.width(states))
         structure = parts[0][0]
         pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
         windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
-        if before is not None and not before.same:
+        if before is not None and self._any_rank(not before.same):
             raise NeedsOrder(
                 f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode"
             )
@@ -158,6 +164,25 @@ class _WindowCall:
         rest = iter(windows)
         return each(lambda leaf, _: Windowed.wrap(next(rest), self.run) if leaf is HERE else leaf, structure)
 
+    def _parts(self, width: int | None) -> list[tuple[Any, list[Tensor]]]:
+        """The outputs of all states, in parts of one network call each, or in one part on several ranks."""
+        signed = repr([leaf for leaf in _pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, bool | int | str)])
+        forms = tuple((tuple(leaf.window.shape[1:]), leaf.window.dtype) for leaf in self.leaves)
+        return self.batching.bound.parts(
+            self.states,
+            self._part,
+            self.device,
+            rows=self.rows or 1,
+            width=width,
+            inputs=[leaf.window for leaf in self.leaves],
+            key=(self.name, forms, tuple(self.kwargs), signed, tuple(self.layout.items())),
+            made=lambda count: self.batching.count(count * (self.rows or 1)),
+        )
+
+    def _any_rank(self, this: bool) -> bool:
+        """Whether something is so on any rank."""
+        return this if self.batching.ranks is None else self.batching.ranks.any(this)
+
     # Inputs.
 
     def _state(self, value: Any, w: int) -> Any:
@@ -167,7 +192,8 @@ class _WindowCall:
     def _alone(self, w: int, *, check: bool = False) -> Any:
         """The network's output for state w alone, called as in the sequential loop."""
         output = self.forward(*self._state(self.args, w), **self._state(self.kwargs, w))
-        self.batching.count(self.rows or 1, check=check)
+        if check:
+            self.batching.count(self.rows or 1, check=True)
         return output
 
     def _part(self, part: slice) -> tuple[Any, list[Tensor]]:
@@ -178,9 +204,7 @@ class _WindowCall:
         self._place = 0
         args = [self._batched(value, name, part.start, count) for value, name in zip(self.args, self._names(), strict=True)]
         kwargs = {name: self._batched(value, name, part.start, count) for name, value in self.kwargs.items()}
-        output = self.forward(*args, **kwargs)
-        self.batching.count(count * (self.rows or 1))
-        return self._taken(output, count)
+        return self._taken(self.forward(*args, **kwargs), count)
 
     def _names(self) -> list[str]:
         """The names of the positional arguments."""

@@ -10,14 +10,23 @@ from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from paradiff.pipelines.network.memory import Memory
+from paradiff.pipelines.tensor.windowed import Windowed
 from paradiff.solver.evaluator import RowBound
+from paradiff.solver.ranks import Ranks
+from paradiff.solver.sharded import Sharded
 
 Check = Literal["first", "every", "off"]
 """Which network calls are checked: `first`, one state of each network's first call with its shapes; `every`, all states of all
 calls; `off`, none. Where calls are checked, so is what a network keeps from one call to the next."""
+
+
+PLAIN = (int, float, str, bytes, complex, torch.dtype, torch.device, torch.Generator, type(None))
+"""Kinds of arguments that a call does not write into, or that tell all ranks' states alike."""
 
 
 class Batching:
@@ -29,6 +38,8 @@ class Batching:
             that are compiled for a shape. True for the widest window so far, False for no padding.
         check: See `Check`. A checked state costs a network call of its own and a wait for the device; in a network's first
             checked call, two of each.
+        shares: Stretches of equal length that a window's states are cut into (`RowBound`).
+        crew: What deals states out over ranks; None for one process.
 
     Attributes:
         bound: The bound on rows, halved when the device runs out of memory.
@@ -46,19 +57,27 @@ class Batching:
         ValueError: If `max_rows` or `pad` is below 1, or `check` is unknown.
     """
 
-    def __init__(self, *, max_rows: int | None = None, pad: int | bool = False, check: Check = "first") -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int | None = None,
+        pad: int | bool = False,
+        check: Check = "first",
+        shares: int = 1,
+        crew: Sharded | None = None,
+    ) -> None:
         if pad is not True and pad is not False and pad < 1:
             raise ValueError(f"pad is {pad}; a network call is filled up to at least 1 state, or give False for no padding")
         if check not in ("first", "every", "off"):
             raise ValueError(f"check is {check!r}; it must be first, every or off")
-        self.bound = RowBound(max_rows)
+        self.bound = RowBound(max_rows, shares=shares, crew=crew)
         self.pad, self.check = pad, check
         self.rows = self.calls = self.checks = 0
         self.seconds = self.eps = 0.0
         self.looping = False
         self.hooks: Memory | None = None
         self.readers: list[FunctionType] = []
-        self._inside = False
+        self._inside = self._shared = False
         self.layouts: dict[Any, dict[int, int | None]] = {}
         self._widest = 0
         self._checked: set[Any] = set()
@@ -78,12 +97,30 @@ class Batching:
 
     def ordinary(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A network call without a window, which is counted if it is in the loop and not within another one."""
-        if not self.looping or self._inside:
+        if self._inside:
             return forward(*args, **kwargs)
+        if not self.looping:
+            return self.for_all(forward, args, kwargs)
         sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
         self.count(sizes[0] if sizes else 1)
         with self.timed():
-            return forward(*args, **kwargs)
+            return self.for_all(forward, args, kwargs)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that share the work; None for one process."""
+        return None if self.bound.crew is None else self.bound.crew.ranks
+
+    def for_all(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call without a window, which on several ranks one of them makes (one_rank.py)."""
+        device = None if self.ranks is None or self._shared else _device_of(args, kwargs)
+        if device is None or self.ranks is None:
+            return call(*args, **kwargs)
+        self._shared = True
+        try:
+            return self.ranks.on_one(lambda: call(*args, **kwargs), device)
+        finally:
+            self._shared = False
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -135,3 +172,12 @@ class Batching:
         reference = weakref.ref(leaf, lambda _: kept.pop(name, None)) if not known or seen is None else seen[0]
         kept[name] = (reference, leaf._version, key, result if known else None)
         return result
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+    """The device of a call's tensors; None where it has none, or is handed an object that it may write into."""
+    leaves = _pytree.tree_leaves((args, kwargs))
+    if any(isinstance(leaf, Windowed) or not isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
+        return None
+    found = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+    return next((device for device in found if device.type != "cpu"), found[0] if found else None)

@@ -228,7 +228,14 @@ def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return mapped(lambda leaf: Windowed.wrap(next(rest), run) if leaf is HERE else leaf, structure[0])
 
 
-HERE = object()
+class _Here:
+    """The kind of HERE, which is one object in every process."""
+
+    def __reduce__(self) -> str:
+        return "HERE"
+
+
+HERE = _Here()
 WRITERS = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__"} | {
     *("__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__")
 }
