@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
+from paradiff.app.launched import rank
 from paradiff.app.media import Output, read_output
 from paradiff.pipelines.loop.source import reads_index
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.run import parallelize
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.protocol import Method
+from paradiff.solver.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def call_each(
     max_rows: int | None = None,
     deadline: Deadline | None = None,
     compare: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
 
@@ -70,12 +73,13 @@ def call_each(
         max_rows: Most rows in one network call.
         deadline: What ends a parallel call that takes too long; its clock starts with each.
         compare: Whether plain calls follow.
+        ranks: The ranks that share the work; the first of them shows progress.
 
     Raises:
         ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
     """
-    context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline)
-    quiet = not sys.stderr.isatty()
+    context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline, mesh=ranks)
+    quiet = not sys.stderr.isatty() or rank() > 0
     vector = reads_index(type(pipeline)) == []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* was called sequentially", RuntimeWarning)  # told at the end

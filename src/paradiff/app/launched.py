@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from paradiff.app.outcome import CutShort
 from paradiff.errors import RanksFailed, require_whole
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
         yield ranks
         ranks.agree({})  # all have come to the end
     except BaseException as error:
-        if (other := ranks.ended(error)) is not None:
+        cause = error.__cause__ if isinstance(error, CutShort) else error
+        if cause is not None and (other := ranks.ended(cause)) is not None:
             raise other from error
         raise
     ranks.close()

@@ -17,6 +17,7 @@ from torch import Tensor
 from paradiff.app import plots
 from paradiff.app.calls import Call, call_each
 from paradiff.app.environment import environment
+from paradiff.app.launched import in_turn
 from paradiff.app.options import effective_options, parse_argument, parse_size
 from paradiff.app.outcome import CutShort, Outcome, Writer
 from paradiff.app.request import Job, Request
@@ -58,7 +59,8 @@ def refuse_pixel_options(request: Request) -> None:
 def sample_pipeline(job: Job, console: Console) -> Outcome:
     """Calls a pipeline once for each seed."""
     request = job.request
-    pipeline = load_pipeline(request.model, device=job.device, dtype=job.dtype, trust_remote_code=request.trust_remote_code)
+    with in_turn(job.ranks):
+        pipeline = load_pipeline(request.model, device=job.device, dtype=job.dtype, trust_remote_code=request.trust_remote_code)
     if request.sampler is not None:
         set_sampler(pipeline, request.sampler)
     given = call_arguments(pipeline, request)
@@ -73,6 +75,7 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
             max_rows=request.max_rows,
             deadline=job.deadline,
             compare=request.compare,
+            ranks=job.ranks,
         )
     except (Exception, KeyboardInterrupt) as cause:
         if not calls:
