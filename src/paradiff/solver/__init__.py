@@ -16,6 +16,7 @@ from paradiff.solver.protocol import (
     Run,
     Solver,
 )
+from paradiff.solver.ranks import Ranks
 from paradiff.solver.records import CollocationRecord, PararealRecord, Record, WindowRecord
 from paradiff.solver.solution import ErrorEstimate, Solution, Status
 
@@ -33,6 +34,7 @@ __all__ = [
     "PararealRecord",
     "Problem",
     "Query",
+    "Ranks",
     "Record",
     "Round",
     "Run",

@@ -20,16 +20,20 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
-from paradiff.errors import RanksFailed, require_real, shown
+from paradiff.errors import RanksFailed, require_one_of, require_real, shown
 from paradiff.solver.watch import CALL, OWN, WAIT, Board, Watch, joined, name_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+Balance = Literal["even", "speed"]
+"""How rows are dealt out: `even`, in stretches of equal length, or by each rank's measured `speed`, whose stretches differ from
+run to run, and with them the rounding of outputs."""
 
 NUMBERS = 6
 """Numbers that a rank sends ahead of a block, the exchange's own left out."""
@@ -55,24 +59,28 @@ class Ranks:
             parallel, or diffusers' context parallelism.
         axis: The name of the axis along which rows are shared. A mesh of one axis without a name is taken as it is.
         timeout: Seconds that ranks wait for one that does not come, before the run ends on all of them.
+        balance: How rows are dealt out (`Balance`).
 
     Attributes:
         place: This rank's place along the axis, from 0.
         size: Ranks along the axis.
         names: What each is called.
         timeout: Seconds, as given.
+        balance: As given.
         exchanges: Exchanges so far.
         received: Bytes of blocks that this rank received from others so far.
 
     Raises:
-        ValueError: If the argument is no mesh, or has no axis of that name.
+        ValueError: If the argument is no mesh, or has no axis of that name, or another one is of another kind.
         RanksFailed: If a rank does not come.
     """
 
-    def __init__(self, mesh: DeviceMesh, axis: str = "time", *, timeout: float = 600.0) -> None:
+    def __init__(self, mesh: DeviceMesh, axis: str = "time", *, timeout: float = 600.0, balance: Balance = "even") -> None:
         import torch.distributed as dist
 
         require_real("the time-out, in seconds,", timeout, positive=True)
+        require_one_of("balance", balance, get_args(Balance))
+        self.balance: Balance = balance
         self._group = _group_of(mesh, axis)
         members = dist.get_process_group_ranks(self._group)
         self.place, self.size, self.timeout = members.index(dist.get_rank()), len(members), float(timeout)

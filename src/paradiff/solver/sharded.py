@@ -25,17 +25,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.errors import require_one_of
 from paradiff.solver.ranks import Opened, Ranks, packed, unpacked
-
-Balance = Literal["even", "speed"]
-"""How rows are dealt out: `even`, in stretches of equal length, or by each rank's measured `speed`."""
 
 HEAD = 8
 """Numbers before the outputs in a block."""
@@ -141,16 +137,12 @@ class Sharded:
 
     Args:
         ranks: The ranks.
-        balance: See `Balance`.
         facts: What ranks have to agree on at the start of their first round: texts by what they are the text of (ranks.py).
         shares: Stretches that the items are cut into; as many as ranks by default. Stretches follow each other from rank to
             rank, as evenly as they go. With a number of their own, samples do not depend on the number of ranks.
 
     Attributes:
         seconds: The seconds that an item took on each rank, as measured.
-
-    Raises:
-        ValueError: If `balance` is unknown.
     """
 
     def __init__(
@@ -158,11 +150,9 @@ class Sharded:
         ranks: Ranks,
         facts: Callable[[], Mapping[str, str]] = dict,
         *,
-        balance: Balance = "even",
         shares: int | None = None,
     ) -> None:
-        require_one_of("balance", balance, ("even", "speed"))
-        self.ranks, self.facts, self.balance = ranks, facts, balance
+        self.ranks, self.facts = ranks, facts
         self.shares = ranks.size if shares is None else shares
         self._begun = self._warned = False
         self.seconds = [0.0] * ranks.size
@@ -170,7 +160,7 @@ class Sharded:
 
     def stretches(self, count: int) -> list[list[range]]:
         """For each rank the stretches of `range(count)` that it evaluates."""
-        if self.balance == "speed":
+        if self.ranks.balance == "speed":
             lengths, ends = by_speed(count, self.seconds), [0]
             for length in lengths:
                 ends.append(ends[-1] + length)
@@ -231,9 +221,9 @@ class Sharded:
         opened = self.ranks.open(ROWS, count, rows, form, mark)
         begin = time.perf_counter()
         most = max(len(stretch) for own in stretches for stretch in own)
-        width = None if width is None else most if self.balance == "speed" else -(-width // self.shares)
+        width = None if width is None else most if self.ranks.balance == "speed" else -(-width // self.shares)
         result = self._evaluated(bound, stretches[self.ranks.place], call, device, rows, width, made)
-        if self.balance == "speed" and device.type == "cuda":
+        if self.ranks.balance == "speed" and device.type == "cuda":
             torch.cuda.synchronize(device)
         spent = (time.perf_counter() - begin) / max(1, lengths[self.ranks.place])
         head = [result.status, 0, bound.max_rows or 0, -1, int(1e9 * spent), 0, 0, 0]
