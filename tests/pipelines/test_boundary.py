@@ -245,20 +245,21 @@ def test_out_of_memory_halves_the_bound_and_keeps_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pad", "bound", "rows"), [(8, None, [32]), (8, 12, [12, 12]), (2, None, [8, 8, 8]), (5, None, [20]), (True, None, [20])]
+    ("widest", "bound", "rows"), [(None, None, [20]), (8, None, [24]), (8, 12, [12, 8]), (2, None, [8, 8, 4]), (15, None, [20])]
 )
-def test_padding_keeps_the_shape_and_the_values(pad: int | bool, bound: int | None, rows: list[int]) -> None:
-    batching = Batching(max_rows=bound, pad=pad, check="off")
+def test_padded_calls_have_the_widths_of_the_widest_pass(widest: int | None, bound: int | None, rows: list[int]) -> None:
+    batching = Batching(max_rows=bound, pad=True, check="off")
+    batching.widest = widest
     network = check(guided, X, T, TEXT, batching=batching)
     assert network.calls == rows
-    assert batching.rows == sum(rows)
+    assert (batching.rows, batching.filled) == (sum(rows), sum(rows) - 20)
 
 
-def test_padding_to_the_widest_window_keeps_its_width() -> None:
+def test_where_the_widest_pass_is_not_known_the_widest_so_far_counts() -> None:
     batching = Batching(pad=True, check="off")
-    for width in (5, 3, 1):
+    for width, rows in ((6, 24), (5, 24), (3, 16), (1, 4)):
         network = check(guided, windowed(None, 4, 3, 2, 2, width=width), windowed(None, width=width), TEXT, batching=batching)
-        assert network.calls == [20]
+        assert network.calls == [rows]
 
 
 def test_a_network_whose_rows_influence_each_other_is_refused() -> None:
@@ -538,7 +539,7 @@ def test_two_threads_share_a_module() -> None:
     ("options", "message"),
     [
         ({"max_rows": 0}, "max_rows is 0; it must be a whole number, at least 1"),
-        ({"pad": -1}, "pad is -1; a network call is filled up to at least 1 state"),
+        ({"pad": 8}, "pad is 8; give True or False"),
         ({"check": "no"}, "check is 'no'; it must be first, every or off"),
     ],
 )

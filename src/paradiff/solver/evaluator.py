@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from paradiff.solver.arguments import device_of, require_dtype, require_model, r
 from paradiff.solver.protocol import Batch
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.sharded import Sharded, shares_of, taken
+from paradiff.solver.widths import widths_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,6 +46,7 @@ class RowBound:
         crew: What deals the items out (sharded.py); None for one process.
 
     Attributes:
+        given: The bound as it was given.
         max_rows: The bound now: smaller than the given one after a call ran out of memory.
         shares: As given.
         crew: As given.
@@ -56,7 +58,18 @@ class RowBound:
     def __init__(self, max_rows: int | None = None, *, shares: int = 1, crew: Sharded | None = None) -> None:
         require_rows(max_rows)
         require_whole("shares", shares, 1)
-        self.max_rows, self.shares, self.crew = max_rows, shares, crew
+        self.given = self.max_rows = max_rows
+        self.shares, self.crew = shares, crew
+
+    def widths(self, most: int, rows: int = 1) -> tuple[int, ...]:
+        """The widths of padded calls (widths.py): the same ones before and after a call ran out of memory.
+
+        Args:
+            most: The most items of a round.
+            rows: Rows of one item.
+        """
+        most = -(-most // (self.shares if self.crew is None else self.crew.even))
+        return widths_of(most if self.given is None else min(most, max(1, self.given // rows)))
 
     def parts(
         self,
@@ -65,29 +78,30 @@ class RowBound:
         device: torch.device,
         *,
         rows: int = 1,
-        width: int | None = None,
+        widths: Sequence[int] | None = None,
         inputs: Sequence[Tensor] = (),
         key: Hashable = None,
         mark: int = 0,
         alone: bool = False,
-        made: Callable[[int], None] | None = None,
+        made: Callable[[int, int], None] | None = None,
     ) -> list[Part]:
         """`call(part)` for the consecutive parts of `range(count)`, in order; on ranks, all outputs in one part.
 
-        Where a call runs out of memory, the bound is halved and kept, and the part is called again.
+        Where a call runs out of memory, the bound is halved, or lowered to the next width, and kept, and the part is called
+        again.
 
         Args:
             count: Number of items.
-            call: The network call for the items of a slice. With `width`, its stop may lie beyond the items. On
+            call: The network call for the items of a slice. With `widths`, its stop may lie beyond the items. On
                 ranks it returns nested lists and dicts of tensors `[items, ...]`.
             device: Where the network lives.
             rows: Rows of one item; an item of more rows than the bound is called alone.
-            width: Items in each call where the bound allows for them; None for all.
+            widths: The numbers of items that calls may have, 1 among them, in increasing order; None for any number.
             inputs: `[items, ...]` tensors on which all ranks have to agree.
             key: What the form of the output depends on; None where nothing is known of it.
             mark: A number on which all ranks have to agree.
             alone: Whether this rank makes all calls by itself.
-            made: Told the items of each call that was made, by any rank.
+            made: Told the items of each call that was made, by any rank, and how many of them fill it up to a width.
 
         Raises:
             torch.OutOfMemoryError: If one item alone does not fit.
@@ -95,15 +109,14 @@ class RowBound:
         """
         if self.crew is not None and not alone:
             return self.crew.parts(
-                self, count, call, device, rows=rows, width=width, inputs=inputs, key=key, mark=mark, made=made
+                self, count, call, device, rows=rows, widths=widths, inputs=inputs, key=key, mark=mark, made=made
             )
         if alone or self.shares == 1:
-            return [part for part, _ in self.stretch(range(count), call, device, rows=rows, width=width, made=made)]
-        width = None if width is None else -(-width // self.shares)
+            return [part for part, _ in self.stretch(range(count), call, device, rows=rows, widths=widths, made=made)]
         return [
             taken(part, items)
             for stretch in shares_of(count, self.shares)
-            for part, items in self.stretch(stretch, call, device, rows=rows, width=width, made=made)
+            for part, items in self.stretch(stretch, call, device, rows=rows, widths=widths, made=made)
         ]
 
     def stretch(
@@ -113,35 +126,37 @@ class RowBound:
         device: torch.device,
         *,
         rows: int = 1,
-        width: int | None = None,
-        made: Callable[[int], None] | None = None,
+        widths: Sequence[int] | None = None,
+        made: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Part, int]]:
         """The parts of consecutive items, each with the number of items that it is for; as `parts` on one process."""
-        size = self.size(len(items), rows, width)
         done: list[tuple[Part, int]] = []
         first = items.start
         while first < items.stop:
-            stop = min(first + size, items.stop) if width is None else first + size
+            width, own = self.next_call(items.stop - first, rows, widths)
             try:
-                done.append((call(slice(first, stop)), min(stop, items.stop) - first))
+                done.append((call(slice(first, first + width)), own))
             except torch.OutOfMemoryError:
-                if size == 1:
+                if width == 1:
                     raise
-                size = (size + 1) // 2
-                self.max_rows = size * rows
+                self.max_rows = rows * ((width + 1) // 2 if widths is None else max(w for w in widths if w < width))
             else:
                 if made is not None:
-                    made(stop - first)
-                first = stop
+                    made(width, width - own)
+                first += own
                 continue
             # Outside of the handler, since the error's traceback holds the tensors of the failed call.
             empty_cache(device)
         return done
 
-    def size(self, count: int, rows: int, width: int | None) -> int:
-        """Items in each call for `count` consecutive ones."""
-        most = count if width is None else width
-        return most if self.max_rows is None else min(most, max(1, self.max_rows // rows))
+    def next_call(self, left: int, rows: int, widths: Sequence[int] | None) -> tuple[int, int]:
+        """The items of the next call where so many are left, and how many of them are of these: others fill the call."""
+        most = left if self.max_rows is None else min(left, max(1, self.max_rows // rows))
+        if widths is None:
+            return most, most
+        fit = [width for width in widths if self.max_rows is None or width * rows <= self.max_rows] or [1]
+        width = next((width for width in fit if width >= left), fit[-1])
+        return width, min(width, left)
 
 
 class Evaluator:
@@ -152,9 +167,14 @@ class Evaluator:
 
     Args:
         denoiser: The network behind its calling convention (see `Denoiser`).
-        conditioning: Tensors `[B, ...]`, handed to the denoiser by name, one row for each row of the batch.
+        conditioning: Tensors `[B, ...]`, handed to the denoiser by name, one row for each row of the batch. Where all rows are
+            of one sample, they are one row in memory (`Tensor.expand`). To a denoiser that writes into them, or fails with
+            them, copies are handed.
+        shared: Values that all rows share, such as a prefix or its keys and values, handed to the denoiser by name as they are.
         max_rows: Largest number of rows in one network call; None for no bound. A round of more rows takes several calls
             and still counts as one round.
+        pad: Fill network calls with copies of their last row up to one of at most four widths (widths.py), for compiled
+            networks and CUDA graphs. The widths depend on `max_rows`, the method's width and the number of samples.
         device: Where the network lives; states are kept there too.
         dtype: The network's dtype; states are cast to it, outputs back. None leaves states as they are.
         mesh: Ranks that each have the network and share the rows of a round (sharded.py): a DeviceMesh, or the `Ranks` along
@@ -166,6 +186,7 @@ class Evaluator:
     Attributes:
         rounds: Rounds so far.
         evaluations: Their rows so far; those of checks are not counted.
+        filled: Rows so far that calls were filled with, those of checks included.
         seconds: Time spent in network calls, those of checks included, as seen from the host: on an asynchronous device only
             their launch.
 
@@ -178,7 +199,9 @@ class Evaluator:
         denoiser: Denoiser,
         *,
         conditioning: Mapping[str, Tensor] | None = None,
+        shared: Mapping[str, Any] | None = None,
         max_rows: int | None = None,
+        pad: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         mesh: DeviceMesh | Ranks | None = None,
@@ -192,16 +215,27 @@ class Evaluator:
         for name, value in (conditioning or {}).items():
             if not isinstance(value, Tensor) or value.ndim == 0:
                 raise ValueError(f"the conditioning {name!r} is {shown(value)}; give a tensor with a row for each sample")
+        if shared is not None and not isinstance(shared, Mapping):
+            raise ValueError(f"what rows share is {shown(shared)}; give values by name, such as {{'prefix': prefix}}")
+        if twice := sorted({*(conditioning or {})} & {*(shared or {})}):
+            raise ValueError(f"{twice[0]!r} is given as conditioning and as shared; give it once")
+        if not isinstance(pad, bool):
+            raise ValueError(f"pad is {shown(pad)}; give True or False")
         if shares is not None:
             require_whole("shares", shares, 1, ", or None for as many as ranks")
         require_rows(max_rows)
         self.denoiser = denoiser
         self.conditioning = dict(conditioning or {})
+        self.shared = dict(shared or {})
+        self.pad = pad
         self.device = device_of(device)
         self.dtype = dtype
         self.rounds = 0
         self.evaluations = 0
+        self.filled = 0
         self.seconds = 0.0
+        self._widest = 1  # rows of the widest round of the run, or so far
+        self._copies = False  # whether the denoiser needs conditioning of its own for each row
         crew = None
         if mesh is not None:
             ranks = mesh if isinstance(mesh, Ranks) else Ranks(mesh, mesh_axis)
@@ -230,6 +264,7 @@ class Evaluator:
         Raises:
             ValueError: If the network returns something else than one floating-point tensor of the shape of its input.
         """
+        self._widest = max(self._widest, len(batch.x)) if batch.widest is None else batch.widest
         outputs = self._evaluate(batch)
         self.rounds += 1
         self.evaluations += len(batch.x)
@@ -260,7 +295,12 @@ class Evaluator:
 
     def _facts(self) -> dict[str, str]:
         """What ranks have to agree on."""
-        return {**versions(), "dtype": str(self.dtype), **weights_of(self.denoiser), **weights_of(self.conditioning)}
+        return {
+            **versions(),
+            "dtype": str(self.dtype),
+            **weights_of(self.denoiser),
+            **weights_of(self.conditioning | self.shared),
+        }
 
     def _evaluate(self, batch: Batch, *, alone: bool = False) -> Tensor:
         begin = time.perf_counter()
@@ -270,23 +310,54 @@ class Evaluator:
                 len(batch.x),
                 lambda part: self._call(batch, part),
                 self.device,
+                widths=self.bound.widths(self._widest) if self.pad else None,
                 inputs=[batch.x],
                 key=(batch.x.shape[1:], batch.x.dtype),
                 mark=zlib.crc32(places.numpy().tobytes()),
                 alone=alone,
+                made=self._count,
             )
         self.seconds += time.perf_counter() - begin
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def _count(self, rows: int, filling: int) -> None:
+        """Counts a network call."""
+        self.filled += filling
+
     def _call(self, batch: Batch, part: slice) -> Tensor:
-        x = batch.x[part].to(device=self.device, dtype=self.dtype, copy=True)
-        t = batch.t[part].to(self.device, non_blocking=True, copy=True)
+        """Outputs of the rows of a part; rows beyond the batch's end are copies of its last one.
+
+        Conditioning that is one row in memory is a copy of the caller's, and its version shows whether the model wrote into it.
+        Then the rows are evaluated again with a copy for each, and so they are where the model fails.
+        """
+        count = len(batch.x[part])
+        filling = part.stop - part.start - count
+        x = _filled(batch.x[part], filling).to(device=self.device, dtype=self.dtype, copy=True)
+        t = _filled(batch.t[part], filling).to(self.device, non_blocking=True, copy=True)
         if t.is_floating_point():
             t = t.to(x.dtype if x.dtype == torch.float64 else torch.float32)
+        samples = _filled(batch.samples[part], filling)
+        single = {} if self._copies else self._single(samples)
         rows = {
-            name: value[batch.samples[part].to(value.device, non_blocking=True)] for name, value in self.conditioning.items()
+            name: single[name].expand(len(x), *value.shape[1:])
+            if name in single
+            else value[samples.to(value.device, non_blocking=True)]
+            for name, value in self.conditioning.items()
         }
-        m = self.denoiser(x, t, **rows)
+        versions = {name: _version(value) for name, value in self.shared.items()}
+        failed, m = False, None
+        try:
+            m = self.denoiser(x, t, **rows, **self.shared)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if not single or type(error) not in (RuntimeError, ValueError, AssertionError):
+                raise
+            failed = True
+        for name, value in self.shared.items():
+            if _version(value) != versions[name]:
+                raise ValueError(f"the model writes into {name!r}, which all rows share; have it write into a copy")
+        if failed or any(value._version for value in single.values()):
+            self._copies = True
+            return self._call(batch, part)
         if not isinstance(m, Tensor):
             raise ValueError(
                 f"the model returned a {type(m).__name__}; it must return one tensor (for a diffusers network, its `.sample`)"
@@ -303,4 +374,26 @@ class Evaluator:
                 f"the model returned dtype {m.dtype} for rows of dtype {x.dtype}; give the evaluator the network's own "
                 f"dtype, dtype={m.dtype}, or have the model return its input's"
             )
-        return m.detach().to(batch.x.dtype, copy=True)
+        return m[:count].detach().to(batch.x.dtype, copy=True)
+
+    def _single(self, samples: Tensor) -> dict[str, Tensor]:
+        """`[1, ...]` copies of the conditioning that is equal in all rows, which are of some samples.
+
+        It is equal where all rows are of one sample. Padded calls have the same strides in every round of a run, so there it
+        is that of a run of one sample only.
+        """
+        first = int(samples[0])
+        if len(samples) == 1 or (not self.pad and bool((samples != first).any())):
+            return {}
+        alike = {name: value for name, value in self.conditioning.items() if not self.pad or len(value) == 1}
+        return {name: value[first : first + 1].clone() for name, value in alike.items()}
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """`[R + count, ...]`: rows, and so many copies of the last one."""
+    return torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])]) if count else rows
+
+
+def _version(value: Any) -> int:
+    """The number of changes of a tensor in place; -1 for other values and for inference tensors, of which torch counts none."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1

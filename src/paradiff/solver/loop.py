@@ -122,6 +122,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
     if march is not None:
         return (yield from _in_step(run, march, begin))
     solvers = [run.solver(k) for k in range(problem.noise.samples)]
+    widest = method.width(problem.table) * problem.noise.samples
     history: list[Record] = []
     rounds = evaluations = idle = 0
     stopped = False
@@ -131,7 +132,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         nodes = torch.cat([q.nodes for q in queries])
         samples = torch.cat([torch.full((n,), s.sample) for s, n in zip(active, counts, strict=True)])
         x = queries[0].rows if len(queries) == 1 else torch.cat([q.rows for q in queries])
-        answer = yield Batch(x, run.t[nodes], nodes, samples, run.t[:-1])
+        answer = yield Batch(x, run.t[nodes], nodes, samples, run.t[:-1], widest)
         rounds += 1
         evaluations += len(nodes)
         outputs, states = outputs_of(answer, x)

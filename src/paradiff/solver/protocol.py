@@ -277,6 +277,7 @@ class Batch:
         nodes: `[R]` nodes, on the CPU.
         samples: `[R]` samples, on the CPU.
         chain: `[N]` times of all nodes of the chain that are evaluated, on the CPU; None where they are not known.
+        widest: Rows of the widest round of the run, from which padded calls have their widths; None where it is not known.
     """
 
     x: Tensor
@@ -284,6 +285,7 @@ class Batch:
     nodes: Tensor
     samples: Tensor
     chain: Tensor | None = None
+    widest: int | None = None
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.x.shape[1:]))

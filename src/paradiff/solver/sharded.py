@@ -121,14 +121,14 @@ class Bound(Protocol):
         device: torch.device,
         *,
         rows: int,
-        width: int | None,
-        made: Callable[[int], None] | None,
+        widths: Sequence[int] | None,
+        made: Callable[[int, int], None] | None,
     ) -> list[tuple[Any, int]]:
         """The parts of consecutive items, each with the number of items that it is for."""
         ...
 
-    def size(self, count: int, rows: int, width: int | None) -> int:
-        """Items in each call for `count` consecutive ones."""
+    def next_call(self, left: int, rows: int, widths: Sequence[int] | None) -> tuple[int, int]:
+        """The items of the next call where so many are left, and how many of them are of these."""
         ...
 
 
@@ -157,6 +157,11 @@ class Sharded:
         self._begun = self._warned = False
         self.seconds = [0.0] * ranks.size
         self._layouts: dict[Hashable, Layout] = {}
+
+    @property
+    def even(self) -> int:
+        """Stretches of equal length that the items of a round are cut into; 1 where they are dealt out by speed."""
+        return 1 if self.ranks.balance == "speed" else self.shares
 
     def stretches(self, count: int) -> list[list[range]]:
         """For each rank the stretches of `range(count)` that it evaluates."""
@@ -188,11 +193,11 @@ class Sharded:
         device: torch.device,
         *,
         rows: int,
-        width: int | None,
+        widths: Sequence[int] | None,
         inputs: Sequence[Tensor],
         key: Hashable,
         mark: int,
-        made: Callable[[int], None] | None = None,
+        made: Callable[[int, int], None] | None = None,
     ) -> list[Any]:
         """The outputs for all items, as one part, on every rank.
 
@@ -202,11 +207,11 @@ class Sharded:
             call: The network call for the items of a slice; it returns nested lists and dicts of tensors `[items, ...]`.
             device: Where the network lives.
             rows: Rows of one item.
-            width: Items in each call where the bound allows for them.
+            widths: The numbers of items that calls may have; None for any.
             inputs: `[items, ...]` tensors on which all ranks have to agree.
             key: What the form of the output depends on; None where nothing is known of it.
             mark: A further number on which all ranks have to agree.
-            made: Told the items of each call that was made, by any rank.
+            made: Told the items of each call that was made, by any rank, and how many of them fill it.
 
         Raises:
             RanksFailed: If ranks disagree, or one of them fails.
@@ -220,9 +225,7 @@ class Sharded:
         form = zlib.crc32(repr([(tuple(x.shape[1:]), x.dtype) for x in inputs]).encode())
         opened = self.ranks.open(ROWS, count, rows, form, mark)
         begin = time.perf_counter()
-        most = max(len(stretch) for own in stretches for stretch in own)
-        width = None if width is None else most if self.ranks.balance == "speed" else -(-width // self.shares)
-        result = self._evaluated(bound, stretches[self.ranks.place], call, device, rows, width, made)
+        result = self._evaluated(bound, stretches[self.ranks.place], call, device, rows, widths, made)
         if self.ranks.balance == "speed" and device.type == "cuda":
             torch.cuda.synchronize(device)
         spent = (time.perf_counter() - begin) / max(1, lengths[self.ranks.place])
@@ -233,9 +236,11 @@ class Sharded:
         self._heed_states(heads)
         if made is not None:
             for items in (items for place, own in enumerate(stretches) if place != self.ranks.place for items in own):
-                size = bound.size(len(items), rows, width)
-                for first in range(0, len(items), size):
-                    made(size if width is not None else min(size, len(items) - first))
+                left = len(items)
+                while left:
+                    width, own = bound.next_call(left, rows, widths)
+                    made(width, width - own)
+                    left -= own
         if (bad := next((row for row in heads[:, 3].tolist() if row >= 0), None)) is not None:
             self._heed_number(call, bad, next(place for place, row in enumerate(heads[:, 3].tolist()) if row >= 0))
         return outputs
@@ -247,12 +252,14 @@ class Sharded:
         call: Callable[[slice], Any],
         device: torch.device,
         rows: int,
-        width: int | None,
-        made: Callable[[int], None] | None,
+        widths: Sequence[int] | None,
+        made: Callable[[int, int], None] | None,
     ) -> Result:
         """The outputs for this rank's items, or what went wrong."""
         try:
-            found = [one for stretch in own for one in bound.stretch(stretch, call, device, rows=rows, width=width, made=made)]
+            found = [
+                one for stretch in own for one in bound.stretch(stretch, call, device, rows=rows, widths=widths, made=made)
+            ]
             parts = [(*Layout.of(part), items) for part, items in found]
             tensors = [[tensor[:items] for tensor in several] for _, several, items in parts]
             joined = [column[0] if len(parts) == 1 else torch.cat(column) for column in zip(*tensors, strict=True)]

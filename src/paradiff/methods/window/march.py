@@ -44,7 +44,7 @@ def march(setup: WindowSetup, problem: Problem) -> March:
     changes: list[Tensor] = []
     for i in range(table.steps):
         at, nodes = slice(i, i + 1), torch.full((count,), i)
-        answer, edited = yield Batch(step.seen(at, x), step.t[nodes], nodes, samples, step.t[:-1])
+        answer, edited = yield Batch(step.seen(at, x), step.t[nodes], nodes, samples, step.t[:-1], count)
         x = x if edited is None else edited
         m = table.convert(nodes, x, answer)
         states, outputs = [x, *states[1:]], [m, *outputs]

@@ -131,6 +131,8 @@ class Lockstep:
             self._resume(first)
             if first.dead:
                 raise Unsupported("its loop took no step")
+            width, audited = self.solver.width, self.coalescer.batching.check != "off" and self.solver.width > 1
+            self.coalescer.batching.widest = width + (max(SECOND, width // SHARE) if audited else 0)
             while not self.solver.done:
                 self._round()
             last = self.solver.ended - 1

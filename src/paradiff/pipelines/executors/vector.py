@@ -179,6 +179,7 @@ class Vector:
             check = self._batching.check
             with Modes.exact().entered():
                 solver.begin(first, repeat={"off": 0, "first": 1}.get(check, sys.maxsize))
+            self._batching.widest = solver.widest
             self._index = first_index(self.scheduler, first.timesteps[0])
             seal(self.scheduler, first.running())
             self._settings = settings(self.scheduler)

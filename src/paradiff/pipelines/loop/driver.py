@@ -236,6 +236,11 @@ class LoopSolver:
         rows = slice(None) if self._repeat >= count else slice(place, place + 1)
         self._repeats = Repeats(nodes[rows], handed[rows].clone(), outputs[rows].clone(), states[rows].clone())
 
+    @property
+    def widest(self) -> int:
+        """The most states of a pass, those that are repeated included."""
+        return self.width + min(self._repeat, self.width)
+
     def scale(self, nodes: Tensor) -> Tensor:
         """`[R]` factor from the states at `nodes` to the network's inputs."""
         return self.table.scale[nodes]

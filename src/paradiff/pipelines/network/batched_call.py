@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,10 @@ class _WindowCall:
         self.frames = {size for size in shape[1:3] if size > 1} if len(shape) == 5 else set()
         self.layout: Layout = {}
         self._place = 0
+        self._before: dict[int, Tensor] = {}  # the windows before the call, by their leaf
+        self._single: list[Tensor] = []  # copies of the inputs that are one row in memory
+        self._filled: list[tuple[Tensor, Tensor]] = []  # windows, and copies of them with states to fill the call
+        self._may_be_single = True
 
     def _main(self) -> Any:
         """The input whose rows are the batch: a tensor, or a list with one tensor a row."""
@@ -144,11 +148,12 @@ class _WindowCall:
         """The outputs; the states `suspects` are compared with calls of their own."""
         states, rows = self.states, self.rows
         before = Snapshot({}) if suspects else None
+        self._before = {id(leaf): leaf.window.clone() for leaf in self.leaves} if suspects else {}
         earlier = self._remembered(suspects[0]) if suspects and self.batching.first(self.forward) else None
         if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
-            parts, suspects = self._parts(1), []
+            parts, suspects = self._parts((1,)), []
         else:
-            parts = self._parts(self.batching.width(states))
+            parts = self._parts(self.batching.widths(states, rows))
         structure = parts[0][0]
         pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
         windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
@@ -164,7 +169,7 @@ class _WindowCall:
         rest = iter(windows)
         return each(lambda leaf, _: Windowed.wrap(next(rest), self.run) if leaf is HERE else leaf, structure)
 
-    def _parts(self, width: int | None) -> list[tuple[Any, list[Tensor]]]:
+    def _parts(self, widths: Sequence[int] | None) -> list[tuple[Any, list[Tensor]]]:
         """The outputs of all states, in parts of one network call each, or in one part on several ranks."""
         signed = repr([leaf for leaf in _pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, bool | int | str)])
         forms = tuple((tuple(leaf.window.shape[1:]), leaf.window.dtype) for leaf in self.leaves)
@@ -173,11 +178,16 @@ class _WindowCall:
             self._part,
             self.device,
             rows=self.rows or 1,
-            width=width,
+            widths=widths,
             inputs=[leaf.window for leaf in self.leaves],
             key=(self.name, forms, tuple(self.kwargs), signed, tuple(self.layout.items())),
-            made=lambda count: self.batching.count(count * (self.rows or 1)),
+            made=self._count,
         )
+
+    def _count(self, states: int, filling: int) -> None:
+        """Counts a network call on some states, of which the last ones fill it."""
+        rows = self.rows or 1
+        self.batching.count(states * rows, filled=filling * rows)
 
     def _any_rank(self, this: bool) -> bool:
         """Whether something is so on any rank."""
@@ -185,26 +195,55 @@ class _WindowCall:
 
     # Inputs.
 
-    def _state(self, value: Any, w: int) -> Any:
-        """An argument of the call for state w alone."""
-        return each(lambda leaf, _: leaf.window[w] if isinstance(leaf, Windowed) else leaf, value)
+    def _state(self, value: Any, w: int, *, check: bool = False) -> Any:
+        """An argument of the call for state w alone; for a check a copy of it as it was before the network saw it."""
+
+        def state(leaf: Any, _: str) -> Any:
+            if not isinstance(leaf, Windowed):
+                return leaf
+            return self._before[id(leaf)][w].clone() if check else leaf.window[w]
+
+        return each(state, value)
 
     def _alone(self, w: int, *, check: bool = False) -> Any:
         """The network's output for state w alone, called as in the sequential loop."""
-        output = self.forward(*self._state(self.args, w), **self._state(self.kwargs, w))
+        output = self.forward(*self._state(self.args, w, check=check), **self._state(self.kwargs, w, check=check))
         if check:
             self.batching.count(self.rows or 1, check=True)
         return output
 
     def _part(self, part: slice) -> tuple[Any, list[Tensor]]:
-        """The network's output for some of the states, split into its structure and its tensors."""
-        count = part.stop - part.start if self.batching.pad else min(part.stop, self.states) - part.start
+        """The network's output for some of the states, split into its structure and its tensors.
+
+        A network that writes into an input of one row for all states, or fails with it, is called again with copies of it.
+        """
+        count = part.stop - part.start
         if count == 1:
             return self._taken(self._alone(part.start), 1)
-        self._place = 0
-        args = [self._batched(value, name, part.start, count) for value, name in zip(self.args, self._names(), strict=True)]
-        kwargs = {name: self._batched(value, name, part.start, count) for name, value in self.kwargs.items()}
-        return self._taken(self.forward(*args, **kwargs), count)
+        output, single, failed = None, self.forward not in self.batching.copies, False
+        versions = [_version(leaf.window) for leaf in self.leaves]
+        try:
+            output = self._called(part.start, count, single=single)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            failed = type(error) in (RuntimeError, ValueError, AssertionError)
+            if not self._single or not failed:
+                raise
+        if failed or any(map(_version, self._single)):
+            if versions != [_version(leaf.window) for leaf in self.leaves]:
+                raise Unsupported(f"{self.name} writes into its state, and needs copies of its other inputs")
+            output = self._called(part.start, count, single=False)
+            self.batching.copies.add(self.forward)
+        for own, filled in self._filled:
+            if _version(filled) > 0:
+                own.copy_(filled[: len(own)])  # The network writes into its state, and the loop may read that.
+        return self._taken(output, count)
+
+    def _called(self, start: int, count: int, *, single: bool) -> Any:
+        """The network's output for `count` states from `start` on; `single`: an input of one row may stay one row in memory."""
+        self._place, self._single, self._filled, self._may_be_single = 0, [], [], single
+        args = [self._batched(value, name, start, count) for value, name in zip(self.args, self._names(), strict=True)]
+        kwargs = {name: self._batched(value, name, start, count) for name, value in self.kwargs.items()}
+        return self.forward(*args, **kwargs)
 
     def _names(self) -> list[str]:
         """The names of the positional arguments."""
@@ -244,7 +283,8 @@ class _WindowCall:
         assert rows is not None
         window = window[start : start + count]
         if len(window) < count:
-            window = torch.cat([window, window[-1:].expand(count - len(window), *window.shape[1:])])
+            own, window = window, torch.cat([window, window[-1:].expand(count - len(window), *window.shape[1:])])
+            self._filled.append((own, window))
         if window.dim() == 1:
             return beside(window, self.device).repeat(rows)
         if window.shape[1] == 1:
@@ -264,6 +304,11 @@ class _WindowCall:
     def _repeated(self, leaf: Tensor, axis: int, count: int) -> Tensor:
         rows = self.rows
         assert rows is not None
+        if leaf.shape[axis] == 1 and self._may_be_single:
+            one = leaf.clone()
+            if not one.is_inference():  # of which torch counts no changes
+                self._single.append(one)
+                return one.expand(*leaf.shape[:axis], count, *leaf.shape[axis + 1 :])
         return self.batching.repeated(
             leaf,
             (rows, count, axis),
@@ -273,7 +318,8 @@ class _WindowCall:
     # Outputs.
 
     def _taken(self, value: Any, count: int) -> tuple[Any, list[Tensor]]:
-        """The structure of an output for `count` states, and its tensors `[count, K, ...]`."""
+        """The structure of an output for `count` states, and its tensors `[count, K, ...]`, which are copies: a network may
+        return the same memory at every call."""
         found: list[Tensor] = []
         rows = self.rows or 1
 
@@ -283,14 +329,15 @@ class _WindowCall:
             if isinstance(leaf, Windowed):
                 raise Unsupported(f"{self.name} was given states of a window within an argument that is no list, tuple or dict")
             if count == 1:
-                found.append(leaf[None])
+                found.append(leaf[None].clone())
             elif leaf.dim() == 0 or leaf.shape[0] % (rows * count):
                 raise _Differs(
                     f"{self.name} returned a tensor of shape {tuple(leaf.shape)} for {rows * count} rows; an output must have "
                     "a row for each"
                 )
             else:
-                found.append(leaf.unflatten(0, (rows, count, -1)).transpose(0, 1).flatten(1, 2).contiguous())
+                moved = leaf.unflatten(0, (rows, count, -1)).transpose(0, 1).flatten(1, 2).contiguous()
+                found.append(moved.clone() if moved.data_ptr() == leaf.data_ptr() else moved)
             return HERE
 
         def whole_list(value: list[Any], name: str) -> list[Any] | None:
@@ -387,6 +434,11 @@ def _difference(found: Tensor, own: Tensor) -> float:
     same = (found == own) | (found.isnan() & own.isnan())
     size = torch.where(own.isfinite(), own, 0.0).norm().clamp_min(1e-300)
     return float(torch.where(same, 0.0, found - own).norm() / size)
+
+
+def _version(value: Tensor) -> int:
+    """The number of changes of a tensor in place; -1 for inference tensors, of which torch counts none."""
+    return -1 if value.is_inference() else value._version
 
 
 def _stays(name: str, leaf: Tensor | None = None) -> bool:

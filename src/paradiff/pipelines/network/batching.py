@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from paradiff.errors import shown
 from paradiff.pipelines.network.memory import Memory
+from paradiff.pipelines.network.tree import each
 from paradiff.pipelines.tensor.windowed import Windowed
 from paradiff.solver.evaluator import RowBound
 from paradiff.solver.ranks import Ranks
@@ -34,8 +36,8 @@ class Batching:
 
     Args:
         max_rows: Largest number of rows in one network call, at least 1; None for no bound. A state's rows stay together.
-        pad: The number of states, at least 1, up to which each call is filled with copies of its last state, for networks
-            that are compiled for a shape. True for the widest window so far, False for no padding.
+        pad: Whether each call is filled with copies of its last state up to one of at most four widths (solver/widths.py),
+            for networks that are compiled for a shape.
         check: See `Check`. A checked state costs a network call of its own and a wait for the device; in a network's first
             checked call, two of each.
         shares: Stretches of equal length that a window's states are cut into (`RowBound`).
@@ -44,6 +46,9 @@ class Batching:
     Attributes:
         bound: The bound on rows, halved when the device runs out of memory.
         rows: Rows that the networks were given in the loop, those of padding and checks included.
+        widest: States of the widest pass, from which padded calls have their widths; None where it is not known.
+        copies: Networks that need inputs of their own for each row: they write into them, or fail with views of one row.
+        filled: Those of padding among them.
         calls: Network calls in the loop, checks included.
         checks: The calls among them that evaluate one state again, to compare it.
         seconds: Duration of these calls, as seen from the host: on an asynchronous device that of their launch.
@@ -54,49 +59,55 @@ class Batching:
         eps: That of the coarsest dtype in which a network was computed so far; 0 before the first call.
 
     Raises:
-        ValueError: If `max_rows` or `pad` is below 1, or `check` is unknown.
+        ValueError: If `max_rows` is below 1, `pad` is neither True nor False, or `check` is unknown.
     """
 
     def __init__(
         self,
         *,
         max_rows: int | None = None,
-        pad: int | bool = False,
+        pad: bool = False,
         check: Check = "first",
         shares: int = 1,
         crew: Sharded | None = None,
     ) -> None:
-        if pad is not True and pad is not False and pad < 1:
-            raise ValueError(f"pad is {pad}; a network call is filled up to at least 1 state, or give False for no padding")
+        if not isinstance(pad, bool):
+            raise ValueError(f"pad is {shown(pad)}; give True or False")
         if check not in ("first", "every", "off"):
             raise ValueError(f"check is {check!r}; it must be first, every or off")
         self.bound = RowBound(max_rows, shares=shares, crew=crew)
         self.pad, self.check = pad, check
-        self.rows = self.calls = self.checks = 0
+        self.rows = self.filled = self.calls = self.checks = 0
+        self.widest: int | None = None
+        self.copies: set[Any] = set()
         self.seconds = self.eps = 0.0
         self.looping = False
         self.hooks: Memory | None = None
         self.readers: list[FunctionType] = []
         self._inside = self._shared = False
         self.layouts: dict[Any, dict[int, int | None]] = {}
-        self._widest = 0
+        self._widest = 1
         self._checked: set[Any] = set()
         self._networks: set[Any] = set()
         self._kept: dict[int, tuple[weakref.ref[Tensor], int, Any, Tensor | None]] = {}
 
     def begin_loop(self) -> None:
         """Counts from here on. What was counted before belongs to another iteration over the times, which was not the loop."""
-        self.rows = self.calls = self.checks = 0
+        self.rows = self.filled = self.calls = self.checks = 0
         self.seconds, self.looping = 0.0, True
 
-    def count(self, rows: int, *, check: bool = False) -> None:
-        """Counts a network call with so many rows."""
+    def count(self, rows: int, *, filled: int = 0, check: bool = False) -> None:
+        """Counts a network call with so many rows, of which `filled` are padding."""
         self.calls += 1
         self.rows += rows
+        self.filled += filled
         self.checks += check
 
     def ordinary(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A network call without a window, which is counted if it is in the loop and not within another one."""
+        """A network call without a window, which is counted if it is in the loop and not within another one.
+
+        Its outputs are copies then: the solver keeps them, and a network may return the same memory at every call.
+        """
         if self._inside:
             return forward(*args, **kwargs)
         if not self.looping:
@@ -104,7 +115,8 @@ class Batching:
         sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
         self.count(sizes[0] if sizes else 1)
         with self.timed():
-            return self.for_all(forward, args, kwargs)
+            outputs = self.for_all(forward, args, kwargs)
+            return each(lambda leaf, _: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
 
     @property
     def ranks(self) -> Ranks | None:
@@ -138,12 +150,15 @@ class Batching:
         self._networks.add(network)
         return not known
 
-    def width(self, states: int) -> int | None:
-        """The number of states in each call for a window of `states` states; None for no padding."""
-        if self.pad is not True:
-            return self.pad or None
+    def widths(self, states: int, rows: int) -> tuple[int, ...] | None:
+        """The numbers of states that calls of a network may have, for a window of `states` states; None for any.
+
+        Args:
+            states: The states of the window.
+            rows: The network's rows of one state.
+        """
         self._widest = max(self._widest, states)
-        return self._widest
+        return self.bound.widths(self.widest or self._widest, rows) if self.pad else None
 
     def wants(self, signature: Any, states: int) -> list[int]:
         """The indices of the states to check in a call with this signature."""
@@ -158,14 +173,14 @@ class Batching:
         """`repeat()`, cached for an input that is repeated again with the same `key`.
 
         The result is cached from the input's second use on, so that an input made anew in each round takes no memory after
-        its call.
+        its call. A result that a network wrote into is made anew.
         """
-        if leaf.is_inference():
+        if leaf.is_inference() or torch.is_inference_mode_enabled():
             return repeat()
         name = id(leaf)
         seen = self._kept.get(name)
         known = seen is not None and seen[0]() is leaf and seen[1] == leaf._version
-        if known and seen is not None and seen[2] == key and seen[3] is not None:
+        if known and seen is not None and seen[2] == key and seen[3] is not None and seen[3]._version == 0:
             return seen[3]
         result = repeat()
         kept = self._kept
