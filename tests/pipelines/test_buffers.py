@@ -270,6 +270,8 @@ def test_a_compiled_network_has_at_most_four_graphs(graphs: list[int], guidance:
         assert run.report.executor == executor
         made.append(len(graphs))
     assert 2 <= made[0] == made[1] <= 4
+    assert 0 < run.report.filled_rows < run.report.network_rows
+    assert f"{run.report.filled_rows} of them padding" in str(run.report)
 
 
 def test_repeated_blocks_are_compiled_for_at_most_four_shapes(graphs: list[int]) -> None:

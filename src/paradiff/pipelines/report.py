@@ -31,6 +31,7 @@ class Report:
             calls several networks, or `max_rows` cuts it.
         network_rows: Rows that entered the networks in the loop, those of checks and padding included; 0 for a sequential
             call. A state has several with guidance, or with several images.
+        filled_rows: Rows of padding among them.
         refused_calls: Network calls in the loop of tries that came to nothing.
         refused_rows: Rows of these calls.
         seconds: Duration of the whole call: text encoders, solver, decoding.
@@ -56,6 +57,7 @@ class Report:
     checks: int
     network_calls: int
     network_rows: int
+    filled_rows: int
     refused_calls: int
     refused_rows: int
     seconds: float
@@ -81,9 +83,10 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.pipeline} with {self.scheduler}, {self.method}, {self.executor}: {self.message}"]
         if self.error_estimate is not None:
+            padding = f", {self.filled_rows} of them padding" if self.filled_rows else ""
             lines.append(
-                f"{self.rounds} rounds and {self.rows} rows instead of {self.steps} steps, {self.network_rows} network rows; "
-                f"{self.seconds:.2f} s, {self.network_seconds:.2f} s of them in the networks"
+                f"{self.rounds} rounds and {self.rows} rows instead of {self.steps} steps, {self.network_rows} network rows"
+                f"{padding}; {self.seconds:.2f} s, {self.network_seconds:.2f} s of them in the networks"
             )
             lines.append(
                 f"estimated error {self.error_estimate.estimated_error:.2g}, "

@@ -70,7 +70,8 @@ def parallelize(
         executor: `vector`, `lanes`, `sequential`, or `auto`: the first of them that the loop allows.
         max_rows: Largest number of rows in one network call, at least 1; an image with guidance has two rows a state. None for
             no bound. Halved when the device runs out of memory.
-        pad: Fill every network call up to the window's full width, for compiled networks and CUDA graphs.
+        pad: Fill every network call with copies of its last state up to one of at most four numbers of states, which depend on
+            the window and on `max_rows`, for compiled networks and CUDA graphs (docs/devices.md).
         check: Which batched network calls are compared, row by row, with calls of their own: each network's `first` one,
             `every` one (slow; for tests), or none with `off`. Unless it is off, passes of the loop are audited, which costs
             rows and with lanes up to two passes; with `every` the sample is compared with that of a plain call.

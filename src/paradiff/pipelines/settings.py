@@ -58,6 +58,8 @@ class Settings:
             )
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the solver's states were asked for in {self.dtype}; they are kept in float32 or float64")
+        if not isinstance(self.pad, bool):
+            raise ValueError(f"pad is {self.pad!r}; give True or False")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows is {self.max_rows}; a network call needs at least 1 row, or None for no bound")
         if self.shares is not None:
