@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,6 +15,7 @@ import torch
 from tiny import CASES
 from tiny.case import deprecations
 from tiny.stable import stable
+from torch import Tensor, nn
 
 from paradiff import explain, parallelize, parasolver, piadm_sde, quasi_newton, sequential, srds
 from paradiff.samplers.scheduler.probe import probe
@@ -297,3 +300,110 @@ def test_the_pipeline_is_left_untouched_and_no_network_is_called(name: str, monk
         assert torch.equal(value, before[key]) if isinstance(value, torch.Tensor) else str(value) == str(before[key]), key
     assert [set(vars(part)) for part in parts] == attributes
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+# -- networks that are timed -------------------------------------------------------------------------------------------------
+
+
+class Slow(nn.Module):
+    """A network whose call takes so many seconds, and so many more for each state beyond the first, by a clock of its own."""
+
+    def __init__(self, clock: list[float], once: float, row: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.clock, self.once, self.row = clock, once, row
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        self.clock[0] += self.once + self.row * (len(x) - 1)
+        return torch.tanh(self.layer(x) + t.reshape(-1, 1) / 1000 + text.mean((1, 2))[:, None])
+
+
+class Timed(diffusers.DiffusionPipeline):
+    """A pipeline with a text of its own length; with guidance a state has two rows."""
+
+    def __init__(self, net: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(net=net, scheduler=scheduler)
+        self.decoded = 0
+
+    @torch.no_grad()
+    def __call__(self, length: int, num_inference_steps: int = 20, guided: bool = False, generator: Any = None) -> Tensor:
+        self.scheduler.set_timesteps(num_inference_steps)
+        rows = 2 if guided else 1
+        x, text = torch.randn(1, 8, generator=generator), torch.ones(rows, length, 4)
+        for t in self.scheduler.timesteps:
+            m = self.net(torch.cat([x] * rows), t, text)
+            x = self.scheduler.step(m[:1], t, x).prev_sample
+        self.decoded += 1
+        return x
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], Any]:
+    """A pipeline whose network takes so many seconds, and so many more for each row beyond the first."""
+    clock = [0.0]
+    monkeypatch.setattr("paradiff.pipelines.timing.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    return lambda once, row: Timed(Slow(clock, once, row), diffusers.DDIMScheduler())
+
+
+def test_networks_are_timed_with_the_conditioning_in_place(timed: Callable[[float, float], Any]) -> None:
+    pipe, generator = timed(1.0, 0.1), torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    found = explain(pipe, quasi_newton(window=8), call={"length": 1000, "guided": True, "generator": generator})
+    (timing,) = found.timings
+    assert (timing.network, timing.repeated) == ("Slow", 2 * 1000 * 4 * 4)
+    assert {1, 2, 4, 8} <= set(timing.seconds)
+    assert timing.seconds[4] == pytest.approx(1.7)  # eight rows
+    assert "Slow: a call on one state takes 1.1e+03 ms, and 1.2 on 2, 1.5 on 4, " in str(found)
+    assert "each further state repeats 0.0305 MiB of its inputs" in str(found)
+    assert found.expected is not None
+    (note,) = [note for note in found.notes if note.startswith("in the networks")]
+    assert f"20 steps would take 22 s here, and {found.expected.rounds} rounds " in note
+    assert pipe.decoded == 0  # the call was given up
+    assert torch.equal(generator.get_state(), before)
+    assert type(pipe) is Timed
+    assert "forward" not in vars(pipe.net)
+
+
+def test_a_text_that_is_one_row_in_memory_is_repeated_for_no_state(timed: Callable[[float, float], Any]) -> None:
+    found = explain(timed(1.0, 0.1), call={"length": 1000}, num_inference_steps=12)
+    assert [timing.repeated for timing in found.timings] == [0]
+    assert "repeats" not in str(found)
+
+
+def test_the_forecast_is_the_sum_over_the_rounds(timed: Callable[[float, float], Any]) -> None:
+    """At a flat cost rounds count; at one in proportion to the rows a row as dear as a call pays nowhere."""
+    flat = explain(timed(1.0, 0.0), quasi_newton(window=8), call={"length": 4})
+    assert flat.expected is not None
+    assert f"{len(flat.expected.history)} rounds {flat.expected.rounds:.3g} s" in " ".join(flat.notes)
+    assert not any(note.startswith("it will not pay") for note in flat.notes)
+    dear = explain(timed(1.0, 1.0), quasi_newton(window=8), call={"length": 4})
+    assert dear.expected is not None
+    assert f"{dear.expected.rounds} rounds {dear.expected.evaluations:.3g} s" in " ".join(dear.notes)
+    assert dear.notes[-1].startswith("it will not pay on this device: no window makes the rounds cheaper than the steps")
+
+
+def test_a_better_window_is_named(timed: Callable[[float, float], Any]) -> None:
+    found = explain(timed(1.0, 0.3), quasi_newton(), num_inference_steps=50, call={"length": 4})
+    (note,) = [note for note in found.notes if note.startswith("with a window of ")]
+    best = int(note.split()[4])
+    assert best in (2, 3, 4, 8, 16, 32)
+    again = explain(timed(1.0, 0.3), quasi_newton(window=best), num_inference_steps=50, call={"length": 4})
+    assert not any(note.startswith("with a window of ") for note in again.notes)
+
+
+def test_a_call_without_a_parallel_form_is_not_timed(timed: Callable[[float, float], Any]) -> None:
+    class Random(Slow):
+        def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            return super().forward(x, t, text) + torch.randn(())
+
+    pipe = Timed(Random([0.0], 1.0, 0.1), diffusers.DDIMScheduler())
+    found = explain(pipe, call={"length": 4})
+    assert found.timings == []
+    assert any(note.startswith("vector: ") for note in found.notes)
+    assert any(note.startswith("it pays where") for note in found.notes)
+
+
+def test_a_call_that_does_not_fit_raises_as_the_pipeline_does(timed: Callable[[float, float], Any]) -> None:
+    with pytest.raises(TypeError, match="missing a required argument: 'length'"):
+        explain(timed(1.0, 0.1), call={"prompt": "a lighthouse"})

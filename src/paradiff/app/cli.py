@@ -162,7 +162,7 @@ def explain(
     options = {} if eta is None else {"eta": eta}
     if options:
         refuse_eta(cast(Any, pipeline).scheduler)
-    print(explain_pipeline(pipeline, solver, num_inference_steps=steps, **options))
+    print(explain_pipeline(pipeline, solver, num_inference_steps=steps, **cast(dict[str, Any], options)))
 
 
 @app.command(cls=Command)

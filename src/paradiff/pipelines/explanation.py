@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`explain`: a forecast of a parallel run of a pipeline, without a call of its networks.
+"""`explain`: a forecast of a parallel run of a pipeline, without a call of its networks unless they are to be timed.
 
 The scheduler is probed at the given number of steps, the loop's source is read, and the method is run on a closed-form
 problem, a mixture of Gaussians, with the same chain; its number of rounds is of the order of a trained network's. Whether fewer
@@ -9,9 +9,11 @@ rounds save time depends on the device: a round costs about one network call whi
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from paradiff.models.exact import Mixture
 from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
+from paradiff.pipelines.timing import Timing, forecast, timings
 from paradiff.samplers.scheduler.probe import probe
 from paradiff.solver.loop import drive, solve
 from paradiff.solver.protocol import Batch, Method
@@ -31,6 +34,8 @@ from paradiff.solver.solution import Solution
 
 CLUSTERS, DIMENSION, SPREAD = 10, 64, 0.05
 """The number of Gaussians in the closed-form problem, their dimension and their standard deviation."""
+WINDOWS = (2, 3, 4, 8, 16, 32)
+"""Windows that a timed forecast tries beside that of the method."""
 UNIT_MU = 1.0
 """The shift mu of a flow schedule, in place of the one that the pipeline computes from the picture's size."""
 
@@ -45,6 +50,7 @@ class Explanation:
         table: The chain; None if the scheduler's step is not linear.
         executor: The executor that would be tried first: `vector`, `lanes` or `sequential`.
         expected: A run of the method on a closed-form problem with this chain; None without a chain.
+        timings: What the calls of the loop's networks cost on several states; empty if they were not timed.
         refused: Sentences: the reasons why there is no parallel run; empty if there is one.
         notes: Sentences: what else the run depends on.
     """
@@ -54,6 +60,7 @@ class Explanation:
     table: Table | None
     executor: str
     expected: Solution | None
+    timings: list[Timing]
     refused: list[str]
     notes: list[str]
 
@@ -70,11 +77,17 @@ class Explanation:
                 f"on a closed-form problem: {self.expected.rounds} rounds and {self.expected.evaluations} rows instead of "
                 f"{self.table.steps} steps"
             )
+        lines += map(str, self.timings)
         return "\n".join([*lines, *(f"refused: {r}" for r in self.refused), *(f"note: {n}" for n in self.notes)])
 
 
 def explain(
-    pipeline: Any, method: Method | None = None, *, num_inference_steps: int | None = None, **step_options: Any
+    pipeline: Any,
+    method: Method | None = None,
+    *,
+    num_inference_steps: int | None = None,
+    call: Mapping[str, Any] | None = None,
+    **step_options: Any,
 ) -> Explanation:
     """Forecasts a parallel run of a pipeline: its chain, its executor, its rounds, and the reasons against it.
 
@@ -82,6 +95,8 @@ def explain(
         pipeline: A diffusers pipeline.
         method: The method; `parasolver()` by default.
         num_inference_steps: Number of steps, at least 1; the default of the pipeline's call if left out.
+        call: Further arguments of the pipeline's call, such as `{"prompt": "a lighthouse"}`. With them the call is made up to
+            its second pass, and the networks of its loop are timed on one state and on several, the conditioning in place.
         step_options: Further arguments of the scheduler's `step` that the pipeline would pass, such as `eta`.
 
     Raises:
@@ -104,9 +119,15 @@ def explain(
     if table is not None and not table.exact_levels:
         notes.append(table.about_levels)
     executor = _executor(run, type(pipeline), refused, notes)
-    expected = None if table is None else _tried(table, method)
+    expected, rows = (None, []) if table is None else _tried(table, method)
+    found: list[Timing] = []
     if expected is not None and table is not None and not refused:
-        _will_it_pay(pipeline, table, expected, notes)
+        if call is not None:
+            found = _timed(pipeline, steps, call, executor, max(rows), notes)
+        if found:
+            _does_it_pay(found, table, method, rows, notes)
+        else:
+            _will_it_pay(pipeline, table, expected, notes)
     kind = type(pipeline).__name__
     return Explanation(
         pipeline=kind,
@@ -114,6 +135,7 @@ def explain(
         table=table,
         executor=executor if not refused else "sequential",
         expected=expected,
+        timings=found,
         refused=refused,
         notes=notes,
     )
@@ -159,19 +181,54 @@ def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str
     return "vector" if read == [] else "lanes"
 
 
-def _tried(table: Table, method: Method) -> Solution:
-    """A run of the method on a mixture of Gaussians with this chain."""
+def _tried(table: Table, method: Method) -> tuple[Solution, list[int]]:
+    """A run of the method on a mixture of Gaussians with this chain, and the rows of its rounds."""
+    rows: list[int] = []
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(CLUSTERS, DIMENSION, generator=generator, dtype=torch.float64).clamp(-1, 1)
     target = Mixture(torch.full((CLUSTERS,), 1 / CLUSTERS), means, torch.full((CLUSTERS,), SPREAD))
 
     def outputs(batch: Batch) -> Tensor:
         nodes = batch.nodes
+        rows.append(len(nodes))
         x = batch.x.double() / table.scale[nodes, None]
         clean = target.clean(x, table.alpha[nodes], table.sigma[nodes])
         return ((clean - table.p[nodes, None] * x) / table.q[nodes, None]).float()
 
-    return drive(solve(table, Keyed((DIMENSION,), 0), method), outputs, check="off")
+    return drive(solve(table, Keyed((DIMENSION,), 0), method), outputs, check="off"), rows
+
+
+def _timed(pipeline: Any, steps: int, call: Mapping[str, Any], executor: str, widest: int, notes: list[str]) -> list[Timing]:
+    """What the networks cost; nothing where the call cannot be run by the executor."""
+    kind = type(pipeline)
+    takes = "num_inference_steps" in inspect.signature(kind.__call__).parameters
+    arguments = {**call, **({"num_inference_steps": steps} if takes else {})}
+    for one in dict.fromkeys((executor, "lanes")):
+        try:
+            return timings(pipeline, kind, arguments, one, min(widest + 1, steps))
+        except Unsupported as unsupported:
+            notes.append(f"{one}: {unsupported}")
+    return []
+
+
+def _does_it_pay(found: list[Timing], table: Table, method: Method, rows: list[int], notes: list[str]) -> None:
+    """Notes the seconds of the networks' calls, with this window and with the best of some others."""
+    plain, parallel = forecast(found, [1] * table.steps), forecast(found, rows)
+    notes.append(
+        f"in the networks {table.steps} steps would take {plain:.3g} s here, and {len(rows)} rounds {parallel:.3g} s, the "
+        f"audit left out: {plain / parallel:.2g} times as fast"
+    )
+    best, window = parallel, None
+    for other in WINDOWS if hasattr(method, "window") else ():
+        if other < table.steps and other != getattr(method, "window", None):
+            seconds = forecast(found, _tried(table, dataclasses.replace(cast(Any, method), window=other))[1])
+            best, window = min((best, window), (seconds, other), key=lambda one: one[0])
+    if window is not None and best < 0.95 * parallel:
+        notes.append(f"with a window of {window} it would be {plain / best:.2g} times as fast")
+    if best > 0.95 * plain:
+        notes.append(
+            "it will not pay on this device: no window makes the rounds cheaper than the steps; the plain call is as fast"
+        )
 
 
 def _will_it_pay(pipeline: Any, table: Table, expected: Solution, notes: list[str]) -> None:

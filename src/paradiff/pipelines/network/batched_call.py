@@ -153,6 +153,7 @@ class _WindowCall:
         if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
             parts, suspects = self._parts((1,)), []
         else:
+            self.batching.first_window(self.name, self.forward, states, self._part, self._repeated_bytes)
             parts = self._parts(self.batching.widths(states, rows))
         structure = parts[0][0]
         pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
@@ -300,6 +301,15 @@ class _WindowCall:
         if leaf.dim() == 0 or _stays(name, leaf):
             return None
         return 0 if leaf.shape[0] == rows or any(leaf.shape[0] == rows * frames for frames in self.frames) else None
+
+    def _repeated_bytes(self) -> int:
+        """Bytes of the inputs of one state that are repeated for each further one."""
+        found = 0
+        for place, (leaf, name) in enumerate(self._plain()):
+            axis = self.layout.get(place, self._axis(leaf, name))
+            single = axis is not None and leaf.shape[axis] == 1 and self.forward not in self.batching.copies
+            found += 0 if axis is None or single else leaf.numel() * leaf.element_size()
+        return found
 
     def _repeated(self, leaf: Tensor, axis: int, count: int) -> Tensor:
         rows = self.rows

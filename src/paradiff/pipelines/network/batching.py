@@ -160,6 +160,24 @@ class Batching:
         self._widest = max(self._widest, states)
         return self.bound.widths(self.widest or self._widest, rows) if self.pad else None
 
+    def first_window(
+        self,
+        name: str,
+        forward: Any,
+        states: int,
+        part: Callable[[slice], tuple[Any, list[Tensor]]],
+        repeated: Callable[[], int],
+    ) -> None:
+        """Told of a network's call with a window before it is made, for a batching that times calls (timing.py).
+
+        Args:
+            name: The network's name.
+            forward: The network.
+            states: The states of the window.
+            part: The structure and the tensors of its output for some of the states.
+            repeated: Bytes of the inputs that are repeated for each further state.
+        """
+
     def wants(self, signature: Any, states: int) -> list[int]:
         """The indices of the states to check in a call with this signature."""
         if self.check == "every" and states > 1:
