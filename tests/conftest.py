@@ -62,5 +62,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def samples_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples of a random network are no data, and no estimate is made anew for their size."""
-    for module in ("paradiff.methods.window.solver", "paradiff.methods.parareal.stopping"):
-        monkeypatch.setattr(f"{module}.LARGE", math.inf)
+    monkeypatch.setattr("paradiff.chain.data_scale.LARGE", math.inf)
+    monkeypatch.setattr("paradiff.chain.data_scale.SMALL", 0.0)

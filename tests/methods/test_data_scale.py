@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, collocation, parasolver, quasi_newton, sample, sequential, srds
-from paradiff.chain.sensitivity import LARGE, sensitivity
+from paradiff.chain.data_scale import LARGE, held_to, seen, unusual
+from paradiff.chain.sensitivity import sensitivity
 from paradiff.samplers import ddim, ddpm
 from paradiff.solver.protocol import Method
 from paradiff.solver.solution import Status

@@ -24,8 +24,8 @@ allows for what Gaussian data lack. Methods multiply s by a caution of their own
 trained networks single states exceed (2) sixfold for a while. So a sum of s e estimates the sample's error, and is no bound.
 
 Data of mean square V are data of mean square 1 times V^(1/2), on a chain whose signal levels are V^(1/2) times as high: they
-decide earlier, and answer to early errors up to V^(1/2) or V times as strongly. V is taken for 1 until a sample is
-found; where its mean square is `LARGE` or more, its error is estimated anew with that.
+decide earlier, and answer to early errors up to V^(1/2) or V times as strongly. V is taken for 1 unless the states show that
+it is far from it (data_scale.py).
 
 A sweep with slope G that changes a node by delta leaves an error of about (J - G) delta at the next one, with J the derivative
 of the step. J is unknown, but lies between those of two extreme networks, a frozen clean-data estimate and a frozen noise
@@ -46,7 +46,6 @@ from torch import Tensor
 from paradiff.chain.slope import carried, freeze_clean_data, freeze_epsilon, resolve
 from paradiff.chain.table import Table
 
-LARGE = 4.0  # mean square of a sample from which on its error is estimated with it
 OFF_SCALE = (
     "an estimated error of {:.2g} was reached, where {:g} was asked for: the samples' mean square is far above 1, for which "
     "nodes pass; give a tolerance that is smaller by this ratio, or data in about -1 ... 1"

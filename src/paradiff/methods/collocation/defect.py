@@ -38,9 +38,12 @@ taken.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from paradiff.chain.data_scale import unusual
 from paradiff.chain.noise import Noise
 from paradiff.chain.sensitivity import undecided
 from paradiff.methods.collocation.control import DefectControl
@@ -90,7 +93,9 @@ class DoubledIntervals:
             self.initial[j], self.influence[j], self.noise_weights[j] = system.carried(interval, n)
             self.influence[j] += interval.state_forcing * self.weights[j] / self.weights[j].sum()
         self.effect = system.noise_weights[:, [n + 1 for n in self.first], 0]
-        self.sensitivity = sensitivity(system.recurrence.log_snr[[right.left for _, _, right in pairs]], control)
+        place = system.recurrence.log_snr[[right.left for _, _, right in pairs]]
+        size = unusual(system.recurrence.variance)  # small data decide later, and no estimate falls for large ones
+        self.sensitivity = sensitivity(place + min(math.log(size), 0.0), control)
 
     @property
     def spans(self) -> list[tuple[int, int, int]]:

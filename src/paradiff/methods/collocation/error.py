@@ -118,9 +118,11 @@ def interpolation_error(
         doubled, defects = probed
         found, total, linear = _read(propagation.effects(directions(defects, neighbours), move(doubled.effect)))
         amplification = max(amplification, _amplification(total, linear))
-        # What grows is a single number, so that a small value is chance more often.
+        # What grows is a single number, and so are all defects of small samples: a small value is chance more often.
         tail = 1 + control.error.tail_safety * (1 - amplification**-control.error.tail_exponent)
-        factors = safety * tail / control.defect.halving_ratio * doubled.sensitivity
+        few = max(defects[0].numel() ** -0.5 - control.error.many_numbers**-0.5, 0.0)
+        chance = 1 + control.error.chance_safety * few
+        factors = safety * tail * chance / control.defect.halving_ratio * doubled.sensitivity
         groups: list[tuple[int, ...]] = [(n, n + 1) for n in doubled.first]
         return InterpolationError((factors * found.sqrt()).tolist(), groups, amplification)
     omitted, weights = interpolation_defects(system)

@@ -39,6 +39,11 @@ class Estimator:
         """The sample when an estimate was accepted last; None before."""
         return self._calibration.sample
 
+    @property
+    def seen(self) -> bool:
+        """Whether the amplification was observed: an estimate was accepted."""
+        return self._first is not None
+
     def estimate(
         self,
         at: SampleSystem,
@@ -78,6 +83,10 @@ class Estimator:
         """The estimate counts, and the next refinement is measured by it."""
         self.interpolation_error, self._first = error.total, self._first or linearization
         self._calibration = self._calibration.accept(error, factor, iteration_error=iteration_error, sample=sample)
+
+    def distrust(self, least: float) -> None:
+        """No estimate is below `least`: the defects do not tell the error."""
+        self.interpolation_error = max(self.interpolation_error, least)
 
     def refined(self, parts: Sequence[int]) -> None:
         """The intervals were subdivided into `parts` each."""

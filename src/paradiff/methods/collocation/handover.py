@@ -14,6 +14,7 @@ from paradiff.chain.slope import shifted
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.options import CollocationOptions
+from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.fill import Guide
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.setup import WindowSetup
@@ -24,12 +25,10 @@ from paradiff.solver.solution import ErrorEstimate
 
 
 class Handover:
-    """A window solver with a tightened tolerance, its estimate in the units of the sample.
+    """A window solver that took a sample over.
 
     Args:
         window: The window solver.
-        tightening: Factor, 1 or more, by which its tolerance was divided, since its estimate does not know of the sample's
-            amplification; its estimate is multiplied by the same.
         reason: Why it takes over; None where that was asked for.
         rounds: Rounds of the sample before.
         evaluations: Its rows before.
@@ -38,10 +37,8 @@ class Handover:
         reason: As given.
     """
 
-    def __init__(
-        self, window: WindowSolver, tightening: float, reason: str | None, *, rounds: int = 0, evaluations: int = 0
-    ) -> None:
-        self._window, self._tightening, self.reason = window, tightening, reason
+    def __init__(self, window: WindowSolver, reason: str | None, *, rounds: int = 0, evaluations: int = 0) -> None:
+        self._window, self.reason = window, reason
         self._rounds, self._evaluations = rounds, evaluations
 
     @property
@@ -70,7 +67,6 @@ class Handover:
         verified = self._window.error_estimate
         return dataclasses.replace(
             verified,
-            estimated_error=verified.estimated_error * self._tightening,
             rounds=self._rounds + verified.rounds,
             evaluations=self._evaluations + verified.evaluations,
         )
@@ -122,21 +118,23 @@ class WindowLoop:
 
     @staticmethod
     def tightening(amplification: float) -> float:
-        """Power of 2 by which the tolerance is divided for a sample that amplifies early errors so much more than the chain's
-        linear part does; its estimate is multiplied by the same factor."""
+        """Power of 2 by which the window method's caution is multiplied, which does not know of a sample that amplifies early
+        errors so much more than the chain's linear part does."""
         return 2.0 ** max(0, math.ceil(math.log2(amplification)))
 
     def setup(self, amplification: float = 1.0) -> WindowSetup:
         """What samples of that amplification share; made once for a tightening."""
         tightening = self.tightening(amplification)
         if tightening not in self._setups:
-            method, control = self._method, self._control
+            method, control, usual = self._method, self._control, WindowControl()
+            caution = {name: tightening * getattr(usual, name) for name in ("stochastic_caution", "deterministic_caution")}
             loop = WindowOptions(
                 name="collocation",
                 slope=shifted(self._variance),
                 window=min(method.window or control.handover_window, self._table.steps),
-                tolerance=method.tolerance / tightening,
+                tolerance=method.tolerance,
                 secants=control.handover_secants,
+                control=dataclasses.replace(usual, **caution),
             )
             self._setups[tightening] = WindowSetup(self._table, loop, *self._arithmetic)
         return self._setups[tightening]
@@ -145,7 +143,7 @@ class WindowLoop:
         """Takes a sample over at its first round, whose amplification nothing was seen of."""
         amplification = self._control.unseen_amplification if self._table.stochastic else 1.0
         window = WindowSolver(self.setup(amplification), noise, sample, start)
-        return Handover(window, self.tightening(amplification), reason)
+        return Handover(window, reason)
 
     def take_over(
         self,
@@ -172,4 +170,4 @@ class WindowLoop:
             evaluations: Its rows before.
         """
         window = WindowSolver(self.setup(amplification), noise, sample, start, guide=guide)
-        return Handover(window, self.tightening(amplification), reason, rounds=rounds, evaluations=evaluations)
+        return Handover(window, reason, rounds=rounds, evaluations=evaluations)

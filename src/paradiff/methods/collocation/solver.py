@@ -22,12 +22,13 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from paradiff.chain.data_scale import held_to, unusual
 from paradiff.chain.noise import Noise
 from paradiff.chain.step import Step, uploaded
 from paradiff.methods.collocation.estimator import Estimator
@@ -107,6 +108,7 @@ class CollocationSolver:
             tolerance=method.tolerance,
             exact=method.exact,
             most_nodes=setup.most_nodes,
+            least_nodes=setup.least_nodes,
             may_hand_over=method.target == "chain" and method.max_nodes is None,
             control=setup.control,
         )
@@ -320,6 +322,10 @@ class CollocationSolver:
         near = progress.converged or (not self._nodes.missing and within)
         if near and not self._settled_shift:
             self._settled_shift, far = True, self.setup.variance_margin
+            if unusual(size) < 1:
+                if self._bounds.may_hand_over:
+                    return HandOver("they are far below the size of data for which its estimates were measured")
+                self._bounds = replace(self._bounds, tolerance=held_to(self._bounds.tolerance, unusual(size)))
             if size > 0 and not 1 / far <= size / self._recurrence.variance <= far:
                 return Rescale(size)
         if progress.converged and self._unprobed():
@@ -339,6 +345,8 @@ class CollocationSolver:
                 iteration_error=self.iteration_error,
                 sample=self._final,
             )
+        if decision == Stop(unresolved=True):
+            self.estimator.distrust(math.sqrt(2 * size))
         if isinstance(decision, Converged):
             self.setup.record(self.system.points, error, self._recurrence.variance)
         return decision
@@ -393,11 +401,12 @@ class CollocationSolver:
         if error <= self.control.handover_error * self._bounds.tolerance:
             guide = self._at.dense_output(setup, self._x0, self._nodes.forcings, self.shape, self.noise, self.sample)
         x0 = self._x0.view(self.shape).to(setup.dtype)
+        unseen = self.control.unseen_amplification if setup.table.stochastic and not self.estimator.seen else 1.0
         self._handover = setup.window_loop.take_over(
             self.noise,
             self.sample,
             x0,
-            amplification=self.estimator.amplification,
+            amplification=max(self.estimator.amplification, unseen),
             guide=guide,
             reason=reason,
             rounds=self.rounds,

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paradiff.chain.data_scale import unusual
 from paradiff.chain.noise import Noise
 from paradiff.methods.parareal.pool import BlockRuns
 from paradiff.methods.parareal.queue import BatchedQueue, PararealQuery, PipelinedQueue, Queue, Row
@@ -69,6 +70,8 @@ class PararealSolver:
         self._queue: Queue = queue(setup, self.runs)
         self._asked: list[Row] = []  # in the last round
         self._used_up: list[BlockRun] = []  # whose values are part of newer ones, and no longer needed
+        self._size = 1.0  # the data's mean square as far as it is seen
+        self._counted = False  # whether that is the sample's own
         self._judged: BlockRun | None = None  # the newest run of the last edge that the stopping rule has seen
 
     @property
@@ -88,9 +91,10 @@ class PararealSolver:
     @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
-        stopping = self.setup.stopping
-        size = float(self.setup.step.mean_square(self.final[None])) if self.done else 0.0
-        estimated = stopping.recounted(self.result, size)
+        if self.done and not self._counted:
+            self._counted = True
+            self._size = unusual(float(self.setup.step.mean_square(self.final[None])))
+        estimated = self.setup.stopping.estimate(self.result, self._size)
         return ErrorEstimate(self.result.residual, estimated, self.rounds, self.evaluations)
 
     def ask(self) -> PararealQuery:
@@ -222,15 +226,17 @@ class PararealSolver:
         for update, value in zip(self.updates, norms, strict=True):
             stopping.observe(update, value, self.sample)
             record.append((update.run.block, update.run.level, update.run.change))
+            if update.kind == "coarse" and update.run.block == setup.intervals:
+                self._size = unusual(value)
         for update in self.updates:
             if update.kind == "exact" and update.run.block == runs.settled + 1:
                 self._settle(update.run)
-        while not self.done and (candidate := self._candidate()) is not None and stopping.passes(candidate):
+        while not self.done and (candidate := self._candidate()) is not None and stopping.passes(candidate, self._size):
             self._settle(candidate)
         last = runs.at[-1].get(runs.level[-1])
         if not self.done and last is not None and last is not self._judged:
             self._judged = last
-            if stopping.converged([at[last.level] for at in runs.at if last.level in at]):
+            if stopping.converged([at[last.level] for at in runs.at if last.level in at], self._size):
                 self.result, self.done = last, True
         if self.done and not torch.isfinite(self.final).all():
             raise ValueError(

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from paradiff.chain.sensitivity import LARGE, decision, log_snr, noise_units, sensitivity
+from paradiff.chain.data_scale import held_to
+from paradiff.chain.sensitivity import decision, log_snr, noise_units, sensitivity
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, propagator_mismatch
@@ -106,30 +107,23 @@ class StoppingRule:
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
             self._units[-1] = self._units[-2]
         self._coarse = coarse
-        self._sensitivity, self._mismatch = self._weights(1.0)
+        self._weights: dict[float, tuple[list[float], list[float]]] = {}
+        self._sensitivity, self._mismatch = self._weighted(1.0)
         spread = (table.alpha[list(edges)] ** 2 * DATA_VARIANCE + table.sigma[list(edges)] ** 2).sqrt()
         self._carried = (spread[1:] / spread[:-1]).tolist()
 
-    def _weights(self, size: float) -> tuple[list[float], list[float]]:
+    def _weighted(self, size: float) -> tuple[list[float], list[float]]:
         """s `[B+1]` at the edges and h `[B]` of equation (1) for data of mean square `size`."""
-        table, control, edges = self._table, self._method.control, list(self._edges)
-        factor = control.stochastic_decision if table.stochastic else control.deterministic_decision
-        place = log_snr(table)[edges[:-1]] + math.log(size)
-        mismatch = propagator_mismatch(table, self._coarse, edges, size)
-        return (
-            sensitivity(table, size)[edges].tolist(),
-            (mismatch * (control.least_mismatch + factor * decision(place))).tolist(),
-        )
-
-    def recounted(self, run: BlockRun, size: float) -> float:
-        """The estimated error that this value leaves in the sample, for data of mean square `size`; at least
-        that for data of mean square 1."""
-        if size < LARGE or not run.changes:
-            return self.estimate(run)
-        factor, mismatch = self._weights(size)
-        total = sum(factor[i + 1] * mismatch[i] * change for i, change in run.changes)
-        found = self._method.control.caution * run.theta * total
-        return max(found, self.estimate(run)) if math.isfinite(found) else math.inf
+        if size not in self._weights:
+            table, control, edges = self._table, self._method.control, list(self._edges)
+            factor = control.stochastic_decision if table.stochastic else control.deterministic_decision
+            place = log_snr(table)[edges[:-1]] + math.log(size)
+            mismatch = propagator_mismatch(table, self._coarse, edges, size)
+            self._weights[size] = (
+                sensitivity(table, size)[edges].tolist(),
+                (mismatch * (control.least_mismatch + factor * decision(place))).tolist(),
+            )
+        return self._weights[size]
 
     def observe(self, update: EdgeUpdate, value: float, sample: int) -> None:
         """Equation (1) for one value.
@@ -172,12 +166,17 @@ class StoppingRule:
                 observed = math.sqrt(run.seen / run.predicted)
                 run.theta = max(observed, control.forgetting * previous.theta, control.least_theta)
 
-    def estimate(self, run: BlockRun) -> float:
-        """The estimated root mean square error that this value leaves in the sample."""
-        found = self._method.control.caution * run.theta * run.estimate if run.estimate > 0 else 0.0
+    def estimate(self, run: BlockRun, size: float) -> float:
+        """The estimated root mean square error that this value leaves in the sample, for data of mean square `size`; at least
+        that for data of mean square 1."""
+        total = run.estimate
+        if size != 1 and run.changes:
+            factor, mismatch = self._weighted(size)
+            total = max(total, sum(factor[i + 1] * mismatch[i] * change for i, change in run.changes))
+        found = self._method.control.caution * run.theta * total if total > 0 else 0.0
         return found if math.isfinite(found) else math.inf
 
-    def passes(self, run: BlockRun) -> bool:
+    def passes(self, run: BlockRun, size: float) -> bool:
         """Whether an edge whose predecessor is settled may be settled at this value, by the rules that judge edges one by
         one. With a window, edges share the tolerance along the chain, as they must pass for it to slide; without one, settling
         early saves evaluations but no rounds, and may use the control's `early_share` only."""
@@ -188,18 +187,19 @@ class StoppingRule:
             return run.change <= self._units[n]
         if method.rule == "error":
             share = n / self._blocks * (method.control.early_share if method.window is None and n < self._blocks else 1)
-            return self.estimate(run) <= method.tolerance * share
+            return self.estimate(run, size) <= held_to(method.tolerance, size) * share
         return False
 
-    def converged(self, values: Sequence[BlockRun]) -> bool:
-        """Whether the last of the newest `values` of all edges known at its iteration, in order, is the sample."""
+    def converged(self, values: Sequence[BlockRun], size: float) -> bool:
+        """Whether the last of the newest `values` of all edges known at its iteration, in order, is the sample, for data of
+        mean square `size`."""
         method, last = self._method, values[-1]
         if method.iterations is not None:
             return last.level >= method.iterations
         if last.level >= self._blocks:
             return True
         if method.rule == "error":
-            return self.estimate(last) <= method.tolerance
+            return self.estimate(last, size) <= held_to(method.tolerance, size)
         if method.rule == "change":
             return method.ordering == "batched" and all(v.change <= self._units[v.block] for v in values if v.block)
         return last.change <= method.tolerance

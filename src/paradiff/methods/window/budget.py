@@ -38,7 +38,7 @@ class ErrorBudget:
         residual: The largest root mean square change of a node that was accepted before it stopped changing.
     """
 
-    def __init__(self, error: list[float], factor: list[float], control: WindowControl, *, sloped: bool = True) -> None:
+    def __init__(self, error: list[float], factor: Sequence[float], control: WindowControl, *, sloped: bool = True) -> None:
         self._error, self._factor, self._control = error, factor, control
         self._least_theta = control.least_theta if sloped else 1.0
         self._accepted: list[tuple[int, float]] = []  # the nodes at which the window came to begin, and e there
@@ -75,7 +75,9 @@ class ErrorBudget:
         self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
 
     def recount(self, factor: Sequence[float]) -> None:
-        """Counts the accepted nodes anew, with k s `[M+1]` of the data as the sample shows them; no estimate falls by it."""
+        """Counts the accepted nodes anew, and those to come, with k s `[M+1]` of the data as the states show them; no estimate
+        falls by it."""
+        self._factor = factor
         self.used = max(self.used, sum(factor[node] * error for node, error in self._accepted))
 
     def forget(self) -> None:

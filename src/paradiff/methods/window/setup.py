@@ -8,6 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from paradiff.chain.data_scale import held_to
 from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
 from paradiff.chain.slope import over_intervals, resolve
 from paradiff.chain.step import Step
@@ -37,9 +38,9 @@ class WindowSetup:
         blocks: Edges of the blocks, as numbers of sub-intervals.
         exact_after: Sweeps after which every block is exact.
         slope: `[M, P]` G over the sub-intervals; `sloped` says whether any of it is not 0.
-        slope_error: `[M]` h of budget.py's equation (1), and `factor` `[M+1]` k s of the same.
+        slope_error: `[M]` h of budget.py's equation (1).
+        by_error: Whether nodes pass by the estimated error.
         recurrence: The predictor's coefficients.
-        passes: The rule by which nodes pass.
     """
 
     def __init__(
@@ -71,28 +72,34 @@ class WindowSetup:
                 for j in range(table.band):
                     self.slope[edge + j : edge + j + 1, j:] = 0  # what refers to the edge and to nodes before it
         self.sloped = bool(self.slope.any())
-        error, factor = slope_error(table, self.slope, self.edges), self.factor_of(1.0)
-        costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
-        self.slope_error, self.factor = error.tolist(), factor.tolist()
-        self._shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
+        self.slope_error = slope_error(table, self.slope, self.edges).tolist()
+        self.by_error = method.rule == "error" and method.sweeps is None and method.tolerance > 0 and self.width > 1
+        self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
         self.recurrence = Recurrence(self.step, method.predictor)
-        self.passes = self._rule()
 
-    def factor_of(self, size: float) -> Tensor:
-        """`[M+1]` k s of budget.py for data of mean square `size`."""
-        caution = self.method.control.caution(self.table.stochastic, self.method.secants > 0)
-        return caution * sensitivity(self.table, size)[self.edges]
+    def scaled(self, size: float) -> tuple[list[float], PassingRule]:
+        """k s `[M+1]` of budget.py, and the rule by which nodes pass, for data of mean square `size`; no factor is below that
+        for data of mean square 1."""
+        if size not in self._scaled:
+            caution = self.method.control.caution(self.table.stochastic, self.method.secants > 0)
+            known = torch.maximum(sensitivity(self.table), sensitivity(self.table, size))
+            factor = caution * known[self.edges]
+            self._scaled[size] = factor.tolist(), self._rule(factor, size)
+        return self._scaled[size]
 
-    def _rule(self) -> PassingRule:
+    def _rule(self, factor: Tensor, size: float) -> PassingRule:
         """The rule that the method names."""
         method = self.method
         if method.sweeps is not None:
             return PassBySweeps(method.sweeps)
         if method.rule == "change":
             return PassByChange((method.tolerance * noise_units(self.table, self.edges)).tolist())
-        return PassByError(method.tolerance, self._shares)
+        error = torch.tensor(self.slope_error, dtype=torch.float64)
+        costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
+        shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
+        return PassByError(held_to(method.tolerance, size), shares)
 
 
 def _exact_after(blocks: list[int], stagger: int | None) -> int:

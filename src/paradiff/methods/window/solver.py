@@ -28,8 +28,8 @@ import math
 import torch
 from torch import Tensor
 
+from paradiff.chain.data_scale import seen, unusual
 from paradiff.chain.noise import Noise
-from paradiff.chain.sensitivity import LARGE
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
@@ -89,7 +89,12 @@ class WindowSolver:
         self.lo = self.hi = 0
         self.ages: list[int] = []
         self.phi = x0.new_empty(0)
-        self.budget = ErrorBudget(setup.slope_error, setup.factor, setup.method.control, sloped=setup.sloped)
+        self._size = 1.0  # the data's mean square as far as it is seen
+        self._seen = 1.0  # the same by the last sweep alone
+        self._furthest = 0  # the last node of the last sweep, and the mean square of the clean-data estimate there
+        self._clean_square = x0.new_empty(0)
+        factor, self._passes = setup.scaled(self._size)
+        self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
         self.update: Update = SecantUpdate(setup) if setup.method.secants else NewtonUpdate(setup)
         self.edits = Edits()
         self.correction: Correction | None = None
@@ -120,9 +125,8 @@ class WindowSolver:
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self.done and not self._counted:
-            self._counted, size = True, float(self.setup.step.mean_square(self.final[None]))
-            if size >= LARGE:
-                self.budget.recount(self.setup.factor_of(size).tolist())
+            self._counted = True
+            self._resize(unusual(float(self.setup.step.mean_square(self.final[None]))))
         return ErrorEstimate(self.budget.residual, self.budget.estimated_error, self.rounds, self.evaluations)
 
     def ask(self) -> Query:
@@ -139,7 +143,8 @@ class WindowSolver:
                 left them alone.
 
         Returns:
-            `[W]` mean square change of each node after the first, where that ended a sweep.
+            `[W]` mean square change of each node after the first, where that ended a sweep; with a tolerance of the estimated
+            error, followed by the mean square of the clean-data estimate at the last node.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -159,6 +164,10 @@ class WindowSolver:
         m = table.convert(query.nodes, asked, outputs)
         if query.running[-1] == self.hi - 1:
             self._fill.observe(query.nodes[-1:], asked[-1], m[-1])
+            if setup.by_error:
+                self._furthest = int(query.nodes[-1])
+                clean = table.p[self._furthest].item() * asked[-1:] + table.q[self._furthest].item() * m[-1:]
+                self._clean_square = setup.step.mean_square(clean)
         if setup.history:
             self.m[places[0]] = m
         self.update.observe(asked, m)
@@ -174,7 +183,7 @@ class WindowSolver:
         self.edits.take(self.lo, asked, states, self.x[self._rounds.ends(self.lo, self.hi)])
 
     def _sweep(self, phi: Tensor) -> Tensor:
-        """Updates all nodes of the window by equation (2); `[W]` the mean square change of each.
+        """Updates all nodes of the window by equation (2); what `tell` returns.
 
         The clean-data estimate that fills new nodes was made from the last state before its update, and follows it.
         """
@@ -188,7 +197,7 @@ class WindowSolver:
                 self._fill.follow(self.hi - 1, new[-2] - old[-2])
         self.x[ends] = new
         self.ages = [age + 1 for age in self.ages]
-        return self.setup.step.mean_square(distance)
+        return torch.cat([self.setup.step.mean_square(distance), self._clean_square])
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Accepts the leading nodes (at least one) and slides the window: new nodes get an initial guess, or, at a block's
@@ -204,10 +213,13 @@ class WindowSolver:
         if self.correction is not None:
             return self._corrected(norms, round)
         setup, first, passed = self.setup, self.lo, 1
+        if setup.by_error:
+            *norms, square = norms
+            self._see(square)
         if all(map(math.isfinite, norms)):
             rms = [math.sqrt(v) for v in norms]
             self.budget.observe(first, rms)
-            passed = setup.passes(first, rms, self.ages, self.budget)
+            passed = self._passes(first, rms, self.ages, self.budget)
             self.budget.accept(passed)
         else:
             rms = [math.inf] * self._salvage()
@@ -220,6 +232,19 @@ class WindowSolver:
         else:
             self._open()
         return WindowRecord(round, self.sample, first, rms, passed)
+
+    def _see(self, square: float) -> None:
+        """Takes the mean square of the clean-data estimate at the last node; the data are what two sweeps in turn show."""
+        table, node = self.setup.table, self._furthest
+        before, self._seen = self._seen, seen(square, float(table.alpha[node]), float(table.sigma[node]))
+        self._resize(sorted([1.0, before, self._seen])[1])
+
+    def _resize(self, size: float) -> None:
+        """The states show data of that mean square."""
+        if size != self._size:
+            self._size = size
+            factor, self._passes = self.setup.scaled(size)
+            self.budget.recount(factor)
 
     def _corrected(self, change: list[float], round: int) -> WindowRecord:
         """Takes over the corrected state of a block's end."""
