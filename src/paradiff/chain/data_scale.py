@@ -2,7 +2,7 @@
 """The data's mean square V, as a run sees it, and what it means for tolerances.
 
 Tolerances and estimates take V for 1. Data of mean square 1/64 ... 4 are **usual**, and nothing is changed for them. Others
-decide at other levels (sensitivity.py), and a tolerance near the size of small data would let samples pass that are no sample of
+decide at other levels (sensitivity.py), and a tolerance near the size of small data would let samples pass that are none of
 theirs, whose errors no linear estimate tells. So V is seen from the states:
 
 - a sample found, or a coarse one, has the mean square V itself;

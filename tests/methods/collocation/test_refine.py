@@ -29,7 +29,7 @@ from paradiff.samplers import ddim
 TOLERANCE = 1e-2
 MESH = Mesh(ddim(Schedule.linear(), 200), HIGHER_ORDER.mesh)
 POINTS = MESH.points(12)
-BOUNDS = Bounds(tolerance=TOLERANCE, exact=False, most_nodes=200, least_nodes=0, may_hand_over=True, control=HIGHER_ORDER)
+BOUNDS = Bounds(tolerance=TOLERANCE, exact=False, most_nodes=200, resolving=[], may_hand_over=True, control=HIGHER_ORDER)
 
 
 def error(total: float) -> InterpolationError:

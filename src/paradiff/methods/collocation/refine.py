@@ -6,15 +6,14 @@ does not hide it. If both together are within the tolerance, the sample has conv
 it, the mesh is refined at once, since to bring the nodes of the old mesh to rest would be lost work. A sample that would need a
 large part of the chain's own nodes is handed over to the window method.
 
-The defects of a mesh of few nodes, which the caller may give, tell little: where the path decides what it becomes, all of them can
-lie on the wrong side. Such a mesh is refined before the sample is found, and where it must not be, its estimate says so.
+The defects of a mesh of few nodes, which the caller may give, tell little: where the path decides what it becomes, all of them
+can lie on the wrong side. Such a mesh is refined before the sample is found, and where it must not be, its estimate says so.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.error import InterpolationError
@@ -109,7 +108,7 @@ class Bounds:
         tolerance: Root mean square error that the sample may have by estimate.
         exact: Whether the window method verifies the sample in any case.
         most_nodes: Most nodes of a mesh.
-        least_nodes: Fewest nodes of a mesh whose defects tell its error.
+        resolving: The points of a mesh with the fewest nodes whose defects tell its error.
         may_hand_over: Whether a sample that needs many nodes may be handed over: the chain's own sample is sought, and the
             caller gave no bound on nodes.
         control: The tuned numbers.
@@ -118,7 +117,7 @@ class Bounds:
     tolerance: float
     exact: bool
     most_nodes: int
-    least_nodes: int
+    resolving: list[int]
     may_hand_over: bool
     control: CollocationControl
 
@@ -144,10 +143,8 @@ def _judge(
 ) -> Refine | Converged | HandOver | Stop | None:
     """What follows from the estimate; None where the iteration error is too large to tell."""
     total, tolerance, control = error.total, bounds.tolerance, bounds.control
-    parts = -(-bounds.least_nodes // (len(points) - 1))
-    unresolved = parts > 1 and len(points) - 1 < len(mesh.candidates) and not bounds.exact
-    if unresolved:
-        return _resolve(progress, points, parts, mesh, bounds)
+    if len(points) < len(bounds.resolving) and not bounds.exact:
+        return _resolve(progress, points, mesh, bounds)
     if bounds.exact or (math.hypot(total, progress.iteration_error) <= tolerance and not progress.moved):
         return Converged(bounds.exact)
     if not progress.converged and total <= max(progress.iteration_error, tolerance):
@@ -171,11 +168,11 @@ def _judge(
     return HandOver("they would need most of the chain's nodes" if refined != points else "their meshes cannot be refined")
 
 
-def _resolve(progress: Progress, points: list[int], parts: int, mesh: Mesh, bounds: Bounds) -> Refine | HandOver | Stop | None:
-    """What follows on a mesh that is too coarse to tell its own error: every interval is subdivided into `parts`."""
-    refined = [*(p for left, right in pairwise(points) for p in mesh.subdivide(left, right, parts)), points[-1]]
+def _resolve(progress: Progress, points: list[int], mesh: Mesh, bounds: Bounds) -> Refine | HandOver | Stop | None:
+    """What follows on a mesh that is too coarse to tell its own error."""
+    refined = sorted({*points, *bounds.resolving})
     if bounds.may_hand_over and len(refined) - 1 > bounds.control.handover_share * len(mesh.candidates):
         return HandOver("a mesh of so few nodes does not tell its own error")
-    if len(refined) - 1 <= bounds.most_nodes and refined != points:
+    if len(refined) - 1 <= bounds.most_nodes:
         return Refine(refined)
     return Stop(unresolved=True) if progress.converged else None

@@ -39,7 +39,8 @@ class CollocationSetup:
         mesh: How mesh points are placed.
         points: The first mesh.
         most_nodes: Most nodes of a mesh.
-        least_nodes: Fewest nodes of a mesh that tells its own error.
+        resolving: The points of a mesh with the fewest nodes whose defects tell its error; empty where every mesh is taken for
+            good enough.
         recurrence: The chain's recurrence with the variance that samples start from.
         variance_margin: Factor by which it may be off before it is replaced; the square of the control's where the caller or
             the store gave it.
@@ -66,8 +67,8 @@ class CollocationSetup:
         stored = None if self.store is None else self.store.stored
         self.mesh = mesh_on(table, self.control, stored)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
-        resolved = min(self.control.resolved_share * self.control.nodes, method.count(table, stored))
-        self.least_nodes = math.ceil(resolved) if self.control.error.safety > 0 else 0
+        fewest = math.ceil(min(self.control.resolved_share * self.control.nodes, method.count(table, stored)))
+        self.resolving = self.mesh.points(fewest) if self.control.error.safety > 0 else []
         self.recurrence = self.recurrence_of(method.variance_on(table))
         given = method.shift != "auto" or stored is not None
         self.variance_margin = self.control.variance_margin ** (2 if given else 1)

@@ -108,7 +108,7 @@ class CollocationSolver:
             tolerance=method.tolerance,
             exact=method.exact,
             most_nodes=setup.most_nodes,
-            least_nodes=setup.least_nodes,
+            resolving=setup.resolving,
             may_hand_over=method.target == "chain" and method.max_nodes is None,
             control=setup.control,
         )
