@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from paradiff import Keyed, Schedule, collocation, parasolver, quasi_newton, sample, sequential, srds
-from paradiff.chain.data_scale import LARGE, held_to, seen, unusual
+from paradiff import Keyed, Schedule, Table, collocation, parasolver, quasi_newton, sample, sequential, srds
+from paradiff.chain.data_scale import LARGE, SHARE, held_to, seen, unusual
 from paradiff.chain.sensitivity import sensitivity
+from paradiff.models.exact import Mixture
 from paradiff.samplers import ddim, ddpm
 from paradiff.solver.protocol import Method
 from paradiff.solver.solution import Status
@@ -33,6 +35,14 @@ def network(variance: float):  # noqa: ANN201
     return called
 
 
+Make = Callable[[Schedule, int], Table]
+SCALED: list[tuple[Make, int, Method]] = [
+    (ddim, 200, srds()),
+    (ddim, 50, srds()),
+    (ddpm, 50, quasi_newton()),
+    (ddpm, 50, parasolver()),
+    (ddpm, 50, collocation(40, window=16)),
+]
 METHODS: list[Method] = [parasolver(), quasi_newton(), srds(), collocation(), collocation(window=16)]
 
 
@@ -50,13 +60,71 @@ def test_errors_are_within_twice_the_estimate_at_every_scale(method: Method, var
     assert not above or variance > LARGE
 
 
-def test_a_run_whose_estimate_is_above_its_tolerance_says_why() -> None:
+def test_a_run_whose_estimate_is_above_its_tolerance_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiff.methods.window.solver.seen", lambda *_: 1.0)  # only the sample shows what the data are
     found = sample(network(1e4), TABLE, Keyed((16,), 0), parasolver(tolerance=1e-2), dtype=torch.float64)
     assert found.estimated_error > 1e-2
     assert found.message == (
         f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.01 was asked for: the samples' mean "
         "square is far above 1, for which nodes pass; give a tolerance that is smaller by this ratio, or data in about -1 ... 1"
     )
+
+
+def clusters(scale: float) -> Mixture:
+    """Eight narrow clusters in 16 dimensions, times a factor."""
+    means = 0.6 * torch.randn(8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return Mixture(torch.full((8,), 1 / 8), scale * means, scale**2 * torch.full((8,), 0.02))
+
+
+@pytest.mark.parametrize(("make", "steps", "method"), SCALED, ids=str)
+@pytest.mark.parametrize("scale", [1e-2, 1e-1, 1e1])
+def test_clusters_of_every_scale_err_by_no_more_than_is_told(make: Make, steps: int, method: Method, scale: float) -> None:
+    table, noise = make(LINEAR, steps), Keyed((16,), 0, 12)
+    denoiser = clusters(scale).denoiser(table)
+    exact = sample(denoiser, table, noise, sequential(), dtype=torch.float64).sample
+    found = sample(denoiser, table, noise, method, dtype=torch.float64)
+    errors = (found.sample - exact).square().mean(1).sqrt()
+    for error, estimate in zip(errors.tolist(), found.error_estimates, strict=True):
+        assert error <= max(2 * estimate.estimated_error, 4e-3 * float(exact.std()))
+
+
+def test_small_data_are_left_to_the_window_method_and_the_message_says_so() -> None:
+    found = sample(clusters(1e-2).denoiser(TABLE), TABLE, Keyed((16,), 0, 2), collocation(), dtype=torch.float64)
+    assert found.message.endswith(
+        "; the window method took 2 of 2 samples over, since they are far below the size of data for which its estimates were "
+        "measured"
+    )
+
+
+def test_the_mean_square_is_seen_in_the_clean_data_estimate_of_gaussian_data() -> None:
+    for variance in (2.0**-9, 2.0**-7, 2.0**6, 2.0**12):
+        for ratio in (0.01, 1.0, 30.0):  # noise over signal
+            square = variance**2 / (variance + ratio**2)
+            if variance < 1:
+                assert seen(square, 1.0, ratio) == variance
+            elif math.sqrt(square) - 0.1 * ratio > 4:  # not all of it counts
+                assert variance / 8 <= seen(square, 1.0, ratio) <= variance
+            else:
+                assert seen(square, 1.0, ratio) == 1
+
+
+@pytest.mark.parametrize("square", [0.0, math.nan, math.inf, 0.02, 0.5, 15.9])
+def test_usual_data_and_none_are_taken_for_one(square: float) -> None:
+    assert seen(square, 1.0, 0.0) == 1
+
+
+def test_an_error_of_a_tenth_of_the_noise_is_no_data() -> None:
+    assert seen(0.1**2 * 150**2, 1.0, 150.0) == 1
+    assert seen(20.0, 0.0, 1.0) == 1
+    assert seen(20.0, 1.0, 0.0) == 16
+
+
+def test_usual_sizes_change_nothing_and_others_are_powers_of_two() -> None:
+    assert [unusual(v) for v in (1 / 64, 1.0, 3.9, 0.0, math.inf, math.nan)] == [1.0] * 6
+    assert [unusual(v) for v in (4.0, 100.0, 1e-4)] == [4.0, 128.0, 2.0**-13]
+    assert held_to(4e-3, 1 / 64) == held_to(4e-3, 1e4) == 4e-3
+    assert held_to(4e-3, 1e-4) == pytest.approx(SHARE * 1e-2)
+    assert held_to(1e-6, 1e-4) == 1e-6
 
 
 @pytest.mark.parametrize("make", [ddim, ddpm])

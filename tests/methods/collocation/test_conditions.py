@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -116,3 +118,33 @@ def test_a_given_variance_that_is_far_off_is_replaced() -> None:
     found, errors = solved(ddim(LINEAR, 200), collocation(shift=1e-12), Keyed((2,), 0, 8))
     assert found.status is Status.CONVERGED
     assert errors.max() < 4e-3
+
+
+Nodes = int | Literal["auto"]
+
+
+@pytest.mark.parametrize(("nodes", "most"), [(8, None), ("auto", 12)])
+@pytest.mark.parametrize("steps", [30, 200])
+def test_few_nodes_leave_no_sample_silently_on_the_wrong_point(steps: int, nodes: Nodes, most: int | None) -> None:
+    noise = Keyed((2,), 0, 12)
+    found, errors = solved(ddpm(LINEAR, steps), collocation(nodes, max_nodes=most), noise)
+    for error, estimate in zip(errors.tolist(), found.error_estimates, strict=True):
+        assert error <= max(2 * estimate.estimated_error, 4e-3)
+    if most is None:
+        assert found.estimated_error <= 4e-3
+    else:  # as far off as another sample of the data would be
+        assert found.status is Status.STOPPED
+        for one, estimate in zip(found.sample, found.error_estimates, strict=True):
+            assert estimate.estimated_error >= math.sqrt(2) * float(one.square().mean().sqrt()) * (1 - 1e-6)
+
+
+def test_samples_of_few_numbers_are_allowed_more_chance() -> None:
+    plain = replace(ORDER_ZERO, error=replace(ORDER_ZERO.error, chance_safety=0.0))
+    for size, factor in ((2, 1 + 3.5 * (2**-0.5 - 1 / 8)), (64, 1.0)):
+        data = 0.6 * torch.randn(4, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        told = [
+            solved(ddpm(LINEAR, 200), collocation(tolerance=0.5, control=control), Keyed((size,), 0), data)[0]
+            for control in (plain, ORDER_ZERO)
+        ]
+        without, with_chance = (t.error_estimates[0].interpolation_error for t in told)
+        assert with_chance == pytest.approx(factor * without)

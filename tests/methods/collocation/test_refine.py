@@ -94,3 +94,16 @@ def test_a_sample_without_a_node_to_spare_stops() -> None:
     assert decided(error(4 * TOLERANCE), most_nodes=most, may_hand_over=False) == Stop()
     assert decided(error(4 * TOLERANCE), most_nodes=most) == HandOver("their meshes cannot be refined")
     assert decided(error(4 * TOLERANCE), most_nodes=most, converged=False) == Sweep()
+
+
+def test_a_mesh_too_coarse_to_tell_its_own_error_is_refined_handed_over_or_distrusted() -> None:
+    finer = MESH.points(2 * len(POINTS))
+    small = error(0.1 * TOLERANCE)
+    assert decided(small, resolving=POINTS) == Converged(verify=False)
+    assert decided(small, resolving=finer) == Refine(sorted({*POINTS, *finer}))
+    assert decided(small, resolving=finer, exact=True) == Converged(verify=True)
+    few = replace(HIGHER_ORDER, handover_share=0.05)
+    assert decided(small, resolving=finer, control=few) == HandOver("a mesh of so few nodes does not tell its own error")
+    bounded = {"resolving": finer, "may_hand_over": False, "most_nodes": len(POINTS)}
+    assert decided(small, **bounded) == Stop(unresolved=True)
+    assert decided(small, **bounded, converged=False) == Sweep()

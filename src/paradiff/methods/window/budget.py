@@ -35,6 +35,8 @@ class ErrorBudget:
     Attributes:
         theta: The observed contraction.
         used: Sum of k s e over the nodes at which the window came to begin, in the data's units.
+        excess: The part of it above what was allowed when the data were seen to be of another scale: it is spent, and does not
+            hold up the nodes to come.
         residual: The largest root mean square change of a node that was accepted before it stopped changing.
     """
 
@@ -47,7 +49,7 @@ class ErrorBudget:
         self._change: list[float] = []  # |delta| of the same
         self._first = 0  # the window's first node in the last sweep
         self.theta = max(control.first_theta, self._least_theta)
-        self.used = 0.0
+        self.used = self.excess = 0.0
         self.residual = 0.0
 
     def observe(self, first: int, change: list[float]) -> None:
@@ -74,11 +76,16 @@ class ErrorBudget:
         self.residual = max([self.residual, *self._change[: passed - 1]])
         self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
 
-    def recount(self, factor: Sequence[float]) -> None:
-        """Counts the accepted nodes anew, and those to come, with k s `[M+1]` of the data as the states show them; no estimate
-        falls by it."""
+    def recount(self, factor: Sequence[float], allowed: float) -> None:
+        """Counts the accepted nodes anew, and those to come; no estimate falls by it.
+
+        Args:
+            factor: `[M+1]` k s for the data as the states show them.
+            allowed: What the accepted nodes might have used, had that been known.
+        """
         self._factor = factor
         self.used = max(self.used, sum(factor[node] * error for node, error in self._accepted))
+        self.excess = max(self.excess, self.used - allowed)
 
     def forget(self) -> None:
         """A sweep overflowed: its one node that became final is exact, and nothing was observed."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,10 @@ from paradiff.methods.window.budget import ErrorBudget
 
 class PassingRule(Protocol):
     """How many of the leading nodes of a window pass."""
+
+    def allowed(self, node: int) -> float:
+        """The error that the nodes up to `node` may use; infinite where they are not judged by it."""
+        ...
 
     def __call__(self, first: int, rms: Sequence[float], ages: Sequence[int], budget: ErrorBudget) -> int:
         """The number of nodes that pass, one at least.
@@ -37,11 +42,15 @@ class PassByError:
     tolerance: float
     share: Sequence[float]
 
+    def allowed(self, node: int) -> float:
+        """Its share of the tolerance."""
+        return self.tolerance * self.share[node]
+
     def __call__(self, first: int, rms: Sequence[float], ages: Sequence[int], budget: ErrorBudget) -> int:
         """See the class."""
         passed = 1
         while passed < len(rms) and (
-            budget.used + budget.cost_of(passed + 1) <= self.tolerance * self.share[first + passed + 1]
+            budget.used - budget.excess + budget.cost_of(passed + 1) <= self.allowed(first + passed + 1)
         ):
             passed += 1
         return passed
@@ -56,6 +65,10 @@ class PassByChange:
     """
 
     bound: Sequence[float]
+
+    def allowed(self, node: int) -> float:
+        """Any."""
+        return math.inf
 
     def __call__(self, first: int, rms: Sequence[float], ages: Sequence[int], budget: ErrorBudget) -> int:
         """See the class."""
@@ -74,6 +87,10 @@ class PassBySweeps:
     """
 
     sweeps: int
+
+    def allowed(self, node: int) -> float:
+        """Any."""
+        return math.inf
 
     def __call__(self, first: int, rms: Sequence[float], ages: Sequence[int], budget: ErrorBudget) -> int:
         """See the class."""

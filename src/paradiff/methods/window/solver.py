@@ -244,7 +244,7 @@ class WindowSolver:
         if size != self._size:
             self._size = size
             factor, self._passes = self.setup.scaled(size)
-            self.budget.recount(factor)
+            self.budget.recount(factor, self._passes.allowed(self.lo))
 
     def _corrected(self, change: list[float], round: int) -> WindowRecord:
         """Takes over the corrected state of a block's end."""
