@@ -357,7 +357,9 @@ def test_intervals_that_a_refinement_leaves_alone_are_not_compared_again(monkeyp
 def test_defects_count_as_much_as_samples_respond_to_them() -> None:
     sensitive = replace(ORDER_ZERO.defect, late_sensitivity=1.4, early_sensitivity=5.4)
     once, twice, again = (
-        trained("ddpm", 24, max_nodes=24, control=replace(ORDER_ZERO, defect=defect)).error_estimates[0].interpolation_error
+        trained("ddpm", 24, max_nodes=24, control=replace(ORDER_ZERO, defect=defect, resolved_share=0.0))
+        .error_estimates[0]
+        .interpolation_error
         for defect in (ORDER_ZERO.defect, sensitive, replace(sensitive, halving_ratio=4.4))
     )
     assert (twice, again) == pytest.approx((2 * once, once), rel=1e-9)
@@ -375,7 +377,8 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)
-    found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4), noise)
+    control = replace(collocation().control_on(table), resolved_share=0.0)
+    found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4, control=control), noise)
     assert found.message.startswith("converged: the estimated error of every sample is at most 0.0002; the window method took ")
     assert found.message.endswith("of 4 samples over, since they would need most of the chain's nodes")
     assert rms(found.sample, wanted_of(name, table, PLANE, noise)).max() < 4e-4
@@ -394,7 +397,9 @@ def test_the_window_method_is_tightened_for_a_sample_that_amplifies() -> None:
     assert setup.step.dtype == torch.float64  # in float32 nearly parallel pairs keep sensitive samples from rest
     loop = setup.window_loop
     assert [loop.tightening(amplification) for amplification in (0.5, 1.0, 1.1, 9.0)] == [1, 1, 2, 16]
-    assert loop.setup(9.0).method.tolerance == 4e-3 / 16
+    assert loop.setup(9.0).method.tolerance == 4e-3
+    usual, tightened = (loop.setup(amplification).scaled(1.0)[0] for amplification in (1.0, 9.0))
+    assert tightened == [16 * factor for factor in usual]
     assert loop.setup(9.0) is loop.setup(12.0)
 
 
@@ -448,8 +453,8 @@ def test_a_variance_that_is_far_off_is_corrected(variance: float) -> None:
 
 
 def test_a_corrected_variance_spares_rounds_and_keeps_the_chains_noises() -> None:
-    table, noise = TABLES["ddpm"](200), Keyed((6,), 3)
-    data = Gaussian(torch.full((6,), 0.9), torch.full((6,), 9.0))
+    table, noise = TABLES["ddpm"](200), Keyed((64,), 3)
+    data = Gaussian(torch.full((64,), 0.9), torch.full((64,), 9.0))
     found, kept = (run(table, data, collocation(tolerance=0.012, shift=shift), noise) for shift in ("auto", 0.25))
     assert found.rounds < 0.75 * kept.rounds
     assert rms(found.sample, wanted_of("ddpm", table, data, noise)).max() < 0.012

@@ -143,20 +143,20 @@ def test_nodes_lie_where_they_were_needed(tmp_path: Path) -> None:
 
 def test_the_variance_that_was_found_is_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, path = ddim(LINEAR, 400), tmp_path / "nodes.json"
-    data = Gaussian(torch.tensor([0.001, -0.002]), 1e-4 * torch.ones(2))
+    data = Gaussian(torch.tensor([1.0, -2.0]), 1e2 * torch.ones(2))
     shifts = list[float]()
     again = CollocationSolver._rescale
     monkeypatch.setattr(
         CollocationSolver, "_rescale", lambda self, variance: (shifts.append(variance), again(self, variance))[1]
     )
-    run(table, collocation(tolerance=4e-5, warm_start=path), 3, data=data)
+    run(table, collocation(tolerance=4e-2, warm_start=path), 3, data=data)
     assert len(shifts) == 1
     variance = next(iter(entries(path).values()))["variance"]
     assert variance == pytest.approx(shifts[0], rel=0.5)
-    found = run(table, collocation(tolerance=4e-5, warm_start=path), 4, data=data)
+    found = run(table, collocation(tolerance=4e-2, warm_start=path), 4, data=data)
     assert len(shifts) == 1
-    wanted = run(table, collocation(exact=True, tolerance=1e-7), 4, data=data).sample
-    assert (found.sample - wanted).square().mean().sqrt() < 4e-5
+    wanted = run(table, collocation(exact=True, tolerance=1e-4), 4, data=data).sample
+    assert (found.sample - wanted).square().mean().sqrt() < 4e-2
     store = collocation(warm_start=path).store(table)
     assert store is not None
     assert store.stored is not None

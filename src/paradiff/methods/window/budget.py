@@ -76,16 +76,19 @@ class ErrorBudget:
         self.residual = max([self.residual, *self._change[: passed - 1]])
         self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
 
-    def recount(self, factor: Sequence[float], allowed: float) -> None:
-        """Counts the accepted nodes anew, and those to come; no estimate falls by it.
+    def weigh(self, factor: Sequence[float], allowed: float) -> None:
+        """Counts the nodes to come for data of another mean square.
 
         Args:
-            factor: `[M+1]` k s for the data as the states show them.
+            factor: `[M+1]` k s for such data.
             allowed: What the accepted nodes might have used, had that been known.
         """
         self._factor = factor
-        self.used = max(self.used, sum(factor[node] * error for node, error in self._accepted))
         self.excess = max(self.excess, self.used - allowed)
+
+    def recount(self, factor: Sequence[float]) -> None:
+        """Counts the accepted nodes anew, with k s `[M+1]` of the data as the sample shows them; no estimate falls by it."""
+        self.used = max(self.used, sum(factor[node] * error for node, error in self._accepted))
 
     def forget(self) -> None:
         """A sweep overflowed: its one node that became final is exact, and nothing was observed."""

@@ -36,22 +36,25 @@ class PassByError:
 
     Attributes:
         tolerance: The budget of the whole chain.
+        held: What of it may be used from the time on when the data were seen to be small; the whole where they are not.
         share: `[M+1]` share of it that may be used up to each node.
     """
 
     tolerance: float
+    held: float
     share: Sequence[float]
 
     def allowed(self, node: int) -> float:
         """Its share of the tolerance."""
-        return self.tolerance * self.share[node]
+        return self.held * self.share[node]
 
     def __call__(self, first: int, rms: Sequence[float], ages: Sequence[int], budget: ErrorBudget) -> int:
         """See the class."""
         passed = 1
-        while passed < len(rms) and (
-            budget.used - budget.excess + budget.cost_of(passed + 1) <= self.allowed(first + passed + 1)
-        ):
+        while passed < len(rms):
+            node, used = first + passed + 1, budget.used + budget.cost_of(passed + 1)
+            if used > self.tolerance or used - budget.excess > self.allowed(node):
+                break
             passed += 1
         return passed
 

@@ -99,7 +99,7 @@ class WindowSetup:
         error = torch.tensor(self.slope_error, dtype=torch.float64)
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)
-        return PassByError(held_to(method.tolerance, size), shares)
+        return PassByError(method.tolerance, held_to(method.tolerance, size), shares)
 
 
 def _exact_after(blocks: list[int], stagger: int | None) -> int:

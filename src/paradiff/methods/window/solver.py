@@ -125,8 +125,9 @@ class WindowSolver:
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self.done and not self._counted:
-            self._counted = True
-            self._resize(unusual(float(self.setup.step.mean_square(self.final[None]))))
+            self._counted, size = True, unusual(float(self.setup.step.mean_square(self.final[None])))
+            if size != 1:
+                self.budget.recount(self.setup.scaled(size)[0])
         return ErrorEstimate(self.budget.residual, self.budget.estimated_error, self.rounds, self.evaluations)
 
     def ask(self) -> Query:
@@ -237,14 +238,11 @@ class WindowSolver:
         """Takes the mean square of the clean-data estimate at the last node; the data are what two sweeps in turn show."""
         table, node = self.setup.table, self._furthest
         before, self._seen = self._seen, seen(square, float(table.alpha[node]), float(table.sigma[node]))
-        self._resize(sorted([1.0, before, self._seen])[1])
-
-    def _resize(self, size: float) -> None:
-        """The states show data of that mean square."""
+        size = sorted([1.0, before, self._seen])[1]
         if size != self._size:
             self._size = size
             factor, self._passes = self.setup.scaled(size)
-            self.budget.recount(factor, self._passes.allowed(self.lo))
+            self.budget.weigh(factor, self._passes.allowed(self.lo))
 
     def _corrected(self, change: list[float], round: int) -> WindowRecord:
         """Takes over the corrected state of a block's end."""
