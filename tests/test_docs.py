@@ -37,7 +37,7 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 LANGUAGES = ("python", "sh", "text", "json")
-INLINE = re.compile(r"`((?:paradiff (?:sample|explain|methods)|make|pip install|python) [^`]+)`")
+INLINE = re.compile(r"`((?:paradiff (?:sample|generate|explain|methods)|make|pip install|python) [^`]+)`")
 PATH = re.compile(r"\b[\w-]+(?:/[\w.-]+)+\.(?:py|md|json|png|toml)\b")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 

@@ -226,7 +226,7 @@ def method_option(draw: random.Random, name: str, place: Place) -> str:
 
 def call(draw: random.Random, place: Place) -> list[str]:
     """The arguments of a call."""
-    name = draw.choice(["sample"] * 8 + ["explain", "methods"])
+    name = draw.choice(["sample"] * 8 + ["generate", "explain", "methods"])
     if draw.random() < 0.01:
         return draw.sample(["smaple", "--version", "--help", "-h", "", "sample", "\udc80", "-"], 2)
     if name == "methods":
@@ -257,14 +257,16 @@ def call(draw: random.Random, place: Place) -> list[str]:
     if draw.random() < 0.7:
         method = draw.choice(list(PRESETS)) if draw.random() < 0.95 else draw.choice(TEXTS)
         given += ["--method", method]
-    if name == "sample":
+    if name == "generate":
+        given += ["--seeds", value(draw, *pools["--seeds"], 0.1)]
+    if name in ("sample", "generate"):
         given += ["--out", place.out(draw) if draw.random() < 0.3 else str(place.outs / "new")]
     if draw.random() < 0.9:
         given += ["--steps", value(draw, *pools["--steps"], 0.05)]
     for _ in range(draw.choice([0, 1, 1, 2, 3])):
         given += ["-m", method_option(draw, method, place)]
     for option in draw.sample(list(options), draw.choice([0, 0, 1, 2, 3])):
-        if option in ("--method", "--method-option", "--out"):
+        if option in ("--method", "--method-option", "--out") or (name == "generate" and option == "--seeds"):
             continue
         kinds = options[option]
         if kinds == {"true", "false"}:

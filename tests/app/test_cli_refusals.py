@@ -197,7 +197,7 @@ def test_no_arguments_show_the_help(cli: Cli) -> None:
     found = cli()
     assert found.code == 0
     assert found.err == ""
-    for text in ("Usage", "sample", "explain", "methods", "--version"):
+    for text in ("Usage", "sample", "generate", "explain", "methods", "--version"):
         assert text in found.out
 
 
@@ -322,7 +322,7 @@ def test_an_empty_value_is_refused_by_name(command: str, parameter: Any, text: s
     if parameter.param_type_name == "argument":
         found, name = cli(command, *out, text), parameter.name.upper()
     else:
-        model = ("digits",) if command == "explain" else ()
+        model = ("digits",) if command in ("explain", "generate") else ()
         found, name = cli(command, *model, *out, parameter.opts[0], text), parameter.opts[0]
     assert found.sentence == f"{name} is empty; give it a value, or leave it out"
     assert list(tmp_path.iterdir()) == []

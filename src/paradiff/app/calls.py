@@ -59,6 +59,7 @@ def call_each(
     deadline: Deadline | None = None,
     compare: bool = False,
     ranks: Ranks | None = None,
+    bars: bool = True,
 ) -> None:
     """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
 
@@ -74,38 +75,54 @@ def call_each(
         deadline: What ends a parallel call that takes too long; its clock starts with each.
         compare: Whether plain calls follow.
         ranks: The ranks that share the work; the first of them shows progress.
+        bars: Whether calls show their progress on a terminal.
 
     Raises:
         ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
     """
     context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline, mesh=ranks)
-    quiet = not sys.stderr.isatty() or rank() > 0
+    quiet = not (bars and sys.stderr.isatty()) or rank() > 0
     vector = reads_index(type(pipeline)) == []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* was called sequentially", RuntimeWarning)  # told at the end
         with context:
             if compare and pipeline.device.type != "cpu":
                 pipeline.set_progress_bar_config(disable=True)
-                _timed(pipeline, arguments, seeds[0])
+                timed(pipeline, arguments, generator_of(seeds[0]))
             for seed in seeds:
                 # Lanes are many loops, each with a bar of its own.
                 pipeline.set_progress_bar_config(disable=quiet or not vector, desc=f"seed {seed}", unit="round")
                 if deadline is not None:
                     deadline.start()
-                output, seconds = _timed(pipeline, arguments, seed)
+                output, seconds = timed(pipeline, arguments, generator_of(seed))
                 calls.append(Call(seed, output, context.report, seconds))
     for k, call in enumerate(calls if compare else ()):
         pipeline.set_progress_bar_config(disable=quiet, desc=f"seed {call.seed}, sequential", unit="step")
         with counted_steps(pipeline.scheduler) as count:
-            output, seconds = _timed(pipeline, arguments, call.seed)
+            output, seconds = timed(pipeline, arguments, generator_of(call.seed))
         plain = Plain(output, count[0], seconds)
         calls[k] = Call(call.seed, call.output, call.report, call.seconds, plain)
 
 
-def _timed(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> tuple[Output, float]:
-    """One call, and its whole clock."""
+def generator_of(seed: int) -> torch.Generator:
+    """What a seed's call draws from."""
+    return torch.Generator().manual_seed(seed)
+
+
+def timed(
+    pipeline: Any, arguments: Mapping[str, Any], generator: torch.Generator | list[torch.Generator]
+) -> tuple[Output, float]:
+    """One call, and its whole clock.
+
+    Args:
+        pipeline: The pipeline.
+        arguments: The call's arguments, without the generator.
+        generator: The generator, or one for each sample.
+
+    Raises:
+        ValueError: If the pipeline refuses its arguments, or its output cannot be saved.
+    """
     given = copy.deepcopy(dict(arguments))  # some pipelines write into their arguments
-    generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
     try:
         result = pipeline(**given, generator=generator)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `paradiff sample`, `paradiff explain` and `paradiff methods`.
+"""The command line: `paradiff sample`, `paradiff generate`, `paradiff explain` and `paradiff methods`.
 
 Importing this module loads no torch: help, and refusals of options that are mistyped, need none of it. What a command computes
 with is imported when its options were found to be well-formed.
@@ -12,8 +12,9 @@ from typing import Annotated, Any, cast
 import typer
 
 from paradiff.app import flags
+from paradiff.app.bulk import SHARD, Bulk
 from paradiff.app.ends import EXIT_CODES, LATE, ended
-from paradiff.app.flags import CHAIN, METHOD, OUTPUT, Command
+from paradiff.app.flags import CHAIN, DEVICE, METHOD, OUTPUT, Command
 from paradiff.app.launched import leave
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
@@ -130,6 +131,105 @@ def sample(
     from paradiff.app.run import run
 
     run(request, solver, called)
+
+
+@app.command(cls=Command)
+def generate(
+    model: flags.Model,
+    seeds: Annotated[str, typer.Option(help="Seeds, one sample each: 0-49999, or 0,3,7-9.", rich_help_panel=CHAIN)],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER", help="Output folder; that of a run that was cut short is gone on with.", rich_help_panel=OUTPUT
+        ),
+    ],
+    shard: Annotated[int, typer.Option(help="Samples of a file.", rich_help_panel=OUTPUT)] = SHARD,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="`safetensors`: tensors, -1 to 1; `png`: a tar of the files that `paradiff sample` writes.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "safetensors",
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Samples that go through the chain in step; 64 for a pixel model, 8 for a pipeline by default."),
+    ] = None,
+    last: Annotated[
+        int | None,
+        typer.Option(
+            help="Seeds at the end that the method solves in parallel over time; those that fill no batch by default.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    sampler: flags.Sampler = None,
+    steps: flags.Steps = None,
+    eta: flags.Eta = None,
+    grid: flags.Grid = None,
+    form: flags.Form = None,
+    noise: flags.Noise = NOISES[0],
+    method: flags.MethodName = "parasolver",
+    method_option: flags.MethodOption = None,
+    window: flags.Window = None,
+    tolerance: flags.Tolerance = None,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = DTYPES[0],
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of each process, which bytes depend on.", rich_help_panel=DEVICE)
+    ] = 1,
+    max_rows: flags.MaxRows = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help=f"Time after which no shard is begun; the exit code is then {LATE}, and the run can be gone on with.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    prompt: flags.Prompt = None,
+    negative_prompt: flags.NegativePrompt = None,
+    guidance: flags.Guidance = None,
+    size: flags.Size = None,
+    argument: flags.Argument = None,
+    trust_remote_code: flags.TrustRemoteCode = False,
+) -> None:
+    """Sample many seeds into shards, in batches and the last few in parallel over time; go on with what was cut short."""
+    request = Request(
+        model=model,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        grid=grid,
+        form=form,
+        seeds=seeds,
+        noise=noise,
+        method=method,
+        method_option=method_option or [],
+        window=window,
+        tolerance=tolerance,
+        out=out,
+        compare=False,
+        trace=False,
+        overwrite=False,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_rows=max_rows,
+        timeout=None,
+        deadline=deadline,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        size=size,
+        argument=argument or [],
+        trust_remote_code=trust_remote_code,
+    )
+    bulk = Bulk(request=request, shard=shard, batch=batch, last=last, format=format)
+    solver, called = make_method(method, request.method_option, window=window, tolerance=tolerance)
+
+    from paradiff.app.generate import generate as generate_bulk
+
+    generate_bulk(bulk, solver, called)
 
 
 @app.command(cls=Command)

@@ -150,7 +150,7 @@ def _claimed(path: Path, real: Path, made: list[Path]) -> Iterator[None]:
     """Holds the lock of a folder, which is made if it does not exist."""
     file = real / SCRATCH / "lock"
     try:
-        with locked(file, 0, lambda: _make(file.parent, made)):
+        with locked(file, 0, lambda: make_folders(file.parent, made)):
             yield
     except TimeoutError as busy:
         raise Taken(
@@ -158,7 +158,7 @@ def _claimed(path: Path, real: Path, made: list[Path]) -> Iterator[None]:
         ) from busy
 
 
-def _make(folder: Path, made: list[Path]) -> None:
+def make_folders(folder: Path, made: list[Path]) -> None:
     """Makes a folder and those above it, and adds them to `made`, the innermost first."""
     missing = list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
     for one in reversed(missing):

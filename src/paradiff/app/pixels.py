@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,14 @@ def make_table(model: Model, request: Request) -> Table:
     return model.exponential(sampler, steps, grid=grid, form=cast(Form, form))
 
 
+def noise_of(kind: str, seeds: Sequence[int], model: Model, evaluator: Evaluator) -> Noise:
+    """The noise of seeds: keyed, or that of plain pipeline calls, each with its own generator."""
+    if kind == "keyed":
+        return Keyed(model.shape, seeds)
+    generators = [torch.Generator(evaluator.device).manual_seed(seed) for seed in seeds]
+    return Recorded(model.shape, generators, dtype=evaluator.dtype or torch.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batched:
     """All seeds of a pixel model, ready to be run by one method and another."""
@@ -95,13 +104,6 @@ class Batched:
         for rows in {samples, samples * width}:
             x = torch.zeros(rows, *self.model.shape, device=self.evaluator.device)
             self.evaluator(Batch(x, self.table.t[:1].expand(rows), torch.zeros(rows).long(), torch.zeros(rows).long()))
-
-    def noise(self) -> Noise:
-        """The noise of every seed: keyed, or that of plain pipeline calls, each with its own generator."""
-        if self.job.request.noise == "keyed":
-            return Keyed(self.model.shape, self.job.seeds)
-        generators = [torch.Generator(self.evaluator.device).manual_seed(seed) for seed in self.job.seeds]
-        return Recorded(self.model.shape, generators, dtype=self.evaluator.dtype or torch.float32)
 
     def run(self, label: str, method: Method, deadline: Deadline | None = None) -> tuple[Solution, float]:
         """Runs a method under a progress bar, up to a deadline; the solution and its whole clock, noise included.
@@ -134,7 +136,8 @@ class Batched:
 
     def _timed(self, method: Method, observer: Observer | None) -> tuple[Solution, float]:
         begin = time.perf_counter()
-        solution = sample(self.evaluator, self.table, self.noise(), method, observer=observer)
+        noise = noise_of(self.job.request.noise, self.job.seeds, self.model, self.evaluator)
+        solution = sample(self.evaluator, self.table, noise, method, observer=observer)
         if self.evaluator.device.type == "cuda":
             torch.cuda.synchronize(self.evaluator.device)
         return solution, time.perf_counter() - begin

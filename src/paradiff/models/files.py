@@ -6,6 +6,7 @@ Weights are read from safetensors only, and no code that comes with a model is r
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ LINES, LONGEST = 2, 300
 
 PATIENCE = 5
 """Seconds that the hub is given to answer."""
+
+MADE_OF = (".json", ".safetensors", ".txt", ".model", ".py")
+"""Ends of the names of files that a model is made of: configs, weights, tables of tokens, code."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -141,6 +145,21 @@ def weight_files(folder: Path, part: str) -> list[Path]:
         f"the folder {str(folder)!r} holds no safetensors weights in {part}/: {given}; save the pipeline again with "
         "safe_serialization=True"
     )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file that a model is made of, by its path in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in MADE_OF)
+    return {path.relative_to(folder).as_posix(): digest_of(path) for path in files}
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 @contextmanager
