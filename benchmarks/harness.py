@@ -28,7 +28,12 @@ Row = dict[str, Any]
 
 
 def options(
-    description: str | None, parts: Sequence[str] = (), *, draws: bool = False, clocks: bool = False
+    description: str | None,
+    parts: Sequence[str] = (),
+    *,
+    draws: bool = False,
+    clocks: bool = False,
+    extra: tuple[str, str] | None = None,
 ) -> argparse.Namespace:
     """The command line of a benchmark script, and the threads it asks for.
 
@@ -37,6 +42,7 @@ def options(
         parts: Names of its parts, of which `--only` selects some.
         draws: Whether the script draws, so that `--draw-only` is offered.
         clocks: Whether the script times its best settings by themselves, so that `--clock` is offered.
+        extra: Name and help of an option that names a file.
 
     Returns:
         The options; `only` holds the names of the parts to measure, and `keep` says whether the rows of the file stay.
@@ -53,6 +59,8 @@ def options(
         parser.add_argument("--draw-only", action="store_true", help="draw from the JSON file, and measure nothing")
     if clocks:
         parser.add_argument("--clock", action="store_true", help="only time the best settings that the JSON file names")
+    if extra is not None:
+        parser.add_argument(extra[0], type=Path, metavar="FILE", help=extra[1])
     given = parser.parse_args()
     reads = [name for name in ("draw_only", "clock") if getattr(given, name, False)]
     if reads and not (given.json and given.json.is_file()):

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast G devices would be: a discrete simulation from latency curves and the rows of each round of real runs.
+
+What is simulated, and what is measured, is said of every row: `part` is `measured` or `simulated`.
+
+A run is a list of rounds, and a round has R rows. Rank g of G evaluates ceil(R / G) of them or what is left, as
+`paradiff.solver.sharded` deals them out, and is done when its clock has gone on by t(rows), the latency curve. When the last
+one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Rows that the solver
+evaluates again to check the network cost every rank a call of one row.
+
+- `measured`: one, two and four gloo ranks on this machine, whose network sleeps for t(W) = a + b W, beside the simulation of
+  the same rounds. The overhead is fitted on runs of two windows, on other seeds.
+- `simulated`: up to 64 devices. Rounds are those of runs of the bundled networks; the curve is that of a GPU if `--curves`
+  names a file of benchmarks/gpu.py, else one of three that are stated, no measured ones (STATED). Each method at the fastest of
+  its windows.
+
+    python benchmarks/cluster.py --quick
+    python benchmarks/cluster.py --json benchmarks/results/cluster.json                 (the picture goes to cluster.png)
+    python benchmarks/cluster.py --json benchmarks/results/cluster.json --draw-only
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import os
+import socket
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as processes
+from drawing import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, heading, legend, panels, plain_log, save
+from harness import Results, Row, options, show
+from pipelines import GUIDANCE, PROMPTS, load
+from problem import closed_form, rms, trained
+from torch import Tensor
+
+from paradiff import (
+    Evaluator,
+    Recorded,
+    collocation,
+    paradigms,
+    parallelize,
+    parasolver,
+    quasi_newton,
+    sample,
+    sequential,
+    srds,
+)
+from paradiff.solver.protocol import Batch, Method
+from paradiff.solver.sharded import shares_of
+
+DEVICES = (1, 2, 4, 8, 16, 32, 64)
+PUBLISHED = {
+    ("DDPM", 1000): {"ParaSolver, LSUN Church": 12.1, "ParaSolver, Stable Diffusion 2": 8.1, "ParaDiGMS, LSUN Church": 2.9},
+    ("DDIM", 50): {"ParaSolver, Stable Diffusion 2": 3.3},
+    ("DDIM", 100): {"SRDS, long chains": 4.3},
+    ("flow", 28): {"CHORDS, 50 steps": 2.9},
+}
+"""Whole-clock speed-ups on 8 devices, as their papers have them; of other networks."""
+
+CALL = 0.025
+"""Seconds of a network call of one row, in the stated curves: of the order of a Stable Diffusion's on a GPU, not measured."""
+
+OVERHEAD = (5e-4, 1e-5)
+"""Seconds of a round outside the network, and for each of its rows, in the stated curves; not measured."""
+
+COLUMNS = ("part", "curve", "chain", "steps", "method", "window", "devices", "rounds", "evaluations", "error_max", "speedup")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a network call by its rows: straight between points, and beyond the last as between the last two.
+
+    Attributes:
+        rows: Rising numbers of rows, two at least.
+        seconds: Of a call of so many.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, rows: int) -> float:
+        """Seconds of a call."""
+        if rows == 0:
+            return 0.0
+        k = min(max(bisect.bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        slope = (self.seconds[k] - self.seconds[k - 1]) / (self.rows[k] - self.rows[k - 1])
+        return self.seconds[k - 1] + slope * (rows - self.rows[k - 1])
+
+
+def linear(first: float, each: float) -> Curve:
+    """The curve first + each * rows."""
+    return Curve((1, 2), (first + each, first + 2 * each))
+
+
+STATED = {
+    "a row fills the device": linear(0.0, CALL),
+    "two rows cost 1.5 calls": linear(CALL / 2, CALL / 2),
+    "8 rows fill the device": Curve((1, 8, 16), (CALL, CALL, 2 * CALL)),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run asked of its network.
+
+    Attributes:
+        rows: For each round its number of rows; 0 for a row that was evaluated again.
+    """
+
+    rows: tuple[int, ...]
+
+    @property
+    def rounds(self) -> int:
+        """Rounds, without rows that are evaluated again."""
+        return sum(rows > 0 for rows in self.rows)
+
+    @property
+    def evaluations(self) -> int:
+        """Their rows."""
+        return sum(self.rows)
+
+
+def simulated(trace: Trace, devices: int, curve: Curve, overhead: tuple[float, float] = OVERHEAD) -> float:
+    """Seconds of a run on several devices.
+
+    Args:
+        trace: Its rounds.
+        devices: G.
+        curve: Of each device.
+        overhead: Seconds of a round outside the network, and for each of its rows.
+    """
+    clocks = [curve(1) if devices > 1 else 0.0] * devices  # each evaluates the first row, so that networks can be compared
+    for rows in trace.rows:
+        if rows == 0:
+            clocks = [clock + curve(1) for clock in clocks]
+            continue
+        dealt = [len(share) for share in shares_of(rows, devices)]
+        clocks = [clock + curve(own) for clock, own in zip(clocks, dealt + [0] * (devices - len(dealt)), strict=True)]
+        clocks = [max(clocks) + overhead[0] + overhead[1] * rows] * devices
+    return max(clocks)
+
+
+class Recording(Evaluator):
+    """An evaluator that records its rounds."""
+
+    def __init__(self, denoiser: Callable[..., Tensor], **more: Any) -> None:
+        super().__init__(denoiser, **more)
+        self.rows: list[int] = []
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """As an evaluator."""
+        self.rows.append(len(batch.x))
+        return super().__call__(batch)
+
+    def evaluate_again(self, batch: Batch) -> Tensor:
+        """As an evaluator."""
+        self.rows += [0] * len(batch.x)
+        return super().evaluate_again(batch)
+
+
+# -- measured: ranks on this machine -----------------------------------------------------------------------------------
+
+SLEEP = (0.006, 0.004)
+"""Seconds that a call sleeps, and for each of its rows: far longer than what the processors of this machine need."""
+
+RUNS: dict[str, tuple[str, int, Method]] = {
+    "parasolver, window 16": ("ddpm", 200, parasolver(16)),
+    "parasolver, window 32": ("ddpm", 200, parasolver(32)),
+    "quasi_newton, window 16": ("ddpm", 200, quasi_newton(16)),
+    "paradigms, window 16": ("ddpm", 200, paradigms(16, 0.1)),
+    "collocation, window 16": ("ddpm", 200, collocation(16)),
+    "srds": ("ddim", 100, srds()),
+    "parasolver, whole chain": ("ddim", 50, parasolver()),
+}
+QUICK = ("parasolver, window 16",)
+FITTED = (parasolver(6), parasolver(24))
+"""Methods on whose runs the overhead is fitted."""
+
+
+@dataclass
+class Sleeping:
+    """A network that takes as long as the curve says."""
+
+    denoiser: Callable[[Tensor, Tensor], Tensor]
+    curve: Curve
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network's output."""
+        begin = time.perf_counter()
+        output = self.denoiser(x, t)
+        time.sleep(max(0.0, self.curve(len(x)) - (time.perf_counter() - begin)))
+        return output
+
+
+def run_once(sampler: str, steps: int, method: Method, seed: int, ranks: Any) -> tuple[Trace, float]:
+    """A run with a sleeping network, and its whole clock."""
+    problem = closed_form(sampler, steps)
+    evaluator = Recording(Sleeping(problem.denoiser, linear(*SLEEP)), mesh=ranks)
+    noise = Recorded(problem.shape, [torch.Generator().manual_seed(seed)])
+    begin = time.perf_counter()
+    sample(evaluator, problem.table, noise, method)
+    return Trace(tuple(evaluator.rows)), time.perf_counter() - begin
+
+
+def rank_runs(rank: int, devices: int, port: int, names: Sequence[str], repeats: int, found: Any) -> None:
+    """What each rank runs: the fitted runs, and those that are compared."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from paradiff.solver.ranks import Ranks
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(devices), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    ranks = None
+    if devices > 1:
+        dist.init_process_group("gloo")
+        ranks = Ranks(init_device_mesh("cpu", (devices,), mesh_dim_names=("time",)))
+    run_once("ddpm", 20, parasolver(4), 0, ranks)
+    fitted = [run_once("ddpm", 200, method, 1000 + k, ranks) for k, method in enumerate(FITTED) for _ in range(repeats)]
+    runs = [(name, *run_once(*RUNS[name], seed, ranks)) for name in names for seed in range(repeats)]
+    if rank == 0:
+        found.put((fitted, runs))
+    if ranks is not None:
+        ranks.agree({})
+        ranks.close()
+        dist.destroy_process_group()
+
+
+def measured(devices: int, names: Sequence[str], repeats: int) -> list[Row]:
+    """The clocks of ranks on this machine beside the simulation."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = processes.get_context("spawn")
+    found = context.Queue()
+    ranks = [context.Process(target=rank_runs, args=(rank, devices, port, names, repeats, found)) for rank in range(devices)]
+    for rank in ranks:
+        rank.start()
+    fitted, runs = found.get()
+    for rank in ranks:
+        rank.join()
+    curve = linear(*SLEEP)
+    design = np.array([[trace.rounds, trace.evaluations] for trace, _ in fitted], dtype=float)
+    rest = np.array([seconds - simulated(trace, devices, curve, (0.0, 0.0)) for trace, seconds in fitted])
+    solved = np.linalg.lstsq(design, rest, rcond=None)[0]
+    overhead = (float(solved[0]), float(solved[1]))
+    rows = []
+    for name in names:
+        own = [(trace, seconds) for named, trace, seconds in runs if named == name]
+        clock = sum(seconds for _, seconds in own)
+        expected = sum(simulated(trace, devices, curve, overhead) for trace, _ in own)
+        sampler, steps, method = RUNS[name]
+        rows.append(
+            {
+                "part": "measured",
+                "chain": sampler.upper(),
+                "steps": steps,
+                "run": name,
+                "method": method.name,
+                "devices": devices,
+                "rounds": statistics.mean(trace.rounds for trace, _ in own),
+                "evaluations": statistics.mean(trace.evaluations for trace, _ in own),
+                "seconds": clock / len(own),
+                "simulated_seconds": expected / len(own),
+                "off": expected / clock - 1,
+                "overhead": overhead,
+            }
+        )
+    return rows
+
+
+# -- simulated: devices that are not here ------------------------------------------------------------------------------
+
+Make = Callable[[int | None], Method]
+METHODS: dict[str, Make] = {
+    "parasolver": lambda window: parasolver(window),
+    "quasi_newton": lambda window: quasi_newton(window),
+    "paradigms": lambda window: paradigms(window, 0.1),
+    "collocation": lambda window: collocation(window) if window else collocation(),
+    "srds": lambda window: srds(),
+}
+ONCE = ("srds",)
+"""Methods whose window is the whole chain."""
+
+CHAINS: dict[str, tuple[str, int, tuple[int | None, ...], tuple[str, ...]]] = {
+    "DDPM 1000": ("ddpm", 1000, (8, 16, 32, 64, 128), ("parasolver", "quasi_newton", "paradigms", "collocation", "srds")),
+    "DDIM 50": ("ddim", 50, (8, 16, None), ("parasolver", "quasi_newton", "paradigms", "srds")),
+    "DDIM 100": ("ddim", 100, (8, 16, 32, None), ("parasolver", "quasi_newton", "paradigms", "srds")),
+    "flow 28": ("flow", 28, (8, 16, None), ("parasolver", "quasi_newton", "paradigms", "srds")),
+}
+
+
+@functools.cache
+def flow() -> Any:
+    """The bundled flow model's pipeline."""
+    return load("shapes-flow")
+
+
+def flow_run(steps: int, method: Method, image: int) -> tuple[Trace, Tensor]:
+    """A call of the flow model, and its latents; a row of the trace is a state, which guidance doubles."""
+    pipe = flow()
+    rows: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs.get("hidden_states", args[0] if args else ())) // 2), with_kwargs=True
+    )
+    given: dict[str, Any] = {"guidance_scale": GUIDANCE, "num_inference_steps": steps, "output_type": "latent"}
+    given["generator"] = torch.Generator().manual_seed(image)
+    try:
+        with warnings.catch_warnings(), parallelize(pipe, method):
+            warnings.simplefilter("ignore")
+            latents = pipe(PROMPTS[image % len(PROMPTS)], **given)[0]
+    finally:
+        hook.remove()
+    return Trace(tuple(rows)), latents
+
+
+def chain_run(sampler: str, steps: int, method: Method, seed: int) -> tuple[Trace, Tensor]:
+    """A run of the digits network, and its sample."""
+    if sampler == "flow":
+        return flow_run(steps, method, seed)
+    problem = trained(sampler, steps)
+    evaluator = Recording(problem.denoiser)
+    solution = sample(evaluator, problem.table, problem.noise([seed]), method)
+    return Trace(tuple(evaluator.rows)), solution.sample
+
+
+def traced(chain: str, seeds: int) -> tuple[list[Trace], dict[tuple[str, int | None], tuple[list[Trace], float]]]:
+    """The traces of the sequential chain, and of every method and window with the largest error of its samples."""
+    sampler, steps, windows, names = CHAINS[chain]
+    plain = [chain_run(sampler, steps, sequential(), seed) for seed in range(seeds)]
+    found: dict[tuple[str, int | None], tuple[list[Trace], float]] = {}
+    for name in names:
+        for window in (None,) if name in ONCE else windows:
+            runs = [chain_run(sampler, steps, METHODS[name](window), seed) for seed in range(seeds)]
+            errors = [rms(own - reference)[0] for (_, own), (_, reference) in zip(runs, plain, strict=True)]
+            found[name, window] = [trace for trace, _ in runs], max(errors)
+    return [trace for trace, _ in plain], found
+
+
+def rows_of(chain: str, seeds: int, curves: dict[str, Curve]) -> list[Row]:
+    """Each method on a chain, for every curve and number of devices at its fastest window."""
+    plain, found = traced(chain, seeds)
+    rows = []
+    for label, curve in curves.items():
+        for devices in DEVICES:
+            single = sum(simulated(trace, 1, curve) for trace in plain)
+            for name in dict.fromkeys(name for name, _ in found):
+                settings = [(window, *value) for (own, window), value in found.items() if own == name]
+                gains = [single / sum(simulated(trace, devices, curve) for trace in traces) for _, traces, _ in settings]
+                best = max(range(len(settings)), key=lambda k: gains[k])
+                window, traces, error = settings[best]
+                rows.append(
+                    {
+                        "part": "simulated",
+                        "curve": label,
+                        "chain": chain.split()[0],
+                        "steps": CHAINS[chain][1],
+                        "method": name,
+                        "window": window,
+                        "devices": devices,
+                        "rounds": statistics.mean(trace.rounds for trace in traces),
+                        "evaluations": statistics.mean(trace.evaluations for trace in traces),
+                        "error_max": error,
+                        "speedup": gains[best],
+                    }
+                )
+    return rows
+
+
+def curves_of(path: Path | None) -> dict[str, Curve]:
+    """The measured latency curves of a file of gpu.py, by shape; without a file the stated ones."""
+    if path is None:
+        return STATED
+    import json
+
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, dict[int, float]] = {}
+    for row in contents["rows"]:
+        if row.get("part") == "latency" and row.get("mode") == "eager" and row.get("seconds"):
+            found.setdefault(row["shape"], {})[row["rows"]] = row["seconds"]
+    device = contents["environment"]["device"]
+    several = {shape: sorted(points.items()) for shape, points in found.items() if len(points) > 1}
+    return {
+        f"{shape}, measured on {device}": Curve(tuple(rows for rows, _ in points), tuple(seconds for _, seconds in points))
+        for shape, points in several.items()
+    }
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Speed-up against devices, a panel a chain, for the first curve."""
+    own = [row for row in rows if row["part"] == "simulated"]
+    label = own[0]["curve"]
+    own = [row for row in own if row["curve"] == label]
+    chains = list(dict.fromkeys((row["chain"], row["steps"]) for row in own))
+    colours = dict(zip(METHODS, (BLUE, VERMILION, GREEN, PURPLE, ORANGE), strict=True))
+    figure, found = panels(f"Simulated, not measured: {label}", 7.0, 2, 2)
+    for axes, chain in zip(found.flat, chains, strict=False):
+        heading(axes, f"{chain[0]}, {chain[1]} steps")
+        for name, colour in colours.items():
+            points = [(r["devices"], r["speedup"]) for r in own if (r["chain"], r["steps"]) == chain and r["method"] == name]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker="o", ms=3)
+        for speedup in PUBLISHED.get(chain, {}).values():
+            axes.plot([8], [speedup], color=BLACK, marker="*", ms=9, ls="")
+        axes.axhline(1, color="#888888", lw=0.8)
+        plain_log(axes, "x", DEVICES)
+        axes.set(xlabel="devices", ylabel="speed-up over the sequential chain")
+    marks: dict[str, dict[str, Any]] = {name: {"color": colour} for name, colour in colours.items()}
+    legend(figure, {**marks, "published, other networks": {"color": BLACK, "marker": "*"}})
+    save(figure, path)
+
+
+def main() -> None:
+    given = options(__doc__, ("measured", *CHAINS), draws=True, extra=("--curves", "latency curves of benchmarks/gpu.py"))
+    results = Results(given.json, given.keep)
+    if not given.draw_only:
+        for part in given.only:
+            if part == "measured":
+                results.drop(row for row in results.rows if row["part"] != "measured")
+                for devices in (2,) if given.quick else (1, 2, 4):
+                    for row in measured(devices, QUICK if given.quick else tuple(RUNS), 1 if given.quick else 2):
+                        results.add(row)
+            elif not given.quick or part == "DDIM 50":
+                chain = part.split()[0], CHAINS[part][1]
+                results.drop(row for row in results.rows if row["part"] == "measured" or (row["chain"], row["steps"]) != chain)
+                for row in rows_of(part, min(1 if given.quick else 3, given.seeds), curves_of(given.curves)):
+                    results.add(row)
+            results.save()
+        results.save(
+            published={f"{chain} {steps}": gains for (chain, steps), gains in PUBLISHED.items()},
+            stated={"call": CALL, "overhead": OVERHEAD, "sleep": SLEEP},
+        )
+    if given.json and any(row["part"] == "simulated" for row in results.rows):
+        draw(results.rows, given.json.with_suffix(".png"))
+    show([row for row in results.rows if row["part"] == "measured"], ("run", "devices", "seconds", "simulated_seconds", "off"))
+    show([row for row in results.rows if row["part"] == "simulated" and row["devices"] in (8, 64)], COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
