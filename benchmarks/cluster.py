@@ -38,7 +38,6 @@ import torch
 import torch.multiprocessing as processes
 from drawing import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, heading, legend, panels, plain_log, save
 from harness import Results, Row, options, show
-from pipelines import GUIDANCE, PROMPTS, load
 from problem import closed_form, rms, trained
 from torch import Tensor
 
@@ -54,6 +53,7 @@ from paradiff import (
     sequential,
     srds,
 )
+from paradiff.models.pipeline import load_pipeline
 from paradiff.solver.protocol import Batch, Method
 from paradiff.solver.sharded import shares_of
 
@@ -303,7 +303,9 @@ CHAINS: dict[str, tuple[str, int, tuple[int | None, ...], tuple[str, ...]]] = {
 @functools.cache
 def flow() -> Any:
     """The bundled flow model's pipeline."""
-    return load("shapes-flow")
+    pipe: Any = load_pipeline("shapes-flow")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def flow_run(steps: int, method: Method, image: int) -> tuple[Trace, Tensor]:
@@ -313,12 +315,12 @@ def flow_run(steps: int, method: Method, image: int) -> tuple[Trace, Tensor]:
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs.get("hidden_states", args[0] if args else ())) // 2), with_kwargs=True
     )
-    given: dict[str, Any] = {"guidance_scale": GUIDANCE, "num_inference_steps": steps, "output_type": "latent"}
+    given: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": steps, "output_type": "latent"}
     given["generator"] = torch.Generator().manual_seed(image)
     try:
         with warnings.catch_warnings(), parallelize(pipe, method):
             warnings.simplefilter("ignore")
-            latents = pipe(PROMPTS[image % len(PROMPTS)], **given)[0]
+            latents = pipe("a red circle left of a blue square", **given)[0]
     finally:
         hook.remove()
     return Trace(tuple(rows)), latents

@@ -34,6 +34,7 @@ def options(
     draws: bool = False,
     clocks: bool = False,
     extra: tuple[str, str] | None = None,
+    minutes: float | None = None,
 ) -> argparse.Namespace:
     """The command line of a benchmark script, and the threads it asks for.
 
@@ -43,6 +44,7 @@ def options(
         draws: Whether the script draws, so that `--draw-only` is offered.
         clocks: Whether the script times its best settings by themselves, so that `--clock` is offered.
         extra: Name and help of an option that names a file.
+        minutes: How long the script takes at most, unless `--minutes` says so.
 
     Returns:
         The options; `only` holds the names of the parts to measure, and `keep` says whether the rows of the file stay.
@@ -61,6 +63,8 @@ def options(
         parser.add_argument("--clock", action="store_true", help="only time the best settings that the JSON file names")
     if extra is not None:
         parser.add_argument(extra[0], type=Path, metavar="FILE", help=extra[1])
+    if minutes is not None:
+        parser.add_argument("--minutes", type=float, default=minutes, metavar="N", help="what is not begun by then is left out")
     given = parser.parse_args()
     reads = [name for name in ("draw_only", "clock") if getattr(given, name, False)]
     if reads and not (given.json and given.json.is_file()):
@@ -86,9 +90,9 @@ def commit() -> str:
         return "unknown"
 
 
-def measured_on() -> dict[str, str | int]:
+def measured_on(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """Hardware, threads, versions and commit."""
-    return {**environment(), "commit": commit()}
+    return {**environment(device), "commit": commit()}
 
 
 class Results:
@@ -101,14 +105,17 @@ class Results:
         path: The file; None where nothing is to be written.
         keep: Whether to begin with what the file holds.
         stamp: Whether the hardware and the commit stand at the top of the file.
+        device: Where the networks are.
     """
 
-    def __init__(self, path: Path | None, keep: bool = False, *, stamp: bool = True) -> None:
+    def __init__(
+        self, path: Path | None, keep: bool = False, *, stamp: bool = True, device: torch.device | str = "cpu"
+    ) -> None:
         self.path = path
         self.contents: dict[str, Any] = {"environment": {}, "rows": []} if stamp else {}
         if keep and path and path.is_file():
             self.contents |= json.loads(path.read_text(encoding="utf-8"))
-        self._stamp = measured_on() if stamp else None
+        self._stamp = measured_on(device) if stamp else None
         self._saved = time.perf_counter()
 
     @property

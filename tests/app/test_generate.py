@@ -200,9 +200,11 @@ def test_a_signal_keeps_the_shards_that_are_whole(
     sent: int, code: int, word: str, whole: Path, cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, out = ("generate", tiny, *CHAIN, *CUT, "--out", tmp_path / "out"), tmp_path / "out"
+    before = signal.signal(sent, signal.default_int_handler)  # which shells turn off for what they run in the background
     with monkeypatch.context() as patched:
         end_after(1, lambda: signal.raise_signal(sent), patched)
         found = cli(*given)
+    signal.signal(sent, before)
     assert found.code == code
     assert found.err == f"{word}: 1 of 3 shards are whole in {str(out)!r}; run the same command again for the others\n"
     assert not list(out.glob(".paradiff/shard*"))
