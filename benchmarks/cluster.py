@@ -8,8 +8,8 @@ A run is a list of rounds, and a round has R rows. Rank g of G evaluates ceil(R 
 one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Rows that the solver
 evaluates again to check the network cost every rank a call of one row.
 
-- `measured`: one, two and four gloo ranks on this machine, whose network sleeps for t(W) = a + b W, beside the simulation of
-  the same rounds. The overhead is fitted on runs of two windows, on other seeds.
+- `measured`: two and four gloo ranks on this machine, whose network sleeps for t(W) = a + b W, beside the simulation of
+  the same rounds. The overhead is the mean of runs of two other windows with another seed.
 - `simulated`: up to 64 devices. Rounds are those of runs of the bundled networks; the curve is that of a GPU if `--curves`
   names a file of benchmarks/gpu.py, else one of three that are stated, no measured ones (STATED). Each method at the fastest of
   its windows.
@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.multiprocessing as processes
 from drawing import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, heading, legend, panels, plain_log, save
@@ -169,8 +168,11 @@ class Recording(Evaluator):
 
 # -- measured: ranks on this machine -----------------------------------------------------------------------------------
 
-SLEEP = (0.006, 0.004)
+SLEEP = (0.02, 0.015)
 """Seconds that a call sleeps, and for each of its rows: far longer than what the processors of this machine need."""
+
+REPEATS = 3
+"""Times of each run, of which the fastest counts: what else the machine does can only add."""
 
 RUNS: dict[str, tuple[str, int, Method]] = {
     "parasolver, window 16": ("ddpm", 200, parasolver(16)),
@@ -183,7 +185,7 @@ RUNS: dict[str, tuple[str, int, Method]] = {
 }
 QUICK = ("parasolver, window 16",)
 FITTED = (parasolver(6), parasolver(24))
-"""Methods on whose runs the overhead is fitted."""
+"""Methods on whose runs the overhead is measured."""
 
 
 @dataclass
@@ -211,6 +213,11 @@ def run_once(sampler: str, steps: int, method: Method, seed: int, ranks: Any) ->
     return Trace(tuple(evaluator.rows)), time.perf_counter() - begin
 
 
+def fastest(repeats: int, *given: Any) -> tuple[Trace, float]:
+    """The fastest of several equal runs."""
+    return min((run_once(*given) for _ in range(repeats)), key=lambda run: run[1])
+
+
 def rank_runs(rank: int, devices: int, port: int, names: Sequence[str], repeats: int, found: Any) -> None:
     """What each rank runs: the fitted runs, and those that are compared."""
     import torch.distributed as dist
@@ -226,8 +233,8 @@ def rank_runs(rank: int, devices: int, port: int, names: Sequence[str], repeats:
         dist.init_process_group("gloo")
         ranks = Ranks(init_device_mesh("cpu", (devices,), mesh_dim_names=("time",)))
     run_once("ddpm", 20, parasolver(4), 0, ranks)
-    fitted = [run_once("ddpm", 200, method, 1000 + k, ranks) for k, method in enumerate(FITTED) for _ in range(repeats)]
-    runs = [(name, *run_once(*RUNS[name], seed, ranks)) for name in names for seed in range(repeats)]
+    fitted = [fastest(repeats, "ddpm", 200, method, 1000, ranks) for method in FITTED]
+    runs = [fastest(repeats, *RUNS[name], 0, ranks) for name in names]
     if rank == 0:
         found.put((fitted, runs))
     if ranks is not None:
@@ -250,15 +257,11 @@ def measured(devices: int, names: Sequence[str], repeats: int) -> list[Row]:
     for rank in ranks:
         rank.join()
     curve = linear(*SLEEP)
-    design = np.array([[trace.rounds, trace.evaluations] for trace, _ in fitted], dtype=float)
-    rest = np.array([seconds - simulated(trace, devices, curve, (0.0, 0.0)) for trace, seconds in fitted])
-    solved = np.linalg.lstsq(design, rest, rcond=None)[0]
-    overhead = (float(solved[0]), float(solved[1]))
+    rests = [(seconds - simulated(trace, devices, curve, (0.0, 0.0))) / trace.rounds for trace, seconds in fitted]
+    overhead = max(0.0, statistics.mean(rests))
     rows = []
-    for name in names:
-        own = [(trace, seconds) for named, trace, seconds in runs if named == name]
-        clock = sum(seconds for _, seconds in own)
-        expected = sum(simulated(trace, devices, curve, overhead) for trace, _ in own)
+    for name, (trace, seconds) in zip(names, runs, strict=True):
+        expected = simulated(trace, devices, curve, (overhead, 0.0))
         sampler, steps, method = RUNS[name]
         rows.append(
             {
@@ -268,11 +271,11 @@ def measured(devices: int, names: Sequence[str], repeats: int) -> list[Row]:
                 "run": name,
                 "method": method.name,
                 "devices": devices,
-                "rounds": statistics.mean(trace.rounds for trace, _ in own),
-                "evaluations": statistics.mean(trace.evaluations for trace, _ in own),
-                "seconds": clock / len(own),
-                "simulated_seconds": expected / len(own),
-                "off": expected / clock - 1,
+                "rounds": trace.rounds,
+                "evaluations": trace.evaluations,
+                "seconds": seconds,
+                "simulated_seconds": expected,
+                "off": expected / seconds - 1,
                 "overhead": overhead,
             }
         )
@@ -429,8 +432,8 @@ def main() -> None:
         for part in given.only:
             if part == "measured":
                 results.drop(row for row in results.rows if row["part"] != "measured")
-                for devices in (2,) if given.quick else (1, 2, 4):
-                    for row in measured(devices, QUICK if given.quick else tuple(RUNS), 1 if given.quick else 2):
+                for devices in (2,) if given.quick else (2, 4):
+                    for row in measured(devices, QUICK if given.quick else tuple(RUNS), 1 if given.quick else REPEATS):
                         results.add(row)
             elif not given.quick or part == "DDIM 50":
                 chain = part.split()[0], CHAINS[part][1]
