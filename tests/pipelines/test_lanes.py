@@ -621,12 +621,12 @@ def test_the_solver_is_shown_what_the_loop_makes_of_its_states(loop: Any, kind: 
     run = Run(loop)
     tell = run.solver.tell
 
-    def spy(outputs: Tensor, states: Tensor, eps: float) -> None:
+    def spy(outputs: Tensor, states: Tensor, *others: Any) -> None:
         assert torch.equal(states, run.solver.states) == (kind == "none")
         if kind != "none":
             assert torch.equal(states[:, 0, 0], (run.solver.nodes - 1).to(states.dtype))
             assert torch.equal(states[..., 1:], run.solver.states[..., 1:])
-        tell(outputs, states, eps)
+        tell(outputs, states, *others)
 
     run.solver.tell = spy
     run(generator=seeded(), edit=edit)

@@ -40,9 +40,14 @@ def _module(kind: str) -> Any:
     return None if kind == "cpu" else getattr(torch, kind, None)
 
 
-def _in_use() -> Any:
-    """The module of the accelerator that is in use, whose generators have states; None where there is none."""
+def kinds() -> tuple[str, ...]:
+    """The kinds of devices here: `cpu`, and that of the accelerators for which torch was built."""
     present = getattr(torch, "accelerator", None)  # not in torch 2.4
     found = present.current_accelerator() if present is not None else torch.device("cuda")
-    module: Any = None if found is None else _module(found.type)
+    return ("cpu",) if found is None else ("cpu", found.type)
+
+
+def _in_use() -> Any:
+    """The module of the accelerator that is in use, whose generators have states; None where there is none."""
+    module = _module(kinds()[-1])
     return module if hasattr(module, "get_rng_state_all") and module.is_initialized() else None

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from paradiff.pipelines.network.batched_call import batched_call
 from paradiff.pipelines.network.batching import Batching
-from paradiff.pipelines.tensor.windowed import Windowed
+from paradiff.pipelines.tensor.windowed import Windowed, met
 
 Key = tuple[int, int, int]
 """The place of an argument: the network's id, the number of the call in its pass, and the number of the leaf."""
@@ -174,6 +174,7 @@ def _version(leaf: Tensor) -> int:
 
 
 def _equal(columns: list[list[Tensor]]) -> list[bool]:
-    """Whether the tensors of each column are equal. Waits for the devices."""
+    """Whether the tensors of each column are equal. Waits for the device once."""
     flags = [torch.stack([(leaf == column[0]).all() for leaf in column[1:]]).all() for column in columns]
-    return [bool(flag) for flag in torch.stack([flag.cpu() for flag in flags])] if flags else []
+    device = met(flags) or torch.device("cpu")
+    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).tolist() if flags else []

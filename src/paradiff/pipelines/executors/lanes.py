@@ -40,8 +40,8 @@ from paradiff.pipelines.executors.coalesce import Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane
 from paradiff.pipelines.executors.shared_call import SharedCall
 from paradiff.pipelines.loop.audit import KEEPS, granted, judge, relative_difference
-from paradiff.pipelines.loop.driver import LoopSolver
-from paradiff.pipelines.loop.ledger import Ledger, differing
+from paradiff.pipelines.loop.driver import Beside, LoopSolver
+from paradiff.pipelines.loop.ledger import Ledger, differing, unread
 from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
@@ -179,7 +179,7 @@ class Lockstep:
             outputs = torch.stack([lane.output for lane in lanes])
             samples = torch.stack([lane.sample for lane in lanes])
             eps = max(self.coalescer.batching.eps, torch.finfo(outputs.dtype).eps)
-            self._compare(doubles, outputs[len(nodes) :], samples[len(nodes) :], eps)
+            beside = self._beside(lanes, doubles, outputs[len(nodes) :], samples[len(nodes) :], eps)
             self.rows = [
                 Row(
                     node=nodes[place],
@@ -194,7 +194,7 @@ class Lockstep:
             for lane in lanes:
                 lane.output = lane.sample = None
                 lane.audited = False
-            solver.tell(outputs[: len(nodes)], samples[: len(nodes)], eps)
+            solver.tell(outputs[: len(nodes)], samples[: len(nodes)], eps, beside)
 
     def _go(self, lanes: list[Lane]) -> None:
         """Resumes lanes until each has stepped."""
@@ -216,17 +216,49 @@ class Lockstep:
             for lane in going:
                 self._resume(lane)
 
-    def _compare(self, lanes: list[Lane], outputs: Tensor, samples: Tensor, eps: float) -> None:
-        """Compares the rows of the last pass with what other lanes gave for them in this one, `[R, B, ...]`."""
-        if not lanes:
-            return
+    def _beside(self, lanes: list[Lane], doubles: list[Lane], outputs: Tensor, samples: Tensor, eps: float) -> Beside:
+        """What is asked of a pass: that lanes which started in it came to the first one's start, and that doubles gave what the
+        rows of the last pass had.
+
+        Args:
+            lanes: The lanes of the pass.
+            doubles: Those among them that evaluated rows of the last pass again.
+            outputs: `[R, B, ...]` the outputs that they gave to their steps.
+            samples: `[R, B, ...]` the states.
+            eps: That of the coarsest dtype in which the pass was computed.
+        """
+        rows, starts, dtype = self.rows, self.shared.starts, torch.promote_types(outputs.dtype, torch.float32)
+        self.shared.starts = []
+        norms = [(lane.ledger, *norm) for lane in lanes for norm in unread(lane.ledger)]
+        singles = [*starts, *(norm for _, _, norm in norms)]
+        numbers = [single.view(1).to(outputs.device, dtype, non_blocking=True) for single in singles]
+        if doubles:
+            numbers.append(relative_difference(outputs, torch.stack([row.output for row in rows])).to(dtype))
+            numbers.append(relative_difference(samples, torch.stack([row.sample for row in rows])).to(dtype))
+
+        def judged(told: list[float]) -> None:
+            if not all(told[: len(starts)]):
+                raise Unsupported("the call comes to its loop with another state when it is made again")
+            for (ledger, path, _), norm in zip(norms, told[len(starts) :], strict=False):
+                ledger[path] = norm
+            told = told[len(singles) :]
+            self._compare(rows, doubles, told[: len(doubles)], told[len(doubles) :], eps)
+
+        return Beside(torch.cat([outputs.new_zeros(0, dtype=dtype), *numbers]), judged)
+
+    def _compare(self, rows: list[Row], lanes: list[Lane], outputs: list[float], states: list[float], eps: float) -> None:
+        """Judges rows of the last pass by what other lanes gave for them in this one.
+
+        Args:
+            rows: The rows.
+            lanes: The other lanes.
+            outputs: Relative differences of the outputs that the steps were given.
+            states: The same of the states.
+            eps: That of the coarsest dtype in which the pass was computed.
+        """
         self.solver.rows += len(lanes)
-        differences = [
-            relative_difference(outputs, torch.stack([row.output for row in self.rows])),
-            relative_difference(samples, torch.stack([row.sample for row in self.rows])),
-        ]
-        for row, lane, output, sample in zip(self.rows, lanes, *torch.stack(differences).tolist(), strict=True):
-            judge(row.node, output, sample, eps, "between a call that made the passes before and one that did not")
+        for row, lane, output, state in zip(rows, lanes, outputs, states, strict=True):
+            judge(row.node, output, state, eps, "between a call that made the passes before and one that did not")
             path = differing(row.ledger, lane.ledger, granted(eps))
             if path is not None:
                 raise Carried(
@@ -328,7 +360,8 @@ class Lockstep:
                 if state is not None
             ]
             eps = max(self.coalescer.batching.eps, torch.finfo(outputs.dtype).eps)
-            self._compare(doubles, outputs[len(warm) :], samples[len(warm) :], eps)
+            beside = self._beside([*warm, *doubles], doubles, outputs[len(warm) :], samples[len(warm) :], eps)
+            beside.judge(beside.numbers.tolist())
 
     def _new(self) -> Lane:
         """A further lane, not started yet."""

@@ -39,6 +39,7 @@ class SharedCall:
         attributes: The networks' settings, as they were after the last network call; None where nothing is checked.
         running: The scheduler's attributes that its own step changes.
         generators: The generators among the call's arguments.
+        starts: Of lanes that started in this pass, whether they came to the loop with lane 0's state; on the states' device.
     """
 
     def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
@@ -54,6 +55,7 @@ class SharedCall:
         networks = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
         self.attributes = None if batching.check == "off" else Attributes(networks)
         self.running: set[str] = set()
+        self.starts: list[Tensor] = []
         self.generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
 
     def generator_states(self) -> list[Tensor]:

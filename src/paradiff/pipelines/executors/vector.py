@@ -200,7 +200,8 @@ class Vector:
         self._watch.mark()
         self._batching.looping = not solver.done
         if self._index is not None:  # the index of the states that are returned
-            nodes = solver.table.steps if solver.done else Windowed.wrap(solver.nodes.to(sample.device), self._round)
+            window = Windowed.wrap(solver.nodes.to(sample.device, non_blocking=True), self._round)
+            nodes = solver.table.steps if solver.done else window
             place(self.scheduler, self._index + nodes)
         if solver.done:
             return solver.result(solver.final)

@@ -11,6 +11,7 @@ that the solver wants, a row of the pass before.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,19 @@ class Repeats:
     handed: Tensor
     outputs: Tensor
     states: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Beside:
+    """Numbers of a pass that come to the host together with those of `LoopSolver.tell`.
+
+    Attributes:
+        numbers: `[n]` the numbers, on the states' device.
+        judge: Called with them; it may refuse the loop.
+    """
+
+    numbers: Tensor
+    judge: Callable[[list[float]], None]
 
 
 class LoopSolver:
@@ -160,13 +174,15 @@ class LoopSolver:
         self._repeats = Repeats(self._last[0], sample[None], output[None], sample[None]) if self._repeat else None
         self._take(next(self._solver))
 
-    def tell(self, outputs: Tensor, states: Tensor, eps: float) -> None:
-        """Gives the solver the outputs of a pass. Waits for the device.
+    def tell(self, outputs: Tensor, states: Tensor, eps: float, beside: Beside | None = None) -> None:
+        """Gives the solver the outputs of a pass. Waits for the device twice: for what tells whether the pass was an ordinary
+        one, and for the solver's numbers.
 
         Args:
             outputs: `[R, B, ...]` the network's outputs.
             states: `[R, B, ...]` the states that the loop gave its step: those of `self.states`, or edited ones.
             eps: That of the coarsest dtype in which the pass was computed.
+            beside: What an executor asks of the pass, before the solver is given anything.
 
         Raises:
             Unsupported: If outputs and states differ in shape.
@@ -183,18 +199,25 @@ class LoopSolver:
         own = len(self._places)
         handed = self.states
         same = (states == handed) | (states.isnan() & handed.isnan())
-        self._audit(outputs[own:], states[own:], same[own:], eps)
+        differences = self._differences(outputs[own:], states[own:])
+        flags = torch.stack([same[:own].all(), same[own:].all()]).to(differences.dtype)
+        further = flags[:0] if beside is None else beside.numbers.to(differences.dtype)
+        unedited, again, *told = torch.cat([flags, differences.flatten(), further]).tolist()
+        if beside is not None:
+            beside.judge(told[differences.numel() :])
+        self._audit(told[: differences.numel()], bool(again), outputs.dtype, eps)
         nodes, handed, outputs, states, same = self.nodes[:own], handed[:own], outputs[:own], states[:own], same[:own]
         self._last = nodes, outputs, states
         self._choose(handed)
         edited = None
-        if not bool(same.all()):
+        if not unedited:
             if self._callback is not None:
                 raise ValueError(
                     "the loop changes its latents after a step, so a parallel run has no final latents for a callback: leave "
                     "out callback_on_step_end"
                 )
-            edited = torch.where(same, self._batch.x[self._places], states.to(self._dtype))
+            places = self._places.to(states.device, non_blocking=True)
+            edited = torch.where(same, self._batch.x[places], states.to(self._dtype))
         self._send(outputs.to(self._dtype), edited)
 
     def _observe(self, round: Round) -> bool | None:
@@ -212,19 +235,34 @@ class LoopSolver:
             if self._callback is not None:
                 self._callback.on_final(node, state[None])
 
-    def _audit(self, outputs: Tensor, states: Tensor, same: Tensor, eps: float) -> None:
-        """Compares rows that were repeated with those of the pass before."""
+    def _differences(self, outputs: Tensor, states: Tensor) -> Tensor:
+        """`[2, R]` how far the outputs and the states of repeated rows are from those of the pass before."""
         before = self._repeats
         if before is None:
-            return
-        if self.passes == 2 and not bool(same.all()):
+            return torch.zeros(2, 0, dtype=torch.promote_types(outputs.dtype, torch.float32), device=outputs.device)
+        return torch.stack([relative_difference(outputs, before.outputs), relative_difference(states, before.states)])
+
+    def _audit(self, differences: list[float], same: bool, dtype: torch.dtype, eps: float) -> None:
+        """Judges the rows that were repeated by their differences, those of all outputs and then those of all states.
+
+        Args:
+            differences: What `_differences` returned, on the host.
+            same: Whether the repeated rows were given to the step as they were handed out.
+            dtype: That of the outputs.
+            eps: That of the coarsest dtype in which the pass was computed.
+        """
+        before = self._repeats
+        if before is None or (self.passes == 2 and not same):
             return  # The loop edits its states, and what it was handed in its first pass is not known.
-        differences = torch.stack(
-            [relative_difference(outputs, before.outputs), relative_difference(states, before.states)]
-        ).tolist()
-        for node, output, state in zip(before.nodes.tolist(), *differences, strict=True):
-            eps = max(eps, torch.finfo(outputs.dtype).eps)
-            judge(node, output, state, eps, "when the same state is evaluated again in the pass after")
+        count = len(before.nodes)
+        for node, output, state in zip(before.nodes.tolist(), differences[:count], differences[count:], strict=True):
+            judge(
+                node,
+                output,
+                state,
+                max(eps, torch.finfo(dtype).eps),
+                "when the same state is evaluated again in the pass after",
+            )
 
     def _choose(self, handed: Tensor) -> None:
         """Chooses the rows of this pass that the next one repeats: in turn the last, the first and the middle one."""
@@ -282,7 +320,7 @@ class LoopSolver:
             self._send(self._first_output[None][:0], None)
             return
         self.nodes = batch.nodes[self._places]
-        self.states = batch.x[self._places.to(batch.x.device)].to(self.first.sample.dtype)
+        self.states = batch.x[self._places.to(batch.x.device, non_blocking=True)].to(self.first.sample.dtype)
         if self._repeats is not None:
             self.nodes = torch.cat([self.nodes, self._repeats.nodes])
             self.states = torch.cat([self.states, self._repeats.handed])
@@ -291,7 +329,7 @@ class LoopSolver:
         """Sends the solver the outputs of its batch, and the edited states if there are any; takes the next batch."""
         batch = self._batch
         if len(outputs) < len(batch.nodes):
-            places = self._places.to(batch.x.device)
+            places = self._places.to(batch.x.device, non_blocking=True)
             outputs = self._first_output.expand_as(batch.x).clone().index_copy_(0, places, outputs)
             edited = None if edited is None else batch.x.index_copy(0, places, edited)
         try:

@@ -42,8 +42,8 @@ FOREIGN = (
 LEFT_OUT = {"scheduler", "_internal_dict", "_progress_bar_config", "__builtins__"}
 ITERATORS = tuple({type(iter(v)) for v in ([], (), range(1), {}, set(), "", {}.values(), {}.items(), deque())})
 
-Ledger = dict[str, int | float | str]
-"""Numbers by their path from a variable, as `box.count` or `len(found)`."""
+Ledger = dict[str, int | float | str | Tensor]
+"""Numbers by their path from a variable, as `box.count` or `len(found)`; tensors are numbers that were not read yet."""
 
 
 def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False) -> Ledger:
@@ -51,7 +51,7 @@ def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False
 
     Args:
         tensors: Objects by identity (`variables`), of which the norms of the tensors within are added, and of those within the
-            pipeline's attributes. Waits for the device. None for no norms.
+            pipeline's attributes, on their devices (`unread`). None for no norms.
         identities: Whether to add which tensors are within containers and objects, or that there are none.
     """
     entries = _Entries()
@@ -84,6 +84,11 @@ class _Entries(Ledger):
         self.tensors = self.identities = False
 
 
+def unread(entries: Ledger) -> list[tuple[str, Tensor]]:
+    """The numbers of a ledger that are on a device still, by their paths."""
+    return [(path, value) for path, value in entries.items() if isinstance(value, Tensor)]
+
+
 def variables() -> dict[int, Any]:
     """What the variables of the pipeline call above the caller refer to, by identity."""
     return {id(value): value for frame in _frames() for value in frame.f_locals.values() if not isinstance(value, Tensor)}
@@ -110,7 +115,7 @@ def _steady(a: float, b: float, c: float) -> bool:
     return abs((c - b) - (b - a)) <= rounding < abs(b - a)
 
 
-def _same(a: float | str, b: float | str, granted: float) -> bool:
+def _same(a: Any, b: Any, granted: float) -> bool:
     if isinstance(a, str) or isinstance(b, str) or {type(a), type(b)} == {int}:
         return a == b
     return a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= granted * max(abs(a), abs(b))
@@ -146,7 +151,7 @@ def _enter(path: str, value: Any, depth: int, entries: _Entries, seen: set[int])
         entries[path] = "nothing" if value is None else f"tensor {id(value)}"
         return
     if entries.tensors and depth and type(value) is Tensor and value.is_floating_point() and value.numel() <= LARGE:
-        entries[f"the norm of {path}"] = float(value.detach().norm())
+        entries[f"the norm of {path}"] = value.detach().norm()
         return
     if len(entries) >= ENTRIES or isinstance(value, bytes | complex | Tensor | nn.Module | type | types.ModuleType):
         return

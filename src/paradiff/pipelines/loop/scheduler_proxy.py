@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -104,14 +105,17 @@ def refuse_changes(proxy: Any, before: dict[str, Any]) -> None:
 
     Args:
         proxy: The proxy.
-        before: Its `settings` at the loop's start.
+        before: Its `settings` at the loop's start. A tensor that was moved to another device since, as diffusers does with a
+            table at its first use, is replaced by what it is there.
 
     Raises:
         Unsupported: If they are others.
     """
     now = settings(proxy)
     for name in {**before, **now}:
-        if name not in before or name not in now or not _alike(before[name], now[name]):
+        if name in before and name in now and _moved(before[name], now[name]):
+            before[name] = now[name]
+        elif name not in before or name not in now or not _alike(before[name], now[name]):
             what = "configuration" if name == "_internal_dict" else name
             raise Unsupported(f"the loop changes the {what} of its scheduler")
 
@@ -121,6 +125,18 @@ def _setting(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value, -1 if value.is_inference() else value._version
     return copy.copy(value) if type(value) in (list, set, deque) else dict(value) if isinstance(value, dict) else value
+
+
+def _moved(a: Any, b: Any) -> bool:
+    """Whether two settings are one tensor on two devices. Waits for them if so."""
+    pairs = isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2
+    if not (pairs and isinstance(a[0], Tensor) and isinstance(b[0], Tensor)):
+        return False
+    (was, version), (value, _) = a, b
+    if was.device == value.device or was.shape != value.shape or was.dtype != value.dtype:
+        return False
+    unchanged = was.is_inference() or was._version == version
+    return unchanged and torch.equal(was.cpu(), value.cpu())
 
 
 def _alike(a: Any, b: Any) -> bool:

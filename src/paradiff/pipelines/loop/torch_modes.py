@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-DEVICES = ("cpu", "cuda")
+from paradiff.solver.accelerator import kinds
 
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes at one moment: gradients, inference, and for each device of DEVICES whether autocast is on and its dtype."""
+    """The modes at one moment: gradients, inference, and for each kind of device whether autocast is on and its dtype."""
 
     grad: bool
     inference: bool
@@ -23,7 +23,7 @@ class Modes:
     @staticmethod
     def now() -> Modes:
         """The modes in force."""
-        autocast = tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES)
+        autocast = tuple((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in kinds())
         return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
     @staticmethod
@@ -43,6 +43,6 @@ class Modes:
                 before._autocast()
 
     def _autocast(self) -> None:
-        for device, (enabled, dtype) in zip(DEVICES, self.autocast, strict=True):
+        for device, (enabled, dtype) in zip(kinds(), self.autocast, strict=True):
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)

@@ -59,8 +59,10 @@ def addressed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def moved(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Changes of dtype and device; the same object if nothing changes."""
+    """Changes of dtype and device; the same object if nothing changes. A move to a device does not wait for it."""
     kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+    if func is Tensor.to and not args[2:] and any(leaf.window.is_cpu for leaf in windowed_leaves(args[:1])):
+        kwargs["non_blocking"] = True
     bare = mapped(lambda leaf: leaf.window if isinstance(leaf, Windowed) else leaf, (args, kwargs))
     result = func(*bare[0], **bare[1])
     if not isinstance(args[0], Windowed) or not isinstance(result, Tensor):

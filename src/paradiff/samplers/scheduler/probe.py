@@ -381,7 +381,10 @@ class Increments:
         self._mixing = found.mixing
         self._timesteps = scheduler.timesteps if timesteps is None else timesteps
         self._last = max((i + 1 for i, count in enumerate(found.draws) if count), default=0)
-        self._scheduler = copy.deepcopy(scheduler)
+        self._host = start.device.type != "cpu" and _of_cpu(generator, self._kwargs)
+        if self._host:  # so that neither a draw nor a scheduler's look-up of its time waits for the device
+            self._timesteps = self._timesteps.cpu()
+        self._scheduler = on_cpu(scheduler) if self._host else copy.deepcopy(scheduler)
         self._drawn: list[Tensor] = []
         self._raw: list[Tensor] = []
 
@@ -409,8 +412,12 @@ class Increments:
         self._draw_to(self._last)
 
     def _draw_to(self, stop: int) -> None:
-        zero = torch.zeros_like(self._start)
-        for i in range(len(self._drawn), min(stop, self._last)):
+        steps = range(len(self._drawn), min(stop, self._last))
+        if not steps:
+            return
+        zero = torch.zeros_like(self._start, device="cpu" if self._host else None)
+        made: list[Tensor] = []
+        for i in steps:
             t = self._timesteps[i]
             if hasattr(self._scheduler, "scale_model_input"):
                 self._scheduler.scale_model_input(zero, t)
@@ -420,4 +427,12 @@ class Increments:
                 self._raw.append(found)
                 found = torch.stack([row * float(k) for k, row in zip(self._mixing[i], self._raw, strict=False) if k]).sum(0)
             deviation = float(self._table.c[i])
-            self._drawn.append(found / deviation if deviation > 0 else torch.zeros_like(found))
+            made.append(found / deviation if deviation > 0 else torch.zeros_like(found))
+        self._drawn += torch.stack(made).to(self._start.device, non_blocking=True).unbind()
+
+
+def _of_cpu(generator: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a step draws from generators of the CPU alone, and no option of it is a tensor of a device."""
+    given = generator if isinstance(generator, list | tuple) else [generator]
+    leaves = [v for v in kwargs.values() if isinstance(v, Tensor)]
+    return all(isinstance(g, torch.Generator) and g.device.type == "cpu" for g in given) and all(v.is_cpu for v in leaves)
