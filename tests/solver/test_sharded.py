@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds shared by ranks: the samples and records of one process, one gather a round, and one sentence for every fault."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import METHODS, SHAPE, TABLES, network
+from processes import on_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from paradiff import Evaluator, Keyed, Schedule, Solution, collocation, jacobi, parasolver, quasi_newton, sample, srds
+from paradiff.samplers import ddim
+from paradiff.solver import Batch, Deadline, Method, Ranks
+from paradiff.solver.sharded import HEAD, by_speed, shares_of
+from paradiff.solver.watch import CALL, ENDED, OWN, WAIT, verdict
+
+SAMPLES = 3
+BY_NAME: dict[str, Callable[[], Method]] = {
+    "jacobi": lambda: jacobi(window=5),
+    "parasolver": parasolver,
+    "quasi_newton": lambda: quasi_newton(window=7),
+    "srds": lambda: srds(3, tolerance=1e-3),
+    "collocation": lambda: collocation(window=4),
+}
+OF_TABLES = ("sequential", "paradigms", "parasolver, uneven strides", "quasi-Newton", "piadm, 3 blocks in flight")
+CASES = [("ddpm", name) for name in (*OF_TABLES, *BY_NAME)] + [("dpmpp_2m", "jacobi"), ("heun", "srds")]
+
+
+def method_of(name: str, chain: str) -> Method:
+    return BY_NAME[name]() if name in BY_NAME else METHODS[name](TABLES[chain])
+
+
+def mixed(x: Tensor, t: Tensor) -> Tensor:
+    """A network whose rounding depends on the number of rows: a product of matrices."""
+    flat = x.flatten(1)
+    weights = torch.linspace(-1, 1, flat.shape[1] * 64, dtype=x.dtype).view(-1, 64)
+    return (0.2 * torch.tanh(flat @ weights) @ weights.T / 8).view(x.shape) + network(x, t)
+
+
+def told(solution: Solution) -> tuple[Any, ...]:
+    """All that a run gives, but for its clock."""
+    estimates = [repr(estimate) for estimate in solution.error_estimates]
+    records = [record.to_json() for record in solution.history]
+    return solution.sample, solution.rounds, solution.evaluations, solution.checked_rows, estimates, records, solution.message
+
+
+def sampled(chain: str, name: str, dtype: torch.dtype, **options: Any) -> Solution:
+    evaluator = Evaluator(mixed, **options)
+    return sample(evaluator, TABLES[chain], Keyed(SHAPE, range(SAMPLES)), method_of(name, chain), dtype=dtype)
+
+
+def every_method(mesh: DeviceMesh, dtype: torch.dtype, max_rows: int | None = None) -> list[tuple[Any, ...]]:
+    ranks = Ranks(mesh)
+    return [told(sampled(chain, name, dtype, mesh=ranks, max_rows=max_rows)) for chain, name in CASES]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_samples_and_records_are_those_of_one_process(size: int) -> None:
+    max_rows = 4 if size == 2 else None
+    ended = on_ranks(size, every_method, torch.float64, max_rows)
+    assert [one.error for one in ended] == [""] * size
+    for k, (chain, name) in enumerate(CASES):
+        alone = told(sampled(chain, name, torch.float64, shares=size, max_rows=max_rows))
+        for one in ended:
+            sample_of_rank, *others = one.value[k]
+            assert torch.equal(sample_of_rank, alone[0]), (chain, name)
+            assert others == list(alone[1:]), (chain, name)
+
+
+def test_samples_in_float32_are_those_of_one_call_within_rounding() -> None:
+    ended = on_ranks(2, every_method, torch.float32)
+    for k, (chain, name) in enumerate(CASES):
+        alone = sampled(chain, name, torch.float32)
+        # States are of size 1 to 3. Other calls round otherwise, and a rule that is met by a hair takes a sweep more.
+        tolerance = 1e-6 if method_of(name, chain).tolerance == 0 else 2e-3
+        for one in ended:
+            assert float((one.value[k][0] - alone.sample).abs().max()) <= tolerance, (chain, name)
+
+
+def with_shares(mesh: DeviceMesh) -> tuple[Any, ...]:
+    return told(sampled("ddpm", "parasolver", torch.float64, mesh=mesh, shares=4))
+
+
+def test_with_shares_of_their_own_samples_do_not_depend_on_the_number_of_ranks() -> None:
+    alone = told(sampled("ddpm", "parasolver", torch.float64, shares=4))
+    for one in on_ranks(3, with_shares):
+        assert torch.equal(one.value[0], alone[0])
+        assert one.value[1:] == alone[1:]
+
+
+def counted(mesh: DeviceMesh, steps: int) -> tuple[set[int], int, int]:
+    """Exchanges of each round but the first, which begins the run, and the bytes that they moved to this rank and had to."""
+    ranks, exchanges, moved, needed = Ranks(mesh), set(), [0], [0]
+
+    class Counted(Evaluator):
+        def __call__(self, batch: Batch) -> Tensor:
+            before = ranks.exchanges, ranks.received
+            outputs = super().__call__(batch)
+            if self.rounds > 1:
+                own = dict(enumerate(shares_of(len(batch.x), ranks.size))).get(ranks.place, range(0))
+                exchanges.add(ranks.exchanges - before[0])
+                moved[0] += ranks.received - before[1]
+                needed[0] += outputs.nbytes // len(batch.x) * (len(batch.x) - len(own))
+            return outputs
+
+    evaluator = Counted(lambda x, t: x / 2, mesh=ranks)
+    noise = Keyed((4, 16, 16), [0, 1])
+    sample(evaluator, ddim(Schedule.linear(), steps), noise, jacobi(window=6, tolerance=0.0))
+    return exchanges, moved[0], needed[0]
+
+
+def test_a_round_is_one_gather_of_hardly_more_bytes_than_have_to_move() -> None:
+    for one in on_ranks(3, counted, 40):
+        exchanges, moved, needed = one.value
+        assert exchanges == {1}
+        assert needed < moved <= 1.2 * needed
+
+
+def peak(mesh: DeviceMesh, steps: int) -> int:
+    """The most bytes of tensors that a rank holds in a network call."""
+    sizes = []
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        sizes.append(sum(one.nbytes for one in gc.get_objects() if type(one) is Tensor))
+        return x / 2
+
+    method = parasolver(window=4, tolerance=0.0)
+    sample(Evaluator(watched, mesh=mesh), ddim(Schedule.linear(), steps), Keyed((1, 64, 64), [0]), method, check="off")
+    return max(sizes)
+
+
+def test_a_ranks_memory_does_not_grow_with_the_number_of_steps() -> None:
+    short, long = ([one.value for one in on_ranks(2, peak, steps)] for steps in (20, 80))
+    state = 4 * 64 * 64
+    assert max(long) - max(short) < 4 * state
+
+
+def idle(mesh: DeviceMesh) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            sample(Evaluator(network, mesh=mesh), TABLES["ddpm"], Keyed(SHAPE, [0]), parasolver(window=2))
+    return [str(one.message) for one in caught]
+
+
+def test_more_ranks_than_rows_work_and_are_told_the_useful_number() -> None:
+    first, *others = on_ranks(4, idle)
+    assert (
+        first.value == ["4 ranks share rounds of at most 2 rows, so 2 of them are useful: start fewer, or widen the window"] * 2
+    )
+    assert [one.value for one in others] == [[]] * 3
+
+
+def out_of_memory(mesh: DeviceMesh, limit: int) -> tuple[Any, ...]:
+    ranks = Ranks(mesh)
+
+    def small(x: Tensor, t: Tensor) -> Tensor:
+        if ranks.place == 1 and len(x) > limit:
+            raise torch.OutOfMemoryError(f"no room for {len(x)} rows")
+        return network(x, t)
+
+    evaluator = Evaluator(small, mesh=ranks)
+    solution = sample(evaluator, TABLES["ddpm"], Keyed(SHAPE, range(4)), jacobi(tolerance=0.0), dtype=torch.float64)
+    return solution.sample, evaluator.max_rows
+
+
+def test_where_one_rank_runs_out_of_memory_all_keep_to_the_smaller_bound() -> None:
+    alone = sample(network, TABLES["ddpm"], Keyed(SHAPE, range(4)), jacobi(tolerance=0.0), dtype=torch.float64)
+    ended = on_ranks(2, out_of_memory, 5)
+    assert [one.error for one in ended] == ["", ""]
+    assert len({one.value[1] for one in ended}) == 1
+    assert ended[0].value[1] <= 5
+    for one in ended:
+        assert torch.allclose(one.value[0], alone.sample, rtol=0, atol=1e-13)
+    assert all(
+        "ran out of memory at one row" in one.error and "rank 1 of 2" in one.error for one in on_ranks(2, out_of_memory, 0)
+    )
+
+
+def meshed(mesh: DeviceMesh, axis: str) -> Any:
+    """A run on one axis of two, whose network sums over the other axis, as context parallelism does."""
+    import torch.distributed as dist
+
+    group = mesh.get_group("context")
+
+    def half(x: Tensor, t: Tensor) -> Tensor:
+        part = network(x, t) * (mesh.get_local_rank("context") + 1)
+        dist.all_reduce(part, group=group)
+        return part / 3
+
+    table, noise = TABLES["ddpm"], Keyed(SHAPE, range(3))
+    return sample(Evaluator(half, mesh=mesh, mesh_axis=axis), table, noise, parasolver(), dtype=torch.float64).sample
+
+
+def test_the_axis_of_time_composes_with_others() -> None:
+    alone = sample(network, TABLES["ddpm"], Keyed(SHAPE, range(3)), parasolver(), dtype=torch.float64).sample
+    for one in on_ranks(4, meshed, "time", axes={"time": 2, "context": 2}):
+        assert one.error == ""
+        assert torch.allclose(one.value, alone, rtol=0, atol=1e-12)
+
+
+def test_a_mesh_without_the_axis_is_refused_on_every_rank() -> None:
+    for one in on_ranks(2, meshed, "when", axes={"time": 1, "context": 2}):
+        assert one.error == (
+            "ValueError: the mesh has no axis 'when'; its axes are 'time', 'context': give one of them as mesh_axis"
+        )
+        assert one.code == 1
+
+
+def by_clock(mesh: DeviceMesh) -> tuple[str, int]:
+    """A run with a deadline, on ranks whose own clocks differ."""
+    ranks = Ranks(mesh)
+
+    def slow(x: Tensor, t: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return network(x, t)
+
+    deadline = Deadline(0.2, clock=ranks.tell)
+    noise = Keyed(SHAPE, [0])
+    solution = sample(Evaluator(slow, mesh=ranks), TABLES["ddpm"], noise, jacobi(tolerance=0.0), observer=deadline)
+    return solution.status.code, solution.rounds
+
+
+def test_a_deadline_ends_all_ranks_in_the_same_round() -> None:
+    first, second = on_ranks(2, by_clock)
+    assert first.value == second.value
+    assert first.value[0] == "stopped"
+
+
+TIMEOUT = 2.0
+
+
+def faulty(mesh: DeviceMesh, fault: str) -> int:
+    """A run in which the rank at place 1 is at fault."""
+    ranks, calls = Ranks(mesh, timeout=TIMEOUT), [0]
+    bad = ranks.place == 1
+    scale = torch.ones(3, dtype=torch.float64)
+    if bad and fault == "weights":
+        scale[1] += 1e-12
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls[0] += 1
+        m = network(x, t) * scale
+        if bad and calls[0] == 9:
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "hangs":
+                time.sleep(60)
+            if fault == "raises":
+                raise RuntimeError("device lost")
+            if fault == "NaN":
+                m[0, 0, 0] = float("nan")
+            if fault == "leaves":
+                raise SystemExit(0)
+        return m
+
+    def observer(round: Any) -> bool:
+        if bad and fault == "state" and round.number == 2:
+            vars(round.solvers[0])["_states"].add_(1e-9)
+        return bad and fault == "stops" and round.number == 2
+
+    method = jacobi(tolerance=0.0, window=4 if bad and fault == "method" else 6)
+    noise = Keyed(SHAPE, [0, 1, 2 + (bad and fault == "noise")])
+    evaluator = Evaluator(model, mesh=ranks)
+    watching = observer if fault in ("state", "stops") else None
+    return sample(evaluator, TABLES["ddpm"], noise, method, dtype=torch.float64, observer=watching, check="off").rounds
+
+
+FAULTS = {
+    "killed": "rank 1 of 3 (process N on H) does not answer at exchange E: died, stopped or cut off",
+    "hangs": "rank 1 of 3 (process N on H) hangs at exchange E: in a network call for S s, where the time-out is 2 s",
+    "raises": "rank 1 of 3 (process N on H) failed at exchange E, where others did not: RuntimeError: device lost",
+    "NaN": "rank 1 of 3 (process N on H) returned NaN or infinity at exchange E for a row that rank 2 of 3",
+    "leaves": "rank 1 of 3 (process N on H) ended after exchange E, while others wait",
+    "stops": "rank 1 of 3 (process N on H) ended after exchange E, while others wait",
+    "weights": "rank 1 of 3 (process N on H) was started with another weights scale than rank 0 of 3",
+    "method": "rank 1 of 3 (process N on H) was started with another method than rank 0 of 3",
+    "noise": "rank 1 of 3 (process N on H) was started with another noise than rank 0 of 3",
+    "state": "rank 1 of 3 (process N on H) came to other states than rank 0 of 3",
+}
+
+
+def plain(sentence: str) -> str:
+    """A sentence without the numbers that differ from run to run."""
+    for pattern, name in (
+        (r"process \d+ on [^)]+", "process N on H"),
+        (r"exchange \d+", "exchange E"),
+        (r"for \d+ s", "for S s"),
+    ):
+        sentence = re.sub(pattern, name, sentence)
+    return sentence
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_rank_ends_all_with_one_sentence_that_names_it(fault: str) -> None:
+    first, bad, last = on_ranks(3, faulty, fault)
+    for one in (first, last):
+        assert plain(one.error).startswith(f"RanksFailed: {FAULTS[fault]}"), one
+        assert one.code == 1
+    if fault not in ("stops",):
+        assert bad.code != 0
+
+
+def test_without_a_fault_nothing_is_said() -> None:
+    assert [(one.error, one.code) for one in on_ranks(3, faulty, "none")] == [("", 0)] * 3
+
+
+def answer(doing: str, step: int = 5, seconds: float = 0.0) -> dict[str, Any]:
+    return {"doing": doing, "step": step, "for": seconds}
+
+
+@pytest.mark.parametrize(
+    ("why", "answers", "sentence"),
+    [
+        ("lost", {0: answer(WAIT), 2: answer(CALL)}, "b does not answer at exchange 5: died, stopped or cut off"),
+        ("signal", {0: answer(WAIT)}, "b and c do not answer at exchange 5: died, stopped or cut off"),
+        ("signal", {0: answer(WAIT), 1: answer(CALL), 2: answer(WAIT)}, "a was ended by a signal at exchange 5"),
+        (
+            "late",
+            {0: answer(WAIT), 1: answer(CALL, 5, 31.2), 2: answer(WAIT)},
+            "b hangs at exchange 5: in a network call for 31 s, where the time-out is 30 s",
+        ),
+        (
+            "late",
+            {0: answer(WAIT), 1: answer(WAIT), 2: answer(OWN, 4)},
+            "c does not come to exchange 5 within 30 s, and was last at 4",
+        ),
+    ],
+)
+def test_the_verdict_names_who_does_not_answer_hangs_or_does_not_come(
+    why: str, answers: dict[int, dict[str, Any]], sentence: str
+) -> None:
+    fault = {"by": 0, "why": why, "text": "", "step": 5}
+    assert verdict(fault, answers, ["a", "b", "c"], 30.0) == sentence
+
+
+def test_the_verdict_names_a_rank_that_has_ended() -> None:
+    answers = {0: answer(WAIT), 1: answer(ENDED, 4), 2: answer(WAIT)}
+    assert verdict({"by": 0, "why": "lost", "text": "", "step": 5}, answers, ["a", "b", "c"], 30.0).startswith(
+        "b ended after exchange 4, while others wait: start all ranks with the same script"
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "lengths"),
+    [
+        (10, [1.0, 1.0], [5, 5]),
+        (9, [1.0, 2.0], [6, 3]),
+        (7, [1.0, 1.0, 1.0], [3, 2, 2]),
+        (1, [2.0, 1.0], [0, 1]),
+        (6, [0.0, 1.0], [3, 3]),
+    ],
+)
+def test_rows_go_to_the_rank_that_has_done_them_first(count: int, seconds: list[float], lengths: list[int]) -> None:
+    assert by_speed(count, seconds) == lengths
+
+
+def uneven(mesh: DeviceMesh) -> tuple[Any, ...]:
+    ranks = Ranks(mesh, balance="speed")
+
+    def slower(x: Tensor, t: Tensor) -> Tensor:
+        time.sleep(0.004 * len(x) * (4 if ranks.place == 0 else 1))
+        lengths.append(len(x))
+        return network(x, t)
+
+    lengths: list[int] = []
+    table, noise = TABLES["ddpm"], Keyed(SHAPE, range(2))
+    solution = sample(Evaluator(slower, mesh=ranks), table, noise, jacobi(tolerance=0.0), dtype=torch.float64, check="off")
+    return solution.sample, lengths[-1]
+
+
+def test_a_slower_rank_gets_fewer_rows() -> None:
+    alone = sample(network, TABLES["ddpm"], Keyed(SHAPE, range(2)), jacobi(tolerance=0.0), dtype=torch.float64).sample
+    slow, fast = on_ranks(2, uneven)
+    assert slow.value[1] < fast.value[1]
+    for one in (slow, fast):
+        assert torch.allclose(one.value[0], alone, rtol=0, atol=1e-12)
+
+
+def test_a_block_is_a_head_and_the_outputs() -> None:
+    assert 8 * HEAD == 64  # as docs/devices.md has it
+
+
+def unnamed(mesh: DeviceMesh) -> None:
+    Ranks(mesh, timeout=float("nan"))
+
+
+def test_a_timeout_that_is_no_time_is_refused() -> None:
+    assert all("the time-out, in seconds, is nan" in one.error for one in on_ranks(1, unnamed))
+
+
+def test_what_is_no_mesh_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the mesh is 3; give a DeviceMesh, such as"):
+        Evaluator(network, mesh=3)  # pyright: ignore[reportArgumentType]
+
+
+def no_cuda(mesh: DeviceMesh) -> None:
+    ranks = Ranks(mesh)
+    ranks._backend = "nccl"
+    Evaluator(network, mesh=ranks)
+
+
+def test_nccl_for_a_network_on_the_cpu_is_refused() -> None:
+    [one] = on_ranks(1, no_cuda)
+    assert one.error.startswith(
+        "ValueError: the ranks of the mesh communicate by nccl, which does not move tensors on cpu; put"
+    )
