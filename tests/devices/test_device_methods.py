@@ -47,9 +47,9 @@ def beside(
 
 def within_budget(found: Solution, counts: double.Counts, waits: int, samples: int) -> None:
     """Waits a round, beside one for each sample at its end, and copies a round."""
-    assert counts.waits <= waits * found.rounds + samples + 1, counts
-    assert counts.blocking == 0, counts
-    assert counts.copies <= COPIES * samples * found.rounds, counts
+    assert counts.waits <= waits * found.rounds + samples + 1, f"too many waits:\n{counts}"
+    assert counts.blocking == 0, f"copies that block:\n{counts}"
+    assert counts.copies <= COPIES * samples * found.rounds, f"too many copies:\n{counts}"
 
 
 def tables_for(name: str) -> Iterable[str]:
@@ -172,7 +172,7 @@ def test_conditioning_may_stay_on_the_host() -> None:
         assert gap(found.sample.cpu(), wanted.sample) < 1e-6  # float32
     with double.counting() as counts:
         paradiff.sample(evaluate, table, Keyed(SHAPE, 0, 2), method, check="off")
-    assert counts.blocking == 0, counts
+    assert counts.blocking == 0, str(counts)
 
 
 def test_members_share_a_window_and_states_are_edited() -> None:

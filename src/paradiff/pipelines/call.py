@@ -168,6 +168,7 @@ class Call:
             batching.hooks = hooks_memory(self._networks, batching.readers)
         modules = self._networks.values()
         with boundary.install(modules, batching) as installed, on_one_rank(modules, batching):
+            batching.replaced = installed.replaced
             if executor == "lanes":
                 interrupt.clear()  # Each lane clears that of its own copy of the pipeline.
                 result = run_lanes(functools.partial(call, **arguments), pipeline, solver, batching)
@@ -182,8 +183,9 @@ class Call:
                         result = call(pipeline, **arguments)
                 finally:
                     object.__setattr__(pipeline, "scheduler", scheduler)
-            if (replaced := installed.replaced()) is not None:
-                raise NeedsOrder(f"the forward of {replaced} is replaced in the call")
+            lost = installed.replaced() if batching.looping else batching.lost
+            if lost is not None:
+                raise NeedsOrder(f"the forward of {lost} is replaced in the call")
         if not solver.started and interrupt:
             return result  # The loop passed over all its steps, as that of the plain call does.
         if _holds_windows(result):

@@ -198,7 +198,8 @@ class Vector:
         self._round.open = False
         self._round = Round(self._batching)
         self._watch.mark()
-        self._batching.looping = not solver.done
+        if solver.done:
+            self._batching.end_loop()
         if self._index is not None:  # the index of the states that are returned
             window = Windowed.wrap(solver.nodes.to(sample.device, non_blocking=True), self._round)
             nodes = solver.table.steps if solver.done else window

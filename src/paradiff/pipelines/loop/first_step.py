@@ -173,8 +173,9 @@ def step_result(template: Any, sample: Tensor, real: Any = None) -> Any:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two attributes are equal."""
+    """Whether two attributes are equal, wherever their tensors are."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        b = b if a.device == b.device else b.to(a.device)  # a call elsewhere, or the step's own move of a table
         return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return np.array_equal(a, b)

@@ -53,6 +53,8 @@ class Batching:
         checks: The calls among them that evaluate one state again, to compare it.
         seconds: Duration of these calls, as seen from the host: on an asynchronous device that of their launch.
         looping: Whether the loop runs; network calls before and after it are not counted.
+        replaced: Tells a network whose boundary is no longer in place; None if all are.
+        lost: What that told at the loop's end. After it networks may be hooked anew, as diffusers' offloading does.
         readers: The pipeline's own methods, which may read what a network keeps; without those of diffusers.
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
         layouts: How networks lay out their inputs where the rule of batched_call.py does not hold, by the signature of a call.
@@ -82,6 +84,8 @@ class Batching:
         self.copies: set[Any] = set()
         self.seconds = self.eps = 0.0
         self.looping = False
+        self.replaced: Callable[[], str | None] = lambda: None
+        self.lost: str | None = None
         self.hooks: Memory | None = None
         self.readers: list[FunctionType] = []
         self._inside = self._shared = False
@@ -95,6 +99,10 @@ class Batching:
         """Counts from here on. What was counted before belongs to another iteration over the times, which was not the loop."""
         self.rows = self.filled = self.calls = self.checks = 0
         self.seconds, self.looping = 0.0, True
+
+    def end_loop(self) -> None:
+        """The loop's last pass is made; what follows are the pipeline's own calls."""
+        self.looping, self.lost = False, self.replaced()
 
     def count(self, rows: int, *, filled: int = 0, check: bool = False) -> None:
         """Counts a network call with so many rows, of which `filled` are padding."""
