@@ -124,18 +124,25 @@ class Keyed:
     def __hash__(self) -> int:
         return hash((self.shape, tuple(self._keys)))
 
-    def _block(self, sample: int, block: int) -> np.ndarray:
-        bits = np.random.Philox(key=np.array(self._keys[sample], dtype=np.uint64), counter=[0, 0, block, 0])
-        return np.random.Generator(bits).standard_normal(math.prod(self.shape), dtype=np.float32)
+    def _blocks(self, sample: int, blocks: Sequence[int]) -> Tensor:
+        """The draws of some blocks of counters, `[len(blocks), *shape]`. A generator is moved from block to block, in less than
+        half the time of making one for each."""
+        bits = np.random.Philox(key=np.array(self._keys[sample], dtype=np.uint64))
+        generator, state = np.random.Generator(bits), bits.state
+        found = np.empty((len(blocks), math.prod(self.shape)), dtype=np.float32)
+        for row, block in zip(found, blocks, strict=True):
+            state["state"]["counter"][:] = (0, 0, block, 0)
+            bits.state = state
+            generator.standard_normal(dtype=np.float32, out=row)
+        return torch.from_numpy(found).view(len(blocks), *self.shape)
 
     def start(self, sample: int) -> Tensor:
         """The standard normal draw behind x[0], of shape `shape`."""
-        return torch.from_numpy(self._block(sample, 0)).view(self.shape)
+        return self._blocks(sample, [0])[0]
 
     def draw(self, sample: int, nodes: range) -> Tensor:
         """z at consecutive nodes, `[len(nodes), *shape]`."""
-        blocks = [self._block(sample, node + 1) for node in nodes]
-        return torch.from_numpy(np.stack(blocks)).view(len(nodes), *self.shape)
+        return self._blocks(sample, range(nodes.start + 1, nodes.stop + 1))
 
 
 class Recorded:
