@@ -74,6 +74,33 @@ def test_pairs_of_a_multistep_sampler_wait_once_a_round(secants: int) -> None:
         within_budget(found, counts, 1, 1)
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("max_rows", [None, 4])
+def test_padded_calls_with_conditioning_wait_for_nothing(samples: int, max_rows: int | None) -> None:
+    """Rows of one sample share one row of conditioning, those of two have copies; both are chosen on the host."""
+    table, method = TABLES["ddpm"], paradiff.quasi_newton(window=6, tolerance=1e-6)
+    rows, shapes = torch.linspace(0, 1, 4 * samples, dtype=torch.float64).view(samples, 2, 2), set[tuple[int, ...]]()
+
+    def conditioned(x: Tensor, t: Tensor, y: Tensor, prefix: Tensor) -> Tensor:
+        shapes.add((len(x), y.stride(0)) if len(x) > 1 else (1, 0))
+        return network(x, t) + y.mean((1, 2))[:, None, None] + prefix.mean()
+
+    def run(device: str, **options: bool) -> Solution:
+        given = {"conditioning": {"y": rows.to(device)}, "shared": {"prefix": torch.ones(3).to(device)}}
+        evaluator = Evaluator(conditioned, device=device, max_rows=max_rows, **given, **options)  # pyright: ignore[reportArgumentType]
+        return paradiff.sample(evaluator, table, Keyed(SHAPE, 3, samples), method, dtype=torch.float64, check="off")
+
+    wanted = run("cpu")
+    shapes.clear()
+    with double.counting() as counts:
+        found = run("pseudo", pad=True)
+    assert gap(found.sample.cpu(), wanted.sample) < EXACT
+    assert len(shapes) <= 4
+    assert counts.of("wait", under="solver/evaluator.py") == 0, counts
+    assert counts.blocking <= 2  # the conditioning's own way to the device, in this test
+    assert counts.waits - counts.blocking <= found.rounds + samples + 1, counts
+
+
 CHAINS = {
     "ddim": ddim(paradiff.Schedule.linear(), 64),
     "ddpm": ddpm(paradiff.Schedule.linear(), 64),
