@@ -138,8 +138,8 @@ class Day:
             at = traceback.extract_tb(error.__traceback__)[-1]
             self.add(part, name, failed=f"{type(error).__name__}: {line[:300]}", at=f"{at.filename.split('/')[-1]}:{at.lineno}")
         finally:
-            gc.collect()
             if self.device.type == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
 
     def wait(self) -> None:
@@ -289,8 +289,8 @@ def compile_right(day: Day) -> None:
     import torch._dynamo
 
     model = digits(day)
-    table = model.table("ddim", 6 if day.quick else 50)
-    method = parasolver(2 if day.quick else 8)
+    table = model.table("ddim", 3 if day.quick else 50)
+    method = parasolver(1 if day.quick else 8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model.unet, **({"backend": "eager"} if day.small else {}))
