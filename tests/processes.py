@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -81,6 +82,8 @@ def _rank(sender: Connection, variables: dict[str, str], job: Job, arguments: tu
         if os.environ.get("PARADIFF_TRACEBACK"):
             traceback.print_exc()
         raise SystemExit(1) from None
+    finally:
+        atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
 
 
 def _meshed(job: Job, axes: Mapping[str, int], *arguments: Any) -> Any:

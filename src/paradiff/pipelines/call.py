@@ -201,7 +201,7 @@ class Call:
 
     def _new_batching(self) -> Batching:
         settings = self._settings
-        crew = self._crew
+        crew = self._crew if settings.devices is None else settings.devices
         return Batching(
             max_rows=settings.max_rows, pad=settings.pad, check=settings.check, shares=settings.shares or 1, crew=crew
         )

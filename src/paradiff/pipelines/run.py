@@ -11,8 +11,9 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,12 +22,14 @@ from paradiff.errors import Unsupported
 from paradiff.methods.presets import parasolver
 from paradiff.pipelines.call import Call, networks
 from paradiff.pipelines.network.batching import Check
+from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
 from paradiff.pipelines.signature import bound
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.ranks import Ranks
+from paradiff.solver.replicas import devices_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -44,6 +47,7 @@ def parallelize(
     observer: Observer | None = None,
     mesh: DeviceMesh | Ranks | None = None,
     mesh_axis: str = "time",
+    devices: Literal["all"] | Sequence[torch.device | str] | None = None,
     shares: int | None = None,
 ) -> Run:
     """Makes a pipeline's calls run in parallel over time.
@@ -82,8 +86,10 @@ def parallelize(
             axes. All ranks have to make the same calls, with generators of the same seeds. What networks return without a
             window, a text's embeddings or a picture, is computed on one of them. None for one process.
         mesh_axis: The name of the mesh's axis along which states are shared.
-        shares: Stretches of equal length that a window's states are cut into, at least; as many as ranks by default. Samples
-            are the same, bit for bit, on any number of ranks with the same shares, and on one process.
+        devices: Devices of this process that share the states of a window, each with a copy of the denoiser and a thread: a
+            list that begins with the pipeline's own, or `all` of this machine. None for the pipeline's own alone.
+        shares: Stretches of equal length that a window's states are cut into, at least; as many as ranks, or devices, by
+            default. Samples are the same, bit for bit, on any number of ranks with the same shares, and on one process.
 
     Raises:
         ValueError: If the argument is no pipeline, has no scheduler or is already parallel, an option is unknown, or the mesh
@@ -100,10 +106,23 @@ def parallelize(
         observer=observer,
         ranks=Ranks(mesh, mesh_axis) if mesh is not None and not isinstance(mesh, Ranks) else mesh,
         shares=shares,
+        devices=None if devices is None else Devices(_with_own(pipeline, devices_of(devices)), shares),
     )
     run = Run(pipeline, settings)
     run.warn_if_dropped()
     return run
+
+
+def _with_own(pipeline: Any, devices: list[torch.device]) -> list[torch.device]:
+    """Devices, of which the first is the pipeline's own.
+
+    Raises:
+        ValueError: If the pipeline's own is another one.
+    """
+    own = getattr(pipeline, "device", devices[0])
+    if own != devices[0] and (own.type != devices[0].type or own.index is not None):
+        raise ValueError(f"the pipeline is on {own}, and the first of the devices is {devices[0]}; give its own first")
+    return devices
 
 
 class _Parallel:

@@ -11,6 +11,7 @@ import torch
 from paradiff.errors import require_whole
 from paradiff.methods.presets import parasolver
 from paradiff.pipelines.network.batching import Check
+from paradiff.pipelines.network.devices import Devices
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.ranks import Ranks
 
@@ -34,6 +35,7 @@ class Settings:
     observer: Observer | None = None
     ranks: Ranks | None = None
     shares: int | None = None
+    devices: Devices | None = None
 
     def compared(self) -> tuple[object, ...]:
         """What has to be the same on all ranks, beside the method."""
@@ -62,6 +64,8 @@ class Settings:
             raise ValueError(f"pad is {self.pad!r}; give True or False")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows is {self.max_rows}; a network call needs at least 1 row, or None for no bound")
+        if self.ranks is not None and self.devices is not None:
+            raise ValueError("mesh and devices are both given; give ranks, or the devices of one process")
         if self.shares is not None:
             require_whole("shares", self.shares, 1, ", or None for as many as ranks")
         if self.observer is not None and not callable(self.observer):

@@ -36,6 +36,25 @@ def forked_random_state(device: torch.device) -> contextlib.AbstractContextManag
     return torch.random.fork_rng([device], device_type=device.type) if known else torch.random.fork_rng([])
 
 
+def kind() -> str | None:
+    """The kind of this machine's accelerator, such as `cuda`; None where there is none."""
+    present = getattr(torch, "accelerator", None)  # not in torch 2.4
+    if present is None:
+        return "cuda" if torch.cuda.is_available() else None
+    return present.current_accelerator().type if present.is_available() else None
+
+
+def count(kind: str) -> int:
+    """The number of devices of a kind."""
+    return _module(kind).device_count()
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a device the current one of its kind in a `with` block; without effect on the CPU."""
+    enter = getattr(_module(device.type), "device", None)
+    return contextlib.nullcontext() if enter is None or device.index is None else enter(device)
+
+
 def _module(kind: str) -> Any:
     return None if kind == "cpu" else getattr(torch, kind, None)
 

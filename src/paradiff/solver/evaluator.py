@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from paradiff.errors import require_whole, shown
 from paradiff.solver.accelerator import empty_cache
@@ -22,6 +24,7 @@ from paradiff.solver.agreement import described, versions, weights_of
 from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows
 from paradiff.solver.protocol import Batch
 from paradiff.solver.ranks import Ranks
+from paradiff.solver.replicas import Replicas, devices_of, replicas_of
 from paradiff.solver.sharded import Sharded, shares_of, taken
 from paradiff.solver.widths import widths_of
 
@@ -43,7 +46,7 @@ class RowBound:
     Args:
         max_rows: Largest number of rows in one network call; None for no bound.
         shares: Stretches of equal length that the items are cut into before, as for so many ranks.
-        crew: What deals the items out (sharded.py); None for one process.
+        crew: What deals the items out over ranks (sharded.py) or devices (replicas.py); None for one device.
 
     Attributes:
         given: The bound as it was given.
@@ -55,7 +58,7 @@ class RowBound:
         ValueError: If `max_rows` or `shares` is below 1.
     """
 
-    def __init__(self, max_rows: int | None = None, *, shares: int = 1, crew: Sharded | None = None) -> None:
+    def __init__(self, max_rows: int | None = None, *, shares: int = 1, crew: Sharded | Replicas | None = None) -> None:
         require_rows(max_rows)
         require_whole("shares", shares, 1)
         self.given = self.max_rows = max_rows
@@ -159,6 +162,16 @@ class RowBound:
         return width, min(width, left)
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A network on one device, and what it is called with there."""
+
+    denoiser: Denoiser
+    device: torch.device
+    conditioning: Mapping[str, Tensor]
+    shared: Mapping[str, Any]
+
+
 class Evaluator:
     """Evaluates rows with one network on one device, in chunks of at most `max_rows`.
 
@@ -180,8 +193,11 @@ class Evaluator:
         mesh: Ranks that each have the network and share the rows of a round (sharded.py): a DeviceMesh, or the `Ranks` along
             one of its axes. All ranks have to make the same calls. None for one process.
         mesh_axis: The name of the mesh's axis along which rows are shared.
-        shares: Stretches of equal length that the rows of a round are cut into, at least; as many as ranks by default. Samples
-            are the same, bit for bit, on any number of ranks with the same shares, and on one process.
+        devices: Devices of this process that share the rows of a round in place of `device`, each with a copy of the network
+            and a thread (replicas.py): a list, or `all` of this machine. The states are kept on the first. Copies are made
+            here, and later changes of the network do not reach them.
+        shares: Stretches of equal length that the rows of a round are cut into, at least; as many as ranks, or devices, by
+            default. Samples are the same, bit for bit, on any number of ranks with the same shares, and on one process.
 
     Attributes:
         rounds: Rounds so far.
@@ -206,6 +222,7 @@ class Evaluator:
         dtype: torch.dtype | None = None,
         mesh: DeviceMesh | Ranks | None = None,
         mesh_axis: str = "time",
+        devices: Literal["all"] | Sequence[torch.device | str] | None = None,
         shares: int | None = None,
     ) -> None:
         require_model(denoiser)
@@ -228,7 +245,10 @@ class Evaluator:
         self.conditioning = dict(conditioning or {})
         self.shared = dict(shared or {})
         self.pad = pad
-        self.device = device_of(device)
+        given = None if devices is None else devices_of(devices)
+        if given is not None and mesh is not None:
+            raise ValueError("mesh and devices are both given; give ranks, or the devices of one process")
+        self.device = device_of(device) if given is None else given[0]
         self.dtype = dtype
         self.rounds = 0
         self.evaluations = 0
@@ -237,6 +257,14 @@ class Evaluator:
         self._widest = 1  # rows of the widest round of the run, or so far
         self._copies = False  # whether the denoiser needs conditioning of its own for each row
         crew = None
+        self._elsewhere: list[Held] = []  # what is held on each of several devices
+        if given is not None:
+            crew = Replicas(given, shares)
+            models = replicas_of(denoiser, given)
+            self._elsewhere = [
+                Held(model, at, _on(at, self.conditioning), _on(at, self.shared))
+                for model, at in zip(models, given, strict=True)
+            ]
         if mesh is not None:
             ranks = mesh if isinstance(mesh, Ranks) else Ranks(mesh, mesh_axis)
             ranks.carries(self.device)
@@ -289,7 +317,7 @@ class Evaluator:
         Raises:
             RanksFailed: If an argument differs.
         """
-        if self.bound.crew is not None:
+        if isinstance(self.bound.crew, Sharded):
             self.bound.crew.ranks.agree({name: described(value) for name, value in arguments.items()})
             self.bound.crew.warn_of_idle(widest)
 
@@ -330,29 +358,30 @@ class Evaluator:
         Conditioning that is one row in memory is a copy of the caller's, and its version shows whether the model wrote into it.
         Then the rows are evaluated again with a copy for each, and so they are where the model fails.
         """
+        held = self._held()
         count = len(batch.x[part])
         filling = part.stop - part.start - count
-        x = _filled(batch.x[part], filling).to(device=self.device, dtype=self.dtype, copy=True)
-        t = _filled(batch.t[part], filling).to(self.device, non_blocking=True, copy=True)
+        x = _filled(batch.x[part], filling).to(device=held.device, dtype=self.dtype, copy=True)
+        t = _filled(batch.t[part], filling).to(held.device, non_blocking=True, copy=True)
         if t.is_floating_point():
             t = t.to(x.dtype if x.dtype == torch.float64 else torch.float32)
         samples = _filled(batch.samples[part], filling)
-        single = {} if self._copies else self._single(samples)
+        single = {} if self._copies else self._single(samples, held.conditioning)
         rows = {
             name: single[name].expand(len(x), *value.shape[1:])
             if name in single
             else value[samples.to(value.device, non_blocking=True)]
-            for name, value in self.conditioning.items()
+            for name, value in held.conditioning.items()
         }
-        versions = {name: _version(value) for name, value in self.shared.items()}
+        versions = {name: _version(value) for name, value in held.shared.items()}
         failed, m = False, None
         try:
-            m = self.denoiser(x, t, **rows, **self.shared)
+            m = held.denoiser(x, t, **rows, **held.shared)
         except (RuntimeError, ValueError, AssertionError) as error:
             if not single or type(error) not in (RuntimeError, ValueError, AssertionError):
                 raise
             failed = True
-        for name, value in self.shared.items():
+        for name, value in held.shared.items():
             if _version(value) != versions[name]:
                 raise ValueError(f"the model writes into {name!r}, which all rows share; have it write into a copy")
         if failed or any(value._version for value in single.values()):
@@ -376,7 +405,14 @@ class Evaluator:
             )
         return m[:count].detach().to(batch.x.dtype, copy=True)
 
-    def _single(self, samples: Tensor) -> dict[str, Tensor]:
+    def _held(self) -> Held:
+        """What is held where this thread evaluates."""
+        crew = self.bound.crew
+        if isinstance(crew, Replicas) and crew.place > 0:
+            return self._elsewhere[crew.place]
+        return Held(self.denoiser, self.device, self.conditioning, self.shared)
+
+    def _single(self, samples: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`[1, ...]` copies of the conditioning that is equal in all rows, which are of some samples.
 
         It is equal where all rows are of one sample. Padded calls have the same strides in every round of a run, so there it
@@ -385,8 +421,13 @@ class Evaluator:
         first = int(samples[0])
         if len(samples) == 1 or (not self.pad and bool((samples != first).any())):
             return {}
-        alike = {name: value for name, value in self.conditioning.items() if not self.pad or len(value) == 1}
+        alike = {name: value for name, value in conditioning.items() if not self.pad or len(value) == 1}
         return {name: value[first : first + 1].clone() for name, value in alike.items()}
+
+
+def _on(device: torch.device, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with their tensors on a device."""
+    return _pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(values))
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:

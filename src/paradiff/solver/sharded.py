@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import pickle
 import time
 import warnings
 import zlib
@@ -91,6 +90,10 @@ class Layout:
     def length(self, items: int) -> int:
         """Bytes of the tensors of so many items in a block."""
         return sum(map(_aligned, self.sizes(items)))
+
+    def empty(self) -> Any:
+        """The part for no items."""
+        return self.whole([torch.empty(0, *shape, dtype=dtype) for shape, dtype in self.forms])
 
     def whole(self, tensors: Sequence[Tensor]) -> Any:
         """The part with these tensors."""
@@ -282,9 +285,9 @@ class Sharded:
         """The heads of all ranks `[G, HEAD]`, on the host, and the outputs of all items as one part."""
         layout = self._layouts.get(key)
         if layout is None:  # a form of output that not all ranks know
-            described = self.ranks.gather_bytes(pickle.dumps(result.layout))
-            found = (pickle.loads(data) for data in described)
-            layout = result.layout or next((one for one in found if one is not None), None)
+            mine = result.layout
+            described = map(unpacked, self.ranks.gather_bytes(packed(None if mine is None else mine.empty())))
+            layout = mine or next((Layout.of(one)[0] for one in described if one is not None), None)
             if layout is None:  # no rank has an output
                 layout = Layout.of(())[0]
             elif key is not None:

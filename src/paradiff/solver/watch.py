@@ -217,9 +217,8 @@ def verdict(fault: Mapping[str, Any], answers: Mapping[int, Mapping[str, Any]], 
         )
     last = min(answer["step"] for answer in answers.values())
     if behind := [names[rank] for rank, answer in answers.items() if answer["step"] < step or answer["doing"] == OWN]:
-        return (
-            f"{joined(behind)} {_does(behind, 'does', 'do')} not come to exchange {step} within {timeout:g} s, last at {last}"
-        )
+        came = f"{_does(behind, 'does', 'do')} not come to exchange {step} within {timeout:g} s"
+        return f"{joined(behind)} {came}, and was last at {last}"
     return f"the ranks lost each other at exchange {step} ({fault['text']})"
 
 

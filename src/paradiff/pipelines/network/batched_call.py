@@ -21,6 +21,7 @@ one with which every state is that of a call of its own is used from there on.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -176,7 +177,7 @@ class _WindowCall:
         forms = tuple((tuple(leaf.window.shape[1:]), leaf.window.dtype) for leaf in self.leaves)
         return self.batching.bound.parts(
             self.states,
-            self._part,
+            lambda part: copy.copy(self)._part(part),  # in threads of their own, parts have lists of their own
             self.device,
             rows=self.rows or 1,
             widths=widths,
@@ -208,7 +209,8 @@ class _WindowCall:
 
     def _alone(self, w: int, *, check: bool = False) -> Any:
         """The network's output for state w alone, called as in the sequential loop."""
-        output = self.forward(*self._state(self.args, w, check=check), **self._state(self.kwargs, w, check=check))
+        args, kwargs = self._state(self.args, w, check=check), self._state(self.kwargs, w, check=check)
+        output = self.batching.here(self.forward, args, kwargs)
         if check:
             self.batching.count(self.rows or 1, check=True)
         return output
@@ -244,7 +246,7 @@ class _WindowCall:
         self._place, self._single, self._filled, self._may_be_single = 0, [], [], single
         args = [self._batched(value, name, start, count) for value, name in zip(self.args, self._names(), strict=True)]
         kwargs = {name: self._batched(value, name, start, count) for name, value in self.kwargs.items()}
-        return self.forward(*args, **kwargs)
+        return self.batching.here(self.forward, args, kwargs)
 
     def _names(self) -> list[str]:
         """The names of the positional arguments."""

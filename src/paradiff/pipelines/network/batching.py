@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import shown
+from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each
 from paradiff.pipelines.tensor.windowed import Windowed
@@ -41,7 +42,7 @@ class Batching:
         check: See `Check`. A checked state costs a network call of its own and a wait for the device; in a network's first
             checked call, two of each.
         shares: Stretches of equal length that a window's states are cut into (`RowBound`).
-        crew: What deals states out over ranks; None for one process.
+        crew: What deals states out over ranks or devices; None for one device.
 
     Attributes:
         bound: The bound on rows, halved when the device runs out of memory.
@@ -71,7 +72,7 @@ class Batching:
         pad: bool = False,
         check: Check = "first",
         shares: int = 1,
-        crew: Sharded | None = None,
+        crew: Sharded | Devices | None = None,
     ) -> None:
         if not isinstance(pad, bool):
             raise ValueError(f"pad is {shown(pad)}; give True or False")
@@ -129,7 +130,12 @@ class Batching:
     @property
     def ranks(self) -> Ranks | None:
         """The ranks that share the work; None for one process."""
-        return None if self.bound.crew is None else self.bound.crew.ranks
+        return self.bound.crew.ranks if isinstance(self.bound.crew, Sharded) else None
+
+    def here(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A network call with states of a window, on the device of this thread."""
+        crew = self.bound.crew
+        return crew.called(forward, args, kwargs) if isinstance(crew, Devices) else forward(*args, **kwargs)
 
     def for_all(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call without a window, which on several ranks one of them makes (one_rank.py)."""
