@@ -13,7 +13,8 @@ Kinds:
 - options: shifts that are far off, few nodes, exact.
 - digits: the trained network.
 
-Parts are seeds: `tuning` 0 to 31, which numbers may be chosen by, and `held-out` 1000 to 1063, which none was.
+Parts are seeds: `tuning` 0 to 31, which numbers may be chosen by; `held-out` 1000 to 1063, which none was; and `further` 2000 to
+2063, for a look at the very end.
 
     python benchmarks/conditions.py --only tuning --seeds 8
     python benchmarks/conditions.py --only held-out --json benchmarks/results/conditions.json
@@ -46,7 +47,7 @@ from paradiff.samplers import (
 )
 from paradiff.solver.protocol import Method
 
-SEEDS = {"tuning": range(32), "held-out": range(1000, 1064)}
+SEEDS = {"tuning": range(32), "held-out": range(1000, 1064), "further": range(2000, 2064)}
 SHARE = 4e-3  # of the data's standard deviation: smaller errors are not counted
 LINEAR, ZERO = Schedule.linear(), Schedule.linear(rescale_zero_snr=True)
 
