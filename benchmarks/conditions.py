@@ -13,8 +13,8 @@ Kinds:
 - options: shifts that are far off, few nodes, exact.
 - digits: the trained network.
 
-Parts are seeds: `tuning` 0 to 31, which numbers may be chosen by; `held-out` 1000 to 1063, which none was; and `further` 2000 to
-2063, for a look at the very end.
+Parts are seeds: `tuning` 0 to 31, which numbers may be chosen by; `held-out` 1000 to 1063, which none was; and `further` 2000
+to 2063, for a look at the very end.
 
     python benchmarks/conditions.py --only tuning --seeds 8
     python benchmarks/conditions.py --only held-out --json benchmarks/results/conditions.json
