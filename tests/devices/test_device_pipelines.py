@@ -49,7 +49,7 @@ LANES_ONLY = {
 }
 # Other schedulers and settings of pipelines that are run.
 LEFT_OUT = {
-    *("ddpm_threshold", "ddim_clip", "ddim_eta1", "sd_dpmpp_2m_karras", "sd_deis", "sd_heun", "sd_ddim_eta1", "sd_unguided"),
+    *("ddim_eta1", "sd_dpmpp_2m_karras", "sd_deis", "sd_heun", "sd_ddim_eta1"),
     *("sd_rescale", "sd_controlnet_half", "sd3_without_t5", "sd3_skip_layers", "flux_short_text", "wan_euler"),
     *("cogvideox_dynamic_cfg", "hunyuan_true_cfg"),
 }
@@ -71,8 +71,7 @@ def short(name: str, **overrides: Any) -> Callable[[Any], Tensor]:
 
 
 def test_thirty_pipelines_are_run() -> None:
-    assert len(NAMES) >= 30
-    assert len(set(NAMES) - LANES_ONLY) >= 20
+    assert len(set(NAMES) - LANES_ONLY) >= 30
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,7 +137,7 @@ def rounds_of(
     return found
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dit", "sd", "sd_euler_ancestral", "flux"])
+@pytest.mark.parametrize("name", ["ddpm", "dit", "sd_euler_ancestral", "flux"])
 def test_a_round_of_the_vector_executor_waits_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = rounds_of("vector", name, monkeypatch)
     assert len(rounds) > 3
@@ -149,7 +148,7 @@ def test_a_round_of_the_vector_executor_waits_twice(name: str, monkeypatch: pyte
         assert counts.of("wait", under="pipelines/network/") == 0, str(counts)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "sd", "sd_euler_ancestral", "flux", "sd_inpaint4"])
+@pytest.mark.parametrize("name", ["ddpm", "sd_euler_ancestral", "sd_inpaint4"])
 def test_a_round_of_lanes_waits_twice_where_no_lane_starts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calm = [counts for counts, new_lane in rounds_of("lanes", name, monkeypatch) if not new_lane]
     assert calm
@@ -172,7 +171,7 @@ def test_nothing_waits_while_a_network_call_is_prepared(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("name", ["ddpm", "sd_euler_ancestral", "flux"])
+@pytest.mark.parametrize("name", ["ddpm", "sd_euler_ancestral"])
 def test_generators_of_the_device(name: str, executor: Executor) -> None:
     pipe = CASES[name].make().to("pseudo")
 

@@ -44,6 +44,7 @@ def load() -> Any:
     torch._register_device_module("pseudo", _module(extension))
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     _tell_compiler(extension)
+    torch.random._fork_rng_warned_already = True  # of its time where there are several devices; other tests run in this process
     return extension
 
 
