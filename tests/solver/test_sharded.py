@@ -88,15 +88,17 @@ def test_samples_in_float32_are_those_of_one_call_within_rounding() -> None:
             assert float((one.value[k][0] - alone.sample).abs().max()) <= tolerance, (chain, name)
 
 
-def with_shares(mesh: DeviceMesh) -> tuple[Any, ...]:
-    return told(sampled("ddpm", "parasolver", torch.float64, mesh=mesh, shares=4))
+def with_shares(mesh: DeviceMesh | None) -> list[tuple[Any, ...]]:
+    """A run, and one whose calls are padded."""
+    return [told(sampled("ddpm", "parasolver", torch.float64, mesh=mesh, shares=4, pad=pad)) for pad in (False, True)]
 
 
 def test_with_shares_of_their_own_samples_do_not_depend_on_the_number_of_ranks() -> None:
-    alone = told(sampled("ddpm", "parasolver", torch.float64, shares=4))
+    alone = with_shares(None)
     for one in on_ranks(3, with_shares):
-        assert torch.equal(one.value[0], alone[0])
-        assert one.value[1:] == alone[1:]
+        for (found, *others), (wanted, *wanted_others) in zip(one.value, alone, strict=True):
+            assert torch.equal(found, wanted)
+            assert others == wanted_others
 
 
 def counted(mesh: DeviceMesh, steps: int) -> tuple[set[int], int, int]:
