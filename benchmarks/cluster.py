@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.multiprocessing as processes
@@ -53,6 +53,8 @@ from paradiff import (
     srds,
 )
 from paradiff.models.pipeline import load_pipeline
+from paradiff.pipelines.report import Report
+from paradiff.solver import PararealRecord
 from paradiff.solver.protocol import Batch, Method
 from paradiff.solver.sharded import shares_of
 
@@ -311,28 +313,32 @@ def flow() -> Any:
     return pipe
 
 
-def flow_run(steps: int, method: Method, image: int) -> tuple[Trace, Tensor]:
-    """A call of the flow model, and its latents; a row of the trace is a state, which guidance doubles."""
+def trace_of(report: Report, steps: int) -> Trace:
+    """The rounds of a pipeline's call; a row is a state, which guidance doubles."""
+    if report.executor == "sequential":
+        return Trace((1,) * steps)
+    rows = [len(one.rows) if isinstance(one, PararealRecord) else len(cast(Any, one).change) for one in report.history]
+    return Trace((*[1] * (report.passes - len(rows)), *rows, *[0] * report.checks))
+
+
+def flow_run(steps: int, method: Method | None, image: int) -> tuple[Trace, Tensor]:
+    """A call of the flow model, and its latents; the plain call without a method."""
     pipe = flow()
-    rows: list[int] = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs.get("hidden_states", args[0] if args else ())) // 2), with_kwargs=True
-    )
     given: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": steps, "output_type": "latent"}
     given["generator"] = torch.Generator().manual_seed(image)
-    try:
-        with warnings.catch_warnings(), parallelize(pipe, method):
-            warnings.simplefilter("ignore")
-            latents = pipe("a red circle left of a blue square", **given)[0]
-    finally:
-        hook.remove()
-    return Trace(tuple(rows)), latents
+    prompt = "a red circle left of a blue square"
+    if method is None:
+        return Trace((1,) * steps), pipe(prompt, **given)[0]
+    with warnings.catch_warnings(), parallelize(pipe, method) as run:
+        warnings.simplefilter("ignore")
+        latents = pipe(prompt, **given)[0]
+    return trace_of(run.report, steps), latents
 
 
 def chain_run(sampler: str, steps: int, method: Method, seed: int) -> tuple[Trace, Tensor]:
     """A run of the digits network, and its sample."""
     if sampler == "flow":
-        return flow_run(steps, method, seed)
+        return flow_run(steps, None if method == sequential() else method, seed)
     problem = trained(sampler, steps)
     evaluator = Recording(problem.denoiser)
     solution = sample(evaluator, problem.table, problem.noise([seed]), method)

@@ -37,7 +37,7 @@ from typing import Any
 
 import diffusers
 import torch
-from cluster import Recording, Trace
+from cluster import Recording, Trace, trace_of
 from gpu_shapes import SHAPES, Shape
 from harness import Results, Row, options, show
 from problem import rms
@@ -527,15 +527,11 @@ def real_traces(day: Day) -> dict[str, tuple[int, Trace]]:
                 sample(evaluator, table, noise, METHODS[name](window))
                 day.traces[f"{chain}, {name}, window {window}"] = steps, Trace(tuple(evaluator.rows))
     for steps in () if day.quick else (28, 50):
-        pipe, rows = bundled("shapes-flow", day.device, torch.float32), list[int]()
-        hook = pipe.transformer.register_forward_pre_hook(
-            lambda _, args, kwargs, rows=rows: rows.append(len(kwargs["hidden_states"]) // 2), with_kwargs=True
-        )
-        with warnings.catch_warnings(), parallelize(pipe, parasolver(8)):
+        pipe = bundled("shapes-flow", day.device, torch.float32)
+        with warnings.catch_warnings(), parallelize(pipe, parasolver(8)) as run:
             warnings.simplefilter("ignore")
             pipeline_call(pipe, steps)
-        hook.remove()
-        day.traces[f"flow {steps}, parasolver, window 8"] = steps, Trace(tuple(rows))
+        day.traces[f"flow {steps}, parasolver, window 8"] = steps, trace_of(run.report, steps)
     return day.traces
 
 
