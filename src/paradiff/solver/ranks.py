@@ -38,6 +38,9 @@ run to run, and with them the rounding of outputs."""
 NUMBERS = 6
 """Numbers that a rank sends ahead of a block, the exchange's own left out."""
 
+ALIGNED = 16
+"""Bytes of which the place of each part in a block is a multiple."""
+
 LONGER = 60.0
 """Seconds by which the groups' own time-out is longer than that of a run, which names the rank."""
 
@@ -85,6 +88,7 @@ class Ranks:
         members = dist.get_process_group_ranks(self._group)
         self.place, self.size, self.timeout = members.index(dist.get_rank()), len(members), float(timeout)
         self.exchanges = self.received = 0
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._backend = str(dist.get_backend(self._group))
         board = _board(members)
         mine = name_of(dist.get_rank(), dist.get_world_size())
@@ -128,12 +132,13 @@ class Ranks:
         self._watch.does(CALL, self.exchanges)
         return Opened(self.exchanges, work, every)
 
-    def gather(self, opened: Opened, block: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """The blocks of all ranks, by place. Waits for the device.
+    def gather(self, opened: Opened, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """The blocks of all ranks, by place, in memory that the next exchange writes into. Waits for the device.
 
         Args:
             opened: What `open` returned.
-            block: `[lengths[place]]` this rank's block, of bytes.
+            parts: Contiguous tensors on one device, whose bytes one after the other are this rank's block; each begins at a
+                multiple of ALIGNED.
             lengths: The bytes of every rank's block.
 
         Raises:
@@ -146,22 +151,28 @@ class Ranks:
         rows = opened.numbers.view(self.size, -1)
         if bool((rows != rows[0]).any()):
             self._disagree(rows.tolist())
-        every = torch.empty(sum(lengths), dtype=torch.uint8, device=block.device)
         with torch.inference_mode(False):
-            sent = block.repeat(self.size)
-            group = self._control if block.device.type == "cpu" else self._group
-            sizes = [len(block)] * self.size
+            device, own = parts[0].device, lengths[self.place]
+            every = self._buffer("received", sum(lengths), device)
+            sent = self._buffer("sent", self.size * own, device)
+            at = 0
+            for part in parts:
+                data = part.view(-1).view(torch.uint8)
+                sent.view(self.size, own)[:, at : at + len(data)] = data
+                at += aligned(len(data))
+            group = self._control if device.type == "cpu" else self._group
+            sizes = [own] * self.size
             work = dist.all_to_all_single(every, sent, list(lengths), sizes, group=group, async_op=True)
             self._await(work)
-        self.received += sum(lengths) - len(block)
+        self.received += sum(lengths) - own
         self._watch.does(OWN, opened.step)
         return list(every.split(list(lengths)))
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Bytes of every rank, by place."""
-        sizes = self.gather(self.open(1), torch.tensor([len(data)]).view(torch.uint8), [8] * self.size)
+        sizes = self.gather(self.open(1), [torch.tensor([len(data)])], [8] * self.size)
         lengths = [int(size.view(torch.int64)) for size in sizes]
-        blocks = self.gather(self.open(2), _bytes(data), lengths)
+        blocks = self.gather(self.open(2), [_bytes(data)], lengths)
         return [block.numpy().tobytes() for block in blocks]
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -202,9 +213,9 @@ class Ranks:
             except Exception as met:
                 error = met
         data = packed((result, error)) if self.place == 0 else b""
-        sizes = self.gather(opened, torch.tensor([len(data)]).view(torch.uint8), [8] * self.size)
+        sizes = self.gather(opened, [torch.tensor([len(data)])], [8] * self.size)
         length = int(sizes[0].view(torch.int64))
-        blocks = self.gather(self.open(4), _bytes(data), [length] + [0] * (self.size - 1))
+        blocks = self.gather(self.open(4), [_bytes(data)], [length] + [0] * (self.size - 1))
         if self.place > 0:
             result, error = unpacked(blocks[0].numpy().tobytes(), device)
         if error is not None:
@@ -213,13 +224,13 @@ class Ranks:
 
     def any(self, this: bool) -> bool:
         """Whether something is so on any rank; an exchange of its own."""
-        blocks = self.gather(self.open(6), torch.tensor([int(this)]).view(torch.uint8), [8] * self.size)
+        blocks = self.gather(self.open(6), [torch.tensor([int(this)])], [8] * self.size)
         return any(bool(block.view(torch.int64)) for block in blocks)
 
     def tell(self) -> float:
         """The seconds on the clock of the rank at place 0, on all ranks; an exchange of its own."""
-        mine = torch.tensor([time.monotonic()], dtype=torch.float64).view(torch.uint8)
-        return float(self.gather(self.open(5), mine, [8] * self.size)[0].view(torch.float64))
+        mine = torch.tensor([time.monotonic()], dtype=torch.float64)
+        return float(self.gather(self.open(5), [mine], [8] * self.size)[0].view(torch.float64))
 
     # Faults.
 
@@ -250,6 +261,13 @@ class Ranks:
         self._watch.does("signalled", self.exchanges)
         sentence = self._watch.report("signal")
         return None if "was ended by a signal" in sentence else RanksFailed(sentence)
+
+    def _buffer(self, name: str, length: int, device: torch.device) -> Tensor:
+        """Memory for so many bytes, kept from one exchange to the next."""
+        kept = self._buffers.get((name, device))
+        if kept is None or len(kept) < length:
+            kept = self._buffers[name, device] = torch.empty(length, dtype=torch.uint8, device=device)
+        return kept[:length]
 
     def _heed(self) -> None:
         """Raises the verdict if there is one."""
@@ -340,6 +358,11 @@ def _names(board: Board, size: int, members: Sequence[int], timeout: float) -> l
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
     return [name for name in names if name is not None]
+
+
+def aligned(size: int) -> int:
+    """The next multiple of ALIGNED."""
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def _bytes(data: bytes) -> Tensor:

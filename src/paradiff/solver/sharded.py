@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.solver.ranks import Opened, Ranks, packed, unpacked
+from paradiff.solver.ranks import Opened, Ranks, aligned, packed, unpacked
 
 HEAD = 8
 """Numbers before the outputs in a block."""
@@ -49,9 +49,6 @@ COARSE = torch.finfo(torch.bfloat16).eps ** (2 / 3)
 
 FINE, MEMORY, ERROR = 0, 1, 2
 """How a rank's calls went: well, out of memory at one item, an error."""
-
-ALIGNED = 16
-"""Bytes of which the length of each output in a block is a multiple."""
 
 REMEMBERED = 0.5
 """Share of the last round in the measured seconds of a row."""
@@ -89,7 +86,7 @@ class Layout:
 
     def length(self, items: int) -> int:
         """Bytes of the tensors of so many items in a block."""
-        return sum(map(_aligned, self.sizes(items)))
+        return sum(map(aligned, self.sizes(items)))
 
     def empty(self) -> Any:
         """The part for no items."""
@@ -297,15 +294,16 @@ class Sharded:
         tensors = result.tensors if fits and own else [torch.zeros(own, *s, dtype=d, device=device) for s, d in layout.forms]
         if not fits and result.status == FINE:
             head[0], result.error = ERROR, ValueError("the network's outputs have another form than on the other ranks")
-        block = torch.cat([_head(head, tensors, inputs, device, sum(lengths[: self.ranks.place])), *map(_bytes, tensors)])
-        blocks = self.ranks.gather(opened, block, [8 * HEAD + layout.length(length) for length in lengths])
+        numbers = _head(head, tensors, inputs, device, sum(lengths[: self.ranks.place]))
+        parts = [numbers, *(tensor.contiguous() for tensor in tensors)]
+        blocks = self.ranks.gather(opened, parts, [8 * HEAD + layout.length(length) for length in lengths])
         heads = torch.stack([block[: 8 * HEAD].view(torch.int64) for block in blocks]).cpu()
         columns: list[list[Tensor]] = [[] for _ in layout.forms]
         for length, block in zip(lengths, blocks, strict=True):
             at = 8 * HEAD
             for column, (shape, dtype), size in zip(columns, layout.forms, layout.sizes(length), strict=True):
                 column.append(block[at : at + size].view(dtype).view(length, *shape))
-                at += _aligned(size)
+                at += aligned(size)
         return heads, [layout.whole([torch.cat(column) for column in columns])]
 
     def _begin(self, call: Callable[[slice], Any], inputs: Sequence[Tensor], key: Hashable) -> None:
@@ -377,7 +375,7 @@ class Sharded:
         if other == self.ranks.place:
             with contextlib.suppress(Exception):
                 finite = int(all(bool(t[:1].isfinite().all()) for t in Layout.of(call(slice(item, item + 1)))[1]))
-        blocks = self.ranks.gather(opened, torch.tensor([finite]).view(torch.uint8), [8] * self.ranks.size)
+        blocks = self.ranks.gather(opened, [torch.tensor([finite])], [8] * self.ranks.size)
         if int(blocks[other].view(torch.int64)):
             raise self.ranks.failed(
                 f"{self.ranks.named([place])} returned NaN or infinity at exchange {self.ranks.exchanges - 1} for a row that "
@@ -424,25 +422,16 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _head(head: list[int], tensors: Sequence[Tensor], inputs: Sequence[Tensor], device: torch.device, first: int) -> Tensor:
-    """The head's bytes, on the device: with the sum of the inputs, and the number of the first item that is not finite."""
+    """The head, on the device: with the sum of the inputs, and the number of the first item that is not finite."""
     found = torch.tensor(head).to(device, non_blocking=True)
     if inputs:
         found[1] = checksum(inputs)
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
-            bad = ~tensor.isfinite().flatten(1).all(1)
+            flat = tensor.flatten(1)
+            bad = ~(flat.amax(1).isfinite() & flat.amin(1).isfinite())
             found[3] = torch.where(bad.any(), first + bad.int().argmax(), found[3])
-    return found.view(torch.uint8)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A tensor's bytes, filled up to a multiple of ALIGNED."""
-    data = tensor.contiguous().view(-1).view(torch.uint8)
-    return torch.nn.functional.pad(data, (0, _aligned(len(data)) - len(data)))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+    return found
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
