@@ -12,15 +12,21 @@ runs a sample of the full product and prints a line for each call that is not ri
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
+import functools
 import itertools
 import linecache
+import os
 import random
 import re
 import sys
+import tempfile
 import textwrap
+import threading
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -58,6 +64,13 @@ PLACES: dict[str, tuple[str, str, str]] = {
     "network": ("self.net.c = START", "self.net.c", "self.net.c = {value}"),
     "module global": ("STORE['c'] = START", "STORE['c']", "STORE['c'] = {value}"),
     "processor": ("self.net.processor.c = START", "self.net.processor.c", "self.net.processor.c = {value}"),
+    "function": ("drawn.c = START", "drawn.c", "drawn.c = {value}"),
+    "class": ("type(self).c = START", "type(self).c", "type(self).c = {value}"),
+    "context variable": ("CONTEXT.set(START)", "CONTEXT.get()", "CONTEXT.set({value})"),
+    "default argument": ("kept.__defaults__[0][0] = START", "kept()", "kept.__defaults__[0][0] = {value}"),
+    "another module": ("torch._adversary = START", "torch._adversary", "torch._adversary = {value}"),
+    "thread's own": ("LOCAL.c = START", "LOCAL.c", "LOCAL.c = {value}"),
+    "queue": ("box = Queue(); box.put(START)", "box.queue[-1]", "box.put({value})"),
 }
 """Where a loop keeps something."""
 
@@ -85,6 +98,46 @@ SOURCES = {  # values that are used up, one a pass
     "count": ("it = count()", "(1 + 0.02 * next(it))"),
     "popped list": ("it = [1 + 0.02 * k for k in range(40)]", "it.pop(0)"),
 }
+
+ELSEWHERE = {
+    # name: (setup, expression that counts the passes)
+    "environment": ("os.environ['ADVERSARY'] = ''", "grown_environment()"),
+    "file": ("FILE.write_text('')", "grown_file()"),
+    "thread": ("thread = Counting()", "in_another_thread(thread)"),
+    "cached function": ("cached.cache_clear()", "cached(cached.cache_info().currsize)"),
+    "recursion limit": ("sys.setrecursionlimit(5000)", "grown_limit()"),
+    "bytes": ("count = bytearray(1)", "grown_bytes(count)"),
+    "helper's variable": ("STORE['n'] = 0", "counted()"),
+}
+"""Counts of passes in places that no variable of the loop leads to."""
+
+AFTER = {
+    # name: (setup, statement after the step, what is returned, reason)
+    "count": ("n = 0", "n += 1", "x * n", "which is read after the loop|reads its step number"),
+    "sum": ("n = 0.0", "n += float(t)", "x + 1e-4 * n", "which is read after the loop"),
+    "mean": ("m = torch.zeros_like(x)", "m += x", "x + m / 30", "which is read after the loop"),
+    "states": (
+        "m = torch.zeros(40, 2, 8)",
+        "m[i] = x",
+        "x + m.sum(0) / 30",
+        "which is read after the loop|reads its step number",
+    ),
+    "text": ("s = ''", "s += 'x' if float(v.mean()) > 0 else 'y'", "x * (1 + s.count('x'))", "which is read after the loop"),
+    "list": ("m = []", "m.append(x)", "x + sum(m) / 30", HISTORY),
+    "object": ("self.m = []", "self.m.append(float(v.norm()))", "x * sum(self.m) / 30", HISTORY),
+}
+"""What passes gather and the code after the loop reads."""
+
+FORMS = {
+    # name: head of the loop, and statements at the beginning of its body
+    "list": ("for i, t in enumerate(list(self.scheduler.timesteps)):", []),
+    "tuple": ("for i, t in enumerate(tuple(self.scheduler.timesteps)):", []),
+    "indices": ("for i in range(len(self.scheduler.timesteps)):", ["t = self.scheduler.timesteps[i]"]),
+    "some indices": ("for i in range(3, STEPS):", ["t = self.scheduler.timesteps[i]"]),
+    "pairs": ("for t, i in zip(self.scheduler.timesteps, range(STEPS)):", []),
+    "fewer pairs": ("for i, t in zip(range(STEPS - 4), self.scheduler.timesteps):", []),
+}
+"""Heads of loops that walk over the times in order."""
 
 EDITS: dict[str, tuple[list[str], list[str]]] = {
     # name: (before the network, after the step)
@@ -178,12 +231,12 @@ class Loop:
     @property
     def plain(self) -> bool:
         """Whether the loop is a chain, which must run in parallel."""
-        return self.fault == "plain"
+        return self.fault in ("plain", "form")
 
     @property
     def in_order(self) -> bool:
         """Whether a state's place in the chain decides on what the loop does, which the vector executor cannot follow."""
-        return self.indexed or self.edit in ("after, by the step's number", "after, by the time")
+        return self.fault == "form" or self.indexed or self.edit in ("after, by the step's number", "after, by the time")
 
     @property
     def reasons(self) -> str:
@@ -191,6 +244,7 @@ class Loop:
         found = {
             "keep": HISTORY + UNBOUND,
             "use up": HISTORY + UNBOUND,
+            "elsewhere": HISTORY,
             "draw": "draws random numbers|" + HISTORY,
             "time": "another time",
             "side exit": HISTORY + "|on which later calls may depend",
@@ -198,6 +252,8 @@ class Loop:
         }
         if self.fault == "edit":
             return BROKEN_EDITS[self.detail[0]][3]
+        if self.fault == "after":
+            return AFTER[self.detail[0]][3]
         if self.fault == "draw" and self.detail[0] != "own generator":
             return "draws random numbers|leaves torch for numpy"
         return found[self.fault]
@@ -207,7 +263,7 @@ class Loop:
         setup: list[str] = []
         before, after = (list(part) for part in EDITS[self.edit])
         body: list[str] = []
-        time = "t"
+        time, returned, head = "t", "x", "for i, t in enumerate(self.scheduler.timesteps):"
         if self.fault == "keep":
             kind, place = self.detail
             start, statements = KINDS[kind]
@@ -235,19 +291,30 @@ class Loop:
             time = TIMES[self.detail[0]]
         elif self.fault == "hook":
             pass  # `make` registers it
+        elif self.fault == "elsewhere":
+            made, get = ELSEWHERE[self.detail[0]]
+            setup.append(made)
+            body.append(f"v = v if {get} < FROM else 0.8 * v")
+        elif self.fault == "after":
+            made, line, returned, _ = AFTER[self.detail[0]]
+            setup.append(made)
+            after.append(line)
+        elif self.fault == "form":
+            head, first = FORMS[self.detail[0]]
+            before = [*first, *before]
         if self.indexed:
             body.append("v = v * (1 - 0.002 * i)")
         generator = ", generator=generator" if self.scheduler == "ancestral" else ""
         lines = [
             "def loop(self, x, generator):",
             *[f"    {line}" for line in setup],
-            "    for i, t in enumerate(self.scheduler.timesteps):",
+            f"    {head}",
             *[f"        {line}" for line in before],
             "        v = self.net(self.scheduler.scale_model_input(x, t) if scaled(self) else x, t)",
             *[f"        {line}" for line in body],
             f"        x = self.scheduler.step(v, {time}, x{generator})[0]",
             *[f"        {line}" for line in after],
-            "    return x",
+            f"    return {returned}",
         ]
         return "\n".join(lines).replace("FROM", str(self.begin)) + "\n"
 
@@ -357,7 +424,51 @@ def scaled(pipeline: Any) -> bool:
     return hasattr(pipeline.scheduler, "scale_model_input")
 
 
+def kept(box: list[Any] = [None]) -> Any:  # noqa: B006  (the default argument is what is kept)
+    return box[0]
+
+
+def grown_environment() -> int:
+    os.environ["ADVERSARY"] += "x"
+    return len(os.environ["ADVERSARY"])
+
+
+def grown_file() -> int:
+    FILE.write_text(FILE.read_text() + "x")
+    return len(FILE.read_text())
+
+
+def grown_limit() -> int:
+    sys.setrecursionlimit(sys.getrecursionlimit() + 1)
+    return sys.getrecursionlimit() - 5000
+
+
+def grown_bytes(count: bytearray) -> int:
+    count[0] += 1
+    return count[0]
+
+
+def counted() -> int:
+    STORE["n"] += 1
+    return STORE["n"]
+
+
+def in_another_thread(counting: Any) -> int:
+    thread = threading.Thread(target=lambda: counting(None, None, torch.zeros(())))
+    thread.start()
+    thread.join()
+    return counting.calls
+
+
+@functools.cache
+def cached(number: int) -> int:
+    return number + 1
+
+
 STORE: dict[str, Any] = {}
+LOCAL = threading.local()
+CONTEXT: contextvars.ContextVar[Any] = contextvars.ContextVar("CONTEXT", default=None)
+FILE = Path(tempfile.gettempdir()) / f"adversary-{os.getpid()}"
 GLOBALS = {"HISTORY", "UNBOUND"}
 HEAD = """
     def __init__(self, net, scheduler):
@@ -377,7 +488,8 @@ _numbers = itertools.count()
 def _class(loop: str) -> Any:
     """The class of `Adversary.of`."""
     text = (
-        "from collections import deque\nfrom itertools import count\nfrom types import SimpleNamespace\nimport torch\n"
+        "import os\nimport sys\nfrom collections import deque\nfrom itertools import count\nfrom queue import Queue\n"
+        "from types import SimpleNamespace\nimport torch\n"
         "from torch import nn\nfrom diffusers import DiffusionPipeline\n\nclass Adversary(DiffusionPipeline):"
         + HEAD
         + textwrap.indent(loop, "    ")
@@ -395,6 +507,9 @@ def product() -> list[tuple[str, tuple[str, ...]]]:
     return [
         *[("keep", pair) for pair in itertools.product(KINDS, PLACES)],
         *[("use up", (source,)) for source in SOURCES],
+        *[("elsewhere", (place,)) for place in ELSEWHERE],
+        *[("after", (what,)) for what in AFTER],
+        *[("form", (form,)) for form in FORMS],
         *[("edit", (edit,)) for edit in BROKEN_EDITS],
         *[("draw", (draw,)) for draw in DRAWS],
         *[("side exit", (exit,)) for exit in SIDE_EXITS],
@@ -424,6 +539,9 @@ def sampled(count: int, seed: int) -> list[Loop]:
         "time",
         "draw",
         "keep",
+        "elsewhere",
+        "form",
+        "after",
     ]
     loops = []
     for number in range(count):
@@ -435,7 +553,7 @@ def sampled(count: int, seed: int) -> list[Loop]:
                 fault=fault,
                 detail=detail,
                 begin=rng.choice([0, 1, 2, 5, 10, 17]),
-                edit=rng.choice(list(EDITS)) if fault == "plain" or rng.random() < 0.3 else "none",
+                edit=rng.choice(list(EDITS)) if fault in ("plain", "form") or rng.random() < 0.3 else "none",
                 indexed=rng.random() < 0.4,
                 scheduler=scheduler,
                 method=rng.choice(list(METHODS)),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from paradiff import parallelize, parasolver, quasi_newton, sequential
 from paradiff.pipelines import Report
+from paradiff.pipelines.executors import lane, vector
 from paradiff.pipelines.loop import audit
 from paradiff.pipelines.loop.audit import granted, relative_difference
 from paradiff.pipelines.loop.ledger import differing, grown, ledger
@@ -33,6 +34,13 @@ def run_of(pipe: Any, **options: Any) -> tuple[Any, Report]:
         warnings.simplefilter("ignore")
         run = parallelize(pipe, **({"method": parasolver()} | options))
         return run(generator=torch.Generator().manual_seed(3)), run.report
+
+
+@pytest.fixture
+def without_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves what a loop keeps to the audit of its passes."""
+    for executor in (vector, lane):
+        monkeypatch.setattr(executor, "refuse_memory", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("scheduler", ["flow", "dpm", "ancestral"])
@@ -102,7 +110,7 @@ def test_what_a_pass_uses_up_is_found_in_a_window(source: str) -> None:
     assert verdict.kind == "refused", verdict.text
 
 
-def test_a_factor_that_changes_with_every_pass_is_found_by_the_repeated_row() -> None:
+def test_a_factor_that_changes_with_every_pass_is_found_by_the_repeated_row(without_a_walk: None) -> None:
     text = made("keep", "count", "object").source().replace("box.c + 1", "box.c + 0.5")  # no whole number
     _, report = run_of(Adversary.of(text)(Net(), diffusers.FlowMatchEulerDiscreteScheduler()), executor="vector")
     assert report.executor == "sequential"
@@ -128,7 +136,7 @@ def test_differences_are_relative_to_the_members_and_rounding_is_that_of_the_dty
         assert granted(torch.finfo(dtype).eps) == pytest.approx(expected, rel=0.02)
 
 
-def test_a_difference_beyond_rounding_is_not_granted() -> None:
+def test_a_difference_beyond_rounding_is_not_granted(without_a_walk: None) -> None:
     verdict = judged(made("keep", "previous output", "object", executor="lanes", method="parasolver, tight"))
     assert "where rounding explains 9.7e-05" in verdict.text
 
@@ -159,7 +167,9 @@ def test_as_many_rounds_as_steps_are_explained() -> None:
     assert run_of(made("plain", "none").make(), method=sequential())[1].warnings == []
 
 
-def test_the_whole_sample_is_compared_where_every_call_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_sample_is_compared_where_every_call_is_checked(
+    monkeypatch: pytest.MonkeyPatch, without_a_walk: None
+) -> None:
     loop = made("keep", "made at", "object", begin=5, executor="lanes")
     plain = loop.make()(generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(audit, "granted", lambda eps: float("inf"))

@@ -17,12 +17,13 @@ from torch.utils import _pytree
 
 from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, RanksFailed, Unsupported
 from paradiff.pipelines.account import Account
+from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
-from paradiff.pipelines.loop.source import obstacles, reads_index
+from paradiff.pipelines.loop.source import kept, obstacles, reads_index
 from paradiff.pipelines.loop.whole_call import call_and_last_state, difference
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
@@ -66,7 +67,7 @@ class Call:
         account, settings = self._account, self._settings
         executors = self._executors()
         callback = Callback.of(self._pipeline, self._arguments)
-        beginning = Beginning(self._pipeline, self._networks, self._arguments) if executors else None
+        beginning = Beginning(self._pipeline, self._kind, self._networks, self._arguments) if executors else None
         if beginning is not None and beginning.lasting is not None:
             account.notes.append(f"{beginning.lasting} is a Python generator, whose position could not be put back after a try")
             executors = []
@@ -141,6 +142,12 @@ class Call:
         if found:
             self._account.notes.append(found[0])
             return []
+        if not self._settings.method.dense_output and (values := kept(self._kind)):
+            self._account.notes.append(
+                f"its last pass leaves {', '.join(values)} to what follows the loop, and {self._settings.method.name} does not "
+                "keep the state after every step"
+            )
+            return []
         reads = reads_index(self._kind)
         if self._settings.executor == "vector" and reads:
             self._account.notes.append(
@@ -176,7 +183,8 @@ class Call:
                     interrupt.set()
             else:
                 generators = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
-                loop = Vector(scheduler, solver, batching, generators)
+                start = Start(functools.partial(call, **arguments), pipeline, scheduler)
+                loop = Vector(scheduler, solver, batching, start, generators)
                 object.__setattr__(pipeline, "scheduler", loop.scheduler)
                 try:
                     with loop.mixing():

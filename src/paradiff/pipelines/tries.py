@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tries of a pipeline call: how one is undone, and whose error ends it.
 
-A try that fails must not be seen: what the call's arguments, the pipeline, its networks and the generators held before is put
-back, and the next try, or the plain call, begins as the first one did. An error in a try is one of three kinds: that of a
-user's own function, paradiff's refusal of an argument, and anything else, which the plain call may not meet.
+A try that fails must not be seen: what the call's arguments, the pipeline, its methods, its networks, the generators and the
+environment held before is put back, and the next try, or the plain call, begins as the first one did. An error in a try is one
+of three kinds: that of a user's own function, paradiff's refusal of an argument, and anything else, which the plain call may
+not meet.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.hooks import call_hooks
 from paradiff.pipelines.network.memory import Memory
+from paradiff.pipelines.network.origin import users_methods
+from paradiff.pipelines.surroundings import Surroundings
 from paradiff.solver.protocol import Observer, Round
 
 
 class Beginning:
-    """What a call finds: its arguments, the pipeline's attributes, its networks, the generators.
+    """What a call finds: its arguments, the pipeline's attributes and methods, its networks, the generators, the environment.
 
     Args:
         pipeline: The pipeline.
+        kind: Its own class.
         networks: Its networks by name.
         arguments: The call's arguments by name. Those that are functions are left alone.
 
@@ -35,16 +39,20 @@ class Beginning:
         lasting: Where there is something that cannot be put back, a Python generator; None if there is nothing.
     """
 
-    def __init__(self, pipeline: Any, networks: Mapping[str, nn.Module], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, pipeline: Any, kind: type, networks: Mapping[str, nn.Module], arguments: Mapping[str, Any]) -> None:
         data = {name: value for name, value in arguments.items() if not callable(value)}
         self._random = Snapshot(arguments)
-        self._memory = Memory([*networks.items(), *data.items()], owners=[pipeline])
+        classes = [(one.__name__, one) for one in (kind, type(pipeline))]
+        methods = [*classes, *((method.__name__, method) for method in users_methods(kind))]
+        self._memory = Memory([*networks.items(), *data.items(), *methods], owners=[pipeline])
+        self._surroundings = Surroundings()
         self.lasting = self._memory.lasting
 
     def restore(self) -> None:
         """Puts all of it back."""
         self._memory.restore()
         self._random.restore()
+        self._surroundings.restore()
 
 
 def hooks_memory(networks: Mapping[str, nn.Module], readers: list[types.FunctionType]) -> Memory | None:

@@ -11,7 +11,7 @@ import contextvars
 import copy
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import greenlet
@@ -22,6 +22,7 @@ from torch.utils import _pytree
 from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
+from paradiff.pipelines.executors.dry_walk import refuse_memory
 from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP
@@ -133,6 +134,7 @@ class Lane(greenlet.greenlet):
         for position, time in enumerate(self._iterations.walk(timesteps, self._passes)):
             if position == 0 and not self._inside:
                 watch = RandomWatch(self._generators)
+                self._shared.batching.log.mark(timesteps)
                 self._marks[id(timesteps)] = number, len(self._shared.log.entries), watch, scope
                 self._calls, self._stepped, self.results = [], False, []
                 self._settings, self._variables = settings(self.scheduler), variables()
@@ -175,10 +177,9 @@ class Lane(greenlet.greenlet):
         if dry and self._handed is None:
             self.replayed = deque(self._shared.first_results)
 
-    def count(self, iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
-        """`enumerate`, which numbers the loop's times by their nodes."""
-        for position, value in enumerate(iterable, start):
-            yield (start + self.node if self._inside and value is self._time else position), value
+    def place_of(self, position: int, value: Any) -> int:
+        """The number of a time in its iteration: that of its node where it is the time of the pass, else its position."""
+        return self.node if self._inside and value is self._time else position
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """The scheduler's `scale_model_input` at the lane's node."""
@@ -246,6 +247,11 @@ class Lane(greenlet.greenlet):
         shared.running = first.running()
         seal(self.scheduler, shared.running)
         self._settings = settings(self.scheduler)
+        if shared.batching.check != "off":
+            refuse_memory(shared.start, shared.solver, shared.batching.log, shared.batching.eps)
+            if shared.attributes is not None:
+                shared.attributes.mark()
+        shared.batching.log.close()
         self._turn(0, False)
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.coalesce import NetworkCall
+from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.batching import Batching
@@ -28,6 +29,7 @@ class SharedCall:
         batching: The run's batching (network/batching.py).
 
     Attributes:
+        start: The call's beginning.
         greenlet: The greenlet that resumes the lanes.
         log: The outputs of the networks that lane 0 called before its loop.
         shapes: The outputs of the network calls in the loop, by signature, as `Shape` in place of tensors.
@@ -44,6 +46,7 @@ class SharedCall:
 
     def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
         self.call, self.pipeline, self.solver, self.batching = call, pipeline, solver, batching
+        self.start = Start(call, pipeline, pipeline.scheduler)
         self.greenlet = greenlet.getcurrent()
         self.log = Log()
         self.shapes: dict[tuple[Any, ...], Any] = {}

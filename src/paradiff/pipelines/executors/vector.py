@@ -24,6 +24,7 @@ from torch import Tensor
 
 from paradiff.chain.table import column
 from paradiff.errors import Carried, MixedWindows, Unsupported
+from paradiff.pipelines.executors.dry_walk import Start, refuse_memory
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
@@ -54,10 +55,12 @@ class Round:
     Attributes:
         own: The run's batching.
         open: Whether the pass of this round has begun: its times were yielded.
+        refused: What was refused in an operation on the states of the round, even if the loop caught it; None for nothing.
     """
 
     own: Batching
     open: bool = False
+    refused: Unsupported | None = None
 
     @property
     def batching(self) -> Batching:
@@ -78,6 +81,7 @@ class Vector:
         scheduler: The pipeline's scheduler.
         solver: The call's solver.
         batching: The run's batching.
+        start: The call's beginning.
         generators: The generators among the call's arguments.
 
     Attributes:
@@ -88,8 +92,14 @@ class Vector:
     _settings: dict[str, Any]  # the scheduler's, at the loop's start
 
     def __init__(
-        self, scheduler: Any, solver: LoopSolver, batching: Batching, generators: Sequence[torch.Generator] = ()
+        self,
+        scheduler: Any,
+        solver: LoopSolver,
+        batching: Batching,
+        start: Start | None = None,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
+        self._start = start
         self._solver, self._batching = solver, batching
         self._round = Round(batching)
         self._watch = RandomWatch(generators)
@@ -104,6 +114,8 @@ class Vector:
             self._batching.begin_loop()
         for time in self._iterations.walk(timesteps, self._rounds):
             if not self._solver.started:
+                if self._iterations.position == 0:
+                    self._batching.log.mark(timesteps)
                 self._watch.mark()
                 self._settings = settings(self.scheduler)
             yield time
@@ -141,6 +153,13 @@ class Vector:
                 raise
             raise Carried(f"{KEEPS}: a pass reads a tensor of the states of an earlier one") from None
 
+    def _count(self) -> None:
+        """Compares what the loop counts and collects with the passes before."""
+        if self._batching.check != "off":
+            self._ledgers.append(ledger())
+        if len(self._ledgers) == 3 and (path := grown(*self._ledgers)) is not None:
+            raise Carried(f"{KEEPS}: {path} grows by the same amount in each")
+
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """The scheduler's `scale_model_input`, for each state at its node."""
         solver = self._solver
@@ -160,13 +179,13 @@ class Vector:
         solver = self._solver
         if solver.interrupt is not None:
             solver.interrupt.release()
+        if self._round.refused is not None:
+            raise self._round.refused
         timesteps = solver.first.timesteps if solver.started else self._iterations.begin()
         self._watch.check()
         refuse_changes(self.scheduler, self._settings)
-        if self._batching.check != "off":
-            self._ledgers.append(ledger())
-        if len(self._ledgers) == 3 and (path := grown(*self._ledgers)) is not None:
-            raise Carried(f"{KEEPS}: {path} grows by the same amount in each")
+        if solver.started:
+            self._count()
         if not solver.started:
             first = FirstStep(
                 scheduler=real_scheduler(self.scheduler),
@@ -183,6 +202,10 @@ class Vector:
             self._index = first_index(self.scheduler, first.timesteps[0])
             seal(self.scheduler, first.running())
             self._settings = settings(self.scheduler)
+            if self._start is not None and check != "off":
+                refuse_memory(self._start, solver, self._batching.log, self._batching.eps)
+            self._batching.log.close()
+            self._count()
         else:
             if not isinstance(output, Windowed) or not isinstance(sample, Windowed):
                 raise Unsupported("the loop steps a state that is not of its window")

@@ -30,6 +30,8 @@ class LoopSource:
         numpy: Lines that leave torch.
         random: Lines that draw random numbers.
         left: Names of values that are set in some passes only and read after the loop.
+        gathered: Names of values that passes add to, or write into, and that are read after the loop.
+        kept: Names of values that a pass sets and that are read after the loop, except the state and the time.
         carried: Names of values that one pass sets and the next one reads, except the state and values that callbacks replace.
     """
 
@@ -42,6 +44,8 @@ class LoopSource:
     random: list[str]
     carried: list[str]
     left: list[str]
+    gathered: list[str]
+    kept: list[str]
 
 
 def read_loops(pipeline: type) -> list[LoopSource]:
@@ -142,7 +146,8 @@ class MethodSource:
         )
         return LoopSource(
             line=self.line(loop),
-            index_reads=self._unique(uses),
+            index_reads=self._unique([*uses, *self._after(loop, counted), *self._deep(loop, syntax.sets_data)])
+            or self._unique(self._copies(loop)),
             outer=around,
             inner_steps=inner_steps,
             gradients=self._unique(self._deep(loop, lambda node: syntax.called_like(node, GRADIENTS))),
@@ -150,6 +155,8 @@ class MethodSource:
             random=self._unique([n for n in syntax.body(loop) if isinstance(n, ast.Call) and syntax.last(n.func) in RANDOM]),
             carried=self._carried(loop),
             left=self._left(loop),
+            gathered=self._gathered(loop),
+            kept=self._kept(loop),
         )
 
     def _unique(self, nodes: list[Any]) -> list[str]:
@@ -189,13 +196,7 @@ class MethodSource:
 
     def _carried(self, loop: ast.For) -> list[str]:
         """Names that are read in a pass before they are set in it."""
-        state = set(syntax.indices(loop)) | {
-            name.id for step in syntax.steps(loop) for name in ast.walk(step) if isinstance(name, ast.Name)
-        }
-        for step in syntax.steps(loop):
-            for above in self._above(step, loop):
-                if isinstance(above, ast.Assign):
-                    state |= {name.id for target in above.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        state = set(syntax.indices(loop)) | self._state(loop)
         carried = []
         stores = [
             node for node in syntax.names(loop, ast.Store) if not self._uncounted(node, loop) and not self._replaced(node, loop)
@@ -231,6 +232,66 @@ class MethodSource:
         for node in sorted(later, key=lambda node: (node.lineno, isinstance(node.ctx, ast.Store), node.col_offset)):
             first.setdefault(node.id, node)
         return [name for name in sometimes if name in first and isinstance(first[name].ctx, ast.Load)]
+
+    def _after(self, loop: ast.For, names: set[str]) -> list[ast.Name]:
+        """For each of some names its first occurrence after the loop, if it is read there."""
+        last = loop.end_lineno or loop.lineno
+        nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.Name) and node.id in names and node.lineno > last]
+        first: dict[str, ast.Name] = {}
+        for node in sorted(nodes, key=lambda node: (node.lineno, isinstance(node.ctx, ast.Store), node.col_offset)):
+            if not self._put_away(node) and not self._told(node):
+                first.setdefault(node.id, node)
+        return [node for node in first.values() if isinstance(node.ctx, ast.Load)]
+
+    def _told(self, node: ast.AST) -> bool:
+        """Whether a name is used for a progress bar, a callback or a log, anywhere in the method."""
+        above = self.parents.get(node)
+        while above is not None:
+            if isinstance(above, ast.Call) and syntax.uncounted_call(above):
+                return True
+            above = self.parents.get(above)
+        return False
+
+    def _gathered(self, loop: ast.For) -> list[str]:
+        """Names that a pass adds to, or writes into, and that are read after the loop."""
+        found = {
+            name
+            for node in syntax.body(loop)
+            if (name := syntax.written_into(node)) is not None and not self._uncounted(node, loop)
+        }
+        return [node.id for node in self._after(loop, found - self._state(loop))]
+
+    def _kept(self, loop: ast.For) -> list[str]:
+        """Names, also of attributes, that a pass sets and that are read after the loop, except the state and the time."""
+        stores = {node.id for node in syntax.names(loop, ast.Store) if not self._uncounted(node, loop)}
+        stores -= {*syntax.target_names(loop.target), *self._results(loop), *syntax.given_states(loop)}
+        last = loop.end_lineno or loop.lineno
+        set_there = {ast.unparse(n) for n in syntax.body(loop) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        attributes = [
+            ast.unparse(node)
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.lineno > last
+        ]
+        return [*(node.id for node in self._after(loop, stores)), *dict.fromkeys(a for a in attributes if a in set_there)]
+
+    def _copies(self, loop: ast.For) -> list[ast.AST]:
+        """The calls in a loop's head that walk over its times beside something else, over a copy of them, or over indices."""
+        calls = (node for node in ast.walk(loop.iter) if isinstance(node, ast.Call))
+        return [node for node in calls if isinstance(node.func, ast.Name) and node.func.id in ("zip", "list", "tuple", "range")]
+
+    def _state(self, loop: ast.For) -> set[str]:
+        """The names in the loop's steps, and those that a step's result is given to."""
+        found = {name.id for step in syntax.steps(loop) for name in ast.walk(step) if isinstance(name, ast.Name)}
+        return found | self._results(loop)
+
+    def _results(self, loop: ast.For) -> set[str]:
+        """The names that a step's result is given to."""
+        found = set[str]()
+        for step in syntax.steps(loop):
+            for above in self._above(step, loop):
+                if isinstance(above, ast.Assign):
+                    found |= {name.id for target in above.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        return found
 
     def _put_away(self, node: ast.Name) -> bool:
         """Whether a value is only compared with None, or told something, as in `cache.clear()`."""

@@ -29,8 +29,14 @@ def obstacles(pipeline: type) -> list[str]:
         found += [f"its loop leaves torch for numpy: {line}" for line in loop.numpy[:1]]
         found += [f"its loop draws random numbers: {line}" for line in loop.random[:1]]
         found += [f"its passes leave {', '.join(coupled)} to the next one"] if coupled else []
+        found += [f"its passes add to {', '.join(loop.gathered)}, which is read after the loop"] if loop.gathered else []
         found += [f"one of its passes leaves {', '.join(loop.left)} to what follows the loop"] if loop.left else []
     return list(dict.fromkeys([*found, *collected(pipeline)]))
+
+
+def kept(pipeline: type) -> list[str]:
+    """The names of what a pass of a pipeline class's loop sets, other than the state, and what follows the loop reads."""
+    return list(dict.fromkeys(name for loop in read_loops(pipeline) for name in loop.kept))
 
 
 def outer_loops(pipeline: type) -> list[str]:

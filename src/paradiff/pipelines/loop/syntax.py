@@ -77,6 +77,12 @@ def steps(loop: ast.For | ast.expr, inner: bool = True) -> Iterator[ast.Call]:
             waiting.extend(ast.iter_child_nodes(node))
 
 
+def given_states(loop: ast.For) -> set[str]:
+    """The names in the states that a loop's steps are given."""
+    given = [part for step in steps(loop) for part in [*step.args[2:3], *(k.value for k in step.keywords if k.arg == "sample")]]
+    return {name.id for part in given for name in ast.walk(part) if isinstance(name, ast.Name)}
+
+
 def indices(loop: ast.For) -> list[str]:
     """The names in a loop's target for the step's number, or for another quantity of the step than its time."""
     target, iterated = loop.target, loop.iter
@@ -98,6 +104,31 @@ def indices(loop: ast.For) -> list[str]:
 def target_names(target: ast.AST) -> list[str]:
     """The names that an assignment to this target sets."""
     return [node.id for node in ast.walk(target) if isinstance(node, ast.Name) and node.id != "_"]
+
+
+def sets_data(node: ast.AST) -> bool:
+    """Whether a node sets the `data` of a tensor, past the reach of a windowed one."""
+    return isinstance(node, ast.Attribute) and node.attr == "data" and isinstance(node.ctx, ast.Store)
+
+
+def written_into(node: ast.AST) -> str | None:
+    """The variable that a statement adds to, or writes into: `k += 1`, `v[i] = x`, `v.add_(x)`; None for another one."""
+    targets: list[ast.AST] = []
+    match node:
+        case ast.AugAssign(target=target):
+            targets = [target]
+        case ast.Assign(targets=[*given]):
+            targets = [target for target in given if isinstance(target, ast.Subscript)]
+        case ast.Expr(value=ast.Call(func=ast.Attribute(attr=name) as function)) if name.endswith("_") and name[0] != "_":
+            targets = [function.value]
+        case _:
+            pass
+    for target in targets:
+        while isinstance(target, ast.Subscript):
+            target = target.value
+        if isinstance(target, ast.Name):
+            return target.id
+    return None
 
 
 def about_callback(node: ast.AST) -> bool:

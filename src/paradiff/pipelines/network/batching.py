@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import shown
+from paradiff.pipelines.network.call_log import CallLog
 from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each
@@ -60,6 +61,7 @@ class Batching:
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
         layouts: How networks lay out their inputs where the rule of batched_call.py does not hold, by the signature of a call.
         eps: That of the coarsest dtype in which a network was computed so far; 0 before the first call.
+        log: The outputs of network calls before the loop and in its first pass.
 
     Raises:
         ValueError: If `max_rows` is below 1, `pad` is neither True nor False, or `check` is unknown.
@@ -87,6 +89,7 @@ class Batching:
         self.looping = False
         self.replaced: Callable[[], str | None] = lambda: None
         self.lost: str | None = None
+        self.log = CallLog()
         self.hooks: Memory | None = None
         self.readers: list[FunctionType] = []
         self._inside = self._shared = False
@@ -119,13 +122,16 @@ class Batching:
         """
         if self._inside:
             return forward(*args, **kwargs)
-        if not self.looping:
+        if not (self.looping or self.log.open):
             return self.for_all(forward, args, kwargs)
-        sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
-        self.count(sizes[0] if sizes else 1)
+        if self.looping:
+            sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
+            self.count(sizes[0] if sizes else 1)
         with self.timed():
             outputs = self.for_all(forward, args, kwargs)
-            return each(lambda leaf, _: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs)
+        if self.log.open:
+            self.log.add(forward, args, kwargs, outputs)
+        return each(lambda leaf, _: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs) if self.looping else outputs
 
     @property
     def ranks(self) -> Ranks | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import types
 import warnings
@@ -54,9 +53,19 @@ def record(thing: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return copy.copy(thing)
+            return _copied(thing)
         except TypeError:
             return state_of(thing)
+
+
+def _copied(iterator: Any) -> Any:
+    """An iterator at the same position, over copies of the iterators within it."""
+    make, parts, *state = iterator.__reduce__()
+    copied = make(*[_copied(part) if isinstance(part, Iterator) else part for part in parts])
+    for value in state:
+        if value is not None:
+            copied.__setstate__(_copied(value) if isinstance(value, Iterator) else value)
+    return copied
 
 
 def put_back(thing: Any, state: Any, anew: dict[int, Any]) -> None:

@@ -34,6 +34,8 @@ LARGE = 2**24
 """Numbers of the largest other tensor whose values are recorded; of a larger one it is known whether it changed."""
 LONG = 2**12
 """Length of the longest container whose items are looked at."""
+KEEPERS = {"queue", "collections", "_thread", "types"}
+"""Python's own modules whose objects are looked into: they hold values for others."""
 MAKERS = ("__init__", "__new__", "__init_subclass__")
 """Methods that make an object; no call of a network is one of them."""
 
@@ -111,7 +113,7 @@ class Walk:
             case io.IOBase():
                 pass
             case _:
-                self._visit_object(value, path)
+                self._visit_object(value, path, name)
 
     def _visit_tensor(self, tensor: Tensor, path: str) -> None:
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -164,17 +166,19 @@ class Walk:
             self.holders.append(Holder(scope, "", named=True, names=shared))
             for name in shared:
                 self._visit(scope[name], name, name)
+        for name in names(code):
+            if isinstance(scope.get(name), type):
+                self._visit(scope[name], name, name)
 
     def _visit_class(self, cls: type) -> None:
         if not is_users(cls.__module__):
             return
-        data = {name for name, value in vars(cls).items() if not name.startswith("__") and not hasattr(value, "__get__")}
-        if data:
-            self.holders.append(Holder(cls, cls.__name__, named=True, names=data))
-            for name in data:
-                self._visit(vars(cls)[name], f"{cls.__name__}.{name}", name)
+        self.holders.append(Holder(cls, cls.__name__, named=True))
+        for name, value in list(vars(cls).items()):
+            if not name.startswith("__") and not hasattr(value, "__get__"):
+                self._visit(value, f"{cls.__name__}.{name}", name)
 
-    def _visit_object(self, value: Any, path: str) -> None:
+    def _visit_object(self, value: Any, path: str, name: str) -> None:
         origin = type(value).__module__
         if hasattr(value, "components"):  # A pipeline's attributes are its loop's affair.
             return
@@ -183,6 +187,10 @@ class Walk:
             self.holders.append(holder)
             for name, part in holder.read().items():
                 self._visit(part, f"{path}.{name}", name)
+        elif origin in KEEPERS:
+            self.holders.append(Holder(value, path, name, named=True))
+            for key, part in self.holders[-1].read().items():
+                self._visit(part, f"{path}.{key}", key)
         elif is_users(origin):
             self.holders.append(Holder(value, path, named=True, names=self._names))
             self._objects.append((value, path))

@@ -76,18 +76,19 @@ class Windowed(torch.Tensor):
                 if result is not UNSUITABLE:
                     return result
             return mapped_over_states(func, args, kwargs)
-        except (Unsupported, TypeError, torch.OutOfMemoryError):
+        except Unsupported as error:
+            raise _told(error, (args, kwargs)) from error.__cause__
+        except (TypeError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise NeedsLanes(
-                f"`{title(func)}` cannot act on all states of a window at once ({type(error).__name__}: {first_line(error)})"
-            ) from error
+            text = f"`{title(func)}` cannot act on all states of a window at once ({type(error).__name__}: {first_line(error)})"
+            raise _told(NeedsLanes(text), (args, kwargs)) from error
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # Where C++ takes a number.
             return RULES[Tensor.item](Tensor.item, args, {})
-        raise NeedsLanes(f"`{func}` reads the states of a window as if they were one")
+        raise _told(NeedsLanes(f"`{func}` reads the states of a window as if they were one"), (args, kwargs))
 
     def __copy__(self) -> Windowed:
         return Windowed.wrap(self.window, self.run)
@@ -97,7 +98,7 @@ class Windowed(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise NeedsLanes("the loop pickles a tensor of the states of a window")
+        raise _told(NeedsLanes("the loop pickles a tensor of the states of a window"), self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Windowed(width={self.width}, shape={tuple(self.window.shape[1:])}, dtype={self.window.dtype})"
@@ -226,6 +227,14 @@ def mapped_over_states(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return None if name == "__setitem__" else target
     rest = iter(outputs)
     return mapped(lambda leaf: Windowed.wrap(next(rest), run) if leaf is HERE else leaf, structure[0])
+
+
+def _told(error: Unsupported, value: Any) -> Unsupported:
+    """The error, of which the runs of these windowed tensors are told, since the loop may catch it."""
+    for leaf in windowed_leaves(value):
+        if getattr(leaf.run, "refused", error) is None:
+            leaf.run.refused = error
+    return error
 
 
 class _Here:

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dry walk: whether a pass of the loop depends on the passes before it, seen without its networks.
+
+A loop can keep a value anywhere: in a variable, an object, a module, the environment, a file, another thread. Wherever it is,
+the loop gives its networks or its scheduler's step something else after other passes. So at its first step a call is made once
+more, on a copy of the pipeline, with its networks' outputs and its states held fixed as functions of the node,
+
+    m[i] = a(i) m[0],    x[i] = b(i) x[0],
+
+with m[0] and x[0] those of the first pass. All nodes are passed in order. Then some are passed again, each after the node
+before it with other outputs. What the loop gives to its networks and to the step at a node must be the same both times, up to
+rounding.
+
+The networks that precede the loop are not called either: their outputs come from a log (network/call_log.py). A walk costs the
+loop's own arithmetic. A walk that cannot be made, such as that of a loop that ends early for its states, shows nothing.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from paradiff.errors import Carried, Unsupported
+from paradiff.pipelines.loop.audit import KEEPS, granted, relative_difference
+from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
+from paradiff.pipelines.loop.ledger import Ledger, differing, ledger
+from paradiff.pipelines.loop.random_state import Snapshot, clone
+from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
+from paradiff.pipelines.loop.timesteps import Iterations
+from paradiff.pipelines.loop.torch_modes import Modes
+from paradiff.pipelines.network.call_log import CallLog, signature
+
+AGAIN = 6
+"""Nodes that are passed a second time, at most."""
+PERIODS = (2, 3, 5, 7)
+"""Periods, in passes, that the choice of these nodes tells from a constant."""
+
+
+class _Ended(BaseException):
+    """The walk has made all its passes; the rest of the call is left out."""
+
+
+class Start:
+    """What a call finds at its beginning, so that it can be made once more.
+
+    Args:
+        call: The pipeline's own `__call__` with all its arguments by name.
+        pipeline: The pipeline.
+        scheduler: Its scheduler.
+    """
+
+    def __init__(self, call: functools.partial[Any], pipeline: Any, scheduler: Any) -> None:
+        self.call, self.pipeline, self.scheduler = call, pipeline, scheduler
+        self.modes = Modes.now()
+        self.random = Snapshot({})
+        leaves = _pytree.tree_leaves(call.keywords)
+        self._generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
+
+    def keywords(self) -> dict[str, Any]:
+        """The call's arguments, with generators and tensors of their own."""
+        copies = {id(g): clone(g, state) for g, state in self._generators}
+
+        def own(leaf: Any) -> Any:
+            return leaf.clone() if type(leaf) is Tensor else copies.get(id(leaf), leaf)
+
+        return _pytree.tree_map(own, dict(self.call.keywords))
+
+
+def refuse_memory(start: Start, solver: LoopSolver, log: CallLog, eps: float) -> None:
+    """Walks through a loop whose solver has started.
+
+    Args:
+        start: The call's beginning.
+        solver: The call's solver.
+        log: The outputs of its networks before the loop, and in the loop's first pass.
+        eps: That of the coarsest dtype in which a network was computed.
+
+    Raises:
+        Carried: If a pass depends on the passes before it.
+    """
+    if solver.width == 1 or solver.table.steps < 3:
+        return
+    log.divide(solver.first.timesteps)
+    walk = DryWalk(start, solver, log)
+    now = Snapshot({})
+    start.random.restore()
+    try:
+        with start.modes.entered():
+            walk.switch()
+    finally:
+        now.restore()
+    walk.judge(max(eps, torch.finfo(solver.first.output.dtype).eps, torch.finfo(solver.first.sample.dtype).eps))
+
+
+class DryWalk(greenlet.greenlet):
+    """A call of a pipeline without its networks, and the handler of its scheduler's requests (see `LoopHandler`).
+
+    Args:
+        start: The call's beginning.
+        solver: The call's solver.
+        log: The networks' outputs.
+    """
+
+    def __init__(self, start: Start, solver: LoopSolver, log: CallLog) -> None:
+        super().__init__(self._walk)
+        self.gr_context = contextvars.copy_context()
+        self._start, self._solver, self._log = start, solver, log
+        self.scheduler = make_proxy(start.scheduler, self)
+        self._steps = solver.table.steps
+        self._node, self._visit = 0, ""
+        self._chosen = second_visits(self._steps)
+        self._seen: dict[int, list[tuple[str, Any]]] = {}
+        self._differences: list[tuple[int, str, Any]] = []
+        self._inside = self._stepped = self._within = False
+        self._iterations = Iterations()
+        self._played = self._turn = 0
+        self._learned = dict[Any, Any]()
+        self._time: Tensor | None = None
+        self._index: int | None = None
+        self._entries: list[tuple[str, Any]] = []
+        self._broken: str | None = None
+        self._ledgers: dict[tuple[int, str], Ledger] = {}
+
+    def judge(self, eps: float) -> None:
+        """Compares the two visits of each node.
+
+        Raises:
+            Carried: If they differ by more than rounding, or a second one could not be made.
+        """
+        bound = granted(eps)
+        values = torch.stack([v.cpu().double() for _, _, v in self._differences]).tolist() if self._differences else []
+        if self._visit not in ("", "first") and self._broken is not None:
+            raise Carried(
+                f"{KEEPS}: with its networks' outputs held fixed, {self._broken} where step {self._node} is passed again"
+            )
+        for (node, what, _), value in zip(self._differences, values, strict=True):
+            if not value <= bound:
+                one, other = (self._ledgers[node, visit] for visit in ("first", "again"))
+                path = differing(one, other, bound)
+                told = "" if path is None else f"; {path} is {one[path]} in one pass of it and {other[path]} in another"
+                raise Carried(
+                    f"{KEEPS}: with its networks' outputs held fixed, {what} at step {node} depends on the passes before{told}"
+                )
+
+    def _walk(self) -> None:
+        pipeline = copy.copy(self._start.pipeline)
+        attributes = vars(pipeline)
+        attributes["scheduler"] = self.scheduler
+        attributes["_progress_bar_config"] = {**attributes.get("_progress_bar_config", {}), "disable": True}
+        for name, value in attributes.items():
+            if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider holds its step number
+                attributes[name] = copy.copy(value)
+        try:
+            self._start.call.func(pipeline, *self._start.call.args, **self._start.keywords())
+            self._broken = "it ends"
+        except (_Ended, Unsupported):
+            pass
+        except Exception as error:
+            self._broken = f"it meets {type(error).__name__}"
+
+    def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
+        """The iteration over `timesteps`: in order, then the second visits."""
+        return self._iterations.walk(timesteps, self._passes)
+
+    def _passes(self) -> Iterator[Tensor]:
+        times = self._solver.first.timesteps
+        seal(self.scheduler, self._solver.first.running())
+        second = [turn for node in self._chosen for turn in ((node - 1, "before"), (node, "again"))]
+        for node, visit in [*((node, "first") for node in range(1, self._steps)), *second]:
+            self._node, self._visit = node, visit
+            self._stepped, self._turn, self._entries = False, 0, []
+            if self._index is not None:
+                place(self.scheduler, self._index + self._node)
+            self._time = times[self._node]
+            yield self._time
+            if not self._stepped:
+                raise _Ended
+        raise _Ended
+
+    def place_of(self, position: int, value: Any) -> int:
+        """The number of a time in its iteration: that of its node where it is the time of the pass, else its position."""
+        return self._node if self._inside and value is self._time else position
+
+    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
+        """The scheduler's `scale_model_input` at the node."""
+        if not self._inside:
+            return real_scheduler(self.scheduler).scale_model_input(sample, timestep)
+        factor = float(self._solver.scale(torch.tensor([self._node]))[0])
+        return (
+            sample if factor == 1 else (sample.to(torch.promote_types(sample.dtype, torch.float32)) * factor).to(sample.dtype)
+        )
+
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Ends a pass; returns the state of the next node."""
+        if not self._inside:
+            timesteps = self._iterations.begin()
+            self._index = first_index(self.scheduler, timesteps[0])
+            self._inside = True
+        elif self._stepped:
+            raise Unsupported("the loop takes several steps in one iteration")
+        self._note("the network's output given to the scheduler", output)
+        self._note("the state given to the scheduler", sample)
+        self._compare()
+        self._stepped = True
+        self._iterations.steps += 1
+        if self._index is not None:
+            place(self.scheduler, self._index + self._node + 1)
+        with torch.inference_mode(False), torch.no_grad():
+            state = self._solver.first.sample * (1 + 0.2 * math.sin(1.3 * (self._node + 1)))
+        return self._solver.result(state)
+
+    def route(self, module: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A network call, whose output is that of the log, or of the first pass times a factor of the node."""
+        del module
+        if self._within:
+            return forward(*args, **kwargs)
+        called = signature(forward, args, kwargs)
+        if self._played < len(self._log.before):
+            self._played += 1
+            return self._log.played(self._played - 1, called)
+        if self._stepped:
+            raise Unsupported(AFTER_THE_STEP)
+        self._note_arguments(args, kwargs)
+        known = [output for other, output in self._log.first if other == called]
+        if not known and called not in self._learned:
+            self._learned[called] = self._real(forward, args, kwargs)
+        output = known[min(self._turn, len(known) - 1)] if known else self._learned[called]
+        self._turn += 1
+        factor = 1 + 0.1 * math.sin(1.7 * self._node) + 0.05 * (self._visit == "before")
+        return _pytree.tree_map_only(Tensor, lambda leaf: leaf * factor if leaf.is_floating_point() else leaf.clone(), output)
+
+    def _real(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the network gives itself, for a call that is unlike those of the first pass."""
+        self._within = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._within = False
+
+    def _note_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._node not in self._chosen or self._visit == "before":
+            return
+        for leaf in _pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor | int | float):
+                self._note("what a network is given", leaf)
+
+    def _note(self, what: str, value: Any) -> None:
+        """Records something that the loop hands on in this pass."""
+        if self._node in self._chosen and self._visit != "before":
+            kept = (value, value._version if not value.is_inference() else -1, value.clone()) if _floats(value) else value
+            self._entries.append((what, kept))
+
+    def _compare(self) -> None:
+        """Compares the pass with the first one at its node, if there was one."""
+        if self._node not in self._chosen or self._visit == "before":
+            return
+        self._ledgers[self._node, self._visit] = ledger()
+        if self._visit == "first":
+            self._seen[self._node] = self._entries
+            return
+        first, again = self._seen[self._node], self._entries
+        if [what for what, _ in first] != [what for what, _ in again]:
+            self._differences.append((self._node, "the number of network calls", torch.tensor(math.inf)))
+            return
+        for (what, a), (_, b) in zip(first, again, strict=True):
+            self._differences.append((self._node, what, _difference(a, b)))
+
+
+def second_visits(steps: int) -> list[int]:
+    """The nodes that are passed a second time, from late to early, the first one after node 0 among them.
+
+    The k-th of them, k = 1, 2, ..., is passed as number steps + 2k, where it was number node + 1 before. The difference is no
+    multiple of the PERIODS where there is such a node.
+    """
+    count = min(AGAIN, steps - 1)
+    chosen: list[int] = []
+    for k in range(1, count):
+        high = steps - 1 - (k - 1) * (steps - 2) // (count - 1)
+        low = max(steps - 1 - k * (steps - 2) // (count - 1), 1)
+        able = [node for node in range(high, low, -1)]
+        late = {node: steps + 2 * k - node - 1 for node in able}
+        chosen.append(min(able, key=lambda node: sum(late[node] % period == 0 for period in PERIODS)))
+    return [*chosen, 1]
+
+
+def _floats(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _difference(a: Any, b: Any) -> Tensor:
+    """How far two things are apart that a pass handed on: 0 for the same, infinite where they are no tensors of one shape."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        (one, version, kept), (other, later, value) = a, b
+        if one is other and version == later >= 0:
+            return torch.zeros(())
+        if kept.shape == value.shape:
+            kept, value = (torch.view_as_real(v) if v.is_complex() else v for v in (kept, value))
+            return relative_difference(value[None, None], kept[None, None])[0]
+    elif isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+        return torch.where((a == b).all(), 0.0, torch.inf)
+    elif not isinstance(a, Tensor | tuple) and not isinstance(b, Tensor | tuple):
+        return torch.tensor(0.0 if a == b else math.inf)
+    return torch.tensor(math.inf)
