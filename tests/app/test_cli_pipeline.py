@@ -320,6 +320,13 @@ def test_a_sequential_call_is_said_to_be_one(
 REFUSED: dict[str, str] = {
     "--steps 10": "the StableDiffusionPipeline needs a prompt; give one, such as --prompt",
     "--prompt cat --size 16": "the size is '16'; give width and height in pixels as WIDTHxHEIGHT, such as 768x512",
+    "--prompt cat --size 100000x16": "the size is '100000x16'; width and height are at most 16384 pixels",
+    "--prompt cat --size ٣x16": "the size is '٣x16'; give width and height in pixels as WIDTHxHEIGHT",
+    "--prompt cat --steps 100001": "100001 steps were asked for; give at least 1 and at most 100000",
+    "--prompt cat --guidance nan": "guidance is nan; it must be a finite number",
+    "--prompt cat --guidance=-inf": "guidance is -inf; it must be a finite number",
+    "--prompt cat --eta nan": "eta is nan; it must be a number, 0 or more, and finite",
+    "--prompt cat --eta=-1": "eta is -1.0; it must be a number, 0 or more, and finite",
     "--prompt cat --size 0x16": "the size is '0x16'; give width and height",
     "--prompt cat --size 16x16x3": "the size is '16x16x3'; give width and height",
     "--prompt cat --size 15x16": "`height` and `width` have to be divisible by 8 but are 16 and 15",

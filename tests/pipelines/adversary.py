@@ -619,8 +619,7 @@ def judged(loop: Loop, check: Any = "first") -> Verdict:
     assert report.error_estimate is not None
     told = report.error_estimate.estimated_error
     text = f"{report.executor}, {report.rounds} rounds, RMS error {rms:.1e}, estimate {told:.1e}"
-    factor = 3 if loop.edit == "overwrites" else 2  # what is overwritten is left out of the estimate (methods/window/edits.py)
-    return Verdict("parallel" if rms <= max(factor * told, 1e-5 * size) else "WRONG", text)
+    return Verdict("parallel" if rms <= max(2 * told, 1e-5 * size) else "WRONG", text)
 
 
 def main() -> None:

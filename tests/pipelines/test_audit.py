@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import types
 import warnings
+from collections import deque
 from typing import Any
 
 import diffusers
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from paradiff import parallelize, parasolver, quasi_newton, sequential
 from paradiff.pipelines import Report
-from paradiff.pipelines.executors import lane, vector
+from paradiff.pipelines.executors import lane, lanes, vector
 from paradiff.pipelines.loop import audit
 from paradiff.pipelines.loop.audit import granted, relative_difference
 from paradiff.pipelines.loop.ledger import differing, grown, ledger
@@ -69,6 +70,44 @@ def test_the_time_of_a_step_is_that_of_its_pass(time: str, indexed: bool) -> Non
 def test_a_network_after_the_step_is_refused_by_name(indexed: bool) -> None:
     verdict = judged(made("edit", "network after the step", indexed=indexed))
     assert "the loop calls a network after its scheduler's step" in verdict.text
+
+
+def test_a_network_after_the_step_of_a_window_is_refused_by_name() -> None:
+    verdict = judged(made("edit", "network after the step", executor="vector"))
+    assert "vector: the loop calls a network after its scheduler's step" in verdict.text
+
+
+def test_what_a_loop_that_edits_its_states_keeps_is_found_by_the_repeated_row(without_a_walk: None) -> None:
+    # What is kept grows by another amount in each pass, so no ledger shows it.
+    text = made("keep", "count", "object", edit="after").source().replace("box.c + 1", "1.5 * box.c + 0.3")
+    _, report = run_of(Adversary.of(text)(Net(), diffusers.FlowMatchEulerDiscreteScheduler()), executor="vector")
+    assert report.executor == "sequential"
+    assert "when the same state is evaluated again in the pass after" in report.warnings[0]
+
+
+@pytest.mark.parametrize(("option", "value"), [("eta", "0.5 * (i > 12)"), ("use_clipped_model_output", "i > 12")])
+def test_an_option_of_the_step_that_changes_in_the_loop_is_refused_by_name(option: str, value: str) -> None:
+    loop = made("plain", "none", scheduler="ddim")
+    text = loop.source().replace("step(v, t, x)", f"step(v, t, x, {option}={value})")
+    _, report = run_of(Adversary.of(text)(Net(), diffusers.DDIMScheduler(clip_sample=False)))
+    assert report.executor == "sequential"
+    assert f"the loop changes the {option} of its scheduler's step" in report.warnings[0]
+
+
+def test_calls_that_begin_their_loops_within_two_percent_begin_at_the_same_state() -> None:
+    origin = torch.ones(2, 8)
+    assert lane._near(origin * 1.019, origin)
+    assert not lane._near(origin * 1.021, origin)
+    assert not lane._near(torch.ones(2, 7), origin)
+
+
+def test_a_row_is_evaluated_again_by_a_lane_that_made_none_of_the_passes_before() -> None:
+    lockstep: Any = object.__new__(lanes.Lockstep)
+    lockstep.lanes = [types.SimpleNamespace(seen=seen, turns=deque(), state=None) for seen in ({3}, {5}, {9}, {1})]
+    busy = lockstep.lanes[3:]
+    double = lockstep._double(5, range(2, 5), torch.zeros(1), busy)
+    assert double is lockstep.lanes[2]
+    assert list(double.turns) == [(4, True), (5, False)]
 
 
 @pytest.mark.parametrize("indexed", [False, True])

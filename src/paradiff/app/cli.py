@@ -19,7 +19,7 @@ from paradiff.app.launched import leave
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
 from paradiff.app.request import DTYPES, NOISES, OUT, Request
-from paradiff.errors import refuse_unknown
+from paradiff.errors import refuse_unknown, require_real
 from paradiff.version import __version__
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
@@ -251,16 +251,17 @@ def explain(
     """Say what a parallel run of a pipeline would do, without calling its networks."""
     solver, _ = make_method(method, method_option or [], window=window, tolerance=tolerance)
 
-    from paradiff.app.pipeline import refuse_eta, refuse_no_steps
+    from paradiff.app.pipeline import refuse_eta, refuse_steps
     from paradiff.models.pipeline import load_pipeline, set_sampler
     from paradiff.pipelines.explanation import explain as explain_pipeline
 
-    refuse_no_steps(steps)
+    refuse_steps(steps)
     pipeline = load_pipeline(model, trust_remote_code=trust_remote_code)
     if sampler is not None:
         set_sampler(pipeline, sampler)
     options = {} if eta is None else {"eta": eta}
-    if options:
+    if eta is not None:
+        require_real("eta", eta)
         refuse_eta(cast(Any, pipeline).scheduler)
     print(explain_pipeline(pipeline, solver, num_inference_steps=steps, **cast(dict[str, Any], options)))
 

@@ -41,6 +41,12 @@ SHIFTED = "shifted:VARIANCE"
 MOST_SEEDS = 100_000
 """Most seeds of one run."""
 
+MOST_STEPS = 100_000
+"""Most steps of a pipeline's chain."""
+
+LONGEST_SIDE = 16_384
+"""Most pixels of a picture's side."""
+
 DIGITS = 18
 """Most digits of a whole number that surely fits into 64 bits."""
 
@@ -87,11 +93,13 @@ def parse_size(text: str) -> tuple[int, int]:
     """Width and height from WIDTHxHEIGHT.
 
     Raises:
-        ValueError: If the text is no such pair.
+        ValueError: If the text is no such pair, or a side is too long.
     """
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
     if not found:
         raise ValueError(f"the size is {shown(text)}; give width and height in pixels as WIDTHxHEIGHT, such as 768x512")
+    if any(len(side) > DIGITS or int(side) > LONGEST_SIDE for side in found.groups()):
+        raise ValueError(f"the size is {shown(text)}; width and height are at most {LONGEST_SIDE} pixels")
     return int(found[1]), int(found[2])
 
 

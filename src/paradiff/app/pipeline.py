@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from paradiff.app import plots
 from paradiff.app.calls import Call, call_each
 from paradiff.app.environment import environment
 from paradiff.app.launched import in_turn
-from paradiff.app.options import effective_options, parse_argument, parse_size
+from paradiff.app.options import MOST_STEPS, effective_options, parse_argument, parse_size
 from paradiff.app.outcome import CutShort, Outcome, Writer
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, pipeline_report
+from paradiff.errors import require_real, shown
 from paradiff.models.pipeline import load_pipeline, set_sampler
 
 PIXELS_ONLY = ("grid", "form")
@@ -126,7 +128,8 @@ def call_arguments(pipeline: Any, request: Request) -> dict[str, Any]:
     Raises:
         ValueError: If the pipeline takes no such argument, two options give the same one, or one that it needs is missing.
     """
-    refuse_no_steps(request.steps)
+    refuse_steps(request.steps)
+    refuse_not_finite(request)
     kind = type(pipeline).__name__
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = {k: p for k, p in inspect.signature(pipeline.__call__).parameters.items() if p.kind in kinds}
@@ -158,14 +161,26 @@ def call_arguments(pipeline: Any, request: Request) -> dict[str, Any]:
     return arguments | ({"output_type": "np"} if "output_type" in parameters else {})
 
 
-def refuse_no_steps(steps: int | None) -> None:
-    """Refuses a chain without steps, which a scheduler would divide by.
+def refuse_steps(steps: int | None) -> None:
+    """Refuses a chain without steps, which a scheduler would divide by, and one of more than any scheduler is made for.
 
     Raises:
-        ValueError: If a number of steps was given that is below 1.
+        ValueError: If a number of steps was given that is below 1 or above MOST_STEPS.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"{steps} steps were asked for; give at least 1")
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"{shown(steps)} steps were asked for; give at least 1 and at most {MOST_STEPS}")
+
+
+def refuse_not_finite(request: Request) -> None:
+    """Refuses numbers with which every picture would be NaN.
+
+    Raises:
+        ValueError: If the guidance is not finite, or eta is not finite or below 0.
+    """
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise ValueError(f"guidance is {request.guidance:g}; it must be a finite number")
+    if request.eta is not None:
+        require_real("eta", request.eta)
 
 
 def refuse_eta(scheduler: Any) -> None:

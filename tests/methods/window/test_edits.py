@@ -13,6 +13,7 @@ from torch import Tensor
 
 from paradiff import Keyed, Solution, Table, parasolver, sequential, srds
 from paradiff.methods import WindowMethod
+from paradiff.methods.window.edits import Edits
 from paradiff.samplers import flow_euler
 from paradiff.solver import Batch, EditedOutputs, Method, drive
 from paradiff.solver.loop import solve
@@ -115,6 +116,22 @@ def test_an_edit_that_changes_nothing_in_some_sweeps_is_followed(name: str) -> N
     assert False in edited[edited.index(True) :]
     expected = chain(table, noise, lambda i, x: x.clamp(-bound, bound))
     torch.testing.assert_close(solution.sample[0], expected, rtol=1e-10, atol=1e-10)  # float64, sums in another order
+
+
+def test_an_element_is_overwritten_where_it_is_edited_at_every_node_and_never_changes_although_the_iterate_does() -> None:
+    handed = torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    later = torch.tensor([[1.5, 1.5, 1.0, 1.5], [2.5, 2.5, 2.0, 2.0]])
+    shown = torch.tensor([[9.0, 9.0, 9.0, 9.0], [9.0, 9.0, 9.0, 2.0]])
+    again = torch.tensor([[9.0, 9.0, 9.0, 9.0], [9.0, 8.0, 9.0, 2.0]])
+    # In this order: overwritten; changed at a node; its iterate stayed; left alone at a node.
+    edits = Edits()
+    edits.take(3, handed, shown, handed)
+    assert edits.overwritten is None or not bool(edits.overwritten.any())
+    edits.take(3, later, again, later)
+    assert edits.overwritten is not None
+    assert edits.overwritten.tolist() == [True, False, False, False]
+    values = edits.spare(torch.ones(2, 4), 0.0)
+    assert values.tolist() == [[0.0, 1.0, 1.0, 1.0]] * 2
 
 
 def test_states_left_alone_are_no_edit() -> None:
