@@ -6,6 +6,7 @@ The functions are found by name, so that one that a later diffusers adds is miss
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers import hooks
 from tiny import CASES
 
 from paradiff import explain, parallelize, parasolver
+from paradiff.pipelines.network.hooks import stateful_hooks
 
 METHOD = parasolver(tolerance=1e-4)
 CASE = CASES["flux"]
@@ -102,12 +104,21 @@ def test_a_cache_across_steps_is_refused_before_a_try_and_named(name: str) -> No
     pipe = having(name)
     apply(pipe.transformer)
     run = parallelize(pipe, METHOD)
-    if name == "apply_faster_cache":  # its plain call fails on this network
-        run.enable().disable()
-        assert hook in run.cached()[0]
-        return
     other = CASE.make()
     apply(other.transformer)
+    if name == "apply_faster_cache":  # its plain call fails on this network
+        assert hook in run.cached()[0]
+        for call in (other, run):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # that the call is sequential
+                with pytest.raises(TypeError, match="not subscriptable"):
+                    CASE.run(call, 3, **SHORT)
+        kept, wanted = pipe.transformer.state_dict(), other.transformer.state_dict()
+        assert kept.keys() == wanted.keys()
+        assert all(torch.equal(kept[key], wanted[key]) for key in kept)
+        assert stateful_hooks(pipe.transformer) == stateful_hooks(other.transformer)
+        assert vars(pipe.transformer).keys() == vars(other.transformer).keys()
+        return
     wanted = CASE.run(other, 3, **SHORT)
     with pytest.warns(RuntimeWarning, match=f"transformer keeps values across steps in a hook .*{hook}.*in order"):
         found = CASE.run(run, 3, **SHORT)

@@ -13,6 +13,7 @@ from tiny.networks import STEPS, Net, Pipe
 from torch import Tensor
 
 from paradiff import collocation, parallelize, parasolver, quasi_newton
+from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.solver.protocol import Round
 from paradiff.solver.solution import Status
@@ -175,6 +176,24 @@ def test_another_thread_ends_a_call() -> None:
         thread.join()
         assert run.report.status is Status.STOPPED, executor
         assert nearest(found) < BOUND
+
+
+@pytest.mark.parametrize("executor", ["auto", "vector", "lanes"])
+def test_an_interrupt_from_outside_in_a_try_that_is_refused_ends_the_plain_call(executor: Any) -> None:
+    told: list[int] = []
+    pipe = Pipe.of(Net())
+
+    def observer(round: Round) -> None:  # stands for another thread
+        told.append(round.number)
+        pipe._interrupt = len(told) == 2
+        if len(told) == 2:
+            raise Unsupported("it is refused")
+
+    run = parallelize(pipe, METHOD, executor=executor, observer=observer)
+    with pytest.warns(RuntimeWarning, match="it is refused"):
+        found = run(seeded())
+    assert torch.equal(found, states()[1])
+    assert pipe._interrupt
 
 
 def test_a_loop_that_does_not_ask_is_not_interrupted() -> None:

@@ -24,7 +24,7 @@ from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.source import kept, obstacles, reads_index
-from paradiff.pipelines.loop.whole_call import call_and_last_state, difference
+from paradiff.pipelines.loop.whole_call import call_and_last_state, difference, interrupted_call
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.hooks import caches
@@ -71,6 +71,7 @@ class Call:
         if beginning is not None and beginning.lasting is not None:
             account.notes.append(f"{beginning.lasting} is a Python generator, whose position could not be put back after a try")
             executors = []
+        interrupt: Interrupt | None = None
         met = False  # whether a try met an error of which nothing is known
         for executor in executors:
             observer = None if settings.observer is None else Watched(settings.observer)
@@ -106,17 +107,21 @@ class Call:
                 account.notes.append("the call was interrupted before its first step")
                 return result, account.sequential()
             assert beginning is not None
+            assert solver.interrupt is not None
+            if solver.started and callback is None and solver.interrupt:
+                interrupt = solver.interrupt  # set from outside while the try ran
             beginning.restore()
             account.refused.append(batching)
             account.notes.append(f"{executor}: {reason}")
-            if not go_on:
+            if not go_on or interrupt is not None:
                 break  # a scheduler without parallel form, a network with memory, or an error before the loop
         if settings.executor != "sequential":
             reason = "; ".join(account.notes) or "there is no executor for its loop"
             account.notes = [f"the {self._kind.__name__} was called sequentially, {reason}"]
             if not met:
                 warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
-        result = plain_call(self._kind)(self._pipeline, **self._arguments)
+        call = functools.partial(plain_call(self._kind), self._pipeline, **self._arguments)
+        result = call() if interrupt is None else interrupted_call(self._pipeline.scheduler, interrupt, call)
         if met:  # An error that the plain call meets too is the user's, and is not warned of beside.
             warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
         return result, account.sequential()

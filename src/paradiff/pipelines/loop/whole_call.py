@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain call beside a parallel one: with `check="every"`, the samples of both are compared."""
+"""Plain calls whose steps are watched: one beside a parallel call, to compare both, and one that is interrupted."""
 
 from __future__ import annotations
 
@@ -12,22 +12,38 @@ import torch
 from torch import Tensor
 
 from paradiff.pipelines.loop.audit import granted
+from paradiff.pipelines.loop.interrupt import Interrupt
 
 
 def call_and_last_state(scheduler: Any, call: Callable[[], Any]) -> tuple[Any, Tensor | None]:
     """What a plain call returns, and what the scheduler's last step in it returned; None if there was no step."""
     last: list[Tensor] = []
+
+    def note(result: Any) -> None:
+        last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+
+    result = _watched(scheduler, call, note)
+    return result, last[0].clone() if last else None
+
+
+def interrupted_call(scheduler: Any, interrupt: Interrupt, call: Callable[[], Any]) -> Any:
+    """What a plain call returns that is interrupted during its first step."""
+    return _watched(scheduler, call, lambda result: interrupt.set())
+
+
+def _watched(scheduler: Any, call: Callable[[], Any], watch: Callable[[Any], None]) -> Any:
+    """What a call returns, in which the result of each of the scheduler's steps is shown to a function."""
     real = scheduler.step
 
     @functools.wraps(real)
     def step(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
-        last[:] = [result[0] if isinstance(result, tuple) else result.prev_sample]
+        watch(result)
         return result
 
     vars(scheduler)["step"] = step
     try:
-        return call(), last[0].clone() if last else None
+        return call()
     finally:
         del vars(scheduler)["step"]
 
