@@ -42,6 +42,10 @@ class RanksFailed(Exception):
     that names it."""
 
 
+class NotWalked(Unsupported):
+    """The loop does not iterate its scheduler's times."""
+
+
 class MissingPackage(ImportError):
     """A package of an extra that is not installed. The text is a sentence: what needs it, and how to install it."""
 

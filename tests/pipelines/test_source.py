@@ -11,8 +11,8 @@ from typing import Any
 import diffusers
 import pytest
 
-from paradiff.pipelines.loop.reader import read_loops
-from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
+from paradiff.pipelines.loop.reader import other_form, read_loops
+from paradiff.pipelines.loop.source import kept, obstacles, outer_loops, reads_index
 
 
 def pipeline(call: Callable[..., Any]) -> type:
@@ -222,3 +222,68 @@ def test_most_loops_of_diffusers_can_be_read() -> None:
     assert len(kinds) > 200
     assert sum(read is None for read in reads) < len(reads) / 10
     assert len(reads) / 5 < sum(bool(read) for read in reads) < len(reads) / 2
+
+
+def test_loops_that_do_not_walk_over_their_times_are_told_by_their_form() -> None:
+    def whiles(self: Any, latents: Any) -> Any:
+        i = 0
+        while i < len(self.scheduler.timesteps):
+            latents = self.scheduler.step(self.unet(latents), self.scheduler.timesteps[i], latents)
+            i += 1
+
+    def copied(self: Any, latents: Any) -> Any:
+        for t in sorted(self.scheduler.timesteps):
+            latents = self.scheduler.step(self.unet(latents), t, latents)
+
+    class Recursive:
+        def __call__(self, latents: Any) -> Any:
+            return self.again(latents, 0)
+
+        def again(self, latents: Any, i: int) -> Any:
+            one: Any = self
+            return self.again(one.scheduler.step(latents, i, latents), i + 1)
+
+    assert "the loop is a `while`" in str(other_form(pipeline(whiles)))
+    assert "something else than scheduler.timesteps: for t in sorted(" in str(other_form(pipeline(copied)))
+    assert other_form(Recursive) == "the loop's calls of the scheduler are in a recursion, of again"
+    assert other_form(object) is None
+
+
+def test_what_passes_gather_for_the_code_after_the_loop_is_an_obstacle() -> None:
+    def counted(self: Any, latents: Any, timesteps: Any) -> Any:
+        n = 0
+        for t in timesteps:
+            latents = self.scheduler.step(self.unet(latents), t, latents)
+            n += 1
+        return latents * n
+
+    def told(self: Any, latents: Any, timesteps: Any) -> Any:
+        n = 0
+        for t in timesteps:
+            latents = self.scheduler.step(self.unet(latents), t, latents)
+            n += 1
+        self.logger.info(n)
+        return latents
+
+    def stored(self: Any, states: Any, timesteps: Any) -> Any:
+        for i, t in enumerate(timesteps):
+            states[i + 1] = self.scheduler.step(self.unet(states[i]), t, states[i])
+        return states[-1]
+
+    def one_place(self: Any, box: Any, timesteps: Any) -> Any:
+        for t in timesteps:
+            box["latents"] = self.scheduler.step(self.unet(box["latents"]), t, box["latents"])
+        return box["latents"]
+
+    def left(self: Any, latents: Any, noise_pred: Any, timesteps: Any) -> Any:
+        for t in timesteps:
+            noise_pred = self.unet(latents, t)
+            latents = self.scheduler.step(noise_pred, t, latents)
+        return latents - noise_pred
+
+    assert obstacles(pipeline(counted)) == ["its passes add to n, which is read after the loop"]
+    assert obstacles(pipeline(told)) == []
+    assert obstacles(pipeline(stored)) == ["its passes write their states into states, one by one"]
+    assert obstacles(pipeline(one_place)) == []
+    assert kept(pipeline(left)) == ["noise_pred"]
+    assert kept(pipeline(told)) == []

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, RanksFailed, Unsupported
+from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, NotWalked, RanksFailed, Unsupported
 from paradiff.pipelines.account import Account
 from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.executors.lanes import run_lanes
@@ -23,7 +23,8 @@ from paradiff.pipelines.executors.vector import Vector
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
-from paradiff.pipelines.loop.source import kept, obstacles, reads_index
+from paradiff.pipelines.loop.reader import other_form
+from paradiff.pipelines.loop.source import handed_on, obstacles, reads_index
 from paradiff.pipelines.loop.whole_call import call_and_last_state, difference, interrupted_call
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
@@ -88,6 +89,8 @@ class Call:
                     raise own from None  # Python put another error around it
                 met |= not isinstance(error, Unsupported) or error.__cause__ is not None
                 reason = str(error) if isinstance(error, Unsupported) else _met(error)
+                if isinstance(error, NotWalked):
+                    reason = other_form(self._kind) or reason
                 go_on = (solver.started and not isinstance(error, NeedsOrder)) or isinstance(error, NeedsLanes)
                 if isinstance(error, MixedWindows) and settings.check == "off":
                     go_on = False  # It may be an edit, which lanes can follow, or a kept value: the audit would tell.
@@ -147,11 +150,8 @@ class Call:
         if found:
             self._account.notes.append(found[0])
             return []
-        if not self._settings.method.dense_output and (values := kept(self._kind)):
-            self._account.notes.append(
-                f"its last pass leaves {', '.join(values)} to what follows the loop, and {self._settings.method.name} does not "
-                "keep the state after every step"
-            )
+        if (clause := handed_on(self._kind, self._settings.method)) is not None:
+            self._account.notes.append(clause)
             return []
         reads = reads_index(self._kind)
         if self._settings.executor == "vector" and reads:

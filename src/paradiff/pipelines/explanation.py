@@ -23,7 +23,7 @@ from paradiff.chain.table import Table
 from paradiff.errors import Unsupported
 from paradiff.methods.presets import parasolver
 from paradiff.models.exact import Mixture
-from paradiff.pipelines.loop.source import obstacles, outer_loops, reads_index
+from paradiff.pipelines.loop.source import handed_on, obstacles, outer_loops, reads_index
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.timing import Timing, forecast, timings
@@ -170,6 +170,9 @@ def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str
     found = obstacles(kind)
     if found:
         refused += found
+        return "sequential"
+    if (clause := handed_on(kind, run.settings.method)) is not None:
+        refused.append(clause)
         return "sequential"
     if outer := outer_loops(kind):
         notes.append(f"the loop is within another one; a call that runs it more than once is sequential: {outer[0]}")

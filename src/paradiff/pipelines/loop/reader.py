@@ -31,6 +31,7 @@ class LoopSource:
         random: Lines that draw random numbers.
         left: Names of values that are set in some passes only and read after the loop.
         gathered: Names of values that passes add to, or write into, and that are read after the loop.
+        arrays: Names of arrays that the states of all passes are written into.
         kept: Names of values that a pass sets and that are read after the loop, except the state and the time.
         carried: Names of values that one pass sets and the next one reads, except the state and values that callbacks replace.
     """
@@ -45,6 +46,7 @@ class LoopSource:
     carried: list[str]
     left: list[str]
     gathered: list[str]
+    arrays: list[str]
     kept: list[str]
 
 
@@ -78,9 +80,34 @@ def collected(pipeline: type) -> list[str]:
         for node in ast.walk(source.tree):
             if isinstance(node, COMPREHENSIONS) and any(syntax.steps(node)):
                 found.append(f"its loop is a comprehension, which keeps the states of all passes: {source.line(node)}")
-        if source.loops() and any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(source.tree)):
+        functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        yields = (node for node in ast.walk(source.tree) if isinstance(node, ast.Yield | ast.YieldFrom))
+        own = (next(above for above in source.around(node) if isinstance(above, functions)) for node in yields)
+        if source.loops() and any(function is source.tree for function in own):
             found.append(f"its loop yields the states of its passes to another function: {name}")
     return found
+
+
+def other_form(pipeline: type) -> str | None:
+    """A clause for how a pipeline class's loop goes that does not walk over its times in a `for`; None if that is not seen."""
+    seen, names = set[str](), ["__call__"]
+    while names:
+        name = names.pop(0)
+        seen.add(name)
+        source = MethodSource.of(pipeline, name)
+        if source is None:
+            continue
+        called = source.called()
+        names += [other for other in called if other not in seen and other not in names]
+        for step in syntax.steps_in(source.tree):
+            if name in called:
+                return f"the loop's calls of the scheduler are in a recursion, of {name}"
+            around = [node for node in source.around(step) if isinstance(node, ast.For | ast.While)]
+            if around and isinstance(around[0], ast.While):
+                return f"the loop is a `while`, whose place in the chain a parallel run cannot set: {source.line(around[0])}"
+            if around and isinstance(around[0], ast.For):
+                return f"the loop walks over something else than scheduler.timesteps: {source.line(around[0])}"
+    return None
 
 
 _PARSER = threading.Lock()  # CPython builds one syntax tree at a time (gh-106905)
@@ -104,6 +131,12 @@ class MethodSource:
         except (TypeError, OSError, SyntaxError, IndexError, ValueError):
             return None
         return cls(pipeline, tree, text.splitlines()) if isinstance(tree, ast.FunctionDef) else None
+
+    def around(self, node: ast.AST) -> Iterator[ast.AST]:
+        """The nodes around a node, the innermost first."""
+        while (above := self.parents.get(node)) is not None:
+            yield above
+            node = above
 
     def line(self, node: Any) -> str:
         return self.lines[node.lineno - 1].strip()
@@ -156,6 +189,7 @@ class MethodSource:
             carried=self._carried(loop),
             left=self._left(loop),
             gathered=self._gathered(loop),
+            arrays=self._arrays(loop),
             kept=self._kept(loop),
         )
 
@@ -260,6 +294,19 @@ class MethodSource:
             if (name := syntax.written_into(node)) is not None and not self._uncounted(node, loop)
         }
         return [node.id for node in self._after(loop, found - self._state(loop))]
+
+    def _arrays(self, loop: ast.For) -> list[str]:
+        """Names of what a step's result is written into at a place that changes, as in `states[i + 1] = step(...)`."""
+        targets = [
+            target
+            for step in syntax.steps(loop)
+            for above in self._above(step, loop)
+            if isinstance(above, ast.Assign)
+            for target in above.targets
+        ]
+        subscripts = [target for target in targets if isinstance(target, ast.Subscript)]
+        changing = [target for target in subscripts if not isinstance(target.slice, ast.Constant | ast.UnaryOp)]
+        return list(dict.fromkeys(ast.unparse(target.value) for target in changing))
 
     def _kept(self, loop: ast.For) -> list[str]:
         """Names, also of attributes, that a pass sets and that are read after the loop, except the state and the time."""

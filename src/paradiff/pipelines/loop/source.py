@@ -8,6 +8,7 @@ so if it uses the counter for nothing but a progress bar, a callback or a log.
 from __future__ import annotations
 
 from paradiff.pipelines.loop.reader import collected, read_loops
+from paradiff.solver.protocol import Method
 
 
 def reads_index(pipeline: type) -> list[str] | None:
@@ -29,6 +30,7 @@ def obstacles(pipeline: type) -> list[str]:
         found += [f"its loop leaves torch for numpy: {line}" for line in loop.numpy[:1]]
         found += [f"its loop draws random numbers: {line}" for line in loop.random[:1]]
         found += [f"its passes leave {', '.join(coupled)} to the next one"] if coupled else []
+        found += [f"its passes write their states into {', '.join(loop.arrays)}, one by one"] if loop.arrays else []
         found += [f"its passes add to {', '.join(loop.gathered)}, which is read after the loop"] if loop.gathered else []
         found += [f"one of its passes leaves {', '.join(loop.left)} to what follows the loop"] if loop.left else []
     return list(dict.fromkeys([*found, *collected(pipeline)]))
@@ -37,6 +39,17 @@ def obstacles(pipeline: type) -> list[str]:
 def kept(pipeline: type) -> list[str]:
     """The names of what a pass of a pipeline class's loop sets, other than the state, and what follows the loop reads."""
     return list(dict.fromkeys(name for loop in read_loops(pipeline) for name in loop.kept))
+
+
+def handed_on(pipeline: type, method: Method) -> str | None:
+    """A clause against a method that does not keep the state after every step, for a loop whose last pass is read later."""
+    names = [] if method.dense_output else kept(pipeline)
+    if not names:
+        return None
+    return (
+        f"its last pass leaves {', '.join(names)} to what follows the loop, and {method.name} does not keep the state after "
+        "every step"
+    )
 
 
 def outer_loops(pipeline: type) -> list[str]:

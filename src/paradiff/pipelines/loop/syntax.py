@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 UNCOUNTED = ("progress", "pbar", "callback", "mark_step", "logger", "logging", "warn", "print")
 """Parts of the names of functions that may be given the step number."""
@@ -61,17 +65,27 @@ def over_timesteps(loop: ast.For) -> bool:
     return any("timesteps" in last(node) for node in ast.walk(loop.iter))
 
 
+def steps_in(tree: ast.AST) -> Iterator[ast.Call]:
+    """The calls of a scheduler's `step` anywhere in a tree."""
+    yield from (node for node in ast.walk(tree) if is_step(node))
+
+
+def is_step(node: ast.AST) -> TypeIs[ast.Call]:
+    """Whether a node is a call of a scheduler's `step`."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith("step")
+        and "scheduler" in ast.unparse(node.func.value)
+    )
+
+
 def steps(loop: ast.For | ast.expr, inner: bool = True) -> Iterator[ast.Call]:
     """The calls of a scheduler's `step` in a loop's body; with `inner` False, without those in inner loops."""
     waiting: list[ast.AST] = list(loop.body) if isinstance(loop, ast.For) else [loop]
     while waiting:
         node = waiting.pop(0)
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr.startswith("step")
-            and "scheduler" in ast.unparse(node.func.value)
-        ):
+        if is_step(node):
             yield node
         if inner or not isinstance(node, (ast.For, ast.While)):
             waiting.extend(ast.iter_child_nodes(node))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from paradiff.errors import Unsupported
+from paradiff.errors import NotWalked, Unsupported
 
 REPEATABLE = {
     Tensor.to,
@@ -100,6 +100,7 @@ class Iterations:
 
     def __init__(self) -> None:
         self.steps = 0
+        self._listed = False  # whether an iteration came to its end without a step
         self.timesteps: Tensor | None = None
         self.position = -1
 
@@ -113,16 +114,19 @@ class Iterations:
             if self.steps != steps:
                 yield from rounds()
                 return
+        self._listed = True
         self.timesteps, self.position = outer
 
     def begin(self) -> Tensor:
         """The loop's times `[n]`, at its first step.
 
         Raises:
-            Unsupported: If the step was not taken in the first iteration of a loop over the timesteps.
+            NotWalked: If the step was not taken in a loop over the timesteps.
+            Unsupported: If it was not taken in the loop's first iteration.
         """
         if self.timesteps is None:
-            raise Unsupported("the loop does not walk over scheduler.timesteps")
+            copied = ", but over a copy of them" if self._listed else ""
+            raise NotWalked(f"the loop does not walk over scheduler.timesteps{copied}")
         if self.position != 0:
             raise Unsupported(f"the loop takes its first step in its iteration number {self.position + 1}")
         return self.timesteps
