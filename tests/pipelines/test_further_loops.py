@@ -101,7 +101,7 @@ REFUSED = {
         written().replace("step(v, t, x)", "step(v, t, x, generator=torch.Generator().manual_seed(i))"),
         "another generator from pass to pass",
     ),
-    "times as numbers": (written().replace("timesteps)", "timesteps.tolist())"), "does not walk over scheduler.timesteps"),
+    "times as numbers": (written().replace("timesteps)", "timesteps.tolist())"), "walks over something else than scheduler.timesteps"),
 }
 
 

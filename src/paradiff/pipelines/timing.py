@@ -116,7 +116,7 @@ def timings(pipeline: Any, kind: type, arguments: Mapping[str, Any], executor: s
         Unsupported: If the executor cannot run the call.
     """
     given = bound(kind, pipeline, (), arguments)
-    beginning = Beginning(pipeline, networks(pipeline), given)
+    beginning = Beginning(pipeline, kind, networks(pipeline), given)
     try:
         return TimedCall(pipeline, kind, Settings(method=jacobi(window=widest), check="off"), given).timed(executor)
     finally:
