@@ -50,7 +50,8 @@ def free_port() -> int:
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
     """The variables that torchrun sets."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+    # The recorder of torch keeps the last 2000 collectives, between whose entries memory of freed tensors lies unused.
+    return {"MASTER_ADDR": "127.0.0.1", "TORCH_FR_BUFFER_SIZE": "0", **{name: str(value) for name, value in names.items()}}
 
 
 def on_ranks(size: int, job: Job, *arguments: Any, axes: Mapping[str, int] | None = None) -> list[Ended]:

@@ -86,6 +86,9 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
 
     from paradiff.solver.ranks import Ranks
 
+    os.environ.setdefault(
+        "TORCH_FR_BUFFER_SIZE", "0"
+    )  # whose entries lie between tensors, and keep memory from being used again
     timeout = TIMEOUT if request.timeout is None else request.timeout
     if rank() > 0:
         warnings.simplefilter("ignore")

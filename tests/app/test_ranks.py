@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command on several ranks: the files of one process, written by one of them, and one sentence where it cannot be."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import environment, free_port, processes
+
+SHORT = ["sample", "digits", "--sampler", "ddim", "--steps", "12", "--seeds", "0-1", "--window", "4", "--device", "cpu"]
+
+
+def command(arguments: list[str], others: list[str] | None = None) -> tuple[int, str, str]:
+    """The command in this process; on ranks other than the first with other arguments, if there are any."""
+    from paradiff.app import cli, launched
+
+    launched.leave = sys.exit
+    cli.leave = sys.exit
+    given = arguments if others is None or launched.rank() == 0 else others
+    sys.argv = ["paradiff", *given, "--timeout", "20"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_one_rank_writes_the_files_and_shows_the_figures(tmp_path: Path) -> None:
+    first, second = (one.value for one in processes(2, command, [*SHORT, "--out", str(tmp_path / "two")]))
+    alone = command([*SHORT, "--out", str(tmp_path / "one")])
+    assert (first[0], second[0], alone[0]) == (0, 0, 0), (first, second)
+    assert second[1:] == ("", "")
+    assert "written to" in first[1]
+    assert sorted(os.listdir(tmp_path / "two")) == ["run.json", "samples.png", "seed-0.png", "seed-1.png"]
+    contents = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert contents[0]["rounds"] == contents[1]["rounds"]
+    assert contents[0]["evaluations"] == contents[1]["evaluations"]
+    for name in ("seed-0.png", "seed-1.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_ranks_of_other_arguments_are_named_and_write_nothing(tmp_path: Path) -> None:
+    given = [*SHORT, "--out", str(tmp_path / "out")]
+    ended = processes(2, command, given, [*given, "--tolerance", "0.5"])
+    for one in ended:
+        code, out, err = one.value
+        assert (code, out) == (1, "")
+        assert "was started with another --tolerance than rank 0 of 2" in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    first, second = (one.value for one in processes(2, command, [*SHORT, "--out", str(tmp_path)]))
+    assert first[0] == 2
+    assert first[2] == (
+        f"error: the output folder {str(tmp_path)!r} is not empty; give another one, or --overwrite to replace its files\n"
+    )
+    assert second[0] == 1
+    assert second[2].startswith("rank 1: error: rank 0 of 2")
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_a_device_that_is_not_there_is_refused_by_every_rank(tmp_path: Path) -> None:
+    line = [*SHORT[:-1], "cuda:7", "--out", str(tmp_path / "out")]
+    for rank, one in enumerate(processes(2, command, line)):
+        assert one.value[0] == 2
+        assert one.value[2] == f"{'rank 1: ' * rank}error: device 'cuda:7' is not available; use cpu or auto\n"
+
+
+@pytest.mark.parametrize(("name", "text"), [("RANK", "one"), ("WORLD_SIZE", "-2")])
+def test_a_variable_of_torchrun_that_is_no_number_is_refused(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paradiff.app import launched
+
+    for key, value in environment(1, 2, 1).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=f"the environment variable {name} is '{text}'; it must be a whole number"):
+        launched.rank()
+
+
+def test_torchrun_on_two_hosts_starts_it(tmp_path: Path) -> None:
+    """Two agents of one rank each, as on two nodes."""
+    line = [*SHORT, "--out", str(tmp_path / "out")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test", "-m", "paradiff"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agents = [
+        subprocess.Popen([*torchrun, *line], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    said = [agent.communicate(timeout=120)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sum("written to" in text for text in said) == 1
+    assert sorted(os.listdir(tmp_path / "out")) == ["run.json", "samples.png", "seed-0.png", "seed-1.png"]
