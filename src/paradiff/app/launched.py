@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paradiff.app.outcome import CutShort
 from paradiff.errors import RanksFailed, require_whole
@@ -86,12 +86,8 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
 
     from paradiff.solver.ranks import Ranks
 
-    os.environ.setdefault(
-        "TORCH_FR_BUFFER_SIZE", "0"
-    )  # whose entries lie between tensors, and keep memory from being used again
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # no records between tensors, where they keep memory from use
     timeout = TIMEOUT if request.timeout is None else request.timeout
-    if rank() > 0:
-        warnings.simplefilter("ignore")
     try:
         if device.type == "cuda":
             import torch
@@ -110,7 +106,8 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
     try:
         options = {name: repr(value) for name, value in dataclasses.asdict(request).items() if name not in OWN}
         ranks.agree({f"--{name.replace('_', '-')}" if name != "model" else name: value for name, value in options.items()})
-        yield ranks
+        with _warnings_of_one():
+            yield ranks
         ranks.agree({})  # all have come to the end
     except BaseException as error:
         cause = error.__cause__ if isinstance(error, CutShort) else error
@@ -119,6 +116,26 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
         raise
     ranks.close()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _warnings_of_one() -> Iterator[None]:
+    """Has rank 0 alone show warnings; that on idle ranks in a line of its own, without the place in the code."""
+    from paradiff.solver.sharded import IdleRanks
+
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def told(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, IdleRanks):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                shown(message, category, *where)
+
+        if rank() > 0:
+            warnings.simplefilter("ignore")
+        warnings.showwarning = told
+        yield
 
 
 def clock_of(ranks: Ranks | None) -> Callable[[], float]:

@@ -132,6 +132,10 @@ class Bound(Protocol):
         ...
 
 
+class IdleRanks(RuntimeWarning):
+    """That a run has more ranks than its rounds have rows."""
+
+
 class Sharded:
     """Shares out network calls over ranks; what a `RowBound` (evaluator.py) hands its items to.
 
@@ -182,7 +186,7 @@ class Sharded:
             widest: Rows of the widest round.
         """
         if widest < self.ranks.size and not self._warned and self.ranks.place == 0:
-            warnings.warn(too_many(self.ranks.size, widest), RuntimeWarning, stacklevel=4)
+            warnings.warn(too_many(self.ranks.size, widest), IdleRanks, stacklevel=4)
         self._warned |= widest < self.ranks.size
 
     def parts(
