@@ -101,7 +101,10 @@ REFUSED = {
         written().replace("step(v, t, x)", "step(v, t, x, generator=torch.Generator().manual_seed(i))"),
         "another generator from pass to pass",
     ),
-    "times as numbers": (written().replace("timesteps)", "timesteps.tolist())"), "walks over something else than scheduler.timesteps"),
+    "times as numbers": (
+        written().replace("timesteps)", "timesteps.tolist())"),
+        "walks over something else than scheduler.timesteps",
+    ),
 }
 
 
