@@ -2,9 +2,9 @@
 """Speed-up of whole runs on 2 and 4 ranks, of a network that takes a given time for each row.
 
 A call of the network sleeps for `--row` milliseconds a row, so that ranks on one machine do not compete for its processor, as
-GPUs do not. The ideal is that of the rounds: the sum over a run's rounds of the rows that the rank with most rows has, against
-the sum of all rows. Both clocks are whole: noise, solver, exchanges and the check of rows are in them; the start of processes,
-and the handshake of the first round, which an untimed run makes, are not.
+GPUs do not. The chain is that of DDPM. The ideal is that of the rounds: all rows of a run, against the rows, summed over the
+rounds, of the rank that has most of them. Both clocks are whole: noise, solver, exchanges and the check of rows are in them;
+the start of processes, and the handshake of the first round, which an untimed run makes, are not.
 
     python benchmarks/ranks.py --json benchmarks/results/ranks.json
 """
@@ -26,16 +26,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from paradiff import Evaluator, Keyed, Schedule, collocation, jacobi, parasolver, sample
+from paradiff import Evaluator, Keyed, Schedule, collocation, parasolver, quasi_newton, sample
 from paradiff.app.environment import environment
 from paradiff.samplers import ddpm
 from paradiff.solver import Batch, Ranks
 
 SHAPE = (4, 32, 32)
 METHODS = {
-    "parasolver, window 16": lambda: parasolver(window=16),
-    "jacobi, window 32": lambda: jacobi(window=32),
-    "collocation, window 16": lambda: collocation(window=16),
+    "parasolver, window 32": lambda: parasolver(window=32),
+    "quasi_newton, window 32": lambda: quasi_newton(window=32),
+    "collocation, window 32": lambda: collocation(window=32),
 }
 
 
@@ -85,7 +85,7 @@ def worker(row: float, steps: int, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--row", type=float, default=10.0, help="milliseconds that a row takes")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--json", type=Path)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,17 +91,43 @@ def test_a_variable_of_torchrun_that_is_no_number_is_refused(name: str, text: st
         launched.rank()
 
 
-def test_torchrun_on_two_hosts_starts_it(tmp_path: Path) -> None:
-    """Two agents of one rank each, as on two nodes."""
+@contextlib.contextmanager
+def hosts() -> Iterator[list[tuple[list[str], str]]]:
+    """What a command is begun with on each of two hosts, and the interface between them: network namespaces where they can be
+    made, else this machine twice."""
+    names = [f"paradiff-{os.getpid()}-{k}" for k in range(2)]
+    ends = [f"pd{os.getpid() % 100000}{k}" for k in "ab"]
+    lines = [*(f"netns add {name}" for name in names), f"link add {ends[0]} type veth peer name {ends[1]}"]
+    for k, (name, end) in enumerate(zip(names, ends, strict=True)):
+        lines += [f"link set {end} netns {name}", f"-n {name} addr add 10.9.0.{k + 1}/24 dev {end}"]
+        lines += [f"-n {name} link set {end} up", f"-n {name} link set lo up"]
+    try:
+        for line in lines:
+            subprocess.run(["ip", *line.split()], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield [([], "lo"), ([], "lo")]
+    else:
+        yield [(["ip", "netns", "exec", name], end) for name, end in zip(names, ends, strict=True)]
+    finally:
+        for name in names:
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_torchrun_starts_it_on_two_hosts(tmp_path: Path) -> None:
     line = [*SHORT, "--out", str(tmp_path / "out")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test", "-m", "paradiff"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    agents = [
-        subprocess.Popen([*torchrun, *line], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)
-    ]
-    said = [agent.communicate(timeout=120)[0] for agent in agents]
+    agents = []
+    with hosts() as two:
+        head, port = "10.9.0.1" if two[0][0] else "127.0.0.1", free_port()
+        for k, (begin, interface) in enumerate(two):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(k)]
+            torchrun += ["--nproc-per-node", "1", "--master-addr", head, "--master-port", str(port), "-m", "paradiff"]
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
+            pipe = subprocess.PIPE
+            agents.append(
+                subprocess.Popen([*begin, *torchrun, *line], env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+            )
+        said = [agent.communicate(timeout=120)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert sum("written to" in text for text in said) == 1
     assert sorted(os.listdir(tmp_path / "out")) == ["run.json", "samples.png", "seed-0.png", "seed-1.png"]
