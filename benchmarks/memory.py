@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory that a method holds beside the network's: its states, and the peak of the process.
 
-A row is a method with a window, in a process of its own: one sample of 65536 numbers, DDPM of 1000 steps, and a network that
+A row is a method with a window, in a process of its own: one sample of 16384 numbers, DDPM of 1000 steps, and a network that
 acts on each number by itself and holds a few copies of its batch. `peak_mib` is by how much the largest resident set of the run
 exceeds that before it. `states_mib` is the memory of the method's own states in float64 where it solves in float64
 (`collocation`: nodes of the last mesh) and in float32 elsewhere (nodes of the window).
@@ -27,7 +27,7 @@ from paradiff.chain.table import Table
 from paradiff.samplers import ddpm
 from paradiff.solver.protocol import Method
 
-SIZE = 65536
+SIZE = 16384
 MIB = 2**20
 WINDOWS = (8, 16, 32, None)
 COLUMNS = ("method", "window", "rounds", "evaluations", "nodes", "states_mib", "peak_mib")
