@@ -3,7 +3,7 @@
 
 `solve` is a generator that yields a `Batch` and is sent the outputs; it returns a `Solution`. `drive` runs it with an
 evaluator. One transfer a round, the numbers of all solvers together, waits for the device (a Parareal run's end waits once
-more, to see that its sample is finite). Memory is O(window) states a sample, times the stride.
+more, to see that its sample is finite, and its size). Memory is O(window) states a sample, times the stride.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ with a barrier after every sweep, all blocks in every one of them, and shares no
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,7 @@ class PararealSolver:
         self._asked: list[Row] = []  # in the last round
         self._used_up: list[BlockRun] = []  # whose values are part of newer ones, and no longer needed
         self._size = 1.0  # the data's mean square as far as it is seen
+        self._final_square = 0.0  # that of the sample, once the run is done
         self._counted = False  # whether that is the sample's own
         self._judged: BlockRun | None = None  # the newest run of the last edge that the stopping rule has seen
 
@@ -93,7 +96,7 @@ class PararealSolver:
         """How far to trust the sample."""
         if self.done and not self._counted:
             self._counted = True
-            self._size = unusual(float(self.setup.step.mean_square(self.final[None])))
+            self._size = unusual(self._final_square)
         estimated = self.setup.stopping.estimate(self.result, self._size)
         return ErrorEstimate(self.result.residual, estimated, self.rounds, self.evaluations)
 
@@ -238,7 +241,9 @@ class PararealSolver:
             self._judged = last
             if stopping.converged([at[last.level] for at in runs.at if last.level in at], self._size):
                 self.result, self.done = last, True
-        if self.done and not torch.isfinite(self.final).all():
+        if self.done:
+            self._final_square = float(self.setup.step.mean_square(self.final[None]))
+        if self.done and not math.isfinite(self._final_square) and not torch.isfinite(self.final).all():
             raise ValueError(
                 f"sample {self.sample} is not finite after {self.result.level} iterations: the model returned NaN or infinity, "
                 "or overflowed its dtype, on the chain itself or in a coarse step; method sequential tells which"

@@ -99,6 +99,7 @@ class WindowSolver:
         self.edits = Edits()
         self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
+        self._final_square: float | None = None  # that of the sample, where the last sweep made it
         self._counted = False  # whether the budget was counted for the sample's own size
         self._rounds: Rounds = SingleSteps(setup) if setup.single else Substeps(setup)
         self._fill: Fill = PredictedFill(setup.recurrence, x0) if guide is None else GuidedFill(guide)
@@ -125,7 +126,9 @@ class WindowSolver:
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self.done and not self._counted:
-            self._counted, size = True, unusual(float(self.setup.step.mean_square(self.final[None])))
+            square = self._final_square
+            square = float(self.setup.step.mean_square(self.final[None])) if square is None else square
+            self._counted, size = True, unusual(square)
             if size != 1:
                 self.budget.recount(self.setup.scaled(size)[0])
         return ErrorEstimate(self.budget.residual, self.budget.estimated_error, self.rounds, self.evaluations)
@@ -145,7 +148,8 @@ class WindowSolver:
 
         Returns:
             `[W]` mean square change of each node after the first, where that ended a sweep; with a tolerance of the estimated
-            error, followed by the mean square of the clean-data estimate at the last node.
+            error, followed by the mean square of the clean-data estimate at the last node; where that is the chain's end, by
+            that of its state.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -198,7 +202,8 @@ class WindowSolver:
                 self._fill.follow(self.hi - 1, new[-2] - old[-2])
         self.x[ends] = new
         self.ages = [age + 1 for age in self.ages]
-        return torch.cat([self.setup.step.mean_square(distance), self._clean_square])
+        mean_square, ends_here = self.setup.step.mean_square, self.hi == self.setup.intervals
+        return torch.cat([mean_square(distance), self._clean_square, *([mean_square(new[-1:])] if ends_here else [])])
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Accepts the leading nodes (at least one) and slides the window: new nodes get an initial guess, or, at a block's
@@ -214,15 +219,17 @@ class WindowSolver:
         if self.correction is not None:
             return self._corrected(norms, round)
         setup, first, passed = self.setup, self.lo, 1
+        norms, squares = norms[: self.hi - first], norms[self.hi - first :]
         if setup.by_error:
-            *norms, square = norms
-            self._see(square)
+            self._see(squares[0])
         if all(map(math.isfinite, norms)):
+            self._final_square = squares[-1] if self.hi == setup.intervals else None
             rms = [math.sqrt(v) for v in norms]
             self.budget.observe(first, rms)
             passed = self._passes(first, rms, self.ages, self.budget)
             self.budget.accept(passed)
         else:
+            self._final_square = None
             rms = [math.inf] * self._salvage()
             self.budget.forget()
         self._slide(passed)
@@ -254,7 +261,7 @@ class WindowSolver:
                 "long for it; give its Lipschitz constant, or no corrector"
             )
         self.x[self.setup.history] = self.correction.state
-        self.correction = None
+        self.correction, self._final_square = None, None
         self._open()
         return WindowRecord(round, self.sample, self.lo, [math.sqrt(change[0])], 0)
 
