@@ -73,6 +73,7 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/sparse.py --json benchmarks/results/sparse.json
 	$(BIN)/python benchmarks/front.py --json benchmarks/results/front.json
 	$(BIN)/python benchmarks/shift.py --json benchmarks/results/shift.json
+	$(BIN)/python benchmarks/ranks.py --json benchmarks/results/ranks.json
 	$(BIN)/python benchmarks/cluster.py --json benchmarks/results/cluster.json
 
 # The API reference, of the names that each room lists in __all__.

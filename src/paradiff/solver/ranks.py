@@ -56,6 +56,7 @@ class Opened:
 
 class Ranks:
     """The ranks along one axis of a mesh. All of them have to make this object, in the same order among other groups.
+    Ranks are compared by identity.
 
     Args:
         mesh: The mesh, as `torch.distributed.device_mesh.init_device_mesh` returns it. Its other axes are left to others: data
