@@ -104,6 +104,7 @@ Timeout = Annotated[
         metavar="SECONDS",
         help=f"How long ranks that torchrun started wait for each other; {TIMEOUT:g} by default.",
         rich_help_panel=DEVICE,
+        hidden=True,
     ),
 ]
 
