@@ -87,7 +87,7 @@ def refuse_memory(start: Start, solver: LoopSolver, log: CallLog, eps: float) ->
     Raises:
         Carried: If a pass depends on the passes before it.
     """
-    if solver.width == 1 or solver.table.steps < 3:
+    if solver.done or solver.width == 1 or solver.table.steps < 3:
         return
     log.divide(solver.first.timesteps)
     walk = DryWalk(start, solver, log)

@@ -224,8 +224,9 @@ class Vector:
         if solver.done:
             self._batching.end_loop()
         if self._index is not None:  # the index of the states that are returned
-            window = Windowed.wrap(solver.nodes.to(sample.device, non_blocking=True), self._round)
-            nodes = solver.table.steps if solver.done else window
+            nodes: Any = solver.table.steps
+            if not solver.done:
+                nodes = Windowed.wrap(solver.nodes.to(sample.device, non_blocking=True), self._round)
             place(self.scheduler, self._index + nodes)
         if solver.done:
             return solver.result(solver.final)
