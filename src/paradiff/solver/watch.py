@@ -107,7 +107,7 @@ class Watch:
 
     def await_verdict(self) -> str:
         """The verdict on a fault that was posted; the board's own end is one, too."""
-        end = time.monotonic() + 2 * ANSWERS
+        end = time.monotonic() + 3 * ANSWERS
         while self.verdict is None and time.monotonic() < end and self._thread.is_alive():
             time.sleep(LOOK / 3)
         self.heard.set()
@@ -134,7 +134,11 @@ class Watch:
                 self.fault = self._board.read("fault")
                 if self.fault is not None:
                     self._answer()
-                    self.verdict = self._found()
+                    found = self._found()
+                    self._board.post(f"heard/{self._rank}", True)
+                    if self._rank == 0:
+                        self._await_others()
+                    self.verdict = found
             except Exception as error:
                 if self.doing[0] == OWN:
                     return  # Between two runs, the others may end.
@@ -159,6 +163,13 @@ class Watch:
                 time.sleep(LOOK / 3)
         answers = self._answers(end)
         return self._board.first("verdict", verdict(fault, answers, self._names, self._timeout))
+
+    def _await_others(self) -> None:
+        """Waits until all ranks that answered have the verdict: the first one often keeps the store, which ends with it."""
+        end = time.monotonic() + ANSWERS
+        alive = [rank for rank in range(len(self._names)) if self._board.read(f"answer/{rank}") is not None]
+        while time.monotonic() < end and any(self._board.read(f"heard/{rank}") is None for rank in alive):
+            time.sleep(LOOK / 3)
 
     def _answers(self, end: float) -> dict[int, Mapping[str, Any]]:
         answers: dict[int, Mapping[str, Any]] = {}
