@@ -76,7 +76,7 @@ def clusters(scale: float) -> Mixture:
     return Mixture(torch.full((8,), 1 / 8), scale * means, scale**2 * torch.full((8,), 0.02))
 
 
-@pytest.mark.parametrize(("make", "steps", "method"), SCALED, ids=str)
+@pytest.mark.parametrize(("make", "steps", "method"), SCALED, ids=lambda v: getattr(v, "__name__", str(v)))
 @pytest.mark.parametrize("scale", [1e-2, 1e-1, 1e1])
 def test_clusters_of_every_scale_err_by_no_more_than_is_told(make: Make, steps: int, method: Method, scale: float) -> None:
     table, noise = make(LINEAR, steps), Keyed((16,), 0, 12)
