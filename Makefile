@@ -64,17 +64,9 @@ test-oldest: .venv-oldest/.ready
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
 		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain pipelines same_image scheduler_proxy windowed))
 
+BENCHES := audit cluster conditioning conditions corrector front memory pipelines polylog ranks rounds shapes shift sparse srds tolerance
 bench: .venv/.ready
-	$(BIN)/python benchmarks/rounds.py --json benchmarks/results/rounds.json
-	$(BIN)/python benchmarks/srds.py --json benchmarks/results/srds.json
-	$(BIN)/python benchmarks/polylog.py --json benchmarks/results/polylog.json
-	$(BIN)/python benchmarks/corrector.py --json benchmarks/results/corrector.json
-	$(BIN)/python benchmarks/pipelines.py --json benchmarks/results/pipelines.json
-	$(BIN)/python benchmarks/sparse.py --json benchmarks/results/sparse.json
-	$(BIN)/python benchmarks/front.py --json benchmarks/results/front.json
-	$(BIN)/python benchmarks/shift.py --json benchmarks/results/shift.json
-	$(BIN)/python benchmarks/ranks.py --json benchmarks/results/ranks.json
-	$(BIN)/python benchmarks/cluster.py --json benchmarks/results/cluster.json
+	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
 
 # The API reference, of the names that each room lists in __all__.
 docs: .venv/.docs
