@@ -2,7 +2,7 @@
 """What computes the samples of a bulk run: an unconditional pixel model, or a pipeline.
 
 The samples of a batch depend on its seeds alone: not on what was computed before, nor on the memory that is left. A network
-call that does not fit ends the run, since calls of another size would round otherwise.
+call that does not fit ends the run, since calls of another size would round otherwise; a pipeline's parallel calls are cut.
 """
 
 from __future__ import annotations
