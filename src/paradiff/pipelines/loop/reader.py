@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import threading
@@ -111,6 +112,7 @@ def other_form(pipeline: type) -> str | None:
 
 
 _PARSER = threading.Lock()  # CPython builds one syntax tree at a time (gh-106905)
+READ = 64  # sources of methods that are kept
 
 
 class MethodSource:
@@ -122,15 +124,13 @@ class MethodSource:
 
     @classmethod
     def of(cls, pipeline: type, name: str) -> MethodSource | None:
+        """The source of a method; None if there is none to read. It is read once, for a function with its code as it is."""
         method: Any = inspect.getattr_static(pipeline, name, None)
-        method = getattr(method, "__func__", method)
         try:
-            text = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
-            with _PARSER:
-                tree = ast.parse(text).body[0]
+            function = inspect.unwrap(getattr(method, "__func__", method))
+            return _read(pipeline, function, getattr(function, "__code__", None))
         except (TypeError, OSError, SyntaxError, IndexError, ValueError):
             return None
-        return cls(pipeline, tree, text.splitlines()) if isinstance(tree, ast.FunctionDef) else None
 
     def around(self, node: ast.AST) -> Iterator[ast.AST]:
         """The nodes around a node, the innermost first."""
@@ -141,6 +141,7 @@ class MethodSource:
     def line(self, node: Any) -> str:
         return self.lines[node.lineno - 1].strip()
 
+    @functools.lru_cache(maxsize=READ)  # noqa: B019  (sources are few, and kept anyway)
     def called(self) -> list[str]:
         """The methods of the pipeline that are called, in order."""
         return [
@@ -149,6 +150,7 @@ class MethodSource:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and syntax.is_self(node.func.value)
         ]
 
+    @functools.lru_cache(maxsize=READ)  # noqa: B019
     def loops(self) -> list[LoopSource]:
         """The loops over timesteps in which a scheduler steps; if there are none, those that call a method in each pass."""
         every = [node for node in ast.walk(self.tree) if isinstance(node, ast.For)]
@@ -395,6 +397,15 @@ class MethodSource:
                 if source is not None and any(wanted(part) for part in ast.walk(source.tree)):
                     found.append(node)
         return found
+
+
+@functools.lru_cache(maxsize=READ)
+def _read(pipeline: type, function: Any, code: Any) -> MethodSource | None:
+    """The source of a function; `code` makes it anew where the function was given other code."""
+    text = textwrap.dedent(inspect.getsource(function))
+    with _PARSER:
+        tree = ast.parse(text).body[0]
+    return MethodSource(pipeline, tree, text.splitlines()) if isinstance(tree, ast.FunctionDef) else None
 
 
 def _inner(node: ast.AST) -> ast.AST:
