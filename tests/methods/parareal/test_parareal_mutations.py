@@ -179,14 +179,14 @@ def test_a_fine_step_with_the_next_nodes_noise_is_seen_by_the_chain(monkeypatch:
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
 def test_an_edge_settled_one_iteration_too_early_is_seen_by_the_chain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(name) < EXACT
-    monkeypatch.setattr(StoppingRule, "passes", lambda self, run: 1 <= run.block - 1 <= run.level)
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, run, size: 1 <= run.block - 1 <= run.level)
     assert to_chain(name) > SEEN
 
 
 def test_an_edge_settled_too_early_is_seen_by_nothing_that_the_run_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     # Why the check above is needed: what settles counts as the estimate says, and an estimate of nothing is exact.
-    monkeypatch.setattr(StoppingRule, "passes", lambda self, run: 1 <= run.block - 1 <= run.level)
-    monkeypatch.setattr(StoppingRule, "estimate", lambda self, run: 0.0)
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, run, size: 1 <= run.block - 1 <= run.level)
+    monkeypatch.setattr(StoppingRule, "estimate", lambda self, run, size: 0.0)
     found = sample(network, TABLES["ddpm"], Keyed(SHAPE), srds(BLOCKS, iterations=4), dtype=torch.float64)
     assert found.estimated_error == 0
     assert found.status is Status.EXACT

@@ -183,8 +183,8 @@ def test_every_edge_that_passes_by_its_change_is_within_its_unit(
     passed: list[BlockRun] = []
     passes = StoppingRule.passes
 
-    def seen(self: StoppingRule, run: BlockRun) -> bool:
-        if found := passes(self, run):
+    def seen(self: StoppingRule, run: BlockRun, size: float) -> bool:
+        if found := passes(self, run, size):
             passed.append(run)
         return found
 
@@ -210,7 +210,7 @@ def test_every_edge_that_passes_by_its_change_is_within_its_unit(
 def test_nothing_behind_an_edge_that_does_not_converge_passes(name: str, stuck: int, monkeypatch: pytest.MonkeyPatch) -> None:
     table, passes = LONG[name], StoppingRule.passes
     free = solved(table, srds(BLOCKS, rule="change", tolerance=1e6))
-    monkeypatch.setattr(StoppingRule, "passes", lambda self, run: run.block != stuck and passes(self, run))
+    monkeypatch.setattr(StoppingRule, "passes", lambda self, run, size: run.block != stuck and passes(self, run, size))
     found = solved(table, srds(BLOCKS, rule="change", tolerance=1e6))
     rounds = [next(k for k, n in enumerate(settled(found), 1) if n >= edge) for edge in range(1, BLOCKS + 1)]
     assert rounds == sorted(rounds)
