@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One thread, unless OMP_NUM_THREADS asks for others: the tests' tensors are small, and sums over several threads could differ
-between runs. Cases of a diffusers newer than the one installed are left out."""
+between runs. Cases of a diffusers newer than the one installed are left out. Ctrl-C is heeded, also where a shell started the
+tests in the background and had it ignored."""
 
 from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from pipelines import Cli, make_cli, save_pipeline
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 THREADS = torch.get_num_threads()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NEWER = {
     **dict.fromkeys(["hunyuan", "hunyuan_true_cfg", "wan", "wan_euler", "SCM"], "0.33"),
