@@ -287,3 +287,22 @@ def test_what_passes_gather_for_the_code_after_the_loop_is_an_obstacle() -> None
     assert obstacles(pipeline(one_place)) == []
     assert kept(pipeline(left)) == ["noise_pred"]
     assert kept(pipeline(told)) == []
+
+
+def test_a_class_whose_loop_is_replaced_is_read_anew() -> None:
+    def plain(self: Any, latents: Any, timesteps: Any) -> Any:
+        for t in timesteps:
+            latents = self.scheduler.step(self.unet(latents, t), t, latents)
+        return latents
+
+    def counting(self: Any, latents: Any, timesteps: Any) -> Any:
+        for i, t in enumerate(timesteps):
+            latents = self.scheduler.step(i * self.unet(latents, t), t, latents)
+        return latents
+
+    kind: Any = pipeline(plain)
+    assert reads_index(kind) == []
+    kind.__call__ = counting
+    assert reads_index(kind) == ["latents = self.scheduler.step(i * self.unet(latents, t), t, latents)"]
+    counting.__code__ = plain.__code__
+    assert reads_index(kind) == []
