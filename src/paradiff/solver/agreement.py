@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paradiff.solver.sharded import BITS
 from paradiff.version import __version__
 
 DEPTH = 4
@@ -82,8 +83,7 @@ def _filled(cell: Any) -> bool:
 def _sum(tensor: Tensor) -> Tensor:
     """Two sums over a tensor's bits in one: of all of it, and of every other entry."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8 if tensor.is_complex() else tensor.dtype)
-    size = flat.dtype.itemsize
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+    bits = flat.view(BITS[flat.dtype.itemsize])
     return bits.sum(dtype=torch.int64) + 31 * bits[::2].sum(dtype=torch.int64)
 
 

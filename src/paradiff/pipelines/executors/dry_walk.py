@@ -11,8 +11,9 @@ with m[0] and x[0] those of the first pass. All nodes are passed in order. Then 
 before it with other outputs. What the loop gives to its networks and to the step at a node must be the same both times, up to
 rounding.
 
-The networks that precede the loop are not called either: their outputs come from a log (network/call_log.py). A walk costs the
-loop's own arithmetic. A walk that cannot be made, such as that of a loop that ends early for its states, shows nothing.
+The networks that precede the loop are not called either: their outputs come from a log (network/call_log.py). Their other
+methods are, such as an autoencoder's `encode`. A walk costs these and the loop's own arithmetic. A walk that cannot be made,
+such as that of a loop that ends early for its states, shows nothing.
 """
 
 from __future__ import annotations
