@@ -21,7 +21,7 @@ from paradiff.lazy import EXTRAS, lazily
 SOURCE = Path(paradiff.__file__).parent
 PRESETS = ["sequential", "jacobi", "paradigms", "parasolver", "quasi_newton", "srds", "collocation", "piadm_sde", "piadm_ode"]
 ROOT = {
-    *["sample", "solve", "parallelize", "explain", "from_scheduler"],
+    *["sample", "solve", "parallelize", "explain", "compare", "from_scheduler"],
     *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Method", "__version__"],
     *PRESETS,
     *["chain", "samplers", "solver", "methods", "slopes", "noise", "models", "planning", "pipelines"],

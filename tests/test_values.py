@@ -47,7 +47,7 @@ from paradiff.methods import Blocks
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import underdamped_langevin
 from paradiff.methods.window.method import WindowMethod
-from paradiff.planning import Theory
+from paradiff.planning import LatencyCurve, Theory, compare
 from paradiff.samplers import Grid, ddim
 from paradiff.samplers.process import variance_preserving
 from paradiff.solver import Batch, Deadline, EditedOutputs, Problem, Query, Ranks, Round, Status
@@ -317,6 +317,7 @@ def examples() -> list[Any]:
     run(num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np")
     zeros = torch.zeros(2, *SHAPE)
     unet = tiny_unet()
+    comparison = compare(seen, table, Keyed(SHAPE), {"srds": srds(2)})
     return [
         *(x for s in solutions for x in (s, s.history[0], s.error_estimates[0])),
         *(parasolver(), srds(), collocation(), Blocks(2), underdamped_langevin(1, 2)),
@@ -329,6 +330,7 @@ def examples() -> list[Any]:
         models.Model("tiny", unet, dict(diffusers.DDPMScheduler().config)),
         variance_preserving(Schedule.linear()),
         Theory("sde", 64, 0.1),
+        *(comparison, comparison.rows[1], comparison.rows[1].samples[0], LatencyCurve({1: 1.0, 4: 1.4})),
         *(run, run.report, explain(run.pipeline, num_inference_steps=4)),
     ]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from paradiff.pipelines.explanation import explain
     from paradiff.pipelines.run import parallelize
+    from paradiff.planning.side_by_side import compare
     from paradiff.samplers.schedule import Schedule
     from paradiff.samplers.scheduler.probe import from_scheduler
     from paradiff.solver.evaluator import Evaluator
@@ -47,6 +48,7 @@ else:
             "__version__": "paradiff.version",
             "chain": "paradiff.chain:",
             "collocation": "paradiff.methods.presets",
+            "compare": "paradiff.planning.side_by_side",
             "explain": "paradiff.pipelines.explanation",
             "from_scheduler": "paradiff.samplers.scheduler.probe",
             "jacobi": "paradiff.methods.presets",
@@ -82,6 +84,7 @@ __all__ = [
     "__version__",
     "chain",
     "collocation",
+    "compare",
     "explain",
     "from_scheduler",
     "jacobi",

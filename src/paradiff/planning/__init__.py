@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to choose: parameters from the theorems, and the laws of samplers on Gaussian data."""
+"""What to choose: parameters from the theorems, the laws of samplers on Gaussian data, latency curves, methods side by
+side."""
 
 from paradiff.planning import gaussian_law
+from paradiff.planning.comparison import Compared, Comparison, SampleCost
+from paradiff.planning.latency import LatencyCurve, measure_latency
+from paradiff.planning.side_by_side import compare
 from paradiff.planning.theory import Theory
 
 __all__ = [
+    "Compared",
+    "Comparison",
+    "LatencyCurve",
+    "SampleCost",
     "Theory",
+    "compare",
     "gaussian_law",
+    "measure_latency",
 ]
