@@ -69,6 +69,14 @@ def test_a_rival_begins_at_the_same_noise(alone: Comparison) -> None:
     assert (row.rounds, row.held, row.effectivity) == (10, None, None)
 
 
+def test_a_rival_may_have_a_model_of_its_own(alone: Comparison) -> None:
+    short = ddim(SCHEDULE, 10)
+    rivals = {"10 steps": (short, MODEL.denoiser(short)), "zero": (short, lambda x, t: 0 * x)}
+    found = compare(MODEL.denoiser(TABLE), TABLE, NOISE, METHODS, rivals=rivals)
+    assert [s.error for s in found["10 steps"].samples] == pytest.approx([s.error for s in alone["10 steps"].samples])
+    assert found["zero"].error_max > 10 * found["10 steps"].error_max
+
+
 def test_in_one_batch_the_counts_are_the_same(alone: Comparison) -> None:
     batch = compare(MODEL.denoiser(TABLE), TABLE, NOISE, METHODS, alone=False)
     for label in METHODS:

@@ -267,6 +267,65 @@ def explain(
 
 
 @app.command(cls=Command)
+def bench(
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER", help="Where bench.json goes; rows that it has are not measured again.", rich_help_panel=OUTPUT
+        ),
+    ],
+    problem: Annotated[
+        list[str] | None,
+        typer.Option(help="A problem, or a pattern such as mixture-*; repeatable; all by default.", rich_help_panel=CHAIN),
+    ] = None,
+    chain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A chain and its steps, or a pattern such as ddim:*; repeatable; all by default.", rich_help_panel=CHAIN
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method, or a pattern; repeatable; all by default.", rich_help_panel=METHOD)
+    ] = None,
+    windows: Annotated[
+        str, typer.Option(help="Most rows of a sample in a round, and `all` for no bound.", rich_help_panel=METHOD)
+    ] = "2,3,4,8,16,32,all",
+    seeds: Annotated[
+        int,
+        typer.Option(help="Seeds on which tolerances are chosen, and as many others that are measured.", rich_help_panel=CHAIN),
+    ] = 8,
+    curve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS:SECONDS,...",
+            help="The latency curve of the gains, such as 1:1,2:1.1,4:1.44; a call costs the same on any rows by default.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.", rich_help_panel=DEVICE)] = 1,
+) -> None:
+    """Measure every method on the library's problems and chains, at equal measured error, beside sequential solvers."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from paradiff.app.bench import Wanted, windows_of
+    from paradiff.app.bench import bench as measure
+    from paradiff.app.environment import use_threads
+
+    wanted = Wanted(
+        problems=problem or ["*"],
+        chains=chain or ["*"],
+        windows=windows_of(windows),
+        methods=method or ["*"],
+        seeds=seeds,
+        curve=curve,
+    )
+    use_threads(threads)
+    measure(wanted, Path(out), Console(width=200))
+
+
+@app.command(cls=Command)
 def methods(name: Annotated[str | None, typer.Argument(help="A method, to see its options.")] = None) -> None:
     """List the methods, or say of one what it is, where it comes from, and which options it has."""
     if name is None:

@@ -36,7 +36,7 @@ def compare(
     noise: Noise,
     methods: Sequence[Method] | Mapping[str, Method],
     *,
-    rivals: Mapping[str, Table] | None = None,
+    rivals: Mapping[str, Table | tuple[Table, Denoiser | Evaluate]] | None = None,
     curve: LatencyCurve | None = None,
     alone: bool = True,
     unit: float | None = None,
@@ -51,7 +51,8 @@ def compare(
         noise: x[0] and the noises; each of its samples is measured.
         methods: The methods, by the labels of their rows; a sequence has the methods' own reprs for labels.
         rivals: Tables of other samplers, whose sequential chains are walked from the same x[0]: what a user would take
-            instead, such as a multistep solver of fewer steps. Their noise, if they add any, is that of their own steps.
+            instead, such as a multistep solver of fewer steps; with a model, where theirs is another function of the times.
+            Their noise, if they add any, is that of their own steps.
         curve: The latency curve that gains are computed by; None for this machine's clock. A measured one is
             `paradiff.planning.measure_latency(...)`.
         alone: Whether each sample is run by itself, as at batch 1, the methods taking turns; else all in one batch.
@@ -66,28 +67,37 @@ def compare(
     given = _labelled(methods)
     for method in given.values():
         require_problem(table, noise, method)
-    if not evaluates(denoiser):
-        require_model(denoiser)
-    for rival in _rivals(rivals, given).values():
-        require_kind("a rival", rival, Table)
+    others = _rivals(rivals, given)
     require_truth("alone", alone)
     if unit is not None:
         require_real("the unit", unit, positive=True)
     if curve is not None and not isinstance(curve, LatencyCurve):
         raise ValueError(f"the latency curve is {shown(curve)}; give a LatencyCurve, such as LatencyCurve({{1: 1.0, 4: 1.44}})")
-    evaluate = denoiser if evaluates(denoiser) else Evaluator(cast(Denoiser, denoiser))
-    chains = {CHAIN: (table, sequential()), **{label: (table, method) for label, method in given.items()}}
-    chains |= {label: (rival, sequential()) for label, rival in (rivals or {}).items()}
-    runs, refused = _runs(evaluate, noise, chains, alone)
+    evaluate = _evaluator(denoiser)
+    chains = {CHAIN: _Chain(evaluate, table, sequential())}
+    chains |= {label: _Chain(evaluate, table, method) for label, method in given.items()}
+    for label, rival in others.items():
+        own, model = rival if isinstance(rival, tuple) else (rival, evaluate)
+        chains[label] = _Chain(_evaluator(model), own, sequential())
+    runs, refused = _runs(noise, chains, alone)
     reference = torch.cat([run.solution.sample for run in runs[CHAIN]])
     spread = float(reference.double().std()) if unit is None else unit
     peak = float(reference.max() - reference.min()) / spread
     rows = [
-        _row(label, method if label in given or label == CHAIN else of, runs[label], reference, spread, label in (rivals or {}))
-        for label, (of, method) in chains.items()
+        _row(label, of.table if label in others else of.method, runs[label], reference, spread, label in others)
+        for label, of in chains.items()
         if label in runs
     ]
     return Comparison(f"{table.name} of {table.steps} steps", rows, refused, alone, spread, peak, curve)
+
+
+@dataclass(frozen=True, eq=False)
+class _Chain:
+    """What is run under one label."""
+
+    evaluate: Evaluate
+    table: Table
+    method: Method
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +130,23 @@ def _labelled(methods: Any) -> dict[str, Method]:
     return dict(pairs)
 
 
+def _evaluator(model: Any) -> Evaluate:
+    """A model as an evaluator.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if evaluates(model):
+        return model
+    require_model(model)
+    return Evaluator(cast(Denoiser, model))
+
+
 def _rivals(rivals: Any, methods: Mapping[str, Method]) -> Mapping[str, Any]:
     """The rivals.
 
     Raises:
-        ValueError: If they are no dict, or one has a method's label.
+        ValueError: If they are no dict, one has a method's label, or one is no table.
     """
     if rivals is None:
         return {}
@@ -133,21 +155,22 @@ def _rivals(rivals: Any, methods: Mapping[str, Method]) -> Mapping[str, Any]:
     taken = next((label for label in rivals if label in methods or label == CHAIN), None)
     if taken is not None:
         raise ValueError(f"a rival is called {shown(taken)}, as another row is; give it a label of its own")
+    for rival in rivals.values():
+        pair = isinstance(rival, tuple) and len(rival) == 2
+        require_kind("a rival", rival[0] if pair else rival, Table, ", or a pair of a Table and a model")
     return rivals
 
 
-def _runs(
-    evaluate: Evaluate, noise: Noise, chains: Mapping[str, tuple[Table, Method]], alone: bool
-) -> tuple[dict[str, list[_Sampled]], dict[str, str]]:
+def _runs(noise: Noise, chains: Mapping[str, _Chain], alone: bool) -> tuple[dict[str, list[_Sampled]], dict[str, str]]:
     """The runs of each chain, one a sample or one of all, the chains taking turns; and why some were refused."""
     runs: dict[str, list[_Sampled]] = {label: [] for label in chains}
     refused: dict[str, str] = {}
     for first in range(noise.samples) if alone else (None,):
-        for label, (table, method) in chains.items():
+        for label, chain in chains.items():
             if label in refused:
                 continue
             try:
-                runs[label].append(_run(evaluate, table, noise, method, first))
+                runs[label].append(_run(chain, noise, first))
             except ValueError as error:
                 if label == CHAIN:
                     raise
@@ -156,8 +179,9 @@ def _runs(
     return runs, refused
 
 
-def _run(evaluate: Evaluate, table: Table, noise: Noise, method: Method, only: int | None) -> _Sampled:
+def _run(chain: _Chain, noise: Noise, only: int | None) -> _Sampled:
     """One run: of one sample, or of all."""
+    evaluate, table, method = chain.evaluate, chain.table, chain.method
     counting = _Counting(evaluate, only or 0)
     own = noise.along(table.draws) if isinstance(noise, Recorded) else noise
     begin = time.perf_counter()
