@@ -24,7 +24,7 @@ def test_rows_are_measured_once_and_gone_on_with(cli: Cli, tmp_path: Path) -> No
     first = json.loads((tmp_path / "bench.json").read_text())
     (row,) = first["rows"]
     assert (row["method"], row["window"], row["steps"], row["rival"]) == ("parasolver", 4, 28, False)
-    assert row["error_max"] < 4e-3
+    assert row["equal"] is (row["error_max"] < 4e-3)
     assert row["tolerance"] in LADDER
     assert 28 / (2 * row["rounds"]) <= row["gain"] <= 28 / row["rounds"]
     found = cli("bench", "--out", str(tmp_path), *SMALL, "--method", "parasolver", "--method", "s*", "--curve", "1:1,4:2")
@@ -41,7 +41,7 @@ def test_a_tolerance_is_the_largest_at_which_the_tuning_seeds_agree() -> None:
 
     def make(tolerance: float) -> Method:
         asked.append(tolerance)
-        return contestants(table, 4)["parasolver"](tolerance if tolerance < 1e-2 else 10.0)
+        return contestants(table, 4)["parasolver"](tolerance if tolerance < 2e-3 else 10.0)
 
     assert tolerance_of("mixture-2", "flow", 28, make, 2) in LADDER[2:]
     assert asked[:3] == [*LADDER[:3]]
