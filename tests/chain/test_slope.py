@@ -7,13 +7,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from problems import SHAPE, SLOPES, TABLES, arbitrary, chain, ends, gap, sweep, uneven, window_of
 from torch import Tensor
 
-from paradiff import Keyed, Schedule, Table
+from paradiff import Keyed, Schedule, Table, from_scheduler
 from paradiff.chain.slope import (
     carried,
     freeze_clean_data,
@@ -23,6 +24,8 @@ from paradiff.chain.slope import (
     over_intervals,
     resolve,
     shifted,
+    staged,
+    taken_from,
     zero,
 )
 from paradiff.methods import WindowMethod
@@ -58,6 +61,49 @@ def test_identity_makes_the_update_a_cumulative_sum() -> None:
     r = torch.randn(table.steps, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # Sums of 12 numbers of size 1.
     torch.testing.assert_close(inverse(identity(table)) @ r, r.cumsum(0), rtol=0, atol=1e-14)
+
+
+def test_the_second_stage_of_a_step_is_taken_from_the_state_before_the_first() -> None:
+    table = TABLES["heun"]
+    assert taken_from(table).tolist() == [k % 2 for k in range(table.steps)]
+    found = inverse(identity(table))
+    steps = torch.eye(table.steps, dtype=torch.float64)
+    for i in range(table.steps):  # a change at a predicted state ends there; one at a step's end is carried to all that follows
+        wanted = steps[i].clone()
+        if i % 2:
+            wanted[i + 1 :] = 1
+        elif i + 1 == table.steps:
+            wanted[i:] = 1
+        torch.testing.assert_close(found[:, i], wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "heun"])
+def test_multistep_samplers_have_one_stage(name: str) -> None:
+    assert not staged(TABLES[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "stages"),
+    [
+        ("Heun", {}, True),
+        ("Heun", {"use_karras_sigmas": True}, True),
+        ("KDPM2Discrete", {}, True),
+        ("KDPM2AncestralDiscrete", {}, True),
+        ("DPMSolverMultistep", {}, False),
+        ("DPMSolverMultistep", {"solver_order": 3, "use_karras_sigmas": True}, False),
+        ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}, False),
+        ("UniPCMultistep", {}, False),
+        ("LMSDiscrete", {}, False),
+        ("EulerAncestralDiscrete", {}, False),
+    ],
+)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+def test_stages_are_seen_in_tables_of_schedulers(kind: str, options: dict[str, Any], stages: bool, prediction: str) -> None:
+    name = f"{kind}Scheduler" if kind != "Heun" else "HeunDiscreteScheduler"
+    scheduler: Any = getattr(diffusers, name)(prediction_type=prediction, **options)
+    scheduler.set_timesteps(18)
+    assert staged(from_scheduler(scheduler)) is stages
 
 
 def test_zero_leaves_the_residual_as_it_is() -> None:

@@ -13,7 +13,7 @@ x[i-j] is a[i,j] + b[i,j] dm/dx, so a guess g for the derivative of the clean-da
 | slope | G | known from |
 |---|---|---|
 | `zero` | 0 | Jacobi iteration; Song et al., arXiv 2002.03629 |
-| `identity` | 1 on the last state | Picard iteration; ParaDiGMS, arXiv 2305.16317 |
+| `identity` | 1 on the state that a step is taken from | Picard iteration; ParaDiGMS, arXiv 2305.16317 |
 | `freeze_epsilon` | (2) with g = 1/alpha: a[i] in epsilon form | exponential integrators, ParaTAA, arXiv 2402.09970 |
 | `freeze_clean_data` | (2) with g = 0: a[i] + b[i]/sigma[i] in epsilon form | - |
 | `shifted(v)` | (2) with g = alpha v/(alpha^2 v + sigma^2): data of variance v | c_skip of EDM, arXiv 2206.00364 |
@@ -43,6 +43,10 @@ initial guesses, errors along Parareal's blocks, and collocation's forcing. It i
 (benchmarks/tolerance.py)."""
 
 
+STAGE = 1e-3
+"""Weight of the last state, with the noise estimate frozen, below which a step is a later stage, as a share of the largest."""
+
+
 def refuse_no_slope(slope: object, name: str = "the slope") -> None:
     """Refuses what is no function and no tensor.
 
@@ -62,10 +66,21 @@ def zero(table: Table) -> Tensor:
 
 
 def identity(table: Table) -> Tensor:
-    """G = 1 on the last state, `[N, P]`: changes add up, so that (1) is a cumulative sum."""
-    slope = torch.zeros_like(table.a)
-    slope[:, 0] = 1
-    return slope
+    """G = 1 on the state that a step is taken from, `[N, P]`: changes add up, so that (1) is a cumulative sum. That is the last
+    state, but in the second stage of a step, which is taken from the state before the first (`taken_from`)."""
+    return torch.nn.functional.one_hot(taken_from(table), table.band).to(table.a)
+
+
+def taken_from(table: Table) -> Tensor:
+    """`[N]` how many nodes before the last state the state lies that each step is taken from: 0 but in later stages of a step,
+    which read the state predicted by the stage before through the network alone."""
+    weights = freeze_epsilon(table).abs()
+    return torch.where(weights[:, 0] < STAGE * weights.amax(1), weights.argmax(1), 0)
+
+
+def staged(table: Table) -> bool:
+    """Whether some steps have several stages."""
+    return bool(taken_from(table).any())
 
 
 def _from_clean_slope(table: Table, g: Tensor) -> Tensor:

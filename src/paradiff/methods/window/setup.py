@@ -83,7 +83,7 @@ class WindowSetup:
         """k s `[M+1]` of budget.py, and the rule by which nodes pass, for data of mean square `size`; no factor is below that
         for data of mean square 1."""
         if size not in self._scaled:
-            caution = self.method.control.caution(self.table.stochastic, self.method.secants > 0)
+            caution = self.method.control.caution(self.table, self.method.secants > 0)
             known = torch.maximum(sensitivity(self.table), sensitivity(self.table, size))
             factor = caution * known[self.edges]
             self._scaled[size] = factor.tolist(), self._rule(factor, size)
