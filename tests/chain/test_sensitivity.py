@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from scipy.stats import chi2
 
 from paradiff import Schedule
-from paradiff.chain.sensitivity import decision, log_snr, undecided
+from paradiff.chain.sensitivity import FITTED, decision, log_snr, scatter, undecided
 from paradiff.methods.collocation.control import DefectControl, MeshControl
 from paradiff.methods.collocation.defect import sensitivity
 from paradiff.methods.collocation.mesh import monitor
@@ -40,3 +41,9 @@ def test_defects_and_meshes_derive_from_it() -> None:
     torch.testing.assert_close(found, 0.5 + 3 * decision(LEVELS))
     early = monitor(LEVELS, False, MeshControl(deterministic_lead=2.0))
     assert float(LEVELS[early.argmax()]) == pytest.approx(-2)
+
+
+@pytest.mark.parametrize("elements", [1, 2, 6, 30, FITTED, 1000])
+def test_samples_of_few_elements_scatter_as_the_chi_distribution_does(elements: int) -> None:
+    wanted = math.sqrt(chi2.ppf(0.95, elements) / elements) / math.sqrt(chi2.ppf(0.95, FITTED) / FITTED)
+    assert scatter(elements) == pytest.approx(max(1.0, wanted), rel=0.02)

@@ -77,3 +77,14 @@ def test_two_stage_steps_of_a_trained_network_keep_to_their_estimates(method: Me
     held = [error <= e.estimated_error for error, e in zip(errors, found.error_estimates, strict=True)]
     assert sum(held) >= 15
     assert max(errors) < 4e-3
+
+
+def test_srds_estimates_hold_in_the_plane() -> None:
+    """Of these 32 samples 6 err by more than an estimate that takes them for samples of many elements."""
+    own, seeds = family("mixture-2"), range(2000, 2032)
+    table = own.table("flow", 28)
+    evaluator, noise = own.evaluator(table, seeds), own.noise(seeds)
+    wanted = sample(evaluator, table, noise, sequential(), check="off").sample
+    found = sample(evaluator, table, noise, srds(), check="off")
+    errors = (found.sample - wanted).square().flatten(1).mean(1).sqrt().tolist()
+    assert sum(error <= e.estimated_error for error, e in zip(errors, found.error_estimates, strict=True)) >= 30

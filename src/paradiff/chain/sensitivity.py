@@ -46,6 +46,9 @@ from torch import Tensor
 from paradiff.chain.slope import carried, freeze_clean_data, freeze_epsilon, resolve
 from paradiff.chain.table import Table
 
+FITTED = 64
+"""Elements of the samples on which cautions were fitted."""
+
 OFF_SCALE = (
     "an estimated error of {:.2g} was reached, where {:g} was asked for: the samples' mean square is far above 1, for which "
     "nodes pass; give a tolerance that is smaller by this ratio, or data in about -1 ... 1"
@@ -81,6 +84,16 @@ def sensitivity(table: Table, size: float = 1.0) -> Tensor:
     square = table.alpha**2 * size + table.sigma**2
     gaussian = table.alpha * size / square if table.stochastic else math.sqrt(size) * square.rsqrt()
     return (gaussian * (1 + decision(log_snr(table) + math.log(size)))).clamp(min=0.6)
+
+
+def scatter(elements: int) -> float:
+    """How much more the root mean square error of a sample of few elements scatters about its estimate than that of one of
+    `FITTED`: the ratio of the 95 % quantiles of the root of chi^2/d, by Wilson and Hilferty (1931); 1 for as many or more."""
+
+    def quantile(d: int) -> float:
+        return (1 - 2 / (9 * d) + 1.645 * math.sqrt(2 / (9 * d))) ** 1.5
+
+    return max(1.0, quantile(max(elements, 1)) / quantile(FITTED))
 
 
 def slope_error(table: Table, slope: Tensor, edges: list[int]) -> Tensor:

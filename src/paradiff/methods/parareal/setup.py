@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from paradiff.chain.sensitivity import FITTED
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.options import PararealOptions
@@ -22,6 +23,7 @@ class PararealSetup:
         device: Where states live.
         dtype: Their dtype.
         shared_window: Whether a state is a batch of members, each of which is to come out right.
+        elements: Elements of a sample; of a member, where it is a batch of them.
 
     Attributes:
         edges: `[B+1]` fine nodes.
@@ -36,7 +38,13 @@ class PararealSetup:
     """
 
     def __init__(
-        self, table: Table, method: PararealOptions, device: torch.device, dtype: torch.dtype, shared_window: bool = False
+        self,
+        table: Table,
+        method: PararealOptions,
+        device: torch.device,
+        dtype: torch.dtype,
+        shared_window: bool = False,
+        elements: int = FITTED,
     ) -> None:
         self.table, self.method, self.device = table, method, device
         self.edges = method.edges(table)
@@ -60,7 +68,7 @@ class PararealSetup:
         self.extrapolation = self.coarse.extrapolation.tolist()
         self.extrapolates = any(self.extrapolation)
         self.p, self.q = self.move(table.p), self.move(table.q)
-        self.stopping = StoppingRule(table, method, self.edges, self.coarse)
+        self.stopping = StoppingRule(table, method, self.edges, self.coarse, elements)
 
     def fine_steps(self, run: BlockRun) -> int:
         """Fine steps of a run's block."""

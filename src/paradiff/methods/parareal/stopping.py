@@ -3,7 +3,8 @@
 
 After iteration p the error left at edge n+1 is about h[n] |x[n, p] - x[n, p-1]|. Carried along the chain as Gaussian data
 would carry it (f) it gives e, the error expected of the edge; carried to the sample by chain/sensitivity.py's factor s it
-gives the estimated error of the sample, `control.caution` times theta times the sum of
+gives the estimated error of the sample, `control.caution` (times `scatter` for samples of few elements) times theta times the
+sum of
 
     e[n+1] = f[n] e[n] + h[n] |change n|,       estimate[n+1] = estimate[n] + s[n+1] h[n] |change n|                (1)
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from paradiff.chain.data_scale import held_to
-from paradiff.chain.sensitivity import decision, log_snr, noise_units, sensitivity
+from paradiff.chain.sensitivity import FITTED, decision, log_snr, noise_units, scatter, sensitivity
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.chain.table import Table
 from paradiff.methods.parareal.coarse import Coarse, propagator_mismatch
@@ -99,14 +100,18 @@ class StoppingRule:
         method: The method, with its rule and tolerance.
         edges: `B+1` fine nodes.
         coarse: The coarse propagator.
+        elements: Elements of a sample.
     """
 
-    def __init__(self, table: Table, method: PararealOptions, edges: Sequence[int], coarse: Coarse) -> None:
+    def __init__(
+        self, table: Table, method: PararealOptions, edges: Sequence[int], coarse: Coarse, elements: int = FITTED
+    ) -> None:
         self._table, self._method, self._edges, self._blocks = table, method, edges, len(edges) - 1
         self._units = [0.0, *(method.tolerance * noise_units(table, list(edges))).tolist()]
         if self._units[-1] == 0:  # the chain ends without noise: its last edge is held to the unit of the one before
             self._units[-1] = self._units[-2]
         self._coarse = coarse
+        self._caution = method.control.caution * scatter(elements)
         self._weights: dict[float, tuple[list[float], list[float]]] = {}
         self._sensitivity, self._mismatch = self._weighted(1.0)
         spread = (table.alpha[list(edges)] ** 2 * DATA_VARIANCE + table.sigma[list(edges)] ** 2).sqrt()
@@ -173,7 +178,7 @@ class StoppingRule:
         if size != 1 and run.changes:
             factor, mismatch = self._weighted(size)
             total = max(total, sum(factor[i + 1] * mismatch[i] * change for i, change in run.changes))
-        found = self._method.control.caution * run.theta * total if total > 0 else 0.0
+        found = self._caution * run.theta * total if total > 0 else 0.0
         return found if math.isfinite(found) else math.inf
 
     def passes(self, run: BlockRun, size: float) -> bool:
