@@ -2,7 +2,8 @@
 """Pipelines on a device that is not the CPU: parallel in both executors, with the sample of the plain call on the CPU, at most
 two waits for the device a round, and no copy to it that blocks.
 
-With tolerance 0 a parallel call takes the plain one's steps, so what is left is rounding, of float32 through a few steps.
+With tolerance 0 a parallel call takes the plain one's steps, so what is left is rounding, through a few steps of networks with
+random weights. It depends on the processor's kernels. It is bounded relative to the largest value, as the audit of loops does.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from torch import Tensor
 import paradiff
 from paradiff.models.pipeline import load_pipeline
 from paradiff.pipelines.executors.lanes import Lockstep
+from paradiff.pipelines.loop.audit import granted
 from paradiff.pipelines.settings import Executor
 from paradiff.solver.protocol import Round
 
 EXACTLY = paradiff.quasi_newton(window=3, tolerance=0.0)
 STEPS = 4
-ROUNDING = 2e-5
+ROUNDING = granted(torch.finfo(torch.float32).eps)
 EXECUTORS: list[Executor] = ["vector", "lanes"]
 COPIES = 16
 """Copies between host and device that a round may make, for any window."""
@@ -205,7 +207,7 @@ def test_half_precision(dtype: torch.dtype, executor: Executor) -> None:
     pipe, call = CASES["sd"].make().to("pseudo", dtype), short("sd")
     wanted = call(pipe).float().cpu()
     found = parallel(executor, pipe, call)[0].float()
-    assert gap(found, wanted) < 16 * torch.finfo(dtype).eps  # calls of other sizes round otherwise, in each layer and step
+    assert gap(found, wanted) < granted(torch.finfo(dtype).eps)  # calls of other sizes round otherwise, in each layer and step
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -216,7 +218,7 @@ def test_autocast(executor: Executor) -> None:
         wanted = call(pipe).float().cpu()
         found = parallel(executor, pipe, call)[0].float()
     assert gap(wanted, exact) > 1e-3
-    assert gap(found, wanted) < 0.1  # calls of other sizes round otherwise, by 2^-8 in each layer
+    assert gap(found, wanted) < granted(torch.finfo(torch.bfloat16).eps)  # calls of other sizes round otherwise in each layer
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
