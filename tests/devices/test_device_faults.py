@@ -99,7 +99,17 @@ def test_a_wait_in_a_pipelines_round_is_found(monkeypatch: pytest.MonkeyPatch) -
         return own(found, wanted)
 
     monkeypatch.setattr(driver, "relative_difference", reading)
-    assert min(counts.waits for counts, _ in rounds_of("vector", "ddim", monkeypatch)) > 2
+    assert min(counts.waits for counts, _ in rounds_of("vector", "ddim", monkeypatch)[2:]) > 2
+
+
+def test_a_lanes_start_that_is_compared_at_once_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_device_pipelines import rounds_of
+
+    from paradiff.pipelines.executors import lane
+
+    own = lane._near
+    monkeypatch.setattr(lane, "_near", lambda sample, origin: torch.tensor(bool(own(sample, origin))))
+    assert max(counts.waits for counts, new in rounds_of("lanes", "ddim", monkeypatch)[3:] if new) > 2
 
 
 def test_the_window_of_times_left_on_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import functools
 import gc
 import itertools
 import math
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -671,3 +672,58 @@ def test_equal_tensors_in_arguments_of_another_structure_do_not_join() -> None:
         assert not other.joins(first)
         other.spec = first.spec  # Planted: a structure that is taken for equal.
         assert first.joins(other)
+
+
+def test_a_lane_that_starts_late_is_taken_to_pass_what_all_others_do() -> None:
+    """Whether it does is told beside, without a wait; what others do not have in common is compared as ever."""
+    network, flags = Network(), []
+    coalescer = coalesce.Coalescer(Batching(check="off"), flags)
+    known: list[dict[Any, Any]] = [{}, {}, {}, {}]
+    conditions = [torch.ones(2, 5) for _ in range(4)]
+
+    def together(lanes: list[int]) -> list[Any]:
+        calls = [
+            coalesce.NetworkCall.of(
+                network, network.forward, (torch.full((2, 5), k), torch.tensor(k), conditions[k]), {}, 0, known[k]
+            )
+            for k in lanes
+        ]
+        return coalescer(calls)
+
+    together([0, 1])
+    assert flags == []
+    for lane, same in ((2, True), (3, False)):
+        conditions[lane] = torch.full((2, 5), 1.0 if same else 2.0)
+        found = together([0, 1, lane])
+        assert [(bool(flag), reason) for flag, reason in flags] == [(same, coalesce.OTHER_INPUT)]
+        assert torch.allclose(found[2], network(torch.full((2, 5), lane), torch.tensor(lane), conditions[0]))
+        flags.clear()
+    together([0, 1, 2])
+    assert flags == []  # by identity from then on
+
+
+def test_a_lane_that_starts_late_with_another_input_is_refused(loop: Any) -> None:
+    started = torch.zeros(1, dtype=torch.int64)  # which the ledger of what a loop counts does not look into
+
+    def before(pipe: Any, x: Tensor) -> Tensor:
+        started.add_(1)
+        if started == 8:  # planted: after the window has opened
+            sys._getframe(1).f_locals["condition"].add_(1.0)
+        return x
+
+    with pytest.raises(Unsupported, match="a network is given another input"):
+        Run(loop, paradiff.quasi_newton(window=3))(generator=seeded(), before=before)
+
+
+def test_times_are_made_once_for_all_lanes(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    own = diffusers.DDIMScheduler.set_timesteps
+    monkeypatch.setattr(
+        diffusers.DDIMScheduler,
+        "set_timesteps",
+        lambda self, *args, **kwargs: (made.append(args), own(self, *args, **kwargs))[1],
+    )
+    plain = loop(generator=seeded())
+    made.clear()
+    assert relative(Run(loop, check="off")(generator=seeded()), plain) < 1e-5
+    assert made == [(12,)]

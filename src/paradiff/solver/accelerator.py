@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ def empty_cache(device: torch.device) -> None:
     release = getattr(_module(device.type), "empty_cache", None)
     if release is not None:
         release()
+
+
+def read(numbers: Sequence[Tensor]) -> list[float]:
+    """Tensors of one number each on the host, truth values as 0 and 1. Waits once for each device that they are on."""
+    found = [0.0] * len(numbers)
+    places: dict[torch.device, list[int]] = {}
+    for place, number in enumerate(numbers):
+        places.setdefault(number.device, []).append(place)
+    for here in places.values():
+        values = torch.cat([numbers[place].reshape(1) for place in here]).tolist()
+        for place, value in zip(here, values, strict=True):
+            found[place] = float(value)
+    return found
 
 
 def random_states() -> list[Tensor]:

@@ -2,8 +2,9 @@
 """Network calls of several lanes as one call.
 
 Arguments that depend on the lane's state are stacked to one windowed tensor. Arguments that are equal in all lanes (position
-tables, text embeddings) are passed once. Equality is found by comparing values once a lane; later it follows from identity,
-since a lane passes the very tensor that it made before its loop.
+tables, text embeddings) are passed once. Equality is found by comparing values once; later it follows from identity, since a
+lane passes the very tensor that it made before its loop. A lane that starts later is taken to pass what the others do, and
+whether it does is read with the numbers of its pass.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from paradiff.pipelines.loop.scheduler_proxy import Flags
 from paradiff.pipelines.network.batched_call import batched_call
 from paradiff.pipelines.network.batching import Batching
-from paradiff.pipelines.tensor.windowed import Windowed, met
+from paradiff.pipelines.tensor.windowed import Windowed
+from paradiff.solver.accelerator import read
+
+OTHER_INPUT = "a network is given another input, of those that do not change with the state, when the call is made again"
+"""The reason against a call whose lanes differ in what all before had in common."""
 
 Key = tuple[int, int, int]
 """The place of an argument: the network's id, the number of the call in its pass, and the number of the leaf."""
@@ -83,10 +89,12 @@ class Coalescer:
 
     Attributes:
         batching: The run's batching (network/batching.py).
+        flags: Takes whether lanes that started pass what the others do.
         differing: Places whose values differed between lanes in an earlier call.
     """
 
     batching: Batching
+    flags: Flags = field(default_factory=list)
     differing: set[Key] = field(default_factory=set)
 
     def __call__(self, calls: list[NetworkCall]) -> list[Any]:
@@ -124,14 +132,21 @@ class Coalescer:
             leaves.append(leaf)
             if not isinstance(leaf, Tensor) or all(other is leaf for other in column):
                 continue
-            shared = {id(mark): mark for mark in (_shared(call, key, leaf) for call, leaf in zip(calls, column, strict=True))}
-            only = next(iter(shared.values()))
-            if len(shared) == 1 and only is not None:
+            marks = [_shared(call, key, leaf) for call, leaf in zip(calls, column, strict=True)]
+            only = marks[0]
+            if only is not None and all(mark is only for mark in marks):
                 leaves[path] = only.tensor
                 continue
             again = all(key in call.known for call in calls)
+            taken = [mark for call, mark in zip(calls, marks, strict=True) if mark is not None or key in call.known]
             if key in self.differing or (again and leaf.ndim > 0 and leaf.shape[0] == rows):
                 leaves[path] = Windowed.wrap(torch.stack(column), self)
+            elif taken and taken[0] is not None and all(mark is taken[0] for mark in taken):
+                leaves[path] = taken[0].tensor
+                for call, other, mark in zip(calls, column, marks, strict=True):
+                    if mark is None:
+                        self.flags.append(((other == taken[0].tensor).all(), OTHER_INPUT))
+                        call.known[key] = other, _version(other), taken[0]
             else:
                 unknown.append(path)
         for path, equal in zip(unknown, _equal([columns[path] for path in unknown]), strict=True):
@@ -174,7 +189,7 @@ def _version(leaf: Tensor) -> int:
 
 
 def _equal(columns: list[list[Tensor]]) -> list[bool]:
-    """Whether the tensors of each column are equal. Waits for the device once."""
-    flags = [torch.stack([(leaf == column[0]).all() for leaf in column[1:]]).all() for column in columns]
-    device = met(flags) or torch.device("cpu")
-    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).tolist() if flags else []
+    """Whether the tensors of each column are equal. Waits once for each device."""
+    return [
+        bool(flag) for flag in read([torch.stack([(b == column[0]).all() for b in column[1:]]).all() for column in columns])
+    ]

@@ -39,6 +39,7 @@ from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, pla
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.call_log import CallLog, signature
+from paradiff.solver.accelerator import read
 
 AGAIN = 6
 """Nodes that are passed a second time, at most."""
@@ -132,13 +133,13 @@ class DryWalk(greenlet.greenlet):
         self._ledgers: dict[tuple[int, str], Ledger] = {}
 
     def judge(self, eps: float) -> None:
-        """Compares the two visits of each node.
+        """Compares the two visits of each node. Waits once for each device.
 
         Raises:
             Carried: If they differ by more than rounding, or a second one could not be made.
         """
         bound = granted(eps)
-        values = torch.stack([v.cpu().double() for _, _, v in self._differences]).tolist() if self._differences else []
+        values = read([value for _, _, value in self._differences])
         if self._visit not in ("", "first") and self._broken is not None:
             raise Carried(
                 f"{KEEPS}: with its networks' outputs held fixed, {self._broken} where step {self._node} is passed again"
@@ -174,7 +175,7 @@ class DryWalk(greenlet.greenlet):
 
     def _passes(self) -> Iterator[Tensor]:
         times = self._solver.first.timesteps
-        seal(self.scheduler, self._solver.first.running())
+        seal(self.scheduler, self._solver.first.running)
         second = [turn for node in self._chosen for turn in ((node - 1, "before"), (node, "again"))]
         for node, visit in [*((node, "first") for node in range(1, self._steps)), *second]:
             self._node, self._visit = node, visit

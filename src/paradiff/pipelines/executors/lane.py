@@ -41,6 +41,9 @@ from paradiff.pipelines.loop.scheduler_proxy import (
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 
+OTHER_START = "the call comes to its loop with another state when it is made again"
+"""The reason against a call whose lanes start differently."""
+
 
 class Elsewhere(BaseException):
     """The loop is in another module, whose `enumerate` must be replaced too."""
@@ -83,7 +86,7 @@ class Lane(greenlet.greenlet):
         self.gr_context = contextvars.copy_context()
         self._shared, self.number = shared, number
         self.modes = Modes.now()
-        self.scheduler = make_proxy(shared.pipeline.scheduler, self)
+        self.scheduler = make_proxy(shared.pipeline.scheduler, self, shared.times)
         attributes = vars(self.pipeline)
         attributes["scheduler"] = self.scheduler
         if number:
@@ -206,11 +209,11 @@ class Lane(greenlet.greenlet):
         shared.solver.first.check_options(kwargs)
         self._drawn_from = self._drawn_from or (kwargs.get("generator"),)
         refuse_other_generator(kwargs.get("generator"), self._drawn_from[0])
-        refuse_changes(self.scheduler, self._settings)
+        refuse_changes(self.scheduler, self._settings, shared.flags)
         self._stepped = True
         self._iterations.steps += 1
         if self._handed is None:
-            shared.starts.append(_near(sample, shared.solver.first.sample))
+            shared.flags.append((_near(sample, shared.solver.first.sample), OTHER_START))
         if not self.dry:
             self.output, self.sample = output, sample
             self.ledger = ledger(tensors=self._variables) if self.audited else {}
@@ -244,7 +247,7 @@ class Lane(greenlet.greenlet):
         with Modes.exact().entered():
             shared.solver.begin(first, own=shared.own)
         shared.index = first_index(self.scheduler, timesteps[0])
-        shared.running = first.running()
+        shared.running = first.running
         seal(self.scheduler, shared.running)
         self._settings = settings(self.scheduler)
         if shared.batching.check != "off":

@@ -115,7 +115,7 @@ class Lockstep:
     def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
         self.shared, self.solver = SharedCall(call, pipeline, solver, batching), solver
         self.shared.own = 1 if batching.check == "off" else 2
-        self.coalescer = Coalescer(batching)
+        self.coalescer = Coalescer(batching, self.shared.flags)
         self.lanes: list[Lane] = []
         self.audited: set[int] = set()
         self.rows: list[Row] = []
@@ -217,8 +217,8 @@ class Lockstep:
                 self._resume(lane)
 
     def _beside(self, lanes: list[Lane], doubles: list[Lane], outputs: Tensor, samples: Tensor, eps: float) -> Beside:
-        """What is asked of a pass: that lanes which started in it came to the first one's start, and that doubles gave what the
-        rows of the last pass had.
+        """What is asked of a pass: that lanes were right in what they took to be so, and that doubles gave the same as the rows
+        of the last pass.
 
         Args:
             lanes: The lanes of the pass.
@@ -227,19 +227,20 @@ class Lockstep:
             samples: `[R, B, ...]` the states.
             eps: That of the coarsest dtype in which the pass was computed.
         """
-        rows, starts, dtype = self.rows, self.shared.starts, torch.promote_types(outputs.dtype, torch.float32)
-        self.shared.starts = []
+        rows, flags, dtype = self.rows, list(self.shared.flags), torch.promote_types(outputs.dtype, torch.float32)
+        self.shared.flags.clear()
         norms = [(lane.ledger, *norm) for lane in lanes for norm in unread(lane.ledger)]
-        singles = [*starts, *(norm for _, _, norm in norms)]
+        singles = [*(flag for flag, _ in flags), *(norm for _, _, norm in norms)]
         numbers = [single.view(1).to(outputs.device, dtype, non_blocking=True) for single in singles]
         if doubles:
             numbers.append(relative_difference(outputs, torch.stack([row.output for row in rows])).to(dtype))
             numbers.append(relative_difference(samples, torch.stack([row.sample for row in rows])).to(dtype))
 
         def judged(told: list[float]) -> None:
-            if not all(told[: len(starts)]):
-                raise Unsupported("the call comes to its loop with another state when it is made again")
-            for (ledger, path, _), norm in zip(norms, told[len(starts) :], strict=False):
+            for (_, refusal), so in zip(flags, told, strict=False):
+                if not so:
+                    raise Unsupported(refusal)
+            for (ledger, path, _), norm in zip(norms, told[len(flags) :], strict=False):
                 ledger[path] = norm
             told = told[len(singles) :]
             self._compare(rows, doubles, told[: len(doubles)], told[len(doubles) :], eps)

@@ -15,6 +15,7 @@ from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.coalesce import NetworkCall
 from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.loop.scheduler_proxy import Flags, TimesLog
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.batching import Batching
 
@@ -41,7 +42,8 @@ class SharedCall:
         attributes: The networks' settings, as they were after the last network call; None where nothing is checked.
         running: The scheduler's attributes that its own step changes.
         generators: The generators among the call's arguments.
-        starts: Of lanes that started in this pass, whether they came to the loop with lane 0's state; on the states' device.
+        flags: What a lane took to be so in this pass, and is read with the pass's numbers.
+        times: What `set_timesteps` did to lane 0's scheduler.
     """
 
     def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
@@ -58,7 +60,8 @@ class SharedCall:
         networks = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
         self.attributes = None if batching.check == "off" else Attributes(networks)
         self.running: set[str] = set()
-        self.starts: list[Tensor] = []
+        self.flags: Flags = []
+        self.times = TimesLog()
         self.generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
 
     def generator_states(self) -> list[Tensor]:

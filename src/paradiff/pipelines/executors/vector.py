@@ -200,7 +200,7 @@ class Vector:
                 solver.begin(first, repeat={"off": 0, "first": 1}.get(check, sys.maxsize))
             self._batching.widest = solver.widest
             self._index = first_index(self.scheduler, first.timesteps[0])
-            seal(self.scheduler, first.running())
+            seal(self.scheduler, first.running)
             self._settings = settings(self.scheduler)
             if self._start is not None and check != "off":
                 refuse_memory(self._start, solver, self._batching.log, self._batching.eps)

@@ -8,6 +8,7 @@ dtype, the times of the loop, the generator and the options of `step`, and the f
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,7 @@ class FirstStep:
             if name != "generator" and now is not first and (isinstance(now, Tensor) or now != first):
                 raise Unsupported(f"the loop changes the {name} of its scheduler's step")
 
+    @functools.cached_property
     def running(self) -> set[str]:
         """The attributes that the scheduler's own step changes, besides its step index."""
         scheduler = copy.deepcopy(self.scheduler)

@@ -12,10 +12,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
@@ -29,13 +31,20 @@ STEP = ("model_output", "timestep", "sample")
 STRAY = ("step_", "undo_step", "batch_step_no_noise")  # prefixes of methods that take a step in another way
 REPLACED = ("step", "set_timesteps", "scale_model_input")
 
+PLAIN = (int, float, str, torch.dtype, torch.device, type(None))
+"""Kinds of arguments of `set_timesteps`, beside arrays, that two calls are seen to have in common."""
 
-def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
+Flags = list[tuple[Tensor, str]]
+"""Truth values `[]` on devices, each with the reason against the loop if it is false; read together (lanes.py)."""
+
+
+def make_proxy(scheduler: Any, handler: LoopHandler, log: TimesLog | None = None) -> Any:
     """A copy of `scheduler` whose timesteps, `step` and `scale_model_input` go to `handler`.
 
     Args:
         scheduler: A diffusers scheduler; the proxy's changes do not reach it.
         handler: The executor of the loop.
+        log: What `set_timesteps` did to another proxy of the scheduler, in the same pipeline call; None for the first one.
 
     Raises:
         Unsupported: If the scheduler's `step` does not take a model output, a time and a sample first, or one of the methods
@@ -52,7 +61,7 @@ def make_proxy(scheduler: Any, handler: LoopHandler) -> Any:
             raise Unsupported(f"the {name} of this {real.__name__} object is not that of its class: somebody has replaced it")
     proxy = object.__new__(real)
     vars(proxy).update({name: _own(value) for name, value in vars(scheduler).items()})
-    methods = _methods(proxy, handler)
+    methods = _methods(proxy, handler, TimesLog() if log is None else log)
     vars(proxy).update({**methods, OWN: frozenset(methods)})
     _wrap(proxy, handler)
     return proxy
@@ -100,24 +109,33 @@ def settings(proxy: Any) -> dict[str, Any]:
     return {name: _setting(value) for name, value in vars(proxy).items() if name not in own}
 
 
-def refuse_changes(proxy: Any, before: dict[str, Any]) -> None:
+def refuse_changes(proxy: Any, before: dict[str, Any], flags: Flags | None = None) -> None:
     """Refuses a loop that changes its scheduler, since its chain was probed before.
 
     Args:
         proxy: The proxy.
         before: Its `settings` at the loop's start. A tensor that was moved to another device since, as diffusers does with a
             table at its first use, is replaced by what it is there.
+        flags: Takes what is known on a device, whether such a tensor is equal there; None to wait for it.
 
     Raises:
         Unsupported: If they are others.
     """
     now = settings(proxy)
     for name in {**before, **now}:
-        if name in before and name in now and _moved(before[name], now[name]):
+        refusal = f"the loop changes the {'configuration' if name == '_internal_dict' else name} of its scheduler"
+        moved = _moved(before[name], now[name]) if name in before and name in now else None
+        if moved is not None:
             before[name] = now[name]
-        elif name not in before or name not in now or not _alike(before[name], now[name]):
-            what = "configuration" if name == "_internal_dict" else name
-            raise Unsupported(f"the loop changes the {what} of its scheduler")
+            if flags is not None:
+                flags.append((moved, refusal))
+        if (
+            name not in before
+            or name not in now
+            or (moved is not None and flags is None and not moved)
+            or not _alike(before[name], now[name])
+        ):
+            raise Unsupported(refusal)
 
 
 def _setting(value: Any) -> Any:
@@ -127,16 +145,17 @@ def _setting(value: Any) -> Any:
     return copy.copy(value) if type(value) in (list, set, deque) else dict(value) if isinstance(value, dict) else value
 
 
-def _moved(a: Any, b: Any) -> bool:
-    """Whether two settings are one tensor on two devices. Waits for them if so."""
+def _moved(a: Any, b: Any) -> Tensor | None:
+    """`[]` on the second one's device, whether two settings are equal tensors of two devices; None if they cannot be."""
     pairs = isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2
     if not (pairs and isinstance(a[0], Tensor) and isinstance(b[0], Tensor)):
-        return False
+        return None
     (was, version), (value, _) = a, b
     if was.device == value.device or was.shape != value.shape or was.dtype != value.dtype:
-        return False
-    unchanged = was.is_inference() or was._version == version
-    return unchanged and torch.equal(was.cpu(), value.cpu())
+        return None
+    if not was.is_inference() and was._version != version:
+        return None
+    return (was.to(value.device, non_blocking=True) == value).all()
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -174,6 +193,51 @@ class _Sealed:
     __hash__ = object.__hash__
 
 
+class TimesLog:
+    """What the calls of `set_timesteps` of one proxy did to it, for further proxies of the scheduler in the same pipeline call.
+
+    They make the same calls, one after the other, and what a call does need not be computed, and moved to a device, again.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, Any, dict[str, Any]]] = []
+
+    def made(self, proxy: Any, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Makes a proxy's call number `turn`, or does what the first proxy's did if it had the same arguments."""
+        given = args, kwargs
+        if turn < len(self._calls) and _equal(self._calls[turn][0], given):
+            vars(proxy).update({name: _own(_cloned(value)) for name, value in self._calls[turn][2].items()})
+            return self._calls[turn][1]
+        before = settings(proxy)
+        result = type(proxy).set_timesteps(proxy, *args, **kwargs)
+        if turn == len(self._calls):
+            now = settings(proxy)
+            names = {name for name in now if name not in before or not _alike(before[name], now[name])} | {"_step_index"}
+            changed = {name: _own(_cloned(vars(proxy)[name])) for name in names if name in vars(proxy)}
+            known = all(name in now for name in before) and _equal(given, given)
+            self._calls.append((copy.deepcopy(given) if known else None, result, changed))
+        return result
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if type(value) is Tensor else value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two calls have equal arguments, seen without waiting for a device."""
+    (one, form), (other, shape) = _pytree.tree_flatten(a), _pytree.tree_flatten(b)
+    return a is not None and form == shape and all(map(_equal_leaves, one, other))
+
+
+def _equal_leaves(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        host = isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device == torch.device("cpu")
+        return host and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return type(a) is type(b) and a.dtype == b.dtype and np.array_equal(a, b)
+    return isinstance(a, PLAIN) and type(a) is type(b) and a == b
+
+
 def _own(value: Any) -> Any:
     """An attribute for a scheduler's proxy: a copy of containers and inner schedulers, else the attribute itself."""
     if type(value) in (list, dict, set, deque):
@@ -188,10 +252,11 @@ def _wrap(proxy: Any, handler: LoopHandler) -> None:
         vars(proxy)["timesteps"] = RoundTimesteps.wrap(values, handler)
 
 
-def _methods(proxy: Any, handler: LoopHandler) -> dict[str, Callable[..., Any]]:
+def _methods(proxy: Any, handler: LoopHandler, log: TimesLog) -> dict[str, Callable[..., Any]]:
     """The methods that hide those of the proxy's class, with their signatures."""
     real: Any = type(proxy)
     signature = inspect.signature(proxy.step)
+    turns = itertools.count()
 
     @functools.wraps(proxy.step)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -207,7 +272,7 @@ def _methods(proxy: Any, handler: LoopHandler) -> dict[str, Callable[..., Any]]:
         if "timesteps" in vars(proxy):
             vars(proxy)["timesteps"] = plain(vars(proxy)["timesteps"])
         try:
-            return real.set_timesteps(proxy, *args, **kwargs)
+            return log.made(proxy, next(turns), args, kwargs)
         finally:
             _wrap(proxy, handler)
 

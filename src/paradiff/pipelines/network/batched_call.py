@@ -37,6 +37,7 @@ from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
 from paradiff.pipelines.tensor.windowed import HERE, Windowed, beside, common_run, first_line
+from paradiff.solver.accelerator import read
 
 MAIN_INPUTS = ("sample", "hidden_states", "x", "latent_model_input")
 POSITIONS = {"img_ids", "txt_ids", "image_ids", "text_ids", "latent_ids", "latent_image_ids"}
@@ -165,9 +166,7 @@ class _WindowCall:
             )
         eps = self._eps(windows)
         self.batching.eps = max(self.batching.eps, eps)
-        for w in suspects:
-            self._compare(w, windows, earlier, eps)
-            earlier = None
+        self._compare(suspects, windows, earlier, eps)
         rest = iter(windows)
         return each(lambda leaf, _: Windowed.wrap(next(rest), self.run) if leaf is HERE else leaf, structure)
 
@@ -391,26 +390,31 @@ class _WindowCall:
             digits.append(torch.finfo(torch.get_autocast_dtype(self.device.type)).eps)
         return max(digits, default=0.0)
 
-    def _compare(self, w: int, windows: list[Tensor], earlier: list[Tensor] | None, eps: float) -> None:
-        """Compares state w of the batched call, and an earlier call of its own if there was one, with a call of its own.
+    def _compare(self, suspects: list[int], windows: list[Tensor], earlier: list[Tensor] | None, eps: float) -> None:
+        """Compares states of the batched call, and an earlier call of the first one's own if there was one, with calls of their
+        own. Waits for the device once.
 
         The two may differ by sqrt(eps) relative to the output's norm, with eps of the coarsest dtype involved, since rounding
         depends on the size of a batch and grows through a deep network.
         """
-        _, alone = self._taken(self._alone(w, check=True), 1)
         granted = eps**0.5
-        for first, own in zip(earlier or [], alone if earlier else [], strict=True):
-            difference = _difference(first[0].to(torch.float64), own[0].to(torch.float64))
-            if not difference <= granted:
+        first, others = list[Tensor](), list[Tensor]()
+        for w in suspects:
+            _, alone = self._taken(self._alone(w, check=True), 1)
+            if w == suspects[0] and earlier is not None:
+                first = [_difference(before[0], own[0]) for before, own in zip(earlier, alone, strict=True)]
+            for window, own in zip(windows, alone, strict=True):
+                if window[w].shape != own[0].shape:
+                    raise _Differs(
+                        f"{self.name} returned shape {tuple(window[w].shape)} for a state of shape {tuple(own[0].shape)}"
+                    )
+                others.append(_difference(window[w], own[0]))
+        for place, difference in enumerate(read([*first, *others])):
+            if not difference <= granted and place < len(first):
                 raise NeedsOrder(
                     f"{self.name} gave one state two values (relative difference {difference:.2g}, where rounding explains "
                     f"{granted:.2g}): its calls depend on those before, so they need their order"
                 )
-        for window, own in zip(windows, alone, strict=True):
-            batched, own = window[w].to(torch.float64), own[0].to(torch.float64)
-            if batched.shape != own.shape:
-                raise _Differs(f"{self.name} returned shape {tuple(batched.shape)} for a state of shape {tuple(own.shape)}")
-            difference = _difference(batched, own)
             if not difference <= granted:
                 raise _Differs(
                     f"{self.name} gave a state other values among {self.states} states than by itself (relative difference "
@@ -441,11 +445,12 @@ class _WindowCall:
         return found
 
 
-def _difference(found: Tensor, own: Tensor) -> float:
-    """The norm of the difference relative to that of `own`; NaN equals NaN."""
+def _difference(found: Tensor, own: Tensor) -> Tensor:
+    """`[]` the norm of the difference relative to that of `own`; NaN equals NaN."""
+    found, own = found.to(torch.float64), own.to(torch.float64)
     same = (found == own) | (found.isnan() & own.isnan())
     size = torch.where(own.isfinite(), own, 0.0).norm().clamp_min(1e-300)
-    return float(torch.where(same, 0.0, found - own).norm() / size)
+    return torch.where(same, 0.0, found - own).norm() / size
 
 
 def _version(value: Tensor) -> int:

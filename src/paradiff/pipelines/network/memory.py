@@ -19,7 +19,7 @@ from torch import Tensor
 from paradiff.pipelines.network.holder import Holder
 from paradiff.pipelines.network.position import moved, put_back
 from paradiff.pipelines.network.reads import is_read
-from paradiff.pipelines.network.saved import equal
+from paradiff.pipelines.network.saved import changed, equal
 from paradiff.pipelines.network.walk import LONG, Walk
 
 
@@ -60,7 +60,7 @@ class Memory:
         self._walk = Walk(roots, owners, leave)
 
     def influence(self) -> Change | None:
-        """The first change since that a later call may depend on; None if there is none.
+        """The first change since that a later call may depend on; None if there is none. Waits once for each device.
 
         A number, a text or a list that no function reads is harmless. A tensor that is kept is not, since the loop may read it.
         """
@@ -88,17 +88,16 @@ class Memory:
         for holder in self._walk.holders:
             values = {key: anew.get(id(value), value) for key, value in holder.before.items()}
             now = holder.read()
-            changed = [key for key in self._changed(holder, now) if key is not None]
-            changed += [key for key, value in values.items() if value is not holder.before[key] and key not in changed]
-            if changed:
-                holder.write(values, now, changed)
-        for saved in self._walk.saved.values():
+            others = [key for key in self._changed(holder, now) if key is not None]
+            others += [key for key, value in values.items() if value is not holder.before[key] and key not in others]
+            if others:
+                holder.write(values, now, others)
+        for saved in changed(list(self._walk.saved.values())):
             saved.put_back()
 
     def _changes(self) -> Iterator[Change]:
-        for saved in self._walk.saved.values():
-            if not saved.same:
-                yield Change(saved.path, "", silent=False)
+        for saved in changed(list(self._walk.saved.values())):
+            yield Change(saved.path, "", silent=False)
         for path, thing, state in self._walk.states:
             if moved(thing, state):
                 yield Change(path, "", silent=False)

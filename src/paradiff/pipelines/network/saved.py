@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from paradiff.pipelines.tensor.windowed import Windowed
+from paradiff.solver.accelerator import read
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,18 +23,18 @@ class Saved:
     copy: Any
     version: int = -1
 
-    @property
-    def same(self) -> bool:
-        """Whether it has its values still."""
+    def same(self) -> bool | Tensor:
+        """Whether it has its values still: a truth value, or one `[]` on the tensor's device."""
         if self.copy is None:
             return self.value.is_inference() or self.value._version == self.version
-        return equal(self.copy, self.value)
+        plain = all(isinstance(one, Tensor) and not isinstance(one, Windowed) for one in (self.copy, self.value))
+        return _same_numbers(self.copy, self.value) if plain else equal(self.copy, self.value)
 
     def put_back(self) -> None:
-        """Gives the tensor or array its values again, where they are known and others."""
-        if self.copy is None or self.same:
-            return
+        """Gives the tensor or array its values again, where they are known."""
         value, values = self.value, self.copy
+        if values is None:
+            return
         if isinstance(value, np.ndarray):
             value[...] = values
         elif value.shape == values.shape:
@@ -41,17 +43,19 @@ class Saved:
             value.set_(values.to(value.device))
 
 
+def changed(saved: Sequence[Saved]) -> list[Saved]:
+    """Those that have other values by now. Waits once for each device."""
+    told = [one.same() for one in saved]
+    flags = iter(read([flag for flag in told if isinstance(flag, Tensor)]))
+    return [one for one, flag in zip(saved, told, strict=True) if not (next(flags) if isinstance(flag, Tensor) else flag)]
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two values are equal; NaN equals NaN, and a tensor its copy on another device."""
     if isinstance(a, Windowed) or isinstance(b, Windowed):
         return a is b
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        if a.is_meta or b.is_meta:
-            return True
-        b = b.to(a.device)
-        return bool(((a == b) | ((a != a) & (b != b))).all())
+        return bool(_same_numbers(a, b))
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
     if isinstance(a, dict | list | tuple) and type(a) is type(b):
@@ -64,3 +68,13 @@ def equal(a: Any, b: Any) -> bool:
         return bool(a is b or a == b or (a != a and b != b))
     except Exception:
         return False
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool | Tensor:
+    """Whether two tensors have the same numbers, NaN included: a truth value, or one `[]` on the first one's device."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return True
+    b = b.to(a.device)
+    return ((a == b) | ((a != a) & (b != b))).all()
