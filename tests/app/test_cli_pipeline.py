@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import wave
 from collections.abc import Callable
@@ -518,6 +519,18 @@ def test_explain_prints_what_the_library_finds(cli: Cli, saved: Saved, tiny: Pat
     assert "DDPMPipeline with DDPMScheduler\nchain: 30 network calls" in cli("explain", tiny, "--steps", 30).out
 
 
+def test_explain_times_the_networks_of_a_call(cli: Cli, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = "--prompt", "a b", "--guidance", 3, "--device", "cpu"
+    found = cli("explain", saved("sd"), "--steps", 8, "--window", 4, "--time", *call).out
+    assert re.search(r"^UNet2DConditionModel: a call on one state takes .* times that", found, re.MULTILINE)
+    assert "each further state repeats" in found
+    assert "UNet2DConditionModel" not in cli("explain", saved("sd"), "--steps", 8, "--window", 4).out
+    monkeypatch.setattr(Run, "cached", lambda _: ["unet keeps a cache across steps"])
+    refused = cli("explain", saved("sd"), "--steps", 8, "--time", *call)
+    assert refused.code == 0
+    assert "note: the networks were not timed, since there is no parallel run" in refused.out
+
+
 def test_explain_says_what_is_refused_and_ends_well(cli: Cli, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "cached", lambda _: ["unet keeps a cache across steps"])
     result = cli("explain", saved("sd"), "--steps", 20)
@@ -537,6 +550,9 @@ def test_explain_says_what_is_refused_and_ends_well(cli: Cli, saved: Saved, monk
         "--method nothing": "method is 'nothing'; it must be one of",
         "--method srds -m block=3": "did you mean 'blocks'?",
         "--method sequential --window 2": "--window was given, but method 'sequential' has no option 'window'; it",
+        "--prompt a": "--prompt is for a call, and none is made; give --time, too",
+        "--time": "the StableDiffusionPipeline needs a prompt",
+        "--time --prompt a --device nowhere": "device is 'nowhere'",
     }.items(),
 )
 def test_explain_refuses_bad_options(line: str, sentence: str, cli: Cli, saved: Saved) -> None:

@@ -400,7 +400,7 @@ def test_a_call_without_a_parallel_form_is_not_timed(timed: Callable[[float, flo
     pipe = Timed(Random([0.0], 1.0, 0.1), diffusers.DDIMScheduler())
     found = explain(pipe, call={"length": 4})
     assert found.timings == []
-    assert any(note.startswith("vector: ") for note in found.notes)
+    assert any(note.startswith("the networks could not be timed with vector: ") for note in found.notes)
     assert any(note.startswith("it pays where") for note in found.notes)
 
 

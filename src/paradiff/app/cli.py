@@ -7,7 +7,7 @@ with is imported when its options were found to be well-formed.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,7 @@ from paradiff.app.launched import leave
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
 from paradiff.app.request import DTYPES, NOISES, OUT, Request
-from paradiff.errors import refuse_unknown, require_real
+from paradiff.errors import refuse_unknown
 from paradiff.version import __version__
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
@@ -246,24 +246,60 @@ def explain(
     method_option: flags.MethodOption = None,
     window: flags.Window = None,
     tolerance: flags.Tolerance = None,
+    time: Annotated[
+        bool,
+        typer.Option(
+            "--time",
+            help="Also make a call up to its second pass, and time its networks on one state and on several.",
+            rich_help_panel=flags.PIPELINES,
+        ),
+    ] = False,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = DTYPES[0],
+    threads: flags.Threads = None,
+    prompt: flags.Prompt = None,
+    negative_prompt: flags.NegativePrompt = None,
+    guidance: flags.Guidance = None,
+    size: flags.Size = None,
+    argument: flags.Argument = None,
     trust_remote_code: flags.TrustRemoteCode = False,
 ) -> None:
-    """Say what a parallel run of a pipeline would do, without calling its networks."""
-    solver, _ = make_method(method, method_option or [], window=window, tolerance=tolerance)
+    """Say what a parallel run of a pipeline would do, without calling its networks unless they are to be timed."""
+    request = Request(
+        model=model,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        grid=None,
+        form=None,
+        seeds="0",
+        noise="recorded",
+        method=method,
+        method_option=method_option or [],
+        window=window,
+        tolerance=tolerance,
+        out=None,
+        compare=False,
+        trace=False,
+        overwrite=False,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_rows=None,
+        timeout=None,
+        deadline=None,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        size=size,
+        argument=argument or [],
+        trust_remote_code=trust_remote_code,
+    )
+    solver, _ = make_method(method, request.method_option, window=window, tolerance=tolerance)
 
-    from paradiff.app.pipeline import refuse_eta, refuse_steps
-    from paradiff.models.pipeline import load_pipeline, set_sampler
-    from paradiff.pipelines.explanation import explain as explain_pipeline
+    from paradiff.app.explain import explain as explain_pipeline
 
-    refuse_steps(steps)
-    pipeline = load_pipeline(model, trust_remote_code=trust_remote_code)
-    if sampler is not None:
-        set_sampler(pipeline, sampler)
-    options = {} if eta is None else {"eta": eta}
-    if eta is not None:
-        require_real("eta", eta)
-        refuse_eta(cast(Any, pipeline).scheduler)
-    print(explain_pipeline(pipeline, solver, num_inference_steps=steps, **cast(dict[str, Any], options)))
+    explain_pipeline(request, solver, timed=time)
 
 
 @app.command(cls=Command)

@@ -128,6 +128,8 @@ def explain(
             _does_it_pay(found, table, method, rows, notes)
         else:
             _will_it_pay(pipeline, table, expected, notes)
+    elif call is not None:
+        notes.append("the networks were not timed, since there is no parallel run")
     kind = type(pipeline).__name__
     return Explanation(
         pipeline=kind,
@@ -210,7 +212,7 @@ def _timed(pipeline: Any, steps: int, call: Mapping[str, Any], executor: str, wi
         try:
             return timings(pipeline, kind, arguments, one, min(widest + 1, steps))
         except Unsupported as unsupported:
-            notes.append(f"{one}: {unsupported}")
+            notes.append(f"the networks could not be timed with {one}: {unsupported}")
     return []
 
 
