@@ -20,7 +20,7 @@ from torch.utils import _pytree
 from paradiff.pipelines.loop.scheduler_proxy import Flags
 from paradiff.pipelines.network.batched_call import batched_call
 from paradiff.pipelines.network.batching import Batching
-from paradiff.pipelines.tensor.windowed import Windowed
+from paradiff.pipelines.tensor.windowed import Windowed, stacked
 from paradiff.solver.accelerator import read
 
 OTHER_INPUT = "a network is given another input, of those that do not change with the state, when the call is made again"
@@ -140,7 +140,7 @@ class Coalescer:
             again = all(key in call.known for call in calls)
             taken = [mark for call, mark in zip(calls, marks, strict=True) if mark is not None or key in call.known]
             if key in self.differing or (again and leaf.ndim > 0 and leaf.shape[0] == rows):
-                leaves[path] = Windowed.wrap(torch.stack(column), self)
+                leaves[path] = Windowed.wrap(stacked(column), self)
             elif taken and taken[0] is not None and all(mark is taken[0] for mark in taken):
                 leaves[path] = taken[0].tensor
                 for call, other, mark in zip(calls, column, marks, strict=True):
@@ -153,7 +153,7 @@ class Coalescer:
             key, column = (id(first.module), first.turn, path), columns[path]
             if not equal:
                 self.differing.add(key)
-                leaves[path] = Windowed.wrap(torch.stack(column), self)
+                leaves[path] = Windowed.wrap(stacked(column), self)
                 continue
             known = (_shared(call, key, leaf) for call, leaf in zip(calls, column, strict=True))
             shared = next((mark for mark in known if mark is not None), Shared(column[0], _version(column[0])))

@@ -36,7 +36,7 @@ from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
-from paradiff.pipelines.tensor.windowed import HERE, Windowed, beside, common_run, first_line
+from paradiff.pipelines.tensor.windowed import HERE, Windowed, beside, common_run, copied, first_line
 from paradiff.solver.accelerator import read
 
 MAIN_INPUTS = ("sample", "hidden_states", "x", "latent_model_input")
@@ -150,7 +150,7 @@ class _WindowCall:
         """The outputs; the states `suspects` are compared with calls of their own."""
         states, rows = self.states, self.rows
         before = Snapshot({}) if suspects else None
-        self._before = {id(leaf): leaf.window.clone() for leaf in self.leaves} if suspects else {}
+        self._before = {id(leaf): copied(leaf.window) for leaf in self.leaves} if suspects else {}
         earlier = self._remembered(suspects[0]) if suspects and self.batching.first(self.forward) else None
         if rows is None:  # A number as the main input: nothing says which axis of the output is the batch.
             parts, suspects = self._parts((1,)), []
@@ -202,7 +202,7 @@ class _WindowCall:
         def state(leaf: Any, _: str) -> Any:
             if not isinstance(leaf, Windowed):
                 return leaf
-            return self._before[id(leaf)][w].clone() if check else leaf.window[w]
+            return copied(self._before[id(leaf)][w]) if check else leaf.window[w]
 
         return each(state, value)
 

@@ -173,6 +173,27 @@ def met(leaves: list[Any]) -> torch.device | None:
     return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "cpu"), None)
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """A copy that is expanded along the axes along which the tensor is, so that a compiled network takes it for the same."""
+    return _narrowed(tensor, _expanded(tensor)).clone().expand_as(tensor)
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """`[n, ...]` tensors of one shape, expanded along the axes along which all of them are."""
+    axes = set[int].intersection(*map(_expanded, tensors))
+    return torch.stack([_narrowed(tensor, axes) for tensor in tensors]).expand(len(tensors), *tensors[0].shape)
+
+
+def _expanded(tensor: Tensor) -> set[int]:
+    return {axis for axis, size in enumerate(tensor.shape) if size > 1 and tensor.stride(axis) == 0}
+
+
+def _narrowed(tensor: Tensor, axes: set[int]) -> Tensor:
+    for axis in axes:
+        tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
 def title(func: Callable[..., Any]) -> str:
     """The name of a torch function as users write it."""
     name = getattr(func, "__name__", str(func))
