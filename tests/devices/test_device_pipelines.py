@@ -8,6 +8,7 @@ random weights. It depends on the processor's kernels. It is bounded relative to
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -265,6 +266,24 @@ def test_offloaded_networks(offload: str, executor: Executor) -> None:
     with double.counting() as counts:
         assert gap(parallel(executor, pipe, call)[0], wanted) < ROUNDING
     assert counts.of("wait: blocking upload", "upload", without="") > 10  # the weights came and went
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("check", ["off", "first"])
+def test_a_call_leaves_none_of_its_states_in_memory(check: Any, executor: Executor) -> None:
+    """Neither for ever nor until cycles are collected, which may be after the device's memory is full."""
+    pipe, call = CASES["sd_euler_ancestral"].make().to("pseudo"), short("sd_euler_ancestral")
+    parallel(executor, pipe, call, check=check)
+    gc.collect()
+    gc.disable()
+    try:
+        before = torch.pseudo.memory_allocated()
+        for _ in range(2):
+            found, _ = parallel(executor, pipe, call, check=check)
+        kept = torch.pseudo.memory_allocated() - before
+    finally:
+        gc.enable()
+    assert kept < found.numel() * found.element_size()  # tables of a scheduler, less than a state
 
 
 def test_a_window_that_does_not_fit_is_called_in_parts() -> None:

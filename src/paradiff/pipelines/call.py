@@ -196,6 +196,7 @@ class Call:
                         result = call(pipeline, **arguments)
                 finally:
                     object.__setattr__(pipeline, "scheduler", scheduler)
+                    vars(loop).clear()  # Its scheduler is in a cycle, which would keep the call's states until it is collected.
             lost = installed.replaced() if batching.looping else batching.lost
             if lost is not None:
                 raise NeedsOrder(f"the forward of {lost} is replaced in the call")

@@ -96,11 +96,14 @@ def refuse_memory(start: Start, solver: LoopSolver, log: CallLog, eps: float) ->
     now = Snapshot({})
     start.random.restore()
     try:
-        with start.modes.entered():
-            walk.switch()
+        try:
+            with start.modes.entered():
+                walk.switch()
+        finally:
+            now.restore()
+        walk.judge(max(eps, torch.finfo(solver.first.output.dtype).eps, torch.finfo(solver.first.sample.dtype).eps))
     finally:
-        now.restore()
-    walk.judge(max(eps, torch.finfo(solver.first.output.dtype).eps, torch.finfo(solver.first.sample.dtype).eps))
+        vars(walk).clear()  # A greenlet in a cycle, such as that with its scheduler, is never collected.
 
 
 class DryWalk(greenlet.greenlet):
