@@ -120,7 +120,7 @@ class SecantJacobian:
         self._x = dx.permute(2, 0, 1, 3)  # [b, n, k, d]
         own = self._x @ self._x.mT
         diagonal = own.diagonal(dim1=2, dim2=3)
-        damped = own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
+        damped = own + torch.diag_embed(DAMPING * diagonal + (~(diagonal > 0)).to(diagonal.dtype))
         self._inverse = torch.linalg.inv_ex(damped).inverse  # unlike `inv`, without a look at it from the host
         flat = self._x.reshape(b, n * k, size)
         cross = flat.new_zeros(b, n * k, n * k)
