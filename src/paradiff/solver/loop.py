@@ -19,6 +19,7 @@ from torch import Tensor
 from paradiff.chain.noise import Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import shown
+from paradiff.solver.accelerator import at_home
 from paradiff.solver.arguments import (
     device_of,
     evaluates,
@@ -111,7 +112,19 @@ def solve(
         resolution=resolution,
         on_final=on_final,
     )
-    return _rounds(problem, method, observer, begin)
+    return _at_home(_rounds(problem, method, observer, begin))
+
+
+def _at_home(rounds: Rounds) -> Rounds:
+    """The rounds of a solver that is resumed with the CPU as torch's default device."""
+    answer: Tensor | EditedOutputs | None = None
+    while True:
+        try:
+            with at_home():
+                batch = next(rounds) if answer is None else rounds.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = yield batch
 
 
 @torch.inference_mode()

@@ -110,7 +110,7 @@ class RowCheck:
 
     def _calls(self, batch: Batch) -> Tensor:
         """`[R]` the first row of the network call that each row of a round is evaluated in."""
-        rows = torch.arange(len(batch.x))
+        rows = torch.arange(len(batch.x), device="cpu")
         size = getattr(self._evaluate, "max_rows", None)
         return torch.zeros_like(rows) if size is None else rows // size * size
 
@@ -122,7 +122,7 @@ class RowCheck:
         """What the rows of one network call are: several, of several times, of several samples."""
         first = self._calls(batch)
         found = {
-            "rows": first != torch.arange(len(first)),
+            "rows": first != torch.arange(len(first), device="cpu"),
             "times": batch.t != batch.t[first],
             "samples": batch.samples != batch.samples[first],
         }
@@ -175,7 +175,7 @@ class RowCheck:
         whole = bool(times.min() <= chain.min()) and bool(times.max() >= chain.max())
         if whole and not torch.equal(x, x[:1].expand_as(x)):
             return None
-        made, nodes = x[:1] / 2, torch.tensor([len(chain) // 2, int(batch.nodes[rows[0]]), len(chain) - 1])
+        made, nodes = x[:1] / 2, torch.tensor([len(chain) // 2, int(batch.nodes[rows[0]]), len(chain) - 1], device="cpu")
         t = torch.stack([chain[nodes[0]], batch.t[rows[0]], chain[nodes[2]]])
         x = torch.cat([-made, batch.x[rows[0] :][:1], made])
         return Batch(x, t, nodes, batch.samples[[rows[-1], rows[0], rows[-1]]])
@@ -291,7 +291,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 def _taken(batch: Batch, rows: list[int], x: Tensor | None = None) -> Batch:
     """Some rows of a batch, with other states if there are any."""
-    at = torch.tensor(rows)
+    at = torch.tensor(rows, device="cpu")
     return Batch(batch.x[at.to(batch.x.device)] if x is None else x, batch.t[at], batch.nodes[at], batch.samples[at])
 
 

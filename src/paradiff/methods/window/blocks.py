@@ -76,7 +76,8 @@ class Blocks:
             return [0, steps]
         level = torch.where((table.alpha > 0) & (table.sigma > 0), (table.alpha / table.sigma).log(), torch.nan)
         finite = (~level.isnan()).nonzero()[:, 0]
-        wanted = torch.linspace(float(level[finite[0]]), float(level[finite[-1]]), count + 1, dtype=torch.float64)[1:-1]
+        first, last = float(level[finite[0]]), float(level[finite[-1]])
+        wanted = torch.linspace(first, last, count + 1, dtype=torch.float64, device=level.device)[1:-1]
         nearest = (level.nan_to_num(torch.inf)[None] - wanted[:, None]).abs().argmin(1).tolist()
         edges = [0]
         for k, node in enumerate(nearest, start=1):

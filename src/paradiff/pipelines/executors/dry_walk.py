@@ -199,7 +199,7 @@ class DryWalk(greenlet.greenlet):
         """The scheduler's `scale_model_input` at the node."""
         if not self._inside:
             return real_scheduler(self.scheduler).scale_model_input(sample, timestep)
-        factor = float(self._solver.scale(torch.tensor([self._node]))[0])
+        factor = float(self._solver.scale(torch.tensor([self._node], device="cpu"))[0])
         return (
             sample if factor == 1 else (sample.to(torch.promote_types(sample.dtype, torch.float32)) * factor).to(sample.dtype)
         )

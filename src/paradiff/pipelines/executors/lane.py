@@ -189,7 +189,7 @@ class Lane(greenlet.greenlet):
         if not self._inside:
             self._real = self._real or real_scheduler(self.scheduler)
             return self._real.scale_model_input(sample, timestep)
-        factor = float(self._shared.solver.scale(torch.tensor([self.node]))[0])
+        factor = float(self._shared.solver.scale(torch.tensor([self.node], device="cpu"))[0])
         if factor == 1:
             return sample
         return (sample.to(torch.promote_types(sample.dtype, torch.float32)) * factor).to(sample.dtype)

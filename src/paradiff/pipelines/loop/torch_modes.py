@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-from paradiff.solver.accelerator import kinds
+from paradiff.solver.accelerator import at_home, kinds
 
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes at one moment: gradients, inference, and for each kind of device whether autocast is on and its dtype."""
+    """The modes at one moment: gradients, inference, and for each kind of device whether autocast is on and its dtype; `home`,
+    whether tensors that are given no device are the CPU's."""
 
     grad: bool
     inference: bool
     autocast: tuple[tuple[bool, torch.dtype], ...]
+    home: bool = False
 
     @staticmethod
     def now() -> Modes:
@@ -28,14 +30,16 @@ class Modes:
 
     @staticmethod
     def exact() -> Modes:
-        """The modes for a solver's arithmetic: no gradients, and no autocast, which would compute in half precision."""
-        return Modes(False, torch.is_inference_mode_enabled(), tuple((False, dtype) for _, dtype in Modes.now().autocast))
+        """The modes for a solver's arithmetic: no gradients, no autocast, which would compute in half precision, and tables on
+        the CPU."""
+        return Modes(False, torch.is_inference_mode_enabled(), tuple((False, d) for _, d in Modes.now().autocast), home=True)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Sets these modes; at the end the modes of before are set again, even if they were changed within."""
         before = Modes.now()
-        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+        home = at_home() if self.home else contextlib.nullcontext()
+        with home, torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
             self._autocast()
             try:
                 yield
