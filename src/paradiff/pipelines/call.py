@@ -29,7 +29,7 @@ from paradiff.pipelines.loop.whole_call import call_and_last_state, difference, 
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.hooks import caches
-from paradiff.pipelines.network.one_rank import on_one_rank
+from paradiff.pipelines.network.methods import called_names
 from paradiff.pipelines.network.origin import users_methods
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Settings
@@ -179,7 +179,7 @@ class Call:
             batching.readers = users_methods(self._kind)
             batching.hooks = hooks_memory(self._networks, batching.readers)
         modules = self._networks.values()
-        with boundary.install(modules, batching) as installed, on_one_rank(modules, batching):
+        with boundary.install(modules, batching, called_names(self._kind)) as installed:
             batching.replaced = installed.replaced
             if executor == "lanes":
                 interrupt.clear()  # Each lane clears that of its own copy of the pipeline.

@@ -11,9 +11,9 @@ with m[0] and x[0] those of the first pass. All nodes are passed in order. Then 
 before it with other outputs. What the loop gives to its networks and to the step at a node must be the same both times, up to
 rounding.
 
-The networks that precede the loop are not called either: their outputs come from a log (network/call_log.py). Their other
-methods are, such as an autoencoder's `encode`. A walk costs these and the loop's own arithmetic. A walk that cannot be made,
-such as that of a loop that ends early for its states, shows nothing.
+The networks that precede the loop are not called either: their outputs, and those of their other methods such as an
+autoencoder's `encode`, come from a log (network/call_log.py). A walk costs the loop's own arithmetic. A walk that cannot be
+made, such as that of a loop that ends early for its states, shows nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
-from paradiff.pipelines.network.call_log import CallLog, signature
+from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.call_log import Player, signature
 from paradiff.solver.accelerator import read
 
 AGAIN = 6
@@ -77,22 +78,20 @@ class Start:
         return _pytree.tree_map(own, dict(self.call.keywords))
 
 
-def refuse_memory(start: Start, solver: LoopSolver, log: CallLog, eps: float) -> None:
+def refuse_memory(start: Start, solver: LoopSolver, batching: Batching) -> None:
     """Walks through a loop whose solver has started.
 
     Args:
         start: The call's beginning.
         solver: The call's solver.
-        log: The outputs of its networks before the loop, and in the loop's first pass.
-        eps: That of the coarsest dtype in which a network was computed.
+        batching: The run's batching, whose log has the loop's first pass.
 
     Raises:
         Carried: If a pass depends on the passes before it.
     """
     if solver.done or solver.width == 1 or solver.table.steps < 3:
         return
-    log.divide(solver.first.timesteps)
-    walk = DryWalk(start, solver, log)
+    walk = DryWalk(start, solver, batching)
     now = Snapshot({})
     start.random.restore()
     try:
@@ -101,7 +100,7 @@ def refuse_memory(start: Start, solver: LoopSolver, log: CallLog, eps: float) ->
                 walk.switch()
         finally:
             now.restore()
-        walk.judge(max(eps, torch.finfo(solver.first.output.dtype).eps, torch.finfo(solver.first.sample.dtype).eps))
+        walk.judge(max(batching.eps, torch.finfo(solver.first.output.dtype).eps, torch.finfo(solver.first.sample.dtype).eps))
     finally:
         vars(walk).clear()  # A greenlet in a cycle, such as that with its scheduler, is never collected.
 
@@ -112,13 +111,13 @@ class DryWalk(greenlet.greenlet):
     Args:
         start: The call's beginning.
         solver: The call's solver.
-        log: The networks' outputs.
+        batching: The run's batching.
     """
 
-    def __init__(self, start: Start, solver: LoopSolver, log: CallLog) -> None:
+    def __init__(self, start: Start, solver: LoopSolver, batching: Batching) -> None:
         super().__init__(self._walk)
         self.gr_context = contextvars.copy_context()
-        self._start, self._solver, self._log = start, solver, log
+        self._start, self._solver, self._batching = start, solver, batching
         self.scheduler = make_proxy(start.scheduler, self)
         self._steps = solver.table.steps
         self._node, self._visit = 0, ""
@@ -127,7 +126,7 @@ class DryWalk(greenlet.greenlet):
         self._differences: list[tuple[int, str, Any]] = []
         self._inside = self._stepped = self._within = False
         self._iterations = Iterations()
-        self._played = self._turn = 0
+        self._player, self._turn = Player(batching.log), 0
         self._learned = dict[Any, Any]()
         self._time: Tensor | None = None
         self._index: int | None = None
@@ -229,19 +228,27 @@ class DryWalk(greenlet.greenlet):
         if self._within:
             return forward(*args, **kwargs)
         called = signature(forward, args, kwargs)
-        if self._played < len(self._log.before):
-            self._played += 1
-            return self._log.played(self._played - 1, called)
+        if not self._player.over:
+            entry = self._player.forward(forward, args, kwargs)
+            return self._real(forward, args, kwargs) if entry.anew else entry.play(args, kwargs)
         if self._stepped:
             raise Unsupported(AFTER_THE_STEP)
         self._note_arguments(args, kwargs)
-        known = [output for other, output in self._log.first if other == called]
+        known = [entry.output for entry in self._batching.log.first if entry.signature == called and entry.output is not None]
         if not known and called not in self._learned:
             self._learned[called] = self._real(forward, args, kwargs)
         output = known[min(self._turn, len(known) - 1)] if known else self._learned[called]
         self._turn += 1
         factor = 1 + 0.1 * math.sin(1.7 * self._node) + 0.05 * (self._visit == "before")
         return _pytree.tree_map_only(Tensor, lambda leaf: leaf * factor if leaf.is_floating_point() else leaf.clone(), output)
+
+    def route_other(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shared: bool) -> Any:
+        """A call of another method of a network, whose output is that of the log before the loop."""
+        make = functools.partial(self._batching.other, method, args, kwargs, shared)
+        entry = None if self._within else self._player.other(method, args, kwargs)
+        if entry is None:
+            return make()
+        return self._real(make, (), {}) if entry.anew else entry.play(args, kwargs)
 
     def _real(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the network gives itself, for a call that is unlike those of the first pass."""

@@ -40,6 +40,7 @@ from paradiff.pipelines.loop.scheduler_proxy import (
 )
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
+from paradiff.pipelines.network.call_log import Player
 
 OTHER_START = "the call comes to its loop with another state when it is made again"
 """The reason against a call whose lanes start differently."""
@@ -109,7 +110,7 @@ class Lane(greenlet.greenlet):
         self._inside = self._over = self._leading = False
         self._iterations = Iterations()
         self._begun = 0
-        self._marks: dict[int, tuple[int, int, RandomWatch, Scope | None]] = {}
+        self._marks: dict[int, tuple[int, RandomWatch, Scope | None]] = {}
         self._stepped = True
         self._settings: dict[str, Any] = {}
         self._variables: dict[int, Any] = {}
@@ -119,7 +120,7 @@ class Lane(greenlet.greenlet):
         self._generators = [g for g in _pytree.tree_leaves(keywords) if isinstance(g, torch.Generator)]
         self._watch = RandomWatch(self._generators)
         self._calls: list[Any] = []
-        self._played = 0
+        self._player = Player(shared.batching.log)
         self._known: dict[Key, Known] = {}
         self._real: Any = None
 
@@ -138,10 +139,12 @@ class Lane(greenlet.greenlet):
             if position == 0 and not self._inside:
                 watch = RandomWatch(self._generators)
                 self._shared.batching.log.mark(timesteps)
-                self._marks[id(timesteps)] = number, len(self._shared.log.entries), watch, scope
+                self._marks[id(timesteps)] = number, watch, scope
                 self._calls, self._stepped, self.results = [], False, []
                 self._settings, self._variables = settings(self.scheduler), variables()
             yield time
+        if not self._shared.solver.started:
+            self._shared.batching.looping = self._iterations.timesteps is not None
 
     def _passes(self) -> Iterator[Tensor]:
         """The times of the lane's passes."""
@@ -150,7 +153,7 @@ class Lane(greenlet.greenlet):
             self._inside = True
             seal(self.scheduler, shared.running)
             self._settings, self._variables = settings(self.scheduler), variables()
-            if self._played != len(shared.log.entries):
+            if self.number and not self._player.over:
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
             raise Unsupported("the loop passed over a step")
@@ -231,13 +234,12 @@ class Lane(greenlet.greenlet):
         """Starts the solver, at lane 0's first step."""
         shared = self._shared
         timesteps = self._iterations.begin()
-        shared.loop, played, watch, scope = self._marks[id(timesteps)]
+        shared.loop, watch, scope = self._marks[id(timesteps)]
         if scope is not None:
             raise Elsewhere(scope)
         watch.check()
         refuse_changes(self.scheduler, self._settings)
-        del shared.log.entries[played:]
-        self._played = played
+        shared.batching.log.divide(timesteps)
         self._inside = True
         scheduler = real_scheduler(self.scheduler)
         first = FirstStep(
@@ -251,10 +253,10 @@ class Lane(greenlet.greenlet):
         seal(self.scheduler, shared.running)
         self._settings = settings(self.scheduler)
         if shared.batching.check != "off":
-            refuse_memory(shared.start, shared.solver, shared.batching.log, shared.batching.eps)
+            refuse_memory(shared.start, shared.solver, shared.batching)
             if shared.attributes is not None:
                 shared.attributes.mark()
-        shared.batching.log.close()
+        shared.batching.log.close(keep=True)
         self._turn(0, False)
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -271,19 +273,14 @@ class Lane(greenlet.greenlet):
             shared.order.add((id(earlier), id(module)))
         self._calls.append(module)
         if not self._inside and self.number:
-            self._played += 1
-            return shared.log.play(self._played - 1, call.signature)
+            entry = self._player.forward(forward, args, kwargs)
+            return self._alone(forward, args, kwargs) if entry.anew else entry.play(args, kwargs)
         if not self._inside or (self.dry and call.signature not in shared.shapes):
-            self._leading = True
-            try:
-                output = self._shared.batching.ordinary(forward, args, kwargs)
-            finally:
-                self._leading = False
+            output = self._alone(self._shared.batching.ordinary, (forward, args, kwargs), {})
             shared.learn(call, output)
             if shared.attributes is not None:
                 shared.attributes.mark()
             if not self._inside:
-                shared.log.add(call.signature, output)
                 self.results.append((call.signature, output))
             return output
         if self.dry and self.replayed and self.replayed[0][0] == call.signature:
@@ -298,6 +295,27 @@ class Lane(greenlet.greenlet):
         self.call, result, self.result = None, self.result, None
         self.results.append((call.signature, _pytree.tree_map_only(Tensor, torch.clone, result)))
         return result
+
+    def route_other(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], shared: bool) -> Any:
+        """A call of another method of a network than `forward`: before the loop lane 0 makes it, the others play it."""
+        batching = self._shared.batching
+        make = functools.partial(batching.other, method, args, kwargs, shared)
+        if self._leading or self._inside or self._over:
+            return make()
+        if self.number:
+            entry = self._player.other(method, args, kwargs)
+            if entry is None:
+                return make()
+            return self._alone(make, (), {}) if entry.anew else entry.play(args, kwargs)
+        return make() if batching.looping else self._alone(make, (), {})
+
+    def _alone(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call within which networks are called as they are."""
+        self._leading = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._leading = False
 
     def end(self) -> None:
         """Ends the lane's call where it waits, by GreenletExit."""

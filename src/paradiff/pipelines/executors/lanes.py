@@ -45,6 +45,7 @@ from paradiff.pipelines.loop.ledger import Ledger, differing, unread
 from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.call_log import CallLog
 
 SECOND = 2
 """The pass in which lane 0 has one between its first and the present; two of its rows are audited."""
@@ -80,6 +81,7 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, b
         except Elsewhere as elsewhere:
             scopes.append(elsewhere.scope)
             snapshot.restore()
+            batching.log = CallLog()
 
 
 @dataclass(frozen=True, eq=False)

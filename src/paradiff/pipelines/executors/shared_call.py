@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.coalesce import NetworkCall
 from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.loop.driver import LoopSolver
@@ -32,7 +31,6 @@ class SharedCall:
     Attributes:
         start: The call's beginning.
         greenlet: The greenlet that resumes the lanes.
-        log: The outputs of the networks that lane 0 called before its loop.
         shapes: The outputs of the network calls in the loop, by signature, as `Shape` in place of tensors.
         first_results: What the network calls of lane 0's first pass returned.
         order: Pairs of networks `(id, id)` of which a pass calls the first one earlier.
@@ -50,7 +48,6 @@ class SharedCall:
         self.call, self.pipeline, self.solver, self.batching = call, pipeline, solver, batching
         self.start = Start(call, pipeline, pipeline.scheduler)
         self.greenlet = greenlet.getcurrent()
-        self.log = Log()
         self.shapes: dict[tuple[Any, ...], Any] = {}
         self.first_results: list[Result] = []
         self.order: set[tuple[int, int]] = set()
@@ -78,21 +75,6 @@ Result = tuple[tuple[Any, ...], Any]
 """The signature of a network call, and what it returned."""
 
 
-class Log:
-    """The outputs of the networks that lane 0 called before its loop, in order."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[tuple[Any, ...], Any]] = []
-
-    def add(self, signature: tuple[Any, ...], output: Any) -> None:
-        self.entries.append((signature, _copied(output)))
-
-    def play(self, place: int, signature: tuple[Any, ...]) -> Any:
-        if place >= len(self.entries) or self.entries[place][0] != signature:
-            raise Unsupported("the call takes another way to its loop when it is made again")
-        return _copied(self.entries[place][1])
-
-
 class Shape:
     """The shape, dtype and device of a network's output, from which a dry pass gets zeros."""
 
@@ -101,7 +83,3 @@ class Shape:
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-
-def _copied(output: Any) -> Any:
-    return _pytree.tree_map_only(Tensor, torch.clone, output)

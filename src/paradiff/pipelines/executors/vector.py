@@ -119,6 +119,8 @@ class Vector:
                 self._watch.mark()
                 self._settings = settings(self.scheduler)
             yield time
+        if not self._solver.started:
+            self._batching.looping = self._iterations.timesteps is not None
 
     def _rounds(self) -> Iterator[Tensor]:
         solver, interrupt = self._solver, self._solver.interrupt
@@ -202,8 +204,9 @@ class Vector:
             self._index = first_index(self.scheduler, first.timesteps[0])
             seal(self.scheduler, first.running)
             self._settings = settings(self.scheduler)
+            self._batching.log.divide(timesteps)
             if self._start is not None and check != "off":
-                refuse_memory(self._start, solver, self._batching.log, self._batching.eps)
+                refuse_memory(self._start, solver, self._batching)
             self._batching.log.close()
             self._count()
         else:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ class Batching:
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
         layouts: How networks lay out their inputs where the rule of batched_call.py does not hold, by the signature of a call.
         eps: That of the coarsest dtype in which a network was computed so far; 0 before the first call.
-        log: The outputs of network calls before the loop and in its first pass.
+        log: The network calls before the loop and in its first pass.
 
     Raises:
         ValueError: If `max_rows` is below 1, `pad` is neither True nor False, or `check` is unknown.
@@ -128,10 +129,29 @@ class Batching:
             sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
             self.count(sizes[0] if sizes else 1)
         with self.timed():
-            outputs = self.for_all(forward, args, kwargs)
-        if self.log.open:
-            self.log.add(forward, args, kwargs, outputs)
+            make = functools.partial(self.for_all, forward, args, kwargs)
+            outputs = self.log.made(forward, args, kwargs, make) if self.log.open else make()
         return each(lambda leaf, _: leaf.clone() if isinstance(leaf, Tensor) else leaf, outputs) if self.looping else outputs
+
+    def other(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], shared: bool) -> Any:
+        """A call of another method of a network than `forward`, which is recorded if it precedes the loop.
+
+        Network calls within a recorded one are a part of it.
+
+        Args:
+            method: The method.
+            args: Its arguments.
+            kwargs: Its named arguments.
+            shared: Whether one of several ranks makes the call for all.
+        """
+        make = functools.partial(self.for_all if shared else _called, method, args, kwargs)
+        if self._inside or self.looping or not self.log.open:
+            return make()
+        self._inside = True
+        try:
+            return self.log.made(method, args, kwargs, make)
+        finally:
+            self._inside = False
 
     @property
     def ranks(self) -> Ranks | None:
@@ -144,7 +164,7 @@ class Batching:
         return crew.called(forward, args, kwargs) if isinstance(crew, Devices) else forward(*args, **kwargs)
 
     def for_all(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call without a window, which on several ranks one of them makes (one_rank.py)."""
+        """A call without a window, which on several ranks one of them makes (methods.py)."""
         device = None if self.ranks is None or self._shared else _device_of(args, kwargs)
         if device is None or self.ranks is None:
             return call(*args, **kwargs)
@@ -225,6 +245,10 @@ class Batching:
         reference = weakref.ref(leaf, lambda _: kept.pop(name, None)) if not known or seen is None else seen[0]
         kept[name] = (reference, leaf._version, key, result if known else None)
         return result
+
+
+def _called(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return method(*args, **kwargs)
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boundary before a network's `forward`: calls with windowed tensors are batched (batched_call.py), all others pass."""
+"""The boundary before a network's `forward`: calls with windowed tensors are batched (batched_call.py), all others pass.
+
+Other methods that a pipeline calls of its networks (methods.py), such as an autoencoder's `encode`, have a boundary, too. Their
+calls before the loop are made once, like those of `forward`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch import nn
 
 from paradiff.pipelines.network.batched_call import batched_call
 from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.methods import SHARED, other_methods
 from paradiff.pipelines.network.tree import windowed_inputs
 from paradiff.pipelines.tensor.windowed import common_run
 
@@ -21,14 +26,16 @@ _BATCHING: ContextVar[Batching | None] = ContextVar("batching", default=None)
 """The batching of the run whose `with` block of boundaries was entered last."""
 
 
-def install(modules: Iterable[nn.Module], batching: Batching | None = None) -> Installed:
+def install(modules: Iterable[nn.Module], batching: Batching | None = None, names: Iterable[str] = ()) -> Installed:
     """Puts a boundary before the `forward` of each module, until `remove()` or the end of a `with` block.
+
+    Other methods of a module get one if they have one of the `names`.
 
     Calls without windowed inputs pass through, so runs and threads may share modules: each run installs boundaries for itself,
     and the last run that removes them restores the `forward`. A module within a compiled one gets no boundary. Within the
     `with` block, calls that pass through are counted by `batching`.
     """
-    return Installed(modules, batching)
+    return Installed(modules, batching, names)
 
 
 def ordinary(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -40,16 +47,19 @@ def ordinary(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 class Installed:
     """The boundaries of one run. See `install`."""
 
-    def __init__(self, modules: Iterable[nn.Module], batching: Batching | None) -> None:
-        self._batching = batching
+    def __init__(self, modules: Iterable[nn.Module], batching: Batching | None, names: Iterable[str] = ()) -> None:
+        self._batching, names = batching, list(names)
         self._token: Token[Batching | None] | None = None
         listed = list({id(module): module for module in modules}.values())
         inner = {id(part) for module in listed if _is_compiled(module) for part in module.modules() if part is not module}
         self._records: list[_Record] = []
+        self._others: list[_Record] = []
         with _LOCK:
             for module in listed:
                 if id(module) not in inner:
                     self._records.append(_Record.of(module))
+                own = getattr(module, "_orig_mod", module)  # that of a compiled module
+                self._others += [_Record.of(own, name) for name in other_methods(own, names)]
 
     def replaced(self) -> str | None:
         """The class of a module whose boundary is no longer in place; None if all are."""
@@ -59,7 +69,7 @@ class Installed:
     def remove(self) -> None:
         """Removes the run's boundaries. One that another run shares stays until that run removes it."""
         with _LOCK:
-            records, self._records = self._records, []
+            records, self._records, self._others = [*self._others, *self._records], [], []
             for record in records:
                 record.release()
 
@@ -81,28 +91,32 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class _Record:
-    """One module's boundary and the number of runs that use it. It is found through the function in the module's dict."""
+    """The boundary before one method of a module, and the number of runs that use it.
 
-    def __init__(self, module: nn.Module) -> None:
-        # `module.compile()` compiles the call around `forward`; the boundary belongs before it.
-        self.attribute = "forward" if module.__dict__.get("_compiled_call_impl") is None else "_compiled_call_impl"
-        self.module, self.count = module, 0
+    It is found through the function in the module's dict.
+    """
+
+    def __init__(self, module: nn.Module, attribute: str, name: str | None) -> None:
+        self.module, self.attribute, self.count = module, attribute, 0
         self.had = self.attribute in module.__dict__
         self.before = getattr(module, self.attribute)
-        self.boundary = _boundary(module, self.before)
+        self.boundary = _boundary(module, self.before) if name is None else _other_boundary(name, self.before)
         self.boundary.record = self  # pyright: ignore[reportFunctionMemberAccess]
         module.__dict__[self.attribute] = self.boundary
 
     @classmethod
-    def of(cls, module: nn.Module) -> _Record:
+    def of(cls, module: nn.Module, name: str | None = None) -> _Record:
+        """The record of the boundary before a method; None for `forward`."""
+        # `module.compile()` compiles the call around `forward`; the boundary belongs before it.
+        compiled = module.__dict__.get("_compiled_call_impl") is not None
         record = None
-        for attribute in ("forward", "_compiled_call_impl"):
+        for attribute in ("forward", "_compiled_call_impl") if name is None else (name,):
             present = module.__dict__.get(attribute)
             found = getattr(present, "record", None)
             # A function that wraps the boundary may have copied its attributes.
             if isinstance(found, cls) and found.boundary is present:
                 record = found
-        record = record or cls(module)
+        record = record or cls(module, name or ("_compiled_call_impl" if compiled else "forward"), name)
         record.count += 1
         return record
 
@@ -133,5 +147,19 @@ def _boundary(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., A
         if not leaves:
             return ordinary(forward, args, kwargs)
         return batched_call(common_run(leaves).batching, name, forward, args, kwargs)
+
+    return boundary
+
+
+def _other_boundary(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The boundary before a method that is not `forward`."""
+
+    @functools.wraps(method)
+    def boundary(*args: Any, **kwargs: Any) -> Any:
+        batching = _BATCHING.get()
+        if batching is None:
+            return method(*args, **kwargs)
+        route = getattr(greenlet.getcurrent(), "route_other", batching.other)
+        return route(method, args, kwargs, name in SHARED)
 
     return boundary
