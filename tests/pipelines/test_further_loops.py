@@ -161,6 +161,25 @@ def test_what_the_last_pass_leaves_is_that_of_the_plain_call(name: str) -> None:
     assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
 
 
+AGAIN = """
+def loop(self, x, generator):
+    for _ in AROUND:
+        for t in self.scheduler.timesteps:
+            v = self.net(x, t)
+            x = self.scheduler.step(v, t, x)[0]
+        x = 0.5 * x
+    return x
+"""
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("around", ["range(2)", "self.scheduler.timesteps[:2]", "enumerate(self.scheduler.timesteps[:2])"])
+def test_a_loop_that_is_run_again_by_one_around_it_is_refused(around: str, executor: Any) -> None:
+    plain, found, report = both(AGAIN.replace("AROUND", around), executor, lambda: diffusers.DDIMScheduler(clip_sample=False))
+    assert torch.equal(plain, found)
+    assert "runs its loop a second time" in report.warnings[0]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_loop_is_refused_for_what_it_does(name: str) -> None:
     text, reason = REFUSED[name]

@@ -58,7 +58,8 @@ class Spy:
         return sample
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
-        self.iterations.steps += 1
+        if self.iterations.timesteps is not None:
+            self.iterations.begin()
         self.calls.append(("step", output, timestep, sample, kwargs))
         return (sample,)
 

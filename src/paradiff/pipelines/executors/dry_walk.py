@@ -215,7 +215,6 @@ class DryWalk(greenlet.greenlet):
         self._note("the state given to the scheduler", sample)
         self._compare()
         self._stepped = True
-        self._iterations.steps += 1
         if self._index is not None:
             place(self.scheduler, self._index + self._node + 1)
         with torch.inference_mode(False), torch.no_grad():

@@ -25,7 +25,7 @@ from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.dry_walk import refuse_memory
 from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
 from paradiff.pipelines.loop.audit import KEEPS
-from paradiff.pipelines.loop.driver import AFTER_THE_STEP
+from paradiff.pipelines.loop.driver import AFTER_THE_STEP, SECOND_LOOP
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
 from paradiff.pipelines.loop.ledger import Ledger, differing, ledger, variables
 from paradiff.pipelines.loop.random_watch import RandomWatch
@@ -201,7 +201,7 @@ class Lane(greenlet.greenlet):
         """Ends a pass with its output; returns the state of the next pass, or the sample."""
         shared = self._shared
         if self._over:
-            raise Unsupported("the call has a second loop")
+            raise Unsupported(SECOND_LOOP)
         if not self._inside:
             self._begin(output, timestep, sample, kwargs)
         else:
@@ -214,7 +214,6 @@ class Lane(greenlet.greenlet):
         refuse_other_generator(kwargs.get("generator"), self._drawn_from[0])
         refuse_changes(self.scheduler, self._settings, shared.flags)
         self._stepped = True
-        self._iterations.steps += 1
         if self._handed is None:
             shared.flags.append((_near(sample, shared.solver.first.sample), OTHER_START))
         if not self.dry:

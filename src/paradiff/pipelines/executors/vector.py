@@ -26,7 +26,7 @@ from paradiff.chain.table import column
 from paradiff.errors import Carried, MixedWindows, Unsupported
 from paradiff.pipelines.executors.dry_walk import Start, refuse_memory
 from paradiff.pipelines.loop.audit import KEEPS
-from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
+from paradiff.pipelines.loop.driver import AFTER_THE_STEP, SECOND_LOOP, LoopSolver
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
 from paradiff.pipelines.loop.ledger import Ledger, grown, ledger
 from paradiff.pipelines.loop.random_watch import RandomWatch
@@ -183,6 +183,8 @@ class Vector:
             solver.interrupt.release()
         if self._round.refused is not None:
             raise self._round.refused
+        if solver.done:
+            raise Unsupported(SECOND_LOOP)
         timesteps = solver.first.timesteps if solver.started else self._iterations.begin()
         self._watch.check()
         refuse_changes(self.scheduler, self._settings)
@@ -220,7 +222,6 @@ class Vector:
             refuse_other_generator(kwargs.get("generator"), solver.first.generator)
             with Modes.exact().entered():
                 solver.tell(output.window, sample.window, self._batching.eps)
-        self._iterations.steps += 1
         self._round.open = False
         self._round = Round(self._batching)
         self._watch.mark()

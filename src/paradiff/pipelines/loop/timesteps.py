@@ -5,7 +5,8 @@ A loop over the timesteps makes a pass of its body for each value that the itera
 values, and their iteration is that of a `LoopHandler`: after the first pass it yields the times of the solver's rounds.
 
 An iteration over the timesteps need not be the denoising loop: pipelines also walk them to prepare something. `Iterations`
-tells the two apart: values are yielded in order until a step is taken between two of them; that iteration is the loop.
+tells the two apart: values are yielded in order until a step is taken between two of them; the innermost such iteration is the
+loop. An iteration around the loop goes on in order.
 """
 
 from __future__ import annotations
@@ -93,29 +94,29 @@ class Iterations:
     """The iterations over a proxy's timesteps in one pipeline call, and which of them is the loop.
 
     Attributes:
-        steps: Steps taken in this call.
         timesteps: `[n]` times of the iteration that was last advanced, or None.
         position: Index of the time that this iteration yielded last.
     """
 
     def __init__(self) -> None:
-        self.steps = 0
         self._listed = False  # whether an iteration came to its end without a step
         self.timesteps: Tensor | None = None
         self.position = -1
+        self._walked: object = None  # the iteration that was last advanced
+        self._loop: object = self  # the one that is the loop
 
     def walk(self, timesteps: Tensor, rounds: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
         """Yields the times in order, until a step is taken between two of them; from there on yields from `rounds()`."""
-        outer = self.timesteps, self.position
+        outer, mine = (self.timesteps, self.position, self._walked), object()
         for position, time in enumerate(timesteps.unbind()):
-            self.timesteps, self.position = timesteps, position
-            steps = self.steps
+            self.timesteps, self.position, self._walked = timesteps, position, mine
             yield time
-            if self.steps != steps:
+            if self._loop is mine:
                 yield from rounds()
-                return
-        self._listed = True
-        self.timesteps, self.position = outer
+                break
+        else:
+            self._listed = True
+        self.timesteps, self.position, self._walked = outer
 
     def begin(self) -> Tensor:
         """The loop's times `[n]`, at its first step.
@@ -129,6 +130,7 @@ class Iterations:
             raise NotWalked(f"the loop does not walk over scheduler.timesteps{copied}")
         if self.position != 0:
             raise Unsupported(f"the loop takes its first step in its iteration number {self.position + 1}")
+        self._loop = self._walked
         return self.timesteps
 
 
