@@ -121,7 +121,7 @@ EXPECTED = {
     "cascade_decoder": Expected("StableCascadeDecoderPipeline", "vector"),
     "deep_floyd": Expected("IFPipeline", "sequential", "the network also predicts a variance"),
     "consistency": Expected("ConsistencyModelPipeline", "vector"),
-    "consistency_times": Expected("ConsistencyModelPipeline", "sequential", "its limit Clip(limit=1.0) included"),
+    "consistency_times": Expected("ConsistencyModelPipeline", "sequential", "there the limit acts on the state itself"),
     "super_resolution": Expected("LDMSuperResolutionPipeline", "vector"),
     "ace_step": Expected("AceStepPipeline", "lanes"),
     "ace_step_guided": Expected("AceStepPipeline", "sequential"),

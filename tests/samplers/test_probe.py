@@ -125,8 +125,21 @@ def test_each_sample_of_a_loop_state_is_limited_by_itself(kind: str) -> None:
 
 def test_a_limit_that_leaves_the_last_step_no_room_is_refused() -> None:
     # The last step begins and ends at time 0, so that a raw epsilon has no weight there, but the limited estimate has one.
-    with pytest.raises(Unsupported, match=r"not linear .* its limit Clip\(limit=1.0\) included"):
+    with pytest.raises(
+        Unsupported, match=r"in step 9 \(time 0\), where the network's output has no weight.* clip_sample=False"
+    ):
         probe(ready("DDIM", 10, set_alpha_to_one=False))
+
+
+def test_a_limit_of_a_state_that_the_output_does_not_enter_is_refused() -> None:
+    with pytest.raises(
+        Unsupported, match=r"in step 0 \(time 0\), where the network's output has no weight.* clip_sample=False"
+    ):
+        probe(ready("DDIMInverse", 10, clip_sample=True))
+    scheduler = diffusers.CMStochasticIterativeScheduler()
+    scheduler.set_timesteps(timesteps=[39, 12, 0])
+    with pytest.raises(Unsupported, match=r"in step 2 .*, where the network's output has no weight.* clip_denoised=False"):
+        probe(scheduler)
 
 
 # -- noise -------------------------------------------------------------------------------------------------------------

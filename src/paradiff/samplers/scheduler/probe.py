@@ -198,6 +198,7 @@ def _probe(request: Request) -> Probed:
         table = _limited(request, table, factors, limit)
     error = _superposition_error(request, table, factors, noise)
     if not error <= LINEAR:
+        _refuse_idle_limit(request, table, factors, limit)
         raise Unsupported(
             f"{name}.step is not linear in the state and the network's output: superposition fails by {error:.1g} (rounding "
             f"would explain {LINEAR:g}){', its limit ' + repr(limit) + ' included' if limit is not None else ''}"
@@ -321,6 +322,29 @@ def _limit_of(config: Mapping[str, Any]) -> Clip | DynamicThreshold | None:
     if config.get("clip_sample") or config.get("clip_denoised"):
         return Clip(float(config.get("clip_sample_range") or 1.0))
     return None
+
+
+def _refuse_idle_limit(request: Request, table: Table, factors: Tensor, limit: Clip | DynamicThreshold | None) -> None:
+    """Refuses a limit in a step in which the network's output has no weight, in the step or in what is limited.
+
+    Raises:
+        Unsupported: If there is such a step.
+    """
+    if limit is None:
+        return
+    x, m = _limit_size(request) * _random(table.steps, 1)
+    both, without = (walk(request, lambda i, k=k: (x[i], k * m[i]), 0).states for k in (1, 0))
+    linear = (both - without - factors[:, table.steps :] @ m).abs().amax(1) <= LINEAR * m.abs().max()
+    bent = (without - factors[:, : table.steps] @ x).abs().amax(1) > LINEAR * x.abs().max()
+    idle = ((table.b[:, 0] == 0) | (linear & bent)).nonzero()[:, 0].tolist()
+    if not idle:
+        return
+    config, i = request.scheduler.config, idle[0]
+    option = next(name for name in ("thresholding", "clip_sample", "clip_denoised") if config.get(name))
+    raise Unsupported(
+        f"{table.name} limits its clean-data estimate in step {i} (time {float(table.t[i]):g}), where the network's output has "
+        f"no weight: there the limit acts on the state itself, which is not linear; set {option}=False, or leave out this time"
+    )
 
 
 def _limited(request: Request, table: Table, factors: Tensor, limit: Clip | DynamicThreshold) -> Table:
