@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,6 +92,25 @@ def test_what_comes_again_after_some_passes_is_found(period: int) -> None:
 
     assert called(edit)[1].executor == "sequential"
     assert os.environ["ADVERSARY"] == "x" * STEPS  # what the walk left there was put back before the plain call
+
+
+def test_a_setting_that_the_walk_changed_is_put_back() -> None:
+    """A loop that lowers the recursion limit in each of its passes, which only the plain call may be seen to do."""
+
+    def edit(v: Tensor) -> Tensor:
+        sys.setrecursionlimit(sys.getrecursionlimit() - 1)
+        return v if sys.getrecursionlimit() > 2975 else 0.8 * v
+
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(3000)
+        found, report = called(edit)
+        assert sys.getrecursionlimit() == 3000 - STEPS
+        assert "depends on the passes before" in report.warnings[0]
+        sys.setrecursionlimit(3000)
+        assert torch.equal(found, called(edit, executor="sequential")[0])
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_values_that_are_used_up_with_the_loop_are_found() -> None:

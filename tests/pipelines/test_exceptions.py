@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from paradiff import parallelize, parasolver
 from paradiff.pipelines import Report
+from paradiff.pipelines.surroundings import SETTINGS, Surroundings
 from paradiff.solver.protocol import Round
 
 METHOD = parasolver(tolerance=1e-3)
@@ -234,3 +238,36 @@ def test_a_network_that_is_no_component_has_a_boundary_too() -> None:
         found = pipe(seeded())
     assert float((found - plain()).abs().max()) < BOUND
     assert run.report.network_calls == run.report.rounds
+
+
+MOVES = {
+    "default dtype": (torch.get_default_dtype, lambda: torch.set_default_dtype(torch.float64)),
+    "default device": (torch.get_default_device, lambda: torch.set_default_device("meta")),
+    "threads": (torch.get_num_threads, lambda: torch.set_num_threads(torch.get_num_threads() + 1)),
+    "gradients": (torch.is_grad_enabled, lambda: torch.set_grad_enabled(False)),
+    "detection of anomalies": (torch.is_anomaly_enabled, lambda: torch.set_anomaly_enabled(True)),
+    "precision of products": (torch.get_float32_matmul_precision, lambda: torch.set_float32_matmul_precision("medium")),
+    "deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        lambda: torch.use_deterministic_algorithms(True, warn_only=True),
+    ),
+    "benchmarks of cuDNN": (lambda: torch.backends.cudnn.benchmark, lambda: setattr(torch.backends.cudnn, "benchmark", True)),
+    "TF32 of cuDNN": (lambda: torch.backends.cudnn.allow_tf32, lambda: setattr(torch.backends.cudnn, "allow_tf32", False)),
+    "recursion limit": (sys.getrecursionlimit, lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 10)),
+    "working directory": (os.getcwd, lambda: os.chdir("/")),
+    "umask": (lambda: Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], lambda: os.umask(0o077)),
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the umask is read from there")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_a_try_changed_is_put_back(name: str) -> None:
+    read, move = MOVES[name]
+    surroundings = Surroundings()
+    before = read()
+    try:
+        move()
+        assert read() != before
+    finally:
+        surroundings.restore()
+    assert read() == before
