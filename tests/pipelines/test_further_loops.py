@@ -101,6 +101,35 @@ REFUSED = {
         written().replace("step(v, t, x)", "step(v, t, x, generator=torch.Generator().manual_seed(i))"),
         "another generator from pass to pass",
     ),
+    "scheduler replaced": (
+        written(before="\n        if i == 15: self.scheduler = type('Other', (), {})()\n        time = t").replace(
+            "self.scheduler.step", "getattr(self.scheduler, 'step', lambda v, t, x: (x,))"
+        ),
+        "replaces its pipeline's scheduler, by a Other",
+    ),
+    "scheduler copied": (
+        written(setup="import copy; other = copy.deepcopy(self.scheduler)").replace("x = self.scheduler", "x = other"),
+        "copies its scheduler within its call",
+    ),
+    "arguments used up": (
+        written(setup="more = [{'scale': 1.0}] * 30", before="one = more.pop()").replace("x, t)\n", "x, t, **one)\n", 1),
+        r"IndexError \(pop from empty list\) where step .* is passed again; len\(more\) shrinks",
+    ),
+    "early end": (written(after="\n        if x.norm() < 4: break"), "ends before its last time, by a break"),
+    "early end by count": (written(after="\n        if i == 20: break"), "ends before its last time, by a break"),
+    "time left out": (written(before="\n        if i % 3 == 2: continue"), "passes over a time without a step"),
+    "step in a pool": (
+        written(setup="from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(1)").replace(
+            "self.scheduler.step(v, t, x)", "pool.submit(self.scheduler.step, v, t, x).result()"
+        ),
+        "takes its scheduler's step in another thread",
+    ),
+    "states in one tensor": (
+        written(setup="xs = x.new_zeros(len(self.scheduler.timesteps) + 1, 2, 8)").replace(
+            "x = self.scheduler.step(v, t, x)[0]", "xs[i + 1] = self.scheduler.step(v, t, x)[0]; x = xs[i + 1]"
+        ),
+        "write their states into xs, one by one",
+    ),
     "times as numbers": (
         written().replace("timesteps)", "timesteps.tolist())"),
         "walks over something else than scheduler.timesteps",

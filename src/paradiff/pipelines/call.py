@@ -21,7 +21,7 @@ from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
 from paradiff.pipelines.loop.callback import Callback
-from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.loop.driver import ENDED_EARLY, LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.reader import other_form
 from paradiff.pipelines.loop.source import handed_on, obstacles, reads_index
@@ -79,7 +79,8 @@ class Call:
             solver, batching = self._new_solver(callback, observer), self._new_batching()
             try:
                 result = self._try(executor, Callback.without(self._arguments), solver, batching)
-            except Exception as error:
+            except Exception as met_error:
+                error = batching.refused or met_error
                 if isinstance(error, RanksFailed):
                     raise
                 own = users_error(callback, observer)
@@ -205,7 +206,7 @@ class Call:
         if _holds_windows(result):
             raise NeedsLanes("the loop edits its last state, or returns tensors, with the states of a window")
         if not solver.done:
-            raise Unsupported("its loop took no step" if not solver.started else "its loop ended before its states were solved")
+            raise Unsupported("its loop took no step" if not solver.started else ENDED_EARLY)
         return result
 
     def _new_solver(self, callback: Callback | None, observer: Watched | None) -> LoopSolver:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,7 @@ from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.call_log import Player, signature
+from paradiff.pipelines.tensor.windowed import first_line
 from paradiff.solver.accelerator import read
 
 AGAIN = 6
@@ -143,8 +145,10 @@ class DryWalk(greenlet.greenlet):
         bound = granted(eps)
         values = read([value for _, _, value in self._differences])
         if self._visit not in ("", "first") and self._broken is not None:
+            used = self._used_up()
+            told = "" if used is None else f"; {used} shrinks from pass to pass"
             raise Carried(
-                f"{KEEPS}: with its networks' outputs held fixed, {self._broken} where step {self._node} is passed again"
+                f"{KEEPS}: with its networks' outputs held fixed, {self._broken} where step {self._node} is passed again{told}"
             )
         for (node, what, _), value in zip(self._differences, values, strict=True):
             if not value <= bound:
@@ -154,6 +158,16 @@ class DryWalk(greenlet.greenlet):
                 raise Carried(
                     f"{KEEPS}: with its networks' outputs held fixed, {what} at step {node} depends on the passes before{told}"
                 )
+
+    def _used_up(self) -> str | None:
+        """The first path whose number or length shrinks from one of the first visits to the next; None if there is none."""
+        ledgers = [self._ledgers[node, visit] for node, visit in sorted(self._ledgers) if visit == "first"]
+        for path in ledgers[0] if len(ledgers) > 1 else ():
+            found = [entries.get(path) for entries in ledgers]
+            values = [value for value in found if isinstance(value, int)]
+            if len(values) == len(found) and all(a > b for a, b in itertools.pairwise(values)):
+                return path
+        return None
 
     def _walk(self) -> None:
         pipeline = copy.copy(self._start.pipeline)
@@ -169,7 +183,8 @@ class DryWalk(greenlet.greenlet):
         except (_Ended, Unsupported):
             pass
         except Exception as error:
-            self._broken = f"it meets {type(error).__name__}"
+            text = first_line(error)
+            self._broken = f"it meets {type(error).__name__}{f' ({text})' if text else ''}"
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The iteration over `timesteps`: in order, then the second visits."""

@@ -32,6 +32,7 @@ from paradiff.pipelines.loop.random_watch import RandomWatch
 from paradiff.pipelines.loop.scheduler_proxy import (
     first_index,
     make_proxy,
+    passed_over,
     place,
     real_scheduler,
     refuse_changes,
@@ -44,6 +45,9 @@ from paradiff.pipelines.network.call_log import Player
 
 OTHER_START = "the call comes to its loop with another state when it is made again"
 """The reason against a call whose lanes start differently."""
+
+ELSEWHERE = "the loop takes its scheduler's step in another thread, where a lane cannot wait for the others"
+"""The reason against a loop whose step does not return to the lane."""
 
 
 class Elsewhere(BaseException):
@@ -156,7 +160,7 @@ class Lane(greenlet.greenlet):
             if self.number and not self._player.over:
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
-            raise Unsupported("the loop passed over a step")
+            raise passed_over(self.pipeline, self.scheduler)
         else:
             self._watch.check()
         while self.turns:
@@ -168,7 +172,7 @@ class Lane(greenlet.greenlet):
             self._watch.mark()
             yield self._time
             if not self._stepped:
-                raise Unsupported("the loop passed over a step")
+                raise passed_over(self.pipeline, self.scheduler)
             self._watch.check()
         self._inside, self._over = False, True
 
@@ -200,6 +204,9 @@ class Lane(greenlet.greenlet):
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
         """Ends a pass with its output; returns the state of the next pass, or the sample."""
         shared = self._shared
+        if greenlet.getcurrent() is not self:
+            shared.batching.refused = Unsupported(ELSEWHERE)
+            raise shared.batching.refused
         if self._over:
             raise Unsupported(SECOND_LOOP)
         if not self._inside:

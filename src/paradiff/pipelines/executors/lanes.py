@@ -40,7 +40,7 @@ from paradiff.pipelines.executors.coalesce import Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane
 from paradiff.pipelines.executors.shared_call import SharedCall
 from paradiff.pipelines.loop.audit import KEEPS, granted, judge, relative_difference
-from paradiff.pipelines.loop.driver import Beside, LoopSolver
+from paradiff.pipelines.loop.driver import ENDED_EARLY, Beside, LoopSolver
 from paradiff.pipelines.loop.ledger import Ledger, differing, unread
 from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.torch_modes import Modes
@@ -394,7 +394,7 @@ class Lockstep:
                 now.restore()
         if lane.dead:
             if not self.solver.done and self.solver.started:
-                raise Unsupported("its loop ended before its states were solved")
+                raise Unsupported(ENDED_EARLY)
             self._result = result
 
     def _due(self, waiting: list[Lane]) -> list[list[Lane]]:

@@ -33,6 +33,7 @@ from paradiff.pipelines.loop.random_watch import RandomWatch
 from paradiff.pipelines.loop.scheduler_proxy import (
     first_index,
     make_proxy,
+    passed_over,
     place,
     real_scheduler,
     refuse_changes,
@@ -133,7 +134,7 @@ class Vector:
             yield self._times
             if solver.passes == passes:
                 if interrupt is None or not interrupt or hidden == HIDDEN:
-                    raise Unsupported("the loop passed over a step")
+                    raise passed_over(None if self._start is None else self._start.pipeline, self.scheduler)
                 # The flag was set in the midst of a round: the loop makes this pass once more, and ends with its step.
                 interrupt.hold()
                 hidden += 1

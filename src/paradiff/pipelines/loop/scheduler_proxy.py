@@ -103,6 +103,19 @@ def seal(proxy: Any, names: set[str]) -> None:
     vars(proxy).update({name: _Sealed(name) for name in names})
 
 
+def passed_over(pipeline: Any, proxy: Any) -> Unsupported:
+    """The refusal of a loop that went on to its next time without a step of the proxy.
+
+    Args:
+        pipeline: The pipeline, or None where it is not known.
+        proxy: The proxy.
+    """
+    present = proxy if pipeline is None else vars(pipeline).get("scheduler")
+    if present is not proxy:
+        return Unsupported(f"the loop replaces its pipeline's scheduler, by a {type(present).__name__}: make a call with each")
+    return Unsupported("the loop passes over a time without a step: leave that time out of scheduler.timesteps")
+
+
 def settings(proxy: Any) -> dict[str, Any]:
     """A proxy's attributes, its configuration among them, as `refuse_changes` compares them; without its step index."""
     own = {OWN, "_step_index", *vars(proxy)[OWN]}
@@ -277,7 +290,9 @@ def _methods(proxy: Any, handler: LoopHandler, log: TimesLog) -> dict[str, Calla
             _wrap(proxy, handler)
 
     def copied(memo: dict[int, Any]) -> Any:
-        raise Unsupported("the pipeline copies its scheduler: it steps several coupled states in one loop")
+        raise Unsupported(
+            "the pipeline copies its scheduler within its call, so that further states, or other steps, may belong to its loop"
+        )
 
     methods: dict[str, Callable[..., Any]] = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": copied}
     if hasattr(real, "scale_model_input"):

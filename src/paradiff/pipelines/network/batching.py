@@ -61,6 +61,7 @@ class Batching:
         readers: The pipeline's own methods, which may read what a network keeps; without those of diffusers.
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
         layouts: How networks lay out their inputs where the rule of batched_call.py does not hold, by the signature of a call.
+        refused: What an executor refused where the loop may not hand it on, as in another thread; None for nothing.
         eps: That of the coarsest dtype in which a network was computed so far; 0 before the first call.
         log: The network calls before the loop and in its first pass.
 
@@ -90,6 +91,7 @@ class Batching:
         self.looping = False
         self.replaced: Callable[[], str | None] = lambda: None
         self.lost: str | None = None
+        self.refused: Exception | None = None
         self.log = CallLog()
         self.hooks: Memory | None = None
         self.readers: list[FunctionType] = []
