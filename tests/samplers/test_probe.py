@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import deprecated
 from problems import chain
 from scheduler_loops import SHAPE, gap, start_of, walk_scheduler, walk_table
 from torch import Tensor
@@ -129,6 +130,26 @@ def test_a_limit_that_leaves_the_last_step_no_room_is_refused() -> None:
         Unsupported, match=r"in step 9 \(time 0\), where the network's output has no weight.* clip_sample=False"
     ):
         probe(ready("DDIM", 10, set_alpha_to_one=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("ScoreSdeVeScheduler", "has no step of .* but step_correct, step_pred"),
+        ("ScoreSdeVpScheduler", "has no step of .* but step_pred"),
+        ("KarrasVeScheduler", r"takes \(model_output, sigma_hat, sigma_prev, sample_hat\)"),
+        ("RePaintScheduler", r"takes \(model_output, timestep, sample, original_image, mask\)"),
+        ("CogVideoXDPMScheduler", r"takes \(model_output, old_pred_original_sample, timestep, timestep_back"),
+    ],
+)
+def test_a_scheduler_with_another_step_is_refused_by_what_it_takes(kind: str, reason: str) -> None:
+    scheduler = getattr(deprecated, kind, None) or getattr(diffusers, kind)
+    scheduler = scheduler()
+    scheduler.set_timesteps(6)
+    if hasattr(scheduler, "set_sigmas"):
+        scheduler.set_sigmas(6)
+    with pytest.raises(Unsupported, match=f"{kind}.*{reason}"):
+        probe(scheduler)
 
 
 def test_a_limit_of_a_state_that_the_output_does_not_enter_is_refused() -> None:

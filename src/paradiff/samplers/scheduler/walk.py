@@ -69,6 +69,9 @@ def fingerprint(value: Any) -> Hashable:
 def refuse_unfit(scheduler: Any, timesteps: Tensor, kwargs: Mapping[str, Any]) -> None:
     """Refuses what can be seen without a step."""
     name = type(scheduler).__name__
+    if not hasattr(scheduler, "step"):
+        others = ", ".join(found for found in dir(scheduler) if found.startswith("step_")) or "no method for a step"
+        raise Unsupported(f"{name} has no step of (model_output, timestep, sample), which alone has a table, but {others}")
     parameters = list(inspect.signature(scheduler.step).parameters.values())
     names = [p.name for p in parameters]
     needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in kwargs]
