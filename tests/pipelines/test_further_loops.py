@@ -130,6 +130,12 @@ REFUSED = {
         ),
         "write their states into xs, one by one",
     ),
+    "network's dtype": (
+        written(before="\n        if i == 15: self.net.double()").replace(
+            "self.net(x, t)", "self.net(x.to(next(self.net.parameters()).dtype), t).float()"
+        ),
+        "depends on the passes before",
+    ),
     "times as numbers": (
         written().replace("timesteps)", "timesteps.tolist())"),
         "walks over something else than scheduler.timesteps",
