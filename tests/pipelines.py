@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,15 @@ def save_pipeline(
     pipeline = diffusers.DDPMPipeline(unet=unet or tiny_unet(), scheduler=scheduler or diffusers.DDPMScheduler(**options))
     pipeline.save_pretrained(folder)
     return folder
+
+
+def hollow(folder: Path, other: Path) -> None:
+    """Copies a pipeline's folder with empty files for its weights, which nobody can read."""
+    shutil.copytree(folder, other)
+    files = list(other.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        file.write_bytes(b"")
 
 
 @dataclasses.dataclass(frozen=True)

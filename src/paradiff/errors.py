@@ -42,6 +42,10 @@ class RanksFailed(Exception):
     that names it."""
 
 
+class NotHere(ValueError):
+    """A network's weights are needed on a rank that does not hold them. The text is a sentence for the user."""
+
+
 class NotWalked(Unsupported):
     """The loop does not iterate its scheduler's times."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pipelines import hollow
 from processes import environment, free_port, processes
 
 SHORT = ["sample", "digits", "--sampler", "ddim", "--steps", "12", "--seeds", "0-1", "--window", "4", "--device", "cpu"]
@@ -48,6 +49,35 @@ def test_one_rank_writes_the_files_and_shows_the_figures(tmp_path: Path) -> None
     assert contents[0]["evaluations"] == contents[1]["evaluations"]
     for name in ("seed-0.png", "seed-1.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def within(folders: list[str], line: list[str]) -> tuple[int, str, str]:
+    """A command in a folder of this rank's own."""
+    from paradiff.app import launched
+
+    os.chdir(folders[launched.rank()])
+    return command(line)
+
+
+def test_weights_are_read_by_one_rank_and_decoded_by_it(tmp_path: Path) -> None:
+    from tiny import CASES
+    from tiny.case import quiet
+
+    with quiet():
+        CASES["sd"].make().save_pretrained(tmp_path / "whole" / "sd")
+    hollow(tmp_path / "whole" / "sd", tmp_path / "hollow" / "sd")
+    line = ["sample", "sd", "--prompt", "a cat", "--size", "16x16", "--steps", "8", "--window", "4", "--device", "cpu"]
+    line += ["--compare", "--out"]
+    folders = [str(tmp_path / "whole"), str(tmp_path / "hollow")]
+    ended = processes(2, within, folders, [*line, str(tmp_path / "two")])
+    assert [one.value[0] for one in ended] == [0, 0], ended
+    assert within(folders, [*line, str(tmp_path / "one")])[0] == 0
+    pictures = [(tmp_path / count / "seed-0.png").read_bytes() for count in ("one", "two")]
+    assert pictures[0] == pictures[1]
+    contents = [json.loads((tmp_path / count / "run.json").read_text()) for count in ("one", "two")]
+    for name in ("rounds", "evaluations"):
+        assert contents[0][name] == contents[1][name]
+        assert contents[0]["sequential"][name] == contents[1]["sequential"][name] == 8
 
 
 def test_ranks_of_other_arguments_are_named_and_write_nothing(tmp_path: Path) -> None:

@@ -12,17 +12,25 @@ from processes import on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 
 import paradiff
+from paradiff.errors import Unsupported
 from paradiff.models.pipeline import load_pipeline
+from paradiff.pipelines.network.batched_call import batched_call
+from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.settings import Executor
+from paradiff.pipelines.tensor.windowed import Windowed
+from paradiff.solver import Ranks
+from paradiff.solver.machine import Machine
 
 CALL = {"prompt": "a red circle left of a blue square", "num_inference_steps": 6, "output_type": "np"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 
-def called(executor: Executor, seed: int = 0, **options: Any) -> tuple[np.ndarray, list[Any], list[Any]]:
+def called(
+    executor: Executor, seed: int = 0, machine: Machine | None = None, **options: Any
+) -> tuple[np.ndarray, list[Any], list[Any]]:
     """The picture of a call, what its report counts, and its records."""
-    pipe = load_pipeline("shapes")
+    pipe = load_pipeline("shapes", machine=machine)
     pipe.set_progress_bar_config(disable=True)
     run = paradiff.parallelize(pipe, paradiff.parasolver(window=3), executor=executor, dtype=torch.float64, **options)
     images = run(**CALL, generator=torch.Generator().manual_seed(seed)).images
@@ -31,8 +39,9 @@ def called(executor: Executor, seed: int = 0, **options: Any) -> tuple[np.ndarra
     return images, counts, [record.to_json() for record in report.history]
 
 
-def counted(mesh: DeviceMesh, executor: Executor) -> Any:
-    """The same on ranks, and how often the classes of the encoders were called."""
+def counted(mesh: DeviceMesh, executor: Executor, light: bool = False, fails: bool = False) -> Any:
+    """The same on ranks, and how often the classes of the encoders were called; `light`, where the first rank alone holds
+    them."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
@@ -43,13 +52,16 @@ def counted(mesh: DeviceMesh, executor: Executor) -> Any:
 
         def note(self: Any, *args: Any, **kwargs: Any) -> Any:
             calls.append(method)
+            if fails and method == "decode":
+                raise ArithmeticError("the decoder failed")
             return own(self, *args, **kwargs)
 
         setattr(kind, method, note)
 
     noted(CLIPTextModel, "forward")
     noted(AutoencoderKL, "decode")
-    return *called(executor, mesh=mesh), calls
+    ranks = Ranks(mesh, timeout=20)
+    return *called(executor, mesh=ranks, machine=Machine(ranks) if light else None), calls
 
 
 @pytest.mark.parametrize("executor", ["vector", "lanes"])
@@ -65,6 +77,33 @@ def test_pictures_and_reports_are_those_of_one_process(executor: Executor) -> No
     assert "decode" in first.value[3]
     assert "forward" in first.value[3]
     assert second.value[3] == []
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes", "sequential"])
+def test_where_the_first_rank_alone_holds_the_encoders_all_get_the_picture(executor: Executor) -> None:
+    torch.set_num_threads(1)
+    images, counts, records = called(executor, shares=2)
+    for rank, one in enumerate(on_ranks(2, counted, executor, True)):
+        assert one.error == ""
+        assert (one.value[0] == images).all()
+        assert one.value[1] == counts
+        assert one.value[2] == records
+        assert one.value[3] == (["forward", "forward", "decode"] if rank == 0 else [])
+
+
+def test_an_error_after_the_loop_is_that_of_all_ranks() -> None:
+    for one in on_ranks(2, counted, "vector", True, True):
+        assert one.error == "ArithmeticError: the decoder failed"
+
+
+def test_a_network_of_one_rank_is_not_called_with_a_window() -> None:
+    network = torch.nn.Linear(2, 2)
+    batching = Batching(alone=[network])
+    rows = Windowed.wrap(torch.zeros(3, 1, 2), object())
+    with pytest.raises(Unsupported, match="its loop calls a Linear, which the first rank alone holds"):
+        batched_call(batching, "Linear", network.forward, (rows,), {})
+    with pytest.raises(Unsupported, match="its loop calls a Linear"):
+        batching.home(network.forward, (), {"x": [rows]})
 
 
 def seeded(mesh: DeviceMesh) -> None:

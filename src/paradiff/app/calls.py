@@ -7,6 +7,7 @@ Each call has a generator of its own on the CPU, as `pipe(..., generator=torch.G
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import sys
 import time
@@ -98,10 +99,15 @@ def call_each(
                 calls.append(Call(seed, output, context.report, seconds))
     for k, call in enumerate(calls if compare else ()):
         pipeline.set_progress_bar_config(disable=quiet, desc=f"seed {call.seed}, sequential", unit="step")
-        with counted_steps(pipeline.scheduler) as count:
-            output, seconds = timed(pipeline, arguments, generator_of(call.seed))
-        plain = Plain(output, count[0], seconds)
-        calls[k] = Call(call.seed, call.output, call.report, call.seconds, plain)
+        plain = functools.partial(_plain, pipeline, arguments, call.seed)
+        calls[k] = dataclasses.replace(call, plain=plain() if ranks is None else ranks.by_first(plain, pipeline.device))
+
+
+def _plain(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Plain:
+    """A seed's plain call."""
+    with counted_steps(pipeline.scheduler) as count:
+        output, seconds = timed(pipeline, arguments, generator_of(seed))
+    return Plain(output, count[0], seconds)
 
 
 def generator_of(seed: int) -> torch.Generator:

@@ -143,18 +143,6 @@ def clock_of(ranks: Ranks | None) -> Callable[[], float]:
     return time.perf_counter if ranks is None else ranks.tell
 
 
-@contextmanager
-def in_turn(ranks: Ranks | None) -> Iterator[None]:
-    """Lets one rank of each host go through the block before the others: what it downloads, they find, and what it reads from a
-    disk, the host's memory keeps for them."""
-    first = local_rank() == 0
-    if ranks is not None and not first:
-        ranks.agree({})
-    yield
-    if ranks is not None and first:
-        ranks.agree({})
-
-
 def leave(code: int) -> None:
     """Ends the process. On ranks that could not end together, threads of `torch.distributed` may wait for others in vain."""
     if size() > 1 and code:

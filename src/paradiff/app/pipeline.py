@@ -18,13 +18,13 @@ from torch import Tensor
 from paradiff.app import plots
 from paradiff.app.calls import Call, call_each
 from paradiff.app.environment import environment
-from paradiff.app.launched import in_turn
 from paradiff.app.options import MOST_STEPS, effective_options, parse_argument, parse_size
 from paradiff.app.outcome import CutShort, Outcome, Writer
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, pipeline_report
 from paradiff.errors import require_real, shown
 from paradiff.models.pipeline import load_pipeline, set_sampler
+from paradiff.solver.machine import Machine
 
 PIXELS_ONLY = ("grid", "form")
 
@@ -61,8 +61,13 @@ def refuse_pixel_options(request: Request) -> None:
 def sample_pipeline(job: Job, console: Console) -> Outcome:
     """Calls a pipeline once for each seed."""
     request = job.request
-    with in_turn(job.ranks):
-        pipeline = load_pipeline(request.model, device=job.device, dtype=job.dtype, trust_remote_code=request.trust_remote_code)
+    pipeline = load_pipeline(
+        request.model,
+        device=job.device,
+        dtype=job.dtype,
+        trust_remote_code=request.trust_remote_code,
+        machine=None if job.ranks is None else Machine(job.ranks),
+    )
     if request.sampler is not None:
         set_sampler(pipeline, request.sampler)
     given = call_arguments(pipeline, request)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from paradiff.app import plots
 from paradiff.app.environment import environment
-from paradiff.app.launched import in_turn
 from paradiff.app.options import effective_options
 from paradiff.app.outcome import Outcome, Writer
 from paradiff.app.request import Job, Request
@@ -32,6 +31,7 @@ from paradiff.samplers.exponential import Form
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample
+from paradiff.solver.machine import Machine
 from paradiff.solver.protocol import Batch, Method, Observer, Round
 from paradiff.solver.solution import Solution
 
@@ -158,8 +158,7 @@ def effective(job: Job, table: Table) -> dict[str, Any]:
 def sample_pixels(job: Job, console: Console) -> Outcome:
     """Samples a pixel model, all seeds in one batch."""
     request, method = job.request, job.method
-    with in_turn(job.ranks):
-        model = load(request.model, device=job.device, dtype=job.dtype)
+    model = load(request.model, device=job.device, dtype=job.dtype, machine=None if job.ranks is None else Machine(job.ranks))
     table = make_table(model, request)
     edges = method.edges(table)
     evaluator = Evaluator(model, max_rows=request.max_rows, device=job.device, dtype=job.dtype, mesh=job.ranks)

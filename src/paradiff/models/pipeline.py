@@ -7,7 +7,8 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from paradiff.errors import refuse_unknown
 from paradiff.models.files import components, folder_of, loading, read_index, weight_files
 from paradiff.models.network import check_values, load_network
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS
+from paradiff.models.shared import shared_network
+from paradiff.solver.machine import Machine
 
 BETAS = "beta_schedule"
 
@@ -31,6 +34,7 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    machine: Machine | None = None,
 ) -> DiffusionPipeline:
     """Loads a pipeline, quietly.
 
@@ -39,6 +43,8 @@ def load_pipeline(
         device: Where the networks go.
         dtype: Their dtype.
         trust_remote_code: Whether Python code that comes with the model may be run.
+        machine: This machine's ranks, of which one reads the weights of denoisers, and the first rank of all those of the other
+            networks, which no other rank holds (shared.py); None where each process reads all of them.
 
     Raises:
         ValueError: If there is no such model, it holds pickled weights or code, a component is missing, a package that it
@@ -49,11 +55,12 @@ def load_pipeline(
         if not trust_remote_code:
             _check_code(model, index)
             _check_class(model, index)
-        folder = folder_of(model, trust_remote_code=trust_remote_code)
+        with nullcontext() if machine is None else machine.in_turn():
+            folder = folder_of(model, trust_remote_code=trust_remote_code)
         if not trust_remote_code:
             _check_files(model, folder)
         given: dict[str, Any] = {name: None for name, part in index.items() if part == [None, None]}
-        given |= _networks(model, folder, index, dtype)
+        given |= _networks(model, folder, index, dtype, device, machine)
         _check_schedulers(model, folder, index)
         with loading(model):
             pipeline = DiffusionPipeline.from_pretrained(
@@ -133,8 +140,10 @@ def _check_class(model: str, index: Mapping[str, Any]) -> None:
 INSTALL = "install what is missing, such as transformers by pip install 'paradiff[text]'"
 
 
-def _networks(model: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The networks of a pipeline by name, each loaded with all its weights; those of code that comes with it are left out."""
+def _networks(
+    model: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str, machine: Machine | None
+) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name, each with all its weights; those of code that comes with it are left out."""
     kinds: dict[str, type[nn.Module]] = {}
     for part, (library, name) in components(index).items():
         if not (folder / part).is_dir():
@@ -146,7 +155,10 @@ def _networks(model: str, folder: Path, index: Mapping[str, Any], dtype: torch.d
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             weight_files(folder, part)
             kinds[part] = kind
-    return {part: load_network(model, kind, folder, part, dtype) for part, kind in kinds.items()}
+    read = {part: partial(load_network, model, kind, folder, part, dtype) for part, kind in kinds.items()}
+    if machine is None:
+        return {part: load() for part, load in read.items()}
+    return {part: shared_network(read[part], kind, folder / part, device, machine) for part, kind in kinds.items()}
 
 
 def _check_schedulers(model: str, folder: Path, index: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -34,10 +35,12 @@ from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, refuse_unknown, require_whole, shown
 from paradiff.models.files import components, folder_of, is_pixel, loading, read_index
 from paradiff.models.network import check_values, load_network
+from paradiff.models.shared import shared_network
 from paradiff.samplers.exponential import Form, exponential_integrator
 from paradiff.samplers.grid import log_snr_grid, uniform_grid
 from paradiff.samplers.process import Process, level_of, variance_preserving
 from paradiff.samplers.schedule import MOST_TIMES, SMALLEST_ALPHA_BAR, Schedule
+from paradiff.solver.machine import Machine
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
 SCHEDULERS: dict[str, Any] = {
@@ -221,18 +224,26 @@ def _clip_of(config: Mapping[str, Any]) -> Clip | DynamicThreshold | None:
     return Clip(config["clip_sample_range"]) if config.get("clip_sample") else None
 
 
-def load(model: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    machine: Machine | None = None,
+) -> Model:
     """Loads a model.
 
     Args:
         model: `digits`, a folder in diffusers' pipeline format, or a hub id.
         device: Where the network goes.
         dtype: The network's dtype.
+        machine: This machine's ranks, of which one reads the weights (shared.py); None where each process reads them.
 
     Raises:
         ValueError: If the folder is no pipeline, its weights are not safetensors, or the pipeline is of another kind.
     """
-    folder = folder_of(model)
+    with nullcontext() if machine is None else machine.in_turn():
+        folder = folder_of(model)
     model = os.fspath(model)
     index = read_index(model)
     parts = components(index)
@@ -255,7 +266,8 @@ def load(model: str | os.PathLike[str], *, device: torch.device | str = "cpu", d
             "schedule of betas, such as DDPMScheduler or DDIMScheduler"
         )
     check_values(DDPMScheduler, config, f"scheduler/scheduler_config.json of {model!r}")
-    unet = cast(UNet2DModel, load_network(model, UNet2DModel, folder, "unet", dtype))
+    read = partial(load_network, model, UNet2DModel, folder, "unet", dtype)
+    unet = cast(UNet2DModel, read() if machine is None else shared_network(read, UNet2DModel, folder / "unet", device, machine))
     size = unet.config["sample_size"]
     if not (is_whole(size) and size > 0) and not (are_whole(size) and len(size) == 2 and min(size) > 0):
         raise ValueError(

@@ -8,14 +8,17 @@ call, with a warning, where there is no parallel form. What a try changed is put
 from __future__ import annotations
 
 import functools
+import json
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree
 
-from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, NotWalked, RanksFailed, Unsupported
+from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, NotHere, NotWalked, RanksFailed, Unsupported
+from paradiff.models.absent import is_absent
 from paradiff.pipelines.account import Account
 from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.executors.lanes import run_lanes
@@ -61,6 +64,7 @@ class Call:
         self._networks = networks(pipeline)
         self._account = Account(kind.__name__, type(pipeline.scheduler).__name__, settings.method.name)
         self.trying = False
+        self._alone: dict[str, nn.Module] = {}
         self._crew = self._agree()
 
     def made(self) -> tuple[Any, Report]:
@@ -81,7 +85,7 @@ class Call:
                 result = self._try(executor, Callback.without(self._arguments), solver, batching)
             except Exception as met_error:
                 error = batching.refused or met_error
-                if isinstance(error, RanksFailed):
+                if isinstance(error, RanksFailed | NotHere):
                     raise
                 own = users_error(callback, observer)
                 if (own is error and not isinstance(own, Unsupported)) or is_refusal(error):
@@ -125,7 +129,9 @@ class Call:
             if not met:
                 warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
         call = functools.partial(plain_call(self._kind), self._pipeline, **self._arguments)
-        result = call() if interrupt is None else interrupted_call(self._pipeline.scheduler, interrupt, call)
+        if interrupt is not None:
+            call = functools.partial(interrupted_call, self._pipeline.scheduler, interrupt, call)
+        result = self._by_first(call)
         if met:  # An error that the plain call meets too is the user's, and is not warned of beside.
             warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
         return result, account.sequential()
@@ -135,7 +141,7 @@ class Call:
         solution = solver.solution
         assert solution is not None
         call = functools.partial(plain_call(self._kind), self._pipeline, **arguments)
-        plain, last = call_and_last_state(self._pipeline.scheduler, call)
+        plain, last = self._by_first(lambda: call_and_last_state(self._pipeline.scheduler, call))
         estimate = solution.error_estimates[0].estimated_error
         return plain, difference(solver.final, last, estimate, batching.eps)
 
@@ -168,7 +174,16 @@ class Call:
         """The pipeline's own call, with a scheduler proxy and boundaries before its networks."""
         self.trying = True
         try:
-            return self._run(executor, arguments, solver, batching)
+            if not self._alone:
+                return self._run(executor, arguments, solver, batching)
+            result, error = None, None
+            try:
+                result = self._run(executor, arguments, solver, batching)
+            except Exception as met:
+                if not batching.over:
+                    raise  # all ranks met it
+                error = met
+            return self._by_first(functools.partial(_given, result, error))
         finally:
             self.trying = False
 
@@ -209,6 +224,12 @@ class Call:
             raise Unsupported("its loop took no step" if not solver.started else ENDED_EARLY)
         return result
 
+    def _by_first(self, call: Callable[[], Any]) -> Any:
+        """What a call returns; where the first rank alone holds some of the networks, it alone makes the call."""
+        if self._crew is None or not self._alone:
+            return call()
+        return self._crew.ranks.by_first(call, self._pipeline.device)
+
     def _new_solver(self, callback: Callback | None, observer: Watched | None) -> LoopSolver:
         interrupt = Interrupt(self._pipeline, self._kind)
         settings = self._settings
@@ -218,7 +239,12 @@ class Call:
         settings = self._settings
         crew = self._crew if settings.devices is None else settings.devices
         return Batching(
-            max_rows=settings.max_rows, pad=settings.pad, check=settings.check, shares=settings.shares or 1, crew=crew
+            max_rows=settings.max_rows,
+            pad=settings.pad,
+            check=settings.check,
+            shares=settings.shares or 1,
+            crew=crew,
+            alone=self._alone.values(),
         )
 
     def _agree(self) -> Sharded | None:
@@ -236,12 +262,24 @@ class Call:
         arguments = {name: value for name, value in self._arguments.items() if not callable(value)}
         facts = {"pipeline": self._kind.__name__, "method": settings.method, "settings": settings.compared(), **random}
         ranks.agree(versions() | {name: described(value) for name, value in (facts | arguments).items()})
-        return Sharded(ranks, lambda: weights_of(self._networks), shares=settings.shares)
+        absent = [name for name, network in self._networks.items() if is_absent(network)]
+        somewhere = {name for data in ranks.gather_bytes(json.dumps(absent).encode()) for name in json.loads(data)}
+        self._alone = {name: network for name, network in self._networks.items() if name in somewhere}
+        held = {name: network for name, network in self._networks.items() if name not in somewhere}
+        return Sharded(ranks, lambda: weights_of(held), shares=settings.shares)
 
 
 def networks(pipeline: Any) -> dict[str, nn.Module]:
     """A pipeline's networks by name, whether or not they are registered as components."""
     return {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
+
+
+def _given(result: Any, error: Exception | None) -> Any:
+    """A result, or an error, which says to other ranks whether it refuses an argument."""
+    if error is None:
+        return result
+    vars(error)["refuses"] = is_refusal(error)
+    raise error
 
 
 def _met(error: Exception) -> str:

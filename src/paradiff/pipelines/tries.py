@@ -89,7 +89,10 @@ def users_error(callback: Callback | None, observer: Watched | None) -> BaseExce
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error is a ValueError that paradiff raised itself, in a `raise` statement: a refused argument."""
+    """Whether an error is a ValueError that paradiff raised itself, in a `raise` statement: a refused argument. An error of
+    another rank says so itself."""
+    if (known := vars(error).get("refuses")) is not None:
+        return known
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

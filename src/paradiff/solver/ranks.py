@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from paradiff.errors import RanksFailed, require_one_of, require_real, shown
 from paradiff.solver.watch import CALL, OWN, WAIT, Board, Watch, joined, name_of
@@ -68,6 +69,7 @@ class Ranks:
     Attributes:
         place: This rank's place along the axis, from 0.
         size: Ranks along the axis.
+        members: Their numbers among all processes, by place.
         names: What each is called.
         timeout: Seconds, as given.
         balance: As given.
@@ -86,9 +88,10 @@ class Ranks:
         require_one_of("balance", balance, get_args(Balance))
         self.balance: Balance = balance
         self._group = _group_of(mesh, axis)
-        members = dist.get_process_group_ranks(self._group)
+        self.members = members = dist.get_process_group_ranks(self._group)
         self.place, self.size, self.timeout = members.index(dist.get_rank()), len(members), float(timeout)
         self.exchanges = self.received = 0
+        self._told = time.monotonic()
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._backend = str(dist.get_backend(self._group))
         board = _board(members)
@@ -148,7 +151,7 @@ class Ranks:
         import torch.distributed as dist
 
         self._watch.does(WAIT, opened.step)
-        self._await(opened.work)
+        self.finish(opened.work)
         rows = opened.numbers.view(self.size, -1)
         if bool((rows != rows[0]).any()):
             self._disagree(rows.tolist())
@@ -164,7 +167,7 @@ class Ranks:
             group = self._control if device.type == "cpu" else self._group
             sizes = [own] * self.size
             work = dist.all_to_all_single(every, sent, list(lengths), sizes, group=group, async_op=True)
-            self._await(work)
+            self.finish(work)
         self.received += sum(lengths) - own
         self._watch.does(OWN, opened.step)
         return list(every.split(list(lengths)))
@@ -223,6 +226,46 @@ class Ranks:
             raise error
         return result
 
+    def by_first(self, call: Callable[[], Any], device: torch.device) -> Any:
+        """What a longer call returns on the rank at place 0, on all ranks; while it makes calls of modules, the others wait.
+
+        Args:
+            call: As of `on_one`. Each call of a module in it has to come within the time-out.
+            device: As of `on_one`.
+
+        Raises:
+            Exception: What the call raised, on all ranks.
+        """
+        if self.place > 0:
+            while self._goes_on(True):
+                pass
+            return self.on_one(call, device)
+        result, error = None, None
+        with register_module_forward_pre_hook(lambda *_: self.keep_waiting()):
+            try:
+                result = call()
+            except Exception as met:
+                error = met
+        self._goes_on(False)
+
+        def ended() -> Any:
+            if error is not None:
+                raise error
+            return result
+
+        return self.on_one(ended, device)
+
+    def keep_waiting(self) -> None:
+        """Tells the other ranks, which wait in `by_first`, that this one still computes; seldom, and without effect else."""
+        if time.monotonic() - self._told > self.timeout / 4:
+            self._goes_on(True)
+
+    def _goes_on(self, this: bool) -> bool:
+        """Whether the rank at place 0 still computes by itself; an exchange of its own."""
+        blocks = self.gather(self.open(7), [torch.tensor([int(this)])], [8] * self.size)
+        self._told = time.monotonic()
+        return bool(blocks[0].view(torch.int64))
+
     def any(self, this: bool) -> bool:
         """Whether something is so on any rank; an exchange of its own."""
         blocks = self.gather(self.open(6), [torch.tensor([int(this)])], [8] * self.size)
@@ -232,6 +275,27 @@ class Ranks:
         """The seconds on the clock of the rank at place 0, on all ranks; an exchange of its own."""
         mine = torch.tensor([time.monotonic()], dtype=torch.float64)
         return float(self.gather(self.open(5), [mine], [8] * self.size)[0].view(torch.float64))
+
+    def finish(self, work: Any) -> None:
+        """Waits for a collective, for the time-out at most.
+
+        Args:
+            work: What the collective returned, with `async_op=True`.
+
+        Raises:
+            RanksFailed: If a rank does not come, or is gone.
+        """
+        end, pause = time.monotonic() + self.timeout, 2e-5
+        try:
+            while not work.is_completed():
+                self._heed()
+                if time.monotonic() > end:
+                    raise RanksFailed(self._watch.report("late"))
+                time.sleep(pause)
+                pause = min(1.5 * pause, 1e-3)
+            work.wait()
+        except RuntimeError as error:  # of torch.distributed: a rank is gone
+            raise RanksFailed(self._watch.report("lost", next(iter(str(error).splitlines()), ""))) from error
 
     # Faults.
 
@@ -274,20 +338,6 @@ class Ranks:
         """Raises the verdict if there is one."""
         if self._watch.fault is not None or self._watch.verdict is not None:
             raise RanksFailed(self._watch.await_verdict())
-
-    def _await(self, work: Any) -> None:
-        """Waits for a collective, for the time-out at most."""
-        end, pause = time.monotonic() + self.timeout, 2e-5
-        try:
-            while not work.is_completed():
-                self._heed()
-                if time.monotonic() > end:
-                    raise RanksFailed(self._watch.report("late"))
-                time.sleep(pause)
-                pause = min(1.5 * pause, 1e-3)
-            work.wait()
-        except RuntimeError as error:  # of torch.distributed: a rank is gone
-            raise RanksFailed(self._watch.report("lost", next(iter(str(error).splitlines()), ""))) from error
 
     def _disagree(self, rows: list[list[int]]) -> NoReturn:
         """Raises for numbers that differ."""

@@ -268,8 +268,10 @@ class Lane(greenlet.greenlet):
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Makes a network call of this lane: from the log before the loop, with other lanes in it, as zeros in a dry pass."""
         shared = self._shared
-        if self._leading or self._over:
+        if self._leading:
             return forward(*args, **kwargs)
+        if self._over:
+            return shared.batching.ordinary(forward, args, kwargs)
         if self._inside and self._stepped:
             raise Unsupported(AFTER_THE_STEP)
         if self._inside and shared.attributes is not None and (changed := shared.attributes.changed()) is not None:

@@ -43,12 +43,22 @@ class Snapshot:
 
     def restore(self) -> None:
         """Sets all generators to these states."""
-        for generator, state in self._states:
+        self.take(self.states)
+
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """The states, as another process can take them."""
+        return [state for _, state in self._states], self._host, self._devices, *self._others
+
+    def take(self, states: tuple[Any, ...]) -> None:
+        """Sets all generators to states of another snapshot of such arguments."""
+        own, host, devices, numpy, python = states
+        for (generator, _), state in zip(self._states, own, strict=True):
             generator.set_state(state)
-        torch.set_rng_state(self._host)
-        set_random_states(self._devices)
-        np.random.set_state(self._others[0])
-        random.setstate(self._others[1])
+        torch.set_rng_state(host)
+        set_random_states(devices)
+        np.random.set_state(numpy)
+        random.setstate(python)
 
 
 def _same_state(a: Any, b: Any) -> bool:

@@ -65,6 +65,7 @@ def batched_call(
         Unsupported: If the network fails or returns something without the rows it was given, or a check fails.
         torch.OutOfMemoryError: If one state alone does not fit.
     """
+    batching.home(forward, args, kwargs)
     try:
         with batching.timed():
             return _WindowCall(batching, name, forward, args, kwargs).laid_out()

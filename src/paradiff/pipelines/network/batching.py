@@ -7,15 +7,16 @@ import contextlib
 import functools
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FunctionType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
-from paradiff.errors import shown
+from paradiff.errors import Unsupported, shown
+from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.call_log import CallLog
 from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.memory import Memory
@@ -34,6 +35,10 @@ PLAIN = (int, float, str, bytes, complex, torch.dtype, torch.device, torch.Gener
 """Kinds of arguments that a call does not write into, or that tell all ranks' states alike."""
 
 
+class Rest(Exception):
+    """The loop has ended, and the first rank alone goes on."""
+
+
 class Batching:
     """How the windows of one run are batched for its networks, and the cost of that.
 
@@ -45,6 +50,7 @@ class Batching:
             checked call, two of each.
         shares: Stretches of equal length that a window's states are cut into (`RowBound`).
         crew: What deals states out over ranks or devices; None for one device.
+        alone: Networks whose weights the first rank alone holds. Where there are any, that rank alone goes on after the loop.
 
     Attributes:
         bound: The bound on rows, halved when the device runs out of memory.
@@ -56,6 +62,7 @@ class Batching:
         checks: The calls among them that evaluate one state again, to compare it.
         seconds: Duration of these calls, as seen from the host: on an asynchronous device that of their launch.
         looping: Whether the loop runs; network calls before and after it are not counted.
+        over: Whether it has ended.
         replaced: Tells a network whose boundary is no longer in place; None if all are.
         lost: What that told at the loop's end. After it networks may be hooked anew, as diffusers' offloading does.
         readers: The pipeline's own methods, which may read what a network keeps; without those of diffusers.
@@ -77,6 +84,7 @@ class Batching:
         check: Check = "first",
         shares: int = 1,
         crew: Sharded | Devices | None = None,
+        alone: Collection[nn.Module] = (),
     ) -> None:
         if not isinstance(pad, bool):
             raise ValueError(f"pad is {shown(pad)}; give True or False")
@@ -88,7 +96,8 @@ class Batching:
         self.widest: int | None = None
         self.copies: set[Any] = set()
         self.seconds = self.eps = 0.0
-        self.looping = False
+        self.looping = self.over = False
+        self.alone = {id(module): module for module in alone}
         self.replaced: Callable[[], str | None] = lambda: None
         self.lost: str | None = None
         self.refused: Exception | None = None
@@ -109,7 +118,7 @@ class Batching:
 
     def end_loop(self) -> None:
         """The loop's last pass is made; what follows are the pipeline's own calls."""
-        self.looping, self.lost = False, self.replaced()
+        self.looping, self.over, self.lost = False, True, self.replaced()
 
     def count(self, rows: int, *, filled: int = 0, check: bool = False) -> None:
         """Counts a network call with so many rows, of which `filled` are padding."""
@@ -166,15 +175,48 @@ class Batching:
         return crew.called(forward, args, kwargs) if isinstance(crew, Devices) else forward(*args, **kwargs)
 
     def for_all(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call without a window, which on several ranks one of them makes (methods.py)."""
-        device = None if self.ranks is None or self._shared else _device_of(args, kwargs)
-        if device is None or self.ranks is None:
+        """A call without a window, which on several ranks one of them makes (methods.py).
+
+        Raises:
+            Rest: On ranks that do not go on after the loop.
+        """
+        if self.ranks is None or self._shared:
             return call(*args, **kwargs)
+        if self.alone and self.over:
+            if self.ranks.place > 0:
+                raise Rest
+            self.ranks.keep_waiting()
+            return call(*args, **kwargs)
+        device = self.home(call, args, kwargs) or _device_of(args, kwargs)
+        if device is None:
+            return call(*args, **kwargs)
+        before = Snapshot({**kwargs, "": args})
+
+        def drawn() -> tuple[Any, tuple[Any, ...] | None]:
+            result = call(*args, **kwargs)
+            return result, None if before.same else Snapshot({**kwargs, "": args}).states
+
         self._shared = True
         try:
-            return self.ranks.on_one(lambda: call(*args, **kwargs), device)
+            result, states = self.ranks.on_one(drawn, device)
         finally:
             self._shared = False
+        if states is not None:
+            before.take(states)
+        return result
+
+    def home(self, call: Callable[..., Any], args: Any, kwargs: Any) -> torch.device | None:
+        """The device of a network that the first rank alone holds; None for another one.
+
+        Raises:
+            Unsupported: If that is called with a window.
+        """
+        module = self.alone.get(id(getattr(call, "__self__", None)))
+        if module is None:
+            return None
+        if any(isinstance(leaf, Windowed) for leaf in _pytree.tree_leaves((args, kwargs))):
+            raise Unsupported(f"its loop calls a {type(module).__name__}, which the first rank alone holds")
+        return next(module.parameters()).device
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import nn
 from paradiff.pipelines.network.origin import function_of
 from paradiff.pipelines.network.reads import names
 
-SHARED = ("encode", "decode")
+SHARED = ("encode", "decode", "generate", "get_text_features", "get_image_features")
 """Methods that one rank calls for all.
 
 What a network without a window returns is computed on one rank and sent to the others: it costs the others nothing, and all go

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paradiff.models.absent import Absent
 from paradiff.pipelines.network.holder import STRUCTURE, Holder, contents
 from paradiff.pipelines.network.origin import MODELS, function_of, is_users
 from paradiff.pipelines.network.plain import PLAIN
@@ -117,7 +118,12 @@ class Walk:
 
     def _visit_tensor(self, tensor: Tensor, path: str) -> None:
         is_parameter = isinstance(tensor, nn.Parameter)
-        if tensor.is_meta or tensor.layout != torch.strided or (is_parameter and tensor.numel() > SMALL):
+        if (
+            tensor.is_meta
+            or isinstance(tensor, Absent)
+            or tensor.layout != torch.strided
+            or (is_parameter and tensor.numel() > SMALL)
+        ):
             return
         values = tensor.detach().clone() if tensor.numel() <= LARGE else None
         self.saved[id(tensor)] = Saved(path, tensor, values, -1 if tensor.is_inference() else tensor._version)
