@@ -102,7 +102,7 @@ Timeout = Annotated[
     float | None,
     typer.Option(
         metavar="SECONDS",
-        help=f"How long ranks that torchrun started wait for each other; {TIMEOUT:g} by default.",
+        help=f"Time within which ranks that torchrun started end where one of them stops or hangs; {TIMEOUT:g} by default.",
         rich_help_panel=DEVICE,
         hidden=True,
     ),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from paradiff.solver.ranks import Ranks
 
 TIMEOUT = 600.0
-"""Seconds that ranks wait for each other."""
+"""Seconds within which the ranks end where one of them stops or hangs."""
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets."""
@@ -84,6 +84,7 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from paradiff.solver.agreement import versions
     from paradiff.solver.ranks import Ranks
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # no records between tensors, where they keep memory from use
@@ -105,6 +106,7 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
     ranks = Ranks(mesh, timeout=timeout)
     try:
         options = {name: repr(value) for name, value in dataclasses.asdict(request).items() if name not in OWN}
+        ranks.agree(versions("diffusers", "transformers"))
         ranks.agree({f"--{name.replace('_', '-')}" if name != "model" else name: value for name, value in options.items()})
         with _warnings_of_one():
             yield ranks

@@ -261,7 +261,9 @@ class Call:
         random = {} if any(isinstance(leaf, torch.Generator) for leaf in leaves) else {"random state": torch.get_rng_state()}
         arguments = {name: value for name, value in self._arguments.items() if not callable(value)}
         facts = {"pipeline": self._kind.__name__, "method": settings.method, "settings": settings.compared(), **random}
-        ranks.agree(versions() | {name: described(value) for name, value in (facts | arguments).items()})
+        ranks.agree(
+            versions("diffusers", "transformers") | {name: described(value) for name, value in (facts | arguments).items()}
+        )
         absent = [name for name, network in self._networks.items() if is_absent(network)]
         somewhere = {name for data in ranks.gather_bytes(json.dumps(absent).encode()) for name in json.loads(data)}
         self._alone = {name: network for name, network in self._networks.items() if name in somewhere}

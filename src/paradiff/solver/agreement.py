@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import platform
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -20,9 +23,17 @@ DEPTH = 4
 """How deep a model is searched for networks and tensors."""
 
 
-def versions() -> dict[str, str]:
-    """The versions that samples depend on."""
-    return {"version of paradiff": __version__, "version of torch": torch.__version__}
+def versions(*packages: str) -> dict[str, str]:
+    """The versions that samples depend on.
+
+    Args:
+        packages: Further packages; those that are not installed are left out.
+    """
+    found = {"paradiff": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return {f"version of {name}": number for name, number in found.items()}
 
 
 def weights_of(model: Any) -> dict[str, str]:

@@ -63,7 +63,8 @@ class Ranks:
         mesh: The mesh, as `torch.distributed.device_mesh.init_device_mesh` returns it. Its other axes are left to others: data
             parallel, or diffusers' context parallelism.
         axis: The name of the axis along which rows are shared. A mesh of one axis without a name is taken as it is.
-        timeout: Seconds that ranks wait for one that does not come, before the run ends on all of them.
+        timeout: Seconds within which the run ends on all ranks where one stops or hangs. Others wait for it for 15 seconds
+            less, or for half of them.
         balance: How rows are dealt out (`Balance`).
 
     Attributes:
@@ -277,7 +278,7 @@ class Ranks:
         return float(self.gather(self.open(5), [mine], [8] * self.size)[0].view(torch.float64))
 
     def finish(self, work: Any) -> None:
-        """Waits for a collective, for the time-out at most.
+        """Waits for a collective, for the time-out at most, less what is kept of it for ending all ranks.
 
         Args:
             work: What the collective returned, with `async_op=True`.
@@ -285,7 +286,7 @@ class Ranks:
         Raises:
             RanksFailed: If a rank does not come, or is gone.
         """
-        end, pause = time.monotonic() + self.timeout, 2e-5
+        end, pause = time.monotonic() + self._watch.patience, 2e-5
         try:
             while not work.is_completed():
                 self._heed()

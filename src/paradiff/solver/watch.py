@@ -10,6 +10,7 @@ hangs. A main thread that waits raises the verdict; one that does not return is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -23,12 +24,15 @@ from typing import Any
 LOOK = 0.15
 """Seconds between two looks at the board."""
 
-ANSWERS = 3.0
-"""Seconds that ranks have for an answer."""
+ENDING = 15.0
+"""Seconds of the time-out that are kept for ending all ranks; half of a time-out that is shorter than twice as long."""
 
-GRACE = 5.0
-"""Seconds between a verdict and the end of a process whose main thread did not take note of it, and between the two signals
-that end it."""
+ANSWERS = 0.4, 1.5, 3.0
+"""Seconds that ranks have for an answer: a share of those for ending, the least and the most."""
+
+GRACE = 0.3, 1.0, 5.0
+"""The same of the seconds between a verdict and the end of a process whose main thread did not take note of it, and between the
+two signals that end it."""
 
 CALL, WAIT, OWN, SIGNALLED, ENDED = "call", "wait", "own", "signalled", "ended"
 """What a rank's main thread does: it computes a network's outputs, it waits for others, it does something else, it was ended by
@@ -69,9 +73,10 @@ class Watch:
         board: The board.
         rank: This rank's place among the ranks of the run.
         names: What the ranks are called, by place.
-        timeout: Seconds after which a rank that is waited for hangs.
+        timeout: Seconds after which all ranks have ended since one stopped or hung.
 
     Attributes:
+        patience: Seconds after which a rank that is waited for hangs.
         doing: What the main thread does, in which exchange of the run, and since when.
         fault: The fault, once there is one.
         verdict: The sentence, once there is one.
@@ -79,7 +84,11 @@ class Watch:
     """
 
     def __init__(self, board: Board, rank: int, names: Sequence[str], timeout: float) -> None:
-        self._board, self._rank, self._names, self._timeout = board, rank, names, timeout
+        self._board, self._rank, self._names = board, rank, names
+        ending = min(ENDING, timeout / 2)
+        self.patience = timeout - ending
+        self._answers, self._grace = (min(max(share * ending, least), most) for share, least, most in (ANSWERS, GRACE))
+        board.post(f"process/{rank}", [socket.gethostname(), os.getpid(), os.getppid()])
         self.doing: tuple[str, int, float] = (OWN, 0, time.monotonic())
         self.fault: Mapping[str, Any] | None = None
         self.verdict: str | None = None
@@ -107,7 +116,7 @@ class Watch:
 
     def await_verdict(self) -> str:
         """The verdict on a fault that was posted; the board's own end is one, too."""
-        end = time.monotonic() + 3 * ANSWERS
+        end = time.monotonic() + 3 * self._answers
         while self.verdict is None and time.monotonic() < end and self._thread.is_alive():
             time.sleep(LOOK / 3)
         self.heard.set()
@@ -135,6 +144,7 @@ class Watch:
                 if self.fault is not None:
                     self._answer()
                     found = self._found()
+                    self._wake()
                     self._board.post(f"heard/{self._rank}", True)
                     if self._rank == 0:
                         self._await_others()
@@ -153,25 +163,35 @@ class Watch:
 
     def _found(self) -> str:
         """The verdict: this rank's where it posted the fault, that rank's else."""
-        fault, end = self.fault, time.monotonic() + ANSWERS
+        fault, end = self.fault, time.monotonic() + self._answers
         assert fault is not None
         if fault["by"] != self._rank:
-            end += ANSWERS / 2
+            end += self._answers / 2
             while time.monotonic() < end:
                 if (found := self._board.read("verdict")) is not None:
                     return found
                 time.sleep(LOOK / 3)
-        answers = self._answers(end)
-        return self._board.first("verdict", verdict(fault, answers, self._names, self._timeout))
+        answers = self._collected(end)
+        return self._board.first("verdict", verdict(fault, answers, self._names, self.patience))
+
+    def _wake(self) -> None:
+        """Has ranks that a signal has stopped go on to their end: no other signal but SIGKILL ends them, for which launchers
+        wait long. They are found among the processes that this one's launcher has started."""
+        for rank in range(len(self._names)):
+            if self._board.read(f"answer/{rank}") is None and (told := self._board.read(f"process/{rank}")) is not None:
+                host, process, parent = told
+                if (host, parent) == (socket.gethostname(), os.getppid()) and _state(process) == ("T", parent):
+                    with contextlib.suppress(OSError):
+                        os.kill(process, signal.SIGCONT)
 
     def _await_others(self) -> None:
         """Waits until all ranks that answered have the verdict: the first one often keeps the store, which ends with it."""
-        end = time.monotonic() + ANSWERS
+        end = time.monotonic() + self._answers
         alive = [rank for rank in range(len(self._names)) if self._board.read(f"answer/{rank}") is not None]
         while time.monotonic() < end and any(self._board.read(f"heard/{rank}") is None for rank in alive):
             time.sleep(LOOK / 3)
 
-    def _answers(self, end: float) -> dict[int, Mapping[str, Any]]:
+    def _collected(self, end: float) -> dict[int, Mapping[str, Any]]:
         answers: dict[int, Mapping[str, Any]] = {}
         while len(answers) < len(self._names):
             for rank in range(len(self._names)):
@@ -190,22 +210,32 @@ class Watch:
         what, _, since = self.doing
         if what == OWN:
             return  # The next exchange raises the verdict.
-        if self.heard.wait(max(GRACE, self._timeout - (time.monotonic() - since) if what == CALL else 0.0)):
+        if self.heard.wait(max(self._grace, self.patience - (time.monotonic() - since) if what == CALL else 0.0)):
             return
         print(f"error: {self.verdict}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
-        if not self.heard.wait(GRACE):
+        if not self.heard.wait(self._grace):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def verdict(fault: Mapping[str, Any], answers: Mapping[int, Mapping[str, Any]], names: Sequence[str], timeout: float) -> str:
+def _state(process: int) -> tuple[str, int] | None:
+    """A process's state, such as T for a stopped one, and its parent; None where that is not to be had."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return None
+    return state, int(parent)
+
+
+def verdict(fault: Mapping[str, Any], answers: Mapping[int, Mapping[str, Any]], names: Sequence[str], patience: float) -> str:
     """The sentence on a fault.
 
     Args:
         fault: What was posted.
         answers: What the ranks that answered do, by rank.
         names: What the ranks are called.
-        timeout: Seconds after which a rank that is waited for hangs.
+        patience: Seconds after which a rank that is waited for hangs.
     """
     step = fault["step"]
     if fault["why"] == "error":
@@ -223,12 +253,12 @@ def verdict(fault: Mapping[str, Any], answers: Mapping[int, Mapping[str, Any]], 
     if hung := [names[rank] for rank, answer in answers.items() if answer["doing"] == CALL]:
         most = max(answer["for"] for answer in answers.values() if answer["doing"] == CALL)
         return (
-            f"{joined(hung)} {_does(hung, 'hangs', 'hang')} at exchange {step}: in a network call for {most:.0f} s, where the "
-            f"time-out is {timeout:g} s"
+            f"{joined(hung)} {_does(hung, 'hangs', 'hang')} at exchange {step}: in a network call for {most:.0f} s, where "
+            f"others wait for {patience:g} s"
         )
     last = min(answer["step"] for answer in answers.values())
     if behind := [names[rank] for rank, answer in answers.items() if answer["step"] < step or answer["doing"] == OWN]:
-        came = f"{_does(behind, 'does', 'do')} not come to exchange {step} within {timeout:g} s"
+        came = f"{_does(behind, 'does', 'do')} not come to exchange {step} within {patience:g} s"
         return f"{joined(behind)} {came}, and was last at {last}"
     return f"the ranks lost each other at exchange {step} ({fault['text']})"
 
