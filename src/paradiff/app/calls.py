@@ -60,6 +60,7 @@ def call_each(
     deadline: Deadline | None = None,
     compare: bool = False,
     ranks: Ranks | None = None,
+    devices: Sequence[torch.device] | None = None,
     bars: bool = True,
 ) -> None:
     """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
@@ -76,12 +77,13 @@ def call_each(
         deadline: What ends a parallel call that takes too long; its clock starts with each.
         compare: Whether plain calls follow.
         ranks: The ranks that share the work; the first of them shows progress.
+        devices: The devices of this process that share it, the pipeline's own first.
         bars: Whether calls show their progress on a terminal.
 
     Raises:
         ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
     """
-    context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline, mesh=ranks)
+    context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline, mesh=ranks, devices=devices)
     quiet = not (bars and sys.stderr.isatty()) or rank() > 0
     vector = reads_index(type(pipeline)) == []
     with warnings.catch_warnings():

@@ -75,7 +75,8 @@ def sample(
             "--trace", help="Draw trace.png: change by node, or iteration by block, and round.", rich_help_panel=OUTPUT
         ),
     ] = False,
-    device: flags.Device = "auto",
+    device: flags.DeviceOrSeveral = "auto",
+    devices: flags.Devices = None,
     dtype: flags.Dtype = DTYPES[0],
     threads: flags.Threads = None,
     max_rows: flags.MaxRows = None,
@@ -114,6 +115,7 @@ def sample(
         trace=trace,
         overwrite=overwrite,
         device=device,
+        devices=devices,
         dtype=dtype,
         threads=threads,
         max_rows=max_rows,

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from paradiff.app import launched
+from paradiff.solver.replicas import devices_of
 
 DEVICES = re.compile(r"cpu|cuda(:[0-9]+)?|mps")
 """Names of devices, beside `auto`."""
@@ -84,3 +85,20 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available; use cpu or auto") from error
     return device
+
+
+def choose_devices(names: str) -> list[torch.device]:
+    """The devices of this process that share the rows of each round.
+
+    Args:
+        names: `all`, or names with commas between them.
+
+    Raises:
+        ValueError: If one of them is not to be had, or there are several processes.
+    """
+    if launched.size() > 1:
+        raise ValueError(
+            f"--devices is {names!r}, which is for one process, but torchrun started {launched.size()} ranks; leave it out: "
+            "each rank takes the device of its number"
+        )
+    return devices_of(names if names == "all" else [name.strip() for name in names.split(",")])

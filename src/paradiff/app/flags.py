@@ -28,6 +28,7 @@ METHOD_HELP = f"One of {', '.join(PRESETS)}; `paradiff methods` says what they a
 OPTION_HELP = "An option of the method, such as blocks=20; repeatable. `paradiff methods NAME` lists them."
 WINDOW_HELP = "Nodes, or blocks, solved at once; none, for the whole chain, by default."
 NOISE_HELP = "`recorded`: the draws of diffusers with each seed; pixel models: `keyed`, the same on every device."
+DEVICE_HELP = "cpu, cuda, cuda:1, mps, or auto"
 ARGUMENT_HELP = "Any other argument of their call, JSON or text; repeatable."
 
 
@@ -89,7 +90,19 @@ Tolerance = Annotated[
 
 # -- device ------------------------------------------------------------------------------------------------------------
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.", rich_help_panel=DEVICE)]
+Device = Annotated[str, typer.Option(help=f"{DEVICE_HELP}.", rich_help_panel=DEVICE)]
+DeviceOrSeveral = Annotated[
+    str, typer.Option(help=f"{DEVICE_HELP}; several by --devices all, or --devices cuda:0,cuda:1.", rich_help_panel=DEVICE)
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        metavar="all|NAME,NAME",
+        help="Devices of this machine that share each round, in one process, in place of --device: all, or cuda:0,cuda:1.",
+        rich_help_panel=DEVICE,
+        hidden=True,
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(help=f"The network's dtype: {', '.join(DTYPES)}; states are float32.", rich_help_panel=DEVICE)
 ]

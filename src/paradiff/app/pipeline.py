@@ -83,6 +83,7 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
             deadline=job.deadline,
             compare=request.compare,
             ranks=job.ranks,
+            devices=job.devices,
         )
     except (Exception, KeyboardInterrupt) as cause:
         if not calls:

@@ -161,7 +161,9 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
     model = load(request.model, device=job.device, dtype=job.dtype, machine=None if job.ranks is None else Machine(job.ranks))
     table = make_table(model, request)
     edges = method.edges(table)
-    evaluator = Evaluator(model, max_rows=request.max_rows, device=job.device, dtype=job.dtype, mesh=job.ranks)
+    evaluator = Evaluator(
+        model, max_rows=request.max_rows, device=job.device, dtype=job.dtype, mesh=job.ranks, devices=job.devices
+    )
     batched = Batched(model=model, table=table, evaluator=evaluator, job=job, console=console)
     batched.warm_up(method.width(table))
     if job.notice:

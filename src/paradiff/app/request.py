@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class Request:
     trace: bool
     overwrite: bool
     device: str
+    devices: str | None = None
     dtype: str
     threads: int | None
     max_rows: int | None
@@ -74,6 +75,8 @@ class Request:
             require_real("the time-out, in seconds,", self.timeout, positive=True)
         if self.deadline is not None:
             require_real("the deadline, in seconds,", self.deadline, positive=True)
+        if self.devices is not None and self.device != "auto":
+            raise ValueError(f"--device is {self.device!r}, and --devices {self.devices!r}; give one of them")
         if self.size is not None:
             parse_size(self.size)
         for text in self.argument:
@@ -94,6 +97,7 @@ class Job:
         method: The method.
         called: What the method's preset was called with, defaults included.
         device: Where the network goes.
+        devices: Those of this process that share each round, the same one first; None for it alone.
         dtype: The network's dtype.
         deadline: What ends calls that take too long; None for no such bound.
         ranks: The ranks that share the work; None where there is one process.
@@ -106,6 +110,7 @@ class Job:
     called: Mapping[str, Any]
     device: torch.device
     dtype: torch.dtype
+    devices: Sequence[torch.device] | None = None
     deadline: Deadline | None = None
     ranks: Ranks | None = None
     notice: str = ""

@@ -32,7 +32,9 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
     """Runs a well-formed request, writes its files and shows its figures."""
     console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)), quiet=rank() > 0)
     environment.use_threads(request.threads)
-    device, dtype = environment.choose_device(request.device), getattr(torch, request.dtype)
+    devices = None if request.devices is None else environment.choose_devices(request.devices)
+    device = environment.choose_device(request.device) if devices is None else devices[0]
+    dtype = getattr(torch, request.dtype)
     if is_pixel(read_index(request.model)):
         from paradiff.app.pixels import sample_pixels as sample_it
         from paradiff.app.pixels import with_defaults
@@ -53,6 +55,7 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
                 method=solver,
                 called=called,
                 device=device,
+                devices=devices,
                 dtype=dtype,
                 deadline=deadline,
                 ranks=ranks,
