@@ -57,7 +57,9 @@ class Linearization:
         if self._jacobian is None:
             return found
         onto = torch.einsum("nkbd,jbd->bnkj", self._dx, changes) * influence[:-1, None]
-        return found + torch.einsum("n,nkbd,bnkj->jbd", self._influence[-1], self._du, self._jacobian.solve(onto))
+        weights = self._influence[-1][:, None, None] * self._jacobian.solve(onto)  # [b, n, k, J]
+        pairs = self._du.permute(2, 0, 1, 3).flatten(1, 2)  # [b, n k, d]
+        return found + (weights.flatten(1, 2).mT @ pairs).transpose(0, 1)
 
 
 def _along(pairs: Tensor, weights: Tensor) -> Tensor:
