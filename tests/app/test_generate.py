@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import jsonschema
 import pytest
 import torch
@@ -402,6 +403,34 @@ def test_batches_that_are_other_samples_are_refused(
     assert "makes another sample of seed 1 in a batch of 2 than by itself (RMS difference 0." in found
     assert found.endswith("; give --batch 1")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parallel_call_that_does_not_fit_is_a_plain_one(
+    cli: Cli, stable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("generate", stable, *TEXT, "--seeds", "0-1", "--window", 4, "--batch", 1)
+    assert cli(*given, "--last", 0, "--out", tmp_path / "plain").code == 0
+    assert cli(*given, "--last", 2, "--out", tmp_path / "parallel").code == 0
+    own, rows = diffusers.UNet2DConditionModel.forward, []
+
+    def small(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(x))
+        if len(x) > 4:
+            raise torch.OutOfMemoryError
+        return own(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", small)
+    found = cli(*given, "--last", 2, "--out", tmp_path / "small")
+    assert (found.code, found.err) == (0, "")
+    assert max(rows) > 4
+    assert found.out.count("warning: memory ran out at network calls of more than 4 rows, so samples were made by plain") == 1
+    plain = load_file(tmp_path / "plain" / "shard-00000.safetensors")["samples"]
+    for k in range(2):
+        sample, parallel = (
+            load_file(tmp_path / name / f"shard-0000{k}.safetensors")["samples"] for name in ("small", "parallel")
+        )
+        assert torch.equal(sample[0], plain[k])
+        assert not torch.equal(sample, parallel)
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What computes the samples of a bulk run: an unconditional pixel model, or a pipeline.
 
-The samples of a batch depend on its seeds alone: not on what was computed before, nor on the memory that is left. A network
-call that does not fit ends the run, since calls of another size would round otherwise; a pipeline's parallel calls are cut.
+The samples of a batch depend on its seeds alone, and not on what was computed before. A network call that does not fit ends the
+run, since calls of another size would round otherwise; where it is a pipeline's parallel one, its sample is that of the plain
+call.
 """
 
 from __future__ import annotations
@@ -176,18 +177,27 @@ class PipelineMaker:
         return [_exact(Output(picture[None], None, 0)) for picture in pictures]
 
     def parallel(self, seeds: Sequence[int]) -> list[Sample]:
-        """The samples of seeds, each by a call in parallel over time."""
+        """The samples of seeds, each by a call in parallel over time; by a plain one where memory runs out in that."""
+        return [self._in_parallel(seed) for seed in seeds]
+
+    def _in_parallel(self, seed: int) -> Sample:
         calls: list[Call] = []
-        call_each(self._pipeline, self._method, self._given, seeds, calls, max_rows=self._max_rows, bars=False)
-        self.warnings += [text for call in calls for text in call.report.warnings if text not in self.warnings]
-        return [
-            Sample(
-                output=call.output,
-                estimated_error=0.0 if call.report.error_estimate is None else call.report.error_estimate.estimated_error,
-                status=call.report.status.code,
-            )
-            for call in calls
-        ]
+        call_each(self._pipeline, self._method, self._given, [seed], calls, max_rows=self._max_rows, bars=False)
+        report, most = calls[0].report, calls[0].report.max_rows
+        cut = report.executor != "sequential" and most != self._max_rows
+        told = (
+            [
+                f"memory ran out at network calls of more than {most} rows, so samples were made by plain calls, one after the "
+                f"other; for parallel ones give --max-rows {most}, and another folder"
+            ]
+            if cut
+            else report.warnings
+        )
+        self.warnings += [text for text in told if text not in self.warnings]
+        if cut:  # calls of another size would round otherwise
+            return _exact(self._alone(seed))
+        error = 0.0 if report.error_estimate is None else report.error_estimate.estimated_error
+        return Sample(output=calls[0].output, estimated_error=error, status=report.status.code)
 
     def _alone(self, seed: int) -> Output:
         return timed(self._pipeline, self._given, generator_of(seed))[0]

@@ -54,6 +54,11 @@ class Account:
         parts, unit = solver.fitted.progress(solver.table)
         if solver.passes + batching.checks >= solver.table.steps and solver.width > 1:
             notes = [*notes, NOTHING_GAINED]
+        if (most := batching.bound.max_rows) != batching.bound.given:
+            notes = [
+                *notes,
+                f"memory ran out at network calls of more than {most} rows, so they were cut: give max_rows={most}",
+            ]
         pipeline, scheduler, method = self._names
         return Report(
             pipeline=pipeline,
@@ -71,6 +76,7 @@ class Account:
             network_calls=batching.calls,
             network_rows=batching.rows,
             filled_rows=batching.filled,
+            max_rows=batching.bound.max_rows,
             refused_calls=sum(one.calls for one in self.refused),
             refused_rows=sum(one.rows for one in self.refused),
             seconds=time.perf_counter() - self._begin,
@@ -101,6 +107,7 @@ class Account:
             network_calls=0,
             network_rows=0,
             filled_rows=0,
+            max_rows=None,
             refused_calls=sum(one.calls for one in self.refused),
             refused_rows=sum(one.rows for one in self.refused),
             seconds=time.perf_counter() - self._begin,

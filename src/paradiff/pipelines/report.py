@@ -32,6 +32,8 @@ class Report:
         network_rows: Rows that entered the networks in the loop, those of checks and padding included; 0 for a sequential
             call. A state has several with guidance, or with several images.
         filled_rows: Rows of padding among them.
+        max_rows: Largest number of rows in one network call, which is smaller than the given one where memory ran out; None for
+            no bound, and for a sequential call.
         refused_calls: Network calls in the loop of tries that came to nothing.
         refused_rows: Rows of these calls.
         seconds: Duration of the whole call: text encoders, solver, decoding.
@@ -58,6 +60,7 @@ class Report:
     network_calls: int
     network_rows: int
     filled_rows: int
+    max_rows: int | None
     refused_calls: int
     refused_rows: int
     seconds: float
