@@ -6,7 +6,7 @@ What is simulated, and what is measured, is said of every row: `part` is `measur
 A run is a list of rounds, and a round has R rows. Rank g of G evaluates ceil(R / G) of them or what is left, as
 `paradiff.solver.sharded` deals them out, and is done when its clock has gone on by t(rows), the latency curve. When the last
 one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Rows that the solver
-evaluates again to check the network cost every rank a call of one row.
+evaluates again to check the network cost every rank a call of one row; `speedup_unchecked` is without them.
 
 - `measured`: two and four gloo ranks on this machine, whose network sleeps for t(W) = a + b W, beside the simulation of
   the same rounds. The overhead is the mean of runs of two other windows with another seed.
@@ -74,6 +74,7 @@ OVERHEAD = (5e-4, 1e-5)
 """Seconds of a round outside the network, and for each of its rows, in the stated curves; not measured."""
 
 COLUMNS = ("part", "curve", "chain", "steps", "method", "window", "devices", "rounds", "evaluations", "error_max", "speedup")
+BEST = (*COLUMNS, "speedup_unchecked")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ class Trace:
     def rounds(self) -> int:
         """Rounds, without rows that are evaluated again."""
         return sum(rows > 0 for rows in self.rows)
+
+    @property
+    def unchecked(self) -> Trace:
+        """The same run with `check="off"`."""
+        return Trace(tuple(rows for rows in self.rows if rows > 0))
 
     @property
     def evaluations(self) -> int:
@@ -383,9 +389,20 @@ def rows_of(chain: str, seeds: int, curves: dict[str, Curve]) -> list[Row]:
                         "evaluations": statistics.mean(trace.evaluations for trace in traces),
                         "error_max": error,
                         "speedup": gains[best],
+                        "speedup_unchecked": single / sum(simulated(trace.unchecked, devices, curve) for trace in traces),
                     }
                 )
     return rows
+
+
+def best_of(rows: Sequence[Row]) -> list[Row]:
+    """The fastest method and window for each curve, chain and number of devices."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        cell = row["chain"], row["steps"], row["curve"], row["devices"]
+        if cell not in found or row["speedup"] > found[cell]["speedup"]:
+            found[cell] = row
+    return list(found.values())
 
 
 def curves_of(path: Path | None) -> dict[str, Curve]:
@@ -454,7 +471,9 @@ def main() -> None:
     if given.json and any(row["part"] == "simulated" for row in results.rows):
         draw(results.rows, given.json.with_suffix(".png"))
     show([row for row in results.rows if row["part"] == "measured"], ("run", "devices", "seconds", "simulated_seconds", "off"))
-    show([row for row in results.rows if row["part"] == "simulated" and row["devices"] in (8, 64)], COLUMNS)
+    simulations = [row for row in results.rows if row["part"] == "simulated" and row["devices"] in (8, 64)]
+    show(simulations, COLUMNS)
+    show(best_of(simulations), BEST, "The best choice for each chain, curve and number of devices")
 
 
 if __name__ == "__main__":
