@@ -28,8 +28,9 @@ from torch import Tensor
 from paradiff import Recorded, Schedule, Table
 from paradiff.methods.collocation.control import ORDER_ZERO
 from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.noises import MeshNoises
 from paradiff.methods.collocation.options import mesh_on
-from paradiff.methods.collocation.system import CollocationSystem, draw
+from paradiff.methods.collocation.system import CollocationSystem, noise_states
 from paradiff.methods.parareal.coarse import Coarse, of_table, one_step, two_step
 from paradiff.methods.presets import collocation
 from paradiff.models.exact import digits
@@ -342,10 +343,12 @@ class Brownian:
         """The collocation system's integrator, one interval after another: the first pass over an interval takes the forcing of
         the one before, further passes evaluate the network again."""
         table, rec, seeds = self.problem.table, system.recurrence, range(len(self.z))
-        drawn = [[draw(interval, noise, k) for k in seeds] for interval in system.intervals]
-        parts = [(torch.stack([e for e, _ in d], 1), torch.stack([own for _, own in d])) for d in drawn]
-        share = system.noises(parts).double()
         x0 = self.start.double()
+        drawn = [MeshNoises.of(system, None, noise, k, x0[k].reshape(1, -1)) for k in seeds]
+        shares = [noise_states(system.noise_weights, d.ends) for d in drawn]
+        for share, d in zip(shares, drawn, strict=True):
+            share[:-1] += d.averaged
+        share = torch.cat(shares, 1).view(-1, *x0.shape)
         forcings = torch.zeros(len(system.intervals), *x0.shape, dtype=torch.float64)
         for k, node in enumerate(system.nodes.tolist()):
             if k:

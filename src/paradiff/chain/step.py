@@ -11,7 +11,7 @@ from torch import Tensor
 from paradiff.chain.table import Table, column
 
 
-def uploaded(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
+def uploaded(values: Sequence[int] | Sequence[bool] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Whole numbers or truth values on a device, without waiting for it: an index made of a list waits for all its work."""
     kind = torch.bool if values and isinstance(values[0], bool) else torch.int64
     return torch.tensor(values, dtype=kind).to(device, non_blocking=True)
@@ -31,13 +31,14 @@ class Step:
 
     Attributes:
         t: `[N+1]` times for the network, on the CPU; int64 where all are whole numbers.
+        scaled: Whether the network sees states at another scale.
     """
 
     def __init__(self, table: Table, device: torch.device, dtype: torch.dtype, shared_window: bool = False) -> None:
         self.table, self.device, self.dtype, self.shared_window = table, device, dtype, shared_window
         whole = bool((table.t == table.t.round()).all())
         self.t = table.t.to(torch.int64) if whole else table.t
-        self._scaled = bool((table.scale != 1).any())
+        self.scaled = bool((table.scale != 1).any())
         self.a, self.b, self.c, self.scale = (self.move(v) for v in (table.a, table.b, table.c, table.scale))
 
     def move(self, values: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class Step:
 
     def seen(self, at: slice | Tensor, x: Tensor) -> Tensor:
         """`[R, ...]` states as the network expects them, from states `x` at the nodes `at` (on the device)."""
-        return x * column(self.scale[at], x) if self._scaled else x
+        return x * column(self.scale[at], x) if self.scaled else x
 
     def __call__(self, at: slice | Tensor, states: Sequence[Tensor], outputs: Sequence[Tensor], noise: Tensor | None) -> Tensor:
         """`[R, ...]` states after one step.

@@ -89,7 +89,7 @@ class Secants:
         to_states, to_outputs = (  # from node q to node n, both counted from the first: a row of zeros above
             torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part)
         )
-        y = SecantJacobian(dx, [(to_states, dx), (to_outputs, dm)], causal=True)(before)
+        y = SecantJacobian(dx, [(to_states, dx), (to_outputs, dm)])(before)
         of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (dx, dm))  # [W, b d]
         added = state_part @ of_states + output_part @ of_outputs
         return added.view_as(change), of_states.view_as(change), of_outputs.view_as(change)
@@ -110,12 +110,11 @@ class SecantJacobian:
 
     Args:
         dx: `[n, k, b, d]` differences of states, k pairs at each of n nodes; zeros where there is none.
-        terms: Reach `[n, n]` and values `[n, k, b, d]`: node i's state changes by sum_j reach[i,j] sum_k values[j,k] y[j,k],
-            y[j,k] being the coefficient of pair k in the change of state j.
-        causal: Whether every reach is strictly lower triangular.
+        terms: Reach `[n, n]`, strictly lower triangular, and values `[n, k, b, d]`: node i's state changes by
+            sum_j reach[i,j] sum_k values[j,k] y[j,k], y[j,k] being the coefficient of pair k in the change of state j.
     """
 
-    def __init__(self, dx: Tensor, terms: Sequence[tuple[Tensor, Tensor]], *, causal: bool = False) -> None:
+    def __init__(self, dx: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> None:
         n, k, b, size = dx.shape
         self._x = dx.permute(2, 0, 1, 3)  # [b, n, k, d]
         own = self._x @ self._x.mT
@@ -127,26 +126,13 @@ class SecantJacobian:
         for reach, values in terms:
             wide = reach.repeat_interleave(k, 0).repeat_interleave(k, 1)
             cross = cross + wide * (flat @ values.permute(2, 0, 1, 3).reshape(b, n * k, size).mT)
-        system = torch.eye(n * k, dtype=dx.dtype, device=dx.device) - _times(cross, self._inverse)
-        self._system, self._pivots = (system, None) if causal else torch.linalg.lu_factor_ex(system)[:2]
+        self._system = -_times(cross, self._inverse)  # its unit diagonal is not looked at
 
     def __call__(self, before: Tensor) -> Tensor:
         """`[n, k, b, 1]` y for changes of the states `[n, b, d]` as far as no pair has a part in them."""
         onto = self._x @ before.transpose(0, 1)[..., None]
-        return self.solve(onto).permute(1, 2, 0, 3)
-
-    def own(self, changes: Tensor) -> Tensor:
-        """`[n, k, b, 1]` y for changes of the states `[n, b, d]` that are known as a whole."""
-        return (self._inverse @ (self._x @ changes.transpose(0, 1)[..., None])).permute(1, 2, 0, 3)
-
-    def solve(self, onto: Tensor) -> Tensor:
-        """`[b, n, k, J]` y for J such changes, given by their products with each pair's `dx`, `[b, n, k, J]`."""
-        right = onto.flatten(1, 2)
-        if self._pivots is None:
-            c = torch.linalg.solve_triangular(self._system, right, upper=False, unitriangular=True)
-        else:
-            c = torch.linalg.lu_solve(self._system, self._pivots, right)
-        return self._inverse @ c.view_as(onto)
+        c = torch.linalg.solve_triangular(self._system, onto.flatten(1, 2), upper=False, unitriangular=True)
+        return (self._inverse @ c.view_as(onto)).permute(1, 2, 0, 3)
 
 
 def _times(cross: Tensor, inverse: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.error import Calibration, InterpolationError, Propagation, interpolation_error
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.pairs import PairStore
 from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.samplers import ddpm
 
@@ -64,22 +65,16 @@ def test_a_defect_beside_the_direction_that_grows_counts_as_its_neighbours_along
     system = CollocationSystem(Recurrence(ddpm(Schedule.linear(), 200), 0.25), list(range(0, 201, 10)), 0)
     doubled, count = DoubledIntervals(system, ORDER_ZERO.defect), len(system.intervals)
     along = torch.eye(2, dtype=torch.float64)
-    dx = torch.zeros(count, 1, 1, 2, dtype=torch.float64)
-    du = dx.clone()
-    dx[1:, 0, 0], du[1:, 0, 0] = along[0], 5 * along[0]  # forcings follow their states along one direction alone
-    now = Linearization(system.influence, system.nodes, dx, du, 0.0)
+    store, dx = PairStore(count, 1, along[:1]), along[0].expand(count - 1, 1, 2)
+    large = torch.ones(count - 1, 1, dtype=torch.bool)
+    store.observe(range(1, count), dx, 5 * dx, large)  # forcings follow their states along one direction alone
+    now = Linearization(system.influence, system.nodes, store.newest(1), 0.0, causal=True)
     defects = 1e-3 * torch.stack([along[j % 2] for j in range(len(doubled.first))])[:, None]
 
     def shares(neighbours: int | None) -> torch.Tensor:
         defect = ORDER_ZERO.defect if neighbours is None else replace(ORDER_ZERO.defect, neighbours=neighbours)
         found = interpolation_error(
-            Propagation(
-                system=system,
-                influence=system.influence,
-                now=now,
-                first=None,
-                mean_square=lambda changes: changes.square().mean((1, 2)),
-            ),
+            Propagation(system=system, influence=system.influence, now=now, first=None),
             torch.zeros(count, 1, 2, dtype=torch.float64),
             (doubled, defects),
             amplification=1.0,

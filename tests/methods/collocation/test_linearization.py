@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff.methods.collocation.linearization import Linearization
+import paradiff.methods.collocation.linearization
+import paradiff.methods.stretch
+from paradiff.methods.collocation.linearization import Linearization, Moves
+from paradiff.methods.collocation.pairs import Pairs, PairStore
 
 NODES, SIZE = 5, 3
 KNOWN = 0.25
@@ -22,9 +25,18 @@ def linear(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return influence, slope, torch.eye(SIZE, dtype=torch.float64).expand(NODES, SIZE, SIZE)
 
 
-def response(influence: Tensor, slope: Tensor, dx: Tensor) -> Linearization:
+def pairs_of(dx: Tensor, du: Tensor) -> Pairs:
+    """Pairs `[M, k, b, d]` of all nodes."""
+    nodes = list(range(len(dx)))
+    store = PairStore(len(dx), dx.shape[1], dx.new_zeros(dx.shape[2:]))
+    for x, u in zip(dx.unbind(1), du.unbind(1), strict=True):
+        store.observe(nodes, x, u, torch.ones(x.shape[:2], dtype=torch.bool))
+    return store.newest(dx.shape[1])
+
+
+def response(influence: Tensor, slope: Tensor, dx: Tensor, *, causal: bool = True) -> Linearization:
     du = torch.einsum("nij,nkj->nki", slope, dx)
-    return Linearization(influence, torch.arange(NODES), dx[:, :, None], du[:, :, None], KNOWN)
+    return Linearization(influence, torch.arange(NODES), pairs_of(dx[:, :, None], du[:, :, None]), KNOWN, causal=causal)
 
 
 def followed(influence: Tensor, slope: Tensor, forced: Tensor) -> Tensor:
@@ -40,37 +52,119 @@ def followed(influence: Tensor, slope: Tensor, forced: Tensor) -> Tensor:
     return found
 
 
-def test_with_pairs_in_all_directions_the_step_is_newtons() -> None:
+@pytest.fixture(params=["short states", "long states"])
+def stretched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long states are worked on a number at a time."""
+    if request.param == "long states":
+        for module in (paradiff.methods.collocation.linearization, paradiff.methods.stretch):
+            monkeypatch.setattr(module, "NUMBERS", 1)
+
+
+@pytest.mark.usefixtures("stretched")
+@pytest.mark.parametrize("causal", [True, False])
+def test_with_pairs_in_all_directions_the_step_is_newtons(causal: bool) -> None:
     influence, slope, dx = linear(0)
     generator = torch.Generator().manual_seed(9)
     base, known = (torch.randn(n, SIZE, generator=generator, dtype=torch.float64) for n in (NODES + 1, NODES))
-    found = response(influence, slope, dx).states(base[:, None], known[:, None])[:, 0]
+    found = response(influence, slope, dx, causal=causal).follow(base[:, None].clone(), known[:, None])[:, 0]
     forced = base - torch.einsum("mn,nij,nj->mi", influence, slope, known)
     # Pairs are damped by a hundredth.
     assert (found - followed(influence, slope, forced)).norm() < 0.05 * (found - base).norm()
     assert (found - base).norm() > 0.1 * base.norm()
 
 
-def test_a_change_reaches_the_sample_as_the_forcings_carry_it() -> None:
+def sampled(influence: Tensor, slope: Tensor, changes: Tensor) -> Tensor:
+    """`[M, d]` the sample's changes by forcings that change by `[M, d]`, each alone."""
+    return torch.stack([followed(influence, slope, influence[:, k, None] * changes[k])[-1] for k in range(NODES)])
+
+
+@pytest.mark.usefixtures("stretched")
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_change_reaches_the_sample_as_the_forcings_carry_it(causal: bool) -> None:
     influence, slope, dx = linear(1)
     generator = torch.Generator().manual_seed(9)
     changes = torch.randn(NODES, SIZE, generator=generator, dtype=torch.float64)
-    found = response(influence, slope, dx).on_sample(changes[:, None], influence)[:, 0]
-    for k in range(NODES):
-        wanted = followed(influence, slope, influence[:, k, None] * changes[k])[-1]
-        assert (found[k] - wanted).norm() < 0.05 * (wanted - influence[-1, k] * changes[k]).norm() + 1e-9
+    linearization = response(influence, slope, dx, causal=causal)
+    wanted = sampled(influence, slope, changes)
+    found = linearization.effects(changes[:, None], influence).sqrt()
+    plain = influence[-1].abs() * changes.square().mean(1).sqrt()
+    wanted_size = wanted.square().mean(1).sqrt()
+    # Pairs are damped by a hundredth.
+    assert ((found - wanted_size).abs() < 0.05 * (wanted_size - plain).abs() + 0.01 * wanted_size).all()
+    assert ((plain - wanted_size).abs() > 0.02 * wanted_size).any()
 
 
+@pytest.mark.usefixtures("stretched")
+def test_a_change_is_carried_in_its_neighbours_directions_at_its_own_size() -> None:
+    influence, slope, dx = linear(4)
+    changes = torch.randn(NODES, SIZE, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    linearization, sizes = response(influence, slope, dx), changes.norm(dim=1)
+    several = []
+    for step in (-1, 0, 1):
+        source = (torch.arange(NODES) + step).clamp(0, NODES - 1)
+        turned = changes[source] * (sizes / sizes[source])[:, None]
+        several.append(linearization.effects(turned[:, None], influence))
+    torch.testing.assert_close(linearization.effects(changes[:, None], influence, 1), torch.stack(several).mean(0))
+
+
+@pytest.mark.usefixtures("stretched")
 @pytest.mark.parametrize("pairs", [0, 2])
 def test_only_what_pairs_have_seen_is_known(pairs: int) -> None:
     influence, slope, dx = linear(2)
-    found = response(influence, slope, dx[:, :pairs]).unknown(torch.ones(NODES, 1, SIZE, dtype=torch.float64))
-    for i in range(SIZE):
-        assert found[..., i].flatten().tolist() == pytest.approx([KNOWN if i < pairs else 1.0] * NODES, rel=0.05)
+    generator = torch.Generator().manual_seed(7)
+    states, known = (torch.randn(NODES, 1, SIZE, generator=generator, dtype=torch.float64) for _ in range(2))
+    constants = 0.5 + torch.rand(NODES, 1, generator=generator, dtype=torch.float64)
+    linearization = response(influence, slope, dx[:, :pairs])
+    changes = states - known
+    seen = (torch.arange(SIZE) < pairs) / 1.01  # of the directions that pairs cover, damped by a hundredth
+    unknown = changes * (1 - (1 - KNOWN) * seen) * constants[..., None]
+    moves = Moves(states, known)
+    torch.testing.assert_close(moves.squares, changes.square().sum(2))
+    torch.testing.assert_close(linearization.staleness(moves, constants)[0], linearization.effects(unknown, influence))
+    # All together is more than their squares: two changes that are one and its opposite, or twice the same.
+    twice = [torch.zeros_like(constants) for _ in range(2)]
+    twice[0][:2], twice[1][1] = constants[:2], constants[1]
+    (first, second), both = linearization.staleness(moves, twice[0])[0][:2], linearization.staleness(moves, twice[0])[1]
+    assert abs(float(both - first - second)) <= 2 * float((first * second).sqrt()) + 1e-12
+    torch.testing.assert_close(linearization.staleness(moves, twice[1])[1], second[None])
 
 
 def test_without_pairs_forcings_do_not_follow() -> None:
     influence, slope, dx = linear(3)
     alone, base = response(influence, slope, dx[:, :0]), torch.ones(NODES + 1, 1, SIZE, dtype=torch.float64)
-    assert torch.equal(alone.states(base, base[:-1] + 1), base)
-    assert torch.equal(alone.on_sample(base[:-1], influence), influence[-1][:, None, None] * base[:-1])
+    assert torch.equal(alone.follow(base.clone(), base[:-1] + 1), base)
+    torch.testing.assert_close(alone.effects(base[:-1], influence), influence[-1].square())
+    each, together = alone.staleness(Moves(2 * base[:-1], base[:-1]), torch.ones(NODES, 1, dtype=torch.float64))
+    torch.testing.assert_close(each, influence[-1].square())
+    torch.testing.assert_close(together, influence[-1].sum().square()[None])
+
+
+def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs() -> None:
+    store = PairStore(3, 2, torch.zeros(1, 2, dtype=torch.float64))
+
+    def seen(nodes: list[int], value: float, large: bool = True) -> None:
+        change = torch.full((len(nodes), 1, 2), value, dtype=torch.float64)
+        store.observe(nodes, change, 10 * change, torch.full((len(nodes), 1), large))
+
+    def kept(most: int) -> dict[int, list[float]]:
+        found = store.newest(most)
+        assert torch.equal(found.du, 10 * found.dx)
+        assert not found.dx[0].any()
+        return {
+            node: [float(found.dx[row, 0, 0]) for row in rows if row]
+            for node, rows in zip(found.nodes, found.rows, strict=True)
+        }
+
+    assert kept(2) == {}
+    seen([0, 2], 1.0)
+    seen([2], 2.0)
+    seen([2], 3.0)
+    assert kept(2) == {0: [1.0], 2: [3.0, 2.0]}
+    assert kept(1) == {0: [1.0], 2: [3.0]}
+    seen([2], 4.0, large=False)
+    assert sorted(kept(2)[2]) == [2.0, 3.0]
+    moved = store.remesh([2, 0, 0, 1], torch.tensor([1.0, 1.0, 0.5, 1.0], dtype=torch.float64)).newest(2)
+    assert moved.nodes == [0, 1, 2]
+    assert [float(moved.dx[rows[0], 0, 0]) for rows in moved.rows[1:]] == [1.0, 0.5]
+    assert [float(moved.du[rows[0], 0, 0]) for rows in moved.rows[1:]] == [10.0, 10.0]
+    assert store.emptied().newest(2).nodes == []

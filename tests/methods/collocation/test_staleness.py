@@ -37,4 +37,4 @@ def test_the_floor_is_that_of_gaussian_data_at_least_and_grows_with_the_cap() ->
 def test_changes_near_rounding_are_told_from_others() -> None:
     states = torch.ones(2, 1, 4, dtype=torch.float64)
     changes = states * torch.tensor([1e-9, 1e-6], dtype=torch.float64)[:, None, None]
-    assert beyond_rounding(changes, states, 1e-7).tolist() == [[False], [True]]
+    assert beyond_rounding(changes.square().sum(2), states, 1e-7).tolist() == [[False], [True]]

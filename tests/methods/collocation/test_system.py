@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import paradiff.methods.stretch
 from paradiff import Keyed, Schedule, Table
 from paradiff.methods.collocation.control import DefectControl
-from paradiff.methods.collocation.defect import DoubledIntervals, directions, interpolation_defects, sensitivity
+from paradiff.methods.collocation.defect import DoubledIntervals, interpolation_defects, sensitivity
 from paradiff.methods.collocation.interval import Recurrence
-from paradiff.methods.collocation.system import CollocationSystem, draw, noise_states
+from paradiff.methods.collocation.noises import MeshNoises
+from paradiff.methods.collocation.system import CollocationSystem, noise_states
+from paradiff.methods.stretch import NUMBERS
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler_ancestral, flow_euler, heun
 
 TABLES = {
@@ -25,6 +28,15 @@ TABLES = {
 }
 VARIANCE = 0.25
 POINTS = [0, 2, 4, 10, 16, 24, 30, 38]  # where a two-stage sampler starts afresh
+
+
+def states_of_noises(system: CollocationSystem, noise: Keyed) -> Tensor:
+    """`[M+1, ...]` n of equation (1), for sample 0."""
+    drawn = MeshNoises.of(system, None, noise, 0, torch.zeros(1, *noise.shape, dtype=torch.float64))
+    found = noise_states(system.noise_weights, drawn.ends)
+    if system.averaged:
+        found[:-1] += drawn.averaged
+    return found[:, 0]
 
 
 def system_of(name: str, order: int) -> CollocationSystem:
@@ -62,7 +74,7 @@ def test_states_and_sample_are_those_of_the_fine_chain_with_interpolated_forcing
     wanted = walk(table, x0, system.interpolation @ u, noise if table.stochastic else None)
     found = system.initial[:, None] * x0 + system.influence @ u
     if table.stochastic:
-        found = found + system.noises([draw(g, noise, 0) for g in system.intervals])
+        found = found + states_of_noises(system, noise)
     # Noises are float32 and so are their sums; without noise all is float64.
     limit = 1e-5 if table.stochastic else 1e-11
     assert (found[-1] - wanted[-1]).abs().max() < limit
@@ -77,7 +89,7 @@ def test_averaged_states_are_those_of_each_interval(name: str) -> None:
     noise = Keyed((5,), 3)
     u, x0 = random(len(system.intervals), 5), random(5, seed=1)
     states = walk(table, x0, system.interpolation @ u, noise)
-    found = system.initial[:, None] * x0 + system.influence @ u + system.noises([draw(g, noise, 0) for g in system.intervals])
+    found = system.initial[:, None] * x0 + system.influence @ u + states_of_noises(system, noise)
     for k, interval in enumerate(system.intervals):
         z = noise.draw(0, range(interval.left, interval.right)).double()
         wanted = interval.state_carry[0] * states[interval.left] + interval.state_forcing * u[k] + interval.state_noise @ z
@@ -121,16 +133,34 @@ def test_too_few_nodes_for_the_order_are_refused() -> None:
         CollocationSystem(Recurrence(table, VARIANCE), [0, 10, 20, table.steps], 3)
 
 
-def test_an_intervals_noise_does_not_depend_on_what_was_drawn_before() -> None:
-    recurrence = Recurrence(TABLES["ddpm"], VARIANCE)
-    noise, interval = Keyed((3,), 1, 4), recurrence.interval(4, 10)
-    before = draw(interval, noise, 2)
-    for place in ((30, 38), (0, 2), (4, 10)):
-        draw(recurrence.interval(*place), noise, 1)
-    again = draw(interval, noise, 2)
-    assert all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
-    other = draw(interval, noise, 1)
-    assert not torch.equal(before[0], other[0])
+@pytest.mark.parametrize("numbers", [NUMBERS, 1])
+def test_a_meshs_noises_are_its_own_and_those_of_common_intervals_are_kept(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paradiff.methods.stretch, "NUMBERS", numbers)
+    system, control = system_of("ddpm", 0), DefectControl()
+    finer = CollocationSystem(system.recurrence, sorted({*system.points, 3, 17}), 0)
+    noise, like = Keyed((3,), 1, 4), torch.zeros(1, 3, dtype=torch.float64)
+    doubled = {mesh: DoubledIntervals(mesh, control) for mesh in (system, finer)}
+    before = MeshNoises.of(system, doubled[system], noise, 2, like)
+    for j, interval in enumerate(doubled[system].intervals):
+        z = noise.draw(2, range(interval.left, interval.right)).double()
+        torch.testing.assert_close(before.doubled[j, 0], interval.state_noise @ z)
+    for k, interval in enumerate(system.intervals):
+        z = noise.draw(2, range(interval.left, interval.right)).double()
+        torch.testing.assert_close(before.ends[k, :, 0], interval.noise @ z)
+        torch.testing.assert_close(before.averaged[k, 0], interval.state_noise @ z)
+    alone = MeshNoises.of(finer, doubled[finer], noise, 2, like)
+    drawn: list[int] = []
+    draw = noise.draw
+    monkeypatch.setattr(noise, "draw", lambda sample, nodes: (drawn.extend(nodes), draw(sample, nodes))[1])
+    found = MeshNoises.of(finer, doubled[finer], noise, 2, like, before)
+    for name in ("ends", "averaged", "doubled"):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name))
+    assert 0 < len(drawn) < system.points[-1]
+    assert len(drawn) == len({*drawn})  # each once
+    other = MeshNoises.of(system, doubled[system], noise, 1, like)
+    assert not torch.equal(before.ends, other.ends)
 
 
 def test_intervals_of_twice_the_length_weigh_forcings_as_the_chain_does() -> None:
@@ -161,17 +191,12 @@ def test_the_averaged_states_of_doubled_intervals_are_those_of_the_coarser_table
     x0, forcings = noise.start(0).double(), torch.randn(4, 3, generator=generator, dtype=torch.float64)
 
     def states(table: CollocationSystem, forcings: Tensor) -> Tensor:
-        return (
-            table.initial[:, None] * x0
-            + table.influence @ forcings
-            + table.noises([draw(interval, noise, 0) for interval in table.intervals])
-        )
+        return table.initial[:, None] * x0 + table.influence @ forcings + states_of_noises(table, noise)
 
     # With the same forcing in both halves of every interval the two tables are one chain.
     fine = forcings.repeat_interleave(2, 0)
-    share = doubled.own(noise, 0) + noise_states(
-        doubled.noise_weights, [draw(interval, noise, 0) for interval in system.intervals]
-    )
+    drawn = MeshNoises.of(system, doubled, noise, 0, torch.zeros(1, 3, dtype=torch.float64))
+    share = (drawn.doubled + noise_states(doubled.noise_weights, drawn.ends))[:, 0]
     found = doubled.initial[:, None] * x0 + doubled.influence @ fine + share
     torch.testing.assert_close(found, states(coarse, forcings)[:-1], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(states(system, fine)[-1], states(coarse, forcings)[-1], rtol=1e-9, atol=1e-9)
@@ -185,15 +210,6 @@ def test_a_sample_responds_to_defects_more_strongly_before_it_is_decided_than_af
     middles = [middle for _, middle, _ in doubled.spans]
     place = Recurrence(TABLES["ddpm"], VARIANCE).log_snr
     assert doubled.sensitivity.tolist() == pytest.approx(sensitivity(place[middles], DefectControl()).tolist())
-
-
-def test_a_defect_is_carried_in_its_neighbours_directions_at_its_own_size() -> None:
-    defects = torch.eye(6, dtype=torch.float64)[:, None] * torch.arange(1.0, 7.0, dtype=torch.float64)[:, None, None]
-    several = directions(defects, 2)
-    assert torch.equal(several[2], defects)
-    for found in several:
-        torch.testing.assert_close(found.norm(dim=2), defects.norm(dim=2))
-    assert several[3][2].argmax() == 3
 
 
 @pytest.mark.parametrize("order", [1, 3])

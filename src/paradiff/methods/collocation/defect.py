@@ -44,11 +44,10 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.data_scale import unusual
-from paradiff.chain.noise import Noise
 from paradiff.chain.sensitivity import undecided
 from paradiff.methods.collocation.control import DefectControl
 from paradiff.methods.collocation.interval import Interval
-from paradiff.methods.collocation.system import CollocationSystem, draw
+from paradiff.methods.collocation.system import CollocationSystem
 
 
 class DoubledIntervals:
@@ -103,10 +102,6 @@ class DoubledIntervals:
         lefts = [self._system.intervals[n] for n in self.first]
         return [(left.left, left.right, interval.right) for left, interval in zip(lefts, self.intervals, strict=True)]
 
-    def own(self, noise: Noise, sample: int) -> Tensor:
-        """`[J, ...]` a sample's own noises in the averaged states."""
-        return torch.stack([draw(interval, noise, sample)[1] for interval in self.intervals])
-
 
 def sensitivity(log_snr: Tensor, control: DefectControl) -> Tensor:
     """Response of a sample to a defect at given levels, relative to Gaussian data: equation (2)."""
@@ -146,13 +141,3 @@ def convergence_ratio(second: float, fourth: float | None, control: DefectContro
     """
     rate = 0.0 if fourth is None else fourth / max(second, 1e-300)
     return min(max(rate / control.ratio_safety, control.least_ratio), control.most_ratio)
-
-
-def directions(defects: Tensor, neighbours: int) -> list[Tensor]:
-    """Defects `[J, b, d]` in their own directions and, at the same size, in those of their `neighbours` on either side."""
-    count, size = len(defects), defects.square().sum(2, keepdim=True).sqrt()
-    found = []
-    for step in range(-neighbours, neighbours + 1):
-        at = (torch.arange(count, device=defects.device) + step).clamp(0, count - 1)
-        found.append(defects[at] * torch.where(size[at] > 0, size / size[at].clamp(min=1e-300), 0.0))
-    return found

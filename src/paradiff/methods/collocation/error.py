@@ -23,7 +23,7 @@ from torch import Tensor
 
 from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.control import CollocationControl
-from paradiff.methods.collocation.defect import DoubledIntervals, convergence_ratio, directions, interpolation_defects
+from paradiff.methods.collocation.defect import DoubledIntervals, convergence_ratio, interpolation_defects
 from paradiff.methods.collocation.linearization import Linearization
 from paradiff.methods.collocation.system import CollocationSystem, weighted
 
@@ -62,34 +62,31 @@ class Propagation:
         influence: `[M+1, M]` its influence matrix on the device.
         now: The system linearized at the current forcings.
         first: The same when the error was first estimated, of another mesh maybe; None before.
-        mean_square: `[J]` mean squares of J changes `[J, b, d]` of the sample.
     """
 
     system: CollocationSystem
     influence: Tensor
     now: Linearization
     first: Linearization | None
-    mean_square: Callable[[Tensor], Tensor]
 
-    def effects(self, several: list[Tensor], influence: Tensor) -> Tensor:
-        """`[J + 2]` mean square effects of J defects on the sample, the mean over several sets of directions; their sum; and
-        that by the chain's linear part alone.
+    def effects(self, defects: Tensor, influence: Tensor, neighbours: int = 0) -> Tensor:
+        """`[J + 2]` mean square effects of J defects on the sample, the mean over several directions; their sum; and that by
+        the chain's linear part alone.
 
         Args:
-            several: Sets of defects, `[J, b, d]` each, the defects in their own directions in the middle.
+            defects: `[J, b, d]`.
             influence: `[M+1, J]` weights of the defects in the states and, last, in the sample.
+            neighbours: In whose directions they are propagated, too (`Linearization.effects`).
         """
-        found = self._mean_over(self.now, several, influence)
+        found = self.now.effects(defects, influence, neighbours)
         if self.first is not None:
             nodes = self.system.nodes
             near = torch.searchsorted(nodes, self.first.nodes).clamp(max=len(nodes) - 1)
             rows = uploaded([*near.tolist(), len(influence) - 1], influence.device)
-            found = torch.maximum(found, self._mean_over(self.first, several, influence[rows]))
-        linear = self.mean_square(influence[-1][:, None, None] * several[len(several) // 2]).sum()
+            found = torch.maximum(found, self.first.effects(defects, influence[rows], neighbours))
+        squares = torch.linalg.vector_norm(defects, dim=2).square() / defects.shape[2]
+        linear = (influence[-1].square() * squares.amax(1)).sum()
         return torch.cat([found, torch.stack([found.sum(), linear])])
-
-    def _mean_over(self, linearization: Linearization, several: list[Tensor], influence: Tensor) -> Tensor:
-        return torch.stack([self.mean_square(linearization.on_sample(d, influence)) for d in several]).mean(0)
 
 
 def interpolation_error(
@@ -116,7 +113,7 @@ def interpolation_error(
         return InterpolationError([0.0], [(0,)], amplification)
     if probed is not None:
         doubled, defects = probed
-        found, total, linear = _read(propagation.effects(directions(defects, neighbours), move(doubled.effect)))
+        found, total, linear = _read(propagation.effects(defects, move(doubled.effect), neighbours))
         amplification = max(amplification, _amplification(total, linear))
         # What grows is a single number, and so are all defects of small samples: a small value is chance more often.
         tail = 1 + control.error.tail_safety * (1 - amplification**-control.error.tail_exponent)
@@ -128,12 +125,12 @@ def interpolation_error(
     omitted, weights = interpolation_defects(system)
     if not omitted:
         return InterpolationError([math.inf], [tuple(range(len(system.intervals)))], amplification)
-    several = directions(weighted(move(weights), forcings), neighbours)
-    numbers = [propagation.effects(several, propagation.influence[:, uploaded(omitted, forcings.device)])]
+    defects = weighted(move(weights), forcings)
+    numbers = [propagation.effects(defects, propagation.influence[:, uploaded(omitted, forcings.device)], neighbours)]
     more, weights = interpolation_defects(system, 4)
     if more:
         at = uploaded(more, forcings.device)
-        numbers.append(propagation.effects([weighted(move(weights), forcings)], propagation.influence[:, at]))
+        numbers.append(propagation.effects(weighted(move(weights), forcings), propagation.influence[:, at]))
     host = torch.cat(numbers).cpu()  # the estimate's one wait for the device
     found, total, linear = _read(host[: len(numbers[0])])
     amplification, fourth = max(amplification, _amplification(total, linear)), None

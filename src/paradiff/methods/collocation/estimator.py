@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -20,15 +20,14 @@ class Estimator:
 
     Args:
         setup: What all samples share.
-        mean_square: `[J]` mean squares of J changes `[J, b, d]` of the sample.
 
     Attributes:
         interpolation_error: Estimate accepted last, root mean square at the sample; infinite before.
         amplification: Largest amplification of defects observed, 1 or more.
     """
 
-    def __init__(self, setup: CollocationSetup, mean_square: Callable[[Tensor], Tensor]) -> None:
-        self._setup, self._mean_square = setup, mean_square
+    def __init__(self, setup: CollocationSetup) -> None:
+        self._setup = setup
         self.interpolation_error = math.inf
         self.amplification = 1.0
         self._calibration = Calibration()
@@ -61,10 +60,8 @@ class Estimator:
             probed: Order 0: the doubled intervals and their defects (`Probes.defects`).
             moved: Root mean square distance of the sample from `sample`; 0 where that is None.
         """
-        control, mean_square = self._setup.control, self._mean_square
-        propagation = Propagation(
-            system=at.system, influence=at.influence, now=linearization, first=self._first, mean_square=mean_square
-        )
+        control = self._setup.control
+        propagation = Propagation(system=at.system, influence=at.influence, now=linearization, first=self._first)
         error = interpolation_error(
             propagation, forcings, probed, amplification=self.amplification, control=control, move=self._setup.move
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.pairs import PairStore
 from paradiff.methods.collocation.system import CollocationSystem, weighted
 
 
@@ -22,22 +23,21 @@ class Evaluations:
         count: M.
         pairs: Secant pairs kept for each node.
         x0: `[b, d]` a state, for shape, dtype and device.
+        dtype: That in which pairs are kept.
 
     Attributes:
         states: `[M, b, d]` y, at which the forcings were evaluated or for which they were guessed.
         forcings: `[M, b, d]` u.
-        dx: `[M, k, b, d]` changes of the states between evaluations, the newest first; zeros where there is none.
-        du: `[M, k, b, d]` the changes of the forcings.
+        pairs: The secant pairs of earlier evaluations (pairs.py).
         quotients: `[M]` largest Lipschitz quotient |du|/|dx| observed at each node; 0 where it was evaluated once.
         evaluated: Whether the forcing is that of the node's own network output.
         assigned: Whether the node has a forcing at all, evaluated or guessed.
     """
 
-    def __init__(self, count: int, pairs: int, x0: Tensor) -> None:
+    def __init__(self, count: int, pairs: int, x0: Tensor, dtype: torch.dtype) -> None:
         self.forcings = x0.new_zeros(count, *x0.shape)
         self.states = self.forcings.clone()
-        self.dx = x0.new_zeros(count, pairs, *x0.shape)
-        self.du = self.dx.clone()
+        self.pairs = PairStore(count, pairs, x0.to(dtype))
         self.quotients = x0.new_zeros(count)
         self.evaluated, self.assigned = [False] * count, [False] * count
 
@@ -50,35 +50,43 @@ class Evaluations:
             forcings: `[R, b, d]`.
             least: Relative size below which a state change makes no secant pair.
         """
-        at = uploaded(chosen, states.device)
-        if self.dx.shape[1]:
-            again = uploaded([self.evaluated[n] for n in chosen], states.device)[:, None]
-            dx, du = states - self.states[at], forcings - self.forcings[at]
-            large = dx.square().sum(2) > least**2 * states.square().sum(2)
-            large = large & again
-            squares = du.square().sum(2) / dx.square().sum(2).clamp(min=1e-300)
-            observed = torch.where(large, squares, 0.0).amax(1).sqrt()
+        again = self._again(chosen)
+        if again:
+            nodes = [chosen[k] for k in again]
+            at, rows = uploaded(nodes, states.device), uploaded(again, states.device)
+            dx, du = states[rows] - self.states[at], forcings[rows] - self.forcings[at]
+            moved, told, size = (torch.linalg.vector_norm(v, dim=2) for v in (dx, du, states[rows]))
+            large = moved > least * size
+            observed = torch.where(large, told / moved.clamp(min=1e-300), 0.0).amax(1)
             self.quotients[at] = torch.maximum(self.quotients[at], observed)
-            for kept, new in ((self.dx, dx), (self.du, du)):  # one place at a time: no copy of all pairs
-                for k in range(kept.shape[1] - 1, -1, -1):
-                    kept[at, k] = torch.where(large[..., None], kept[at, k - 1] if k else new, kept[at, k])
+            self.pairs.observe(nodes, dx, du, large)
+        at = uploaded(chosen, states.device)
         self.states[at], self.forcings[at] = states, forcings
         for n in chosen:
             self.evaluated[n] = self.assigned[n] = True
 
+    def reserve(self, chosen: list[int]) -> None:
+        """Makes room for what evaluations of the nodes `chosen` will show, which `observe` may take a few at a time."""
+        self.pairs.reserve([chosen[k] for k in self._again(chosen)])
+
+    def _again(self, chosen: list[int]) -> list[int]:
+        """Places of the nodes that make a pair: they were evaluated before."""
+        return [k for k, n in enumerate(chosen) if self.evaluated[n]] if self.pairs.most else []
+
     def fill(self, first: int, states: Tensor) -> None:
         """Gives nodes without a forcing that of the last evaluated node before them, or of node `first`; their states are
         taken from `states` `[M, b, d]`."""
+        if all(self.assigned):
+            return
         unassigned, source, last = [], [], first
         for n, (evaluated, assigned) in enumerate(zip(self.evaluated, self.assigned, strict=True)):
             last = n if evaluated else last
             if not assigned:
                 unassigned.append(n)
                 source.append(last)
-        if unassigned:
-            at = uploaded(unassigned, states.device)
-            self.forcings[at] = self.forcings[uploaded(source, states.device)]
-            self.states[at] = states[at]
+        at = uploaded(unassigned, states.device)
+        self.forcings[at] = self.forcings[uploaded(source, states.device)]
+        self.states[at] = states[at]
 
     @property
     def missing(self) -> list[int]:
@@ -101,7 +109,8 @@ class Evaluations:
             nearest.append(k)
             ratios.append(1.0 if same or not 0 < level < math.inf else float(level))
         at, factor = uploaded(nearest, self.states.device), move(torch.tensor(ratios))[:, None, None]
-        self.states, self.dx, self.du = self.states[at] * factor, self.dx[at] * factor[:, None], self.du[at].clone()
+        self.states = self.states[at].mul_(factor)
+        self.pairs = self.pairs.remesh(nearest, factor[:, 0, 0])
         self.quotients = self.quotients[at] / factor[:, 0, 0]
         if new.averaged:
             self.forcings = self.forcings[at]
@@ -115,5 +124,5 @@ class Evaluations:
         clean = self.forcings / nu + g * self.states
         nu, g = (move(v[nodes])[:, None, None] for v in (after.nu, after.g))
         self.forcings = nu * (clean - g * self.states)
-        self.dx, self.du = torch.zeros_like(self.dx), torch.zeros_like(self.du)
+        self.pairs = self.pairs.emptied()
         self.quotients = torch.zeros_like(self.quotients)

@@ -76,12 +76,12 @@ class Mesh:
         so that the step that lands on the sample stands alone."""
         candidates = torch.tensor(self.candidates)
         integral = self._integral[candidates]
-        found = [0]
-        for k in range(1, count):
-            node = int(candidates[(integral - integral[-1] * k / max(count - 1, 1)).abs().argmin()])
-            if node > found[-1]:
-                found.append(node)
-        return [*found, self._steps]
+        wanted = integral[-1] * torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
+        after = torch.searchsorted(integral, wanted).clamp(1, max(len(integral) - 1, 1))
+        before, after = integral[after - 1], integral[after.clamp(max=len(integral) - 1)]
+        nearest = torch.where((before - wanted).abs() <= (after - wanted).abs(), before, after)
+        chosen = candidates[torch.searchsorted(integral, nearest)].tolist()
+        return [*sorted({0, *chosen[1:]}), self._steps]
 
     def subdivide(self, left: int, right: int, parts: int) -> list[int]:
         """The mesh points, `right` left out, of an interval subdivided into at most `parts` of about equal integral."""

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.dense_output import DenseOutput
+from paradiff.methods.collocation.noises import MeshNoises
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.staleness import lipschitz_floor
-from paradiff.methods.collocation.system import CollocationSystem, draw, noise_states, weighted
-
-Drawn = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""The noises of intervals (`system.draw`), by their mesh points."""
+from paradiff.methods.collocation.system import CollocationSystem, noise_states, weighted
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,29 +23,47 @@ class SampleSystem:
 
     Attributes:
         system: The collocation system.
-        drawn: The noises of its intervals, in their order; empty on deterministic chains.
+        doubled: Its doubled intervals; None from order 1.
+        noises: The noises of all these; None on deterministic chains.
         influence: `[M+1, M]` R.
-        base: `[M+1, b, d]` f x[0] + n.
+        x0: `[b, d]` x[0].
+        initial: `[M+1]` f, its weights.
+        noise_weights: `[M+1, M, P]` weights of the noises of the intervals.
         lipschitz_floor: `[M]` Lipschitz constant of the forcing that is taken for granted at each node.
         q_u: `[M]` size of the weight of the network's output in the forcing, positive.
         trusted: Mean squares of how far each node's state may move before it is evaluated again.
     """
 
     system: CollocationSystem
-    drawn: Drawn
+    doubled: DoubledIntervals | None
+    noises: MeshNoises | None
     influence: Tensor
-    base: Tensor
+    x0: Tensor
+    initial: Tensor
+    noise_weights: Tensor
     lipschitz_floor: Tensor
     q_u: Tensor
     trusted: list[float]
 
     def states(self, forcings: Tensor) -> Tensor:
         """`[M+1, b, d]` states of the nodes and, last, the sample, with the forcings `[M, b, d]` fixed."""
-        return self.base + weighted(self.influence, forcings)
+        found = self.initial[:, None] * self.x0.flatten()
+        found.addmm_(self.influence, forcings.flatten(1))
+        if self.noises is not None:
+            found.addmm_(self.noise_weights.flatten(1), self.noises.ends.flatten(0, 1).flatten(1))
+            if self.system.averaged:
+                found[:-1] += self.noises.averaged.flatten(1)
+        return found.view(-1, *self.x0.shape)
 
     @staticmethod
     def of(
-        setup: CollocationSetup, system: CollocationSystem, x0: Tensor, noise: Noise, sample: int, *, drawn: Drawn
+        setup: CollocationSetup,
+        system: CollocationSystem,
+        x0: Tensor,
+        noise: Noise,
+        sample: int,
+        *,
+        before: MeshNoises | None = None,
     ) -> SampleSystem:
         """The system of one sample.
 
@@ -56,37 +73,37 @@ class SampleSystem:
             x0: `[b, d]` the state at node 0.
             noise: x[0] and the noises of every sample.
             sample: The sample.
-            drawn: Noises of intervals that were drawn before.
+            before: The noises of another mesh of the same recurrence.
         """
         rec, nodes = system.recurrence, system.nodes
-        kept: Drawn = {}
-        share = x0.new_zeros(1)
+        doubled = setup.doubled(system) if system.averaged else None
+        noises = None
         if setup.table.stochastic:
-            for interval in system.intervals:
-                span = (interval.left, interval.right)
-                kept[span] = drawn[span] if span in drawn else draw(interval, noise, sample)
-            share = setup.move(system.noises([*kept.values()])).view(-1, *x0.shape)
+            noises = MeshNoises.of(system, doubled, noise, sample, x0, before)
         return SampleSystem(
             system=system,
-            drawn=kept,
+            doubled=doubled,
+            noises=noises,
             influence=setup.move(system.influence),
-            base=setup.move(system.initial)[:, None, None] * x0 + share,
+            x0=x0,
+            initial=setup.move(system.initial),
+            noise_weights=setup.move(system.noise_weights),
             lipschitz_floor=setup.move(lipschitz_floor(rec, nodes, setup.control.lipschitz_cap)),
             trusted=_trusted(setup, system).tolist(),
             q_u=setup.move(rec.q_u[nodes].abs().clamp(min=1e-300)),
         )
 
     def dense_output(
-        self, setup: CollocationSetup, x0: Tensor, forcings: Tensor, shape: tuple[int, ...], noise: Noise, sample: int
+        self, setup: CollocationSetup, forcings: Tensor, shape: tuple[int, ...], noise: Noise, sample: int
     ) -> DenseOutput:
         """The states of all fine nodes, as tensors of `shape`, from the forcings `[M, b, d]`."""
         system = self.system
         initial, influence = setup.move(system.point_initial[:-1]), setup.move(system.point_influence[:-1])
-        carried = weighted(influence.flatten(0, 1), forcings).view(*initial.shape, *x0.shape)
-        states = initial[..., None, None] * x0 + carried
-        if setup.table.stochastic:
-            noises = noise_states(system.point_noise_weights[:-1].flatten(0, 1), [*self.drawn.values()])
-            states = states + setup.move(noises).view(-1, *x0.shape).view_as(states)
+        carried = weighted(influence.flatten(0, 1), forcings).view(*initial.shape, *self.x0.shape)
+        states = initial[..., None, None] * self.x0 + carried
+        if self.noises is not None:
+            weights = setup.move(system.point_noise_weights[:-1].flatten(0, 1))
+            states = states + noise_states(weights, self.noises.ends).view_as(states)
         states, forcings = states.view(*initial.shape, *shape), forcings.view(-1, *shape)
         return DenseOutput(system, forcings, states, noise=noise, sample=sample, move=setup.move)
 

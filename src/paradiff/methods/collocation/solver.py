@@ -19,9 +19,9 @@ with it, is decided in refine.py. Memory is O(nodes) states.
 
 from __future__ import annotations
 
-import functools
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -30,11 +30,11 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import held_to, unusual
 from paradiff.chain.noise import Noise
-from paradiff.chain.step import Step, uploaded
+from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.estimator import Estimator
 from paradiff.methods.collocation.evaluations import Evaluations
 from paradiff.methods.collocation.handover import Handover
-from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.linearization import Linearization, Moves
 from paradiff.methods.collocation.probes import Probes
 from paradiff.methods.collocation.refine import (
     Bounds,
@@ -54,6 +54,7 @@ from paradiff.methods.collocation.sample_system import SampleSystem
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.staleness import beyond_rounding, lipschitz
 from paradiff.methods.collocation.system import CollocationSystem
+from paradiff.methods.stretch import blocks
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import CollocationRecord, WindowRecord
 from paradiff.solver.solution import ErrorEstimate
@@ -66,7 +67,7 @@ class CollocationQuery(Query):
     Attributes:
         chosen: The numbers of the mesh's nodes.
         pairs: The numbers of the doubled intervals.
-        evaluated_at: `[R, b, d]` the states, rounded to the dtype in which the network is given them.
+        evaluated_at: `[R, b, d]` the states, in the dtype in which the network is given them.
     """
 
     chosen: list[int]
@@ -99,7 +100,6 @@ class CollocationSolver:
         x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
         self.shape = tuple(x0.shape)
         self._x0 = x0.reshape(x0.shape[0], -1) if setup.shared_window and x0.ndim > 1 else x0.reshape(1, -1)
-        self._mean_square = functools.partial(_mean_square, setup.step, self.shape)
         self.rounds = self.evaluations = self._sweeps = 0
         self.done = False
         self.iteration_error = self.residual = math.inf
@@ -114,12 +114,12 @@ class CollocationSolver:
         )
         system = setup.system(setup.recurrence, setup.points)
         self._recurrence, self._settled_shift = setup.recurrence, False
-        self._at = SampleSystem.of(setup, system, self._x0, noise, sample, drawn={})
-        self._probes = Probes(setup, noise, sample, self._x0, system)
-        self.estimator = Estimator(setup, self._mean_square)
+        self._at = SampleSystem.of(setup, system, self._x0, noise, sample)
+        self._probes = Probes(setup, self._at)
+        self.estimator = Estimator(setup)
         self._handover: Handover | None = None
         self._visited: list[int] = []  # fine nodes of the last round
-        self._nodes = Evaluations(len(system.intervals), method.secants, self._x0)
+        self._nodes = Evaluations(len(system.intervals), method.secants, self._x0, setup.dtype)
         self.active = list(range(len(system.intervals)))
         self._linearization, self._states, self._final = self._stepped()
 
@@ -134,19 +134,18 @@ class CollocationSolver:
         """The quasi-Newton step, equation (1): the linearization, the states of all nodes, and the sample."""
         nodes = self._nodes
         kept = max(1, self.control.most_pairs // len(nodes.forcings))
-        dx, du, uncertainty = nodes.dx[:, :kept], nodes.du[:, :kept], self.control.pair_uncertainty
-        linearization = Linearization(self._at.influence, self.system.nodes, dx, du, uncertainty)
-        found = linearization.states(self._at.states(nodes.forcings), nodes.states)
-        return linearization, found[:-1], found[-1].view(self.shape)
+        pairs, uncertainty = nodes.pairs.newest(kept), self.control.pair_uncertainty
+        causal = self.system.averaged
+        linearization = Linearization(self._at.influence, self.system.nodes, pairs, uncertainty, causal=causal)
+        found = linearization.follow(self._at.states(nodes.forcings), nodes.states)
+        return linearization, found[:-1], found[-1].clone().view(self.shape)
 
     def _go_over(self, system: CollocationSystem, *, rescaled: bool = False) -> None:
         """Takes over another collocation system; noises of intervals that it shares with the one before are kept, unless their
         weights changed with the variance."""
-        drawn = {} if rescaled else self._at.drawn
-        self._at = SampleSystem.of(self.setup, system, self._x0, self.noise, self.sample, drawn=drawn)
-        if rescaled:
-            self._probes.forget()
-        self._probes.remesh(system)
+        before = None if rescaled else self._at.noises
+        self._at = SampleSystem.of(self.setup, system, self._x0, self.noise, self.sample, before=before)
+        self._probes.remesh(self._at, rescaled=rescaled)
         self._sweeps = 0
 
     # -- the solver's protocol ----------------------------------------------------------------------------------------
@@ -187,13 +186,15 @@ class CollocationSolver:
         if pairs:
             more = self._probes.states(pairs, self._nodes.forcings)
             nodes, states = torch.cat([nodes, more[0]]), torch.cat([states, more[1]])
-        evaluated_at = states.to(setup.dtype).to(states.dtype)
-        rows = setup.step.seen(nodes.to(setup.device, non_blocking=True), evaluated_at.view(-1, *self.shape)).to(setup.dtype)
+        evaluated_at = states.to(setup.dtype)
+        rows = evaluated_at.view(-1, *self.shape)
+        if setup.step.scaled:
+            rows = setup.step.seen(nodes.to(setup.device, non_blocking=True), rows.to(states.dtype)).to(setup.dtype)
         return CollocationQuery(nodes, rows, chosen, pairs, evaluated_at)
 
     def _unprobed(self) -> list[int]:
         """Doubled intervals to evaluate still, among the nodes before the first active one."""
-        return self._probes.missing(min(self.active, default=len(self.system.intervals)), [*self._at.drawn.values()])
+        return self._probes.missing(min(self.active, default=len(self.system.intervals)))
 
     def tell(self, query: Query, outputs: Tensor, states: Tensor | None = None) -> Tensor | None:
         """Takes the outputs of a query.
@@ -215,33 +216,42 @@ class CollocationSolver:
         self.evaluations += len(outputs)
         assert isinstance(query, CollocationQuery)
         self._visited = query.nodes.tolist()
-        table, y, before = self.setup.table, query.evaluated_at, self._final
-        m = table.convert(query.nodes, y.view(-1, *self.shape), outputs.to(y.dtype)).reshape(y.shape)
-        p_u, q_u = (self.setup.move(v[query.nodes])[:, None, None] for v in (self._recurrence.p_u, self._recurrence.q_u))
-        u = p_u * y + q_u * m
-        count = len(query.chosen)
-        if query.pairs:
-            self._probes.observe(query.pairs, u[count:], self._nodes.forcings)
+        before, count, finite = self._final, len(query.chosen), list[Tensor]()
+        for part, _, u in self._forcings(query, outputs, range(count, len(outputs))):
+            self._probes.observe(query.pairs[part.start - count : part.stop - count], u, self._nodes.forcings)
+            finite.append(torch.isfinite(u).all())
         if count:
-            self._nodes.observe(query.chosen, y[:count], u[:count], self.control.pair_rounding * self.setup.resolution)
+            self._nodes.reserve(query.chosen)
+            for part, y, u in self._forcings(query, outputs, range(count)):
+                self._nodes.observe(query.chosen[part], y, u, self.control.pair_rounding * self.setup.resolution)
+                finite.append(torch.isfinite(u).all())
             self._nodes.fill(query.chosen[0], self._states)
+            del self._states  # before others take their room
             self._linearization, self._states, self._final = self._stepped()
-        changes = self._states - self._nodes.states
-        effects = self._stale_effects(changes)
-        each, together = self._mean_square(effects), self._mean_square(effects.sum(0, keepdim=True))
-        away = self._mean_square(changes)
+        each, away, together = self._staleness()
         accepted = self._final if self.estimator.sample is None else self.estimator.sample
-        moved, since = (self._mean_square((self._final - x).view(1, *self._x0.shape))[0] for x in (before, accepted))
-        finite = torch.isfinite(m).all().to(each.dtype)
-        return torch.cat([each, away, together, torch.stack([moved, since, self._final.square().mean(), finite])])
+        moved, since = (mean_square((self._final - x).view_as(self._x0)) for x in (before, accepted))
+        ends = [moved, since, self._final.square().mean(), torch.stack(finite).all().to(each.dtype)]
+        return torch.cat([each, away, together, torch.stack(ends)])
 
-    def _stale_effects(self, changes: Tensor) -> Tensor:
-        """`[M, b, d]` change of the sample by the staleness of each node, of state changes `[M, b, d]`."""
-        certain = self.control.rounding_share * self.setup.resolution
-        real = beyond_rounding(changes, self._nodes.states, certain)
-        unknown = torch.where(real[..., None], self._linearization.unknown(changes), 0.0)
-        constants = lipschitz(self._nodes.quotients, self._at.q_u, self._at.lipschitz_floor)
-        return self._linearization.on_sample(constants[:, None, None] * unknown, self._at.influence)
+    def _forcings(self, query: CollocationQuery, outputs: Tensor, rows: range) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """States `[r, b, d]` and forcings of some rows of a query, of which there may be too many to be worked on at once."""
+        table, recurrence, kind = self.setup.table, self._recurrence, self._x0.dtype
+        for block in blocks(len(rows), self._x0.numel()):
+            part = slice(rows.start + block.start, rows.start + block.stop)
+            nodes, y = query.nodes[part], query.evaluated_at[part].to(kind)
+            m = table.convert(nodes, y.view(-1, *self.shape), outputs[part].to(kind)).reshape(y.shape)
+            p_u, q_u = (self.setup.move(v[nodes])[:, None, None] for v in (recurrence.p_u, recurrence.q_u))
+            yield part, y, torch.addcmul(p_u * y, q_u, m)
+
+    def _staleness(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean squares: `[M]` the change of the sample by the staleness of each node, `[M]` the distance of its state from that
+        of its evaluation, and `[1]` the change by all together."""
+        nodes, moved = self._nodes, Moves(self._states, self._nodes.states)
+        real = beyond_rounding(moved.squares, nodes.states, self.control.rounding_share * self.setup.resolution)
+        constants = lipschitz(nodes.quotients, self._at.q_u, self._at.lipschitz_floor)
+        each, together = self._linearization.staleness(moved, torch.where(real, constants[:, None], 0.0))
+        return each, (moved.squares / self._x0.shape[1]).amax(1), together
 
     def advance(self, norms: list[float], round: int) -> CollocationRecord | WindowRecord:
         """Judges the round: which nodes are active now, whether they have converged, and what follows.
@@ -399,7 +409,7 @@ class CollocationSolver:
         error = math.hypot(self.estimator.interpolation_error, self.iteration_error)
         guide = None
         if error <= self.control.handover_error * self._bounds.tolerance:
-            guide = self._at.dense_output(setup, self._x0, self._nodes.forcings, self.shape, self.noise, self.sample)
+            guide = self._at.dense_output(setup, self._nodes.forcings, self.shape, self.noise, self.sample)
         x0 = self._x0.view(self.shape).to(setup.dtype)
         unseen = self.control.unseen_amplification if setup.table.stochastic and not self.estimator.seen else 1.0
         self._handover = setup.window_loop.take_over(
@@ -414,6 +424,6 @@ class CollocationSolver:
         )
 
 
-def _mean_square(step: Step, shape: tuple[int, ...], changes: Tensor) -> Tensor:
-    """`[J]` mean squares of changes `[J, b, d]` of states of a shape."""
-    return step.mean_square(changes.view(-1, *shape))
+def mean_square(change: Tensor) -> Tensor:
+    """Mean square of a change `[b, d]` of the sample; of several members that of the one which changed most."""
+    return change.square().mean(1).amax()

@@ -47,6 +47,6 @@ def lipschitz(quotients: Tensor, q_u: Tensor, floor: Tensor) -> Tensor:
     return torch.maximum(floor, near * q_u)
 
 
-def beyond_rounding(changes: Tensor, states: Tensor, least: float) -> Tensor:
-    """`[M, b]` whether changes `[M, b, d]` of states are larger than `least` times them."""
-    return changes.square().sum(2) > least**2 * states.square().sum(2)
+def beyond_rounding(squares: Tensor, states: Tensor, least: float) -> Tensor:
+    """`[M, b]` whether changes of states `[M, b, d]`, with sums of squares `[M, b]`, are larger than `least` times them."""
+    return squares > least**2 * torch.linalg.vector_norm(states, dim=2).square()

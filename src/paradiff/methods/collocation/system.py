@@ -30,7 +30,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from paradiff.chain.noise import Noise
 from paradiff.methods.collocation.interval import Interval, Recurrence
 
 
@@ -115,29 +114,13 @@ class CollocationSystem:
                 found[interval.left : interval.right, c] = ((inside[:, None] - others) / (own - others)).prod(1)
         return found
 
-    def noises(self, drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """`[M+1, ...]` n of equation (1), from the noises of the intervals (`draw`)."""
-        found = noise_states(self.noise_weights, drawn)
-        if self.averaged:
-            found[:-1] += torch.stack([own for _, own in drawn])
-        return found
-
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """`[K, b, d]` weighted sums of values `[M, b, d]`, by weights `[K, M]`."""
     return (weights @ values.flatten(1)).view(-1, *values.shape[1:])
 
 
-def noise_states(weights: Tensor, drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`[K, ...]` contribution of the noises of M intervals (`draw`) to K states, by weights `[K, M, P]`."""
-    aggregate = torch.stack([z for z, _ in drawn])  # [M, P, ...]
-    weights = weights.to(device=aggregate.device, dtype=aggregate.dtype)
-    return torch.einsum("mkp,kpd->md", weights, aggregate.flatten(2)).view(-1, *aggregate.shape[2:])
-
-
-def draw(interval: Interval, noise: Noise, sample: int) -> tuple[Tensor, Tensor]:
-    """Weighted sums of an interval's noises: `[P, ...]` in the states at its right end, and `[...]` in its averaged state."""
-    z = noise.draw(sample, range(interval.left, interval.right))
-    weights = torch.cat([interval.noise, interval.state_noise[None]]).to(z.device)
-    found = (weights @ z.double().flatten(1)).view(-1, *z.shape[1:])
-    return found[:-1], found[-1]
+def noise_states(weights: Tensor, ends: Tensor) -> Tensor:
+    """`[K, ...]` contribution of the noises of M intervals, `[M, P, ...]` in the states at their right ends, to K states, by
+    weights `[K, M, P]` of the same dtype and device."""
+    return (weights.flatten(1) @ ends.flatten(0, 1).flatten(1)).view(-1, *ends.shape[2:])
