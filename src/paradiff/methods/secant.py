@@ -121,21 +121,14 @@ class SecantJacobian:
         diagonal = own.diagonal(dim1=2, dim2=3)
         damped = own + torch.diag_embed(DAMPING * diagonal + (~(diagonal > 0)).to(diagonal.dtype))
         self._inverse = torch.linalg.inv_ex(damped).inverse  # unlike `inv`, without a look at it from the host
-        flat = self._x.reshape(b, n * k, size)
-        cross = flat.new_zeros(b, n * k, n * k)
+        flat, system = self._x.reshape(b, n * k, size), dx.new_zeros(b, n, k, n, k)
         for reach, values in terms:
-            wide = reach.repeat_interleave(k, 0).repeat_interleave(k, 1)
-            cross = cross + wide * (flat @ values.permute(2, 0, 1, 3).reshape(b, n * k, size).mT)
-        self._system = -_times(cross, self._inverse)  # its unit diagonal is not looked at
+            answers = (self._inverse @ values.permute(2, 0, 1, 3)).view(b, n * k, size)
+            system.addcmul_((flat @ answers.mT).view_as(system), reach[:, None, :, None], value=-1)
+        self._system = system.view(b, n * k, n * k)  # its unit diagonal is not looked at
 
     def __call__(self, before: Tensor) -> Tensor:
         """`[n, k, b, 1]` y for changes of the states `[n, b, d]` as far as no pair has a part in them."""
         onto = self._x @ before.transpose(0, 1)[..., None]
         c = torch.linalg.solve_triangular(self._system, onto.flatten(1, 2), upper=False, unitriangular=True)
         return (self._inverse @ c.view_as(onto)).permute(1, 2, 0, 3)
-
-
-def _times(cross: Tensor, inverse: Tensor) -> Tensor:
-    """`cross` `[b, W k, W k]` times the block diagonal of `inverse` `[b, W, k, k]`."""
-    b, width, k, _ = inverse.shape
-    return torch.einsum("brql,bqlm->brqm", cross.view(b, width * k, width, k), inverse).reshape(b, width * k, width * k)

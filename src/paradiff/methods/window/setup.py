@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import held_to
 from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
-from paradiff.chain.slope import over_intervals, resolve
+from paradiff.chain.slope import inverse, over_intervals, resolve
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.window.fill import Recurrence
@@ -74,10 +74,17 @@ class WindowSetup:
         self.sloped = bool(self.slope.any())
         self.slope_error = slope_error(table, self.slope, self.edges).tolist()
         self.by_error = method.rule == "error" and method.sweeps is None and method.tolerance > 0 and self.width > 1
+        self._carry: tuple[tuple[int, int], Tensor] | None = None
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
         self.recurrence = Recurrence(self.step, method.predictor)
+
+    def carry(self, lo: int, hi: int) -> Tensor:
+        """`[W, W]` (I - G)^-1 of a stretch of the window (`slope.inverse`), kept until another is asked for."""
+        if self._carry is None or self._carry[0] != (lo, hi):
+            self._carry = (lo, hi), inverse(self.slope[lo:hi])
+        return self._carry[1]
 
     def scaled(self, size: float) -> tuple[list[float], PassingRule]:
         """k s `[M+1]` of budget.py, and the rule by which nodes pass, for data of mean square `size`; no factor is below that

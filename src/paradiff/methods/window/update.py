@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paradiff.chain.slope import inverse
 from paradiff.methods.secant import Secants
 from paradiff.methods.window.setup import WindowSetup
 
@@ -78,9 +77,10 @@ class NewtonUpdate:
         matrix of its width squared."""
         setup, parts = self._setup, []
         for begin in range(0, len(phi), STRETCH):
-            steps = setup.slope[lo + begin : min(lo + begin + STRETCH, hi)]
+            rows = slice(lo + begin, min(lo + begin + STRETCH, hi))
+            steps = setup.slope[rows]
             part = slice(begin, begin + len(steps))
-            carried = setup.move(inverse(steps).fill_diagonal_(0))
+            carried = setup.move(setup.carry(rows.start, rows.stop).tril(-1))
             if not parts:
                 parts.append(torch.addmm(phi[part], carried, residual[part]))
                 continue
@@ -179,6 +179,6 @@ class SecantUpdate:
         for part, values in zip(parts, (table.a[rows] - slope, table.b[rows]), strict=True):
             for j in range(min(table.band, width)):
                 part.diagonal(-j).copy_(values[j:, j])
-        carry = inverse(slope)
+        carry = setup.carry(lo, hi)
         first, second = (setup.move(carry @ part) for part in parts)
         return first, second
