@@ -214,6 +214,9 @@ class CollocationControl:
         order: Degree of the interpolation where the caller gives none.
         nodes: Number of nodes of the first mesh at the tolerance `reference_tolerance`. Raising it costs evaluations and spares
             refinements.
+        extrapolation: How far the forcing of a node that was not evaluated is extrapolated along log(alpha^2/sigma^2) from the
+            last two before it that were, as a multiple of their distance; beyond, and with 0 from the start, it is constant.
+            The digits network, DDIM 100 at window 3, 12 seeds: 19.5 rounds with 0, 17.9 with 1, 17.0 with 2, 16.9 with 4.
         reference_tolerance: Root mean square error, in the data's units, to which `nodes` belongs. Raising it gives all
             tolerances more nodes.
         node_exponent: The first mesh has (`reference_tolerance` / tolerance)^`node_exponent` times as many nodes. The exponents
@@ -282,6 +285,7 @@ class CollocationControl:
     order: int
     nodes: int
     reference_tolerance: float = DEFAULT_TOLERANCE
+    extrapolation: float = 0.0
     node_exponent: float
     least_nodes: float = 0.75
     resolved_share: float
@@ -321,7 +325,7 @@ class CollocationControl:
             require_real(name, getattr(self, name), positive=True)
         for name in ("node_exponent", "least_nodes", "early_factor", "node_share", "refined_exponent", "handover_error"):
             require_real(name, getattr(self, name))
-        for name in ("rounding_share", "pair_rounding", "trusted_move"):
+        for name in ("rounding_share", "pair_rounding", "trusted_move", "extrapolation"):
             require_real(name, getattr(self, name))
         require_between("unseen_amplification", self.unseen_amplification, 1, math.inf)
         require_between("variance_margin", self.variance_margin, 1, math.inf)
@@ -348,6 +352,7 @@ ORDER_ZERO = CollocationControl(
 HIGHER_ORDER = CollocationControl(
     order=3,
     nodes=32,
+    extrapolation=2.0,
     node_exponent=1 / 3,
     iteration_share=0.3,
     refined_share=0.5,

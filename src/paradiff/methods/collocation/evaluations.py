@@ -73,20 +73,35 @@ class Evaluations:
         """Places of the nodes that make a pair: they were evaluated before."""
         return [k for k, n in enumerate(chosen) if self.evaluated[n]] if self.pairs.most else []
 
-    def fill(self, first: int, states: Tensor) -> None:
-        """Gives nodes without a forcing that of the last evaluated node before them, or of node `first`; their states are
-        taken from `states` `[M, b, d]`."""
+    def fill(self, first: int, states: Tensor, place: list[float], most: float) -> None:
+        """Gives nodes without a forcing one by the last two evaluated nodes before them, or that of node `first`; their states
+        are taken from `states` `[M, b, d]`.
+
+        Args:
+            first: The first node that was evaluated in this round.
+            states: The states.
+            place: `[M]` log(alpha^2/sigma^2) at the nodes.
+            most: How far forcings are extrapolated, as a multiple of the distance of the two nodes.
+        """
         if all(self.assigned):
             return
-        unassigned, source, last = [], [], first
+        unassigned, last, before, ratio = [], [], [], []
+        known = [first, first]
         for n, (evaluated, assigned) in enumerate(zip(self.evaluated, self.assigned, strict=True)):
-            last = n if evaluated else last
+            if evaluated:
+                known = [known[1], n]
             if not assigned:
+                k, j = known[1], known[0]
+                away = 0.0 if j >= k else (place[n] - place[k]) / (place[k] - place[j])
                 unassigned.append(n)
-                source.append(last)
-        at = uploaded(unassigned, states.device)
-        self.forcings[at] = self.forcings[uploaded(source, states.device)]
-        self.states[at] = states[at]
+                last.append(k)
+                before.append(j)
+                ratio.append(min(max(away, 0.0), most))
+        at, now = uploaded(unassigned, states.device), self.forcings[uploaded(last, states.device)]
+        if any(ratio):
+            factor = torch.tensor(ratio, dtype=now.dtype).to(now.device, non_blocking=True)
+            now += factor[:, None, None] * (now - self.forcings[uploaded(before, states.device)])
+        self.forcings[at], self.states[at] = now, states[at]
 
     @property
     def missing(self) -> list[int]:

@@ -225,7 +225,8 @@ class CollocationSolver:
             for part, y, u in self._forcings(query, outputs, range(count)):
                 self._nodes.observe(query.chosen[part], y, u, self.control.pair_rounding * self.setup.resolution)
                 finite.append(torch.isfinite(u).all())
-            self._nodes.fill(query.chosen[0], self._states)
+            place = self._recurrence.log_snr[self.system.nodes].tolist()
+            self._nodes.fill(query.chosen[0], self._states, place, self.control.extrapolation)
             del self._states  # before others take their room
             self._linearization, self._states, self._final = self._stepped()
         each, away, together = self._staleness()
