@@ -48,6 +48,8 @@ PRESETS: dict[str, Callable[[Table], object]] = {
     "parasolver, stride 2": lambda table: paradiff.parasolver(stride=2, warmup=2),
     "quasi-Newton, window 8": lambda table: paradiff.quasi_newton(8),
     "quasi-Newton": lambda table: paradiff.quasi_newton(),
+    "parataa": lambda table: paradiff.parataa(),
+    "parataa, window 8, order 4": lambda table: paradiff.parataa(8, 1e-2, order=4, history=2),
     "piadm": lambda table: piadm(table)(3),
     "piadm, 4 sweeps": lambda table: piadm(table)(3, 4),
     "srds": lambda table: paradiff.srds(),

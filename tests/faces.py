@@ -201,6 +201,12 @@ FACES: dict[str, Face] = {
         {},
         {"window": WINDOW, "tolerance": POSITIVE, "secants": SMALL, "slope": SLOPE, "warmup": st.sampled_from([0, 1])},
     ),
+    "parataa": Face(
+        paradiff.parataa,
+        {},
+        {"window": WINDOW, "tolerance": POSITIVE, "order": WINDOW, "history": WINDOW, "noise_tolerance": POSITIVE}
+        | {"ridge": POSITIVE},
+    ),
     "srds": Face(
         paradiff.srds,
         {},

@@ -24,6 +24,7 @@ from paradiff import (
     jacobi,
     paradigms,
     parasolver,
+    parataa,
     piadm_ode,
     piadm_sde,
     quasi_newton,
@@ -126,6 +127,10 @@ METHODS: dict[str, Callable[[Table], WindowMethod]] = {
     ),
     "quasi-Newton": lambda table: quasi_newton(tolerance=0.0),
     "quasi-Newton, 1 pair, a slope that knows nothing": lambda table: quasi_newton(tolerance=0.0, secants=1, slope=arbitrary),
+    "parataa at tolerance 0": lambda table: parataa(tolerance=0.0),
+    "parataa, order 2, a slope that knows nothing": lambda table: dataclasses.replace(
+        parataa(tolerance=0.0, order=2, history=2), slope=arbitrary
+    ),
     "piadm, 3 blocks in turn": lambda table: piadm(table)(3, tolerance=0.0),
     "piadm, 3 blocks in flight": lambda table: piadm(table)(3, tolerance=0.0, stagger=1),
     "piadm, 4 blocks, published diagonal": lambda table: piadm(table)(4, tolerance=0.0, stagger=2, carry=False),
@@ -145,7 +150,10 @@ WINDOWS = (1, 2, 5, STEPS, None)
 def fitted(method: WindowMethod, table: Table, window: int | None) -> WindowMethod:
     """The method with a window, cut to the number of sub-intervals."""
     most = len(dataclasses.replace(method, window=None).edges(table)) - 1
-    return dataclasses.replace(method, window=None if window is None else min(window, most))
+    if window is None:
+        return dataclasses.replace(method, window=None)
+    reached = method.anderson and method.anderson.within(min(window, most))
+    return dataclasses.replace(method, window=min(window, most), anderson=reached)
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:

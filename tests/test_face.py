@@ -19,7 +19,18 @@ import paradiff
 from paradiff.lazy import EXTRAS, lazily
 
 SOURCE = Path(paradiff.__file__).parent
-PRESETS = ["sequential", "jacobi", "paradigms", "parasolver", "quasi_newton", "srds", "collocation", "piadm_sde", "piadm_ode"]
+PRESETS = [
+    "sequential",
+    "jacobi",
+    "paradigms",
+    "parasolver",
+    "quasi_newton",
+    "srds",
+    "collocation",
+    "piadm_sde",
+    "piadm_ode",
+    "parataa",
+]
 ROOT = {
     *["sample", "solve", "parallelize", "explain", "compare", "from_scheduler"],
     *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Method", "__version__"],

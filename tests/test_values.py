@@ -33,6 +33,7 @@ from paradiff import (
     paradigms,
     parallelize,
     parasolver,
+    parataa,
     piadm_ode,
     piadm_sde,
     quasi_newton,
@@ -235,6 +236,12 @@ METHODS: dict[str, tuple[Callable[[], Method], str]] = {
     "srds slope": (lambda: srds(coarse=torch.ones(20)), "srds(coarse=slope of 20)"),
     "collocation": (collocation, "collocation()"),
     "collocation nodes": (lambda: collocation([0, 3, 9], order=1), "collocation(nodes=(0, 3, 9), order=1)"),
+    "parataa": (
+        lambda: parataa(10, order=8),
+        "parataa(slope=freeze_epsilon, window=10, predictor='held', tolerance=0.001, rule='residual', "
+        "anderson=Anderson(order=8),\n"
+        "    noise_tolerance=0.001)",
+    ),
     "piadm_sde": (
         lambda: piadm_sde([0, 20], stagger=2),
         "piadm_sde(blocks=Blocks(count=(0, 20), stagger=2), chains='stochastic')",

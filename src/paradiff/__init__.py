@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from paradiff.chain import slope as slopes
     from paradiff.chain.noise import Keyed, Recorded
     from paradiff.chain.table import Table
+    from paradiff.methods.parataa import parataa
     from paradiff.methods.piadm import piadm_ode, piadm_sde
     from paradiff.methods.presets import (
         collocation,
@@ -58,6 +59,7 @@ else:
             "paradigms": "paradiff.methods.presets",
             "parallelize": "paradiff.pipelines.run",
             "parasolver": "paradiff.methods.presets",
+            "parataa": "paradiff.methods.parataa",
             "piadm_ode": "paradiff.methods.piadm",
             "piadm_sde": "paradiff.methods.piadm",
             "pipelines": "paradiff.pipelines:",
@@ -94,6 +96,7 @@ __all__ = [
     "paradigms",
     "parallelize",
     "parasolver",
+    "parataa",
     "piadm_ode",
     "piadm_sde",
     "pipelines",

@@ -19,6 +19,7 @@ from paradiff import (
     jacobi,
     paradigms,
     parasolver,
+    parataa,
     piadm_ode,
     piadm_sde,
     quasi_newton,
@@ -41,6 +42,7 @@ PRESETS: dict[str, Callable[..., Any]] = {
     "collocation": collocation,
     "piadm_sde": piadm_sde,
     "piadm_ode": piadm_ode,
+    "parataa": parataa,
     "underdamped_langevin": underdamped_langevin,
 }
 NEEDED = {"piadm_sde": {"blocks": 2}, "piadm_ode": {"blocks": 2}}
@@ -75,6 +77,9 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "lipschitz": NUMBER,
     "nodes": ("few", 2.5, True, math.nan, [0.5], b"12", *ARRAYS),
     "order": WHOLE,
+    "history": WHOLE,
+    "noise_tolerance": NUMBER,
+    "ridge": NUMBER,
     "shift": ("own", True, math.nan, [0.1], np.ones(3), torch.ones(3)),
     "max_nodes": WHOLE,
     "exact": ("yes", 1, None, np.ones(3)),

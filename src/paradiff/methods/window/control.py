@@ -19,8 +19,8 @@ class WindowControl:
     Attributes:
         stochastic_caution: k of budget.py on stochastic chains, which forget; positive. A larger one lets nodes pass later.
         deterministic_caution: The same on deterministic chains, which do not forget.
-        secant_caution: Factor of k on stochastic chains for methods with secant pairs, 1 or more: pairs lower the changes that
-            a sweep sees sooner than the errors, so that theta comes out too small.
+        secant_caution: Factor of k on stochastic chains for methods with secant pairs, or mixed sweeps, 1 or more: these lower
+            the changes that a sweep sees sooner than the errors, so that theta comes out too small.
         stage_caution: Factor of k on stochastic chains whose steps have several stages, 1 or more: the second stage of a long
             step answers to the first more strongly than equation (3) of chain/sensitivity.py says. Fitted on seeds 2000 to 2031
             of the digits network and a mixture in the plane, 18 and 40 steps of diffusers' KDPM2AncestralDiscreteScheduler.
@@ -48,13 +48,13 @@ class WindowControl:
         for name in ("secant_caution", "stage_caution"):
             require_between(f"the control's {name}", getattr(self, name), 1, math.inf)
 
-    def caution(self, table: Table, secants: bool) -> float:
+    def caution(self, table: Table, learns: bool) -> float:
         """k of budget.py.
 
         Args:
             table: The chain.
-            secants: Whether secant pairs correct the slope.
+            learns: Whether earlier sweeps correct the present one.
         """
         if not table.stochastic:
             return self.deterministic_caution
-        return self.stochastic_caution * (self.secant_caution if secants else 1) * (self.stage_caution if staged(table) else 1)
+        return self.stochastic_caution * (self.secant_caution if learns else 1) * (self.stage_caution if staged(table) else 1)

@@ -5,8 +5,8 @@ A predictor runs the linear recurrence
 
     x[i+1] = sum_j A[i,j] x[i-j] + B[i] D + c[i] z[i]                                                           (1)
 
-from the window's last states. `copy`: A is the identity, the rest is zero. `linear`: A is the linear part of the steps, B is
-zero. `clean`: A and B are those of the steps with the newest clean-data estimate D frozen (`freeze_clean_data`).
+from the window's last states. `copy` and `held`: A is the identity, the rest is zero. `linear`: A is the linear part of the
+steps, B is zero. `clean`: A and B are those of the steps with the newest clean-data estimate D frozen (`freeze_clean_data`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Recurrence:
     def __init__(self, step: Step, predictor: Predictor) -> None:
         table = step.table
         self.step, self.frozen = step, predictor == "clean"
-        self.noisy = table.stochastic and predictor != "copy"
+        self.noisy = table.stochastic and predictor not in ("copy", "held")
         self.slope, self.clean = torch.zeros_like(table.a), torch.zeros_like(table.c)
         if predictor == "clean":
             source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)

@@ -74,8 +74,8 @@ class WindowMethod(WindowOptions):
     def in_loop(self, table: Table, least: float) -> WindowMethod:
         """With a first step alone, where a window slides freely, as a loop's first pass takes just that.
 
-        Warm-up, stride, blocks and window are shortened to the loop's chain: a pipeline that starts from an image walks only a
-        part of the steps that its call names.
+        Warm-up, stride, blocks, window, and what an Anderson mixing reaches, are shortened to the loop's chain: a pipeline that
+        starts from an image walks only a part of the steps that its call names.
 
         Raises:
             ValueError: If there is a corrector, which changes the sample.
@@ -95,7 +95,11 @@ class WindowMethod(WindowOptions):
             blocks = dataclasses.replace(blocks, count=min(blocks.count, steps))
         if self.rule == "error" and 0 < tolerance < least:
             tolerance = least
-        fitted = dataclasses.replace(self, warmup=warmup, stride=stride, blocks=blocks, window=None, tolerance=tolerance)
+        window = steps if self.window is None else min(self.window, steps)
+        anderson = None if self.anderson is None else self.anderson.within(window)
+        fitted = dataclasses.replace(
+            self, warmup=warmup, stride=stride, blocks=blocks, window=None, tolerance=tolerance, anderson=anderson
+        )
         return (
             fitted
             if self.window is None

@@ -17,9 +17,10 @@ from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import Corrector
+from paradiff.methods.window.mixing import Anderson
 
-Predictor = Literal["copy", "linear", "clean"]
-Rule = Literal["error", "change", "sweeps"]
+Predictor = Literal["copy", "held", "linear", "clean"]
+Rule = Literal["error", "change", "residual", "sweeps"]
 Chains = Literal["any", "stochastic", "deterministic"]
 
 
@@ -33,13 +34,16 @@ class WindowOptions(Face):
         window: Number of sub-intervals solved at once; None for all.
         stride: Fine steps in a sub-interval, or the lengths of all sub-intervals after the warm-up.
         warmup: Steps taken one after the other before the window opens.
-        predictor: The initial guess for new nodes of the window: `copy` of the last state, the `linear` part of the steps
+        predictor: The initial guess for new nodes of the window: `copy` of the last state, the same `held` as ParaTAA does (the
+            window's end, where nothing is evaluated yet, is 0, and once inside a copy, too), the `linear` part of the steps
             (outputs zero, same noises), or the steps with the newest `clean`-data estimate frozen and the same noises.
         tolerance: What the rule compares with.
         rule: `error`: the tolerance is the root mean square error that the sample may have by estimate (budget.py),
             used along the chain as it accrues. `change`: a node passes when its root mean square change is at most
             `tolerance` times the standard deviation of the noise that a DDPM step would add there (the published rules).
-            `sweeps`: a node passes when it has been swept `sweeps` times.
+            `residual`: a node passes when the root mean square residual of its own step is at most `tolerance`, or at most
+            `noise_tolerance` times that standard deviation (ParaTAA's). `sweeps`: a node passes when it has been swept
+            `sweeps` times.
         sweeps: K of the rule `sweeps`.
         blocks: Blocks that the window respects (blocks.py); None for a window that slides freely.
         corrector: What follows every block at whose end noise is left (corrector.py), or None. The sample is then that of
@@ -47,6 +51,8 @@ class WindowOptions(Face):
         chains: Which chains the method is for.
         secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone, 1000
             at most.
+        anderson: Triangular Anderson acceleration (anderson.py), or None.
+        noise_tolerance: The second tolerance of the rule `residual`.
         control: The tuned numbers of the error budget.
 
     Raises:
@@ -66,16 +72,29 @@ class WindowOptions(Face):
     corrector: Corrector | None = None
     chains: Chains = "any"
     secants: int = 0
+    anderson: Anderson | None = None
+    noise_tolerance: float = 0.0
     control: WindowControl = field(default=WindowControl(), kw_only=True)
 
     def __post_init__(self) -> None:
         self._refuse_other_kinds()
         if (self.sweeps is not None) != (self.rule == "sweeps"):
             raise ValueError(f"sweeps is {self.sweeps} with rule {self.rule!r}; the rule 'sweeps' needs it, no other takes it")
+        if self.noise_tolerance and self.rule != "residual":
+            raise ValueError(
+                f"noise_tolerance is {self.noise_tolerance:g} with rule {self.rule!r}; only the rule 'residual' has two "
+                "tolerances: leave it out"
+            )
+        self._refuse_two_accelerations()
         if self.blocks is not None and (self.stride != 1 or self.warmup):
             raise ValueError(
                 f"blocks were given with a stride of {self.stride} and {self.warmup} warm-up steps; blocks are solved node by "
                 "node from the start: leave stride at 1 and warmup at 0"
+            )
+        if self.predictor == "held" and (self.blocks is not None or self.stride != 1):
+            raise ValueError(
+                "the predictor is 'held', whose window ends where nothing is evaluated yet; it takes neither blocks nor a "
+                "stride: use 'copy'"
             )
         if self.secants and self.stride != 1:
             raise ValueError(
@@ -87,6 +106,31 @@ class WindowOptions(Face):
                 "a corrector was given to a method whose blocks do not end one after the other; it needs blocks in turn, "
                 "without a stagger"
             )
+
+    def _refuse_two_accelerations(self) -> None:
+        """Refuses an acceleration on a method that has another, or cannot have it.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if self.anderson is None:
+            return
+        if self.secants:
+            raise ValueError(
+                f"secants is {self.secants} and an Anderson mixing was given; each is an acceleration of its own: give one"
+            )
+        if self.stride != 1:
+            raise ValueError(
+                f"an Anderson mixing was given with a stride of {self.stride}; it mixes the states of single steps: "
+                "leave stride at 1"
+            )
+        if self.sweeps is not None:
+            raise ValueError(
+                f"an Anderson mixing was given with sweeps = {self.sweeps}; a fixed number of sweeps has no residuals that the "
+                "mixing could be held to: use rule 'residual', 'change' or 'error'"
+            )
+        if self.window is not None:
+            self.anderson.refuse_longer_than(self.window)
 
     def _refuse_other_kinds(self) -> None:
         """Refuses values of the wrong kind, and those that are out of their range whatever the others are.
@@ -112,14 +156,20 @@ class WindowOptions(Face):
         for name, kind in (("predictor", Predictor), ("rule", Rule), ("chains", Chains)):
             require_one_of(name, getattr(self, name), get_args(kind))
         require_real("the tolerance", self.tolerance)
+        require_real("noise_tolerance", self.noise_tolerance)
         if self.sweeps is not None:
             require_whole("sweeps", self.sweeps, 1)
         require_whole("secants", self.secants, 0, most=MOST_PAIRS)
-        for name, kind in (("blocks", Blocks), ("corrector", Corrector)):
+        for name, kind in (("blocks", Blocks), ("corrector", Corrector), ("anderson", Anderson)):
             if getattr(self, name) is not None:
                 require_kind(name, getattr(self, name), kind, ", or None")
         require_kind("control", self.control, WindowControl)
-        settle(self, "window", "stride", "warmup", "sweeps", "secants", numbers=["tolerance"])
+        settle(self, "window", "stride", "warmup", "sweeps", "secants", numbers=["tolerance", "noise_tolerance"])
+
+    @property
+    def learns(self) -> bool:
+        """Whether earlier sweeps correct the present one, by secant pairs or by a mixing."""
+        return self.secants > 0 or (self.anderson is not None and self.anderson.history != 1)
 
     def edges(self, table: Table) -> list[int]:
         """The fine nodes at which sub-intervals begin and end, 0 and N included: single steps during the warm-up, then
@@ -161,4 +211,6 @@ class WindowOptions(Face):
             raise ValueError(
                 f"the window is {self.window}; the chain has {len(edges) - 1} sub-intervals: give at most that, or None for all"
             )
+        if self.anderson is not None:
+            self.anderson.refuse_longer_than(len(edges) - 1)
         return edges

@@ -23,7 +23,7 @@ class PassingRule(Protocol):
 
         Args:
             first: The window's first node.
-            rms: `[W]` root mean square change of each node after it.
+            rms: `[W]` root mean square change of each node after it; its residual, with the rule `residual`.
             ages: `[W]` sweeps that each of them has seen, falling along the window.
             budget: The sample's budget, which has observed `rms`.
         """
@@ -60,8 +60,8 @@ class PassByError:
 
 
 @dataclass(frozen=True)
-class PassByChange:
-    """A node passes, with the one after it, while its change is at most its bound.
+class PassByBound:
+    """A node passes, with the one after it, while its change, or its residual, is at most its bound.
 
     Attributes:
         bound: `[M]` the bound of every node after the chain's first.

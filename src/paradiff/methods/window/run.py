@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from paradiff.chain.sensitivity import OFF_SCALE
+from paradiff.methods.window.anderson import AndersonUpdate
 from paradiff.methods.window.march import march
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.setup import WindowSetup
@@ -17,8 +18,11 @@ from paradiff.solver.solution import ErrorEstimate, Status
 
 RULES = {
     "error": "the estimated error of every sample is at most {:g}",
+    "residual": "every node passed with a residual of at most {:g}, or {:g} times its step's noise",
     "change": "every node passed with a change of at most {:g} times its step's noise",
 }
+
+DIVERGED = "; the Anderson mixing of sample{} {} diverged, and plain sweeps went on in its place"
 
 
 class WindowRun:
@@ -29,6 +33,7 @@ class WindowRun:
         self._setup = WindowSetup(
             problem.table, options, problem.device, problem.dtype, problem.shared_window, problem.resolution
         )
+        self._mixing: list[tuple[int, AndersonUpdate]] = []  # the samples that mix sweeps
 
     @property
     def t(self) -> Tensor:
@@ -38,7 +43,10 @@ class WindowRun:
     def solver(self, sample: int) -> WindowSolver:
         """The window of one sample."""
         problem = self._problem
-        return WindowSolver(self._setup, problem.noise, sample, problem.start_of(sample), problem.on_final)
+        solver = WindowSolver(self._setup, problem.noise, sample, problem.start_of(sample), problem.on_final)
+        if isinstance(solver.update, AndersonUpdate):
+            self._mixing.append((sample, solver.update))
+        return solver
 
     def march(self) -> March | None:
         """All samples in step, where windows are of one node that copies the state before it, and nobody listens to states."""
@@ -54,15 +62,19 @@ class WindowRun:
         corrected = corrector is None or corrector.sweeps >= corrector.steps
         if options.sweeps is not None and (options.sweeps < min(setup.exact_after, setup.width) or not corrected):
             return Status.STOPPED, Status.STOPPED.message(f"every node was swept {options.sweeps} times, as asked")
-        if (options.tolerance == 0 or setup.width == 1) and corrected:
-            return Status.EXACT, Status.EXACT.message()
+        fell = [str(sample) for sample, update in self._mixing if update.fell_back]
+        beside = DIVERGED.format("s" if len(fell) > 1 else "", ", ".join(fell)) if fell else ""
+        strict = options.tolerance == options.noise_tolerance == 0
+        if (strict or setup.width == 1) and corrected:
+            return Status.EXACT, Status.EXACT.message() + beside
         worst = max(e.estimated_error for e in estimates)
         if options.rule == "error" and worst > options.tolerance:
             return Status.STOPPED, Status.STOPPED.message(OFF_SCALE.format(worst, options.tolerance))
-        beside = ""
         if corrector is not None and not corrected:
-            beside = f"; not in it: the corrector's {corrector.steps} steps were swept {corrector.sweeps} times, as asked"
-        return Status.CONVERGED, Status.CONVERGED.message(RULES[options.rule].format(options.tolerance) + beside)
+            beside += f"; not in it: the corrector's {corrector.steps} steps were swept {corrector.sweeps} times, as asked"
+        return Status.CONVERGED, Status.CONVERGED.message(
+            RULES[options.rule].format(options.tolerance, options.noise_tolerance) + beside
+        )
 
     def close(self) -> None:
         """Nothing is kept."""

@@ -15,7 +15,7 @@ from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.window.fill import Recurrence
 from paradiff.methods.window.options import WindowOptions
-from paradiff.methods.window.passing import PassByChange, PassByError, PassBySweeps, PassingRule
+from paradiff.methods.window.passing import PassByBound, PassByError, PassBySweeps, PassingRule
 
 
 class WindowSetup:
@@ -40,6 +40,8 @@ class WindowSetup:
         slope: `[M, P]` G over the sub-intervals; `sloped` says whether any of it is not 0.
         slope_error: `[M]` h of budget.py's equation (1).
         by_error: Whether nodes pass by the estimated error.
+        by_residual: Whether they pass by their residuals.
+        residual_bound: `[M]` the bound of every node's residual, with the rule `residual` or an Anderson mixing; else None.
         recurrence: The predictor's coefficients.
     """
 
@@ -75,6 +77,11 @@ class WindowSetup:
         self.slope_error = slope_error(table, self.slope, self.edges).tolist()
         self.by_error = method.rule == "error" and method.sweeps is None and method.tolerance > 0 and self.width > 1
         self._carry: tuple[tuple[int, int], Tensor] | None = None
+        self.by_residual = method.rule == "residual"
+        self.residual_bound: list[float] | None = None
+        if self.by_residual or method.anderson is not None:
+            noise = method.noise_tolerance * noise_units(table, self.edges)
+            self.residual_bound = noise.clamp(min=method.tolerance).tolist()
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
@@ -90,7 +97,7 @@ class WindowSetup:
         """k s `[M+1]` of budget.py, and the rule by which nodes pass, for data of mean square `size`; no factor is below that
         for data of mean square 1."""
         if size not in self._scaled:
-            caution = self.method.control.caution(self.table, self.method.secants > 0)
+            caution = self.method.control.caution(self.table, self.method.learns)
             known = torch.maximum(sensitivity(self.table), sensitivity(self.table, size))
             factor = caution * known[self.edges]
             self._scaled[size] = factor.tolist(), self._rule(factor, size)
@@ -102,7 +109,10 @@ class WindowSetup:
         if method.sweeps is not None:
             return PassBySweeps(method.sweeps)
         if method.rule == "change":
-            return PassByChange((method.tolerance * noise_units(self.table, self.edges)).tolist())
+            return PassByBound((method.tolerance * noise_units(self.table, self.edges)).tolist())
+        if self.by_residual:
+            assert self.residual_bound is not None
+            return PassByBound(self.residual_bound)
         error = torch.tensor(self.slope_error, dtype=torch.float64)
         costs = torch.cat([torch.zeros(1), (error * factor[1:].sqrt()).cumsum(0)])
         shares = (costs / costs[-1]).tolist() if costs[-1] > 0 else [1.0] * len(self.edges)

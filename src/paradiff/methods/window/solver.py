@@ -30,6 +30,7 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import seen, unusual
 from paradiff.chain.noise import Noise
+from paradiff.methods.window.anderson import AndersonUpdate
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
@@ -95,7 +96,7 @@ class WindowSolver:
         self._clean_square = x0.new_empty(0)
         factor, self._passes = setup.scaled(self._size)
         self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
-        self.update: Update = SecantUpdate(setup) if setup.method.secants else NewtonUpdate(setup)
+        self.update: Update = update_of(setup)
         self.edits = Edits()
         self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
@@ -103,6 +104,7 @@ class WindowSolver:
         self._counted = False  # whether the budget was counted for the sample's own size
         self._rounds: Rounds = SingleSteps(setup) if setup.single else Substeps(setup)
         self._fill: Fill = PredictedFill(setup.recurrence, x0) if guide is None else GuidedFill(guide)
+        self._held = setup.method.predictor == "held"  # whether the window's end is no known state
         self._on_final = _unheard if on_final is None else on_final
         self._block = 1  # the window may reach to this block edge
         self._open()
@@ -120,7 +122,9 @@ class WindowSolver:
     @property
     def newest(self) -> Tensor:
         """The state furthest along the chain; the sample itself once the window reaches the end."""
-        return self.final if self.done else self.x[-1]
+        if self.done:
+            return self.final
+        return self.x[-2 if self._held and self.hi > self.lo else -1]
 
     @property
     def error_estimate(self) -> ErrorEstimate:
@@ -147,9 +151,9 @@ class WindowSolver:
                 left them alone.
 
         Returns:
-            `[W]` mean square change of each node after the first, where that ended a sweep; with a tolerance of the estimated
-            error, followed by the mean square of the clean-data estimate at the last node; where that is the chain's end, by
-            that of its state.
+            `[W]` mean square change of each node after the first, where that ended a sweep; with the rule `residual`, followed
+            by `[W]` mean squares of the residuals; with a tolerance of the estimated error, followed by the mean square of the
+            clean-data estimate at the last node; where that is the chain's end, by that of its state.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -196,6 +200,7 @@ class WindowSolver:
         old = self.edits.handed_out(self.x[ends])
         new = self.edits.spare(self.update(self.lo, self.hi, phi, old), phi)
         distance = self.update.distance(new, phi, old)
+        judged = [self.setup.step.mean_square(self.edits.spare(phi - old, 0.0))] if self.setup.by_residual else []
         if len(phi) > 1:
             distance = self.edits.spare(distance, 0.0)
             if self.setup.single:
@@ -203,7 +208,7 @@ class WindowSolver:
         self.x[ends] = new
         self.ages = [age + 1 for age in self.ages]
         mean_square, ends_here = self.setup.step.mean_square, self.hi == self.setup.intervals
-        return torch.cat([mean_square(distance), self._clean_square, *([mean_square(new[-1:])] if ends_here else [])])
+        return torch.cat([mean_square(distance), *judged, self._clean_square, *([mean_square(new[-1:])] if ends_here else [])])
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Accepts the leading nodes (at least one) and slides the window: new nodes get an initial guess, or, at a block's
@@ -219,14 +224,17 @@ class WindowSolver:
         if self.correction is not None:
             return self._corrected(norms, round)
         setup, first, passed = self.setup, self.lo, 1
-        norms, squares = norms[: self.hi - first], norms[self.hi - first :]
+        width = self.hi - first
+        norms, judged, squares = norms[:width], norms[width : width * (1 + setup.by_residual)], norms[width:]
+        squares = squares[len(judged) :]
         if setup.by_error:
             self._see(squares[0])
         if all(map(math.isfinite, norms)):
             self._final_square = squares[-1] if self.hi == setup.intervals else None
             rms = [math.sqrt(v) for v in norms]
             self.budget.observe(first, rms)
-            passed = self._passes(first, rms, self.ages, self.budget)
+            residuals = [math.sqrt(v) for v in judged] if setup.by_residual else rms
+            passed = self._passes(first, residuals, self.ages, self.budget)
             self.budget.accept(passed)
         else:
             self._final_square = None
@@ -299,6 +307,9 @@ class WindowSolver:
         setup = self.setup
         width = 1 if self.lo < setup.method.warmup else setup.width
         hi = min(self.lo + width, self._reach())
+        if self._held and self.hi > self.lo:
+            self.x[-1] = self.x[-2]
+            self._held = self.hi < setup.intervals
         begin, first, last = setup.edges[self.lo], setup.edges[self.hi], setup.edges[hi]
         if setup.table.stochastic and last > first:
             drawn = setup.move(self.noise.draw(self.sample, range(first, last)))
@@ -310,6 +321,9 @@ class WindowSolver:
             if setup.history:
                 self.m = torch.cat([self.m, outputs])
         self.ages += [0] * (hi - self.hi)
+        if self._held and last > first:
+            self._held = self.lo + width <= hi  # until the window hangs over what is left
+            self.x[-1] = torch.zeros_like(self.x[-1]) if self._held else self.x[-2]
         self.hi = hi
 
     def _reach(self) -> int:
@@ -321,6 +335,13 @@ class WindowSolver:
             if self.lo == self.hi or (stagger is not None and self.ages[-1] >= stagger):
                 self._block += 1
         return edges[self._block]
+
+
+def update_of(setup: WindowSetup) -> Update:
+    """The update that a method names, for one sample."""
+    if setup.method.anderson is not None:
+        return AndersonUpdate(setup)
+    return SecantUpdate(setup) if setup.method.secants else NewtonUpdate(setup)
 
 
 def _unheard(first: int, states: Tensor) -> None:
