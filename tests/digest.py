@@ -48,6 +48,8 @@ PRESETS: dict[str, Callable[[Table], object]] = {
     "parasolver, stride 2": lambda table: paradiff.parasolver(stride=2, warmup=2),
     "quasi-Newton, window 8": lambda table: paradiff.quasi_newton(8),
     "quasi-Newton": lambda table: paradiff.quasi_newton(),
+    "chords": lambda table: paradiff.chords(),
+    "chords, 4 cores, answer 2": lambda table: paradiff.chords(4, answers=2),
     "parataa": lambda table: paradiff.parataa(),
     "parataa, window 8, order 4": lambda table: paradiff.parataa(8, 1e-2, order=4, history=2),
     "piadm": lambda table: piadm(table)(3),
@@ -91,7 +93,12 @@ def stopped(method: WindowMethod) -> WindowMethod:
 def cases() -> dict[str, tuple[Table, Callable[[Table], object]]]:
     """Table and method of every entry, by its name."""
     short = {f"{t} | {m}": (TABLES[t], lambda table, m=m: stopped(METHODS[m](table))) for t in TABLES for m in METHODS}
-    presets = {f"{t} | {m}": (table, PRESETS[m]) for t, table in (TABLES | LONG).items() for m in PRESETS}
+    presets = {
+        f"{t} | {m}": (table, PRESETS[m])
+        for t, table in (TABLES | LONG).items()
+        for m in PRESETS
+        if not m.startswith("chords") or (table.band == 1 and not table.stochastic)
+    }
     return {name: case for name, case in (short | presets).items() if name not in UNSTEADY}
 
 

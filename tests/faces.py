@@ -201,6 +201,17 @@ FACES: dict[str, Face] = {
         {},
         {"window": WINDOW, "tolerance": POSITIVE, "secants": SMALL, "slope": SLOPE, "warmup": st.sampled_from([0, 1])},
     ),
+    "chords": Face(
+        paradiff.chords,
+        {},
+        {
+            "cores": SMALL,
+            "tolerance": POSITIVE,
+            "starts": st.sampled_from([None, [0, 2]]),
+            "answers": st.sampled_from([None, 1]),
+        }
+        | {"rule": st.sampled_from(["error", "change"])},
+    ),
     "parataa": Face(
         paradiff.parataa,
         {},

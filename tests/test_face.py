@@ -30,6 +30,7 @@ PRESETS = [
     "piadm_sde",
     "piadm_ode",
     "parataa",
+    "chords",
 ]
 ROOT = {
     *["sample", "solve", "parallelize", "explain", "compare", "from_scheduler"],

@@ -25,6 +25,7 @@ from paradiff import (
     Recorded,
     Schedule,
     Table,
+    chords,
     collocation,
     explain,
     from_scheduler,
@@ -242,6 +243,8 @@ METHODS: dict[str, tuple[Callable[[], Method], str]] = {
         "anderson=Anderson(order=8),\n"
         "    noise_tolerance=0.001)",
     ),
+    "chords": (lambda: chords(4, answers=2), "chords(cores=4, answers=2)"),
+    "chords starts": (lambda: chords(starts=[0, 4]), "chords(cores=2, starts=(0, 4))"),
     "piadm_sde": (
         lambda: piadm_sde([0, 20], stagger=2),
         "piadm_sde(blocks=Blocks(count=(0, 20), stagger=2), chains='stochastic')",
@@ -317,7 +320,7 @@ def examples() -> list[Any]:
     table = ddim(Schedule.linear(), 6)
     solutions = [
         sample(seen, table, Keyed(SHAPE), method, observer=rounds.append)
-        for method in (parasolver(4), srds(2), collocation(3, order=0))
+        for method in (parasolver(4), srds(2), collocation(3, order=0), chords(2))
     ]
     run = parallelize(pipeline())
     run.pipeline.set_progress_bar_config(disable=True)
@@ -327,7 +330,7 @@ def examples() -> list[Any]:
     comparison = compare(seen, table, Keyed(SHAPE), {"srds": srds(2)})
     return [
         *(x for s in solutions for x in (s, s.history[0], s.error_estimates[0])),
-        *(parasolver(), srds(), collocation(), Blocks(2), underdamped_langevin(1, 2)),
+        *(parasolver(), srds(), collocation(), chords(), Blocks(2), underdamped_langevin(1, 2)),
         *(Keyed(SHAPE), recorded(), table, Schedule.linear(), Grid(torch.tensor([2.0, 1.0, 0.0]), [0, 2])),
         *(Clip(1.0), DynamicThreshold(0.9, 2.0), Status.EXACT, rounds[0], Deadline(5)),
         *(Evaluator(seen), Problem(table=table, noise=Keyed(SHAPE)), EditedOutputs(zeros, zeros), Query(zeros[:, 0, 0], zeros)),

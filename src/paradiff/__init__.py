@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from paradiff.chain import slope as slopes
     from paradiff.chain.noise import Keyed, Recorded
     from paradiff.chain.table import Table
+    from paradiff.methods.chords.method import chords
     from paradiff.methods.parataa import parataa
     from paradiff.methods.piadm import piadm_ode, piadm_sde
     from paradiff.methods.presets import (
@@ -48,6 +49,7 @@ else:
             "Table": "paradiff.chain.table",
             "__version__": "paradiff.version",
             "chain": "paradiff.chain:",
+            "chords": "paradiff.methods.chords.method",
             "collocation": "paradiff.methods.presets",
             "compare": "paradiff.planning.side_by_side",
             "explain": "paradiff.pipelines.explanation",
@@ -85,6 +87,7 @@ __all__ = [
     "Table",
     "__version__",
     "chain",
+    "chords",
     "collocation",
     "compare",
     "explain",

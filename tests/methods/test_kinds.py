@@ -15,6 +15,7 @@ from problems import TABLES
 
 from paradiff import (
     Keyed,
+    chords,
     collocation,
     jacobi,
     paradigms,
@@ -43,6 +44,7 @@ PRESETS: dict[str, Callable[..., Any]] = {
     "piadm_sde": piadm_sde,
     "piadm_ode": piadm_ode,
     "parataa": parataa,
+    "chords": chords,
     "underdamped_langevin": underdamped_langevin,
 }
 NEEDED = {"piadm_sde": {"blocks": 2}, "piadm_ode": {"blocks": 2}}
@@ -77,6 +79,9 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "lipschitz": NUMBER,
     "nodes": ("few", 2.5, True, math.nan, [0.5], b"12", *ARRAYS),
     "order": WHOLE,
+    "cores": WHOLE,
+    "starts": SEVERAL,
+    "answers": WHOLE,
     "history": WHOLE,
     "noise_tolerance": NUMBER,
     "ridge": NUMBER,

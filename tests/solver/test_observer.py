@@ -20,6 +20,7 @@ from paradiff import (
     Schedule,
     Solution,
     Table,
+    chords,
     collocation,
     parasolver,
     piadm_ode,
@@ -38,6 +39,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "blocks": lambda: piadm_ode(4, tolerance=1e-3),
     "parareal": lambda: srds(6, tolerance=1e-3),
     "collocation": lambda: collocation(12, tolerance=1e-3),
+    "chords": lambda: chords(4, tolerance=0.2),
 }
 TABLE = ddim(Schedule.linear(), 40)
 each_method = pytest.mark.parametrize("method", METHODS)

@@ -29,6 +29,7 @@ _PLAIN = ("sequential", "jacobi", "paradigms", "parasolver", "quasi_newton", "sr
 PRESETS: dict[str, str] = {
     **dict.fromkeys(_PLAIN, "paradiff.methods.presets"),
     **dict.fromkeys(("piadm_sde", "piadm_ode"), "paradiff.methods.piadm"),
+    "chords": "paradiff.methods.chords.method",
     "parataa": "paradiff.methods.parataa",
 }
 """The methods of the command line, and the modules that hold their presets under the same name."""

@@ -2,6 +2,7 @@
 """How a chain is solved: the published methods as presets, and a folder for each family of solvers."""
 
 from paradiff.methods import presets
+from paradiff.methods.chords.method import ChordsMethod
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.window.blocks import Blocks
@@ -10,6 +11,7 @@ from paradiff.methods.window.method import WindowMethod
 
 __all__ = [
     "Blocks",
+    "ChordsMethod",
     "CollocationMethod",
     "Corrector",
     "PararealMethod",

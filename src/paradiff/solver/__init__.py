@@ -17,11 +17,12 @@ from paradiff.solver.protocol import (
     Solver,
 )
 from paradiff.solver.ranks import Ranks
-from paradiff.solver.records import CollocationRecord, PararealRecord, Record, WindowRecord
+from paradiff.solver.records import ChordsRecord, CollocationRecord, PararealRecord, Record, WindowRecord
 from paradiff.solver.solution import ErrorEstimate, Solution, Status
 
 __all__ = [
     "Batch",
+    "ChordsRecord",
     "CollocationRecord",
     "Deadline",
     "Denoiser",

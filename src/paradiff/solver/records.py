@@ -170,6 +170,42 @@ class CollocationRecord:
         return Trace(axis="fine node (0 noise)", scale="marked", cells=[(node, 1) for node in self.nodes], curves=curves)
 
 
+@dataclass(frozen=True, repr=False)
+class ChordsRecord:
+    """One round of one sample's cores.
+
+    Attributes:
+        round: The round, counted from 1.
+        sample: The sample.
+        nodes: The nodes at which its cores were evaluated, the slowest core first.
+        answer: The newest answer that the round made, counted from 0; None where it made none.
+        change: Root mean square change of the newest answer from the one before; infinite before there are two, 0 for the
+            sequential sample.
+        passed: 1 if this made the sample final.
+    """
+
+    round: int
+    sample: int
+    nodes: list[int]
+    answer: int | None
+    change: float
+    passed: int = 0
+
+    def __repr__(self) -> str:
+        made = "no answer" if self.answer is None else f"answer {self.answer}, change {self.change:.2g}"
+        return f"ChordsRecord(round {self.round}, sample {self.sample}: {len(self.nodes)} cores, {made})"
+
+    def to_json(self) -> dict[str, Any]:
+        """As `Record.to_json`; the change to three digits."""
+        made = {"visited": self.nodes, "answer": self.answer, "change": _rounded(self.change)}
+        return {"round": self.round, "passed": self.passed, **made}
+
+    def trace(self) -> Trace:
+        """The nodes at which the cores were, and how the answers moved."""
+        cells = [(node, 1.0) for node in self.nodes]
+        return Trace(axis="node (0 noise)", scale="marked", cells=cells, curves={"change of the answer": self.change})
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
