@@ -50,6 +50,8 @@ PRESETS: dict[str, Callable[[Table], object]] = {
     "quasi-Newton": lambda table: paradiff.quasi_newton(),
     "chords": lambda table: paradiff.chords(),
     "chords, 4 cores, answer 2": lambda table: paradiff.chords(4, answers=2),
+    "quasi-DEER": lambda table: paradiff.quasi_deer(),
+    "quasi-DEER, window 8, 2 probes": lambda table: paradiff.quasi_deer(8, probes=2),
     "parataa": lambda table: paradiff.parataa(),
     "parataa, window 8, order 4": lambda table: paradiff.parataa(8, 1e-2, order=4, history=2),
     "piadm": lambda table: piadm(table)(3),

@@ -212,6 +212,11 @@ FACES: dict[str, Face] = {
         }
         | {"rule": st.sampled_from(["error", "change"])},
     ),
+    "quasi_deer": Face(
+        paradiff.quasi_deer,
+        {},
+        {"window": WINDOW, "tolerance": POSITIVE, "probes": SMALL, "warmup": st.sampled_from([0, 1])},
+    ),
     "parataa": Face(
         paradiff.parataa,
         {},

@@ -27,6 +27,7 @@ WINDOWS: dict[str, Method] = {
     "parasolver": parasolver(tolerance=0.0),
     "sub-intervals": parasolver(tolerance=0.0, stride=5),
     "quasi_newton": quasi_newton(tolerance=0.0),
+    "quasi_deer": paradiff.quasi_deer(tolerance=0.0),
     "parataa": paradiff.parataa(tolerance=0.0),
 }
 PIADM = {"ddpm": paradiff.piadm_sde, "ddim": paradiff.piadm_ode}

@@ -31,6 +31,7 @@ PRESETS = [
     "piadm_ode",
     "parataa",
     "chords",
+    "quasi_deer",
 ]
 ROOT = {
     *["sample", "solve", "parallelize", "explain", "compare", "from_scheduler"],

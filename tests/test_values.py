@@ -37,6 +37,7 @@ from paradiff import (
     parataa,
     piadm_ode,
     piadm_sde,
+    quasi_deer,
     quasi_newton,
     sample,
     sequential,
@@ -45,7 +46,7 @@ from paradiff import (
 )
 from paradiff.chain import Clip, DynamicThreshold
 from paradiff.chain.slope import Slope, resolve
-from paradiff.methods import Blocks
+from paradiff.methods import Blocks, ForwardProbes
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import underdamped_langevin
 from paradiff.methods.window.method import WindowMethod
@@ -243,6 +244,7 @@ METHODS: dict[str, tuple[Callable[[], Method], str]] = {
         "anderson=Anderson(order=8),\n"
         "    noise_tolerance=0.001)",
     ),
+    "quasi_deer": (lambda: quasi_deer(16), "quasi_deer(window=16)"),
     "chords": (lambda: chords(4, answers=2), "chords(cores=4, answers=2)"),
     "chords starts": (lambda: chords(starts=[0, 4]), "chords(cores=2, starts=(0, 4))"),
     "piadm_sde": (
@@ -330,7 +332,16 @@ def examples() -> list[Any]:
     comparison = compare(seen, table, Keyed(SHAPE), {"srds": srds(2)})
     return [
         *(x for s in solutions for x in (s, s.history[0], s.error_estimates[0])),
-        *(parasolver(), srds(), collocation(), chords(), Blocks(2), underdamped_langevin(1, 2)),
+        *(
+            parasolver(),
+            srds(),
+            collocation(),
+            chords(),
+            quasi_deer(),
+            ForwardProbes(seen),
+            Blocks(2),
+            underdamped_langevin(1, 2),
+        ),
         *(Keyed(SHAPE), recorded(), table, Schedule.linear(), Grid(torch.tensor([2.0, 1.0, 0.0]), [0, 2])),
         *(Clip(1.0), DynamicThreshold(0.9, 2.0), Status.EXACT, rounds[0], Deadline(5)),
         *(Evaluator(seen), Problem(table=table, noise=Keyed(SHAPE)), EditedOutputs(zeros, zeros), Query(zeros[:, 0, 0], zeros)),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paradiff.chain.noise import Keyed, Recorded
     from paradiff.chain.table import Table
     from paradiff.methods.chords.method import chords
+    from paradiff.methods.deer.method import quasi_deer
     from paradiff.methods.parataa import parataa
     from paradiff.methods.piadm import piadm_ode, piadm_sde
     from paradiff.methods.presets import (
@@ -66,6 +67,7 @@ else:
             "piadm_sde": "paradiff.methods.piadm",
             "pipelines": "paradiff.pipelines:",
             "planning": "paradiff.planning:",
+            "quasi_deer": "paradiff.methods.deer.method",
             "quasi_newton": "paradiff.methods.presets",
             "sample": "paradiff.solver.loop",
             "samplers": "paradiff.samplers:",
@@ -104,6 +106,7 @@ __all__ = [
     "piadm_sde",
     "pipelines",
     "planning",
+    "quasi_deer",
     "quasi_newton",
     "sample",
     "samplers",

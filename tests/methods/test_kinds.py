@@ -23,6 +23,7 @@ from paradiff import (
     parataa,
     piadm_ode,
     piadm_sde,
+    quasi_deer,
     quasi_newton,
     sample,
     sequential,
@@ -44,6 +45,7 @@ PRESETS: dict[str, Callable[..., Any]] = {
     "piadm_sde": piadm_sde,
     "piadm_ode": piadm_ode,
     "parataa": parataa,
+    "quasi_deer": quasi_deer,
     "chords": chords,
     "underdamped_langevin": underdamped_langevin,
 }
@@ -80,6 +82,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "nodes": ("few", 2.5, True, math.nan, [0.5], b"12", *ARRAYS),
     "order": WHOLE,
     "cores": WHOLE,
+    "probes": WHOLE,
     "starts": SEVERAL,
     "answers": WHOLE,
     "history": WHOLE,

@@ -24,6 +24,7 @@ from paradiff import (
     collocation,
     parasolver,
     piadm_ode,
+    quasi_deer,
     sample,
     sequential,
     solve,
@@ -39,6 +40,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "blocks": lambda: piadm_ode(4, tolerance=1e-3),
     "parareal": lambda: srds(6, tolerance=1e-3),
     "collocation": lambda: collocation(12, tolerance=1e-3),
+    "quasi-DEER": lambda: quasi_deer(8, 1e-3),
     "chords": lambda: chords(4, tolerance=0.2),
 }
 TABLE = ddim(Schedule.linear(), 40)

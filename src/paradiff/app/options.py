@@ -30,6 +30,7 @@ PRESETS: dict[str, str] = {
     **dict.fromkeys(_PLAIN, "paradiff.methods.presets"),
     **dict.fromkeys(("piadm_sde", "piadm_ode"), "paradiff.methods.piadm"),
     "chords": "paradiff.methods.chords.method",
+    "quasi_deer": "paradiff.methods.deer.method",
     "parataa": "paradiff.methods.parataa",
 }
 """The methods of the command line, and the modules that hold their presets under the same name."""

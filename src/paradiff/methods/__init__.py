@@ -4,6 +4,8 @@
 from paradiff.methods import presets
 from paradiff.methods.chords.method import ChordsMethod
 from paradiff.methods.collocation.method import CollocationMethod
+from paradiff.methods.deer.forward import ForwardProbes
+from paradiff.methods.deer.method import DeerMethod
 from paradiff.methods.parareal.method import PararealMethod
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.corrector import Corrector, underdamped_langevin
@@ -14,6 +16,8 @@ __all__ = [
     "ChordsMethod",
     "CollocationMethod",
     "Corrector",
+    "DeerMethod",
+    "ForwardProbes",
     "PararealMethod",
     "WindowMethod",
     "presets",

@@ -12,13 +12,14 @@
 | `srds` | a coarse propagator's own change | block edges | a coarse sweep | error, change, sample or image |
 | `collocation` | Gaussian, corrected by secants | a few, of the method's own choice | nearest forcing | error |
 | `piadm_sde`, `piadm_ode` | a[i] of the score form | all, block by block | copy of the block's start | sweeps or error |
+| `quasi_deer` | diagonal of the step's own derivative, by probes | all | copy of the last state | error |
 | `chords` | a long step's own change | those of its cores | long steps from start to start | error or change |
 | `parataa` | a[i] in epsilon form over k nodes, Anderson mixing | all | copy of the last state | residual |
 
-Others are in piadm.py, parataa.py and chords. All but `collocation` solve the same equations and so, run to the end (at
+Others are in piadm.py, parataa.py, chords and deer. All but `collocation` solve the same equations and so, run to the end (at
 tolerance 0, SRDS with as many iterations as blocks, PIADM with as many sweeps as steps, CHORDS with all answers), return the
-same sample: that of the sequential chain with the same noises. `collocation` estimates how far from that its sample is, and with
-`exact=True` goes on until it is the same.
+same sample: that of the sequential chain with the same noises. `collocation` estimates how far from that its sample is, and
+with `exact=True` goes on until it is the same.
 """
 
 from __future__ import annotations

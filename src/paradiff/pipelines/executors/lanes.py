@@ -278,7 +278,7 @@ class Lockstep:
         free = [lane for lane in self.lanes if straight.get(lane.node + 1) is not lane]
         chosen: list[Lane] = []
         for node, state in zip(wanted, self.solver.states, strict=True):
-            lane = straight.get(node)
+            lane = straight.pop(node, None)  # one lane only: a method may want several states at a node
             turns = [(node, False)]
             if lane is None:
                 lane = free.pop() if free and node else self._new()
