@@ -18,7 +18,8 @@ class ForwardProbes:
 
     A network call has the rows of the states only, and costs two to three times a plain one. The model has to consist of
     operations with forward-mode derivatives; else `torch.func.jvp` says which lacks one, and finite differences, which need no
-    evaluator of their own, are the way. Give `check="off"` or expect probes that are checked to differ by h^2.
+    evaluator of their own, are the way. A probe that is checked by itself (`check`) differs by h^2. Objects are compared by
+    identity.
 
     Args:
         model: The model as a function `(x, t) -> m` of rows.
