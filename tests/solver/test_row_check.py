@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from problems import TABLES, chain, gap, network
+from row_adversary import SETTINGS, drawn, judged, unseen
 from torch import Tensor, nn
 
 from paradiff import (
@@ -275,9 +276,42 @@ def test_a_memory_of_later_calls_is_found_in_every_round(period: int) -> None:
 def test_a_model_that_takes_no_single_row_is_refused() -> None:
     norm = nn.BatchNorm1d(8)
     with pytest.raises(
-        ValueError, match=r"the model fails for node 39 of sample 0 in a call of 1 rows: ValueError: Expected more"
+        ValueError, match=r"the model fails for node 26 of sample 0 in a call of 1 rows: ValueError: Expected more"
     ):
         sample(lambda x, t: norm(x), NOISY, Keyed((8,)), parasolver())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_is_first_met_at_a_time_and_kept_is_found_at_the_end(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("each row's time", "first", "output", "mixed")
+    what, said = judged("memory", given, setting)
+    assert what == "refused", said
+    assert "in two ways" in said
+    monkeypatch.setattr(RowCheck, "finish", lambda self: None)
+    assert judged("memory", given, setting)[0] == "WRONG"
+
+
+def test_a_branch_on_the_sum_of_all_rows_is_found() -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return answer(x, t) * (1.1 if x.sum() > 0 else 1.0)
+
+    for method in METHODS:
+        if method != "sequential":
+            with pytest.raises(ValueError, match="answered node"):
+                solved(model, method, "one sample, float32")
+
+
+@pytest.mark.parametrize("network", [pair for pair in drawn(70, 11) if unseen(*pair) is None], ids=str)
+def test_no_network_is_silently_wrong(network: tuple[str, tuple[Any, ...]]) -> None:
+    for setting in ("parasolver, window 5, three samples", "quasi-Newton, multistep", "srds"):
+        what, said = judged(*network, setting)
+        assert what in ("right", "refused"), f"{setting}: {said}"
+
+
+@pytest.mark.parametrize("network", drawn(12, 4), ids=str)
+def test_every_row_of_every_round_shows_more(network: tuple[str, tuple[Any, ...]]) -> None:
+    what, said = judged(*network, "parasolver, window 8", check="every")
+    assert what in ("right", "refused"), said
 
 
 # -- honest ------------------------------------------------------------------------------------------------------------
@@ -298,10 +332,12 @@ def test_no_check_is_asked_for() -> None:
 def test_the_checks_rows_are_counted_apart() -> None:
     evaluator = Evaluator(answer)
     found = sample(evaluator, NOISY, Keyed(SHAPE), parasolver())
-    assert (found.checked_rows, found.stats["checked_rows"]) == (3, 3)  # the whole chain in the first round
+    assert (found.checked_rows, found.stats["checked_rows"]) == (5, 5)  # the whole chain in the first round
     assert (evaluator.rounds, evaluator.evaluations) == (found.rounds, found.evaluations)
-    assert sample(answer, NOISY, Keyed(SHAPE), parasolver(5)).checked_rows == 3 + 4 + 4
-    assert sample(answer, NOISY, Keyed(SHAPE, samples=2), sequential()).checked_rows == 3
+    assert sample(answer, NOISY, Keyed(SHAPE), parasolver(5)).checked_rows == 3 + 4 + 4 + 2
+    assert sample(answer, NOISY, Keyed(SHAPE, samples=2), sequential()).checked_rows == 3 + 1
+    stopped = sample(answer, NOISY, Keyed(SHAPE), parasolver(), observer=lambda round: True)
+    assert stopped.checked_rows == 3  # what is not the chain's sample is not looked at in the end
     every = sample(answer, NOISY, Keyed(SHAPE), parasolver(5), check="every")
     assert every.checked_rows >= every.evaluations
     assert every == found or every.evaluations > 0  # the check moves nothing
@@ -361,6 +397,35 @@ def test_half_precision_inside_a_float32_network_is_borne() -> None:
     sample(lambda x, t: layers(x.bfloat16()).float(), NOISY, Keyed((8,), 0, 2), parasolver(), check="every")
 
 
+def rough(x: Tensor, t: Tensor) -> Tensor:
+    """Another factor at every time, without any order."""
+    return answer(x, t) * (1 + 0.5 * torch.sin(1e4 * column(t.double(), x.double()) ** 2).to(x.dtype))
+
+
+def switched(x: Tensor, t: Tensor) -> Tensor:
+    return torch.where(column(t, x) >= 400, answer(x, t), -0.5 * answer(x, t))
+
+
+def of_even_times(x: Tensor, t: Tensor) -> Tensor:
+    return answer(x, t) * (1 + 0.3 * (column(t.round(), x) % 2))
+
+
+@pytest.mark.parametrize("model", [rough, switched, of_even_times, lambda x, t: 0 * x, lambda x, t: x])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_way_to_heed_time_is_taken_for_a_memory(model: Model, setting: str) -> None:
+    table, method, samples, rows = SETTINGS[setting]
+    assert sample(Evaluator(model, max_rows=rows), table, Keyed(SHAPE, 5, samples), method).checked_rows >= 5
+
+
+def test_a_model_may_know_the_chains_times_alone() -> None:
+    of_time = {int(t): 0.1 * k for k, t in enumerate(NOISY.t[:-1])}
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return answer(x, t) + torch.tensor([of_time[int(k)] for k in t]).view(-1, 1, 1)
+
+    assert sample(model, NOISY, Keyed(SHAPE), parasolver()).checked_rows == 3 + 2 + 1  # the last call is made once more
+
+
 def test_a_model_that_draws_what_it_does_not_use_is_borne() -> None:
     def model(x: Tensor, t: Tensor) -> Tensor:
         torch.manual_seed(3)
@@ -401,7 +466,7 @@ def test_a_function_of_a_batch_is_checked_like_a_model() -> None:
     found = drive(
         solve(NOISY, Keyed(SHAPE), parasolver()), lambda batch: EditedOutputs(answer(batch.x + 1, batch.t), batch.x + 1)
     )
-    assert found.checked_rows == 3
+    assert found.checked_rows == 5
 
 
 def test_an_unknown_check_is_refused() -> None:

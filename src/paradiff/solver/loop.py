@@ -230,8 +230,8 @@ def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], *
         rounds: What `solve` returned.
         evaluate: The function. It may return the same memory at every call.
         check: Which rounds have rows evaluated again, each by itself, and compared (row_check.py). `first` costs three rows
-            at the first round, four more where its network calls hold a part of the chain only, and one at each further quarter
-            of the chain that the rounds come to. They are counted in `Solution.checked_rows` alone.
+            at the first round, four more where its network calls hold a part of the chain only, one at each further quarter
+            of the chain that the rounds come to, and two at the end. They are counted in `Solution.checked_rows` alone.
 
     Raises:
         ValueError: As the solver and the evaluator do, and if the check finds that a row's output depends on more than its own
@@ -250,14 +250,17 @@ def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], *
         try:
             batch = rounds.send(answer)
         except StopIteration as end:
-            return _with_check(end.value, check, checked.rows)
+            return _finished(end.value, checked, check)
 
 
-def _with_check(solution: Solution, check: Check, rows: int) -> Solution:
-    """The solution with the check's rows; without a check, "exact" says what it rests on."""
-    if check != "off" or solution.status is not Status.EXACT:
-        return dataclasses.replace(solution, checked_rows=rows)
-    return dataclasses.replace(solution, message=f"{solution.message}; {UNCHECKED}")
+def _finished(solution: Solution, checked: RowCheck, check: Check) -> Solution:
+    """The solution with the end of the check; without a check, "exact" says what it rests on."""
+    if check == "off" and solution.status is Status.EXACT:
+        return dataclasses.replace(solution, message=f"{solution.message}; {UNCHECKED}")
+    begin = time.perf_counter()
+    if all(math.isfinite(estimate.estimated_error) for estimate in solution.error_estimates):  # else the run was ended
+        checked.finish()
+    return dataclasses.replace(solution, checked_rows=checked.rows, seconds=solution.seconds + time.perf_counter() - begin)
 
 
 def sample(

@@ -3,25 +3,34 @@
 
 A parallel solver evaluates a state in a batch with others, and again in a later round, so that all of this breaks it: rows that
 influence each other (batch statistics), one row's time used for all, random numbers (dropout), a memory of earlier calls
-(self-conditioning by a closure). So some rows of a round are evaluated again, each by itself, one after the other: the first
-row, and the one whose time differs most from that one's, of another sample where there is one. Before them a state made up of
-the last row's own, -x/2, is evaluated at its time, so that what the model remembers of a shape or of a time shows.
+(self-conditioning by a closure). So some rows of a round are evaluated again, each by itself, one after the other: one inside
+of a network call, and the one whose time differs most from that of the call's first, of another sample where there is one.
+Before them a state made up of the first one's own, -2x, is evaluated at its time, so that what the model remembers of a shape
+or of a time shows.
 
 A narrow window shows times that are alike, and a first guess states that are: a model may then take one row's time for all, or
 the rows' mean, and be right. So where the round's calls do not hold the whole chain's times, or hold equal states, the first
-row is also evaluated among others that are made up, of times of the middle and of the end of the chain.
+row is also evaluated between two that are made up, of times of the middle and of the end of the chain.
+
+At the end of the run two more rows make one call: a row of that early round, which must have the output that it had; and the
+state that was made up, at a time close to its own that the chain leaves out. A model that keeps what it first met at a time is
+wrong in all later rounds and answers alike whenever it is asked. At a time that it never met it has nothing to keep to, so its
+output for that state is another one than at the close time, by more than the time explains.
 
 Rounding depends on the number of rows in a call, and a network may amplify it. So a difference above `limit` is a suspicion
-only, which two more evaluations settle: the row once more by itself, and in its place in a round of as many rows, all others
+only, which more evaluations settle: the row once more by itself, and in its place in a round of as many rows, all others
 made up. Of a model whose rows are independent the answer is then the same, since calls of equal shape round alike. So it is of
-one whose answers depend on the number of rows (padding), which is told apart by size: at several states the answers differ by
-more than any dtype's rounding explains, and small changes of the state move them by less. As long as a model draws random
-numbers, all rows of each round are evaluated again.
+one whose answers depend on the number of rows (padding), which is told apart by what small changes of the state leave of the
+difference: rounding differs by something else then. A memory of times has to show at several places of the chain, at the one
+of three close times at which it was given another state before. As long as a model draws random numbers, all rows of each round
+are evaluated again.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -36,24 +45,62 @@ Check = Literal["first", "every", "off"]
 """Which rounds have rows evaluated again: `first`, three rows of the first one, and of the first whose network calls hold
 several rows, several times or several samples, where that is a later one; four more where those of several times hold a part of
 the chain only, or equal states; then one row at each further quarter of the chain that rounds of several times come to, since a
-network may heed other rows in a part of the chain only. `every`, all rows of all
-rounds, slow, for tests. `off`, none."""
+network may heed other rows in a part of the chain only; and two at the end. `every`, all rows of all rounds, slow, for tests.
+`off`, none."""
 
 CHECKS = ("first", "every", "off")
 PARTS = 4
 """Parts of the chain in each of which a row is checked."""
 
-COARSEST = torch.finfo(torch.bfloat16).eps
-"""The coarsest rounding in a network."""
-
 FACTORS = (1.0, -0.5, 0.5, -1.0)
 """Factors on a state, each of which has to show that a model heeds the number of rows: by chance, rounding may at one."""
 
-NUDGES = ((COARSEST / 2, 4.0), (0.125, 1.5))
-"""Relative changes of a state, and the times by which rounding in the network may move the answer beyond what they do: the
-first is a rounding of the state, the second shows whether the network amplifies what is small to the size of its answer."""
+MADE = -2.0
+"""Factor on a row's state that makes up another one."""
+
+NUDGE = 0.03
+"""Relative change of a state: a few roundings of the coarsest dtype."""
+
+MOVED = 1e-3
+"""Relative difference of the answers to two close states from which they are said to differ."""
+
+ALIKE = 0.3
+"""Relative difference of what two close states show of a dependence on the number of rows."""
+
+COUNTED = 0.01
+"""Relative difference of two answers from which a dependence on the number of rows is looked for. Kernels of other numbers of
+rows may round a float32 network's weights to a coarser dtype, which shows in all states alike."""
+
+PLACES = 3
+"""Times at which a memory of times has to show."""
+
+OTHERS = (-0.5, 1.0, -2.0)
+"""Factors on a row's state that make up the others of its call."""
 
 Answer = Tensor | EditedOutputs
+
+
+@dataclass(frozen=True, eq=False)
+class Early:
+    """What the end of a run evaluates again. Objects are compared by identity.
+
+    Attributes:
+        row: A row.
+        output: `[...]` its output in its round.
+        place: Its place in its call, and the number of rows from the call's first on.
+        made: A state that is made up, at a time that the chain leaves out; None where there is no such time.
+        made_output: `[...]` the output for that state at a close time of the chain, which was met before.
+        made_bound: Norm of the difference that the other time explains.
+    """
+
+    row: Batch
+    output: Tensor
+    place: tuple[int, int]
+    made: Batch | None
+    made_output: Tensor
+    made_bound: float
+
+
 ADVICE = "call model.eval(), and compute a row's output from its own state, time and conditioning alone; check='off' goes on"
 
 
@@ -66,7 +113,7 @@ class RowCheck:
         again: The same function, for evaluations of the check; `evaluate` by default.
 
     Attributes:
-        rows: Rows that were evaluated again.
+        rows: Rows that were evaluated for the check.
 
     Raises:
         ValueError: If `check` is none of these.
@@ -82,6 +129,7 @@ class RowCheck:
         self._part = 0  # the part of the chain that they came to
         self._among_others = False  # whether a row was evaluated among others that are made up
         self._draws = False  # whether random numbers were drawn in the last of them
+        self._early: Early | None = None
         self.rows = 0
 
     def __call__(self, batch: Batch) -> Answer:
@@ -107,6 +155,26 @@ class RowCheck:
         if wanted:
             self._compare(given, outputs, known)
         return answer
+
+    def finish(self) -> None:
+        """Evaluates a row of an early round once more, at the end of a run, beside a state that is made up.
+
+        Raises:
+            ValueError: If a row's output depends on more than that row.
+        """
+        if self._early is None:
+            return
+        early, made, found = self._early, self._early.made, None
+        if made is not None:
+            with contextlib.suppress(ValueError):  # the model may know the times of the chain alone
+                found = self._evaluated(_joined(early.row, made))
+        if found is None:
+            made, found = None, self._evaluated(early.row)
+        limit = self._limit(early.row.x)
+        if (off := difference(found[0], early.output)) > limit:
+            self._settle_early(early, found, off, limit)
+        if made is not None and float((found[1] - early.made_output).double().norm()) > early.made_bound:
+            self._settle_time(made, limit)
 
     def _calls(self, batch: Batch) -> Tensor:
         """`[R]` the first row of the network call that each row of a round is evaluated in."""
@@ -144,14 +212,18 @@ class RowCheck:
             outputs: `[R, ...]` theirs.
             known: Whether such a round was checked before.
         """
-        limit = self._limit(batch.x)
-        rows = self._rows(batch)
+        limit, rows = self._limit(batch.x), self._rows(batch)
+        inner, last = rows[0], rows[-1]
         if known and self._check == "first":
-            rows = [(rows[0] + rows[-1] + 1) // 2]
-        else:
-            self._evaluated(_taken(batch, [rows[-1]], -batch.x[rows[-1] :][:1] / 2))
+            self._compare_row(batch, outputs, (inner + last + 1) // 2, limit)
+            return
+        made = _taken(batch, [inner], MADE * batch.x[inner : inner + 1])
+        made_output = self._evaluated(made)[0]
         answers = [self._compare_row(batch, outputs, k, limit) for k in rows]
-        if not known and not self._among_others and (others := self._others(batch, rows)) is not None:
+        if known:
+            return
+        self._early = self._early_of(batch, outputs, inner, last, made_output)
+        if not self._among_others and (others := self._others(batch, rows)) is not None:
             self._among_others = True
             found = self._evaluated(others)
             if (off := difference(found[1], answers[0])) > limit:
@@ -176,20 +248,43 @@ class RowCheck:
         whole = bool(times.min() <= chain.min()) and bool(times.max() >= chain.max())
         if whole and not torch.equal(x, x[:1].expand_as(x)):
             return None
-        made, nodes = x[:1] / 2, torch.tensor([len(chain) // 2, int(batch.nodes[rows[0]]), len(chain) - 1], device="cpu")
+        nodes = torch.tensor([len(chain) // 2, int(batch.nodes[rows[0]]), len(chain) - 1], device="cpu")
         t = torch.stack([chain[nodes[0]], batch.t[rows[0]], chain[nodes[2]]])
-        x = torch.cat([-made, batch.x[rows[0] :][:1], made])
+        factor = torch.tensor([MADE, 1, MADE], dtype=x.dtype, device="cpu").to(x.device, non_blocking=True)
+        x = batch.x[rows[0] :][:1] * factor.view(3, *[1] * (x.ndim - 1))
         return Batch(x, t, nodes, batch.samples[[rows[-1], rows[0], rows[-1]]])
 
     def _rows(self, batch: Batch) -> list[int]:
-        """The rows that are evaluated by themselves, in this order."""
+        """The rows that are evaluated by themselves, in this order: one inside of a call, and the one whose time differs most
+        from the call's first, of another sample where there is one."""
         if self._check == "every":
             return [*range(len(batch.x))]
         first = self._calls(batch)
         apart = (batch.t - batch.t[first]).abs().double()
         score = apart / apart.amax().clamp(min=1e-300) + (batch.samples != batch.samples[first])
-        other = int(score.argmax()) if score.any() else int((first == 0).sum()) - 1
-        return [int(first[other]), other] if other != int(first[other]) else [other]
+        last = int(score.argmax()) if score.any() else int((first == 0).sum()) - 1
+        begin = int(first[last])
+        inner = begin + (last - begin) * 2 // 3
+        inner -= inner > begin + 1 and (last - inner) % 2 == 0
+        return [inner, last] if inner != last else [last]
+
+    def _early_of(self, batch: Batch, outputs: Tensor, inner: int, last: int, made_output: Tensor) -> Early:
+        """What is evaluated at the end of the run: a round's last row again, and beside it the state that was made up of the
+        inner one, at a time close to its own that the chain leaves out."""
+        begin = int(self._calls(batch)[last])
+        made, bound = None, 0.0
+        for k in (inner - 1, inner + 1):
+            if not 0 <= k < len(batch.x) or batch.samples[k] != batch.samples[inner] or batch.t[k] == batch.t[inner]:
+                continue
+            t = _between(batch.t[inner], batch.t[k])[:1]
+            if made is None and len(t) and batch.chain is not None and not (batch.chain == t).any():
+                share = float((t - batch.t[inner]) / (batch.t[k] - batch.t[inner]))
+                change = float((outputs[k] - outputs[inner]).double().norm())
+                bound = 10 * share * change + self._limit(batch.x) * float(made_output.double().norm())
+                made = _taken(batch, [inner], MADE * batch.x[inner : inner + 1])
+                made = Batch(made.x, t, made.nodes, made.samples, batch.chain)
+        place = (last - begin, len(batch.x) - begin)
+        return Early(_taken(batch, [last]), outputs[last].clone(), place, made, made_output, bound)
 
     def _settle(self, batch: Batch, outputs: Tensor, alone: Tensor, k: int, off: float, limit: float) -> None:
         """Finds out whether a row's two answers differ by more than rounding.
@@ -200,43 +295,97 @@ class RowCheck:
         once_more = difference(self._evaluated(_taken(batch, [k]))[0], alone)
         if once_more > limit or len(batch.x) == 1:
             raise ValueError(self._twice(batch, k, max(once_more, off), limit))
-        others = -batch.x[[k] * len(batch.x)] / 2
-        others[k] = batch.x[k]
-        found = self._evaluated(_taken(batch, [k] * len(batch.x), others))
-        if torch.equal(found, outputs) and not torch.equal(outputs, outputs[k].expand_as(outputs)):
-            raise ValueError(self._twice(batch, k, off, limit))  # the answer of an earlier call
-        if difference(found[k], outputs[k]) > limit:
-            raise ValueError(
-                f"the model answered {_name(batch, k)} otherwise among {len(batch.x)} rows than by itself: the answers differ "
-                f"by {off:.2g} of their size, of which rounding explains {limit:.1g}. Its rows influence each other (batch "
-                f"statistics), or it uses one row's time or conditioning for all: {ADVICE}"
-            )
+        for factor in OTHERS:
+            others = batch.x[[k] * len(batch.x)] * factor
+            others[k] = batch.x[k]
+            found = self._evaluated(_taken(batch, [k] * len(batch.x), others))
+            if torch.equal(found, outputs) and not torch.equal(outputs, outputs[k].expand_as(outputs)):
+                raise ValueError(self._twice(batch, k, off, limit))  # the answer of an earlier call
+            if difference(found[k], outputs[k]) > limit:
+                raise ValueError(self._influenced(batch, k, len(batch.x), off, limit))
         if (again := difference(self._evaluated(_taken(batch, [k]))[0], alone)) > limit:
             raise ValueError(self._twice(batch, k, again, limit))  # by itself, after a call of several rows
-        if off > _limit_of(COARSEST) and all(self._heeds_count(batch, k, factor) for factor in FACTORS):
+        if off > max(limit, COUNTED) and self._heeds_count(batch, k, max(limit, COUNTED)):
             raise ValueError(
                 f"the model answered {_name(batch, k)} otherwise in a call of {len(batch.x)} rows than by itself: the answers "
                 f"differ by {off:.2g} of their size, of which rounding explains {limit:.1g}. Its output depends on the "
                 f"number of rows (padding), or it remembers earlier calls (a cache): {ADVICE}"
             )
 
-    def _heeds_count(self, batch: Batch, k: int, factor: float) -> bool:
-        """Whether the answer to a row's state, times a factor, differs between one row and as many as the round's by more than
-        rounding explains, and more than a change of the state by as much as rounding moves it."""
-        x = batch.x[k : k + 1] * factor
+    def _heeds_count(self, batch: Batch, k: int, least: float) -> bool:
+        """Whether the answers to a row's state, times each of several factors, differ between one row and as many as the
+        round's by more than rounding explains, and by much the same when a small change of the state moves them. Rounding that
+        a network amplifies differs by something else then. Answers that nothing moves have to be the same for all factors."""
         count = len(batch.x)
-        alone, among = (
-            self._evaluated(_taken(batch, [k] * n, x.expand(n, *x.shape[1:]).clone()))[-1 if n == 1 else k] for n in (1, count)
-        )
-        off = difference(alone, among)
-        if off <= _limit_of(COARSEST):
-            return False
-        signs = 1 - 2 * (torch.arange(x.numel(), device=x.device) % 2).to(x.dtype).view_as(x)
-        for size, times in NUDGES:
-            nudged = [self._evaluated(_taken(batch, [k], x * (1 + way * size * signs)))[0] for way in (1, -1)]
-            if off <= times * max(difference(one, alone) for one in nudged):
+
+        def pair(x: Tensor) -> Tensor:
+            """The answers to a state by itself and among others."""
+            rows = [_taken(batch, [k] * n, x.expand(n, *x.shape[1:]).clone()) for n in (1, count)]
+            return torch.stack([self._evaluated(rows[0])[0], self._evaluated(rows[1])[k]])
+
+        still, signs = [], 1 - 2 * (torch.arange(batch.x[k].numel()) % 2).view(1, *batch.x.shape[1:]).to(batch.x)
+        for factor in FACTORS:
+            x = batch.x[k : k + 1] * factor
+            first, *close = (pair(x * (1 + way * signs)) for way in (0.0, NUDGE, -NUDGE))
+            gaps = [(among - alone).double() for alone, among in (first, *close)]
+            if min(difference(*answers) for answers in (first, *close)) <= least:
                 return False
-        return True
+            if min(max(map(difference, answers, first)) for answers in close) <= MOVED:
+                still.append(first)
+            elif max(float((gap - gaps[0]).norm()) for gap in gaps[1:]) >= ALIKE * float(gaps[0].norm()):
+                return False
+        return not still or (len(still) == len(FACTORS) and all(torch.equal(still[0], other) for other in still))
+
+    def _settle_early(self, early: Early, found: Tensor, off: float, limit: float) -> None:
+        """Finds out whether a row's answer at the end of a run and that in its round differ by more than rounding.
+
+        Raises:
+            ValueError: If so.
+        """
+        row, (place, count) = early.row, early.place
+        alone = self._evaluated(row)[0]
+        if difference(alone, early.output) > limit:
+            again = []
+            for factor in OTHERS:
+                x = row.x[[0] * count] * factor
+                x[place] = row.x[0]
+                again.append(self._evaluated(_taken(row, [0] * count, x))[place])
+            if max(difference(one, again[0]) for one in again[1:]) > limit:
+                raise ValueError(self._influenced(row, 0, count, off, limit))
+            if difference(again[0], early.output) > limit:
+                raise ValueError(self._twice(row, 0, off, limit))
+        if early.made is not None and len(found) > 1 and (off := difference(alone, found[0])) > limit:
+            self._settle(_joined(row, early.made), found, alone, 0, off, limit)
+
+    def _settle_time(self, made: Batch, limit: float) -> None:
+        """Finds out whether a model remembers what it was given at a time: of three close times the middle one was met before,
+        with another state, and its output stands out, at several places of the chain.
+
+        Raises:
+            ValueError: If so.
+        """
+        chain, offs = made.chain, []
+        assert chain is not None
+        for node in [len(chain) * k // 8 for k in range(1, 8)]:
+            t = _between(chain[node - 1], chain[node])
+            if not len(t) or abs(node - int(made.nodes)) < 2:
+                continue
+            three = Batch(made.x[[0] * 3], t, made.nodes[[0] * 3], made.samples[[0] * 3])
+            self._evaluated(_taken(three, [1], -made.x / 2))
+            one, two, other = self._evaluated(three).double()
+            between = (2 * one + other) / 3
+            offs.append(difference(between, two))
+            if offs[-1] <= limit or float((between - two).norm()) <= 4 * float((one - other).norm()):
+                return
+            if len(offs) == PLACES:
+                raise ValueError(self._twice(made, 0, min(offs), limit))
+
+    def _influenced(self, batch: Batch, k: int, count: int, off: float, limit: float) -> str:
+        return (
+            f"the model answered {_name(batch, k)} otherwise among {count} rows than by itself: the answers differ by "
+            f"{off:.2g} of their size, of which rounding explains {limit:.1g}. Its rows influence each other (batch "
+            f"statistics), or it uses one row's time or conditioning for all: {ADVICE}"
+        )
 
     def _twice(self, batch: Batch, k: int, off: float, limit: float) -> str:
         reason = "draws random numbers (dropout)" if self._draws else "remembers earlier calls (self-conditioning, a cache)"
@@ -296,6 +445,16 @@ def _taken(batch: Batch, rows: list[int], x: Tensor | None = None) -> Batch:
     return Batch(batch.x[at.to(batch.x.device)] if x is None else x, batch.t[at], batch.nodes[at], batch.samples[at])
 
 
+def _joined(one: Batch, other: Batch) -> Batch:
+    """The rows of two batches."""
+    return Batch(
+        torch.cat([one.x, other.x]),
+        torch.cat([one.t, other.t]),
+        torch.cat([one.nodes, other.nodes]),
+        torch.cat([one.samples, other.samples]),
+    )
+
+
 def _copied(answer: Answer, rows: Tensor) -> Answer:
     """A copy of the answer to some rows, which fits them."""
     outputs, states = outputs_of(answer, rows)
@@ -308,3 +467,13 @@ def _outputs(answer: Answer) -> Tensor:
 
 def _name(batch: Batch, k: int) -> str:
     return f"node {int(batch.nodes[k])} of sample {int(batch.samples[k])}"
+
+
+def _between(one: Tensor, other: Tensor) -> Tensor:
+    """`[3]` times from one towards another and close to it, at distances of 1, 2 and 4 of a small unit; none where whole
+    numbers have no room for all."""
+    places = torch.tensor([1, 2, 4])
+    if one.is_floating_point():
+        return one + (other - one) * 1e-3 * places
+    gap = int(other - one)
+    return one + (1 if gap > 0 else -1) * places if abs(gap) > 4 else one.new_empty(0)
