@@ -2,6 +2,9 @@
 """Random calls of the command line, each with a verdict.
 
     python tests/app/fuzz.py --calls 2000 --seed 0
+    python tests/app/fuzz.py --calls 600 --seed 0 --pipelines
+
+The second is of pipelines with a loop of their own, whole and broken ones, in folders.
 
 Options are drawn from the commands themselves, their values from what may be given and from what may not: numbers out of
 range, of other scripts, too large, not finite; texts, names of other options, files, pipes and folders of every kind. A call
@@ -26,14 +29,17 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from tiny import CASES
+from tiny.case import quiet
 
 from paradiff.app import cli, flags
+from paradiff.app.ends import LATE
 from paradiff.app.options import PRESETS, SLOPES, parameters, preset, words
 
 SECONDS = 30
@@ -99,6 +105,80 @@ TEXTS = ["", " ", "x", "\n", "a\nb", "é", "名", "\udc80", "[bold]", "a" * 3000
 LISTS = ["0,4,8", "0,1", "1,2,3", "0,0", "4,2", "0,-1", "0,999999999999", "0,", ",".join(["0"] * 2000), "0,nan", "0;4"]
 
 
+WHOLE_PIPELINES = ["sd", "sd3_without_t5", "dit", "stable_audio", "animatediff", "ddim", "lcm"]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+FAULTS: list[tuple[str, str | Callable[[bytes], bytes] | None]] = [
+    # file of a pipeline, and what it becomes: nothing, another text, or a change of its bytes
+    (WEIGHTS, None),
+    (WEIGHTS, ""),
+    (WEIGHTS, lambda data: data[: len(data) // 2]),
+    (WEIGHTS, lambda data: data[:8] + b"}" + data[9:]),
+    ("model_index.json", None),
+    ("model_index.json", "[1]"),
+    ("model_index.json", "{"),
+    ("model_index.json", '{"_class_name": "Nothing"}'),
+    ("model_index.json", '{"_class_name": "StableDiffusionPipeline"}'),
+    ("model_index.json", lambda data: data.replace(b"UNet2DConditionModel", b"AutoencoderKL")),
+    ("model_index.json", lambda data: data.replace(b"DDIMScheduler", b"Nothing")),
+    ("unet/config.json", None),
+    ("unet/config.json", "null"),
+    ("unet/config.json", lambda data: data.replace(b'"in_channels": 4', b'"in_channels": 5')),
+    ("unet/config.json", lambda data: data.replace(b'"in_channels": 4', b'"in_channels": "four"')),
+    ("scheduler/scheduler_config.json", None),
+    ("scheduler/scheduler_config.json", '{"_class_name": "DDIMScheduler", "num_train_timesteps": -1}'),
+    ("scheduler/scheduler_config.json", '{"_class_name": "DDIMScheduler", "beta_schedule": 3}'),
+    ("scheduler/scheduler_config.json", '{"_class_name": "DDIMScheduler", "prediction_type": "nothing"}'),
+    ("vae/config.json", '{"_class_name": "Nothing"}'),
+    ("tokenizer/tokenizer_config.json", "{"),
+]
+ARGUMENTS = ["eta=1", "num_images_per_prompt=2", "guidance_rescale=0.7", "clip_skip=1", "class_labels=[3]", "output_type=np"]
+ARGUMENTS += ["audio_end_in_s=0.05", "num_frames=2", "timesteps=[900,500,1]", "max_sequence_length=8"]
+NO_ARGUMENTS = [
+    "x",
+    "=",
+    "a=",
+    "a=[",
+    "a=NaN",
+    "num_inference_steps=3",
+    "generator=0",
+    "latents=0",
+    "latents=[[1]]",
+    "timesteps=[]",
+]
+NO_ARGUMENTS += [
+    "callback_on_step_end=1",
+    "return_dict=false",
+    "prompt_embeds=[1]",
+    "class_labels=[5000]",
+    "class_labels=x",
+    "eta=x",
+]
+NO_ARGUMENTS += [
+    "num_images_per_prompt=0",
+    "num_images_per_prompt=-1",
+    "num_images_per_prompt=x",
+    "output_type=latent",
+    "output_type=3",
+]
+NO_ARGUMENTS += ["height=7", "width=0", "num_frames=0", "timesteps=[1,900]", "timesteps=[1e9]", "sigmas=[1,0.5]", "strength=3"]
+NO_ARGUMENTS += [
+    "clip_skip=99",
+    "cross_attention_kwargs={}",
+    "cross_attention_kwargs=[1]",
+    "guidance_scale=x",
+    "prompt=3",
+    "self=1",
+]
+NO_ARGUMENTS += [
+    "guidance_rescale=inf",
+    "eta=nan",
+    "audio_end_in_s=-1",
+    "max_sequence_length=0",
+    "image=x",
+    "ip_adapter_image=x",
+]
+
+
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
     """Ends what takes too long.
@@ -122,7 +202,7 @@ def time_limit() -> Iterator[None]:
 class Place:
     """A folder with a model, and with files of every kind."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pipelines: bool = False) -> None:
         self.folder = folder
         self.model, self.outs, self.files = folder / "model", folder / "outs", folder / "files"
         torch.manual_seed(0)
@@ -138,7 +218,27 @@ class Place:
             add_attention=False,
         )
         DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(self.model)
+        self.pipelines = [self._pipeline(name) for name in WHOLE_PIPELINES] if pipelines else []
+        self.broken = [self._broken(number) for number in range(len(FAULTS))] if pipelines else []
         self.renew()
+
+    def _pipeline(self, name: str) -> Path:
+        path = self.folder / "pipelines" / name
+        with quiet():
+            CASES[name].make().save_pretrained(path)
+        return path
+
+    def _broken(self, number: int) -> Path:
+        """A copy of a pipeline, with a fault."""
+        path, (file, text) = self.folder / "broken" / str(number), FAULTS[number]
+        shutil.copytree(self.pipelines[0], path)
+        if text is None:
+            (path / file).unlink()
+        elif callable(text):
+            (path / file).write_bytes(text((path / file).read_bytes()))
+        else:
+            (path / file).write_text(text)
+        return path
 
     def renew(self) -> None:
         """Puts everything where it was."""
@@ -226,7 +326,10 @@ def method_option(draw: random.Random, name: str, place: Place) -> str:
 
 def call(draw: random.Random, place: Place) -> list[str]:
     """The arguments of a call."""
-    name = draw.choice(["sample"] * 8 + ["generate", "explain", "methods"])
+    own = bool(place.pipelines)
+    name = draw.choice(
+        ["sample"] * 5 + ["generate"] * 3 + ["explain"] * 2 if own else [*["sample"] * 8, "generate", "explain", "methods"]
+    )
     if draw.random() < 0.01:
         return draw.sample(["smaple", "--version", "--help", "-h", "", "sample", "\udc80", "-"], 2)
     if name == "methods":
@@ -236,12 +339,14 @@ def call(draw: random.Random, place: Place) -> list[str]:
         if draw.random() < 0.93
         else draw.choice([*TEXTS, "digit", str(place.files / "pipe"), "/dev/null", "a/b/c"])
     )
+    if own and draw.random() < 0.97:
+        model = str(draw.choice(place.pipelines if draw.random() < 0.8 else place.broken))
     given, method = [name, model], "parasolver"
     known = inspect.signature(getattr(cli, name), eval_str=True).parameters
     options = {
         "--" + key.replace("_", "-"): set(words(get_args(p.annotation)[0])) for key, p in known.items() if key != "model"
     }
-    pools = {
+    pools: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         "--steps": (["6", "8", "5"], NO_WHOLE),
         "--threads": (["1"], NO_WHOLE),
         "--seeds": (["0", "0-1", "3,1"], ["0-9999999999", "5-2", "1,1", "-1", "a", "0-", "9" * 30, ",", "0-1-2", *NO_WHOLE]),
@@ -254,17 +359,28 @@ def call(draw: random.Random, place: Place) -> list[str]:
         "--noise": (["recorded", "keyed"], TEXTS),
         "--argument": (["guidance_rescale=0.7"], ["x", "=", "a=", "a=[", "a=NaN", *TEXTS]),
     }
+    if own:
+        pools["--argument"] = (ARGUMENTS, [*NO_ARGUMENTS, *TEXTS])
+        pools["--prompt"] = pools["--negative-prompt"] = (["a cat", ""], TEXTS)
+        pools["--format"] = (["png", "npy", "safetensors"], TEXTS)
     if draw.random() < 0.7:
         method = draw.choice(list(PRESETS)) if draw.random() < 0.95 else draw.choice(TEXTS)
         given += ["--method", method]
     if name == "generate":
         given += ["--seeds", value(draw, *pools["--seeds"], 0.1)]
+    if own and name != "explain" and draw.random() < 0.8:
+        given += ["--argument", "class_labels=[3]"] if model.endswith("dit") else ["--prompt", "a cat"]
+    if own and name != "explain" and draw.random() < 0.8 and not model.endswith(("dit", "ddim", "audio")):
+        given += ["--size", "16x16"]
     if name in ("sample", "generate"):
         given += ["--out", place.out(draw) if draw.random() < 0.3 else str(place.outs / "new")]
     if draw.random() < 0.9:
         given += ["--steps", value(draw, *pools["--steps"], 0.05)]
-    for _ in range(draw.choice([0, 1, 1, 2, 3])):
+    for _ in range(draw.choice([0, 0, 0, 0, 0, 1] if own else [0, 1, 1, 2, 3])):
         given += ["-m", method_option(draw, method, place)]
+    if own and name != "explain":
+        for _ in range(draw.choice([0, 0, 1, 1, 2])):
+            given += ["--argument", value(draw, *pools["--argument"], 0.7)]
     for option in draw.sample(list(options), draw.choice([0, 0, 1, 2, 3])):
         if option in ("--method", "--method-option", "--out") or (name == "generate" and option == "--seeds"):
             continue
@@ -307,7 +423,7 @@ def verdict(given: Sequence[str], place: Place) -> tuple[str, str]:
     after = place.listing()
     if any(".paradiff" in name for name in after):
         return "leaves scratch", err
-    if code == 0:
+    if code == 0 or (code == LATE and "--deadline" in given):
         found = next((path for path in place.outs.rglob("run.json") if path.is_file()), None)
         if given[0] == "sample" and "--help" not in given:
             if found is None:
@@ -325,9 +441,9 @@ def verdict(given: Sequence[str], place: Place) -> tuple[str, str]:
     return "refused", err
 
 
-def fuzz(calls: int, seed: int, folder: Path) -> tuple[Counter[str], list[str]]:
-    """Makes that many calls; how many came to what, and a line for each that is wrong."""
-    draw, place = random.Random(seed), Place(folder)
+def fuzz(calls: int, seed: int, folder: Path, pipelines: bool = False) -> tuple[Counter[str], list[str]]:
+    """Makes that many calls, of pixel models or of pipelines; how many came to what, and a line for each that is wrong."""
+    draw, place = random.Random(seed), Place(folder, pipelines)
     counts, wrong = Counter[str](), []
     for _ in range(calls):
         given = call(draw, place)
@@ -346,12 +462,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[__name__]))
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pipelines", action="store_true")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        counts, wrong = fuzz(given.calls, given.seed, Path(place))
+        counts, wrong = fuzz(given.calls, given.seed, Path(place), given.pipelines)
     print(*wrong, sep="\n")
     print(f"{given.calls} calls in {time.monotonic() - begin:.0f} s:", ", ".join(f"{n} {what}" for what, n in counts.items()))
     sys.exit(bool(wrong))

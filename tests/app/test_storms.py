@@ -22,6 +22,13 @@ def test_random_calls_end_well_or_with_one_sentence(tmp_path: Path) -> None:
     assert counts["refused"] > 10
 
 
+def test_random_calls_of_pipelines_end_well_or_with_one_sentence(tmp_path: Path) -> None:
+    counts, wrong = fuzz(50, 4, tmp_path, pipelines=True)
+    assert wrong == []
+    assert counts["well"] > 2
+    assert counts["refused"] > 20
+
+
 @pytest.mark.parametrize(
     ("fault", "seen"),
     [

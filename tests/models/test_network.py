@@ -160,6 +160,17 @@ def test_a_value_that_makes_no_network_is_one_sentence(kind: str, tiny: Path, tm
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["null", "[1]", "3", '"a"'])
+def test_a_config_that_is_no_object_is_one_sentence(text: str, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "unet" / "config.json").write_text(text)
+    for make in (load, load_pipeline):
+        with pytest.raises(
+            ValueError, match=r"^unet/config\.json of .*/model' is .*; it must be an object of names and values"
+        ):
+            make(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("value", [0, 1, -5, 10**9])
 def test_training_times_are_bounded(value: int) -> None:
     with pytest.raises(ValueError, match=r"num_train_timesteps of the scheduler's config is .*; it must be a whole number"):

@@ -48,7 +48,7 @@ def load_network(model: str, kind: Any, folder: Path, part: str, dtype: torch.dt
             other shapes, or no real numbers.
     """
     files = weight_files(folder, part)
-    config = _config(folder / part)
+    config = _config(model, folder / part)
     _check_class(model, kind, config, part)
     check_values(kind, config, f"{part}/config.json of {model!r}")
     with loading(model):
@@ -69,13 +69,21 @@ def load_network(model: str, kind: Any, folder: Path, part: str, dtype: torch.dt
     return network
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
-    """A network's config.json; empty where it is none, which the loaders report."""
+def _config(model: str, folder: Path) -> Mapping[str, Any]:
+    """A network's config.json; empty where it cannot be read, which the loaders report.
+
+    Raises:
+        ValueError: If it is no object.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{folder.name}/config.json of {model!r} is {shown(config)}; it must be an object of names and values: {AGAIN}"
+        )
+    return config
 
 
 def _whole(files: Sequence[Path], network: nn.Module) -> Iterator[str]:
