@@ -323,7 +323,7 @@ class RowCheck:
             rows = [_taken(batch, [k] * n, x.expand(n, *x.shape[1:]).clone()) for n in (1, count)]
             return torch.stack([self._evaluated(rows[0])[0], self._evaluated(rows[1])[k]])
 
-        still, signs = [], 1 - 2 * (torch.arange(batch.x[k].numel()) % 2).view(1, *batch.x.shape[1:]).to(batch.x)
+        still, signs = [], 1 - 2 * (torch.arange(batch.x[k].numel(), device="cpu") % 2).view(1, *batch.x.shape[1:]).to(batch.x)
         for factor in FACTORS:
             x = batch.x[k : k + 1] * factor
             first, *close = (pair(x * (1 + way * signs)) for way in (0.0, NUDGE, -NUDGE))
@@ -472,7 +472,7 @@ def _name(batch: Batch, k: int) -> str:
 def _between(one: Tensor, other: Tensor) -> Tensor:
     """`[3]` times from one towards another and close to it, at distances of 1, 2 and 4 of a small unit; none where whole
     numbers have no room for all."""
-    places = torch.tensor([1, 2, 4])
+    places = torch.tensor([1, 2, 4], device="cpu")
     if one.is_floating_point():
         return one + (other - one) * 1e-3 * places
     gap = int(other - one)
