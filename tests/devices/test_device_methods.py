@@ -26,7 +26,7 @@ from paradiff.solver.solution import Status
 
 ROUNDED = 64 * torch.finfo(torch.float32).eps
 """What states in float32 may differ by, relative to the largest: sums of a few terms in another order, at each of 12 nodes."""
-COPIES = 16
+COPIES = 18
 """Copies between host and device that a round may make, for any window: indices, coefficients, noises, numbers."""
 
 
@@ -65,7 +65,7 @@ def test_every_method_gives_its_sample_within_its_budget(name: str) -> None:
     for table in (TABLES[table] for table in tables_for(name)):
         method = fitted(METHODS[name](table), table, 5)
         found, counts = beside(table, method, lambda: Keyed(SHAPE, 3, 2))
-        within_budget(found, counts, 1, 2)
+        within_budget(found, counts, 1, 2, ends=int(name.startswith(("parataa", "quasi_deer"))))  # whether it fell back
 
 
 @pytest.mark.parametrize("secants", [1, 3])

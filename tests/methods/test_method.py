@@ -171,8 +171,8 @@ def test_sub_intervals_cover_the_chain(options: dict, edges: list[int]) -> None:
         ({"tolerance": -1e-3}, "the tolerance is -0.001; it must be a number, 0 or more, and finite"),
         ({"tolerance": math.nan}, "the tolerance is nan; it must be a number, 0 or more, and finite"),
         ({"tolerance": math.inf}, "the tolerance is inf; it must be a number, 0 or more, and finite"),
-        ({"predictor": "frozen"}, "predictor is 'frozen'; it must be one of copy, linear, clean"),
-        ({"rule": "residual"}, "rule is 'residual'; it must be one of error, change"),
+        ({"predictor": "frozen"}, "predictor is 'frozen'; it must be one of copy, held, linear, clean"),
+        ({"rule": "remainder"}, "rule is 'remainder'; it must be one of error, change"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict, message: str) -> None:

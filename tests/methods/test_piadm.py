@@ -371,7 +371,7 @@ def test_faults_of_the_diagonal_schedule_are_seen_by_the_law(fault: str, monkeyp
 
         monkeypatch.setattr(PredictedFill, "__call__", wrong)
     else:
-        monkeypatch.setattr(paradiff.methods.window.update, "inverse", lambda rows: paradiff.chain.slope.inverse(1.01 * rows))
+        monkeypatch.setattr(paradiff.methods.window.setup, "inverse", lambda rows: paradiff.chain.slope.inverse(1.01 * rows))
     assert off_the_law("sde", 6, 2, carry, 0.5) > 1e-8
 
 
@@ -744,7 +744,7 @@ def test_a_stretch_that_hands_nothing_on_is_seen(monkeypatch: pytest.MonkeyPatch
         ({"blocks": 2, "window": 0}, "the window is 0; it must be a whole number, at least 1"),
         ({"blocks": 2, "tolerance": -1.0}, "the tolerance is -1.0; it must be a number, 0 or more, and finite"),
         ({"blocks": 2, "tolerance": math.inf}, "the tolerance is inf; it must be a number, 0 or more, and finite"),
-        ({"blocks": 2, "predictor": "warm"}, "predictor is 'warm'; it must be one of copy, linear, clean"),
+        ({"blocks": 2, "predictor": "warm"}, "predictor is 'warm'; it must be one of copy, held, linear, clean"),
     ],
 )
 def test_values_out_of_range_are_refused(make: Callable[..., WindowMethod], arguments: dict[str, object], message: str) -> None:

@@ -241,7 +241,7 @@ def test_another_kind_of_step_is_refused() -> None:
 
 
 def test_a_pipelines_copy_of_its_scheduler_is_refused() -> None:
-    with pytest.raises(Unsupported, match="coupled states"):
+    with pytest.raises(Unsupported, match="copies its scheduler within its call"):
         copy.deepcopy(make_proxy(diffusers.DDIMScheduler(), Spy()))
 
 

@@ -31,6 +31,7 @@ from paradiff.pipelines.loop.source import handed_on, obstacles, reads_index
 from paradiff.pipelines.loop.whole_call import call_and_last_state, difference, interrupted_call
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.call_log import CallLog
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.network.methods import called_names
 from paradiff.pipelines.network.origin import users_methods
@@ -186,6 +187,7 @@ class Call:
             return self._by_first(functools.partial(_given, result, error))
         finally:
             self.trying = False
+            batching.log = CallLog()  # The batching is in a cycle, which would keep the log's outputs until it is collected.
 
     def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
         pipeline, scheduler, interrupt = self._pipeline, self._pipeline.scheduler, solver.interrupt

@@ -278,7 +278,8 @@ class RowCheck:
                 continue
             t = _between(batch.t[inner], batch.t[k])[:1]
             if made is None and len(t) and batch.chain is not None and not (batch.chain == t).any():
-                share = float((t - batch.t[inner]) / (batch.t[k] - batch.t[inner]))
+                near, far = float(batch.t[inner]), float(batch.t[k])
+                share = (float(t) - near) / (far - near)
                 change = float((outputs[k] - outputs[inner]).double().norm())
                 bound = 10 * share * change + self._limit(batch.x) * float(made_output.double().norm())
                 made = _taken(batch, [inner], MADE * batch.x[inner : inner + 1])

@@ -15,7 +15,7 @@ from problems import EXACT, SHAPE, TABLES, gap, mixture, network
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Solution, Table, sample, sequential, srds
-from paradiff.chain.sensitivity import noise_units, sensitivity
+from paradiff.chain.sensitivity import noise_units, scatter, sensitivity
 from paradiff.methods import PararealMethod
 from paradiff.methods.parareal.coarse import propagator_mismatch
 from paradiff.methods.parareal.control import PararealControl
@@ -393,5 +393,7 @@ def test_every_value_of_a_run_follows_the_stated_equations(name: str, decision: 
                 seen += level[n, p] ** 2
                 predicted += error[n, p - 1] ** 2
                 theta[n, p] = max(math.sqrt(seen / predicted), 0.7 * theta[n, p - 1], 0.5)
-    assert found.estimated_error == pytest.approx(1.75 * theta[BLOCKS, 3] * total[BLOCKS, 3], rel=1e-9)
+    assert found.estimated_error == pytest.approx(
+        1.75 * scatter(math.prod(SHAPE)) * theta[BLOCKS, 3] * total[BLOCKS, 3], rel=1e-9
+    )
     assert found.residual == pytest.approx(residual[BLOCKS, 3], rel=1e-9)

@@ -126,7 +126,9 @@ class AndersonUpdate:
         gram = (pairs @ pairs.mT).cumsum(0)
         right = (pairs @ change[..., None]).cumsum(0)
         known = self._dx.square().sum(3).permute(0, 2, 1) > 0  # [W, b, m - 1]
-        gram = gram * (known[..., None] & known[..., None, :]) + self._mixing.ridge * torch.eye(self._pairs).to(gram)
+        gram = gram * (known[..., None] & known[..., None, :]) + self._mixing.ridge * torch.eye(
+            self._pairs, dtype=gram.dtype, device=gram.device
+        )
         found = torch.linalg.solve_ex(gram, right * known[..., None]).result
         return found[..., 0].permute(0, 2, 1) * known.permute(0, 2, 1)
 
