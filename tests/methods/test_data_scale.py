@@ -14,6 +14,9 @@ from torch import Tensor
 from paradiff import Keyed, Schedule, Table, collocation, parasolver, quasi_newton, sample, sequential, srds
 from paradiff.chain.data_scale import LARGE, SHARE, held_to, seen, unusual
 from paradiff.chain.sensitivity import sensitivity
+from paradiff.methods import PararealMethod
+from paradiff.methods.parareal.setup import PararealSetup
+from paradiff.methods.parareal.stopping import BlockRun
 from paradiff.models.exact import Mixture
 from paradiff.samplers import ddim, ddpm
 from paradiff.solver.protocol import Method
@@ -86,6 +89,16 @@ def test_clusters_of_every_scale_err_by_no_more_than_is_told(make: Make, steps: 
     errors = (found.sample - exact).square().mean(1).sqrt()
     for error, estimate in zip(errors.tolist(), found.error_estimates, strict=True):
         assert error <= max(2 * estimate.estimated_error, 4e-3 * float(exact.std()))
+
+
+@pytest.mark.parametrize("method", [srds(4), srds(4, window=2)], ids=str)
+def test_srds_holds_small_data_to_a_share_of_their_size(method: PararealMethod) -> None:
+    rule = PararealSetup(TABLE, method, torch.device("cpu"), torch.float64).stopping
+    last = BlockRun(4, 2, 0, 1.0)
+    last.estimate = method.tolerance / 4
+    for size, held in ((1.0, True), (2.0**-14, False)):  # data of root mean square 1 and 2^-7
+        assert rule.passes(last, size) is held
+        assert rule.converged([last], size) is held
 
 
 def test_small_data_are_left_to_the_window_method_and_the_message_says_so() -> None:
