@@ -30,18 +30,9 @@ from torch import Tensor
 from paradiff import paradigms, parallelize, parasolver, quasi_newton, srds
 from paradiff.chain.slope import freeze_clean_data, identity, shifted
 from paradiff.models.pipeline import load_pipeline
+from paradiff.planning.harness import GUIDANCE as GUIDANCE
+from paradiff.planning.harness import PROMPTS as PROMPTS
 
-PROMPTS = (
-    "a red circle left of a blue square",
-    "a green triangle above a yellow circle",
-    "a blue square right of a red triangle",
-    "a yellow circle below a green square",
-    "a red triangle above a blue circle",
-    "a green circle right of a yellow triangle",
-    "a blue circle left of a green square",
-    "a yellow square below a red circle",
-)
-GUIDANCE = 4.0
 Make = Callable[[Any], Any]
 
 SCHEDULERS: dict[str, tuple[str, Make]] = {

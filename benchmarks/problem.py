@@ -23,8 +23,9 @@ from harness import Row
 from torch import Tensor
 
 from paradiff import Evaluator, Recorded, Schedule, Solution, Table, sample, sequential
-from paradiff.models.exact import Mixture, digits
+from paradiff.models.exact import digits
 from paradiff.models.pixel import load
+from paradiff.planning.harness import mixture as mixture
 from paradiff.samplers import ddim, ddpm
 from paradiff.solver import CollocationRecord, Denoiser, PararealRecord
 from paradiff.solver.protocol import Method
@@ -228,15 +229,6 @@ def closed_form(sampler: str, steps: int = STEPS) -> Problem:
 
 
 IMAGES: dict[str, Callable[[str, int], Problem]] = {"closed-form-digits": closed_form, "digits": trained}
-
-
-def mixture(size: int) -> Mixture:
-    """Eight Gaussians in a box of -1 ... 1."""
-    generator = torch.Generator().manual_seed(size)
-    means = 2 * torch.rand(8, size, generator=generator, dtype=torch.float64) - 1
-    weights = torch.rand(8, generator=generator, dtype=torch.float64) + 0.5
-    variances = 0.01 + 0.04 * torch.rand(8, generator=generator, dtype=torch.float64)
-    return Mixture(weights / weights.sum(), means, variances)
 
 
 @dataclass(frozen=True)
