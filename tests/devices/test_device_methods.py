@@ -26,7 +26,7 @@ from paradiff.solver.solution import Status
 
 ROUNDED = 64 * torch.finfo(torch.float32).eps
 """What states in float32 may differ by, relative to the largest: sums of a few terms in another order, at each of 12 nodes."""
-COPIES = 18
+COPIES = 16
 """Copies between host and device that a round may make, for any window: indices, coefficients, noises, numbers."""
 
 

@@ -16,6 +16,7 @@ worked on in stretches (stretch.py), so that nothing of the size of all pairs is
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -64,8 +65,9 @@ class Linearization:
 
     def __init__(self, influence: Tensor, nodes: Tensor, pairs: Pairs, uncertainty: float, *, causal: bool) -> None:
         self.nodes, self._influence, self._pairs, self._uncertainty = nodes, influence, pairs, uncertainty
-        self._at = uploaded(pairs.nodes, influence.device)
-        self._rows = uploaded(pairs.rows, influence.device)
+        count = len(pairs.nodes)
+        both = uploaded([*pairs.nodes, *itertools.chain.from_iterable(pairs.rows)], influence.device)  # in one copy
+        self._at, self._rows = both[:count], both[count:].view(count, -1 if count else 0)
         self._short = pairs.dx[0].numel() * self._rows.numel() <= NUMBERS
         self._kept_x = self._kept_w = self._inverse = self._corner = None
         if not pairs.nodes:
