@@ -8,35 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paradiff.chain.table import Table
+from paradiff.methods.chain_method import ChainMethod
 from paradiff.methods.chords.options import ChordsOptions, Rule
 from paradiff.methods.chords.run import ChordsRun
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
-from paradiff.methods.window.method import WindowMethod
 from paradiff.solver.protocol import Problem
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class ChordsMethod(ChordsOptions):
+class ChordsMethod(ChainMethod, ChordsOptions):
     """CHORDS; its attributes are those of `ChordsOptions`.
 
     Raises:
         ValueError: If a value is out of its range, or two of them contradict each other.
     """
-
-    @property
-    def dense_output(self) -> bool:
-        """Whether all states become known: only core 0 makes those of the chain, and a run ends before it does."""
-        return False
-
-    @property
-    def solves_chain(self) -> bool:
-        """Whether the sample sought is the chain's own: it is."""
-        return True
-
-    @property
-    def follows_edits(self) -> bool:
-        """Whether states may be changed between steps: long steps cannot follow that."""
-        return False
 
     def edges(self, table: Table) -> list[int]:
         """All nodes.
@@ -54,10 +39,6 @@ class ChordsMethod(ChordsOptions):
             ValueError: If the method does not fit the problem's table.
         """
         return ChordsRun(self, problem)
-
-    def reference(self) -> WindowMethod:
-        """The plain chain."""
-        return WindowMethod("jacobi").reference()
 
     def width(self, table: Table) -> int:
         """The number of cores."""

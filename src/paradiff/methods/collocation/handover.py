@@ -19,12 +19,13 @@ from paradiff.methods.window.fill import Guide
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
+from paradiff.methods.window.windowed import Windowed
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import WindowRecord
 from paradiff.solver.solution import ErrorEstimate
 
 
-class Handover:
+class Handover(Windowed):
     """A window solver that took a sample over.
 
     Args:
@@ -38,28 +39,9 @@ class Handover:
     """
 
     def __init__(self, window: WindowSolver, reason: str | None, *, rounds: int = 0, evaluations: int = 0) -> None:
-        self._window, self.reason = window, reason
+        super().__init__(window)
+        self.reason = reason
         self._rounds, self._evaluations = rounds, evaluations
-
-    @property
-    def sample(self) -> int:
-        """The sample."""
-        return self._window.sample
-
-    @property
-    def done(self) -> bool:
-        """Whether the sample is found."""
-        return self._window.done
-
-    @property
-    def final(self) -> Tensor:
-        """The sample once it is found."""
-        return self._window.final
-
-    @property
-    def newest(self) -> Tensor:
-        """The state furthest along the chain."""
-        return self._window.newest
 
     @property
     def error_estimate(self) -> ErrorEstimate:

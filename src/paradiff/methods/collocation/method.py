@@ -7,14 +7,14 @@ import dataclasses
 from dataclasses import dataclass
 
 from paradiff.chain.table import Table
+from paradiff.methods.chain_method import ChainMethod
 from paradiff.methods.collocation.options import CollocationOptions
 from paradiff.methods.collocation.run import CollocationRun
-from paradiff.methods.window.method import WindowMethod
 from paradiff.solver.protocol import Problem
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class CollocationMethod(CollocationOptions):
+class CollocationMethod(ChainMethod, CollocationOptions):
     """A collocation method; its attributes are those of `CollocationOptions`. It returns a sample and an estimate of its error,
     which is no bound.
 
@@ -23,19 +23,9 @@ class CollocationMethod(CollocationOptions):
     """
 
     @property
-    def dense_output(self) -> bool:
-        """Whether all states become known: only those at mesh points do."""
-        return False
-
-    @property
     def solves_chain(self) -> bool:
         """Whether the sample sought is the chain's own, not that of the equation that the chain discretizes."""
         return self.target == "chain"
-
-    @property
-    def follows_edits(self) -> bool:
-        """Whether states may be changed between steps: states between mesh points could not be."""
-        return False
 
     def prepare(self, problem: Problem) -> CollocationRun:
         """The run on a problem.
@@ -44,10 +34,6 @@ class CollocationMethod(CollocationOptions):
             ValueError: If the method does not fit the problem's table, or the file of `warm_start` is no mesh store.
         """
         return CollocationRun(self, problem)
-
-    def reference(self) -> WindowMethod:
-        """The sequential chain."""
-        return WindowMethod("jacobi").reference()
 
     def width(self, table: Table) -> int:
         """Nodes of the first mesh, or the bound on rows."""

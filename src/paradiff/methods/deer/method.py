@@ -12,6 +12,7 @@ from torch import Tensor
 from paradiff.chain.slope import DATA_VARIANCE, shifted
 from paradiff.chain.table import Table
 from paradiff.errors import require_real, require_whole
+from paradiff.methods.chain_method import ChainMethod
 from paradiff.methods.deer.solver import DeerSolver
 from paradiff.methods.face import Face, settle
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
@@ -25,7 +26,7 @@ DIVERGED = "; the diagonal Jacobian of sample{} {} diverged, and plain sweeps we
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class DeerMethod(Face):
+class DeerMethod(ChainMethod, Face):
     """quasi-DEER; see `methods.quasi_deer`.
 
     Attributes:
@@ -77,16 +78,6 @@ class DeerMethod(Face):
         """Whether all states become known: they do."""
         return True
 
-    @property
-    def solves_chain(self) -> bool:
-        """Whether the sample sought is the chain's own: it is."""
-        return True
-
-    @property
-    def follows_edits(self) -> bool:
-        """Whether states may be changed between steps: probes would be changed, too."""
-        return False
-
     def edges(self, table: Table) -> list[int]:
         """All nodes.
 
@@ -102,10 +93,6 @@ class DeerMethod(Face):
             ValueError: If the method does not fit the problem's table.
         """
         return DeerRun(self, problem)
-
-    def reference(self) -> WindowMethod:
-        """The plain chain."""
-        return self.windowed.reference()
 
     def width(self, table: Table) -> int:
         """Nodes of a full window, and their probes."""

@@ -20,6 +20,7 @@ from paradiff.chain.table import column
 from paradiff.methods.deer.update import DiagonalUpdate
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.methods.window.substeps import WindowQuery
+from paradiff.methods.window.windowed import Windowed
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import WindowRecord
 from paradiff.solver.solution import ErrorEstimate
@@ -40,7 +41,7 @@ class ProbedQuery(Query):
     size: Tensor
 
 
-class DeerSolver:
+class DeerSolver(Windowed):
     """The window of one sample.
 
     Args:
@@ -49,31 +50,15 @@ class DeerSolver:
         divergence: See update.py.
 
     Attributes:
-        sample: The sample.
         update: Equation (1) of update.py for this sample.
     """
 
     def __init__(self, window: WindowSolver, probes: int, divergence: float) -> None:
-        self._window, self._probes, self._sweeps = window, probes, 0
+        super().__init__(window)
+        self._probes, self._sweeps = probes, 0
         self._probed = 0  # rows beyond those of the window
-        self.sample = window.sample
         self.update = DiagonalUpdate(window.setup, divergence)
         window.update = self.update
-
-    @property
-    def done(self) -> bool:
-        """Whether the sample is found."""
-        return self._window.done
-
-    @property
-    def final(self) -> Tensor:
-        """The sample once it is found."""
-        return self._window.final
-
-    @property
-    def newest(self) -> Tensor:
-        """The state furthest along the chain."""
-        return self._window.newest
 
     @property
     def error_estimate(self) -> ErrorEstimate:

@@ -8,34 +8,19 @@ from dataclasses import dataclass
 
 from paradiff.chain.table import Table
 from paradiff.errors import is_whole
+from paradiff.methods.chain_method import ChainMethod
 from paradiff.methods.parareal.options import PararealOptions
 from paradiff.methods.parareal.run import PararealRun
-from paradiff.methods.window.method import WindowMethod
 from paradiff.solver.protocol import Problem
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class PararealMethod(PararealOptions):
+class PararealMethod(ChainMethod, PararealOptions):
     """A self-refining sampler; its attributes are those of `PararealOptions`.
 
     Raises:
         ValueError: If a value is out of its range, or two of them contradict each other.
     """
-
-    @property
-    def dense_output(self) -> bool:
-        """Whether all states become known: only those at block edges do."""
-        return False
-
-    @property
-    def solves_chain(self) -> bool:
-        """Whether the sample sought is the chain's own: it is."""
-        return True
-
-    @property
-    def follows_edits(self) -> bool:
-        """Whether states may be changed between steps: coarse steps cannot follow that."""
-        return False
 
     def prepare(self, problem: Problem) -> PararealRun:
         """The run on a problem.
@@ -44,10 +29,6 @@ class PararealMethod(PararealOptions):
             ValueError: If the method does not fit the problem's table or the shape of its samples.
         """
         return PararealRun(self, problem)
-
-    def reference(self) -> WindowMethod:
-        """The plain chain."""
-        return WindowMethod("jacobi").reference()
 
     def width(self, table: Table) -> int:
         """Blocks in flight, or the bound on rows."""
