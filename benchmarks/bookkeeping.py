@@ -3,7 +3,8 @@
 
 Claim measured: milliseconds of processor time of one thread, a round, outside of the network's calls. A row is a method with a
 window, one sample at a time, the least of several passes over the same seeds: other work on the machine only adds. What a table
-keeps of a first sample (its mesh, its recurrence) is made before. Parts:
+keeps of a first sample (its mesh, its recurrence) is made before. `share` is the part that it has in the whole processor time.
+Parts:
 
 - digits: the bundled network, states of 64 numbers.
 - long: a network that acts on each number by itself, states of 3 x 64 x 64 numbers; a pass over one such window of 512 states
@@ -32,7 +33,11 @@ from paradiff.samplers import ddpm
 from paradiff.solver.protocol import Method
 
 LONG = (3, 64, 64)
-COLUMNS = ("part", "chain", "method", "window", "rounds", "milliseconds")
+PARTS = ("digits", "long")
+SECONDS = {"digits": 5.0, "long": 10.0}
+"""Processor time of a row's passes after which no further one is begun."""
+
+COLUMNS = ("part", "chain", "method", "window", "rounds", "milliseconds", "share")
 
 
 class Timed:
@@ -48,43 +53,51 @@ class Timed:
         return found
 
 
-def measured(network: Any, table: Table, noises: list[Noise], method: Method, passes: int) -> tuple[int, float]:
-    """Rounds of a pass, and milliseconds of a round outside of the network."""
-    least, rounds, timed = float("inf"), 0, Timed(network)
-    for _ in range(passes + 1):  # the first is not counted
+def measured(network: Any, table: Table, noises: list[Noise], method: Method, seconds: float) -> Row:
+    """Rounds of a pass, milliseconds of a round outside of the network, and their share."""
+    timed, found = Timed(network), list[tuple[float, float]]()
+    sample(timed, table, noises[0], method)
+    rounds, spent = 0, 0.0
+    while not found or (spent < seconds and len(found) < 5):
         timed.seconds, rounds, begin = 0.0, 0, time.process_time()
         for noise in noises:
             rounds += sample(timed, table, noise, method).rounds
-        taken = 1e3 * (time.process_time() - begin - timed.seconds) / rounds
-        least = min(least, taken) if _ else least
-    return rounds, least
+        taken = time.process_time() - begin
+        spent += taken
+        found.append(((taken - timed.seconds) / rounds, (taken - timed.seconds) / taken))
+    least, share = min(found)
+    return {"rounds": rounds, "milliseconds": round(1e3 * least, 3), "share": round(share, 3)}
 
 
-def cases(quick: bool) -> Iterator[tuple[str, str, Any, Table, list[Noise], list[Method]]]:
+def cases(only: list[str], quick: bool) -> Iterator[tuple[str, str, Any, Table, list[Noise], list[Method]]]:
     """Part, chain, network, table, noises and methods."""
-    model = load("digits")
-    seeds = range(100, 102 if quick else 108)
-    noises: list[Noise] = [Recorded(model.shape, torch.Generator().manual_seed(seed)) for seed in seeds]
     windows = (16,) if quick else (4, 16, 32)
     several: list[Method] = [make(window) for make in (parasolver, quasi_newton) for window in windows]
     several += [collocation(window=window) for window in windows]
-    yield "digits", "DDPM 1000", model, model.table("ddpm", 1000), noises[:4], several
-    yield "digits", "DDIM 100", model, model.table("ddim", 100), noises, [sequential(), *several]
-    if not quick:
+    if "digits" in only:
+        model = load("digits")
+        noises: list[Noise] = [Recorded(model.shape, torch.Generator().manual_seed(seed)) for seed in range(100, 108)]
+        for steps, seeds in ((50, 8), (100, 8)):
+            table = model.table("ddim", steps)
+            yield "digits", f"DDIM {steps}", model, table, noises[: 2 if quick else seeds], [sequential(), *several]
+        yield "digits", "DDPM 1000", model, model.table("ddpm", 1000), noises[: 2 if quick else 3], several
+    if "long" in only:
         table = ddpm(Schedule.linear(), 1000)
-        long: list[Method] = [parasolver(512), quasi_newton(512), collocation(window=32), collocation(window=512)]
+        long: list[Method] = [parasolver(32), quasi_newton(32), collocation(window=32)]
+        long += [] if quick else [parasolver(512), quasi_newton(512), collocation(window=512)]
         yield "long", "DDPM 1000", memory.network(table), table, [Keyed((3 * 64 * 64,), 0)], long
 
 
 def main() -> None:
-    given = options(__doc__)
+    given = options(__doc__, PARTS)
     torch.set_num_threads(1)
-    results = Results(given.json)
-    for part, chain, network, table, noises, methods in cases(given.quick):
+    results = Results(given.json, given.keep)
+    results.drop(row for row in results.rows if row["part"] not in given.only)
+    for part, chain, network, table, noises, methods in cases(given.only, given.quick):
         for method in methods:
-            rounds, spent = measured(network, table, noises, method, 1 if part == "long" else 5)
             row: Row = {"part": part, "chain": chain, "method": method.name, "window": getattr(method, "window", None)}
-            results.add(row | {"rounds": rounds, "milliseconds": round(spent, 3)})
+            results.add(row | measured(network, table, noises, method, SECONDS[part]))
+            show(results.rows[-1:], COLUMNS)
     results.save()
     show(results.rows, COLUMNS)
 
