@@ -65,10 +65,10 @@ def test_a_defect_beside_the_direction_that_grows_counts_as_its_neighbours_along
     system = CollocationSystem(Recurrence(ddpm(Schedule.linear(), 200), 0.25), list(range(0, 201, 10)), 0)
     doubled, count = DoubledIntervals(system, ORDER_ZERO.defect), len(system.intervals)
     along = torch.eye(2, dtype=torch.float64)
-    store, dx = PairStore(count, 1, along[:1]), along[0].expand(count - 1, 1, 2)
+    store, dx = PairStore(count, 1, along[:1], along.dtype), along[0].expand(count - 1, 1, 2)
     large = torch.ones(count - 1, 1, dtype=torch.bool)
     store.observe(range(1, count), dx, 5 * dx, large)  # forcings follow their states along one direction alone
-    now = Linearization(system.influence, system.nodes, store.newest(1), 0.0, causal=True)
+    now = Linearization(system.influence, -system.influence[:-1], system.nodes, store.newest(), 0.0, causal=True)
     defects = 1e-3 * torch.stack([along[j % 2] for j in range(len(doubled.first))])[:, None]
 
     def shares(neighbours: int | None) -> torch.Tensor:

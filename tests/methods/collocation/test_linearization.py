@@ -10,7 +10,7 @@ from torch import Tensor
 import paradiff.methods.collocation.linearization
 import paradiff.methods.stretch
 from paradiff.methods.collocation.linearization import Linearization, Moves
-from paradiff.methods.collocation.pairs import Pairs, PairStore
+from paradiff.methods.collocation.pairs import Pairs, PairStore, in_slots
 
 NODES, SIZE = 5, 3
 KNOWN = 0.25
@@ -25,18 +25,20 @@ def linear(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return influence, slope, torch.eye(SIZE, dtype=torch.float64).expand(NODES, SIZE, SIZE)
 
 
-def pairs_of(dx: Tensor, du: Tensor) -> Pairs:
+def pairs_of(dx: Tensor, du: Tensor) -> Pairs | None:
     """Pairs `[M, k, b, d]` of all nodes."""
     nodes = list(range(len(dx)))
-    store = PairStore(len(dx), dx.shape[1], dx.new_zeros(dx.shape[2:]))
+    store = PairStore(len(dx), dx.shape[1], dx.new_zeros(dx.shape[2:]), dx.dtype)
     for x, u in zip(dx.unbind(1), du.unbind(1), strict=True):
         store.observe(nodes, x, u, torch.ones(x.shape[:2], dtype=torch.bool))
-    return store.newest(dx.shape[1])
+    return store.newest()
 
 
 def response(influence: Tensor, slope: Tensor, dx: Tensor, *, causal: bool = True) -> Linearization:
     du = torch.einsum("nij,nkj->nki", slope, dx)
-    return Linearization(influence, torch.arange(NODES), pairs_of(dx[:, :, None], du[:, :, None]), KNOWN, causal=causal)
+    pairs, slots = pairs_of(dx[:, :, None], du[:, :, None]), dx.shape[1]
+    reach = -influence[:-1].repeat_interleave(slots, 0).repeat_interleave(slots, 1)
+    return Linearization(influence, reach, torch.arange(NODES), pairs, KNOWN, causal=causal)
 
 
 def followed(influence: Tensor, slope: Tensor, forced: Tensor) -> Tensor:
@@ -140,31 +142,59 @@ def test_without_pairs_forcings_do_not_follow() -> None:
 
 
 def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs() -> None:
-    store = PairStore(3, 2, torch.zeros(1, 2, dtype=torch.float64))
+    store = PairStore(3, 2, torch.zeros(1, 2, dtype=torch.float64), torch.float64)
 
     def seen(nodes: list[int], value: float, large: bool = True) -> None:
         change = torch.full((len(nodes), 1, 2), value, dtype=torch.float64)
         store.observe(nodes, change, 10 * change, torch.full((len(nodes), 1), large))
 
-    def kept(most: int) -> dict[int, list[float]]:
-        found = store.newest(most)
-        assert torch.equal(found.du, 10 * found.dx)
-        assert not found.dx[0].any()
-        return {
-            node: [float(found.dx[row, 0, 0]) for row in rows if row]
-            for node, rows in zip(found.nodes, found.rows, strict=True)
-        }
+    def kept(store: PairStore) -> list[list[float]]:
+        """Changes in the slots of each node, with those of the forcings and the products as they have to be."""
+        found = store.newest()
+        if found is None:
+            return []
+        dx, du = (in_slots(v, found.rows, slice(None), torch.float64) for v in (found.dx, found.du))
+        assert torch.equal(du, 10 * dx)
+        assert torch.equal(found.cross, dx @ du.mT)
+        own = dx.unflatten(1, (-1, store.most))
+        assert torch.equal(found.own, own @ own.mT)
+        return dx[0, :, 0].view(-1, store.most).tolist()
 
-    assert kept(2) == {}
+    assert kept(store) == []
     seen([0, 2], 1.0)
     seen([2], 2.0)
     seen([2], 3.0)
-    assert kept(2) == {0: [1.0], 2: [3.0, 2.0]}
-    assert kept(1) == {0: [1.0], 2: [3.0]}
-    seen([2], 4.0, large=False)
-    assert sorted(kept(2)[2]) == [2.0, 3.0]
-    moved = store.remesh([2, 0, 0, 1], torch.tensor([1.0, 1.0, 0.5, 1.0], dtype=torch.float64)).newest(2)
-    assert moved.nodes == [0, 1, 2]
-    assert [float(moved.dx[rows[0], 0, 0]) for rows in moved.rows[1:]] == [1.0, 0.5]
-    assert [float(moved.du[rows[0], 0, 0]) for rows in moved.rows[1:]] == [10.0, 10.0]
-    assert store.emptied().newest(2).nodes == []
+    assert kept(store) == [[1.0, 0.0], [0.0, 0.0], [3.0, 2.0]]
+    seen([2], 4.0, large=False)  # the pair that was to be replaced stays, as the newest
+    assert kept(store) == [[1.0, 0.0], [0.0, 0.0], [3.0, 2.0]]
+    seen([2], 5.0)
+    assert kept(store) == [[1.0, 0.0], [0.0, 0.0], [5.0, 2.0]]
+    nearest, ratios = [2, 0, 0, 1], torch.tensor([1.0, 1.0, 0.5, 1.0], dtype=torch.float64)
+    for most, wanted in ((2, [[2.0, 5.0], [1.0, 0.0], [0.5, 0.0]]), (1, [[5.0], [1.0], [0.5]])):
+        moved = store.remesh(nearest, ratios, most)
+        found = moved.newest()
+        assert found is not None
+        assert in_slots(found.dx, found.rows, slice(None), torch.float64)[0, :, 0].view(-1, most).tolist() == wanted
+        assert found.du[1:, 0, 0].sum() == 10 * sum(
+            v / ratio for row, ratio in zip(wanted, (1, 1, 0.5), strict=True) for v in row
+        )
+    assert store.emptied().newest() is None
+
+
+def test_a_linearization_is_kept_beside_the_next() -> None:
+    influence, slope, dx = linear(5)
+    store = PairStore(NODES, SIZE, dx.new_zeros(1, SIZE), dx.dtype)
+    reach = -influence[:-1].repeat_interleave(SIZE, 0).repeat_interleave(SIZE, 1)
+
+    def seen(scale: float) -> Linearization:
+        for x in dx.unbind(1):
+            large = torch.ones(NODES, 1, dtype=torch.bool)
+            store.observe([*range(NODES)], x[:, None], scale * torch.einsum("nij,nj->ni", slope, x)[:, None], large)
+        return Linearization(influence, reach, torch.arange(NODES), store.newest(), KNOWN, causal=True)
+
+    changes = torch.randn(NODES, 1, SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    first = seen(1.0).kept()
+    before = first.effects(changes, influence)
+    after = seen(2.0).effects(changes, influence)
+    assert torch.equal(first.effects(changes, influence), before)
+    assert not torch.allclose(after, before, rtol=1e-2)

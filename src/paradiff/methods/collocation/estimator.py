@@ -78,7 +78,7 @@ class Estimator:
         sample: Tensor,
     ) -> None:
         """The estimate counts, and the next refinement is measured by it."""
-        self.interpolation_error, self._first = error.total, self._first or linearization
+        self.interpolation_error, self._first = error.total, self._first or linearization.kept()
         self._calibration = self._calibration.accept(error, factor, iteration_error=iteration_error, sample=sample)
 
     def distrust(self, least: float) -> None:

@@ -37,7 +37,7 @@ class Evaluations:
     def __init__(self, count: int, pairs: int, x0: Tensor, dtype: torch.dtype) -> None:
         self.forcings = x0.new_zeros(count, *x0.shape)
         self.states = self.forcings.clone()
-        self.pairs = PairStore(count, pairs, x0.to(dtype))
+        self.pairs = PairStore(count, pairs, x0.to(dtype), x0.dtype)
         self.quotients = x0.new_zeros(count)
         self.evaluated, self.assigned = [False] * count, [False] * count
 
@@ -108,24 +108,25 @@ class Evaluations:
         """Numbers of the nodes that were not evaluated."""
         return [n for n, evaluated in enumerate(self.evaluated) if not evaluated]
 
-    def remesh(self, old: CollocationSystem, new: CollocationSystem, move: Callable[[Tensor], Tensor]) -> None:
-        """Goes over to a refined mesh. Nodes of both keep all; a new node takes the pairs of the nearest old one, its state and
-        quotient scaled to the new level, and at order 0 its forcing, from order 1 the interpolated one."""
-        recurrence, kept, nearest, ratios = old.recurrence, [], [], []
-        for n, interval in enumerate(new.intervals):
-            if new.averaged:
-                k = bisect_right(old.points, interval.left) - 1
-                same = old.points[k : k + 2] == [interval.left, interval.right]
-            else:
-                k = int((recurrence.log_snr[old.nodes] - recurrence.log_snr[new.nodes[n]]).abs().argmin())
-                same = bool(old.nodes[k] == new.nodes[n])
-            level = recurrence.evidence[old.nodes[k]] / recurrence.evidence[new.nodes[n]]
-            kept.append(same and self.evaluated[k])
-            nearest.append(k)
-            ratios.append(1.0 if same or not 0 < level < math.inf else float(level))
+    def remesh(self, old: CollocationSystem, new: CollocationSystem, pairs: int, move: Callable[[Tensor], Tensor]) -> None:
+        """Goes over to a refined mesh, with so many pairs a node. Nodes of both keep all; a new node takes the pairs of the
+        nearest old one, its state and quotient scaled to the new level, and at order 0 its forcing, from order 1 the
+        interpolated one."""
+        recurrence = old.recurrence
+        if new.averaged:
+            nearest = [bisect_right(old.points, interval.left) - 1 for interval in new.intervals]
+            both = zip(nearest, new.intervals, strict=True)
+            same = [old.points[k : k + 2] == [interval.left, interval.right] for k, interval in both]
+        else:
+            place = recurrence.log_snr
+            nearest = (place[new.nodes, None] - place[old.nodes]).abs().argmin(1).tolist()
+            same = (old.nodes[nearest] == new.nodes).tolist()
+        levels = (recurrence.evidence[old.nodes[nearest]] / recurrence.evidence[new.nodes]).tolist()
+        ratios = [1.0 if of_both or not 0 < v < math.inf else v for of_both, v in zip(same, levels, strict=True)]
+        kept = [of_both and self.evaluated[k] for of_both, k in zip(same, nearest, strict=True)]
         at, factor = uploaded(nearest, self.states.device), move(torch.tensor(ratios))[:, None, None]
         self.states = self.states[at].mul_(factor)
-        self.pairs = self.pairs.remesh(nearest, factor[:, 0, 0])
+        self.pairs = self.pairs.remesh(nearest, factor[:, 0, 0], pairs)
         self.quotients = self.quotients[at] / factor[:, 0, 0]
         if new.averaged:
             self.forcings = self.forcings[at]

@@ -4,6 +4,9 @@
 A node that is evaluated again shows how its forcing answers to its state: the changes of both are a pair (methods/secant.py).
 Most nodes have fewer pairs than they may have, and some have none, so pairs are rows of one store. They are kept in the dtype
 in which the network is given its states: its outputs are known no better.
+
+A round's linear system (linearization.py) needs the inner products of all pairs, and a round brings pairs of a few nodes. So
+products are kept, too, each pair's in a **slot** of its node, and only those with the newest pairs are made anew.
 """
 
 from __future__ import annotations
@@ -15,23 +18,34 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.step import uploaded
+from paradiff.methods.stretch import stretches, total
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairs:
-    """S pairs of n nodes, k at most of each; b members, d numbers each.
+    """S pairs of the first n nodes, in k slots of each; b members, d numbers each.
 
     Attributes:
         dx: `[S+1, b, d]` changes of states; the first row is zero, and so is one whose state changed by rounding alone.
         du: `[S+1, b, d]` the changes of the forcings.
-        nodes: The numbers of the n nodes.
-        rows: The k rows of each; 0 where it has fewer.
+        rows: `[n k]` the row in each slot; 0 where there is none.
+        own: `[b, n, k, k]` products of the dx of each node's pairs.
+        cross: `[b, n k, n k]` products of the dx (rows) with the du (columns) of all pairs.
+        room: Two tensors of the shape of `cross`, to be written to: memory that is taken anew in each round costs more than the
+            arithmetic on it.
     """
 
     dx: Tensor
     du: Tensor
-    nodes: list[int]
-    rows: list[list[int]]
+    rows: Tensor
+    own: Tensor
+    cross: Tensor
+    room: tuple[Tensor, Tensor]
+
+
+def in_slots(values: Tensor, rows: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+    """`[b, n k, w]` a stretch of the values `[S+1, b, d]` in some rows."""
+    return values[rows, :, part].to(dtype).transpose(0, 1)
 
 
 class PairStore:
@@ -41,22 +55,33 @@ class PairStore:
         count: M.
         most: Pairs kept for each node.
         like: `[b, d]` a state in the pairs' dtype, for shape and device.
+        kind: Dtype of the products.
     """
 
-    def __init__(self, count: int, most: int, like: Tensor) -> None:
-        self.most = most
+    def __init__(self, count: int, most: int, like: Tensor, kind: torch.dtype) -> None:
+        self.most, members = most, len(like)
         self._dx, self._du = (like.new_zeros(1, *like.shape) for _ in range(2))
-        self._rows: list[list[int]] = [[] for _ in range(count)]  # of each node, the newest first
-        self._free: list[int] = []  # rows that no node has yet
+        self._rows: list[list[int]] = [[] for _ in range(count)]  # of each node, by their slots
+        self._in_slots = torch.zeros(count * most, dtype=torch.int64, device=like.device)  # the same, 0 where there is none
+        self._turn = [0] * count  # the slot of each full node that is written to next: the one of its oldest pair
+        self._waiting: set[int] = set()  # nodes for whose next pair room was made
+        self._own = like.new_zeros(members, count, most, most, dtype=kind)
+        self._cross = like.new_zeros(members, count * most, count * most, dtype=kind)
+        self._room: tuple[Tensor, Tensor] | None = None
 
     def reserve(self, nodes: Sequence[int]) -> None:
         """Makes room for a further pair of each of some nodes, at once: it is the size of all pairs that is copied."""
-        fresh = sum(len(self._rows[n]) < self.most for n in nodes) - len(self._free)
-        if fresh > 0:
-            self._free += range(len(self._dx), len(self._dx) + fresh)
-            room = self._dx.new_zeros(fresh, *self._dx.shape[1:])
-            self._dx = torch.cat([self._dx, room])
-            self._du = torch.cat([self._du, room])
+        fresh = [n for n in nodes if len(self._rows[n]) < self.most and n not in self._waiting]
+        if not fresh:
+            return
+        rows, slots = range(len(self._dx), len(self._dx) + len(fresh)), [n * self.most + len(self._rows[n]) for n in fresh]
+        for row, node in zip(rows, fresh, strict=True):
+            self._rows[node].append(row)
+        self._waiting.update(fresh)
+        at, new = uploaded([slots, [*rows]], self._dx.device)
+        self._in_slots[at] = new
+        room = self._dx.new_zeros(len(fresh), *self._dx.shape[1:])
+        self._dx, self._du = torch.cat([self._dx, room]), torch.cat([self._du, room])
 
     def observe(self, nodes: Sequence[int], dx: Tensor, du: Tensor, large: Tensor) -> None:
         """Takes a pair of each of R nodes; where a node has all that are kept, it replaces the oldest.
@@ -68,32 +93,78 @@ class PairStore:
             large: `[R, b]` whether the change is one.
         """
         self.reserve(nodes)
-        for rows in (self._rows[node] for node in nodes):
-            rows.insert(0, self._free.pop(0) if len(rows) < self.most else rows.pop())
-        at = uploaded([self._rows[node][0] for node in nodes], dx.device)
+        slots = []
+        for node in nodes:
+            if node in self._waiting:
+                self._waiting.remove(node)
+                slots.append(node * self.most + len(self._rows[node]) - 1)
+            else:
+                slots.append(node * self.most + self._turn[node])
+                self._turn[node] = (self._turn[node] + 1) % self.most
+        at = uploaded(slots, dx.device)
+        rows = self._in_slots[at]
         for kept, new in ((self._dx, dx), (self._du, du)):
-            kept[at] = torch.where(large[..., None], new.to(kept.dtype), kept[at])
+            kept[rows] = torch.where(large[..., None], new.to(kept.dtype), kept[rows])
+        self._multiply(at)
 
-    def newest(self, most: int) -> Pairs:
-        """At most so many pairs of each node. They share memory with the store, which the next `observe` writes to."""
-        nodes = [n for n, rows in enumerate(self._rows) if rows]
-        k = max((min(len(self._rows[n]), most) for n in nodes), default=0)
-        rows = [[*self._rows[n][:k], *[0] * (k - len(self._rows[n]))] for n in nodes]
-        return Pairs(dx=self._dx, du=self._du, nodes=nodes, rows=rows)
+    def newest(self) -> Pairs | None:
+        """The pairs; None where there are none. They share memory with the store, which the next `observe` writes to."""
+        if len(self._dx) == 1:
+            return None
+        count = max(n for n, rows in enumerate(self._rows) if rows) + 1
+        size = count * self.most
+        if self._room is None:
+            self._room = torch.empty_like(self._cross), torch.empty_like(self._cross)
+        cross = self._cross[:, :size, :size]
+        first, second = (v.flatten()[: cross.numel()].view(cross.shape) for v in self._room)
+        return Pairs(
+            dx=self._dx,
+            du=self._du,
+            rows=self._in_slots[:size],
+            own=self._own[:, :count],
+            cross=cross,
+            room=(first, second),
+        )
 
     def emptied(self) -> PairStore:
         """A store for the same nodes, without pairs."""
-        return PairStore(len(self._rows), self.most, self._dx[0])
+        return PairStore(len(self._rows), self.most, self._dx[0], self._own.dtype)
 
-    def remesh(self, nearest: Sequence[int], ratios: Tensor) -> PairStore:
-        """A store for other nodes, each of which takes the pairs of the node `nearest` to it, with its states' changes scaled
-        by `ratios` `[M']`."""
-        new = PairStore(len(nearest), self.most, self._dx[0])
-        source, owner = [0], [0]
+    def remesh(self, nearest: Sequence[int], ratios: Tensor, most: int) -> PairStore:
+        """A store for other nodes. Each takes the pairs of the node `nearest` to it, the newest if fewer are kept, and its
+        states' changes are scaled by `ratios` `[M']`."""
+        new = PairStore(len(nearest), most, self._dx[0], self._own.dtype)
+        source, slots = list[int](), list[int]()
         for n, k in enumerate(nearest):
-            new._rows[n] = [*range(len(source), len(source) + len(self._rows[k]))]
-            source += self._rows[k]
-            owner += [n] * len(self._rows[k])
-        at, of = uploaded(source, self._dx.device), uploaded(owner, self._dx.device)
-        new._dx, new._du = self._dx[at].mul_(ratios.to(self._dx)[of][:, None, None]), self._du[at]
+            rows = self._rows[k][self._turn[k] :] + self._rows[k][: self._turn[k]]  # the newest last
+            rows = rows[max(len(rows) - most, 0) :]
+            new._rows[n] = [*range(len(source) + 1, len(source) + 1 + len(rows))]
+            source += rows
+            slots += range(n * most, n * most + len(rows))
+        if source:
+            at, places = uploaded([[0, *source], [0, *slots]], self._dx.device)  # in one copy
+            places = places[1:]
+            new._dx, new._du = self._dx[at], self._du[at]
+            new._dx[1:] *= ratios.to(self._dx)[places // most][:, None, None]
+            new._in_slots[places] = torch.arange(1, len(at), device=at.device)
+            new._multiply(places)
         return new
+
+    def _multiply(self, slots: Tensor) -> None:
+        """Makes the products with the pairs in some slots."""
+        count, node = len(slots), slots // self.most
+        mates = node[:, None] * self.most + torch.arange(self.most, device=slots.device)
+
+        def products(part: slice) -> Tensor:
+            """With the du of all pairs, with the dx of all, and with the dx of the same node's."""
+            x, u = (in_slots(v, self._in_slots, part, self._cross.dtype) for v in (self._dx, self._du))
+            new = x[:, slots]
+            found = new @ u.mT, u[:, slots] @ x.mT, (x[:, mates] @ new[..., None])[..., 0]
+            return torch.cat(found, 2)
+
+        rows = 2 * len(self._in_slots) + count * (self.most + 2)
+        found = total(products(part) for part in stretches(self._dx.shape, rows))
+        on_forcings, on_states, own = found.split([len(self._in_slots), len(self._in_slots), self.most], 2)
+        self._cross[:, slots], self._cross.mT[:, slots] = on_forcings, on_states
+        flat, slot = self._own.view(len(own), -1, self.most), slots % self.most
+        flat[:, slots], self._own.mT[:, node, slot] = own, own

@@ -26,6 +26,7 @@ class SampleSystem:
         doubled: Its doubled intervals; None from order 1.
         noises: The noises of all these; None on deterministic chains.
         influence: `[M+1, M]` R.
+        reach: `[M k, M k]` -R without the sample, each entry once for each two of the k secant pairs that a node may have.
         x0: `[b, d]` x[0].
         initial: `[M+1]` f, its weights.
         noise_weights: `[M+1, M, P]` weights of the noises of the intervals.
@@ -38,6 +39,7 @@ class SampleSystem:
     doubled: DoubledIntervals | None
     noises: MeshNoises | None
     influence: Tensor
+    reach: Tensor
     x0: Tensor
     initial: Tensor
     noise_weights: Tensor
@@ -75,7 +77,8 @@ class SampleSystem:
             sample: The sample.
             before: The noises of another mesh of the same recurrence.
         """
-        rec, nodes = system.recurrence, system.nodes
+        rec, nodes, pairs = system.recurrence, system.nodes, setup.pairs_of(system)
+        influence = setup.move(system.influence)
         doubled = setup.doubled(system) if system.averaged else None
         noises = None
         if setup.table.stochastic:
@@ -84,7 +87,8 @@ class SampleSystem:
             system=system,
             doubled=doubled,
             noises=noises,
-            influence=setup.move(system.influence),
+            influence=influence,
+            reach=-influence[:-1].repeat_interleave(pairs, 0).repeat_interleave(pairs, 1),
             x0=x0,
             initial=setup.move(system.initial),
             noise_weights=setup.move(system.noise_weights),

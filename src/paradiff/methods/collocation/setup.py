@@ -118,6 +118,10 @@ class CollocationSetup:
         key = ("system", recurrence.variance, self.order, tuple(points))
         return self.table.cached(key, lambda: CollocationSystem(recurrence, points, self.order))
 
+    def pairs_of(self, system: CollocationSystem) -> int:
+        """Secant pairs kept for each node of a system."""
+        return min(self.method.secants, max(1, self.control.most_pairs // len(system.intervals)))
+
     def doubled(self, system: CollocationSystem) -> DoubledIntervals:
         """The doubled intervals of a system; those of the first mesh are made once for a table."""
         control = self.control.defect

@@ -119,7 +119,7 @@ class CollocationSolver:
         self.estimator = Estimator(setup)
         self._handover: Handover | None = None
         self._visited: list[int] = []  # fine nodes of the last round
-        self._nodes = Evaluations(len(system.intervals), method.secants, self._x0, setup.dtype)
+        self._nodes = Evaluations(len(system.intervals), setup.pairs_of(system), self._x0, setup.dtype)
         self.active = list(range(len(system.intervals)))
         self._linearization, self._states, self._final = self._stepped()
 
@@ -132,12 +132,11 @@ class CollocationSolver:
 
     def _stepped(self) -> tuple[Linearization, Tensor, Tensor]:
         """The quasi-Newton step, equation (1): the linearization, the states of all nodes, and the sample."""
-        nodes = self._nodes
-        kept = max(1, self.control.most_pairs // len(nodes.forcings))
-        pairs, uncertainty = nodes.pairs.newest(kept), self.control.pair_uncertainty
-        causal = self.system.averaged
-        linearization = Linearization(self._at.influence, self.system.nodes, pairs, uncertainty, causal=causal)
-        found = linearization.follow(self._at.states(nodes.forcings), nodes.states)
+        nodes, at, uncertainty = self._nodes, self._at, self.control.pair_uncertainty
+        linearization = Linearization(
+            at.influence, at.reach, at.system.nodes, nodes.pairs.newest(), uncertainty, causal=at.system.averaged
+        )
+        found = linearization.follow(at.states(nodes.forcings), nodes.states)
         return linearization, found[:-1], found[-1].clone().view(self.shape)
 
     def _go_over(self, system: CollocationSystem, *, rescaled: bool = False) -> None:
@@ -387,7 +386,7 @@ class CollocationSolver:
         old, new = self.system, self.setup.system(self._recurrence, points)
         parts = [bisect_left(points, right) - bisect_left(points, left) for left, right in pairwise(old.points)]
         self.estimator.refined(parts)
-        self._nodes.remesh(old, new, self.setup.move)
+        self._nodes.remesh(old, new, self.setup.pairs_of(new), self.setup.move)
         self._go_over(new)
         self.active = self._nodes.missing
         if not new.averaged:  # guessed forcings go with the states that they give
