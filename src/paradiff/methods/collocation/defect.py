@@ -81,16 +81,15 @@ class DoubledIntervals:
         pairs = [(n, system.intervals[n], system.intervals[n + 1]) for n in self.first]
         self.intervals: list[Interval] = [system.recurrence.interval(left.left, right.right) for _, left, right in pairs]
         self.nodes = torch.tensor([interval.node for interval in self.intervals], dtype=torch.int64)
-        count, band = len(system.intervals), system.recurrence.table.band
-        self.initial = torch.zeros(len(pairs), dtype=torch.float64)
-        self.influence, self.weights = (torch.zeros(len(pairs), count, dtype=torch.float64) for _ in range(2))
-        self.noise_weights = torch.zeros(len(pairs), count, band, dtype=torch.float64)
+        own = torch.tensor([interval.state_forcing for interval in self.intervals], dtype=torch.float64)
         self.weight = torch.tensor([float(interval.forcing[0].sum()) for interval in self.intervals], dtype=torch.float64)
-        for j, ((n, left, right), interval) in enumerate(zip(pairs, self.intervals, strict=True)):
-            self.weights[j, n] = (right.carry[0] * left.forcing.sum(1)).sum()
-            self.weights[j, n + 1] = right.forcing[0].sum()
-            self.initial[j], self.influence[j], self.noise_weights[j] = system.carried(interval, n)
-            self.influence[j] += interval.state_forcing * self.weights[j] / self.weights[j].sum()
+        of_first = [float((right.carry[0] * left.forcing.sum(1)).sum()) for _, left, right in pairs]
+        of_second = [float(right.forcing[0].sum()) for *_, right in pairs]
+        self.weights, rows = torch.zeros(len(pairs), len(system.intervals), dtype=torch.float64), torch.arange(len(pairs))
+        for later, found in enumerate((of_first, of_second)):
+            self.weights[rows, torch.tensor(self.first, dtype=torch.int64) + later] = torch.tensor(found, dtype=torch.float64)
+        self.initial, influence, self.noise_weights = system.carried(self.intervals, self.first)
+        self.influence = influence + own[:, None] * self.weights / self.weights.sum(1, keepdim=True)
         self.effect = system.noise_weights[:, [n + 1 for n in self.first], 0]
         place = system.recurrence.log_snr[[right.left for _, _, right in pairs]]
         size = unusual(system.recurrence.variance)  # small data decide later, and no estimate falls for large ones

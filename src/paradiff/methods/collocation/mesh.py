@@ -14,6 +14,7 @@ error, so that n is in proportion to the root of that error.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -63,6 +64,7 @@ class Mesh:
         else:
             weight = torch.tensor(nodes, dtype=torch.float64)[self._bin]
         self._integral = torch.cat([torch.zeros(1, dtype=torch.float64), (weight * length).cumsum(0)])
+        self._integrals: list[float] = self._integral.tolist()
 
     def in_bins(self, left: int = 0, right: int | None = None) -> Tensor:
         """`[bins]` share of an interval, or of the whole chain, that lies in each of the equal parts of the range."""
@@ -83,14 +85,18 @@ class Mesh:
         chosen = candidates[torch.searchsorted(integral, nearest)].tolist()
         return [*sorted({0, *chosen[1:]}), self._steps]
 
+    def _between(self, left: int, right: int) -> list[int]:
+        """The candidates between two fine nodes."""
+        return self.candidates[bisect_right(self.candidates, left) : bisect_left(self.candidates, right)]
+
     def subdivide(self, left: int, right: int, parts: int) -> list[int]:
         """The mesh points, `right` left out, of an interval subdivided into at most `parts` of about equal integral."""
-        inside = [n for n in self.candidates if left < n < right]
+        inside, integral = self._between(left, right), self._integrals
         found = [left]
         if inside:
-            first, last = float(self._integral[left]), float(self._integral[min(right, self._steps - 1)])
+            first, last = integral[left], integral[min(right, self._steps - 1)]
             for k in range(1, parts):
-                node = min(inside, key=lambda n: abs(float(self._integral[n]) - first - (last - first) * k / parts))
+                node = min(inside, key=lambda n: abs(integral[n] - first - (last - first) * k / parts))
                 if node > found[-1]:
                     found.append(node)
         return found
@@ -115,7 +121,7 @@ class Mesh:
             most: Most intervals; where they do not suffice, all parts are longer.
             most_parts: Most parts of one interval.
         """
-        room = [min(1 + sum(left < n < right for n in self.candidates), most_parts) for left, right in pairwise(points)]
+        room = [min(1 + len(self._between(left, right)), most_parts) for left, right in pairwise(points)]
         if max(shares) == 0:
             return list(points)
         if math.inf in shares:

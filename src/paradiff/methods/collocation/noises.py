@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.chain.step import uploaded
+from paradiff.chain.table import column
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.system import CollocationSystem
-from paradiff.methods.stretch import blocks, total
+from paradiff.methods.stretch import NUMBERS, blocks, total
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,12 +26,14 @@ class MeshNoises:
         averaged: `[M, b, d]` in their averaged states.
         doubled: `[J, b, d]` in the averaged states of the doubled intervals.
         places: The number of each interval by its mesh points, and of each doubled interval by its three.
+        drawn: `[N, b, d]` the chain's noises; None where they are too many to be kept.
     """
 
     ends: Tensor
     averaged: Tensor
     doubled: Tensor
     places: dict[tuple[int, ...], int]
+    drawn: Tensor | None = None
 
     @staticmethod
     def of(
@@ -50,6 +54,11 @@ class MeshNoises:
             like: `[b, d]` a state, for shape, dtype and device.
             before: Those of another mesh with the same recurrence, from which intervals of both take theirs.
         """
+        steps = system.recurrence.table.steps
+        if steps * like.numel() <= NUMBERS:
+            drawn = None if before is None else before.drawn
+            drawn = noise.draw(sample, range(steps)).to(like).view(-1, *like.shape) if drawn is None else drawn
+            return MeshNoises._of_all(system, doubled, drawn)
         count, band = len(system.intervals), system.recurrence.table.band
         spans = [] if doubled is None else doubled.spans
         part_of = {} if doubled is None else {n + i: j for j, n in enumerate(doubled.first) for i in (0, 1)}
@@ -78,6 +87,27 @@ class MeshNoises:
         places: dict[tuple[int, ...], int] = {(g.left, g.right): k for k, g in enumerate(system.intervals)}
         places |= {span: j for j, span in enumerate(spans)}
         return MeshNoises(ends=ends, averaged=averaged, doubled=of_doubled, places=places)
+
+    @staticmethod
+    def _of_all(system: CollocationSystem, doubled: DoubledIntervals | None, drawn: Tensor) -> MeshNoises:
+        """The sums of all intervals at once, from all of the chain's noises `[N, b, d]`."""
+        lengths = uploaded([interval.right - interval.left for interval in system.intervals], drawn.device)
+
+        def sums(weights: Tensor) -> Tensor:
+            """`[M, b, d]`, by weights `[N]`."""
+            return torch.segment_reduce(column(weights, drawn) * drawn, "sum", lengths=lengths, axis=0, unsafe=True)
+
+        ends = torch.stack([sums(weights) for weights in torch.cat([g.noise for g in system.intervals], 1)], 1)
+        averaged = sums(torch.cat([g.state_noise for g in system.intervals]))
+        of_doubled = drawn.new_zeros(0, *drawn.shape[1:])
+        if doubled is not None and doubled.first:
+            weights = torch.zeros(len(drawn), dtype=torch.float64)
+            for interval in doubled.intervals:
+                weights[interval.left : interval.right] = interval.state_noise
+            first = uploaded(doubled.first, drawn.device)
+            of_intervals = sums(weights)
+            of_doubled = of_intervals[first] + of_intervals[first + 1]
+        return MeshNoises(ends=ends, averaged=averaged, doubled=of_doubled, places={}, drawn=drawn)
 
 
 def _weighted_noises(noise: Noise, sample: int, first: int, weights: Tensor) -> Tensor:

@@ -72,47 +72,51 @@ class CollocationSystem:
         self.averaged = order == 0
         self.nodes = torch.tensor([g.node if self.averaged else g.left for g in self.intervals])
         self.interpolation = self._interpolation(steps)
-        self.point_initial = torch.zeros(count + 1, band, dtype=torch.float64)
-        self.point_influence = torch.zeros(count + 1, band, count, dtype=torch.float64)
-        self.point_noise_weights = torch.zeros(count + 1, band, count, band, dtype=torch.float64)
-        self.point_initial[0, 0] = 1
-        for k, interval in enumerate(self.intervals):
+        # Weights of x[0], of the forcings and of the noises in the states at the mesh points, side by side.
+        ends = torch.zeros(count + 1, band, 1 + count + count * band, dtype=torch.float64)
+        self._ends, of_forcings, of_noises = ends, slice(1, 1 + count), slice(1 + count, None)
+        ends[0, 0, 0] = 1
+        added = torch.zeros_like(ends[1:])
+        for interval, own in zip(self.intervals, added.unbind(), strict=True):
             first = max(interval.left - band + 1, 0)
             forcings = self.interpolation[first : interval.right]
-            self.point_initial[k + 1] = interval.carry @ self.point_initial[k]
-            self.point_influence[k + 1] = (
-                interval.carry @ self.point_influence[k]
-                + interval.forcing[:, interval.forcing.shape[1] - len(forcings) :] @ forcings
-            )
-            self.point_noise_weights[k + 1] = torch.einsum("pr,rkq->pkq", interval.carry, self.point_noise_weights[k])
-            self.point_noise_weights[k + 1, range(band), k, range(band)] += 1
+            torch.mm(interval.forcing[:, interval.forcing.shape[1] - len(forcings) :], forcings, out=own[:, of_forcings])
+        added[:, :, of_noises].unflatten(2, (count, band)).diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).fill_(1)
+        for interval, own, (before, after) in zip(self.intervals, added.unbind(), pairwise(ends.unbind()), strict=True):
+            torch.addmm(own, interval.carry, before, out=after)
+        self.point_initial, self.point_influence = ends[:, :, 0], ends[:, :, of_forcings]
+        self.point_noise_weights = ends[:, :, of_noises].unflatten(2, (count, band))
         self.initial, self.influence, self.noise_weights = (
             v[:, 0].clone() for v in (self.point_initial, self.point_influence, self.point_noise_weights)
         )
         if self.averaged:
-            for k, interval in enumerate(self.intervals):
-                self.initial[k], self.influence[k], self.noise_weights[k] = self.carried(interval, k)
-                self.influence[k, k] += interval.state_forcing
+            found = self.carried(self.intervals, range(count))
+            self.initial[:-1], self.influence[:-1], self.noise_weights[:-1] = found
+            own_forcings = torch.tensor([interval.state_forcing for interval in self.intervals], dtype=torch.float64)
+            self.influence[:-1].diagonal().add_(own_forcings)
 
-    def carried(self, interval: Interval, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """f, R `[M]` and noise weights `[M, P]` of the averaged state of an interval that starts at mesh point k, without the
-        weight of its own forcing."""
-        weights = interval.state_carry
-        noise_weights = torch.einsum("p,pkq->kq", weights, self.point_noise_weights[k])
-        return weights @ self.point_initial[k], weights @ self.point_influence[k], noise_weights
+    def carried(self, intervals: Sequence[Interval], points: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """f `[J]`, R `[J, M]` and noise weights `[J, M, P]` of the averaged states of J intervals that start at mesh points of
+        the given numbers, without the weights of their own forcings."""
+        count, band = len(self.intervals), self.recurrence.table.band
+        nothing = torch.zeros(0, band, dtype=torch.float64)
+        weights = torch.stack([interval.state_carry for interval in intervals]) if intervals else nothing
+        found = (weights[:, None] @ self._ends[list(points)])[:, 0]
+        return found[:, 0], found[:, 1 : 1 + count], found[:, 1 + count :].unflatten(1, (count, band))
 
     def _interpolation(self, steps: int) -> Tensor:
+        """`[N, M]` Lagrange's polynomials of the nodes nearest to each interval, at the fine nodes in it."""
         count, order = len(self.intervals), self.order
-        found = torch.zeros(steps, count, dtype=torch.float64)
+        lengths = torch.tensor([interval.right - interval.left for interval in self.intervals])
+        first = (torch.arange(count) - order // 2).clamp(0, count - order - 1)
+        chosen = first[:, None] + torch.arange(order + 1)  # [M, q+1]
         place = self.recurrence.log_snr
-        for k, interval in enumerate(self.intervals):
-            first = min(max(k - order // 2, 0), count - order - 1)
-            chosen = list(range(first, first + order + 1))
-            inside, at = place[interval.left : interval.right], place[[self.points[c] for c in chosen]]
-            for c, own in zip(chosen, at, strict=True):
-                others = at[at != own]
-                found[interval.left : interval.right, c] = ((inside[:, None] - others) / (own - others)).prod(1)
-        return found
+        at = place[torch.tensor(self.points[:-1])[chosen]]
+        apart = (at[:, :, None] - at[:, None]) + torch.eye(order + 1, dtype=torch.float64)  # [M, q+1, q+1]
+        chosen, at, apart = (v.repeat_interleave(lengths, 0) for v in (chosen, at, apart))
+        factors = (place[:, None, None] - at[:, None]) / apart
+        factors.diagonal(dim1=1, dim2=2).fill_(1)
+        return torch.zeros(steps, count, dtype=torch.float64).scatter_(1, chosen, factors.prod(2))
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
