@@ -21,8 +21,8 @@ from paradiff.app import flags
 from paradiff.app.cli import app
 from paradiff.app.ends import FAILED, LATE
 from paradiff.app.ends import REFUSED as REFUSED_CODE
+from paradiff.app.flags import DTYPES
 from paradiff.app.options import PRESETS, SLOPES, known_parameters, parameters, parse_seeds, preset, read_value, words
-from paradiff.app.request import DTYPES
 from paradiff.app.signals import INTERRUPTED, TERMINATED
 from paradiff.chain import slope
 from paradiff.models.files import BUNDLED
@@ -221,7 +221,7 @@ def test_help_names_every_option_in_its_panel(cli: Cli) -> None:
     options = [p for p in command.commands["sample"].params if p.param_type_name == "option"]
     shown = [p for p in options if not p.hidden]
     assert len(shown) <= 24
-    assert {p.opts[0] for p in options} - {p.opts[0] for p in shown} == {"--grid", "--form", "--timeout", "--devices"}
+    assert {p.opts[0] for p in options} - {p.opts[0] for p in shown} == {"--grid", "--form", "--timeout"}
     for parameter in shown:
         assert parameter.opts[0] in found.out
     for panel in ("Model and chain", "Method", "Output", "Device", "Pipelines"):

@@ -40,18 +40,18 @@ def test_two_devices_give_the_pictures_of_the_cpu(
     names: str, cli: Cli, tiny: Path, device: str, tmp_path: Path, places: list[tuple[str, ...]]
 ) -> None:
     line = ("sample", tiny, "--sampler", "ddim", *SHORT, "--noise", "keyed")
-    found = cli(*line, "--devices", names.format(device), "--out", tmp_path / "two")
+    found = cli(*line, "--device", names.format(device), "--out", tmp_path / "two")
     assert (found.code, found.err) == (0, "")
     assert set(places) == {(f"{device}:0", f"{device}:1")}
     assert cli(*line, "--device", "cpu", "--out", tmp_path / "one").code == 0
     assert (tmp_path / "one/seed-0.png").read_bytes() == (tmp_path / "two/seed-0.png").read_bytes()
-    assert json.loads((tmp_path / "two/run.json").read_text())["arguments"]["devices"] == names.format(device)
+    assert json.loads((tmp_path / "two/run.json").read_text())["arguments"]["device"] == names.format(device)
 
 
 def test_a_pipelines_call_is_shared_by_devices(cli: Cli, device: str, tmp_path: Path, places: list[tuple[str, ...]]) -> None:
     with quiet():
         CASES["sd"].make().save_pretrained(tmp_path / "sd")
-    found = cli("sample", tmp_path / "sd", *PROMPT, *SHORT, "--devices", f"{device}:1,{device}:0", "--out", tmp_path / "two")
+    found = cli("sample", tmp_path / "sd", *PROMPT, *SHORT, "--device", f"{device}:1,{device}:0", "--out", tmp_path / "two")
     assert (found.code, found.err) == (0, "")
     assert set(places) == {(f"{device}:1", f"{device}:0")}
     assert cli("sample", tmp_path / "sd", *PROMPT, *SHORT, "--device", "cpu", "--out", tmp_path / "one").code == 0
@@ -61,10 +61,9 @@ def test_a_pipelines_call_is_shared_by_devices(cli: Cli, device: str, tmp_path: 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (("--devices", "cuda:0,,"), "the device is 'cuda:0', which is not available here; give cpu, cuda or another"),
-        (("--devices", "{0}:0,"), "the device is '', which is not available here; give cpu, cuda or another"),
-        (("--devices", "{0}:7"), "the device is '{0}:7', which is not available here; give cpu, cuda or another"),
-        (("--devices", "cpu", "--device", "cpu"), "--device is 'cpu', and --devices 'cpu'; give one of them"),
+        (("--device", "cuda:0,,"), "the device is 'cuda:0', which is not available here; give cpu, cuda or another"),
+        (("--device", "{0}:0,"), "the device is '', which is not available here; give cpu, cuda or another"),
+        (("--device", "{0}:0,{0}:7"), "the device is '{0}:7', which is not available here; give cpu, cuda or another"),
     ],
 )
 def test_other_devices_are_refused(
@@ -80,8 +79,8 @@ def test_several_devices_are_for_one_process(cli: Cli, tiny: Path, monkeypatch: 
     for name in NEEDED:
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
     monkeypatch.setattr("paradiff.app.cli.leave", exit_with)
-    found = cli("sample", tiny, *SHORT, "--devices", "all")
-    assert found.sentence.startswith("--devices is 'all', which is for one process, but torchrun started 2 ranks; leave it out")
+    found = cli("sample", tiny, *SHORT, "--device", "all")
+    assert found.sentence.startswith("--device is 'all', which is for one process, but torchrun started 2 ranks; leave it out")
 
 
 def exit_with(code: int) -> None:
@@ -90,5 +89,5 @@ def exit_with(code: int) -> None:
 
 def test_without_an_accelerator_all_is_refused(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paradiff.solver.accelerator.kind", lambda: None)
-    found = cli("sample", tiny, *SHORT, "--devices", "all")
+    found = cli("sample", tiny, *SHORT, "--device", "all")
     assert found.sentence.startswith("devices is 'all', but there is no accelerator here")

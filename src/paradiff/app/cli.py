@@ -7,22 +7,31 @@ with is imported when its options were found to be well-formed.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from paradiff.app import flags
 from paradiff.app.bulk import SHARD, Bulk
-from paradiff.app.ends import EXIT_CODES, LATE, ended
-from paradiff.app.flags import CHAIN, DEVICE, METHOD, OUTPUT, Command
+from paradiff.app.ends import EXIT_CODES, ended
+from paradiff.app.flags import BULK, CHAIN, DEVICE, METHOD, OF_A_PIPELINE, OF_A_RUN, OUTPUT, Command
 from paradiff.app.launched import leave
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
-from paradiff.app.request import DTYPES, NOISES, OUT, Request
+from paradiff.app.parameters import taking
+from paradiff.app.request import Request
 from paradiff.errors import refuse_unknown
 from paradiff.version import __version__
 
+if TYPE_CHECKING:
+    from paradiff.solver.protocol import Method
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
+
+
+def _method_of(request: Request) -> tuple[Method, dict[str, Any]]:
+    """A request's method, and what its preset was called with."""
+    return make_method(request.method, request.method_option, window=request.window, tolerance=request.tolerance)
 
 
 def _show_version(asked: bool) -> None:
@@ -42,93 +51,10 @@ def _paradiff(
 
 
 @app.command(cls=Command)
-def sample(
-    model: flags.Model = "digits",
-    sampler: flags.Sampler = None,
-    steps: flags.Steps = None,
-    eta: flags.Eta = None,
-    grid: flags.Grid = None,
-    form: flags.Form = None,
-    seeds: flags.Seeds = "0",
-    noise: flags.Noise = NOISES[0],
-    method: flags.MethodName = "parasolver",
-    method_option: flags.MethodOption = None,
-    window: flags.Window = None,
-    tolerance: flags.Tolerance = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER", help=f"Output folder; {OUT} by default, or {OUT}-2, ... if it is used.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace files in an output folder that is not empty.", rich_help_panel=OUTPUT),
-    ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Also run the sequential chain, in the same process.", rich_help_panel=OUTPUT),
-    ] = False,
-    trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace", help="Draw trace.png: change by node, or iteration by block, and round.", rich_help_panel=OUTPUT
-        ),
-    ] = False,
-    device: flags.DeviceOrSeveral = "auto",
-    devices: flags.Devices = None,
-    dtype: flags.Dtype = DTYPES[0],
-    threads: flags.Threads = None,
-    max_rows: flags.MaxRows = None,
-    timeout: flags.Timeout = None,
-    deadline: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help=f"Time after which a parallel call ends with the best that is known; the exit code is then {LATE}.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    prompt: flags.Prompt = None,
-    negative_prompt: flags.NegativePrompt = None,
-    guidance: flags.Guidance = None,
-    size: flags.Size = None,
-    argument: flags.Argument = None,
-    trust_remote_code: flags.TrustRemoteCode = False,
-) -> None:
+@taking(Request)
+def sample(request: Request) -> None:
     """Sample a model or call a pipeline in parallel over time; write pictures, run.json and, if asked, a trace."""
-    request = Request(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        grid=grid,
-        form=form,
-        seeds=seeds,
-        noise=noise,
-        method=method,
-        method_option=method_option or [],
-        window=window,
-        tolerance=tolerance,
-        out=OUT if out is None and overwrite else out,
-        compare=compare,
-        trace=trace,
-        overwrite=overwrite,
-        device=device,
-        devices=devices,
-        dtype=dtype,
-        threads=threads,
-        max_rows=max_rows,
-        timeout=timeout,
-        deadline=deadline,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        guidance=guidance,
-        size=size,
-        argument=argument or [],
-        trust_remote_code=trust_remote_code,
-    )
-    solver, called = make_method(method, request.method_option, window=window, tolerance=tolerance)
+    solver, called = _method_of(request)
 
     from paradiff.app.run import run
 
@@ -136,15 +62,9 @@ def sample(
 
 
 @app.command(cls=Command)
+@taking(Request, without=("compare", "trace", "overwrite", "timeout"), otherwise=BULK)
 def generate(
-    model: flags.Model,
-    seeds: Annotated[str, typer.Option(help="Seeds, one sample each: 0-49999, or 0,3,7-9.", rich_help_panel=CHAIN)],
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="FOLDER", help="Output folder; that of a run that was cut short is gone on with.", rich_help_panel=OUTPUT
-        ),
-    ],
+    request: Request,
     shard: Annotated[int, typer.Option(help="Samples of a file.", rich_help_panel=OUTPUT)] = SHARD,
     format: Annotated[
         str,
@@ -164,70 +84,10 @@ def generate(
             rich_help_panel=METHOD,
         ),
     ] = None,
-    sampler: flags.Sampler = None,
-    steps: flags.Steps = None,
-    eta: flags.Eta = None,
-    grid: flags.Grid = None,
-    form: flags.Form = None,
-    noise: flags.Noise = NOISES[0],
-    method: flags.MethodName = "parasolver",
-    method_option: flags.MethodOption = None,
-    window: flags.Window = None,
-    tolerance: flags.Tolerance = None,
-    device: flags.Device = "auto",
-    dtype: flags.Dtype = DTYPES[0],
-    threads: Annotated[
-        int, typer.Option(help="CPU threads of each process, which bytes depend on.", rich_help_panel=DEVICE)
-    ] = 1,
-    max_rows: flags.MaxRows = None,
-    deadline: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help=f"Time after which no shard is begun; the exit code is then {LATE}, and the run can be gone on with.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    prompt: flags.Prompt = None,
-    negative_prompt: flags.NegativePrompt = None,
-    guidance: flags.Guidance = None,
-    size: flags.Size = None,
-    argument: flags.Argument = None,
-    trust_remote_code: flags.TrustRemoteCode = False,
 ) -> None:
     """Sample many seeds into shards, in batches and the last few in parallel over time; go on with what was cut short."""
-    request = Request(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        grid=grid,
-        form=form,
-        seeds=seeds,
-        noise=noise,
-        method=method,
-        method_option=method_option or [],
-        window=window,
-        tolerance=tolerance,
-        out=out,
-        compare=False,
-        trace=False,
-        overwrite=False,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        max_rows=max_rows,
-        timeout=None,
-        deadline=deadline,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        guidance=guidance,
-        size=size,
-        argument=argument or [],
-        trust_remote_code=trust_remote_code,
-    )
     bulk = Bulk(request=request, shard=shard, batch=batch, last=last, format=format)
-    solver, called = make_method(method, request.method_option, window=window, tolerance=tolerance)
+    solver, called = _method_of(request)
 
     from paradiff.app.generate import generate as generate_bulk
 
@@ -235,19 +95,9 @@ def generate(
 
 
 @app.command(cls=Command)
+@taking(Request, without=OF_A_RUN, otherwise=OF_A_PIPELINE)
 def explain(
-    model: flags.Model,
-    sampler: Annotated[str | None, typer.Option(help="As of `paradiff sample`.", rich_help_panel=CHAIN)] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the chain; the pipeline's own number by default.", rich_help_panel=CHAIN)
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1.", rich_help_panel=CHAIN)
-    ] = None,
-    method: flags.MethodName = "parasolver",
-    method_option: flags.MethodOption = None,
-    window: flags.Window = None,
-    tolerance: flags.Tolerance = None,
+    request: Request,
     time: Annotated[
         bool,
         typer.Option(
@@ -256,48 +106,9 @@ def explain(
             rich_help_panel=flags.PIPELINES,
         ),
     ] = False,
-    device: flags.Device = "auto",
-    dtype: flags.Dtype = DTYPES[0],
-    threads: flags.Threads = None,
-    prompt: flags.Prompt = None,
-    negative_prompt: flags.NegativePrompt = None,
-    guidance: flags.Guidance = None,
-    size: flags.Size = None,
-    argument: flags.Argument = None,
-    trust_remote_code: flags.TrustRemoteCode = False,
 ) -> None:
     """Say what a parallel run of a pipeline would do, without calling its networks unless they are to be timed."""
-    request = Request(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        grid=None,
-        form=None,
-        seeds="0",
-        noise="recorded",
-        method=method,
-        method_option=method_option or [],
-        window=window,
-        tolerance=tolerance,
-        out=None,
-        compare=False,
-        trace=False,
-        overwrite=False,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        max_rows=None,
-        timeout=None,
-        deadline=None,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        guidance=guidance,
-        size=size,
-        argument=argument or [],
-        trust_remote_code=trust_remote_code,
-    )
-    solver, _ = make_method(method, request.method_option, window=window, tolerance=tolerance)
+    solver, _ = _method_of(request)
 
     from paradiff.app.explain import explain as explain_pipeline
 

@@ -88,17 +88,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_devices(names: str) -> list[torch.device]:
-    """The devices of this process that share the rows of each round.
+    """The devices that share the rows of each round.
 
     Args:
-        names: `all`, or names with commas between them.
+        names: What `choose_device` takes, `all`, or names with commas between them.
 
     Raises:
-        ValueError: If one of them is not to be had, or there are several processes.
+        ValueError: If one of them is not to be had, or there are several and several processes.
     """
+    if names != "all" and "," not in names:
+        return [choose_device(names)]
     if launched.size() > 1:
         raise ValueError(
-            f"--devices is {names!r}, which is for one process, but torchrun started {launched.size()} ranks; leave it out: "
+            f"--device is {names!r}, which is for one process, but torchrun started {launched.size()} ranks; leave it out: "
             "each rank takes the device of its number"
         )
     return devices_of(names if names == "all" else [name.strip() for name in names.split(",")])

@@ -11,9 +11,16 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperCommand
 
+from paradiff.app.ends import LATE
 from paradiff.app.launched import TIMEOUT
 from paradiff.app.options import PRESETS, read_value
-from paradiff.app.request import DTYPES
+from paradiff.app.parameters import Option
+
+DTYPES = ("float32", "bfloat16", "float16")
+NOISES = ("recorded", "keyed")
+
+OUT = "paradiff-out"
+"""The folder of a run that was given none; of the next one, `paradiff-out-2`."""
 
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m")
 EXPONENTIAL = ("exponential_sde", "exponential_ode")
@@ -29,6 +36,7 @@ OPTION_HELP = "An option of the method, such as blocks=20; repeatable. `paradiff
 WINDOW_HELP = "Nodes, or blocks, solved at once; none, for the whole chain, by default."
 NOISE_HELP = "`recorded`: the draws of diffusers with each seed; pixel models: `keyed`, the same on every device."
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, or auto"
+SEVERAL_HELP = f"{DEVICE_HELP}; all, or several such as cuda:0,cuda:1, which share each round."
 ARGUMENT_HELP = "Any other argument of their call, JSON or text; repeatable."
 
 
@@ -80,7 +88,7 @@ Noise = Annotated[str, typer.Option(help=NOISE_HELP, rich_help_panel=CHAIN)]
 
 MethodName = Annotated[str, typer.Option(help=METHOD_HELP, rich_help_panel=METHOD)]
 MethodOption = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option("--method-option", "-m", metavar="NAME=VALUE", help=OPTION_HELP, rich_help_panel=METHOD),
 ]
 Window = Annotated[int | None, typer.Option(help=WINDOW_HELP, metavar="<int>", parser=_parse_window, rich_help_panel=METHOD)]
@@ -91,18 +99,7 @@ Tolerance = Annotated[
 # -- device ------------------------------------------------------------------------------------------------------------
 
 Device = Annotated[str, typer.Option(help=f"{DEVICE_HELP}.", rich_help_panel=DEVICE)]
-DeviceOrSeveral = Annotated[
-    str, typer.Option(help=f"{DEVICE_HELP}; several by --devices all, or --devices cuda:0,cuda:1.", rich_help_panel=DEVICE)
-]
-Devices = Annotated[
-    str | None,
-    typer.Option(
-        metavar="all|NAME,NAME",
-        help="Devices of this machine that share each round, in one process, in place of --device: all, or cuda:0,cuda:1.",
-        rich_help_panel=DEVICE,
-        hidden=True,
-    ),
-]
+Devices = Annotated[str, typer.Option(help=SEVERAL_HELP, rich_help_panel=DEVICE)]
 Dtype = Annotated[
     str, typer.Option(help=f"The network's dtype: {', '.join(DTYPES)}; states are float32.", rich_help_panel=DEVICE)
 ]
@@ -121,6 +118,33 @@ Timeout = Annotated[
     ),
 ]
 
+# -- output ------------------------------------------------------------------------------------------------------------
+
+Out = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", help=f"Output folder; {OUT} by default, or {OUT}-2, ... if it is used.", rich_help_panel=OUTPUT
+    ),
+]
+Compare = Annotated[
+    bool, typer.Option("--compare", help="Also run the sequential chain, in the same process.", rich_help_panel=OUTPUT)
+]
+Trace = Annotated[
+    bool,
+    typer.Option("--trace", help="Draw trace.png: change by node, or iteration by block, and round.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files in an output folder that is not empty.", rich_help_panel=OUTPUT)
+]
+Deadline = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help=f"Time after which a parallel call ends with the best that is known; the exit code is then {LATE}.",
+        rich_help_panel=METHOD,
+    ),
+]
+
 # -- pipelines ---------------------------------------------------------------------------------------------------------
 
 Prompt = Annotated[str | None, typer.Option(help="The text to follow.", rich_help_panel=PIPELINES)]
@@ -129,7 +153,64 @@ Guidance = Annotated[float | None, typer.Option(help="guidance_scale; their own 
 Size = Annotated[
     str | None, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; their own by default.", rich_help_panel=PIPELINES)
 ]
-Argument = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=ARGUMENT_HELP, rich_help_panel=PIPELINES)]
+Argument = Annotated[list[str], typer.Option(metavar="NAME=VALUE", help=ARGUMENT_HELP, rich_help_panel=PIPELINES)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=PIPELINES)
 ]
+
+# -- options that a command takes in its own way -----------------------------------------------------------------------
+
+BULK: dict[str, Option] = {
+    "model": (Model, ...),
+    "seeds": (
+        Annotated[str, typer.Option(help="Seeds, one sample each: 0-49999, or 0,3,7-9.", rich_help_panel=CHAIN)],
+        ...,
+    ),
+    "out": (
+        Annotated[
+            str,
+            typer.Option(
+                metavar="FOLDER",
+                help="Output folder; that of a run that was cut short is gone on with.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        ...,
+    ),
+    "threads": (
+        Annotated[int, typer.Option(help="CPU threads of each process, which bytes depend on.", rich_help_panel=DEVICE)],
+        1,
+    ),
+    "deadline": (
+        Annotated[
+            float | None,
+            typer.Option(
+                metavar="SECONDS",
+                help=f"Time after which no shard is begun; the exit code is then {LATE}, and the run can be gone on with.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        None,
+    ),
+}
+"""Of `paradiff generate`."""
+
+OF_A_RUN = ("grid", "form", "seeds", "noise", "out", "compare", "trace", "overwrite", "max_rows", "timeout", "deadline")
+"""Options that only commands have that sample."""
+
+OF_A_PIPELINE: dict[str, Option] = {
+    "model": (Model, ...),
+    "sampler": (Annotated[str | None, typer.Option(help="As of `paradiff sample`.", rich_help_panel=CHAIN)], None),
+    "steps": (
+        Annotated[
+            int | None, typer.Option(help="Steps of the chain; the pipeline's own number by default.", rich_help_panel=CHAIN)
+        ],
+        None,
+    ),
+    "eta": (
+        Annotated[float | None, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1.", rich_help_panel=CHAIN)],
+        None,
+    ),
+    "device": (Device, "auto"),
+}
+"""Of commands that only look at a pipeline."""

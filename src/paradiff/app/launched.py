@@ -7,13 +7,12 @@ rank 0 writes the files and shows the figures.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from paradiff.errors import RanksFailed, require_whole
 if TYPE_CHECKING:
     import torch
 
-    from paradiff.app.request import Request
     from paradiff.solver.ranks import Ranks
 
 TIMEOUT = 600.0
@@ -66,13 +64,13 @@ def _number(name: str) -> int:
 
 
 @contextmanager
-def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
+def team(options: Mapping[str, Any], device: torch.device) -> Iterator[Ranks | None]:
     """The ranks of a command, for as long as the block lasts; None where there is one.
 
     An error in the block ends it on all ranks, and where another rank is at fault, its sentence is raised.
 
     Args:
-        request: What was typed; the same on all ranks, but for what each may have for itself.
+        options: What was typed, by name; the same on all ranks, but for what each may have for itself.
         device: This rank's device.
 
     Raises:
@@ -88,7 +86,7 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
     from paradiff.solver.ranks import Ranks
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # no records between tensors, where they keep memory from use
-    timeout = TIMEOUT if request.timeout is None else request.timeout
+    timeout = TIMEOUT if options["timeout"] is None else options["timeout"]
     try:
         if device.type == "cuda":
             import torch
@@ -105,9 +103,9 @@ def team(request: Request, device: torch.device) -> Iterator[Ranks | None]:
         ) from error
     ranks = Ranks(mesh, timeout=timeout)
     try:
-        options = {name: repr(value) for name, value in dataclasses.asdict(request).items() if name not in OWN}
+        shared = {name: repr(value) for name, value in options.items() if name not in OWN}
         ranks.agree(versions("diffusers", "transformers"))
-        ranks.agree({f"--{name.replace('_', '-')}" if name != "model" else name: value for name, value in options.items()})
+        ranks.agree({f"--{name.replace('_', '-')}" if name != "model" else name: value for name, value in shared.items()})
         with _warnings_of_one():
             yield ranks
         ranks.agree({})  # all have come to the end

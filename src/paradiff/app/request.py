@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from paradiff.app import flags
+from paradiff.app.flags import DTYPES, NOISES
 from paradiff.app.options import parse_argument, parse_seeds, parse_size
 from paradiff.errors import refuse_unknown, require_real
 
@@ -18,50 +20,45 @@ if TYPE_CHECKING:
     from paradiff.solver.protocol import Method
     from paradiff.solver.ranks import Ranks
 
-DTYPES = ("float32", "bfloat16", "float16")
-NOISES = ("recorded", "keyed")
-
-OUT = "paradiff-out"
-"""The folder of a run that was given none; of the next one, `paradiff-out-2`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The options of `paradiff sample`, each as it was typed; None where it was left out and has no default of its own.
 
+    Each field is an option of the command line, and says how it is typed and what its default is (parameters.py).
+
     Raises:
         ValueError: If a text among them is malformed, or no known name.
     """
 
-    model: str
-    sampler: str | None
-    steps: int | None
-    eta: float | None
-    grid: str | None
-    form: str | None
-    seeds: str
-    noise: str
-    method: str
-    method_option: list[str]
-    window: int | None
-    tolerance: float | None
-    out: str | None
-    compare: bool
-    trace: bool
-    overwrite: bool
-    device: str
-    devices: str | None = None
-    dtype: str
-    threads: int | None
-    max_rows: int | None
-    timeout: float | None
-    deadline: float | None
-    prompt: str | None
-    negative_prompt: str | None
-    guidance: float | None
-    size: str | None
-    argument: list[str]
-    trust_remote_code: bool
+    model: flags.Model = "digits"
+    sampler: flags.Sampler = None
+    steps: flags.Steps = None
+    eta: flags.Eta = None
+    grid: flags.Grid = None
+    form: flags.Form = None
+    seeds: flags.Seeds = "0"
+    noise: flags.Noise = NOISES[0]
+    method: flags.MethodName = "parasolver"
+    method_option: flags.MethodOption = field(default_factory=list)
+    window: flags.Window = None
+    tolerance: flags.Tolerance = None
+    out: flags.Out = None
+    compare: flags.Compare = False
+    trace: flags.Trace = False
+    overwrite: flags.Overwrite = False
+    device: flags.Devices = "auto"
+    dtype: flags.Dtype = DTYPES[0]
+    threads: flags.Threads = None
+    max_rows: flags.MaxRows = None
+    timeout: flags.Timeout = None
+    deadline: flags.Deadline = None
+    prompt: flags.Prompt = None
+    negative_prompt: flags.NegativePrompt = None
+    guidance: flags.Guidance = None
+    size: flags.Size = None
+    argument: flags.Argument = field(default_factory=list)
+    trust_remote_code: flags.TrustRemoteCode = False
 
     def __post_init__(self) -> None:
         refuse_unknown("dtype", self.dtype, DTYPES)
@@ -75,8 +72,6 @@ class Request:
             require_real("the time-out, in seconds,", self.timeout, positive=True)
         if self.deadline is not None:
             require_real("the deadline, in seconds,", self.deadline, positive=True)
-        if self.devices is not None and self.device != "auto":
-            raise ValueError(f"--device is {self.device!r}, and --devices {self.devices!r}; give one of them")
         if self.size is not None:
             parse_size(self.size)
         for text in self.argument:

@@ -16,11 +16,12 @@ from rich.table import Table
 
 from paradiff.app import environment, run_json
 from paradiff.app.ends import LATE
+from paradiff.app.flags import OUT
 from paradiff.app.folder import LAST, Folder, next_folder, output_folder, rescued
 from paradiff.app.launched import clock_of, rank, team
 from paradiff.app.options import parse_seeds
 from paradiff.app.outcome import CutShort
-from paradiff.app.request import OUT, Job, Request
+from paradiff.app.request import Job, Request
 from paradiff.app.signals import finishing
 from paradiff.app.stream import Stream
 from paradiff.models.files import is_pixel, read_index
@@ -32,8 +33,8 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
     """Runs a well-formed request, writes its files and shows its figures."""
     console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)), quiet=rank() > 0)
     environment.use_threads(request.threads)
-    devices = None if request.devices is None else environment.choose_devices(request.devices)
-    device = environment.choose_device(request.device) if devices is None else devices[0]
+    devices = environment.choose_devices(request.device)
+    device = devices[0]
     dtype = getattr(torch, request.dtype)
     if is_pixel(read_index(request.model)):
         from paradiff.app.pixels import sample_pixels as sample_it
@@ -45,7 +46,7 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
         from paradiff.app.pipeline import sample_pipeline as sample_it
 
         refuse_pixel_options(request)
-    with team(request, device) as ranks:
+    with team(request.to_json(), device) as ranks:
         deadline = None if request.deadline is None else Deadline(request.deadline, clock=clock_of(ranks))
         with claimed(request) as folder:
             place = "" if folder is None else str(folder.path)
@@ -55,7 +56,7 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
                 method=solver,
                 called=called,
                 device=device,
-                devices=devices,
+                devices=devices if len(devices) > 1 else None,
                 dtype=dtype,
                 deadline=deadline,
                 ranks=ranks,
@@ -80,7 +81,9 @@ def claimed(request: Request) -> AbstractContextManager[Folder | None]:
     """The output folder of a run, for as long as it lasts; None on ranks that write nothing."""
     if rank() > 0:
         return nullcontext()
-    return next_folder(Path(OUT)) if request.out is None else output_folder(Path(request.out), request.overwrite)
+    if request.out is None and not request.overwrite:
+        return next_folder(Path(OUT))
+    return output_folder(Path(OUT if request.out is None else request.out), request.overwrite)
 
 
 def show(console: Console, result: dict[str, Any], method: str, title: str) -> None:
