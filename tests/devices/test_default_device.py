@@ -16,6 +16,7 @@ from torch import Tensor
 
 import paradiff
 from paradiff import Evaluator, Keyed
+from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_euler, heun
 
 
 @pytest.fixture
@@ -43,6 +44,22 @@ def test_methods_sample_as_without_it(name: str, device: str) -> None:
     found = paradiff.sample(Evaluator(network, device=device), table, noise, method, dtype=torch.float64)
     assert found.sample.device.type == device
     assert gap(found.sample.cpu(), wanted.sample) < 1e-6  # the network's own constant is of float32
+    assert found.rounds == wanted.rounds
+
+
+@pytest.mark.parametrize("make", [ddim, ddpm, dpmpp_2m, euler, euler_ancestral, heun, lambda _, steps: flow_euler(steps)])
+def test_a_table_that_is_made_there_samples_as_one_made_without(make: Any, device: str) -> None:
+    def run(device: str) -> paradiff.Solution:
+        table = make(paradiff.Schedule.linear(), 8)
+        return paradiff.sample(Evaluator(network, device=device), table, Keyed(SHAPE, 0), paradiff.parasolver(4))
+
+    wanted = run("cpu")
+    torch.set_default_device(device)
+    try:
+        found = run(device)
+    finally:
+        torch.set_default_device(None)
+    assert gap(found.sample.cpu(), wanted.sample) < ROUNDING
     assert found.rounds == wanted.rounds
 
 

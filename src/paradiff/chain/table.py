@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.draws import Draws
+from paradiff.chain.home import made_at_home
 from paradiff.chain.prediction import Prediction, clean_coefficients
 
 CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
@@ -86,7 +87,12 @@ class Table:
     exact_levels: bool = True
     draws: Draws | None = None
 
+    @made_at_home
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and not value.is_cpu:
+                object.__setattr__(self, field.name, value.cpu())
         self._check_shapes(self.steps)
         if self.scale is None:
             object.__setattr__(self, "scale", torch.ones(self.steps + 1, dtype=torch.float64))
@@ -219,7 +225,7 @@ class Table:
         """The nodes at which the chain starts afresh: all that follows depends on the state there alone. Every node of a
         one-step sampler, every second one of a two-stage sampler; 0 and N always."""
         nodes = list(range(self.steps + 1))
-        crossed = torch.zeros(self.steps + 1, dtype=torch.bool)
+        crossed = torch.zeros(self.steps + 1, dtype=torch.bool, device="cpu")
         for j in range(1, self.band):
             reads = (self.a[:, j] != 0) | (self.b[:, j] != 0)
             for step in reads.nonzero()[:, 0].tolist():
@@ -245,7 +251,7 @@ class Table:
         Raises:
             ValueError: If they are asked for at the last node of a table that states its own.
         """
-        asked = torch.arange(self.steps + 1)[nodes]
+        asked = torch.arange(self.steps + 1, device="cpu")[nodes]
         if int(asked.max()) < self.steps:
             return self.p[asked], self.q[asked]
         if self.clean is not None:
@@ -290,6 +296,7 @@ class Table:
         return m + w * (self.clip(clean) - clean)
 
 
+@made_at_home
 def landed(a: Tensor, b: Tensor, c: Tensor, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """`[N, 2]` signal and noise level that each step lands on from nodes at their levels, with the clean datum known.
 

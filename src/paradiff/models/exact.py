@@ -44,6 +44,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.table import Table
 
 Level = Tensor | float
@@ -354,6 +355,7 @@ def _check_variance(variance: Tensor, complaint: str) -> None:
         raise ValueError(f"{complaint}: at sigma = 0 the states have no spread in some direction; take sigma above 0")
 
 
+@made_at_home
 def _denoiser(clean: Clean, table: Table) -> Callable[[Tensor, Tensor], Tensor]:
     """m = (D - p x)/q at the node of each row's time: see `Empirical.denoiser`."""
     assert table.scale is not None

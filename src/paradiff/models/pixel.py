@@ -30,6 +30,7 @@ from torch import Tensor
 
 from paradiff import samplers
 from paradiff.chain.clipping import Clip, DynamicThreshold
+from paradiff.chain.home import made_at_home
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, refuse_unknown, require_whole, shown
@@ -126,10 +127,12 @@ class Model:
         """
         return table_of(self.config, sampler, steps, eta=eta)
 
+    @made_at_home
     def process(self) -> Process:
         """The noising process that the network was trained on (samplers/process.py)."""
         return variance_preserving(_schedule_of(SCHEDULERS["ddpm"].from_config(dict(self.config))))
 
+    @made_at_home
     def exponential(self, sampler: str, steps: int, *, grid: str = "log-snr", form: Form = "clean") -> Table:
         """An exponential integrator from the model's noisiest level to its cleanest, and on to the clean-data estimate.
 
@@ -161,6 +164,7 @@ class Model:
         )
 
 
+@made_at_home
 def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float = 0.0) -> Table:
     """The table that a diffusers scheduler class walks with a config: see `Model.table`."""
     refuse_unknown("sampler", sampler, list(SCHEDULERS))

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.slope import Slope, gaussian_gain, resolve
 from paradiff.chain.table import Table
 
@@ -118,6 +119,7 @@ def ou_chain(levels: ArrayLike, eigenvalues: ArrayLike, *, stochastic: bool, slo
     return linear_chain(push + 1, (2 if stochastic else 1) * push, np.sqrt(np.expm1(width)) * stochastic, -1 / variance, slope)
 
 
+@made_at_home
 def table_chain(table: Table, eigenvalues: ArrayLike, slope: Slope) -> LinearChain:
     """The chain of any table of one-step steps, with a slope of the window loop (chain/slope.py).
 

@@ -13,6 +13,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.noise import Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown, require_whole
@@ -99,6 +100,7 @@ def mixture(size: int) -> Mixture:
     return Mixture(weights / weights.sum(), means, variances)
 
 
+@made_at_home
 def of_scheduler(config: Mapping[str, Any], name: str, steps: int) -> Table:
     """The table of a chain of diffusers with a model's config."""
     if name == FLOW:

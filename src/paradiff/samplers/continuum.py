@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.table import Table
 from paradiff.errors import require_kind, require_one_of, require_whole
 from paradiff.samplers.forms import in_outputs
@@ -29,6 +30,7 @@ MOST_STEPS = 10**6
 CLOSE = 1e-5
 
 
+@made_at_home
 def continuum(table: Table, target: Literal["ode", "sde"], steps: int | None = None) -> Table:
     """The chain of (1) over the range of levels of a table, for its network.
 

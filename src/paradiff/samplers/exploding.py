@@ -12,6 +12,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown, require_truth
@@ -19,6 +20,7 @@ from paradiff.samplers.forms import Clipping, Final, descending, in_outputs, las
 from paradiff.samplers.schedule import Schedule, Spacing, fractional_times, karras_ratios
 
 
+@made_at_home
 def euler(
     schedule: Schedule,
     steps: int,
@@ -55,6 +57,7 @@ def euler(
     )
 
 
+@made_at_home
 def euler_ancestral(
     schedule: Schedule,
     steps: int,
@@ -89,6 +92,7 @@ def euler_ancestral(
     )
 
 
+@made_at_home
 def heun(
     schedule: Schedule,
     steps: int,

@@ -24,6 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.prediction import Prediction
 from paradiff.chain.table import Table
 from paradiff.errors import number_of, refuse_unknown, require_kind, shown
@@ -35,6 +36,7 @@ Form = Literal["score", "epsilon", "clean"]
 Times = Literal["real", "nearest"]
 
 
+@made_at_home
 def exponential_integrator(
     process: Process,
     grid: Grid,

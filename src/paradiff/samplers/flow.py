@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import torch
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.table import Table
 from paradiff.samplers.forms import with_end
 from paradiff.samplers.schedule import flow_sigmas
 
 
+@made_at_home
 def flow_euler(steps: int, *, shift: float = 1.0, train_steps: int = 1000) -> Table:
     """Euler's method on a rectified flow (Liu, Gong and Liu, arXiv 2209.03003, section 2.1; diffusers'
     FlowMatchEulerDiscreteScheduler), for a network that predicts m = eps - x0 at time T s:

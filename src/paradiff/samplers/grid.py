@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.errors import are_whole, is_real, is_whole, number_of, require_truth, shown
 
 MOST_STEPS = 10**6
@@ -110,6 +111,7 @@ def _ended(u: Tensor, edges: list[int], clean: bool) -> Grid:
     return Grid(torch.cat([u, torch.zeros(1, dtype=torch.float64)]), [*edges[:-1], edges[-1] + 1])
 
 
+@made_at_home
 def uniform_grid(start: float, stop: float, blocks: int, steps: int, *, clean: bool = False) -> Grid:
     """Equal steps in u from `start` to `stop`.
 
@@ -128,6 +130,7 @@ def uniform_grid(start: float, stop: float, blocks: int, steps: int, *, clean: b
     return _ended(u, list(range(0, blocks * steps + 1, steps)), clean)
 
 
+@made_at_home
 def log_snr_grid(start: float, stop: float, blocks: int, steps: int, *, clean: bool = False) -> Grid:
     """Equal steps in log(alpha/sigma) from `start` to `stop`; arguments and errors as of `uniform_grid`."""
     _check_range(start, stop, clean, blocks=blocks, steps=steps)
@@ -137,6 +140,7 @@ def log_snr_grid(start: float, stop: float, blocks: int, steps: int, *, clean: b
     return _ended(u, list(range(0, blocks * steps + 1, steps)), clean)
 
 
+@made_at_home
 def paper_grid(blocks: int, step: float, stop: float, *, length: float = 1.0, clean: bool = False) -> Grid:
     """Blocks of length h and equal steps epsilon, from u = T = N h; in the last block the step from the level r to r' is at
     most epsilon min(1, r') (arXiv 2405.15986, section 3.1), so that with h <= 1 it has about ln(h/eta)/ln(1 + epsilon) steps.

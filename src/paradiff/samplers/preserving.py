@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.prediction import Prediction, clean_coefficients
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_real, refuse_unknown, require_truth, shown
@@ -22,6 +23,7 @@ Landing = Literal["next", "stride"]
 Variance = Literal["fixed_small", "fixed_large"]
 
 
+@made_at_home
 def ddim(
     schedule: Schedule,
     steps: int,
@@ -96,6 +98,7 @@ def ddim(
     )
 
 
+@made_at_home
 def ddpm(
     schedule: Schedule,
     steps: int,
@@ -147,6 +150,7 @@ def ddpm(
     )
 
 
+@made_at_home
 def dpmpp_2m(
     schedule: Schedule,
     steps: int,

@@ -29,6 +29,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.errors import is_whole, number_of, require_kind, shown
 from paradiff.samplers.schedule import MOST_TIMES, Schedule
 
@@ -106,6 +107,7 @@ def ornstein_uhlenbeck() -> Process:
     return Process("ornstein_uhlenbeck", _own_level, _ones)
 
 
+@made_at_home
 def variance_preserving(schedule: Schedule) -> Process:
     """A network trained at the times 0 ... T-1 of a schedule. Times between them are linear in log(sigma/alpha).
 
@@ -121,6 +123,7 @@ def variance_preserving(schedule: Schedule) -> Process:
     return Process("variance_preserving", time, _ones, lowest, math.inf if pure else highest, train_times=True)
 
 
+@made_at_home
 def variance_exploding(lowest: float, highest: float, time: Callable[[Tensor], Tensor] = _itself) -> Process:
     """A network that sees x0 + sigma eps itself (Song et al., arXiv 2011.13456; Karras et al., arXiv 2206.00364).
 

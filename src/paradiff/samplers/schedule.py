@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.errors import is_real, is_whole, number_of, refuse_unknown, require_real, require_truth, require_whole, shown
 
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -46,18 +47,21 @@ def _check_betas(train_steps: object, **betas: object) -> None:
         require_real(name, beta)
 
 
+@made_at_home
 def linear_betas(train_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:
     """`[T]` betas that grow linearly from `start` to `end` (Ho et al., arXiv 2006.11239, section 4)."""
     _check_betas(train_steps, start=start, end=end)
     return torch.linspace(start, end, train_steps, dtype=torch.float64)
 
 
+@made_at_home
 def scaled_linear_betas(train_steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tensor:
     """`[T]` betas whose square roots grow linearly (Rombach et al., arXiv 2112.10752; Stable Diffusion)."""
     _check_betas(train_steps, start=start, end=end)
     return torch.linspace(start**0.5, end**0.5, train_steps, dtype=torch.float64) ** 2
 
 
+@made_at_home
 def cosine_betas(train_steps: int = 1000, max_beta: float = 0.999) -> Tensor:
     """`[T]` betas of the cosine schedule, beta[t] = min(1 - f((t+1)/T)/f(t/T), max_beta) with
     f(u) = cos^2(pi/2 (u + 0.008)/1.008) (Nichol and Dhariwal, arXiv 2102.09672, eq. 17; diffusers'
@@ -72,6 +76,7 @@ def cosine_betas(train_steps: int = 1000, max_beta: float = 0.999) -> Tensor:
     return torch.tensor(betas, dtype=torch.float64)
 
 
+@made_at_home
 def zero_snr_betas(betas: Tensor) -> Tensor:
     """`[T]` betas rescaled to end in pure noise: alpha is shifted to 0 at the last time and stretched back to its old
     value at the first (Lin et al., arXiv 2305.08891, algorithm 1)."""
@@ -204,6 +209,7 @@ class Schedule:
         return low + weight
 
 
+@made_at_home
 def spaced_times(train_steps: int, steps: int, spacing: Spacing, offset: int = 0) -> Tensor:
     """The training times that a sampler visits (Lin et al., arXiv 2305.08891, table 2).
 
@@ -227,6 +233,7 @@ def spaced_times(train_steps: int, steps: int, spacing: Spacing, offset: int = 0
     return _spaced(train_steps, steps, spacing, offset).round().long()
 
 
+@made_at_home
 def fractional_times(train_steps: int, steps: int, spacing: Spacing, offset: int = 0) -> Tensor:
     """`[N]` float64 times of `spaced_times`, those of `linspace` not rounded: the times of samplers that work on the
     noise ratio and interpolate it (Euler, Heun). Arguments and errors as there."""
@@ -267,6 +274,7 @@ def _spaced(train_steps: int, steps: int, spacing: Spacing, offset: int) -> Tens
     return times
 
 
+@made_at_home
 def karras_ratios(low: float, high: float, steps: int, rho: float = 7.0) -> Tensor:
     """Noise ratios whose rho-th roots are evenly spaced (Karras et al., arXiv 2206.00364, eq. 5, without its last 0).
 
@@ -296,6 +304,7 @@ def karras_ratios(low: float, high: float, steps: int, rho: float = 7.0) -> Tens
     return ratios
 
 
+@made_at_home
 def flow_sigmas(steps: int, shift: float = 1.0, train_steps: int = 1000) -> Tensor:
     """Levels s of a rectified flow, from 1 (noise) to 0 (data), as diffusers' FlowMatchEulerDiscreteScheduler lists
     them.

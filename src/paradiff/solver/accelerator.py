@@ -18,11 +18,6 @@ def empty_cache(device: torch.device) -> None:
         release()
 
 
-def at_home() -> contextlib.AbstractContextManager[Any]:
-    """Makes tensors that are given no device the CPU's in a `with` block, whatever torch's default device is."""
-    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-
-
 def read(numbers: Sequence[Tensor]) -> list[float]:
     """Tensors of one number each on the host, truth values as 0 and 1. Waits once for each device that they are on."""
     found = [0.0] * len(numbers)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import at_home
 from paradiff.chain.noise import Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import shown
-from paradiff.solver.accelerator import at_home
 from paradiff.solver.arguments import (
     device_of,
     evaluates,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from paradiff.solver.accelerator import at_home, kinds
+from paradiff.chain.home import at_home
+from paradiff.solver.accelerator import kinds
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.chain.draws import Draws, Source
+from paradiff.chain.home import at_home
 from paradiff.chain.table import CONSISTENT, ROUNDING, Table
 from paradiff.errors import Unsupported, require_kind, shown
 from paradiff.samplers.scheduler.levels import levels_of
@@ -128,8 +128,7 @@ class Probed:
 
 def _probed(scheduler: Any, timesteps: Tensor | None, step_kwargs: Mapping[str, Any] | None) -> Probed:
     kwargs = {k: v for k, v in (step_kwargs or {}).items() if k not in UNUSED}
-    elsewhere = torch.get_default_device().type != "cpu"
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu") if elsewhere else nullcontext():
+    with torch.inference_mode(False), torch.no_grad(), at_home():
         own = on_cpu(scheduler)
         given = own.timesteps if timesteps is None else timesteps.detach().cpu().clone()
         refuse_unfit(own, given, kwargs)
