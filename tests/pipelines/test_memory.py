@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,3 +230,18 @@ def test_hooks_that_a_first_call_installs_are_taken_away_with_the_sign_that_they
     memory.restore()
     assert not net.installed
     assert net(x, t).tolist() == [1, 1]  # one hook, not two
+
+
+@pytest.mark.parametrize("kind", [SimpleNamespace, lambda **more: [more], lambda **more: functools.partial(print, more)])
+def test_objects_may_hold_each_other_in_a_chain_of_any_length(kind: Any) -> None:
+    """As the groups of layers do that diffusers' group offloading loads one after the other."""
+    last = torch.zeros(3)
+    chain: Any = last
+    for _ in range(5000):
+        chain = kind(next=chain)
+    net = torch.nn.Linear(1, 1)
+    net.chain = chain
+    memory = Memory([("net", net)])
+    last += 1
+    memory.restore()
+    assert not last.any()

@@ -35,6 +35,8 @@ LARGE = 2**24
 """Numbers of the largest other tensor whose values are recorded; of a larger one it is known whether it changed."""
 LONG = 2**12
 """Length of the longest container whose items are looked at."""
+LONGEST_PATH = 200
+"""Characters of the longest path that a sentence shows in full."""
 KEEPERS = {"queue", "collections", "_thread", "types"}
 """Python's own modules whose objects are looked into: they hold values for others."""
 MAKERS = ("__init__", "__new__", "__init_subclass__")
@@ -65,19 +67,32 @@ class Walk:
         self._names: set[str] = set()
         self._objects: list[tuple[Any, str]] = []
         self._reached: set[tuple[int, str]] = set()
+        self._parts: list[tuple[Any, str, str]] = []
         for name, root in roots:
-            self._visit(root, name, name)
+            self._walk(root, name, name)
         for owner in owners:
             holder = Holder(owner, type(owner).__name__, named=True)
             self.holders.append(holder)
             for name, value in holder.read().items():
-                self._visit(value, f"{holder.path}.{name}", name)
+                self._walk(value, f"{holder.path}.{name}", name)
         while self._visit_named():
             pass
         for holder in self.holders:
             holder.before = holder.read()
 
     def _visit(self, value: Any, path: str, name: str) -> None:
+        """Notes a part to be visited: objects may hold each other in chains of any length, so that nothing here recurs."""
+        self._parts.append((value, path if len(path) <= LONGEST_PATH else f"{path[: LONGEST_PATH // 2]} ... {name}", name))
+
+    def _walk(self, value: Any, path: str, name: str) -> None:
+        """Visits a value and all that it holds, in the order in which parts are noted, each with its own parts."""
+        waiting = [(value, path, name)]
+        while waiting:
+            self._visit_one(*waiting.pop())
+            waiting += reversed(self._parts)
+            self._parts.clear()
+
+    def _visit_one(self, value: Any, path: str, name: str) -> None:
         if isinstance(value, PLAIN) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
@@ -207,12 +222,12 @@ class Walk:
         for value, path in list(self._objects):
             for owner in [value, *(cls for cls in type(value).__mro__ if is_users(cls.__module__))]:
                 if isinstance(owner, type):
-                    self._visit(owner, path, "")
+                    self._walk(owner, path, "")
                 for name, part in Holder(owner, path).read().items():
                     named = (name in self._names and name not in MAKERS) or name == "__call__"
                     if named and (id(owner), name) not in self._reached:
                         self._reached.add((id(owner), name))
-                        self._visit(function_of(part), f"{path}.{name}", name)
+                        self._walk(function_of(part), f"{path}.{name}", name)
         return len(self._reached) > before
 
 
