@@ -268,6 +268,31 @@ def test_offloaded_networks(offload: str, executor: Executor) -> None:
     assert counts.of("wait: blocking upload", "upload", without="") > 10  # the weights came and went
 
 
+GROUPS: dict[str, dict[str, Any]] = {
+    "blocks": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "leaves": {"offload_type": "leaf_level"},
+    "leaves, ahead": {"offload_type": "leaf_level", "use_stream": True},
+}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_networks_that_are_offloaded_in_groups(groups: str, executor: Executor) -> None:
+    pipe, call = CASES["sd"].make(), short("sd")
+    wanted = call(pipe)
+    pipe.enable_group_offload(onload_device=torch.device("pseudo"), offload_device=torch.device("cpu"), **GROUPS[groups])
+    if GROUPS[groups].get("use_stream"):  # at a network's first call diffusers notes the order of its layers, and hooks it anew
+        with (
+            pytest.warns(RuntimeWarning, match="was called sequentially"),
+            paradiff.parallelize(pipe, EXACTLY, executor=executor),
+        ):
+            assert gap(call(pipe).cpu(), wanted) < ROUNDING
+    with double.counting() as counts:
+        assert gap(parallel(executor, pipe, call)[0], wanted) < ROUNDING
+    assert counts.of("wait: blocking upload", "upload", without="") > 10
+    assert not any(weight.device.type == "pseudo" for weight in pipe.unet.parameters())
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("check", ["off", "first"])
 def test_a_call_leaves_none_of_its_states_in_memory(check: Any, executor: Executor) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -10,6 +11,7 @@ import os
 import shutil
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,16 @@ def _module(extension: Any) -> types.ModuleType:
         def __exit__(self, *error: object) -> None:
             extension.exchange_device(self.before)
 
+    class Stream(torch.Stream):
+        """A queue of work. All of it is done at once, so that there is one queue in truth."""
+
+        def __new__(cls, device: Any = None, **_: Any) -> Stream:
+            return super().__new__(cls, device=torch.device("pseudo", index(device)))
+
+    @contextlib.contextmanager
+    def stream(_: Any) -> Iterator[None]:
+        yield
+
     def get_rng_state(device: Any = "pseudo") -> torch.Tensor:
         return extension.default_generator(index(device)).get_state()
 
@@ -111,6 +123,9 @@ def _module(extension: Any) -> types.ModuleType:
 
     vars(module).update(
         device=Device,
+        Stream=Stream,
+        stream=stream,
+        current_stream=Stream,
         is_available=lambda: True,
         is_initialized=lambda: True,
         _is_in_bad_fork=lambda: False,

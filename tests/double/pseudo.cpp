@@ -339,6 +339,8 @@ bool pinned_tensor(const at::Tensor& self, std::optional<at::Device>) { return i
 
 void record_stream(at::Tensor&, at::Stream) {}
 
+bool takes_data_of(const at::Tensor&, const at::Tensor&) { return true; }  // as CUDA and the CPU take each other's
+
 // Operations -----------------------------------------------------------------------------------------------------------
 
 // Those in which CUDA takes a tensor of the CPU without axes for a number: at most one in a call, and never the output.
@@ -572,6 +574,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("is_pinned", &pinned_tensor);
   m.impl("record_stream", &record_stream);
+  m.impl("_has_compatible_shallow_copy_type", &takes_data_of);
   m.impl("convolution_overrideable", &convolution);
   m.impl("native_group_norm", &group_norm);
 }
