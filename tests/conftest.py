@@ -20,6 +20,7 @@ from pipelines import Cli, make_cli, save_pipeline
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 THREADS = torch.get_num_threads()
+os.environ["PARADIFF_CACHE"] = ""  # no test reads or writes what the user's own runs have measured
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parallel-in-time sampling for diffusion and flow models.
 
-Everything here is imported when it is first asked for: the core needs torch, numpy and filelock.
+Everything here is imported when it is first asked for: the core needs torch, numpy, filelock and platformdirs.
 """
 
 from typing import TYPE_CHECKING

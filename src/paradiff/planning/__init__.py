@@ -4,6 +4,7 @@ side."""
 
 from paradiff.planning import gaussian_law
 from paradiff.planning.comparison import Compared, Comparison, SampleCost
+from paradiff.planning.curves import curve_of
 from paradiff.planning.latency import LatencyCurve, measure_latency
 from paradiff.planning.side_by_side import compare
 from paradiff.planning.theory import Theory
@@ -15,6 +16,7 @@ __all__ = [
     "SampleCost",
     "Theory",
     "compare",
+    "curve_of",
     "gaussian_law",
     "measure_latency",
 ]

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,10 @@ class LatencyCurve:
         points: Seconds by rows, such as `{1: 1.0, 2: 1.1, 4: 1.44}`; the unit is the caller's where only ratios count.
         spread: The relative spread of the seconds, by rows: the range between quartiles over the median. Empty if the curve
             was not measured.
-        most: The most rows of one call, by the evaluator's bound or the device's memory; None if no call was cut.
+        most: The most rows of one call, by the evaluator's bound, the device's memory, or what the model takes; None if no
+            call was cut or failed.
+        memory: Bytes that the device held at most during a call, by rows; None where the device does not tell.
+        failed: What the model said at the first number of rows above `most`; None if it did not fail.
 
     Raises:
         ValueError: If there is no point, a number of rows is no whole number of at least 1, or seconds are not positive.
@@ -44,6 +48,8 @@ class LatencyCurve:
     points: Mapping[int, float]
     spread: Mapping[int, float] | None = None
     most: int | None = None
+    memory: Mapping[int, int] | None = None
+    failed: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.points, Mapping) or not self.points:
@@ -86,6 +92,44 @@ class LatencyCurve:
         slope = (seconds[k] - seconds[k - 1]) / (known[k] - known[k - 1])
         return max(seconds[k - 1] + slope * (rows - known[k - 1]), min(seconds[0], seconds[0] * rows / known[0]))
 
+    def within(self, rows: float) -> float:
+        """As a call, of rounds whose rows are cut into calls of at most `most` rows."""
+        if self.most is None or rows <= self.most:
+            return self(rows)
+        calls = int(rows // self.most)
+        return calls * self(self.most) + self(rows - calls * self.most)
+
+    def to_json(self) -> dict[str, Any]:
+        """The curve as JSON has it."""
+
+        def by_rows(values: Mapping[int, float] | None) -> dict[str, float] | None:
+            return None if values is None else {str(rows): value for rows, value in values.items()}
+
+        return {
+            "points": by_rows(self.points),
+            "spread": by_rows(self.spread),
+            "most": self.most,
+            "memory": by_rows(self.memory),
+            "failed": self.failed,
+        }
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> LatencyCurve:
+        """The curve of `to_json`.
+
+        Raises:
+            ValueError: If the content is none.
+        """
+        try:
+            points, *others = (
+                None if content.get(name) is None else {int(rows): value for rows, value in content[name].items()}
+                for name in ("points", "spread", "memory")
+            )
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"the latency curve is {shown(content)}; give what LatencyCurve.to_json returns") from error
+        most, failed = content.get("most"), content.get("failed")
+        return cls(points or {}, others[0], most if is_whole(most) else None, others[1], failed)
+
     def of_rounds(self, rows: Sequence[int]) -> float:
         """Seconds of rounds of so many rows each."""
         return sum(map(self, rows))
@@ -110,7 +154,8 @@ def measure_latency(
         seconds: How long the measurement takes, about: no further number of rows is begun after it.
 
     Raises:
-        ValueError: If an argument is of another kind, or the model fails on one row.
+        ValueError: If an argument is of another kind. What the model raises on the fewest rows is passed on; where it fails on
+            more, the curve ends there, and says so.
     """
     require_kind("the table", table, Table)
     require_real("the seconds of the measurement", seconds, positive=True)
@@ -121,11 +166,22 @@ def measure_latency(
     begin = time.perf_counter()
     points: dict[int, float] = {}
     spread: dict[int, float] = {}
-    most = None
+    memory: dict[int, int] = {}
+    most = failed = None
+    cuda = evaluator.device.type == "cuda"
     for count in rows:
         if points and time.perf_counter() - begin > seconds:
             break
-        found = _timed(evaluator, _batch(table, start, count), seconds / len(rows))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(evaluator.device)
+        try:
+            found = _timed(evaluator, _batch(table, start, count), seconds / len(rows))
+        except Exception as error:
+            if not points:
+                raise
+            failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            most = _largest(evaluator, table, start, max(points), count)
+            break
         bound = evaluator.bound.max_rows
         if bound is not None and bound < count:  # the call was cut in parts
             most = bound
@@ -133,7 +189,22 @@ def measure_latency(
         points[count] = statistics.median(found)
         quartiles = statistics.quantiles(found, n=4) if len(found) > 1 else (0.0, 0.0, 0.0)
         spread[count] = (quartiles[2] - quartiles[0]) / points[count]
-    return LatencyCurve(points, spread, most)
+        if cuda:
+            memory[count] = torch.cuda.max_memory_allocated(evaluator.device)
+    return LatencyCurve(points, spread, most, memory or None, failed)
+
+
+def _largest(evaluator: Evaluator, table: Table, start: Tensor, works: int, fails: int) -> int:
+    """The largest number of rows that a model takes, between one that works and one that fails."""
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        try:
+            _timed(evaluator, _batch(table, start, middle), 0.0, calls=1)
+        except Exception:
+            fails = middle
+        else:
+            works = middle
+    return works
 
 
 def _batch(table: Table, start: Tensor, count: int) -> Batch:
@@ -146,11 +217,11 @@ def _batch(table: Table, start: Tensor, count: int) -> Batch:
 
 
 @torch.inference_mode()
-def _timed(evaluator: Evaluator, batch: Batch, seconds: float) -> list[float]:
-    """The seconds of warm calls, three at least."""
+def _timed(evaluator: Evaluator, batch: Batch, seconds: float, *, calls: int = 3) -> list[float]:
+    """The seconds of warm calls, two at least; of all but the first of `calls`."""
     found: list[float] = []
     begin = time.perf_counter()
-    while len(found) < 4 or (len(found) < REPEATS + 1 and time.perf_counter() - begin < seconds):
+    while len(found) < calls or (len(found) < REPEATS + 1 and time.perf_counter() - begin < seconds):
         since = time.perf_counter()
         evaluator.evaluate_again(batch).flatten()[-1:].tolist()
         found.append(time.perf_counter() - since)

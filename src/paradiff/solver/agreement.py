@@ -42,12 +42,17 @@ def weights_of(model: Any) -> dict[str, str]:
     Weights are those of a module, and the tensors within reach of a function, a partial, a method or an object,
     the module's names that a function uses among them.
     """
-    found = dict(_tensors(model, "", DEPTH, set()))
+    found = reach(model)
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in found.values():
         sums.setdefault(tensor.device, []).append(_sum(tensor))
     numbers = {device: iter(torch.stack(of).tolist()) for device, of in sums.items()}
     return {f"weights {name}".strip(): f"{next(numbers[tensor.device]):x}" for name, tensor in found.items()}
+
+
+def reach(model: Any) -> dict[str, Tensor]:
+    """The weights of a model by name, as `weights_of` has them."""
+    return dict(_tensors(model, "", DEPTH, set()))
 
 
 def _tensors(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

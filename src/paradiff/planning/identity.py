@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which model, chain and machine a measurement is of."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from paradiff.chain.table import Table
+from paradiff.planning.store import digest
+from paradiff.solver.agreement import reach, versions
+from paradiff.solver.evaluator import Evaluator
+from paradiff.solver.protocol import Evaluate
+
+PLAIN = (bool, int, float, str)
+
+
+def model_facts(model: Any) -> list[Any]:
+    """What tells a model from others without reading its weights: its class or code, its parameters' shapes and dtypes, and its
+    config."""
+    shapes = sorted((name, [*tensor.shape], str(tensor.dtype)) for name, tensor in reach(model).items())
+    config = getattr(model, "config", None)
+    settings = sorted((str(k), str(v)) for k, v in config.items()) if isinstance(config, Mapping) else []
+    return [_named(model), shapes, settings]
+
+
+def _named(value: Any) -> Any:
+    """A class by its name; a function also by its code and the plain values that it holds."""
+    if isinstance(value, functools.partial):
+        return ["partial", _named(value.func), [_held(v) for v in (*value.args, *value.keywords.values())]]
+    if isinstance(value, MethodType):
+        return [_named(value.__func__), _named(value.__self__)]
+    if isinstance(value, FunctionType):
+        code = value.__code__
+        cells = [_held(_content(cell)) for cell in value.__closure__ or ()]
+        return [value.__module__, value.__qualname__, hashlib.sha256(code.co_code).hexdigest()[:16], cells]
+    kind = type(value)
+    return [kind.__module__, kind.__qualname__]
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, PLAIN):
+        return value
+    return _named(value) if callable(value) else type(value).__qualname__
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def curve_key(evaluate: Evaluate, shape: Sequence[int]) -> str:
+    """The key of the latency curve of a model on states of a shape."""
+    if isinstance(evaluate, Evaluator):
+        given = sorted((name, [*value.shape[1:]]) for name, value in evaluate.conditioning.items())
+        model = [model_facts(evaluate.denoiser), given, sorted(evaluate.shared)]
+    else:
+        model = [model_facts(evaluate)]
+    return digest(model, [*shape], str(evaluate.dtype), evaluate.device.type)
+
+
+def table_key(table: Table) -> str:
+    """A digest of a chain's coefficients."""
+    found = hashlib.sha256(table.name.encode())
+    for values in (table.t, table.alpha, table.sigma, table.a, table.b, table.c, table.scale):
+        found.update(values.to(torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()[:20]
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """The device and the versions that times depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device.type} {name}", "threads": torch.get_num_threads(), **versions()}
