@@ -202,6 +202,7 @@ class Recorded:
             self._starts.append(self._randn(own))
             self._states.append([own.get_state()])
         self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._next: dict[int, int] = {}  # the stretch that each generator draws next, as its state is
 
     def __repr__(self) -> str:
         count, device = len(self._generators), self._generators[0].device
@@ -245,7 +246,7 @@ class Recorded:
 
     def __getstate__(self) -> dict[str, object]:
         """The generators by their devices: their states are saved beside them. Drawn stretches are drawn again."""
-        return {**self.__dict__, "_generators": [g.device for g in self._generators], "_kept": OrderedDict()}
+        return {**self.__dict__, "_generators": [g.device for g in self._generators], "_kept": OrderedDict(), "_next": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _generators=[torch.Generator(device=d) for d in state["_generators"]])
@@ -260,7 +261,8 @@ class Recorded:
             self._kept.move_to_end(key)
             return self._kept[key]
         states, generator = self._states[source], self._generators[source]
-        generator.set_state(states[min(index, len(states) - 1)])
+        if self._next.get(source) != index:
+            generator.set_state(states[min(index, len(states) - 1)])
         for _ in range(len(states) - 1, index):  # stretches that nobody has asked for yet
             for _ in range(self.SPACING):
                 self._randn(generator)
@@ -268,6 +270,7 @@ class Recorded:
         drawn = torch.stack([self._randn(generator) for _ in range(self.SPACING)])
         if len(states) == index + 1:
             states.append(generator.get_state())
+        self._next[source] = index + 1
         self._kept[key] = drawn
         if len(self._kept) > self.STRETCHES * len(self._generators):
             self._kept.popitem(last=False)

@@ -225,3 +225,45 @@ def inverse(slope: Tensor) -> Tensor:
     for j in range(min(band, width - 1)):
         system.diagonal(-1 - j).sub_(slope[1 + j :, j])
     return torch.linalg.solve_triangular(system, torch.eye(width, dtype=torch.float64), upper=False, unitriangular=True)
+
+
+class Inverses:
+    """(I - G)^-1 of stretches of the chain, and the same on the device in the dtype of the states.
+
+    That of a stretch is a part of that of any longer one around it, since G is triangular. So it is made once for overlapping
+    stretches of the chain, which hold all those of up to `length` nodes; for longer ones it is made as it is asked for.
+
+    Args:
+        slope: `[N, P]` G.
+        move: Moves values to the device and the dtype of the states.
+        length: Nodes of the stretches that are asked for most.
+    """
+
+    def __init__(self, slope: Tensor, move: Callable[[Tensor], Tensor], length: int) -> None:
+        self._slope, self._move, self._length = slope, move, min(max(length, 16), 96)  # the rest is dearer than to make anew
+        self._made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, lo: int, hi: int) -> Tensor:
+        """`[W, W]` in float64 on the CPU, for the rows lo ... hi - 1 of the slope."""
+        return self._part(lo, hi, 0)
+
+    def moved(self, lo: int, hi: int) -> Tensor:
+        """`[W, W]` on the device."""
+        return self._part(lo, hi, 1)
+
+    def strict(self, lo: int, hi: int) -> Tensor:
+        """`[W, W]` on the device, without its diagonal of ones."""
+        return self._part(lo, hi, 2)
+
+    def _part(self, lo: int, hi: int, kind: int) -> Tensor:
+        if hi - lo > self._length:
+            return self._of(lo, hi)[kind]
+        first = lo // self._length * self._length
+        if first not in self._made:
+            self._made[first] = self._of(first, min(first + 2 * self._length, len(self._slope)))
+        inside = slice(lo - first, hi - first)
+        return self._made[first][kind][inside, inside]
+
+    def _of(self, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = inverse(self._slope[lo:hi])
+        return found, self._move(found), self._move(found.tril(-1))

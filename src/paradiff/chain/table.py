@@ -215,7 +215,7 @@ class Table:
         """P, the number of states that one step reads."""
         return self.a.shape[1]
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
         return bool(self.c.any())

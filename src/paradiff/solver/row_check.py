@@ -184,18 +184,18 @@ class RowCheck:
 
     def _part_of(self, batch: Batch) -> int:
         """The part of the chain that a round comes to."""
-        return 0 if batch.chain is None else int(batch.nodes.max()) * PARTS // max(len(batch.chain) - 1, 1)
+        return 0 if batch.chain is None else max(batch.nodes.tolist()) * PARTS // max(len(batch.chain) - 1, 1)
 
     def _variety(self, batch: Batch) -> set[str]:
         """What the rows of one network call are: several, of several times, of several samples."""
-        size = getattr(self._evaluate, "max_rows", None)
-        if size is None or size >= len(batch.x):  # one call
-            rows, first = torch.tensor(len(batch.x) > 1, device="cpu"), slice(0, 1)
-        else:
-            first = self._calls(batch)
-            rows = first != torch.arange(len(first), device="cpu")
-        found = {"rows": rows, "times": batch.t != batch.t[first], "samples": batch.samples != batch.samples[first]}
-        return {"one", *(name for name, apart in found.items() if apart.any())}
+        count, size = len(batch.x), getattr(self._evaluate, "max_rows", None)
+        size = count if size is None else size
+        found = {"one"} if size == 1 or count == 1 else {"one", "rows"}
+        for name, values in (("times", batch.t), ("samples", batch.samples)):
+            several = values.tolist()  # on the CPU
+            if any(several[k] != several[k // size * size] for k in range(count)):
+                found.add(name)
+        return found
 
     def _compare_all(self, batch: Batch, outputs: Tensor) -> None:
         """Evaluates all rows again, since random numbers were drawn, which may spare a few rows by chance."""

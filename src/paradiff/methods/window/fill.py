@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paradiff.chain.slope import DATA_VARIANCE, freeze_clean_data, gaussian_gain, inverse
+from paradiff.chain.slope import DATA_VARIANCE, Inverses, freeze_clean_data, gaussian_gain
 from paradiff.chain.step import Step
 from paradiff.chain.table import column
 from paradiff.methods.window.options import Predictor
@@ -29,11 +29,11 @@ Guide = Callable[[slice], tuple[Tensor, Tensor]]
 class Fill(Protocol):
     """What a window's new nodes are filled with, for one sample."""
 
-    def observe(self, node: Tensor, state: Tensor, output: Tensor) -> None:
+    def observe(self, node: int, state: Tensor, output: Tensor) -> None:
         """Takes the output at the last node that was evaluated.
 
         Args:
-            node: `[1]` the node.
+            node: The node.
             state: `[...]` the state there.
             output: `[...]` the output there.
         """
@@ -64,7 +64,7 @@ class GuidedFill:
     def __init__(self, guide: Guide) -> None:
         self._guide = guide
 
-    def observe(self, node: Tensor, state: Tensor, output: Tensor) -> None:
+    def observe(self, node: int, state: Tensor, output: Tensor) -> None:
         """Nothing is needed."""
 
     def follow(self, node: int, change: Tensor) -> None:
@@ -85,6 +85,7 @@ class Recurrence:
     Args:
         step: The table on the device.
         predictor: The predictor.
+        width: Nodes of the window.
 
     Attributes:
         step: As given.
@@ -92,10 +93,11 @@ class Recurrence:
         noisy: Whether it contains the steps' noises.
         slope: `[N, P]` A.
         clean: `[N]` B.
+        inverses: (I - A)^-1 of stretches of the chain.
         clean_slope: `[N]` derivative of the clean-data estimate with respect to the state, for Gaussian data.
     """
 
-    def __init__(self, step: Step, predictor: Predictor) -> None:
+    def __init__(self, step: Step, predictor: Predictor, width: int) -> None:
         table = step.table
         self.step, self.frozen = step, predictor == "clean"
         self.noisy = table.stochastic and predictor not in ("copy", "held")
@@ -108,6 +110,7 @@ class Recurrence:
             self.slope = table.a
         else:
             self.slope[:, 0] = 1
+        self.inverses = Inverses(self.slope, step.move, width)
         self.clean_slope = gaussian_gain(table.alpha[:-1], table.sigma[:-1], DATA_VARIANCE).tolist()
 
 
@@ -123,7 +126,7 @@ class PredictedFill:
         self._of = recurrence
         self._clean = torch.zeros_like(x0)  # D
 
-    def observe(self, node: Tensor, state: Tensor, output: Tensor) -> None:
+    def observe(self, node: int, state: Tensor, output: Tensor) -> None:
         """Makes the clean-data estimate."""
         if self._of.frozen:
             table = self._of.step.table
@@ -149,8 +152,7 @@ class PredictedFill:
                 factor = of.slope[steps.start + i, j].item()
                 if factor:
                     forcing[i].add_(x[known + i - j], alpha=factor)
-        carried = of.step.move(inverse(of.slope[steps]))
-        new = (carried @ forcing.flatten(1)).view_as(forcing)
+        new = (of.inverses.moved(steps.start, steps.stop) @ forcing.flatten(1)).view_as(forcing)
         if table.band == 1:
             return new, new[:0]
         return new, self._outputs(steps, torch.cat([x[-1:], new[:-1]]))

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import itertools
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from paradiff.chain.data_scale import held_to
 from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
-from paradiff.chain.slope import inverse, over_intervals, resolve
+from paradiff.chain.slope import Inverses, over_intervals, resolve
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.window.fill import Recurrence
@@ -76,7 +77,6 @@ class WindowSetup:
         self.sloped = bool(self.slope.any())
         self.slope_error = slope_error(table, self.slope, self.edges).tolist()
         self.by_error = method.rule == "error" and method.sweeps is None and method.tolerance > 0 and self.width > 1
-        self._carry: tuple[tuple[int, int], Tensor] | None = None
         self.by_residual = method.rule == "residual"
         self.residual_bound: list[float] | None = None
         if self.by_residual or method.anderson is not None:
@@ -85,13 +85,12 @@ class WindowSetup:
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
-        self.recurrence = Recurrence(self.step, method.predictor)
+        self.recurrence = Recurrence(self.step, method.predictor, self.width)
 
-    def carry(self, lo: int, hi: int) -> Tensor:
-        """`[W, W]` (I - G)^-1 of a stretch of the window (`slope.inverse`), kept until another is asked for."""
-        if self._carry is None or self._carry[0] != (lo, hi):
-            self._carry = (lo, hi), inverse(self.slope[lo:hi])
-        return self._carry[1]
+    @cached_property
+    def carry(self) -> Inverses:
+        """(I - G)^-1 of stretches of the window."""
+        return Inverses(self.slope, self.move, self.width)
 
     def scaled(self, size: float) -> tuple[list[float], PassingRule]:
         """k s `[M+1]` of budget.py, and the rule by which nodes pass, for data of mean square `size`; no factor is below that

@@ -172,9 +172,10 @@ class WindowSolver:
             self.x[places[0]] = asked = states
         m = table.convert(query.nodes, asked, outputs)
         if query.running[-1] == self.hi - 1:
-            self._fill.observe(query.nodes[-1:], asked[-1], m[-1])
+            node = int(query.nodes[-1])
+            self._fill.observe(node, asked[-1], m[-1])
             if setup.by_error:
-                self._furthest = int(query.nodes[-1])
+                self._furthest = node
                 clean = table.p[self._furthest].item() * asked[-1:] + table.q[self._furthest].item() * m[-1:]
                 self._clean_square = setup.step.mean_square(clean)
         if setup.history:

@@ -11,7 +11,7 @@ from torch import Tensor
 from paradiff.methods.secant import Secants
 from paradiff.methods.window.setup import WindowSetup
 
-STRETCH = 256  # nodes updated by one matrix product
+STRETCH = 64  # nodes updated by one matrix product
 PAIRED = 96  # nodes updated by one solution of the pairs' triangular system, whose cost grows with its square
 
 
@@ -80,7 +80,7 @@ class NewtonUpdate:
             rows = slice(lo + begin, min(lo + begin + STRETCH, hi))
             steps = setup.slope[rows]
             part = slice(begin, begin + len(steps))
-            carried = setup.move(setup.carry(rows.start, rows.stop).tril(-1))
+            carried = setup.carry.strict(rows.start, rows.stop)
             if not parts:
                 parts.append(torch.addmm(phi[part], carried, residual[part]))
                 continue
