@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 import paradiff.methods.collocation.linearization
+import paradiff.methods.collocation.pairs
 import paradiff.methods.stretch
 from paradiff.methods.collocation.linearization import Linearization, Moves
 from paradiff.methods.collocation.pairs import Pairs, PairStore, in_slots
+from paradiff.methods.stretch import NUMBERS
 
 NODES, SIZE = 5, 3
 KNOWN = 0.25
@@ -58,7 +60,8 @@ def followed(influence: Tensor, slope: Tensor, forced: Tensor) -> Tensor:
 def stretched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long states are worked on a number at a time."""
     if request.param == "long states":
-        for module in (paradiff.methods.collocation.linearization, paradiff.methods.stretch):
+        modules = paradiff.methods.collocation.linearization, paradiff.methods.collocation.pairs, paradiff.methods.stretch
+        for module in modules:
             monkeypatch.setattr(module, "NUMBERS", 1)
 
 
@@ -141,7 +144,12 @@ def test_without_pairs_forcings_do_not_follow() -> None:
     torch.testing.assert_close(together, influence[-1].sum().square()[None])
 
 
-def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs() -> None:
+@pytest.mark.parametrize("numbers", [NUMBERS, 1])  # short states, and long ones
+def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (paradiff.methods.collocation.pairs, paradiff.methods.stretch):
+        monkeypatch.setattr(module, "NUMBERS", numbers)
     store = PairStore(3, 2, torch.zeros(1, 2, dtype=torch.float64), torch.float64)
 
     def seen(nodes: list[int], value: float, large: bool = True) -> None:
@@ -174,10 +182,12 @@ def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs() -> N
         moved = store.remesh(nearest, ratios, most)
         found = moved.newest()
         assert found is not None
-        assert in_slots(found.dx, found.rows, slice(None), torch.float64)[0, :, 0].view(-1, most).tolist() == wanted
-        assert found.du[1:, 0, 0].sum() == 10 * sum(
-            v / ratio for row, ratio in zip(wanted, (1, 1, 0.5), strict=True) for v in row
-        )
+        dx, du = (in_slots(v, found.rows, slice(None), torch.float64) for v in (found.dx, found.du))
+        assert dx[0, :, 0].view(-1, most).tolist() == wanted
+        scaled = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64).repeat_interleave(most)
+        assert torch.equal(du[0, :, 0] * scaled, 10 * dx[0, :, 0])
+        assert torch.equal(found.cross, dx @ du.mT)
+        assert torch.equal(found.own, dx.unflatten(1, (-1, most)) @ dx.unflatten(1, (-1, most)).mT)
     assert store.emptied().newest() is None
 
 

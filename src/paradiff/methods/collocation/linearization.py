@@ -73,13 +73,14 @@ class Linearization:
         if pairs is None:
             return
         _, self._count, self._slots, _ = pairs.own.shape
-        short = pairs.dx[0].numel() * len(pairs.rows) <= NUMBERS
-        self._kept = (self._gathered(pairs.dx), self._gathered(pairs.du)) if short else None  # copies: the store goes on
+        size = self._count * self._slots
+        short = pairs.dx[0].numel() * size <= NUMBERS
+        self._kept = (self._gathered(pairs.dx), self._gathered(pairs.du)) if short else None
         diagonal = pairs.own.diagonal(dim1=2, dim2=3)
         damped = pairs.own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
         self._inverse = torch.linalg.inv_ex(damped).inverse  # unlike `inv`, without a look at it from the host
         first, second = pairs.room
-        system = torch.mul(pairs.cross, reach[: len(pairs.rows), : len(pairs.rows)], out=first)
+        system = torch.mul(pairs.cross, reach[:size, :size], out=first)
         blocks = system.view(-1, self._count, self._slots, self._count, self._slots).diagonal(dim1=1, dim2=3)
         blocks += damped.permute(0, 2, 3, 1)
         self._corner = self._pivots = None
@@ -92,10 +93,14 @@ class Linearization:
             self._system, self._pivots = torch.linalg.lu_factor_ex(system)[:2]
 
     def kept(self) -> Linearization:
-        """The same in memory of its own: the next one is made in the same room."""
+        """The same in memory of its own, where it is small: the next one is made in the same room."""
         found = copy.copy(self)
-        if self._pairs is not None and self._corner is not None:
+        if self._pairs is None:
+            return found
+        if self._corner is not None:
             found._system = self._system.clone()
+        if self._kept is not None:
+            found._kept = self._kept[0].clone(), self._kept[1].clone()
         return found
 
     def follow(self, states: Tensor, known: Tensor) -> Tensor:
@@ -136,13 +141,14 @@ class Linearization:
         parts = [*self._parts(moves.states, count)]
         whole = stale(parts[0]) if len(parts) == 1 else None
         if self._pairs is not None:
-            onto = total(self._x(part) @ (stale(part) if whole is None else whole).mT for part in parts)
-            weights = self._sample_weights(onto, self._influence[: self._count])
+            onto = total(self._corner_x(part) @ (stale(part) if whole is None else whole).mT for part in parts)
+            onto.unflatten(1, (self._count, self._slots)).mul_(self._influence[: self._count, None])
+            weights = self._eliminated(onto).mT
         each, together = factors.new_zeros(members, count), factors.new_zeros(members)
         for part in parts:
             effect = last[:, None] * (stale(part) if whole is None else whole)
             if weights is not None:
-                effect += weights @ self._u(part)
+                effect += weights @ self._sample_u(part)
             each += effect.square().sum(2)
             together += effect.sum(1).square().sum(1)
         return (each / size).amax(0), (together / size).amax(0, keepdim=True)
@@ -165,13 +171,15 @@ class Linearization:
         reach, source, weights = influence.repeat(1, len(steps)), source.flatten(), None
         if self._pairs is not None:
             parts = self._parts(defects, count)
-            onto = total(self._x(part) @ defects[:, :, part].permute(1, 2, 0) for part in parts)
-            weights = self._sample_weights(onto[:, :, source] * ratio[:, None], reach[: self._count])
+            onto = total(self._corner_x(part) @ defects[:, :, part].permute(1, 2, 0) for part in parts)
+            onto = onto[:, :, source] * ratio[:, None]
+            onto.unflatten(1, (self._count, self._slots)).mul_(reach[: self._count, None])
+            weights = self._eliminated(onto).mT
         sums = defects.new_zeros(members, len(source))
         for part in self._parts(defects, len(source)):
             effect = defects[:, :, part].transpose(0, 1)[:, source] * (reach[-1] * ratio)[:, :, None]
             if weights is not None:
-                effect += weights @ self._u(part)
+                effect += weights @ self._sample_u(part)
             sums += effect.square().sum(2)
         return (sums / size).amax(0).view(len(steps), count).mean(0)
 
@@ -186,24 +194,32 @@ class Linearization:
         """`[b, n, w]` the sums over each node's pairs of values `[b, n k, w]`, by weights `[b, n k, 1]`."""
         return (weights * values).unflatten(1, (self._count, self._slots)).sum(2)
 
-    def _sample_weights(self, onto: Tensor, influence: Tensor) -> Tensor:
-        """`[b, J, n k]` weights of the du of all pairs in the sample, for J changes of forcings that have the products
-        `[b, n k, J]` with the pairs' dx and the weights `[n, J]` in the nodes' states."""
-        shape = self._count, self._slots
-        found = self._solve((onto.unflatten(1, shape) * influence[:, None]).flatten(1, 2))
-        return (found.unflatten(1, shape) * self._influence[-1, : self._count, None, None]).flatten(1, 2).mT
-
     def _solve(self, onto: Tensor) -> Tensor:
         """`[b, n k, J]` w of equation (2), for J changes, given by X d0."""
+        if self._corner is not None:
+            onto = (self._corner @ onto.unflatten(1, (self._count, self._slots))).flatten(1, 2)
+        return self._eliminated(onto)
+
+    def _eliminated(self, onto: Tensor) -> Tensor:
+        """The same, given by X d0 with the blocks on the diagonal eliminated, where that is done."""
         if self._corner is None:
             assert self._pivots is not None
             return torch.linalg.lu_solve(self._system, self._pivots, onto)
-        onto = (self._corner @ onto.unflatten(1, (self._count, self._slots))).flatten(1, 2)
         return torch.linalg.solve_triangular(self._system, onto, upper=False, unitriangular=True)
+
+    def _corner_x(self, part: slice) -> Tensor:
+        """`[b, n k, w]` X on a stretch, with the blocks on the diagonal eliminated, where that is done."""
+        x = self._x(part)
+        return x if self._corner is None else (self._corner @ x.unflatten(1, (self._count, self._slots))).flatten(1, 2)
+
+    def _sample_u(self, part: slice) -> Tensor:
+        """`[b, n k, w]` U on a stretch, each node's times the weight of its forcing in the sample."""
+        by_node = self._u(part).unflatten(1, (self._count, self._slots))
+        return (by_node * self._influence[-1, : self._count, None, None]).flatten(1, 2)
 
     def _parts(self, states: Tensor, rows: int = 0) -> Iterator[slice]:
         """Stretches of states `[.., b, d]`, short enough for the pairs and so many other rows."""
-        return stretches(states.shape, max(0 if self._pairs is None else len(self._pairs.rows), rows, 1))
+        return stretches(states.shape, max(0 if self._pairs is None else self._pairs.cross.shape[1], rows, 1))
 
     def _x(self, part: slice) -> Tensor:
         """X `[b, n k, w]` on a stretch."""

@@ -2,8 +2,9 @@
 """Secant pairs of the nodes of a mesh: as many as were seen, in no room of their own where there are none.
 
 A node that is evaluated again shows how its forcing answers to its state: the changes of both are a pair (methods/secant.py).
-Most nodes have fewer pairs than they may have, and some have none, so pairs are rows of one store. They are kept in the dtype
-in which the network is given its states: its outputs are known no better.
+They are kept as exactly as the network is given its states: its outputs are known no better. Most nodes have fewer pairs than
+they may have, and some have none, so pairs of long states are rows of one store, in that dtype; those of short states have a
+place for each that there may be, in the dtype of the solver.
 
 A round's linear system (linearization.py) needs the inner products of all pairs, and a round brings pairs of a few nodes. So
 products are kept, too, each pair's in a **slot** of its node, and only those with the newest pairs are made anew.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.step import uploaded
-from paradiff.methods.stretch import stretches, total
+from paradiff.methods.stretch import NUMBERS, stretches, total
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +29,7 @@ class Pairs:
     Attributes:
         dx: `[S+1, b, d]` changes of states; the first row is zero, and so is one whose state changed by rounding alone.
         du: `[S+1, b, d]` the changes of the forcings.
-        rows: `[n k]` the row in each slot; 0 where there is none.
+        rows: `[n k]` the row in each slot; 0 where there is none. None where row n k is that of slot n k, without a first one.
         own: `[b, n, k, k]` products of the dx of each node's pairs.
         cross: `[b, n k, n k]` products of the dx (rows) with the du (columns) of all pairs.
         room: Two tensors of the shape of `cross`, to be written to: memory that is taken anew in each round costs more than the
@@ -37,15 +38,16 @@ class Pairs:
 
     dx: Tensor
     du: Tensor
-    rows: Tensor
+    rows: Tensor | None
     own: Tensor
     cross: Tensor
     room: tuple[Tensor, Tensor]
 
 
-def in_slots(values: Tensor, rows: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
-    """`[b, n k, w]` a stretch of the values `[S+1, b, d]` in some rows."""
-    return values[rows, :, part].to(dtype).transpose(0, 1)
+def in_slots(values: Tensor, rows: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
+    """`[b, n k, w]` a stretch of the values `[S+1, b, d]` in some rows, or in all."""
+    found = values[:, :, part] if rows is None else values[rows, :, part].to(dtype)
+    return found.transpose(0, 1)
 
 
 class PairStore:
@@ -59,10 +61,12 @@ class PairStore:
     """
 
     def __init__(self, count: int, most: int, like: Tensor, kind: torch.dtype) -> None:
-        self.most, members = most, len(like)
-        self._dx, self._du = (like.new_zeros(1, *like.shape) for _ in range(2))
+        self.most, self._like, members, size = most, like, len(like), count * most
+        self._dense = size * like.numel() <= NUMBERS
+        kept = like.new_zeros(size, *like.shape, dtype=kind) if self._dense else like.new_zeros(1, *like.shape)
+        self._dx, self._du = kept, kept.clone()
         self._rows: list[list[int]] = [[] for _ in range(count)]  # of each node, by their slots
-        self._in_slots = torch.zeros(count * most, dtype=torch.int64, device=like.device)  # the same, 0 where there is none
+        self._in_slots = None if self._dense else torch.zeros(size, dtype=torch.int64, device=like.device)  # the same
         self._turn = [0] * count  # the slot of each full node that is written to next: the one of its oldest pair
         self._waiting: set[int] = set()  # nodes for whose next pair room was made
         self._own = like.new_zeros(members, count, most, most, dtype=kind)
@@ -74,10 +78,13 @@ class PairStore:
         fresh = [n for n in nodes if len(self._rows[n]) < self.most and n not in self._waiting]
         if not fresh:
             return
-        rows, slots = range(len(self._dx), len(self._dx) + len(fresh)), [n * self.most + len(self._rows[n]) for n in fresh]
+        slots = [n * self.most + len(self._rows[n]) for n in fresh]
+        rows = slots if self._in_slots is None else range(len(self._dx), len(self._dx) + len(fresh))
         for row, node in zip(rows, fresh, strict=True):
             self._rows[node].append(row)
         self._waiting.update(fresh)
+        if self._in_slots is None:
+            return
         at, new = uploaded([slots, [*rows]], self._dx.device)
         self._in_slots[at] = new
         room = self._dx.new_zeros(len(fresh), *self._dx.shape[1:])
@@ -102,25 +109,25 @@ class PairStore:
                 slots.append(node * self.most + self._turn[node])
                 self._turn[node] = (self._turn[node] + 1) % self.most
         at = uploaded(slots, dx.device)
-        rows = self._in_slots[at]
+        rows, kind = at if self._in_slots is None else self._in_slots[at], self._like.dtype
         for kept, new in ((self._dx, dx), (self._du, du)):
-            kept[rows] = torch.where(large[..., None], new.to(kept.dtype), kept[rows])
+            kept[rows] = torch.where(large[..., None], new.to(kind).to(kept.dtype), kept[rows])
         self._multiply(at)
 
     def newest(self) -> Pairs | None:
         """The pairs; None where there are none. They share memory with the store, which the next `observe` writes to."""
-        if len(self._dx) == 1:
+        count = max((n + 1 for n, rows in enumerate(self._rows) if rows), default=0)
+        if count == 0:
             return None
-        count = max(n for n, rows in enumerate(self._rows) if rows) + 1
         size = count * self.most
         if self._room is None:
             self._room = torch.empty_like(self._cross), torch.empty_like(self._cross)
         cross = self._cross[:, :size, :size]
         first, second = (v.flatten()[: cross.numel()].view(cross.shape) for v in self._room)
         return Pairs(
-            dx=self._dx,
-            du=self._du,
-            rows=self._in_slots[:size],
+            dx=self._dx[:size] if self._in_slots is None else self._dx,
+            du=self._du[:size] if self._in_slots is None else self._du,
+            rows=None if self._in_slots is None else self._in_slots[:size],
             own=self._own[:, :count],
             cross=cross,
             room=(first, second),
@@ -128,32 +135,38 @@ class PairStore:
 
     def emptied(self) -> PairStore:
         """A store for the same nodes, without pairs."""
-        return PairStore(len(self._rows), self.most, self._dx[0], self._own.dtype)
+        return PairStore(len(self._rows), self.most, self._like, self._own.dtype)
 
     def remesh(self, nearest: Sequence[int], ratios: Tensor, most: int) -> PairStore:
         """A store for other nodes. Each takes the pairs of the node `nearest` to it, the newest if fewer are kept, and its
         states' changes are scaled by `ratios` `[M']`."""
-        new = PairStore(len(nearest), most, self._dx[0], self._own.dtype)
+        new = PairStore(len(nearest), most, self._like, self._own.dtype)
         source, slots = list[int](), list[int]()
         for n, k in enumerate(nearest):
             rows = self._rows[k][self._turn[k] :] + self._rows[k][: self._turn[k]]  # the newest last
             rows = rows[max(len(rows) - most, 0) :]
-            new._rows[n] = [*range(len(source) + 1, len(source) + 1 + len(rows))]
             source += rows
             slots += range(n * most, n * most + len(rows))
-        if source:
-            at, places = uploaded([[0, *source], [0, *slots]], self._dx.device)  # in one copy
-            places = places[1:]
-            new._dx, new._du = self._dx[at], self._du[at]
-            new._dx[1:] *= ratios.to(self._dx)[places // most][:, None, None]
-            new._in_slots[places] = torch.arange(1, len(at), device=at.device)
-            new._multiply(places)
+            begin = n * most if new._in_slots is None else len(source) + 1 - len(rows)
+            new._rows[n] = [*range(begin, begin + len(rows))]
+        if not source:
+            return new
+        at, places = uploaded([source, slots], self._dx.device)  # in one copy
+        dx = self._dx[at].to(self._like.dtype) * ratios.to(self._like)[places // most][:, None, None]
+        du = self._du[at]
+        if new._in_slots is None:
+            new._dx[places], new._du[places] = dx.to(new._dx.dtype), du.to(new._du.dtype)
+        else:
+            new._dx, new._du = (torch.cat([zero, v.to(zero.dtype)]) for zero, v in ((new._dx, dx), (new._du, du)))
+            new._in_slots[places] = torch.arange(1, len(at) + 1, device=at.device)
+        new._multiply_all()
         return new
 
     def _multiply(self, slots: Tensor) -> None:
         """Makes the products with the pairs in some slots."""
         count, node = len(slots), slots // self.most
         mates = node[:, None] * self.most + torch.arange(self.most, device=slots.device)
+        size = self._cross.shape[1]
 
         def products(part: slice) -> Tensor:
             """With the du of all pairs, with the dx of all, and with the dx of the same node's."""
@@ -162,9 +175,16 @@ class PairStore:
             found = new @ u.mT, u[:, slots] @ x.mT, (x[:, mates] @ new[..., None])[..., 0]
             return torch.cat(found, 2)
 
-        rows = 2 * len(self._in_slots) + count * (self.most + 2)
-        found = total(products(part) for part in stretches(self._dx.shape, rows))
-        on_forcings, on_states, own = found.split([len(self._in_slots), len(self._in_slots), self.most], 2)
+        found = total(products(part) for part in stretches(self._dx.shape, 2 * size + count * (self.most + 2)))
+        on_forcings, on_states, own = found.split([size, size, self.most], 2)
         self._cross[:, slots], self._cross.mT[:, slots] = on_forcings, on_states
-        flat, slot = self._own.view(len(own), -1, self.most), slots % self.most
-        flat[:, slots], self._own.mT[:, node, slot] = own, own
+        slot = slots % self.most
+        self._own.flatten(1, 2)[:, slots], self._own.mT[:, node, slot] = own, own
+
+    def _multiply_all(self) -> None:
+        """Makes all products."""
+        for part in stretches(self._dx.shape, 2 * self._cross.shape[1]):
+            x, u = (in_slots(v, self._in_slots, part, self._cross.dtype) for v in (self._dx, self._du))
+            self._cross.baddbmm_(x, u.mT)
+            of_nodes = x.unflatten(1, (-1, self.most))
+            self._own += of_nodes @ of_nodes.mT

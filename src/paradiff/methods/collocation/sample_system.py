@@ -28,8 +28,7 @@ class SampleSystem:
         influence: `[M+1, M]` R.
         reach: `[M k, M k]` -R without the sample, each entry once for each two of the k secant pairs that a node may have.
         x0: `[b, d]` x[0].
-        initial: `[M+1]` f, its weights.
-        noise_weights: `[M+1, M, P]` weights of the noises of the intervals.
+        base: `[M+1, b d]` the part of the states and the sample that depends on no forcing.
         lipschitz_floor: `[M]` Lipschitz constant of the forcing that is taken for granted at each node.
         q_u: `[M]` size of the weight of the network's output in the forcing, positive.
         trusted: Mean squares of how far each node's state may move before it is evaluated again.
@@ -41,21 +40,14 @@ class SampleSystem:
     influence: Tensor
     reach: Tensor
     x0: Tensor
-    initial: Tensor
-    noise_weights: Tensor
+    base: Tensor
     lipschitz_floor: Tensor
     q_u: Tensor
     trusted: list[float]
 
     def states(self, forcings: Tensor) -> Tensor:
         """`[M+1, b, d]` states of the nodes and, last, the sample, with the forcings `[M, b, d]` fixed."""
-        found = self.initial[:, None] * self.x0.flatten()
-        found.addmm_(self.influence, forcings.flatten(1))
-        if self.noises is not None:
-            found.addmm_(self.noise_weights.flatten(1), self.noises.ends.flatten(0, 1).flatten(1))
-            if self.system.averaged:
-                found[:-1] += self.noises.averaged.flatten(1)
-        return found.view(-1, *self.x0.shape)
+        return torch.addmm(self.base, self.influence, forcings.flatten(1)).view(-1, *self.x0.shape)
 
     @staticmethod
     def of(
@@ -83,6 +75,11 @@ class SampleSystem:
         noises = None
         if setup.table.stochastic:
             noises = MeshNoises.of(system, doubled, noise, sample, x0, before)
+        base = setup.move(system.initial)[:, None] * x0.flatten()
+        if noises is not None:
+            base.addmm_(setup.move(system.noise_weights).flatten(1), noises.ends.flatten(0, 1).flatten(1))
+            if system.averaged:
+                base[:-1] += noises.averaged.flatten(1)
         return SampleSystem(
             system=system,
             doubled=doubled,
@@ -90,8 +87,7 @@ class SampleSystem:
             influence=influence,
             reach=-influence[:-1].repeat_interleave(pairs, 0).repeat_interleave(pairs, 1),
             x0=x0,
-            initial=setup.move(system.initial),
-            noise_weights=setup.move(system.noise_weights),
+            base=base,
             lipschitz_floor=setup.move(lipschitz_floor(rec, nodes, setup.control.lipschitz_cap)),
             trusted=_trusted(setup, system).tolist(),
             q_u=setup.move(rec.q_u[nodes].abs().clamp(min=1e-300)),

@@ -206,7 +206,7 @@ class CollocationSolver:
         Returns:
             Mean squares `[2 M + 5]`: for each node the change of the sample by its staleness, and the distance of its state
             from that of its evaluation; the change by the staleness of all nodes together; the sample's move in this round,
-            and since an estimate was accepted last; its size; and 1 if all outputs are finite.
+            and since an estimate was accepted last; its size; and a number that is finite where all outputs are.
         """
         assert states is None, "the loop refuses changed states, since follows_edits is False"
         if self._handover is not None:
@@ -215,15 +215,15 @@ class CollocationSolver:
         self.evaluations += len(outputs)
         assert isinstance(query, CollocationQuery)
         self._visited = query.nodes.tolist()
-        before, count, finite = self._final, len(query.chosen), list[Tensor]()
+        before, count, sums = self._final, len(query.chosen), list[Tensor]()
         for part, _, u in self._forcings(query, outputs, range(count, len(outputs))):
             self._probes.observe(query.pairs[part.start - count : part.stop - count], u, self._nodes.forcings)
-            finite.append(torch.isfinite(u).all())
+            sums.append(u.sum())
         if count:
             self._nodes.reserve(query.chosen)
             for part, y, u in self._forcings(query, outputs, range(count)):
                 self._nodes.observe(query.chosen[part], y, u, self.control.pair_rounding * self.setup.resolution)
-                finite.append(torch.isfinite(u).all())
+                sums.append(u.sum())
             place = self._recurrence.log_snr[self.system.nodes].tolist()
             self._nodes.fill(query.chosen[0], self._states, place, self.control.extrapolation)
             del self._states  # before others take their room
@@ -231,7 +231,7 @@ class CollocationSolver:
         each, away, together = self._staleness()
         accepted = self._final if self.estimator.sample is None else self.estimator.sample
         moved, since = (mean_square((self._final - x).view_as(self._x0)) for x in (before, accepted))
-        ends = [moved, since, self._final.square().mean(), torch.stack(finite).all().to(each.dtype)]
+        ends = [moved, since, self._final.square().mean(), sums[0] if len(sums) == 1 else torch.stack(sums).sum()]
         return torch.cat([each, away, together, torch.stack(ends)])
 
     def _forcings(self, query: CollocationQuery, outputs: Tensor, rows: range) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -269,7 +269,7 @@ class CollocationSolver:
             return record
         *nodes, together, moved, since, size, finite = norms
         visited, count = self._visited, len(nodes) // 2
-        if not finite or not all(map(math.isfinite, nodes)):
+        if not all(map(math.isfinite, (finite, *nodes))):
             raise ValueError(
                 f"sample {self.sample} is not finite after round {round} (times {float(self.setup.table.t[visited[0]]):g} "
                 f"to {float(self.setup.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
