@@ -50,18 +50,20 @@ class Evaluations:
             forcings: `[R, b, d]`.
             least: Relative size below which a state change makes no secant pair.
         """
-        again = self._again(chosen)
+        again, all_at = self._again(chosen), uploaded(chosen, states.device)
         if again:
-            nodes = [chosen[k] for k in again]
-            at, rows = uploaded(nodes, states.device), uploaded(again, states.device)
-            dx, du = states[rows] - self.states[at], forcings[rows] - self.forcings[at]
-            moved, told, size = (torch.linalg.vector_norm(v, dim=2) for v in (dx, du, states[rows]))
+            nodes, at, x, u = chosen, all_at, states, forcings
+            if len(again) < len(chosen):
+                nodes = [chosen[k] for k in again]
+                at, rows = uploaded([nodes, again], states.device)
+                x, u = states[rows], forcings[rows]
+            dx, du = x - self.states[at], u - self.forcings[at]
+            moved, told, size = (torch.linalg.vector_norm(v, dim=2) for v in (dx, du, x))
             large = moved > least * size
             observed = torch.where(large, told / moved.clamp(min=1e-300), 0.0).amax(1)
             self.quotients[at] = torch.maximum(self.quotients[at], observed)
             self.pairs.observe(nodes, dx, du, large)
-        at = uploaded(chosen, states.device)
-        self.states[at], self.forcings[at] = states, forcings
+        self.states[all_at], self.forcings[all_at] = states, forcings
         for n in chosen:
             self.evaluated[n] = self.assigned[n] = True
 
@@ -73,19 +75,20 @@ class Evaluations:
         """Places of the nodes that make a pair: they were evaluated before."""
         return [k for k, n in enumerate(chosen) if self.evaluated[n]] if self.pairs.most else []
 
-    def fill(self, first: int, states: Tensor, place: list[float], most: float) -> None:
+    def fill(self, first: int, states: Tensor, system: CollocationSystem, most: float) -> None:
         """Gives nodes without a forcing one by the last two evaluated nodes before them, or that of node `first`; their states
         are taken from `states` `[M, b, d]`.
 
         Args:
             first: The first node that was evaluated in this round.
             states: The states.
-            place: `[M]` log(alpha^2/sigma^2) at the nodes.
+            system: The collocation system, along whose log(alpha^2/sigma^2) is extrapolated.
             most: How far forcings are extrapolated, as a multiple of the distance of the two nodes.
         """
         if all(self.assigned):
             return
         unassigned, last, before, ratio = [], [], [], []
+        place = system.recurrence.log_snr[system.nodes].tolist()
         known = [first, first]
         for n, (evaluated, assigned) in enumerate(zip(self.evaluated, self.assigned, strict=True)):
             if evaluated:

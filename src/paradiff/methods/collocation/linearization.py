@@ -36,16 +36,17 @@ class Moves:
     Args:
         states: `[M, b, d]`.
         known: `[M, b, d]` what they were.
-
-    Attributes:
-        squares: `[M, b]` their sums of squares.
     """
 
     def __init__(self, states: Tensor, known: Tensor) -> None:
         self.states, self.known = states, known
         self._whole = None if states.numel() > NUMBERS else (states - known).transpose(0, 1)
-        parts = stretches(states.shape, len(states))
-        self.squares = total(torch.linalg.vector_norm(self(part), dim=2).square() for part in parts).mT
+
+    @property
+    def squares(self) -> Tensor:
+        """`[M, b]` their sums of squares."""
+        parts = stretches(self.states.shape, len(self.states))
+        return total(self(part).square().sum(2) for part in parts).mT
 
     def __call__(self, part: slice) -> Tensor:
         """`[b, M, w]` a stretch of them."""
@@ -77,7 +78,8 @@ class Linearization:
         short = pairs.dx[0].numel() * size <= NUMBERS
         self._kept = (self._gathered(pairs.dx), self._gathered(pairs.du)) if short else None
         diagonal = pairs.own.diagonal(dim1=2, dim2=3)
-        damped = pairs.own + torch.diag_embed(DAMPING * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
+        damped = pairs.own.clone()
+        damped.diagonal(dim1=2, dim2=3).mul_(1 + DAMPING).add_(diagonal == 0)
         self._inverse = torch.linalg.inv_ex(damped).inverse  # unlike `inv`, without a look at it from the host
         first, second = pairs.room
         system = torch.mul(pairs.cross, reach[:size, :size], out=first)

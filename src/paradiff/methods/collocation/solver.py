@@ -224,13 +224,12 @@ class CollocationSolver:
             for part, y, u in self._forcings(query, outputs, range(count)):
                 self._nodes.observe(query.chosen[part], y, u, self.control.pair_rounding * self.setup.resolution)
                 sums.append(u.sum())
-            place = self._recurrence.log_snr[self.system.nodes].tolist()
-            self._nodes.fill(query.chosen[0], self._states, place, self.control.extrapolation)
+            self._nodes.fill(query.chosen[0], self._states, self.system, self.control.extrapolation)
             del self._states  # before others take their room
             self._linearization, self._states, self._final = self._stepped()
         each, away, together = self._staleness()
-        accepted = self._final if self.estimator.sample is None else self.estimator.sample
-        moved, since = (mean_square((self._final - x).view_as(self._x0)) for x in (before, accepted))
+        moved, accepted = mean_square((self._final - before).view_as(self._x0)), self.estimator.sample
+        since = torch.zeros_like(moved) if accepted is None else mean_square((self._final - accepted).view_as(self._x0))
         ends = [moved, since, self._final.square().mean(), sums[0] if len(sums) == 1 else torch.stack(sums).sum()]
         return torch.cat([each, away, together, torch.stack(ends)])
 
@@ -248,10 +247,11 @@ class CollocationSolver:
         """Mean squares: `[M]` the change of the sample by the staleness of each node, `[M]` the distance of its state from that
         of its evaluation, and `[1]` the change by all together."""
         nodes, moved = self._nodes, Moves(self._states, self._nodes.states)
-        real = beyond_rounding(moved.squares, nodes.states, self.control.rounding_share * self.setup.resolution)
+        squares = moved.squares
+        real = beyond_rounding(squares, nodes.states, self.control.rounding_share * self.setup.resolution)
         constants = lipschitz(nodes.quotients, self._at.q_u, self._at.lipschitz_floor)
         each, together = self._linearization.staleness(moved, torch.where(real, constants[:, None], 0.0))
-        return each, (moved.squares / self._x0.shape[1]).amax(1), together
+        return each, (squares / self._x0.shape[1]).amax(1), together
 
     def advance(self, norms: list[float], round: int) -> CollocationRecord | WindowRecord:
         """Judges the round: which nodes are active now, whether they have converged, and what follows.

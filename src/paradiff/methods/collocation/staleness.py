@@ -38,13 +38,12 @@ def lipschitz(quotients: Tensor, q_u: Tensor, floor: Tensor) -> Tensor:
         q_u: `[M]` size of the weight of the network's output in the forcing.
         floor: `[M]` `lipschitz_floor`.
     """
-    count, observed = len(quotients), quotients > 0
-    index = torch.arange(count, device=quotients.device)
-    before = torch.where(observed, index, -1).cummax(0).values
-    after = count - 1 - torch.where(observed.flip(0), index, -1).cummax(0).values.flip(0)
-    of_outputs = torch.cat([quotients / q_u, quotients.new_zeros(1)])  # the last stands beyond the ends
-    near = torch.maximum(of_outputs[torch.where(before < 0, count, before)], of_outputs[after])
-    return torch.maximum(floor, near * q_u)
+    index = torch.arange(1, len(quotients) + 1, device=quotients.device)
+    both = torch.stack([quotients, quotients.flip(0)])
+    nearest = torch.where(both > 0, index, 0).cummax(1).values  # the last one before each node, from either end; 0 for none
+    of_outputs = torch.nn.functional.pad(torch.stack([quotients / q_u, (quotients / q_u).flip(0)]), (1, 0))
+    before, after = of_outputs.gather(1, nearest)
+    return torch.maximum(floor, torch.maximum(before, after.flip(0)) * q_u)
 
 
 def beyond_rounding(squares: Tensor, states: Tensor, least: float) -> Tensor:
