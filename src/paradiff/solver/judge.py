@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settles whether two outputs for a row differ by more than rounding, and what a model does then.
+
+Rounding depends on the number of rows in a call, and a network may amplify it. So a difference above the limit (rounding.py) is
+a suspicion only, which more evaluations settle: the row once more by itself, and in its place in a call of as many rows, all
+others made up. Of a model whose rows are independent the answer is then the same, since calls of equal shape round alike. So it
+is of one whose answers depend on the number of rows (padding), which is told apart by what small changes of the state leave of
+the difference: rounding differs by something else then. A memory of times has to show at several places of the chain, at the
+one of three close times at which it was given another state before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from paradiff.solver.arguments import outputs_of
+from paradiff.solver.protocol import Batch, EditedOutputs
+from paradiff.solver.rounding import difference, limit_of
+
+FACTORS = (1.0, -0.5, 0.5, -1.0)
+"""Factors on a state, each of which has to show that a model heeds the number of rows: by chance, rounding may at one."""
+
+NUDGE = 0.03
+"""Relative change of a state: a few roundings of the coarsest dtype."""
+
+MOVED = 1e-3
+"""Relative difference of the answers to two close states from which they are said to differ."""
+
+ALIKE = 0.3
+"""Relative difference of what two close states show of a dependence on the number of rows."""
+
+COUNTED = 0.01
+"""Relative difference of two answers from which a dependence on the number of rows is looked for. Kernels of other numbers of
+rows may round a float32 network's weights to a coarser dtype, which shows in all states alike."""
+
+PLACES = (3, 5)
+"""Places of a chain at which a memory of times has to show: at all of the first so many, at least 3."""
+
+APART = 1.5
+"""Multiple of the difference of two outputs at close times by which one between them has to leave the line through both. Of
+models that know no order of times, a third do so at one place."""
+
+OTHERS = (-0.5, 1.0, -2.0)
+"""Factors on a row's state that make up the others of its call."""
+
+MADE = -2.0
+"""Factor on a row's state that makes up another one."""
+
+ADVICE = "call model.eval(), and compute a row's output from its own state, time and conditioning alone; check='off' goes on"
+
+Answer = Tensor | EditedOutputs
+
+
+class Judge:
+    """Evaluates rows again and refuses a model whose answers differ by more than rounding.
+
+    Args:
+        again: A function of a batch that returns its outputs.
+        dtype: The network's dtype; None for that of the states.
+
+    Attributes:
+        rows: Rows that were evaluated.
+        draws: Whether the model draws random numbers.
+    """
+
+    def __init__(self, again: Callable[[Batch], Answer], dtype: torch.dtype | None) -> None:
+        self._again, self._dtype = again, dtype
+        self.rows = 0
+        self.draws = False
+
+    def limit(self, x: Tensor) -> float:
+        """Relative difference of two answers that rounding explains."""
+        return limit_of(self._dtype or x.dtype, x.device)
+
+    def evaluated(self, batch: Batch) -> Tensor:
+        """Outputs for some rows.
+
+        Raises:
+            ValueError: If the model fails for them.
+        """
+        self.rows += len(batch.x)
+        x = batch.x.clone()
+        try:
+            return outputs_only(copied(self._again(batch), x))
+        except (torch.OutOfMemoryError, StopIteration):
+            raise
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"the model fails for {_name(batch, 0)} in a call of {len(batch.x)} rows: {type(error).__name__}: {said}. It "
+                f"must take any number of rows: {ADVICE}"
+            ) from error
+
+    def alone(self, batch: Batch, outputs: Tensor, k: int) -> Tensor:
+        """Evaluates a row by itself and compares it with `outputs`; its answer.
+
+        Raises:
+            ValueError: If they differ by more than rounding.
+        """
+        alone, limit = self.evaluated(taken(batch, [k]))[0], self.limit(batch.x)
+        if (off := difference(alone, outputs[k])) > limit:
+            self.settle(batch, outputs, alone, k, off)
+        return alone
+
+    def all(self, batch: Batch, outputs: Tensor) -> None:
+        """Evaluates all rows once more, where random numbers were drawn, which may spare a few rows by chance.
+
+        Raises:
+            ValueError: If one differs by more than rounding.
+        """
+        found = self.evaluated(batch)
+        off = [difference(one, other) for one, other in zip(found, outputs, strict=True)]
+        if max(off) > self.limit(batch.x):
+            raise ValueError(self._twice(batch, off.index(max(off)), max(off)))
+
+    def settle(self, batch: Batch, outputs: Tensor, alone: Tensor, k: int, off: float) -> None:
+        """Finds out whether a row's answer among others and that by itself differ by more than rounding.
+
+        Args:
+            batch: The rows of a call, or of a round of several calls.
+            outputs: `[R, ...]` their outputs.
+            alone: `[...]` the output of row k by itself.
+            k: The row.
+            off: The relative difference.
+
+        Raises:
+            ValueError: If so.
+        """
+        limit = self.limit(batch.x)
+        once_more = difference(self.evaluated(taken(batch, [k]))[0], alone)
+        if once_more > limit or len(batch.x) == 1:
+            raise ValueError(self._twice(batch, k, max(once_more, off)))
+        for factor in OTHERS:
+            others = batch.x[[k] * len(batch.x)] * factor
+            others[k] = batch.x[k]
+            found = self.evaluated(taken(batch, [k] * len(batch.x), others))
+            if torch.equal(found, outputs) and not torch.equal(outputs, outputs[k].expand_as(outputs)):
+                raise ValueError(self._twice(batch, k, off))  # the answer of an earlier call
+            if difference(found[k], outputs[k]) > limit:
+                raise ValueError(self._influenced(batch, k, len(batch.x), off))
+        if (again := difference(self.evaluated(taken(batch, [k]))[0], alone)) > limit:
+            raise ValueError(self._twice(batch, k, again))  # by itself, after a call of several rows
+        self._settle_count(taken(batch, [k]), k, len(batch.x), off)
+
+    def settle_later(self, row: Batch, output: Tensor, place: int, count: int, call: tuple[Batch, Tensor, int]) -> None:
+        """Finds out whether a row's answer at the end of a run and that in its round differ by more than rounding.
+
+        Args:
+            row: The row.
+            output: `[...]` its output in its round.
+            place: Its place in its call.
+            count: Rows of that call.
+            call: The rows of the later call, their outputs, and the place of the row there.
+
+        Raises:
+            ValueError: If so.
+        """
+        limit, (rows, found, at) = self.limit(row.x), call
+        alone = self.evaluated(row)[0]
+        if (off := difference(alone, output)) > limit:
+            again = []
+            for factor, t in zip(OTHERS, _times(rows, row), strict=True):
+                x = row.x[[0] * count] * factor
+                x[place] = row.x[0]
+                others = taken(row, [0] * count, x)
+                others.t[torch.arange(count, device="cpu") != place] = t
+                again.append(self.evaluated(others)[place])
+            if max(difference(one, again[0]) for one in again[1:]) > limit:
+                raise ValueError(self._influenced(row, 0, count, off))
+            if difference(again[0], output) > limit:
+                raise ValueError(self._twice(row, 0, off))
+            self._settle_count(row, place, count, off)
+        elif len(found) > 1 and (off := difference(alone, found[at])) > limit:
+            self.settle(rows, found, alone, at, off)
+
+    def settle_time(self, row: Batch, chain: Tensor) -> None:
+        """Finds out whether a model remembers what it was given at a time: of three close times the middle one was met before,
+        with another state, and its output stands out, at several places of the chain.
+
+        Args:
+            row: A row.
+            chain: `[N]` times of the chain.
+
+        Raises:
+            ValueError: If so.
+        """
+        least, most = PLACES
+        nodes = {len(chain) * k // 8 for k in (1, 2, 3, 5, 6, 7)} - {len(chain) // 2}
+        places = [three for node in sorted(nodes) if (three := close_times(row, chain, node)) is not None][:most]
+        if len(places) < least:
+            return
+        offs = []
+        for three in places:
+            self.evaluated(before(three))
+            offs.append(self.stands_out(three.x, self.evaluated(three)))
+            if offs[-1] == 0:
+                return
+        raise ValueError(self._twice(row, 0, min(offs)))
+
+    def stands_out(self, x: Tensor, outputs: Tensor) -> float:
+        """Relative difference by which the second of three outputs `[3, ...]` at close times leaves the line between the
+        others; 0 where rounding or the times explain it."""
+        one, two, other = outputs.double()
+        between = (2 * one + other) / 3
+        off = difference(between, two)
+        explained = off <= self.limit(x) or float((between - two).norm()) <= APART * float((one - other).norm())
+        return 0.0 if explained else off
+
+    def _settle_count(self, row: Batch, place: int, count: int, off: float) -> None:
+        """Finds out whether what sets a row's two answers apart is the number of rows, rounding aside.
+
+        Raises:
+            ValueError: If so.
+        """
+        limit = self.limit(row.x)
+        if off > max(limit, COUNTED) and self._heeds_count(row, place, count, max(limit, COUNTED)):
+            raise ValueError(
+                f"the model answered {_name(row, 0)} otherwise in a call of {count} rows than by itself: the answers differ by "
+                f"{off:.2g} of their size, of which rounding explains {limit:.1g}. Its output depends on the number of rows "
+                f"(padding), or it remembers earlier calls (a cache): {ADVICE}"
+            )
+
+    def _heeds_count(self, row: Batch, place: int, count: int, least: float) -> bool:
+        """Whether the answers to a row's state, times each of several factors, differ between one row and as many as the
+        round's by more than rounding explains, and by much the same when a small change of the state moves them. Rounding that
+        a network amplifies differs by something else then. Answers that nothing moves have to be the same for all factors."""
+
+        def pair(x: Tensor) -> Tensor:
+            """The answers to a state by itself and among others."""
+            rows = [taken(row, [0] * n, x.expand(n, *x.shape[1:]).clone()) for n in (1, count)]
+            return torch.stack([self.evaluated(rows[0])[0], self.evaluated(rows[1])[place]])
+
+        still, signs = [], 1 - 2 * (torch.arange(row.x[0].numel(), device="cpu") % 2).view(1, *row.x.shape[1:]).to(row.x)
+        for factor in FACTORS:
+            x = row.x * factor
+            first, *close = (pair(x * (1 + way * signs)) for way in (0.0, NUDGE, -NUDGE))
+            gaps = [(among - alone).double() for alone, among in (first, *close)]
+            if min(difference(*answers) for answers in (first, *close)) <= least:
+                return False
+            if min(max(map(difference, answers, first)) for answers in close) <= MOVED:
+                still.append(first)
+            elif max(float((gap - gaps[0]).norm()) for gap in gaps[1:]) >= ALIKE * float(gaps[0].norm()):
+                return False
+        return not still or (len(still) == len(FACTORS) and all(torch.equal(still[0], other) for other in still))
+
+    def _influenced(self, batch: Batch, k: int, count: int, off: float) -> str:
+        return (
+            f"the model answered {_name(batch, k)} otherwise among {count} rows than by itself: the answers differ by "
+            f"{off:.2g} of their size, of which rounding explains {self.limit(batch.x):.1g}. Its rows influence each other "
+            f"(batch statistics), or it uses one row's time or conditioning for all: {ADVICE}"
+        )
+
+    def _twice(self, batch: Batch, k: int, off: float) -> str:
+        reason = "draws random numbers (dropout)" if self.draws else "remembers earlier calls (self-conditioning, a cache)"
+        return (
+            f"the model answered {_name(batch, k)} in two ways: the answers differ by {off:.2g} of their size, of which "
+            f"rounding explains {self.limit(batch.x):.1g}. It {reason}: {ADVICE}"
+        )
+
+
+def taken(batch: Batch, rows: list[int], x: Tensor | None = None) -> Batch:
+    """Some rows of a batch, with other states if there are any."""
+    at = torch.tensor(rows, device="cpu")
+    return Batch(batch.x[at.to(batch.x.device)] if x is None else x, batch.t[at], batch.nodes[at], batch.samples[at])
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The rows of several batches."""
+    x, t, nodes, samples = (torch.cat(values) for values in zip(*((p.x, p.t, p.nodes, p.samples) for p in parts), strict=True))
+    return Batch(x, t, nodes, samples)
+
+
+def copied(answer: Answer, rows: Tensor) -> Answer:
+    """A copy of the answer to some rows, which fits them."""
+    outputs, states = outputs_of(answer, rows)
+    return outputs.clone() if states is None else EditedOutputs(outputs.clone(), states.clone())
+
+
+def outputs_only(answer: Answer) -> Tensor:
+    """The outputs of an answer."""
+    return answer.outputs if isinstance(answer, EditedOutputs) else answer
+
+
+def close_times(row: Batch, chain: Tensor, node: int) -> Batch | None:
+    """A row's state at three times between a node's and that of the one before, close to the latter; None where whole numbers
+    have no room for them."""
+    if node < 1:
+        return None
+    one, other = chain[node - 1], chain[node]
+    places = torch.tensor([1, 2, 4], device="cpu")
+    if one.is_floating_point():
+        t = one + (other - one) * 1e-3 * places
+    elif abs(gap := int(other - one)) > 4:
+        t = one + (1 if gap > 0 else -1) * places
+    else:
+        return None
+    at = torch.tensor([node] * 3, device="cpu")
+    return Batch(row.x[[0] * 3], t, at, row.samples[[0] * 3])
+
+
+def before(three: Batch) -> Batch:
+    """Another state at the middle one of three times, for a memory of times to keep."""
+    return taken(three, [1], -three.x[1:2].abs() / 2)
+
+
+def _times(rows: Batch, row: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Times for the others of a call: the row's own, the earliest and the latest of some rows."""
+    return row.t[0], rows.t.min(), rows.t.max()
+
+
+def _name(batch: Batch, k: int) -> str:
+    return f"node {int(batch.nodes[k])} of sample {int(batch.samples[k])}"

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of all rounds that are kept with their outputs, to be evaluated once more at the end of a run.
+
+What goes wrong in some rounds only, or at some places of a call, shows in a row of such a round. So a row of each round is
+kept, until there are more than `FEW` and `SHARE` of all rows; then one of each two neighbours is dropped at random, and from
+there on a row of every second round is kept. The last round's is always among them. Places near the ends of a call are taken
+more often than those within.
+
+The rows are evaluated in two calls at most: those that came from a call of an odd number in one of an even number, the others
+in one of an odd number, in the reverse of the order of their places. In the one, a state that is made up is large and at the
+chain's last time, in the other small and at its first, since a model may branch on a number that is taken over all rows. In the
+one, too, a state is evaluated at a time that the chain leaves out, in the other another state at that time and two close ones:
+what is kept for a time leaves the line between its neighbours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paradiff.solver.judge import Judge, before, close_times, joined, taken
+from paradiff.solver.protocol import Batch
+from paradiff.solver.rounding import difference
+
+FEW = 4
+"""Rows that are kept of any run."""
+
+SHARE = 0.02
+"""Rows that are kept beyond these, as a share of all rows."""
+
+ALIKE = 2
+"""Rows that are kept of a run whose calls hold one time each, as the plain loop's do, and evaluated each by itself: that a
+model uses one row's time for all does no harm there."""
+
+MOST = 16
+"""Rows that are kept of the longest run: what they hold in memory."""
+
+LOUD, QUIET = -8.0, 0.02
+"""Factors on a row's state that make up a large and a small one."""
+
+
+Seen = tuple[Batch, Tensor, int]
+"""The rows of a call, their outputs, and the place of one of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """A row of a round. Objects are compared by identity.
+
+    Attributes:
+        row: The row.
+        output: `[...]` its output.
+        place: Its place in its call.
+        count: Rows of that call.
+    """
+
+    row: Batch
+    output: Tensor
+    place: int
+    count: int
+
+
+class Witnesses:
+    """The rows that are kept."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)  # the same on all ranks; torch's generators are the model's affair
+        self._kept: list[Witness] = []
+        self._last: Witness | None = None  # of the last round, where it is not among them
+        self._chain: Tensor | None = None
+        self._rounds = self._rows = 0
+        self._every, self._widest = 1, 1
+        self._times = False  # whether a call held several times
+
+    @property
+    def kept(self) -> list[Witness]:
+        """The rows, that of the last round at the end."""
+        return self._kept if self._last is None else [*self._kept, self._last]
+
+    def taken(self, batch: Batch, size: int, k: int | None = None) -> tuple[Batch, int, int, int]:
+        """A row of a round, before a model may write into it.
+
+        Args:
+            batch: The round's rows.
+            size: Rows of a network call at most.
+            k: The row; one by chance by default.
+
+        Returns:
+            The row, which one it is, its place in its call, and the rows of that call.
+        """
+        rows = len(batch.x)
+        self._rounds, self._rows, self._widest = self._rounds + 1, self._rows + rows, max(self._widest, size)
+        self._chain = batch.chain if self._chain is None else self._chain
+        self._times = self._times or bool((batch.t != batch.t[0]).any())
+        k = self._place(rows) if k is None else k
+        at = slice(k, k + 1)
+        row = Batch(batch.x[at].clone(), batch.t[at], batch.nodes[at], batch.samples[at])
+        begin = k // size * size
+        return row, k, k - begin, min(size, rows - begin)
+
+    def told(self, taken: tuple[Batch, int, int, int], outputs: Tensor) -> None:
+        """Keeps a row with its output, or none.
+
+        Args:
+            taken: The row.
+            outputs: `[R, ...]` the outputs of its round.
+        """
+        row, k, place, count = taken
+        self._last = Witness(row, outputs[k].clone(), place, count)
+        if self._rounds % self._every:
+            return
+        self._kept.append(self._last)
+        self._last = None
+        if len(self._kept) > self._most():
+            self._last = self._kept[-1]
+            self._kept = [self._random.choice(self._kept[i : i + 2]) for i in range(0, len(self._kept), 2)]
+            self._last = None if self._kept[-1] is self._last else self._last
+            self._every *= 2
+
+    def compare(self, judge: Judge) -> None:
+        """Evaluates the rows once more, and compares.
+
+        Raises:
+            ValueError: If an output is another one by more than rounding.
+        """
+        kept = sorted(self.kept, key=lambda w: -w.place)
+        if not kept:
+            return
+        chain, found = self._chain if self._times else None, None
+        if chain is not None:
+            with contextlib.suppress(ValueError):  # the model may know the times of the chain alone
+                found = self._evaluated(judge, kept, chain)
+        if found is None:
+            chain, found = None, self._evaluated(judge, kept, None)
+        seen, close = found
+        for witness, (rows, outputs, at) in seen:
+            if difference(outputs[at], witness.output) > judge.limit(rows.x):
+                judge.settle_later(witness.row, witness.output, witness.place, witness.count, (rows, outputs, at))
+        if chain is not None and close and judge.stands_out(kept[0].row.x, torch.stack([y[k] for _, y, k in close])):
+            judge.settle_time(_sized(kept[0].row), chain)
+
+    def _most(self) -> int:
+        """Rows that may be kept."""
+        return min(FEW + int(SHARE * self._rows), MOST, 2 * self._widest) if self._times else ALIKE
+
+    def _place(self, rows: int) -> int:
+        """A row's place in a round, one near an end more often."""
+        end = self._random.choice((0, 0, -1, None))
+        if end is None:
+            return self._random.randrange(rows)
+        near = min(self._random.choice((0, 0, 1, 1, 2, 3)), rows - 1)
+        return near if end == 0 else rows - 1 - near
+
+    def _evaluated(
+        self, judge: Judge, kept: list[Witness], chain: Tensor | None
+    ) -> tuple[list[tuple[Witness, Seen]], list[Seen]]:
+        """Evaluates the rows in two calls, or in those of as many rows as the run's.
+
+        Args:
+            judge: What evaluates.
+            kept: The rows.
+            chain: `[N]` times of the chain, where states are made up.
+
+        Returns:
+            Each row with where it was evaluated; and where states at three close times were, if there are such times.
+        """
+        seen: list[tuple[Witness, Seen]] = []
+        three = None if chain is None else close_times(_sized(kept[0].row), chain, len(chain) // 2)
+        close: list[Seen] = []
+        for odd in (True, False):
+            group = [w for w in kept if w.count % 2 == odd]
+            rows = [w.row for w in group]
+            if chain is not None and group:
+                rows.append(_made(group[0].row, LOUD if odd else QUIET, chain[-1:] if odd else chain[:1]))
+            last = [] if three is None else [before(three) if odd else three]
+            if chain is not None and group and (sum(len(part.x) for part in (*rows, *last)) % 2 == 1) == odd:
+                rows.append(rows[-1])
+            if not (rows := [*rows, *last]):
+                continue
+            call = joined(rows)
+            places: list[Seen] = []
+            size = self._widest if self._times else 1
+            for begin in range(0, len(call.x), size):
+                part = taken(call, [*range(begin, min(begin + size, len(call.x)))])
+                outputs = judge.evaluated(part)
+                places += [(part, outputs, k) for k in range(len(part.x))]
+            seen += zip(group, places, strict=False)
+            close = places[-3:] if three is not None else []
+        return seen, close
+
+
+def _made(row: Batch, factor: float, t: Tensor | None = None) -> Batch:
+    """A row with its state times a factor, at its own time or another `[1]`."""
+    return Batch(factor * row.x, row.t if t is None else t, row.nodes, row.samples)
+
+
+def _sized(row: Batch) -> Batch:
+    """A row with its state of a root mean square of 2, by which what is kept of it shows."""
+    return Batch(row.x * (2 / row.x.square().mean().sqrt().clamp(min=1e-4)), row.t, row.nodes, row.samples)
