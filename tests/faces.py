@@ -30,6 +30,7 @@ from paradiff import samplers
 from paradiff.chain.clipping import Clip, DynamicThreshold
 from paradiff.errors import shown
 from paradiff.methods.window.corrector import underdamped_langevin
+from paradiff.planning.latency import LatencyCurve
 from paradiff.samplers.continuum import continuum
 from paradiff.samplers.process import rectified_flow, variance_exploding, variance_preserving
 from paradiff.samplers.schedule import Schedule, fractional_times, karras_ratios, spaced_times
@@ -266,8 +267,32 @@ FACES: dict[str, Face] = {
             "method": st.sampled_from([paradiff.parasolver(), paradiff.srds()]),
         },
         {"start": st.sampled_from([None, torch.zeros(2, *SHAPE)]), "dtype": st.sampled_from([torch.float32, torch.float64])}
-        | {"observer": st.sampled_from([None, lambda _: True])},
+        | {"observer": st.sampled_from([None, lambda _: True]), "check": st.sampled_from(["first", "every", "off"])},
     ),
+    "compare": Face(
+        paradiff.compare,
+        {"denoiser": st.sampled_from([model, model, wrong, Evaluator(model, max_rows=3)]), "table": TABLES}
+        | {
+            "noise": st.sampled_from([paradiff.Keyed(SHAPE, samples=2), paradiff.Recorded(SHAPE, torch.Generator(), 2)]),
+            "methods": st.sampled_from(
+                [
+                    [paradiff.parasolver(), paradiff.srds()],
+                    {"mine": paradiff.jacobi(2)},
+                    [paradiff.chords(3)],
+                    [paradiff.collocation(), paradiff.piadm_sde(2)],
+                ]
+            ),
+        },
+        {
+            "rivals": st.sampled_from(
+                [None, {"other": samplers.ddim(SCHEDULE, 3)}, {"own": (samplers.euler(SCHEDULE, 3), model)}]
+            ),
+            "curve": st.sampled_from([None, LatencyCurve({1: 1.0, 4: 1.5})]),
+        }
+        | {"alone": BOOL, "unit": st.sampled_from([None, 1.0, 2])},
+    ),
+    "LatencyCurve": Face(LatencyCurve, {"points": st.sampled_from([{1: 1.0, 4: 1.5}, {1: 2}])}),
+    "LatencyCurve.of_text": Face(LatencyCurve.of_text, {"text": st.sampled_from(["1:1,2:1.1", "1:0.5"])}),
     "solve": Face(
         lambda **given: next(paradiff.solve(**given)),
         {"table": TABLES, "noise": st.just(paradiff.Keyed(SHAPE, samples=2)), "method": st.just(paradiff.parasolver())},
@@ -320,7 +345,7 @@ def check(face: Face, given: Mapping[str, Any]) -> None:
     except Exception as error:
         raise AssertionError(f"{call}: {type(error).__name__}: {error}") from error
     assert time.monotonic() - begin < 20, f"{call}: took {time.monotonic() - begin:.0f} s"
-    repr(found)
+    str(found), repr(found)
     if isinstance(found, Solution):
         assert found.sample.isfinite().all(), f"{call}: the sample is not finite"
 

@@ -3,8 +3,9 @@
 
     python tests/app/fuzz.py --calls 2000 --seed 0
     python tests/app/fuzz.py --calls 600 --seed 0 --pipelines
+    python tests/app/fuzz.py --calls 500 --seed 0 --bench
 
-The second is of pipelines with a loop of their own, whole and broken ones, in folders.
+The second is of pipelines with a loop of their own, whole and broken ones, in folders, the third of `bench` alone.
 
 Options are drawn from the commands themselves, their values from what may be given and from what may not: numbers out of
 range, of other scripts, too large, not finite; texts, names of other options, files, pipes and folders of every kind. A call
@@ -324,16 +325,45 @@ def method_option(draw: random.Random, name: str, place: Place) -> str:
     return f"{option}={value(draw, good or ['1'], bad, 0.4)}"
 
 
+def bench_call(draw: random.Random, place: Place) -> list[str]:
+    """The arguments of a call of `bench`: small cells, or such as there are none of."""
+    pools: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+        "--problem": (["mixture-2", "mixture-2*"], ["", "*x", "[", "plane,gaussian", *TEXTS]),
+        "--chain": (["ddim:25", "*pp_2m:25"], ["ddim", "ddim:0", "ddim:-1", ":", "ddim:1e9", "[", *TEXTS]),
+        "--windows": (["3", "4,all", "all", "2,2"], ["0", "-1", "3,", ",", "3;4", "٣", "9" * 30, "All", "1.5", *TEXTS]),
+        "--method": (["parasolver", "jaco*", "srds"], ["*x", "[", *TEXTS]),
+        "--seeds": (["1"], ["9", "0", *NO_WHOLE]),
+        "--curve": (
+            ["1:1,2:1.1,4:1.44", "1:1"],
+            ["1", "1:", ":1", "1:x", "0:1", "1:-1", "1:nan", "1:inf", "1:1,1:2", "a:b", *TEXTS],
+        ),
+        "--threads": (["1"], NO_WHOLE),
+    }
+    given = ["bench", "--out", place.out(draw) if draw.random() < 0.4 else str(place.outs / "new")]
+    if draw.random() < 0.1:
+        given[2] = str(place.outs / "bench")
+    bad = draw.choice([None, *pools])
+    for option, (good, no) in pools.items():
+        if option in ("--curve", "--threads") and option != bad and draw.random() < 0.7:
+            continue
+        given += [option, draw.choice(no if option == bad else good)]
+    return given
+
+
 def call(draw: random.Random, place: Place) -> list[str]:
     """The arguments of a call."""
     own = bool(place.pipelines)
     name = draw.choice(
-        ["sample"] * 5 + ["generate"] * 3 + ["explain"] * 2 if own else [*["sample"] * 8, "generate", "explain", "methods"]
+        ["sample"] * 5 + ["generate"] * 3 + ["explain"] * 2
+        if own
+        else [*["sample"] * 8, "generate", "explain", "methods", "bench"]
     )
     if draw.random() < 0.01:
         return draw.sample(["smaple", "--version", "--help", "-h", "", "sample", "\udc80", "-"], 2)
     if name == "methods":
         return [name, *draw.choices([*PRESETS, *TEXTS], k=draw.choice([0, 1, 1, 2]))]
+    if name == "bench":
+        return bench_call(draw, place)
     model = (
         str(place.model)
         if draw.random() < 0.93
@@ -429,6 +459,10 @@ def verdict(given: Sequence[str], place: Place) -> tuple[str, str]:
             if found is None:
                 return "writes no run.json", err
             json.loads(found.read_text(), parse_constant=lambda name: {}[name])
+        if given[0] == "bench":
+            found = next((path for path in place.outs.rglob("bench.json") if path.is_file()), None)
+            if found is None or not json.loads(found.read_text(), parse_constant=lambda name: {}[name])["rows"]:
+                return "measures nothing", err
         return "well", err
     if after != before:
         return f"leaves {sorted(set(after) ^ set(before))}", err
@@ -441,12 +475,13 @@ def verdict(given: Sequence[str], place: Place) -> tuple[str, str]:
     return "refused", err
 
 
-def fuzz(calls: int, seed: int, folder: Path, pipelines: bool = False) -> tuple[Counter[str], list[str]]:
-    """Makes that many calls, of pixel models or of pipelines; how many came to what, and a line for each that is wrong."""
+def fuzz(calls: int, seed: int, folder: Path, pipelines: bool = False, bench: bool = False) -> tuple[Counter[str], list[str]]:
+    """Makes that many calls, of pixel models, of pipelines or of `bench`; how many came to what, and a line for each that is
+    wrong."""
     draw, place = random.Random(seed), Place(folder, pipelines)
     counts, wrong = Counter[str](), []
     for _ in range(calls):
-        given = call(draw, place)
+        given = bench_call(draw, place) if bench else call(draw, place)
         begin = time.monotonic()
         what, said = verdict(given, place)
         if what not in ("well", "refused"):
@@ -463,12 +498,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pipelines", action="store_true")
+    parser.add_argument("--bench", action="store_true")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        counts, wrong = fuzz(given.calls, given.seed, Path(place), given.pipelines)
+        counts, wrong = fuzz(given.calls, given.seed, Path(place), given.pipelines, given.bench)
     print(*wrong, sep="\n")
     print(f"{given.calls} calls in {time.monotonic() - begin:.0f} s:", ", ".join(f"{n} {what}" for what, n in counts.items()))
     sys.exit(bool(wrong))

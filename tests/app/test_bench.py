@@ -58,6 +58,10 @@ def test_a_tolerance_is_the_largest_at_which_the_tuning_seeds_agree() -> None:
         (["--seeds", "9"], "--seeds is 9; give 1 to 8"),
         (["--curve", "1"], "the latency curve is '1'"),
         (["--threads", "0"], "threads is 0"),
+        (
+            ["--problem", "mixture-2", "--chain", "ddim:25", "--method", "nothing"],
+            "no method fits 'nothing'; methods are jacobi, parasolver",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(cli: Cli, tmp_path: Path, given: list[str], sentence: str) -> None:

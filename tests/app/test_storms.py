@@ -29,6 +29,13 @@ def test_random_calls_of_pipelines_end_well_or_with_one_sentence(tmp_path: Path)
     assert counts["refused"] > 20
 
 
+def test_random_calls_of_bench_measure_or_end_with_one_sentence(tmp_path: Path) -> None:
+    counts, wrong = fuzz(25, 2, tmp_path, bench=True)
+    assert wrong == []
+    assert counts["well"] > 1
+    assert counts["refused"] > 10
+
+
 @pytest.mark.parametrize(
     ("fault", "seen"),
     [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,9 @@ def test_a_curve_from_a_text() -> None:
     assert "4: 1.44" in repr(curve)
 
 
-@pytest.mark.parametrize("text", ["", "1", "1:a", "1:1,1:2", "1:1;2:2", "x:1"])
-def test_texts_that_are_no_curve_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"give rows and seconds, such as 1:1,2:1\.1"):
+@pytest.mark.parametrize("text", [None, "", "1", "1:a", "1:1,1:2", "1:1;2:2", "x:1"])
+def test_texts_that_are_no_curve_are_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"give (a text of )?rows and seconds, such as 1:1,2:1\.1"):
         LatencyCurve.of_text(text)
 
 

@@ -170,17 +170,26 @@ def bench(wanted: Wanted, folder: Path, console: Console) -> list[dict[str, Any]
 
     Returns:
         All rows of the file.
+
+    Raises:
+        ValueError: If an option is of another kind, or no problem, chain or method fits.
     """
     curve = LatencyCurve({1: 1.0, 2: 1.0}) if wanted.curve is None else LatencyCurve.of_text(wanted.curve)
     settings = {"seeds": wanted.seeds, "curve": {str(rows): seconds for rows, seconds in curve.points.items()}}
     file = BenchFile(folder / "bench.json", settings)
-    for cell in wanted.cells():
+    cells = wanted.cells()
+    for cell in cells:
         found = measured(cell, wanted, curve, file)
         if found is not None:
             comparison, tolerances = found
             file.add([*rows_of(cell, comparison, tolerances)])
             problem, kind, steps, window = cell
             console.print(f"\n{problem}, {kind} of {steps} steps, window {window or 'whole'}\n{comparison}", highlight=False)
+    if not any(file.has(cell, row["method"]) and _fits(row["method"], wanted.methods) for cell in cells for row in file.rows):
+        table = family(cells[0][0]).table(*cells[0][1:3])
+        raise ValueError(
+            f"no method fits {', '.join(map(shown, wanted.methods))}; methods are {', '.join(contestants(table, None))}"
+        )
     return file.rows
 
 

@@ -66,6 +66,8 @@ class LatencyCurve:
         Raises:
             ValueError: If the text is no such list, or names a number of rows twice.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"the latency curve is {shown(text)}; give a text of rows and seconds, such as 1:1,2:1.1,4:1.44")
         points: dict[int, float] = {}
         for part in text.split(","):
             rows, colon, seconds = (piece.strip() for piece in part.partition(":"))
