@@ -177,6 +177,16 @@ BULK: dict[str, Option] = {
         ],
         ...,
     ),
+    "device": (
+        Annotated[
+            str,
+            typer.Option(
+                help=f"{DEVICE_HELP}; all, or several such as cuda:0,cuda:1, each with shards of its own.",
+                rich_help_panel=DEVICE,
+            ),
+        ],
+        "auto",
+    ),
     "threads": (
         Annotated[int, typer.Option(help="CPU threads of each process, which bytes depend on.", rich_help_panel=DEVICE)],
         1,

@@ -2,15 +2,16 @@
 """A run of `paradiff generate`: the shards of a request that are missing, computed one after the other.
 
 Any number of processes may run the same command on one folder at the same time, on one machine or on several that share the
-folder. Under torchrun each rank begins at a place of its own (`RANK`, `WORLD_SIZE`); they meet only in the folder (store.py),
-so that no process group is needed, and one that dies leaves its shard to the others.
+folder. Under torchrun each rank begins at a place of its own (`RANK`, `WORLD_SIZE`), and so does the process of each of several
+devices (workers.py); they meet only in the folder (store.py), so that no process group is needed, and one that dies leaves its
+shard to the others.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,13 +25,14 @@ from paradiff.app import environment, launched
 from paradiff.app.bulk import Bulk, Shard, in_turn, shards_of
 from paradiff.app.ends import LATE
 from paradiff.app.makers import Maker, PipelineMaker, PixelMaker
-from paradiff.app.options import parse_seeds
+from paradiff.app.options import make_method, parse_seeds
 from paradiff.app.outcome import CutShort
 from paradiff.app.packing import Sample, pack
 from paradiff.app.pipeline import refuse_pixel_options
 from paradiff.app.pixels import with_defaults
 from paradiff.app.store import Store
 from paradiff.app.stream import Stream
+from paradiff.app.workers import working
 from paradiff.models.files import digests, folder_of, is_pixel, read_index
 from paradiff.solver.protocol import Method
 
@@ -53,6 +55,8 @@ class Work:
         shards: All shards.
         format: Of the shards.
         deadline: Seconds after which no shard is begun; None for no bound.
+        place: This process's place among all that the command runs as.
+        count: How many these are.
         late: Whether that was so.
         own: Samples of shards that this process has written.
     """
@@ -62,6 +66,8 @@ class Work:
     shards: Sequence[Shard]
     format: str
     deadline: float | None
+    place: int
+    count: int
     late: bool = False
     own: int = 0
     _begin: float = field(default_factory=time.monotonic)
@@ -72,11 +78,7 @@ class Work:
         while missing := self.store.missing():
             progress.update(bar, completed=self._there(missing))
             if not any(
-                [
-                    self._computed(shard, progress, bar)
-                    for shard in in_turn(missing, launched.rank(), launched.size())
-                    if not self._over()
-                ]
+                [self._computed(shard, progress, bar) for shard in in_turn(missing, self.place, self.count) if not self._over()]
             ):
                 if self._over():
                     self.late = True
@@ -106,19 +108,56 @@ class Work:
         return True
 
 
-def generate(bulk: Bulk, method: Method, called: dict[str, Any]) -> None:
-    """Runs a well-formed request: computes the shards that are missing, and shows how many."""
-    console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)), quiet=launched.rank() > 0)
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A run that a process takes part in.
+
+    Attributes:
+        store: The folder.
+        shards: All shards.
+        maker: What computes samples on this process's device.
+        contents: What the manifest says beside the shards.
+    """
+
+    store: Store
+    shards: Sequence[Shard]
+    maker: Maker
+    contents: Mapping[str, Any]
+
+    def work(self, bulk: Bulk, place: int, count: int) -> Work:
+        """The work of the process at a place."""
+        deadline = bulk.request.deadline
+        return Work(
+            store=self.store,
+            maker=self.maker,
+            shards=self.shards,
+            format=bulk.format,
+            deadline=deadline,
+            place=place,
+            count=count,
+        )
+
+
+def begun(bulk: Bulk, method: Method, called: Mapping[str, Any], device: torch.device) -> Begun:
+    """Begins a run, or goes on with it, in this process.
+
+    Args:
+        bulk: What was asked for.
+        method: The method.
+        called: What its preset was called with.
+        device: This process's device.
+
+    Raises:
+        ValueError: If an option does not fit the model, or the folder holds another run.
+    """
     request = bulk.request
-    environment.use_threads(request.threads)
-    device, dtype = environment.choose_device(request.device), getattr(torch, request.dtype)
     store = Store(Path(cast(str, request.out)))
     if is_pixel(read_index(request.model)):
         bulk, kind = bulk.with_request(with_defaults(request)), PixelMaker
     else:
         refuse_pixel_options(request)
         kind = PipelineMaker
-    maker: Maker = kind(bulk, method, called, device, dtype)
+    maker: Maker = kind(bulk, method, called, device, getattr(torch, request.dtype))
     seeds = parse_seeds(request.seeds)
     last = len(seeds) % maker.batch if bulk.last is None else bulk.last
     shards = shards_of(seeds, shard=bulk.shard, batch=maker.batch, last=last, together=maker.together, format=bulk.format)
@@ -130,19 +169,36 @@ def generate(bulk: Bulk, method: Method, called: dict[str, Any]) -> None:
         "environment": _environment(device),
     }
     store.begin(contents, shards)
+    return Begun(store=store, shards=shards, maker=maker, contents=contents)
+
+
+def generate(bulk: Bulk, method: Method, called: Mapping[str, Any]) -> None:
+    """Runs a well-formed request: computes the shards that are missing, and shows how many."""
+    console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)), quiet=launched.rank() > 0)
+    request = bulk.request
+    environment.use_threads(request.threads)
+    devices = environment.choose_devices(request.device)
+    run = begun(bulk, method, called, devices[0])
+    store, shards = run.store, run.shards
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
     if found := len(shards) - len(store.missing()):
         say(f"{found} of {len(shards)} shards are in {store.path}")
-    work = Work(store=store, maker=maker, shards=shards, format=bulk.format, deadline=request.deadline)
+    count = launched.size() * len(devices)
+    work = run.work(bulk, launched.rank(), count)
+    others = [str(device) for device in devices[1:]]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, refresh_per_second=4) as progress:
+        with (
+            working(join, [(bulk, name, place, count) for place, name in enumerate(others, start=1)], others) as workers,
+            Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, refresh_per_second=4) as progress,
+        ):
             work.run(progress)
+            workers.finish(wait=work.late)
         if not work.late:
-            store.finish(contents)
+            store.finish(run.contents)
     except (Exception, KeyboardInterrupt) as cause:
         if not isinstance(cause, KeyboardInterrupt) and not isinstance(cause.__cause__, OSError):
             store.abandon()
@@ -150,12 +206,29 @@ def generate(bulk: Bulk, method: Method, called: dict[str, Any]) -> None:
         cut = CutShort(_counted(shards, store), [])
         cut.saved = AGAIN
         raise cut from cause
-    for warning in maker.warnings:
+    for warning in [*run.maker.warnings, *workers.failures]:
         say(f"warning: {warning}")
     if work.late:
         say(f"the deadline of {request.deadline:g} s ended it: {_counted(shards, store)}; {AGAIN}")
         raise typer.Exit(LATE)
-    say(f"{len(seeds)} samples in {len(shards)} shards are in {store.path}, {work.own} of them made by this process")
+    seeds = sum(len(shard.seeds) for shard in shards)
+    say(f"{seeds} samples in {len(shards)} shards are in {store.path}, {work.own} of them made by this process")
+
+
+def join(bulk: Bulk, device: str, place: int, count: int) -> None:
+    """Takes part in a run as a further process, which shows nothing.
+
+    Args:
+        bulk: What was asked for.
+        device: This process's device.
+        place: Its place among all processes of the command.
+        count: How many these are.
+    """
+    request = bulk.request
+    environment.use_threads(request.threads)
+    method, called = make_method(request.method, request.method_option, window=request.window, tolerance=request.tolerance)
+    with Progress(disable=True) as progress:
+        begun(bulk, method, called, torch.device(device)).work(bulk, place, count).run(progress)
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
