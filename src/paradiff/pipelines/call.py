@@ -35,6 +35,7 @@ from paradiff.pipelines.network.call_log import CallLog
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.network.methods import called_names
 from paradiff.pipelines.network.origin import users_methods
+from paradiff.pipelines.network.weights import Weights
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.signature import plain_call
@@ -81,7 +82,8 @@ class Call:
         met = False  # whether a try met an error of which nothing is known
         for executor in executors:
             observer = None if settings.observer is None else Watched(settings.observer)
-            solver, batching = self._new_solver(callback, observer), self._new_batching()
+            watched = beginning.weights if beginning is not None and settings.check != "off" else None
+            solver, batching = self._new_solver(callback, observer, watched), self._new_batching()
             try:
                 result = self._try(executor, Callback.without(self._arguments), solver, batching)
             except Exception as met_error:
@@ -232,10 +234,17 @@ class Call:
             return call()
         return self._crew.ranks.by_first(call, self._pipeline.device)
 
-    def _new_solver(self, callback: Callback | None, observer: Watched | None) -> LoopSolver:
+    def _new_solver(self, callback: Callback | None, observer: Watched | None, weights: Weights | None = None) -> LoopSolver:
         interrupt = Interrupt(self._pipeline, self._kind)
         settings = self._settings
-        return LoopSolver(settings.method, dtype=settings.dtype, callback=callback, observer=observer, interrupt=interrupt)
+        return LoopSolver(
+            settings.method,
+            dtype=settings.dtype,
+            callback=callback,
+            observer=observer,
+            interrupt=interrupt,
+            weights=weights,
+        )
 
     def _new_batching(self) -> Batching:
         settings = self._settings

@@ -22,6 +22,7 @@ from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.hooks import call_hooks
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.origin import users_methods
+from paradiff.pipelines.network.weights import Weights
 from paradiff.pipelines.surroundings import Surroundings
 from paradiff.solver.protocol import Observer, Round
 
@@ -37,6 +38,7 @@ class Beginning:
 
     Attributes:
         lasting: Where there is something that cannot be put back, a Python generator; None if there is nothing.
+        weights: The networks' weights.
     """
 
     def __init__(self, pipeline: Any, kind: type, networks: Mapping[str, nn.Module], arguments: Mapping[str, Any]) -> None:
@@ -44,15 +46,27 @@ class Beginning:
         self._random = Snapshot(arguments)
         classes = [(one.__name__, one) for one in (kind, type(pipeline))]
         methods = [*classes, *((method.__name__, method) for method in users_methods(kind))]
+        given = [value for value in arguments.values() if isinstance(value, types.FunctionType)]
+        self.weights = Weights(networks, [*users_methods(kind), *given])
         self._memory = Memory([*networks.items(), *data.items(), *methods], owners=[pipeline])
         self._surroundings = Surroundings()
         self.lasting = self._memory.lasting
 
     def restore(self) -> None:
-        """Puts all of it back."""
+        """Puts all of it back.
+
+        Raises:
+            RuntimeError: If the values of weights are lost.
+        """
+        lost = self.weights.restore()
         self._memory.restore()
         self._random.restore()
         self._surroundings.restore()
+        if lost is not None:
+            raise RuntimeError(
+                f"the call writes to the weights {lost}, and the parallel run that met this cannot put them back: load the "
+                "network again, and call the pipeline with executor='sequential'"
+            )
 
 
 def hooks_memory(networks: Mapping[str, nn.Module], readers: list[types.FunctionType]) -> Memory | None:

@@ -24,6 +24,7 @@ from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.first_step import FirstStep, step_result
 from paradiff.pipelines.loop.interrupt import Interrupt
+from paradiff.pipelines.network.weights import Weights
 from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.loop import Rounds, solve
 from paradiff.solver.protocol import Batch, EditedOutputs, Method, Observer, Round
@@ -129,7 +130,9 @@ class LoopSolver:
         callback: Callback | None = None,
         observer: Observer | None = None,
         interrupt: Interrupt | None = None,
+        weights: Weights | None = None,
     ) -> None:
+        self._weights = weights
         self.interrupt, self.interrupted, self.ended = interrupt, False, -1
         self.method, self._dtype, self._callback, self._observer = method, dtype, callback, observer
         self.started = self.done = False
@@ -175,6 +178,8 @@ class LoopSolver:
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
             on_final=self._final if self._callback is not None or self.method.dense_output else None,
         )
+        if self._weights is not None:
+            self._weights.mark()
         self.started = True
         self.passes = self.rows = 1
         self._last = torch.zeros(1, dtype=torch.int64), output[None], sample[None]
@@ -193,6 +198,7 @@ class LoopSolver:
 
         Raises:
             Unsupported: If outputs and states differ in shape.
+            Unsupported: If the loop writes to its networks' weights.
             Carried: If a repeated row differs from the pass before.
             ValueError: If the loop edits its states and there is a callback.
         """
@@ -201,6 +207,8 @@ class LoopSolver:
                 f"the loop's step was given outputs of shape {tuple(outputs.shape[1:])} for states of shape "
                 f"{tuple(self.first.sample.shape)}"
             )
+        if self._weights is not None:
+            self._weights.check()
         self.passes += 1
         self.rows += len(outputs)
         own = len(self._places)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loops that change their network's weights are refused, with the plain call's result and the network as it was."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from adversary import Adversary
+from torch import Tensor, nn
+
+from paradiff import parallelize, parasolver
+
+LOOP = """
+def loop(self, x, generator):
+    layer, net = self.net.b, self.net
+    SETUP
+    for i, t in enumerate(self.scheduler.timesteps):
+        BEFORE
+        x = self.scheduler.step(self.net(x, t), t, x)[0]
+    END
+    return x
+"""
+CHANGED = {
+    # name: (before the loop, in each pass, after the loop, words of the reason)
+    "values": ("w = layer.weight.data.clone()", "layer.weight.data.copy_(w * (1 - 0.02 * i))", "layer.weight.data.copy_(w)"),
+    "a scale": ("pass", "layer.weight.mul_(0.98)", "layer.weight.mul_(0.98 ** -30)"),
+    "one pass": ("pass", "layer.weight.mul_(0.8 if i == 15 else 1.0)", "layer.weight.div_(0.8)"),
+    "all of them": ("pass", "[p.mul_(0.99) for p in net.parameters()]", "[p.mul_(0.99 ** -30) for p in net.parameters()]"),
+    "memory": ("w = layer.weight.data", "layer.weight.data = w * (1 - 0.02 * i)", "layer.weight.data = w"),
+    "parameter": (
+        "one, two = layer.weight, nn.Parameter(0.8 * layer.weight.data)",
+        "layer.weight = one if i % 2 else two",
+        "layer.weight = one",
+    ),
+    "module": ("other = nn.Linear(2048, 8)", "net.b = layer if i % 2 else other", "net.b = layer"),
+    "before the loop": ("layer.weight.mul_(0.8); box = SimpleNamespace(v=0.0)", "box.v = i", "layer.weight.div_(0.8)"),
+}
+
+
+class Wide(nn.Module):
+    """A network with a layer that is too large for its values to be looked at in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 2048), nn.Linear(2048, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x) + t.reshape(-1, 1) / 300))
+
+
+def called(text: str, network: nn.Module, executor: Any) -> tuple[Tensor, list[str]]:
+    """The sample of a call, and the warnings of its report; the plain call's for `None`."""
+    pipe = Adversary.of(text)(network, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    call: Any = pipe if executor is None else parallelize(pipe, parasolver(tolerance=1e-4), executor=executor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = call(generator=torch.Generator().manual_seed(3))
+    return found, [] if executor is None else call.report.warnings
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_loop_that_changes_weights_is_refused_and_the_network_is_as_it_was(name: str, executor: Any) -> None:
+    setup, before, end = CHANGED[name]
+    text = LOOP.replace("SETUP", setup).replace("BEFORE", before).replace("END", end)
+    plain, _ = called(text, Wide(), None)
+    found, told = called(text, network := Wide(), executor)
+    assert torch.equal(found, plain)
+    reasons = (
+        "writes to the weights net.b.weight|writes to the weights net.a.weight|exchanges parts of net|reads its step number"
+    )
+    with pytest.raises(AssertionError, match=reasons):
+        raise AssertionError(told[0])
+    torch.testing.assert_close(network.b.weight, Wide().b.weight, rtol=1e-5, atol=1e-7)
+
+
+class Scaled:
+    """An object that writes to weights, of which the pipeline's own functions show nothing."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for parameter in self.network.parameters():
+            parameter.mul_(0.98)
+
+
+def test_weights_that_cannot_be_put_back_end_the_call_in_a_sentence() -> None:
+    text = LOOP.replace("SETUP", "pass").replace("BEFORE", "STORE['s'].apply()").replace("END", "pass")
+    network = Wide()
+    kind = Adversary.of(text)
+    kind.loop.__globals__["STORE"]["s"] = Scaled(network)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"writes to the weights net\.a\.weight, and the parallel run.* load the network"
+        ):
+            called(text, network, "vector")
+    finally:
+        del kind.loop.__globals__["STORE"]["s"]
+
+
+def test_weights_that_are_left_alone_are_not_copied() -> None:
+    text = LOOP.replace("SETUP", "pass").replace("BEFORE", "pass").replace("END", "pass")
+    plain, _ = called(text, Wide(), None)
+    found, told = called(text, Wide(), "vector")
+    assert told == []
+    assert float((found - plain).square().mean().sqrt()) < 1e-4
