@@ -298,7 +298,8 @@ class MethodSource:
         return [node.id for node in self._after(loop, found - self._state(loop))]
 
     def _arrays(self, loop: ast.For) -> list[str]:
-        """Names of what a step's result is written into at a place that changes, as in `states[i + 1] = step(...)`."""
+        """Names of what a step's result is written into at a place that changes, as in `states[i + 1] = step(...)`, or added to
+        where the loop reads it, as in `states.append(step(..., states[-1]))`."""
         targets = [
             target
             for step in syntax.steps(loop)
@@ -308,7 +309,14 @@ class MethodSource:
         ]
         subscripts = [target for target in targets if isinstance(target, ast.Subscript)]
         changing = [target for target in subscripts if not isinstance(target.slice, ast.Constant | ast.UnaryOp)]
-        return list(dict.fromkeys(ast.unparse(target.value) for target in changing))
+        read = {ast.unparse(n.value) for n in syntax.body(loop) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Load)}
+        calls = [above for step in syntax.steps(loop) for above in self._above(step, loop) if isinstance(above, ast.Call)]
+        lists = [
+            ast.unparse(call.func.value)
+            for call in calls
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "append"
+        ]
+        return list(dict.fromkeys([*(ast.unparse(target.value) for target in changing), *(n for n in lists if n in read)]))
 
     def _kept(self, loop: ast.For) -> list[str]:
         """Names, also of attributes, that a pass sets and that are read after the loop, except the state and the time."""
