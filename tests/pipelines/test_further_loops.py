@@ -130,6 +130,11 @@ REFUSED = {
         ),
         "write their states into xs, one by one",
     ),
+    "states in a list": (
+        "def loop(self, x, generator):\n    xs = [x]\n    for t in self.scheduler.timesteps:\n"
+        "        xs.append(self.scheduler.step(self.net(xs[-1], t), t, xs[-1])[0])\n    return xs[-1]\n",
+        "write their states into xs, one by one",
+    ),
     "network's dtype": (
         written(before="\n        if i == 15: self.net.double()").replace(
             "self.net(x, t)", "self.net(x.to(next(self.net.parameters()).dtype), t).float()"
@@ -272,3 +277,39 @@ def test_network_calls_with_other_arguments_are_made_apart(arguments: str) -> No
     plain, found, report = both(text, "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert report.executor == "lanes", report.warnings
     assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+
+
+NEXT_TIME = """
+def loop(self, x, generator):
+    times = self.scheduler.timesteps
+    for i, t in enumerate(times):
+        later = None if i + 1 == len(times) else times[i + 1]
+        OTHERWISE
+        x = self.scheduler.step(self.net(x, t), t, x, generator=generator, prev_timestep=later)[0]
+    return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "reason"),
+    [
+        ("pass", None),
+        (
+            "later = t - 1 if i == 7 else later",
+            "a prev_timestep that is not the time of its next pass",
+        ),
+        ("later = times[min(i + 2, len(times) - 1)]", "hands 'prev_timestep', a tensor"),
+    ],
+)
+def test_a_step_that_is_given_the_time_of_the_next_pass_is_followed(otherwise: str, reason: str | None) -> None:
+    plain, found, report = both(
+        NEXT_TIME.replace("OTHERWISE", otherwise),
+        "lanes",
+        lambda: diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample=False),
+    )
+    if reason is None:
+        assert report.executor == "lanes", report.warnings
+        assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+    else:
+        assert torch.equal(plain, found)
+        assert reason in report.warnings[0]

@@ -116,7 +116,7 @@ EXPECTED = {
     "kandinsky": Expected("KandinskyV22Pipeline", "vector"),
     "kandinsky_img2img": Expected("KandinskyV22Img2ImgPipeline", "vector"),
     "kandinsky_inpaint": Expected("KandinskyV22InpaintPipeline", "lanes"),
-    "kandinsky_prior": Expected("KandinskyV22PriorPipeline", "sequential", "hands 'prev_timestep', a tensor"),
+    "kandinsky_prior": Expected("KandinskyV22PriorPipeline", "lanes"),
     "cascade_prior": Expected("StableCascadePriorPipeline", "vector"),
     "cascade_decoder": Expected("StableCascadeDecoderPipeline", "vector"),
     "deep_floyd": Expected("IFPipeline", "sequential", "the network also predicts a variance"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -320,6 +321,34 @@ class Dicing(diffusers.DDIMScheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return (super().step(model_output, timestep, sample, return_dict=False)[0] + torch.rand_like(sample) - 0.5,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("BlockRefinementScheduler", "its states are tokens"),
+        ("DiscreteDDIMScheduler", "its states are tokens"),
+        ("EntropyBoundScheduler", "its states are tokens"),
+        ("HeliosScheduler", "its levels are those of one stage of several"),
+        ("PiflowScheduler", "its network predicts n_grid outputs for one state"),
+        ("DDPMWuerstchenScheduler", r"no step at the last of these 7 times, 0, which ends its chain: .* timesteps\[:-1\]"),
+    ],
+)
+def test_a_scheduler_without_a_chain_of_its_own_is_refused_by_its_reason(kind: str, reason: str) -> None:
+    if not hasattr(diffusers, kind):
+        pytest.skip("a scheduler of the newest diffusers")
+    scheduler = getattr(diffusers, kind)()
+    with contextlib.suppress(KeyError):  # of a stage that is not named
+        scheduler.set_timesteps(6)
+    with pytest.raises(ValueError, match=reason) as refused:
+        from_scheduler(scheduler)
+    assert "raised" not in str(refused.value)
+
+
+def test_a_last_time_without_a_step_is_left_out() -> None:
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(6)
+    assert from_scheduler(scheduler, scheduler.timesteps[:-1]).steps == 6
 
 
 class Broken(diffusers.DDIMScheduler):

@@ -216,7 +216,7 @@ class Lane(greenlet.greenlet):
         if self._stepped:
             raise Unsupported("the loop takes several steps in one iteration")
         refuse_other_time(timestep, shared.solver.first.timesteps[self.node] if self._time is None else self._time)
-        shared.solver.first.check_options(kwargs)
+        shared.solver.first.check_options(kwargs, shared.solver.first.timesteps[self.node])
         self._drawn_from = self._drawn_from or (kwargs.get("generator"),)
         refuse_other_generator(kwargs.get("generator"), self._drawn_from[0])
         refuse_changes(self.scheduler, self._settings, shared.flags)

@@ -20,10 +20,11 @@ from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.random_state import clone
-from paradiff.samplers.scheduler.walk import time_of
+from paradiff.samplers.scheduler.walk import NextTime, resolved, time_of
 from paradiff.solver.accelerator import forked_random_state
 
 GIVEN_NOISE = "variance_noise"
+NEXT_TIME = "prev_timestep"  # closer to the data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ class FirstStep:
         refuse_other_time(self.timestep, self.timesteps[0])
         if not torch.isfinite(output).all():
             raise ValueError("the network's output at the first time is not finite; check its weights, dtype and inputs")
+        if len(self.timesteps) > 1 and is_time(self.kwargs.get(NEXT_TIME), self.timesteps[1]):
+            object.__setattr__(self, "kwargs", {**self.kwargs, NEXT_TIME: NextTime(self.timesteps)})
         object.__setattr__(self, "output", output.clone())
         object.__setattr__(self, "sample", sample.clone())
 
@@ -80,14 +83,23 @@ class FirstStep:
         """The arguments of the step that its coefficients depend on, such as `eta`."""
         return {k: v for k, v in self.kwargs.items() if k not in ("generator", "return_dict", GIVEN_NOISE)}
 
-    def check_options(self, kwargs: Mapping[str, Any]) -> None:
+    def check_options(self, kwargs: Mapping[str, Any], time: Tensor | None = None) -> None:
         """Checks that a later step has the arguments of this one, since the chain is probed with these.
+
+        Args:
+            kwargs: The arguments.
+            time: `[]` the time of the step; None for those of a window.
 
         Raises:
             Unsupported: If they differ.
         """
         for name in {*kwargs, *self.kwargs}:
             first, now = self.kwargs.get(name), kwargs.get(name)
+            if isinstance(first, NextTime) and time is not None:
+                wanted = first.after(time)
+                if not (now is None if wanted is None else is_time(now, wanted)):
+                    raise Unsupported(f"the loop gives its scheduler's step a {name} that is not the time of its next pass")
+                continue
             if name != "generator" and now is not first and (isinstance(now, Tensor) or now != first):
                 raise Unsupported(f"the loop changes the {name} of its scheduler's step")
 
@@ -101,7 +113,8 @@ class FirstStep:
                 kwargs = {name: value for name, value in self.kwargs.items() if name != "generator"}
                 if hasattr(scheduler, "scale_model_input"):
                     scheduler.scale_model_input(self.sample, time)
-                scheduler.step(self.output, time_of(scheduler, time, self.sample), self.sample, **kwargs)
+                options = resolved(kwargs, time)
+                scheduler.step(self.output, time_of(scheduler, time, self.sample), self.sample, **options)
         after = vars(scheduler)
         return {name for name in {*before, *after} - {"_step_index"} if not _alike(before.get(name), after.get(name))}
 
@@ -110,7 +123,7 @@ class FirstStep:
         scheduler = copy.deepcopy(self.scheduler)
         if index and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(_first_index(scheduler, self.timesteps) + index)
-        kwargs = dict(self.kwargs)
+        kwargs = resolved(self.kwargs, self.timesteps[index])
         if kwargs.get("generator") is not None:
             kwargs["generator"] = _pytree.tree_map_only(torch.Generator, clone, kwargs["generator"])
         with forked_random_state(sample.device):
@@ -118,6 +131,13 @@ class FirstStep:
             if scale_model_input is not None:
                 scale_model_input(sample, self.timesteps[index])
             return scheduler.step(output, time_of(scheduler, self.timesteps[index], sample), sample, **kwargs)
+
+
+def is_time(given: Any, wanted: Tensor) -> bool:
+    """Whether an option is one number, equal to a time `[]`. Waits for the device."""
+    if isinstance(given, Tensor):
+        return type(given) is Tensor and given.ndim == 0 and bool(given == wanted.to(given.device))
+    return isinstance(given, int | float) and not isinstance(given, bool) and given == wanted.item()
 
 
 def refuse_other_time(given: Any, wanted: Tensor) -> None:

@@ -25,6 +25,20 @@ from paradiff.chain.draws import Source
 from paradiff.errors import Unsupported
 
 UNUSED = ("generator", "return_dict")  # options of step that do not change the table
+TOKENS = "its states are tokens, which it draws from the network's output, and no numbers"
+STAGES = "its levels are those of one stage of several, which set_timesteps(..., stage_index) begins in the loop"
+NO_CHAIN = {
+    "AmusedScheduler": TOKENS,
+    "BlockRefinementScheduler": TOKENS,
+    "DiscreteDDIMScheduler": TOKENS,
+    "EntropyBoundScheduler": TOKENS,
+    "HeliosDMDScheduler": STAGES,
+    "HeliosScheduler": STAGES,
+    "PiflowScheduler": "its network predicts n_grid outputs for one state, which its step integrates",
+    "SCMScheduler": "its loops keep the second result of step, the clean-data estimate, which is no state of a chain",
+    "VQDiffusionScheduler": TOKENS,
+}
+"""Schedulers of diffusers whose steps are those of no table, and why."""
 FACTOR = 1e-6  # relative error of a factor that is one
 
 
@@ -36,6 +50,27 @@ class Request:
     scheduler: Any = field(compare=False)
     timesteps: Tensor = field(compare=False)
     kwargs: dict[str, Any] = field(compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class NextTime:
+    """An option of a step that is the time of the pass after it, and None in the last pass.
+
+    Attributes:
+        timesteps: `[N]` the loop's times.
+    """
+
+    timesteps: Tensor
+
+    def after(self, time: Tensor) -> Tensor | None:
+        """The time after a time of the loop."""
+        place = int((self.timesteps == time.to(self.timesteps.device)).nonzero()[0]) + 1
+        return self.timesteps[place] if place < len(self.timesteps) else None
+
+
+def resolved(kwargs: Mapping[str, Any], time: Tensor) -> dict[str, Any]:
+    """The options of the step at a time."""
+    return {name: value.after(time) if isinstance(value, NextTime) else value for name, value in kwargs.items()}
 
 
 def on_cpu(scheduler: Any) -> Any:
@@ -61,6 +96,8 @@ def fingerprint(value: Any) -> Hashable:
         return "list", tuple(fingerprint(v) for v in value)
     if value is None or isinstance(value, bool | int | float | str | np.generic | torch.dtype | torch.device):
         return type(value).__name__, repr(value)
+    if isinstance(value, NextTime):
+        return "the next time"  # of the loop's times, which are in the key
     if inspect.isfunction(value):
         return value  # by identity, and kept alive by the cache
     raise TypeError(f"{type(value).__name__} has no fingerprint")
@@ -69,6 +106,8 @@ def fingerprint(value: Any) -> Hashable:
 def refuse_unfit(scheduler: Any, timesteps: Tensor, kwargs: Mapping[str, Any]) -> None:
     """Refuses what can be seen without a step."""
     name = type(scheduler).__name__
+    if name in NO_CHAIN:
+        raise Unsupported(f"{name} has no table: {NO_CHAIN[name]}")
     if not hasattr(scheduler, "step"):
         others = ", ".join(found for found in dir(scheduler) if found.startswith("step_")) or "no method for a step"
         raise Unsupported(f"{name} has no step of (model_output, timestep, sample), which alone has a table, but {others}")
@@ -83,10 +122,6 @@ def refuse_unfit(scheduler: Any, timesteps: Tensor, kwargs: Mapping[str, Any]) -
     for option, value in kwargs.items():
         if isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value)):
             raise Unsupported(f"the loop hands {option!r}, a tensor, to {name}.step: only numbers and switches have a table")
-    if name == "SCMScheduler":
-        raise Unsupported(
-            "SCMScheduler's loops keep the second result of step, the clean-data estimate, which is no state of a chain"
-        )
     if "learned" in str(scheduler.config.get("variance_type")):
         raise Unsupported(
             f"{name} has variance_type = {scheduler.config['variance_type']!r}: the network's own variance makes the step "
@@ -188,6 +223,11 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
                 raise
             except Exception as error:
                 said = (str(error).splitlines() or [""])[0]
+                if isinstance(error, IndexError) and i == len(request.timesteps) - 1:
+                    raise Unsupported(
+                        f"{name} has no step at the last of these {i + 1} times, {float(t):g}, which ends its chain: leave it "
+                        "out, as in timesteps[:-1]"
+                    ) from error
                 raise Unsupported(f"{name} cannot be probed: step {i} raised {type(error).__name__}: {said}") from error
             if not isinstance(found, Tensor) or found.shape != x.shape:
                 raise Unsupported(f"{name}.step returns no state of the shape of its input, so it has no table")
@@ -252,7 +292,7 @@ def step_of(
     scheduler: Any, m: Tensor, t: Tensor, x: Tensor, kwargs: Mapping[str, Any], generator: Any, mode: _Draws | None
 ) -> Any:
     """What the step returns as the next state; draws replaced by `mode`."""
-    known = _parameters(type(scheduler))
+    known, kwargs = _parameters(type(scheduler)), resolved(kwargs, t)
     t = time_of(scheduler, t, x)
     options = {k: v for k, v in (("generator", generator), ("return_dict", False)) if k in known}
     if mode is None:
