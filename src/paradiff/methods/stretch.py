@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NUMBERS = 2**17  # that are worked on at once, 1 MiB
+DENSE = 2**20  # up to which there is room for some that may never be needed, 8 MiB
 
 
 def stretches(shape: Sequence[int], rows: int) -> Iterator[slice]:

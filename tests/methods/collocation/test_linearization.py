@@ -60,8 +60,8 @@ def followed(influence: Tensor, slope: Tensor, forced: Tensor) -> Tensor:
 def stretched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long states are worked on a number at a time."""
     if request.param == "long states":
-        modules = paradiff.methods.collocation.linearization, paradiff.methods.collocation.pairs, paradiff.methods.stretch
-        for module in modules:
+        monkeypatch.setattr(paradiff.methods.collocation.pairs, "DENSE", 0)
+        for module in (paradiff.methods.collocation.linearization, paradiff.methods.stretch):
             monkeypatch.setattr(module, "NUMBERS", 1)
 
 
@@ -148,8 +148,8 @@ def test_without_pairs_forcings_do_not_follow() -> None:
 def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs(
     numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (paradiff.methods.collocation.pairs, paradiff.methods.stretch):
-        monkeypatch.setattr(module, "NUMBERS", numbers)
+    monkeypatch.setattr(paradiff.methods.collocation.pairs, "DENSE", numbers)
+    monkeypatch.setattr(paradiff.methods.stretch, "NUMBERS", numbers)
     store = PairStore(3, 2, torch.zeros(1, 2, dtype=torch.float64), torch.float64)
 
     def seen(nodes: list[int], value: float, large: bool = True) -> None:

@@ -75,8 +75,7 @@ class Linearization:
             return
         _, self._count, self._slots, _ = pairs.own.shape
         size = self._count * self._slots
-        short = pairs.dx[0].numel() * size <= NUMBERS
-        self._kept = (self._gathered(pairs.dx), self._gathered(pairs.du)) if short else None
+        self._kept = (self._gathered(pairs.dx), self._gathered(pairs.du)) if pairs.rows is None else None
         diagonal = pairs.own.diagonal(dim1=2, dim2=3)
         damped = pairs.own.clone()
         damped.diagonal(dim1=2, dim2=3).mul_(1 + DAMPING).add_(diagonal == 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.step import uploaded
-from paradiff.methods.stretch import NUMBERS, stretches, total
+from paradiff.methods.stretch import DENSE, stretches, total
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +62,7 @@ class PairStore:
 
     def __init__(self, count: int, most: int, like: Tensor, kind: torch.dtype) -> None:
         self.most, self._like, members, size = most, like, len(like), count * most
-        self._dense = size * like.numel() <= NUMBERS
+        self._dense = size * like.numel() <= DENSE
         kept = like.new_zeros(size, *like.shape, dtype=kind) if self._dense else like.new_zeros(1, *like.shape)
         self._dx, self._du = kept, kept.clone()
         self._rows: list[list[int]] = [[] for _ in range(count)]  # of each node, by their slots
@@ -116,7 +116,7 @@ class PairStore:
 
     def newest(self) -> Pairs | None:
         """The pairs; None where there are none. They share memory with the store, which the next `observe` writes to."""
-        count = max((n + 1 for n, rows in enumerate(self._rows) if rows), default=0)
+        count = self._reached
         if count == 0:
             return None
         size = count * self.most
@@ -162,29 +162,43 @@ class PairStore:
         new._multiply_all()
         return new
 
+    @property
+    def _reached(self) -> int:
+        """Nodes up to the last one with a pair."""
+        return max((n + 1 for n, rows in enumerate(self._rows) if rows), default=0)
+
+    def _first_slots(self, size: int, part: slice) -> tuple[Tensor, Tensor]:
+        """`[b, size, w]` X and U of the first slots on a stretch."""
+        if self._in_slots is None:
+            rows, values = None, (self._dx[:size], self._du[:size])
+        else:
+            rows, values = self._in_slots[:size], (self._dx, self._du)
+        x, u = (in_slots(v, rows, part, self._cross.dtype) for v in values)
+        return x, u
+
     def _multiply(self, slots: Tensor) -> None:
         """Makes the products with the pairs in some slots."""
         count, node = len(slots), slots // self.most
         mates = node[:, None] * self.most + torch.arange(self.most, device=slots.device)
-        size = self._cross.shape[1]
+        size = self._reached * self.most
 
         def products(part: slice) -> Tensor:
             """With the du of all pairs, with the dx of all, and with the dx of the same node's."""
-            x, u = (in_slots(v, self._in_slots, part, self._cross.dtype) for v in (self._dx, self._du))
+            x, u = self._first_slots(size, part)
             new = x[:, slots]
             found = new @ u.mT, u[:, slots] @ x.mT, (x[:, mates] @ new[..., None])[..., 0]
             return torch.cat(found, 2)
 
         found = total(products(part) for part in stretches(self._dx.shape, 2 * size + count * (self.most + 2)))
         on_forcings, on_states, own = found.split([size, size, self.most], 2)
-        self._cross[:, slots], self._cross.mT[:, slots] = on_forcings, on_states
+        self._cross[:, slots, :size], self._cross.mT[:, slots, :size] = on_forcings, on_states
         slot = slots % self.most
         self._own.flatten(1, 2)[:, slots], self._own.mT[:, node, slot] = own, own
 
     def _multiply_all(self) -> None:
         """Makes all products."""
         for part in stretches(self._dx.shape, 2 * self._cross.shape[1]):
-            x, u = (in_slots(v, self._in_slots, part, self._cross.dtype) for v in (self._dx, self._du))
+            x, u = self._first_slots(self._cross.shape[1], part)
             self._cross.baddbmm_(x, u.mT)
             of_nodes = x.unflatten(1, (-1, self.most))
             self._own += of_nodes @ of_nodes.mT
