@@ -21,7 +21,6 @@ evaluates again to check the network cost every rank a call of one row; `speedup
 
 from __future__ import annotations
 
-import bisect
 import functools
 import os
 import socket
@@ -54,6 +53,7 @@ from paradiff import (
 )
 from paradiff.models.pipeline import load_pipeline
 from paradiff.pipelines.report import Report
+from paradiff.planning import LatencyCurve
 from paradiff.solver import PararealRecord
 from paradiff.solver.protocol import Batch, Method
 from paradiff.solver.sharded import shares_of
@@ -77,36 +77,15 @@ COLUMNS = ("part", "curve", "chain", "steps", "method", "window", "devices", "ro
 BEST = (*COLUMNS, "speedup_unchecked")
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Seconds of a network call by its rows: straight between points, and beyond the last as between the last two.
-
-    Attributes:
-        rows: Rising numbers of rows, two at least.
-        seconds: Of a call of so many.
-    """
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def __call__(self, rows: int) -> float:
-        """Seconds of a call."""
-        if rows == 0:
-            return 0.0
-        k = min(max(bisect.bisect_left(self.rows, rows), 1), len(self.rows) - 1)
-        slope = (self.seconds[k] - self.seconds[k - 1]) / (self.rows[k] - self.rows[k - 1])
-        return self.seconds[k - 1] + slope * (rows - self.rows[k - 1])
-
-
-def linear(first: float, each: float) -> Curve:
+def linear(first: float, each: float) -> LatencyCurve:
     """The curve first + each * rows."""
-    return Curve((1, 2), (first + each, first + 2 * each))
+    return LatencyCurve({1: first + each, 2: first + 2 * each})
 
 
 STATED = {
     "a row fills the device": linear(0.0, CALL),
     "two rows cost 1.5 calls": linear(CALL / 2, CALL / 2),
-    "8 rows fill the device": Curve((1, 8, 16), (CALL, CALL, 2 * CALL)),
+    "8 rows fill the device": LatencyCurve({1: CALL, 8: CALL, 16: 2 * CALL}),
 }
 
 
@@ -136,7 +115,7 @@ class Trace:
         return sum(self.rows)
 
 
-def simulated(trace: Trace, devices: int, curve: Curve, overhead: tuple[float, float] = OVERHEAD) -> float:
+def simulated(trace: Trace, devices: int, curve: LatencyCurve, overhead: tuple[float, float] = OVERHEAD) -> float:
     """Seconds of a run on several devices.
 
     Args:
@@ -201,7 +180,7 @@ class Sleeping:
     """A network that takes as long as the curve says."""
 
     denoiser: Callable[[Tensor, Tensor], Tensor]
-    curve: Curve
+    curve: LatencyCurve
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's output."""
@@ -364,7 +343,7 @@ def traced(chain: str, seeds: int) -> tuple[list[Trace], dict[tuple[str, int | N
     return [trace for trace, _ in plain], found
 
 
-def rows_of(chain: str, seeds: int, curves: dict[str, Curve]) -> list[Row]:
+def rows_of(chain: str, seeds: int, curves: dict[str, LatencyCurve]) -> list[Row]:
     """Each method on a chain, for every curve and number of devices at its fastest window."""
     plain, found = traced(chain, seeds)
     rows = []
@@ -405,7 +384,7 @@ def best_of(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def curves_of(path: Path | None) -> dict[str, Curve]:
+def curves_of(path: Path | None) -> dict[str, LatencyCurve]:
     """The measured latency curves of a file of gpu.py, by shape; without a file the stated ones."""
     if path is None:
         return STATED
@@ -417,11 +396,7 @@ def curves_of(path: Path | None) -> dict[str, Curve]:
         if row.get("part") == "latency" and row.get("mode") == "eager" and row.get("seconds"):
             found.setdefault(row["shape"], {})[row["rows"]] = row["seconds"]
     device = contents["environment"]["device"]
-    several = {shape: sorted(points.items()) for shape, points in found.items() if len(points) > 1}
-    return {
-        f"{shape}, measured on {device}": Curve(tuple(rows for rows, _ in points), tuple(seconds for _, seconds in points))
-        for shape, points in several.items()
-    }
+    return {f"{shape}, measured on {device}": LatencyCurve(points) for shape, points in found.items() if len(points) > 1}
 
 
 def draw(rows: list[Row], path: Path) -> None:

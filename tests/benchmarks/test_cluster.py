@@ -4,14 +4,9 @@
 from __future__ import annotations
 
 import pytest
-from cluster import STATED, Curve, Trace, linear, simulated
+from cluster import STATED, Trace, linear, simulated
 
 FREE = (0.0, 0.0)
-
-
-@pytest.mark.parametrize(("rows", "seconds"), [(0, 0.0), (1, 1.0), (2, 1.5), (3, 2.0), (7, 4.0), (9, 5.0)])
-def test_a_curve_is_straight_between_its_points_and_beyond(rows: int, seconds: float) -> None:
-    assert Curve((1, 3, 7), (1.0, 2.0, 4.0))(rows) == seconds
 
 
 @pytest.mark.parametrize(("devices", "seconds"), [(1, 8 + 5 + 1), (2, 1 + 4 + 3 + 1), (4, 1 + 2 + 2 + 1), (16, 1 + 1 + 1 + 1)])
