@@ -7,8 +7,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def command(arguments: list[str], others: list[str] | None = None) -> tuple[int,
     launched.leave = sys.exit
     cli.leave = sys.exit
     given = arguments if others is None or launched.rank() == 0 else others
-    sys.argv = ["paradiff", *given, "--timeout", "20"]
+    sys.argv = ["paradiff", given[0], "--timeout", "20", *given[1:]]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -49,6 +51,31 @@ def test_one_rank_writes_the_files_and_shows_the_figures(tmp_path: Path) -> None
     assert contents[0]["evaluations"] == contents[1]["evaluations"]
     for name in ("seed-0.png", "seed-1.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def stopped(line: list[str]) -> tuple[float, int, str]:
+    """The command, under torchrun, of whose ranks a signal stops the second before it comes to the others."""
+    from paradiff.app import launched
+
+    os.environ[launched.LAUNCHER] = "a run"
+    if launched.rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    import torch.distributed  # noqa: F401  (what takes its time)
+
+    begin = time.monotonic()
+    code, _, sentence = command([*line, "--timeout", "5"])
+    return time.monotonic() - begin, code, sentence
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_rank_that_is_stopped_before_it_comes_ends_in_time(tmp_path: Path) -> None:
+    first, second = processes(2, stopped, [*SHORT, "--out", str(tmp_path / "two")])
+    seconds, code, sentence = first.value
+    assert (code, second.code) == (1, -signal.SIGKILL)
+    assert sentence.startswith("error: the 2 ranks did not come together within 5 s (process ")
+    assert " on this machine was stopped by a signal; rank 0 met " in sentence
+    assert seconds < 5 + 3  # what is imported after the process had begun
+    assert not (tmp_path / "two").exists()
 
 
 def within(folders: list[str], line: list[str]) -> tuple[int, str, str]:

@@ -12,8 +12,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from paradiff.app.outcome import CutShort
@@ -29,6 +29,12 @@ TIMEOUT = 600.0
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets."""
+
+LAUNCHER = "TORCHELASTIC_RUN_ID"
+"""What torchrun sets besides, in processes that are all its own."""
+
+HERE = "paradiff/here/"
+"""Beginning of the keys by which ranks say that they have come."""
 
 OWN = ("out", "device", "threads")
 """Options that ranks may be given differently."""
@@ -84,21 +90,27 @@ def team(options: Mapping[str, Any], device: torch.device) -> Iterator[Ranks | N
 
     from paradiff.solver.agreement import versions
     from paradiff.solver.ranks import Ranks
+    from paradiff.solver.watch import ENDING, end_stopped, name_of
 
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # no records between tensors, where they keep memory from use
     timeout = TIMEOUT if options["timeout"] is None else options["timeout"]
+    limit = datetime.timedelta(seconds=timeout - min(ENDING, timeout / 5))
+    board = None
     try:
         if device.type == "cuda":
             import torch
 
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        board, *_ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        board.set(f"{HERE}{rank()}", name_of(rank(), size()))
+        dist.init_process_group(backend, store=board, rank=rank(), world_size=size(), timeout=limit)
         mesh = init_device_mesh(device.type, (size(),), mesh_dim_names=("time",))
     except (RuntimeError, ValueError) as error:
         line = next(iter(str(error).splitlines()), "")
+        absent = _absent(board, end_stopped() if LAUNCHER in os.environ else [])
         raise RanksFailed(
-            f"the {size()} ranks did not come together within {timeout:g} s (rank {rank()} met {type(error).__name__}: "
+            f"the {size()} ranks did not come together within {timeout:g} s ({absent}rank {rank()} met {type(error).__name__}: "
             f"{line[:200]}): start all of them, and see that they reach {os.environ['MASTER_ADDR']}"
         ) from error
     ranks = Ranks(mesh, timeout=timeout)
@@ -116,6 +128,25 @@ def team(options: Mapping[str, Any], device: torch.device) -> Iterator[Ranks | N
         raise
     ranks.close()
     dist.destroy_process_group()
+
+
+def _absent(board: Any, stopped: Sequence[int]) -> str:
+    """The ranks that are at fault, as the beginning of a sentence; empty where they cannot be known.
+
+    Args:
+        board: The ranks' store; None where there is none.
+        stopped: Processes that a signal had stopped.
+    """
+    from paradiff.solver.watch import joined
+
+    told: list[str] = []
+    with suppress(RuntimeError):
+        if absent := [] if board is None else [f"rank {one}" for one in range(size()) if not board.check([f"{HERE}{one}"])]:
+            told.append(f"{joined(absent)} did not come")
+    if stopped:
+        processes = joined([f"process {one}" for one in stopped])
+        told.append(f"{processes} on this machine {'was' if len(stopped) == 1 else 'were'} stopped by a signal")
+    return "".join(f"{one}; " for one in told)
 
 
 @contextmanager

@@ -228,6 +228,17 @@ def _state(process: int) -> tuple[str, int] | None:
     return state, int(parent)
 
 
+def end_stopped() -> list[int]:
+    """Ends the processes of this one's launcher that a signal has stopped, for which it would wait long; which these were."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        found += [int(name) for name in os.listdir("/proc") if name.isdecimal() and _state(int(name)) == ("T", os.getppid())]
+    for process in found:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+    return found
+
+
 def verdict(fault: Mapping[str, Any], answers: Mapping[int, Mapping[str, Any]], names: Sequence[str], patience: float) -> str:
     """The sentence on a fault.
 
