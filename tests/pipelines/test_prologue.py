@@ -31,6 +31,8 @@ PICTURES = {
     "wan_video": "vector",
     "cogvideox_video": "lanes",
     "sdxl_adapter": "lanes",
+    "z_image_img2img": "lanes",  # after a refused try, as the next
+    "ltx_image_to_video": "lanes",
 }
 
 

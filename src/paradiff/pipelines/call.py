@@ -31,7 +31,7 @@ from paradiff.pipelines.loop.source import handed_on, obstacles, reads_index
 from paradiff.pipelines.loop.whole_call import call_and_last_state, difference, interrupted_call
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
-from paradiff.pipelines.network.call_log import CallLog
+from paradiff.pipelines.network.call_log import CallLog, Entry
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.network.methods import called_names
 from paradiff.pipelines.network.origin import users_methods
@@ -66,6 +66,7 @@ class Call:
         self._networks = networks(pipeline)
         self._account = Account(kind.__name__, type(pipeline.scheduler).__name__, settings.method.name)
         self.trying = False
+        self._before: list[Entry] = []  # the network calls before the loop of the last try
         self._alone: dict[str, nn.Module] = {}
         self._crew = self._agree()
 
@@ -189,6 +190,7 @@ class Call:
             return self._by_first(functools.partial(_given, result, error))
         finally:
             self.trying = False
+            self._before = batching.log.before
             batching.log = CallLog()  # The batching is in a cycle, which would keep the log's outputs until it is collected.
 
     def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
@@ -249,7 +251,7 @@ class Call:
     def _new_batching(self) -> Batching:
         settings = self._settings
         crew = self._crew if settings.devices is None else settings.devices
-        return Batching(
+        batching = Batching(
             max_rows=settings.max_rows,
             pad=settings.pad,
             check=settings.check,
@@ -257,6 +259,8 @@ class Call:
             crew=crew,
             alone=self._alone.values(),
         )
+        batching.log = CallLog(self._before)
+        return batching
 
     def _agree(self) -> Sharded | None:
         """What deals states out over ranks, once all have come with the same call; None for one process.

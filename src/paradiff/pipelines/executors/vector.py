@@ -210,7 +210,7 @@ class Vector:
             self._batching.log.divide(timesteps)
             if self._start is not None and check != "off":
                 refuse_memory(self._start, solver, self._batching)
-            self._batching.log.close()
+            self._batching.log.close(keep=True)
             self._count()
         else:
             if not isinstance(output, Windowed) or not isinstance(sample, Windowed):
