@@ -34,7 +34,7 @@ from paradiff.solver.protocol import Method
 
 LONG = (3, 64, 64)
 PARTS = ("digits", "long")
-SECONDS = {"digits": 5.0, "long": 10.0}
+SECONDS = {"digits": 3.0, "long": 5.0}
 """Processor time of a row's passes after which no further one is begun."""
 
 COLUMNS = ("part", "chain", "method", "window", "rounds", "milliseconds", "share")
@@ -77,7 +77,7 @@ def cases(only: list[str], quick: bool) -> Iterator[tuple[str, str, Any, Table, 
     if "digits" in only:
         model = load("digits")
         noises: list[Noise] = [Recorded(model.shape, torch.Generator().manual_seed(seed)) for seed in range(100, 108)]
-        for steps, seeds in ((50, 8), (100, 8)):
+        for steps, seeds in ((50, 4), (100, 4)):
             table = model.table("ddim", steps)
             yield "digits", f"DDIM {steps}", model, table, noises[: 2 if quick else seeds], [sequential(), *several]
         yield "digits", "DDPM 1000", model, model.table("ddpm", 1000), noises[: 2 if quick else 3], several
