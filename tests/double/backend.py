@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -11,13 +10,14 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 from packaging.version import Version
+
+from double import graphs
 
 SOURCE = Path(__file__).with_name("pseudo.cpp")
 OLDEST = "2.13"
@@ -101,16 +101,6 @@ def _module(extension: Any) -> types.ModuleType:
         def __exit__(self, *error: object) -> None:
             extension.exchange_device(self.before)
 
-    class Stream(torch.Stream):
-        """A queue of work. All of it is done at once, so that there is one queue in truth."""
-
-        def __new__(cls, device: Any = None, **_: Any) -> Stream:
-            return super().__new__(cls, device=torch.device("pseudo", index(device)))
-
-    @contextlib.contextmanager
-    def stream(_: Any) -> Iterator[None]:
-        yield
-
     def get_rng_state(device: Any = "pseudo") -> torch.Tensor:
         return extension.default_generator(index(device)).get_state()
 
@@ -123,9 +113,7 @@ def _module(extension: Any) -> types.ModuleType:
 
     vars(module).update(
         device=Device,
-        Stream=Stream,
-        stream=stream,
-        current_stream=Stream,
+        **{name: getattr(graphs, name) for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph")},
         is_available=lambda: True,
         is_initialized=lambda: True,
         _is_in_bad_fork=lambda: False,

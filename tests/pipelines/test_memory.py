@@ -245,3 +245,12 @@ def test_objects_may_hold_each_other_in_a_chain_of_any_length(kind: Any) -> None
     last += 1
     memory.restore()
     assert not last.any()
+
+
+def test_a_tensor_whose_elements_share_memory_is_put_back() -> None:
+    net = torch.nn.Linear(1, 1)
+    net.ids = torch.arange(3.0)[:, None].expand(3, 4)
+    memory = Memory([("net", net)])
+    net.ids[:, :1] += 1
+    memory.restore()
+    assert net.ids.tolist() == [[0.0] * 4, [1.0] * 4, [2.0] * 4]

@@ -40,6 +40,9 @@ class Saved:
         elif value.dtype != values.dtype:
             value.data = values.to(value.device)
         elif value.shape == values.shape:
+            for axis, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+                if size > 1 and stride == 0:  # an expanded axis shows its elements again, in whose place nothing is written
+                    value, values = value.narrow(axis, 0, 1), values.narrow(axis, 0, 1)
             value.copy_(values)
         else:
             value.set_(values.to(value.device))

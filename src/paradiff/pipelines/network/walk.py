@@ -37,6 +37,8 @@ LONG = 2**12
 """Length of the longest container whose items are looked at."""
 LONGEST_PATH = 200
 """Characters of the longest path that a sentence shows in full."""
+LONGEST_KEY = 60
+"""Characters of the longest key that a sentence shows."""
 KEEPERS = {"queue", "collections", "_thread", "types"}
 """Python's own modules whose objects are looked into: they hold values for others."""
 MAKERS = ("__init__", "__new__", "__init_subclass__")
@@ -118,7 +120,7 @@ class Walk:
                 self.holders.append(Holder(value, path, name))
                 for key, item in value.items() if isinstance(value, dict) else enumerate(list(value)):
                     if _short(value):
-                        self._visit(item, f"{path}[{key!r}]" if isinstance(value, dict) else path, name)
+                        self._visit(item, f"{path}[{_named(key)}]" if isinstance(value, dict) else path, name)
             case tuple() | frozenset():
                 for item in value if _short(value) else ():
                     self._visit(item, path, name)
@@ -233,3 +235,9 @@ class Walk:
 
 def _short(value: Any) -> bool:
     return len(value) <= LONG
+
+
+def _named(key: Any) -> str:
+    """A key as a sentence shows it."""
+    text = repr(key)
+    return text if len(text) <= LONGEST_KEY and text.isprintable() else "..."
