@@ -15,7 +15,7 @@ from paradiff.chain.table import Table
 from paradiff.errors import is_whole
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.run import WindowRun
-from paradiff.solver.protocol import Problem
+from paradiff.solver.protocol import Problem, Run
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -41,7 +41,7 @@ class WindowMethod(WindowOptions):
         """Whether states may be changed between steps: where sub-intervals are single steps, all of whose states are kept."""
         return self.stride == 1 if isinstance(self.stride, int) else set(self.stride) == {1}
 
-    def prepare(self, problem: Problem) -> WindowRun:
+    def prepare(self, problem: Problem) -> Run:
         """The run on a problem.
 
         Raises:

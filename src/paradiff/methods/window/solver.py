@@ -293,15 +293,28 @@ class WindowSolver:
         setup = self.setup
         count = finite_nodes(setup, self.phi, self.sample, self.lo, self.ages[0])
         self.x[self._rounds.ends(self.lo, self.hi)] = self.phi
-        self.update.forget()
         self._fill.forget()
-        self.hi = self.lo + count
-        self.ages = self.ages[:count]
+        self.narrow(count)
+        return count
+
+    def narrow(self, width: int) -> None:
+        """Drops the nodes of the window beyond its first ones, between two sweeps; pairs of earlier sweeps are dropped, too.
+
+        Args:
+            width: Nodes that stay, one at least.
+        """
+        setup = self.setup
+        self.update.forget()
+        self.hi = min(self.hi, self.lo + width)
+        self.ages = self.ages[: self.hi - self.lo]
         keep = setup.edges[self.hi] - setup.edges[self.lo]
         self.x, self.z = self.x[: setup.history + keep + 1], self.z[:keep]
         if setup.history:
             self.m = self.m[: setup.history + keep]
-        return count
+
+    def heard(self, node: int, states: Tensor) -> None:
+        """Hands on states `[n, ...]` from a node on that became final elsewhere."""
+        self._on_final(node, states)
 
     def _open(self) -> None:
         """Widens the window to its full width and fills the nodes that enter it."""
