@@ -111,3 +111,40 @@ def test_weights_that_are_left_alone_are_not_copied() -> None:
     found, told = called(text, Wide(), "vector")
     assert told == []
     assert float((found - plain).square().mean().sqrt()) < 1e-4
+
+
+def test_a_callback_that_changes_weights_is_refused() -> None:
+    class Pipe(diffusers.DiffusionPipeline):
+        _callback_tensor_inputs = ("latents",)
+
+        def __init__(self, net: Wide, scheduler: Any) -> None:
+            super().__init__()
+            self.register_modules(net=net, scheduler=scheduler)
+
+        @torch.no_grad()
+        def __call__(self, generator: torch.Generator, callback_on_step_end: Any = None) -> Tensor:
+            self.scheduler.set_timesteps(20)
+            latents = torch.randn(2, 8, generator=generator)
+            for i, t in enumerate(self.scheduler.timesteps):
+                latents = self.scheduler.step(self.net(latents, t), t, latents)[0]
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, i, t, {"latents": latents})
+            return latents
+
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        if step == 7:
+            pipe.net.b.weight.mul_(0.8)
+        return tensors
+
+    samples, weights, told = [], [], []
+    for parallel in (False, True):
+        pipe: Any = Pipe(network := Wide(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+        call = parallelize(pipe, parasolver(tolerance=1e-3)) if parallel else pipe
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            samples.append(call(generator=torch.Generator().manual_seed(3), callback_on_step_end=callback))
+        weights.append(network.b.weight.detach().clone())
+        told = call.report.warnings if parallel else told
+    assert torch.equal(*samples)
+    assert torch.equal(*weights)
+    assert "writes to the weights net.b.weight" in told[0]

@@ -316,6 +316,15 @@ class Bent(diffusers.DDIMScheduler):
         return (found + 1e-4 * torch.tanh(sample),)
 
 
+class Clamped(diffusers.DDIMScheduler):
+    """A step that reads its parent's result by a field."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found: Any = super().step(model_output, timestep, sample, return_dict=return_dict)
+        found.prev_sample = found.prev_sample.clamp(-1, 1)
+        return found
+
+
 class Dicing(diffusers.DDIMScheduler):
     """A step whose noise is of another kind."""
 
@@ -365,6 +374,7 @@ def set_up(scheduler: Any, steps: int = 5) -> Any:
 
 REFUSED: dict[str, tuple[Callable[[], Any], Tensor | None, dict[str, Any], str]] = {
     "nonlinear": (lambda: set_up(Bent(clip_sample=False)), None, {}, "Bent.step is not linear in the state"),
+    "by a field": (lambda: set_up(Clamped(clip_sample=False)), None, {}, "Clamped.step is not linear in the state"),
     "other noise": (lambda: set_up(Dicing(clip_sample=False)), None, {}, r"noise that is not drawn with torch\.randn"),
     "failing": (lambda: set_up(Broken()), None, {}, "step 0 raised RuntimeError: no such thing"),
     "not set": (lambda: diffusers.DDIMScheduler(), None, {}, "no timesteps yet: call its set_timesteps"),

@@ -294,7 +294,7 @@ def step_of(
     """What the step returns as the next state; draws replaced by `mode`."""
     known, kwargs = _parameters(type(scheduler)), resolved(kwargs, t)
     t = time_of(scheduler, t, x)
-    options = {k: v for k, v in (("generator", generator), ("return_dict", False)) if k in known}
+    options = {"generator": generator} if "generator" in known else {}
     if mode is None:
         found = scheduler.step(m, t, x, **kwargs, **options)
     else:
