@@ -7,6 +7,7 @@ rounds, of the rank that has most of them. Both clocks are whole: noise, solver,
 the start of processes, and the handshake of the first round, which an untimed run makes, are not.
 
     python benchmarks/ranks.py --json benchmarks/results/ranks.json
+    python benchmarks/ranks.py --json benchmarks/results/ranks.json --row 200 --methods collocation
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Counted(Evaluator):
 counts: list[int] = []
 
 
-def measured(row: float, steps: int, repeats: int, ranks: Ranks | None) -> dict[str, Any]:
-    """Seconds of runs, the median, and the rows of each round, by method."""
+def measured(row: float, steps: int, repeats: int, names: list[str], ranks: Ranks | None) -> dict[str, Any]:
+    """Seconds of runs, the median, and the rows of each round, by method; of those whose names begin so."""
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         time.sleep(row * len(x))
@@ -59,24 +60,26 @@ def measured(row: float, steps: int, repeats: int, ranks: Ranks | None) -> dict[
 
     table, noise, found = ddpm(Schedule.linear(), steps), Keyed(SHAPE, [0]), {}
     for name, method in METHODS.items():
+        if not name.startswith(tuple(names)):
+            continue
         evaluator = Counted(network, mesh=ranks)
-        seconds = []
+        seconds, checked = [], 0
         for _ in range(repeats + 1):
             counts.clear()
             begin = time.perf_counter()
             solution = sample(evaluator, table, noise, method())
             seconds.append(time.perf_counter() - begin)
-        checked = solution.checked_rows
+            checked = solution.checked_rows
         found[name] = {"seconds": statistics.median(seconds[1:]), "rounds": list(counts), "checked_rows": checked}
     return found
 
 
-def worker(row: float, steps: int, repeats: int) -> None:
+def worker(row: float, steps: int, repeats: int, names: list[str]) -> None:
     """One rank's part; the first prints the figures."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("time",))
-    found = measured(row, steps, repeats, Ranks(mesh))
+    found = measured(row, steps, repeats, names, Ranks(mesh))
     if dist.get_rank() == 0:
         print("FIGURES", json.dumps(found))
     dist.destroy_process_group()
@@ -84,23 +87,27 @@ def worker(row: float, steps: int, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--row", type=float, default=10.0, help="milliseconds that a row takes")
+    parser.add_argument("--row", type=float, default=50.0, help="milliseconds that a row takes")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--methods", nargs="+", default=[""], help="how the methods' names begin; all by default")
+    parser.add_argument("--json", type=Path, help="runs of other rows and methods in the file stay")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     row = given.row / 1000
     if given.worker:
-        worker(row, given.steps, given.repeats)
+        worker(row, given.steps, given.repeats, given.methods)
         return
     torch.set_num_threads(1)
-    alone = measured(row, given.steps, given.repeats, None)
-    result: dict[str, Any] = {"environment": environment(), "row_ms": given.row, "steps": given.steps, "runs": []}
+    alone = measured(row, given.steps, given.repeats, given.methods, None)
+    kept = json.loads(given.json.read_text())["runs"] if given.json and given.json.is_file() else []
+    kept = [run for run in kept if (run.get("row_ms"), run["method"]) not in {(given.row, name) for name in alone}]
+    result: dict[str, Any] = {"environment": environment(), "steps": given.steps, "runs": [v for v in kept if "row_ms" in v]}
     print(f"{'method':24} {'ranks':>5} {'rounds':>6} {'seconds':>8} {'speed-up':>8} {'ideal':>6} {'share':>6}")
     for size in given.ranks:
         options = ["--worker", "--row", str(given.row), "--steps", str(given.steps), "--repeats", str(given.repeats)]
+        options += ["--methods", *given.methods]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), __file__]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_FR_BUFFER_SIZE": "0"}
         output = subprocess.run([*torchrun, *options], env=variables, check=True, capture_output=True, text=True).stdout
@@ -113,6 +120,7 @@ def main() -> None:
             result["runs"].append(
                 {
                     "method": name,
+                    "row_ms": given.row,
                     "ranks": size,
                     "rounds": len(one["rounds"]),
                     "evaluations": sum(one["rounds"]),

@@ -144,7 +144,7 @@ class Linearization:
         if self._pairs is not None:
             onto = total(self._corner_x(part) @ (stale(part) if whole is None else whole).mT for part in parts)
             onto.unflatten(1, (self._count, self._slots)).mul_(self._influence[: self._count, None])
-            weights = self._eliminated(onto).mT
+            weights = self._eliminated_in_turn(onto).mT
         each, together = factors.new_zeros(members, count), factors.new_zeros(members)
         for part in parts:
             effect = last[:, None] * (stale(part) if whole is None else whole)
@@ -207,6 +207,18 @@ class Linearization:
             assert self._pivots is not None
             return torch.linalg.lu_solve(self._system, self._pivots, onto)
         return torch.linalg.solve_triangular(self._system, onto, upper=False, unitriangular=True)
+
+    def _eliminated_in_turn(self, onto: Tensor) -> Tensor:
+        """The same for a change of each forcing in turn. Where no state looks ahead, a change leaves the nodes before it alone,
+        and large systems are solved for some changes at a time, without those nodes."""
+        if self._corner is None or onto.numel() <= NUMBERS // 2:
+            return self._eliminated(onto)
+        found, width = torch.zeros_like(onto), -(-onto.shape[2] // 3)
+        for first in range(0, min(self._count, onto.shape[2]), width):
+            left, block = slice(first * self._slots, None), slice(first, first + width)
+            system = self._system[:, left, left]
+            found[:, left, block] = torch.linalg.solve_triangular(system, onto[:, left, block], upper=False, unitriangular=True)
+        return found
 
     def _corner_x(self, part: slice) -> Tensor:
         """`[b, n k, w]` X on a stretch, with the blocks on the diagonal eliminated, where that is done."""
