@@ -80,9 +80,19 @@ METHODS: dict[str, Callable[[int], Method]] = {
 PROMPT = "a red circle left of a blue square"
 WAITS = {
     "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
-    "cpu": ("aten::_local_scalar_dense", "aten::nonzero"),
+    "others": ("aten::_local_scalar_dense", "aten::nonzero"),
 }
-"""Events by which a host waits for its device; on a CPU, operations that would be some, those on the host's numbers too."""
+"""Events by which a host waits for its device; where there is no CUDA, operations that would be some, those on the host's
+numbers too. A copy to the device that blocks is a copy and a cudaStreamSynchronize."""
+
+COPIES = ("cudaMemcpyAsync", "cudaMemcpy")
+"""Calls that copy."""
+
+AT_MOST: dict[str, float] = {"collocation": 2.0}
+"""Waits a round that a method may have, where that is not one."""
+
+SETUP = 8
+"""Waits beside: the start of a run, its end, and the profiler's own."""
 
 TIGHT = 0.02
 """Most root mean square error, of pictures from -1 to 1, of a method at its own tolerance."""
@@ -111,8 +121,18 @@ class Day:
 
     @property
     def small(self) -> bool:
-        """Whether networks are tiny."""
+        """Whether the device is the CPU."""
         return self.device.type == "cpu"
+
+    @property
+    def tiny(self) -> bool:
+        """Whether networks are tiny."""
+        return self.small or self.quick
+
+    @property
+    def face(self) -> Any:
+        """Torch's module of the device: `torch.cuda`."""
+        return torch.get_device_module(self.device)
 
     @property
     def left(self) -> float:
@@ -138,14 +158,14 @@ class Day:
             at = traceback.extract_tb(error.__traceback__)[-1]
             self.add(part, name, failed=f"{type(error).__name__}: {line[:300]}", at=f"{at.filename.split('/')[-1]}:{at.lineno}")
         finally:
-            if self.device.type == "cuda":
+            if not self.small:
                 gc.collect()
-                torch.cuda.empty_cache()
+                self.face.empty_cache()
 
     def wait(self) -> None:
         """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if not self.small:
+            self.face.synchronize(self.device)
 
     def timed(self, call: Callable[[], Any], *, seconds: float = 0.3, most: int = 20) -> float:
         """The median seconds of a call, each waited for, after one that is not counted."""
@@ -162,10 +182,10 @@ class Day:
 
     def peak(self) -> float | None:
         """The most memory since the last call, in MiB."""
-        if self.device.type != "cuda":
+        if self.small:
             return None
-        found = torch.cuda.max_memory_allocated(self.device) / 2**20
-        torch.cuda.reset_peak_memory_stats(self.device)
+        found = self.face.max_memory_allocated(self.device) / 2**20
+        self.face.reset_peak_memory_stats(self.device)
         return found
 
 
@@ -268,20 +288,25 @@ def pipeline_right(day: Day, name: str, dtype: torch.dtype, steps: int) -> None:
 
 
 def waits_right(day: Day) -> None:
-    """How often a round waits for its device, by the profiler."""
+    """How often a round waits for its device, and how much it copies from and to it, by the profiler."""
     steps = 12 if day.quick else 100
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if day.device.type == "cuda" else [])]
+    events = WAITS["cuda" if day.device.type == "cuda" else "others"]
     model = digits(day)
     table = model.table("ddpm", steps)
     for name in ("parasolver",) if day.quick else METHODS:
         method = METHODS[name](4 if day.quick else 16)
         evaluator = Evaluator(model, device=day.device)
         sample(evaluator, table, Keyed(model.shape, 0), method, check="off")
+        day.wait()
         with profile(activities=activities) as seen:
             solution = sample(evaluator, table, Keyed(model.shape, 0), method, check="off")
-        counts = {event.key: event.count for event in seen.key_averages() if event.key in WAITS[day.device.type]}
-        each = {key: count / solution.rounds for key, count in counts.items()}
-        day.add("right", f"waits, {name}", rounds=solution.rounds, a_round=each)
+        counts = {event.key: event.count for event in seen.key_averages()}
+        each = {key: counts[key] / solution.rounds for key in events if key in counts}
+        copies = sum(count for key, count in counts.items() if key in COPIES) / solution.rounds
+        waits = sum(each.values())
+        more = {"ok": waits <= AT_MOST.get(name, 1.0) + SETUP / solution.rounds} if day.device.type == "cuda" else {}
+        day.add("right", f"waits, {name}", rounds=solution.rounds, a_round=each, copies_a_round=copies, **more)
 
 
 def compile_right(day: Day) -> None:
@@ -293,7 +318,7 @@ def compile_right(day: Day) -> None:
     method = parasolver(1 if day.quick else 8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model.unet, **({"backend": "eager"} if day.small else {}))
+    compiled = torch.compile(model.unet, **({} if day.device.type == "cuda" else {"backend": "eager"}))
     evaluator = Evaluator(lambda x, t: compiled(x, t, return_dict=False)[0], device=day.device)
     seconds, graphs, found = [], [], None
     for _ in range(2):
@@ -305,7 +330,7 @@ def compile_right(day: Day) -> None:
     assert found is not None
     plain = sample(Evaluator(model, device=day.device), table, Keyed(model.shape, 0), sequential())
     error = max(rms(found.sample - plain.sample))
-    backend = "eager" if day.small else "inductor"
+    backend = "inductor" if day.device.type == "cuda" else "eager"
     day.add(
         "right",
         "torch.compile",
@@ -323,17 +348,18 @@ class Graphed:
 
     Args:
         network: The network.
+        face: Torch's module of the device.
     """
 
-    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._network = network
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], face: Any) -> None:
+        self._network, self._face = network, face
         self._graphs: dict[int, tuple[Any, Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The output, in memory of its own."""
         if len(x) not in self._graphs:
             own = x.clone(), t.clone()
-            self._graphs[len(x)] = (*captured(lambda: self._network(*own)), *own)
+            self._graphs[len(x)] = (*captured(lambda: self._network(*own), self._face), *own)
         graph, output, own_x, own_t = self._graphs[len(x)]
         own_x.copy_(x)
         own_t.copy_(t)
@@ -341,31 +367,37 @@ class Graphed:
         return output.clone()
 
 
-def captured(call: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-    """A CUDA graph of a call, and the memory of its output."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+def captured(call: Callable[[], Tensor], face: Any) -> tuple[Any, Tensor]:
+    """A CUDA graph of a call, and the memory of its output.
+
+    Args:
+        call: The call, always in the same memory.
+        face: Torch's module of the device.
+    """
+    side = face.Stream()
+    side.wait_stream(face.current_stream())
+    with face.stream(side):
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    face.current_stream().wait_stream(side)
+    graph = face.CUDAGraph()
+    with face.graph(graph):
         output = call()
     return graph, output
 
 
 def graphs_right(day: Day) -> None:
     """The digits network as CUDA graphs beside the network itself."""
-    if day.device.type != "cuda":
+    if not hasattr(day.face, "CUDAGraph"):
         day.add("right", "CUDA graphs", skipped="there is no CUDA here")
         return
     model = digits(day)
-    table = model.table("ddim", 50)
+    table = model.table("ddim", 8 if day.quick else 50)
     seconds = []
-    for network in (model, Graphed(model)):
-        evaluator = Evaluator(network, device=day.device)
+    for network in (model, Graphed(model, day.face)):
+        evaluator = Evaluator(network, device=day.device, pad=True)
         sample(evaluator, table, Keyed(model.shape, 0), parasolver(8))
+        day.wait()
         begin = time.perf_counter()
         found = sample(evaluator, table, Keyed(model.shape, 0), parasolver(8))
         day.wait()
@@ -380,7 +412,7 @@ def memory_right(day: Day) -> None:
     model = digits(day)
     steps = 12 if day.quick else 200
     table = model.table("ddpm", steps)
-    fits = 3 if day.small else 64
+    fits = 3 if day.tiny else 64
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         if day.small and len(x) > fits:
@@ -424,10 +456,14 @@ def latency(day: Day) -> None:
 def curves(day: Day, shape: Shape) -> None:
     """The curves of a shape: eager, as CUDA graphs, and compiled."""
     dtype = dtype_of(day)
-    network = shape.network(day.device, dtype, day.small)
+    network = shape.network(day.device, dtype, day.tiny)
     weights = sum(weight.numel() for weight in network.parameters())
     small = weights < 2e8  # what launches bound; compiling a large network takes minutes
-    modes = ["eager", *(["graph", *(["compiled"] if small and day.left > 120 else [])] if day.device.type == "cuda" else [])]
+    modes = [
+        "eager",
+        *(["graph"] if hasattr(day.face, "CUDAGraph") else []),
+        *(["compiled"] if day.device.type == "cuda" and small and day.left > 120 else []),
+    ]
     for mode in modes:
         found: dict[int, float] = {}
         called = torch.compile(network, dynamic=False) if mode == "compiled" else network
@@ -436,18 +472,20 @@ def curves(day: Day, shape: Shape) -> None:
                 continue
             if day.left <= 0 or (found and max(found.values()) > LIMIT):
                 break
-            call = shape.call(called, rows, day.small, day.device, dtype)
             more: dict[str, Any] = {}
             try:
+                call = shape.call(called, rows, day.tiny, day.device, dtype)
                 day.peak()
                 if mode == "graph":
-                    graph, _ = captured(call)
+                    graph, _ = captured(call, day.face)
                     call = graph.replay
                 seconds = day.timed(call)
                 found[rows] = seconds
                 more = {"seconds": seconds, "peak_mib": day.peak()}
             except torch.OutOfMemoryError:
-                more = {"failed": "out of memory"}
+                more = {"ended": "out of memory"}
+            except RuntimeError as error:  # of a capture: memory that runs out in one spoils it, and is told in other words
+                more = {"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"}
             day.results.add(
                 {
                     "part": "latency",
@@ -460,7 +498,7 @@ def curves(day: Day, shape: Shape) -> None:
                     **more,
                 }
             )
-            if "failed" in more:
+            if "seconds" not in more:
                 break
         if 1 in found:
             twice = next((rows for rows, seconds in found.items() if seconds >= 2 * found[1]), None)
@@ -482,7 +520,7 @@ def bookkeeping_of(day: Day, shape: Shape, window: int) -> None:
     """A row of one window: states of a shape, on 200 steps."""
     steps = max(window, 12 if day.quick else 200)
     table = ddpm(Schedule.linear(), steps)
-    own = shape.sized(day.small)
+    own = shape.sized(day.tiny)
     evaluator = Evaluator(lambda x, t: x, device=day.device)
 
     def run() -> Any:
@@ -551,14 +589,14 @@ def replay(day: Day) -> None:
 def replay_of(day: Day, shape: Shape, traces: dict[str, tuple[int, Trace]]) -> None:
     """All traces on one shape; a call of each number of rows is captured once."""
     dtype = dtype_of(day)
-    network = shape.network(day.device, dtype, day.small)
+    network = shape.network(day.device, dtype, day.tiny)
     calls: dict[int, Callable[[], Any]] = {}
     outside = {
         row["window"]: row["microseconds"] / 1e6
         for row in day.results.rows
         if row["part"] == "bookkeeping" and row["name"] == shape.name and "microseconds" in row
     }
-    single = day.timed(shape.call(network, 1, day.small, day.device, dtype))
+    single = day.timed(shape.call(network, 1, day.tiny, day.device, dtype))
     for name, (steps, trace) in traces.items():
         expected = sum(max(single, single * rows / 8) for rows in trace.rows)
         if day.left <= min(60.0, expected):
@@ -567,7 +605,7 @@ def replay_of(day: Day, shape: Shape, traces: dict[str, tuple[int, Trace]]) -> N
         begin = time.perf_counter()
         for rows in trace.rows:
             if max(1, rows) not in calls:
-                calls[max(1, rows)] = shape.call(network, max(1, rows), day.small, day.device, dtype)
+                calls[max(1, rows)] = shape.call(network, max(1, rows), day.tiny, day.device, dtype)
             calls[max(1, rows)]()
             day.wait()
         seconds = time.perf_counter() - begin

@@ -14,6 +14,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from paradiff.models.pipeline import load_pipeline
+from paradiff.models.pixel import load as load_pixels
+
 TOKENS = 77
 """Of a prompt, by CLIP."""
 
@@ -182,6 +185,10 @@ def _of_flux(tokens: int) -> Callable[[int, bool, dict[str, Any]], dict[str, Any
     return given
 
 
+def _of_shapes(rows: int, tiny: bool, place: dict[str, Any]) -> dict[str, Any]:
+    return {"encoder_hidden_states": torch.randn(rows, 16, 64, **place)}
+
+
 SHAPES = (
     Shape("DDPM U-Net, 256x256 pixels", (3, 256, 256), 1, _church),
     Shape("Stable Diffusion 2, 512x512", (4, 64, 64), 2, _stable, _of_clip(1024)),
@@ -193,5 +200,7 @@ SHAPES = (
     Shape("FLUX.1, 512x512", (16, 64, 64), 1, _flux, _of_flux(1024), by_name=True),
     Shape("FLUX.1, 1024x1024", (16, 128, 128), 1, _flux, _of_flux(4096), by_name=True),
     Shape("diffusion policy, 16 actions", (14, 16), 1, _policy),
+    Shape("bundled digits, 8x8 pixels", (1, 8, 8), 1, lambda tiny: load_pixels("digits", device="cpu").unet),
+    Shape("bundled shapes", (4, 8, 8), 2, lambda tiny: load_pipeline("shapes").unet, _of_shapes),
 )
 """The shapes, in the order in which a GPU day measures them."""

@@ -81,9 +81,13 @@ struct DeviceMemory final : c10::Allocator {
       C10_THROW_ERROR(OutOfMemoryError,
           c10::str("pseudo out of memory: tried to allocate ", size, " bytes on device ", index, ", of ", limit, " bytes"));
     }
+    auto* base = static_cast<char*>(std::malloc(size + HEADER));
+    if (base == nullptr) {
+      account.held -= size;
+      C10_THROW_ERROR(OutOfMemoryError, c10::str("pseudo out of memory: tried to allocate ", size, " bytes on device ", index));
+    }
     int64_t peak = account.peak;
     while (held > peak && !account.peak.compare_exchange_weak(peak, held)) {}
-    auto* base = static_cast<char*>(std::malloc(size + HEADER));
     *reinterpret_cast<Block*>(base) = {static_cast<int64_t>(size), index};
     return {base + HEADER, base, &release, device_of(index)};
   }
