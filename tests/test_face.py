@@ -34,7 +34,7 @@ PRESETS = [
     "quasi_deer",
 ]
 ROOT = {
-    *["sample", "solve", "parallelize", "explain", "compare", "from_scheduler"],
+    *["sample", "solve", "parallelize", "explain", "compare", "plan", "auto", "from_scheduler"],
     *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Method", "__version__"],
     *PRESETS,
     *["chain", "samplers", "solver", "methods", "slopes", "noise", "models", "planning", "pipelines"],

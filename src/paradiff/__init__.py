@@ -28,7 +28,9 @@ if TYPE_CHECKING:
         srds,
     )
     from paradiff.pipelines.explanation import explain
+    from paradiff.pipelines.plan import plan
     from paradiff.pipelines.run import parallelize
+    from paradiff.planning.auto import auto
     from paradiff.planning.side_by_side import compare
     from paradiff.samplers.schedule import Schedule
     from paradiff.samplers.scheduler.probe import from_scheduler
@@ -49,6 +51,7 @@ else:
             "Solution": "paradiff.solver.solution",
             "Table": "paradiff.chain.table",
             "__version__": "paradiff.version",
+            "auto": "paradiff.planning.auto",
             "chain": "paradiff.chain:",
             "chords": "paradiff.methods.chords.method",
             "collocation": "paradiff.methods.presets",
@@ -66,6 +69,7 @@ else:
             "piadm_ode": "paradiff.methods.piadm",
             "piadm_sde": "paradiff.methods.piadm",
             "pipelines": "paradiff.pipelines:",
+            "plan": "paradiff.pipelines.plan",
             "planning": "paradiff.planning:",
             "quasi_deer": "paradiff.methods.deer.method",
             "quasi_newton": "paradiff.methods.presets",
@@ -88,6 +92,7 @@ __all__ = [
     "Solution",
     "Table",
     "__version__",
+    "auto",
     "chain",
     "chords",
     "collocation",
@@ -105,6 +110,7 @@ __all__ = [
     "piadm_ode",
     "piadm_sde",
     "pipelines",
+    "plan",
     "planning",
     "quasi_deer",
     "quasi_newton",

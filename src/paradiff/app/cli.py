@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `paradiff sample`, `paradiff generate`, `paradiff explain` and `paradiff methods`.
+"""The command line: `paradiff plan`, `sample`, `generate`, `explain`, `bench`, `methods` and `doctor`.
 
 Importing this module loads no torch: help, and refusals of options that are mistyped, need none of it. What a command computes
 with is imported when its options were found to be well-formed.
@@ -113,6 +113,111 @@ def explain(
     from paradiff.app.explain import explain as explain_pipeline
 
     explain_pipeline(request, solver, timed=time)
+
+
+@app.command(cls=Command)
+def plan(
+    model: flags.Model,
+    sampler: flags.Sampler = None,
+    steps: flags.Steps = None,
+    eta: flags.Eta = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Root mean square error that a sample may have by estimate; 4e-3 by default.", rich_help_panel=METHOD
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Most rows of a sample in a round; no bound by default.", rich_help_panel=METHOD)
+    ] = None,
+    pilots: Annotated[
+        int, typer.Option(help="Runs of each method that is tried; 0 foresees all from what is known.", rich_help_panel=METHOD)
+    ] = 1,
+    batch: Annotated[int, typer.Option(help="Samples that are solved together, of a pixel model.", rich_help_panel=CHAIN)] = 1,
+    devices: Annotated[
+        int, typer.Option(help="Devices that share the rows of each round; several are simulated.", rich_help_panel=DEVICE)
+    ] = 1,
+    curve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS:SECONDS,...",
+            help="The latency curve of another device, such as 1:0.05,2:0.051,4:0.06; this machine's by default.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw seconds against windows, a PNG file.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the whole plan, a JSON file.", rich_help_panel=OUTPUT)
+    ] = None,
+    device: flags.Device = "auto",
+    dtype: flags.Dtype = DTYPES[0],
+    threads: flags.Threads = None,
+    max_rows: flags.MaxRows = None,
+    prompt: flags.Prompt = None,
+    negative_prompt: flags.NegativePrompt = None,
+    guidance: flags.Guidance = None,
+    size: flags.Size = None,
+    argument: flags.Argument = None,
+    trust_remote_code: flags.TrustRemoteCode = False,
+) -> None:
+    """Say what is fastest on this machine, and whether anything beats the sequential chain, before it is spent."""
+    request = Request(
+        model=model,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        grid=None,
+        form=None,
+        seeds="0",
+        noise=NOISES[0],
+        method="sequential",
+        method_option=[],
+        window=window,
+        tolerance=tolerance,
+        out=None,
+        compare=False,
+        trace=False,
+        overwrite=False,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_rows=max_rows,
+        timeout=None,
+        deadline=None,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        size=size,
+        argument=argument or [],
+        trust_remote_code=trust_remote_code,
+    )
+
+    from pathlib import Path
+
+    from paradiff.app.plan import plan as plan_it
+
+    plan_it(
+        request,
+        devices=devices,
+        curve=curve,
+        pilots=pilots,
+        batch=batch,
+        plot=None if plot is None else Path(plot),
+        json=None if json is None else Path(json),
+    )
+
+
+@app.command(cls=Command)
+def doctor(
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+) -> None:
+    """Say what this machine can do: devices, versions, bundled models, seconds of a call by its rows, and what is missing."""
+    from paradiff.app.doctor import doctor as examine
+
+    examine(device, threads)
 
 
 @app.command(cls=Command)

@@ -32,6 +32,7 @@ PRESETS: dict[str, str] = {
     "chords": "paradiff.methods.chords.method",
     "quasi_deer": "paradiff.methods.deer.method",
     "parataa": "paradiff.methods.parataa",
+    "auto": "paradiff.planning.auto",
 }
 """The methods of the command line, and the modules that hold their presets under the same name."""
 

@@ -42,6 +42,7 @@ from paradiff.pipelines.signature import plain_call
 from paradiff.pipelines.tensor.windowed import Windowed, first_line
 from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
 from paradiff.solver.agreement import described, versions, weights_of
+from paradiff.solver.protocol import Chooses
 from paradiff.solver.sharded import Sharded
 
 CALLERS_LINE = 4
@@ -239,13 +240,11 @@ class Call:
     def _new_solver(self, callback: Callback | None, observer: Watched | None, weights: Weights | None = None) -> LoopSolver:
         interrupt = Interrupt(self._pipeline, self._kind)
         settings = self._settings
+        method = settings.method
+        if settings.ranks is not None and isinstance(method, Chooses):
+            method = method.on_ranks()
         return LoopSolver(
-            settings.method,
-            dtype=settings.dtype,
-            callback=callback,
-            observer=observer,
-            interrupt=interrupt,
-            weights=weights,
+            method, dtype=settings.dtype, callback=callback, observer=observer, interrupt=interrupt, weights=weights
         )
 
     def _new_batching(self) -> Batching:

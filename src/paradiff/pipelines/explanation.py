@@ -107,10 +107,10 @@ def explain(
     run = Run(pipeline, Settings(method=method))  # refuses what is no pipeline
     scheduler = copy.deepcopy(pipeline.scheduler)
     refused, notes = [], []
-    steps = _default_steps(pipeline) if num_inference_steps is None else num_inference_steps
+    steps = default_steps(pipeline) if num_inference_steps is None else num_inference_steps
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps is {steps!r}; it must be a whole number of at least 1 step")
-    _set_timesteps(scheduler, steps, notes)
+    set_timesteps(scheduler, steps, notes)
     table = None
     try:
         table = probe(scheduler, scheduler.timesteps, step_options)
@@ -118,12 +118,12 @@ def explain(
         refused.append(str(unsupported))
     if table is not None and not table.exact_levels:
         notes.append(table.about_levels)
-    executor = _executor(run, type(pipeline), refused, notes)
+    executor = executor_of(run, type(pipeline), refused, notes)
     expected, rows = (None, []) if table is None else _tried(table, method)
     found: list[Timing] = []
     if expected is not None and table is not None and not refused:
         if call is not None:
-            found = _timed(pipeline, steps, call, executor, max(rows), notes)
+            found = timed(pipeline, steps, call, executor, max(rows), notes)
         if found:
             _does_it_pay(found, table, method, rows, notes)
         else:
@@ -143,14 +143,24 @@ def explain(
     )
 
 
-def _default_steps(pipeline: Any) -> int:
+def default_steps(pipeline: Any) -> int:
+    """The number of steps that a pipeline's call takes by itself.
+
+    Raises:
+        ValueError: If it has none.
+    """
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
     if parameter is None or not isinstance(parameter.default, int):
         raise ValueError(f"{type(pipeline).__name__} has no number of steps of its own; give num_inference_steps")
     return parameter.default
 
 
-def _set_timesteps(scheduler: Any, steps: int, notes: list[str]) -> None:
+def set_timesteps(scheduler: Any, steps: int, notes: list[str]) -> None:
+    """Gives a scheduler its times, as a pipeline's call does.
+
+    Raises:
+        ValueError: If it cannot make so many steps.
+    """
     options: dict[str, Any] = {}
     if getattr(scheduler.config, "use_dynamic_shifting", False):
         options["mu"] = UNIT_MU
@@ -164,7 +174,8 @@ def _set_timesteps(scheduler: Any, steps: int, notes: list[str]) -> None:
         ) from error
 
 
-def _executor(run: Run, kind: type, refused: list[str], notes: list[str]) -> str:
+def executor_of(run: Run, kind: type, refused: list[str], notes: list[str]) -> str:
+    """The executor that a pipeline's loop allows; why there is none is added to `refused`, what else is found to `notes`."""
     cached = run.cached()
     if cached:
         refused.append(f"{'; '.join(cached)}, which needs them in order; disable it")
@@ -203,7 +214,7 @@ def _tried(table: Table, method: Method) -> tuple[Solution, list[int]]:
     return drive(solve(table, Keyed((DIMENSION,), 0), method), outputs, check="off"), rows
 
 
-def _timed(pipeline: Any, steps: int, call: Mapping[str, Any], executor: str, widest: int, notes: list[str]) -> list[Timing]:
+def timed(pipeline: Any, steps: int, call: Mapping[str, Any], executor: str, widest: int, notes: list[str]) -> list[Timing]:
     """What the networks cost; nothing where the call cannot be run by the executor."""
     kind = type(pipeline)
     takes = "num_inference_steps" in inspect.signature(kind.__call__).parameters

@@ -6,6 +6,7 @@ from paradiff.planning import gaussian_law
 from paradiff.planning.comparison import Compared, Comparison, SampleCost
 from paradiff.planning.curves import curve_of
 from paradiff.planning.latency import LatencyCurve, measure_latency
+from paradiff.planning.plan import Plan
 from paradiff.planning.side_by_side import compare
 from paradiff.planning.theory import Theory
 
@@ -13,6 +14,7 @@ __all__ = [
     "Compared",
     "Comparison",
     "LatencyCurve",
+    "Plan",
     "SampleCost",
     "Theory",
     "compare",

@@ -53,9 +53,11 @@ def curve_of(
     return curve, [*notes, *keep(evaluator, noise, curve, folder=folder)]
 
 
-def stored_curve(evaluator: Evaluator, noise: Noise, *, folder: Path | None = None) -> tuple[LatencyCurve | None, list[str]]:
+def stored_curve(
+    evaluator: Evaluator, noise: Noise, *, folder: Path | None = None, key: str | None = None
+) -> tuple[LatencyCurve | None, list[str]]:
     """The stored curve of a model, without a call of it; None where there is none that holds here."""
-    store, key = Store("curve", folder), curve_key(evaluator, (noise.samples, *noise.shape))
+    store, key = Store("curve", folder), curve_key(evaluator, (noise.samples, *noise.shape), key)
     content, notice = store.read(key, machine_facts(evaluator.device))
     notes = [] if notice is None else [notice]
     if content is None:

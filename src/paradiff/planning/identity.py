@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,11 +22,15 @@ from paradiff.solver.protocol import Evaluate
 
 PLAIN = (bool, int, float, str)
 
+DERIVED = re.compile(r"(^|\.)_(?!orig_mod)")
+"""Names of tensors that an object keeps for itself: they may have been made since."""
+
 
 def model_facts(model: Any) -> list[Any]:
     """What tells a model from others without reading its weights: its class or code, its parameters' shapes and dtypes, and its
     config."""
-    shapes = sorted((name, [*tensor.shape], str(tensor.dtype)) for name, tensor in reach(model).items())
+    found = {name: tensor for name, tensor in reach(model).items() if not DERIVED.search(name)}
+    shapes = sorted((name, [*tensor.shape], str(tensor.dtype)) for name, tensor in found.items())
     config = getattr(model, "config", None)
     settings = sorted((str(k), str(v)) for k, v in config.items()) if isinstance(config, Mapping) else []
     return [_named(model), shapes, settings]
@@ -38,7 +44,9 @@ def _named(value: Any) -> Any:
         return [_named(value.__func__), _named(value.__self__)]
     if isinstance(value, FunctionType):
         code = value.__code__
-        cells = [_held(_content(cell)) for cell in value.__closure__ or ()]
+        written = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
+        cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+        cells = [_held(_content(cell)) for name, cell in cells if name not in written]  # a counter is no property
         return [value.__module__, value.__qualname__, hashlib.sha256(code.co_code).hexdigest()[:16], cells]
     kind = type(value)
     return [kind.__module__, kind.__qualname__]
@@ -57,14 +65,25 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def curve_key(evaluate: Evaluate, shape: Sequence[int]) -> str:
-    """The key of the latency curve of a model on states of a shape."""
+def evaluator_key(evaluate: Evaluate) -> str:
+    """The key of a model with its conditioning, dtype and kind of device."""
     if isinstance(evaluate, Evaluator):
         given = sorted((name, [*value.shape[1:]]) for name, value in evaluate.conditioning.items())
         model = [model_facts(evaluate.denoiser), given, sorted(evaluate.shared)]
     else:
         model = [model_facts(evaluate)]
-    return digest(model, [*shape], str(evaluate.dtype), evaluate.device.type)
+    return digest(model, str(evaluate.dtype), evaluate.device.type)
+
+
+def curve_key(evaluate: Evaluate, shape: Sequence[int], key: str | None = None) -> str:
+    """The key of the latency curve of a model on states of a shape.
+
+    Args:
+        evaluate: The model.
+        shape: Number of samples, and the shape of one.
+        key: The model's, where it was made before.
+    """
+    return digest(evaluator_key(evaluate) if key is None else key, [*shape])
 
 
 def table_key(table: Table) -> str:

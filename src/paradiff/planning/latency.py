@@ -196,6 +196,34 @@ def measure_latency(
     return LatencyCurve(points, spread, most, memory or None, failed)
 
 
+def quick_latency(evaluator: Evaluator, table: Table, noise: Noise, most: float, *, warm: Sequence[float] = ()) -> LatencyCurve:
+    """A curve of single calls, of 1, 2, 4, ... rows a sample, for no more than so many rows in all.
+
+    Args:
+        evaluator: The model.
+        table: Its times are those that the calls have.
+        noise: The states' shape and the number of samples.
+        most: Rows a sample that the calls may have together.
+        warm: Seconds of calls of one row a sample that were made before; without them, one is made and timed.
+    """
+    samples = noise.samples
+    start = torch.stack([noise.start(k) for k in range(samples)]).to(evaluator.device)
+    known = sorted(warm)
+    left = most if known else most - 2
+    points = {samples: known[len(known) // 2] if known else _timed(evaluator, _batch(table, start, samples), 0.0, calls=2)[0]}
+    failed, width, limit = None, 2, None
+    while width <= min(left, table.steps):
+        try:
+            times = _timed(evaluator, _batch(table, start, samples * width), 0.0, calls=1 + (3 * width <= left), cold=0)
+        except Exception as error:
+            failed, limit = f"{type(error).__name__}: {error}".splitlines()[0], max(points)
+            break
+        points[samples * width] = min(times)
+        left -= width * len(times)
+        width *= 2
+    return LatencyCurve(points, None, limit, None, failed)
+
+
 def _largest(evaluator: Evaluator, table: Table, start: Tensor, works: int, fails: int) -> int:
     """The largest number of rows that a model takes, between one that works and one that fails."""
     while fails - works > 1:
@@ -219,12 +247,12 @@ def _batch(table: Table, start: Tensor, count: int) -> Batch:
 
 
 @torch.inference_mode()
-def _timed(evaluator: Evaluator, batch: Batch, seconds: float, *, calls: int = 3) -> list[float]:
-    """The seconds of warm calls, two at least; of all but the first of `calls`."""
+def _timed(evaluator: Evaluator, batch: Batch, seconds: float, *, calls: int = 3, cold: int = 1) -> list[float]:
+    """The seconds of calls, `calls` at least, without the first ones that are cold."""
     found: list[float] = []
     begin = time.perf_counter()
     while len(found) < calls or (len(found) < REPEATS + 1 and time.perf_counter() - begin < seconds):
         since = time.perf_counter()
         evaluator.evaluate_again(batch).flatten()[-1:].tolist()
         found.append(time.perf_counter() - since)
-    return found[1:]
+    return found[cold:]

@@ -37,6 +37,7 @@ from paradiff.solver.judge import Judge
 from paradiff.solver.plain_loop import PlainOutputs, compare
 from paradiff.solver.protocol import (
     Batch,
+    Chooses,
     EditedOutputs,
     Evaluate,
     March,
@@ -302,6 +303,8 @@ def sample(
     if isinstance(evaluate, Evaluator):
         arguments = {"table": table, "noise": noise, "method": method, "start": start, "dtype of states": dtype}
         evaluate.begin(arguments, method.width(table) * noise.samples)
+    if isinstance(method, Chooses):
+        method = method.for_model(evaluate, table, noise)
     resolution = None if evaluate.dtype is None else torch.finfo(evaluate.dtype).eps
     rounds = solve(
         table, noise, method, start=start, device=evaluate.device, dtype=dtype, observer=observer, resolution=resolution

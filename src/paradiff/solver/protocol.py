@@ -267,6 +267,19 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class Chooses(Protocol):
+    """A method that chooses another one for a model."""
+
+    def for_model(self, evaluate: Evaluate, table: Table, noise: Noise) -> Method:
+        """The method for a model, a chain and so many samples of a shape."""
+        ...
+
+    def on_ranks(self) -> Method:
+        """The method for ranks, which have to choose alike."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Rows to be evaluated in one round. Batches are compared by identity.
