@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import Keyed, Schedule, Solution, Table, collocation, sample, sequential
+from paradiff import Keyed, Recorded, Schedule, Solution, Table, collocation, sample, sequential
 from paradiff.methods.collocation.conditions import unfit_levels
 from paradiff.methods.collocation.control import ORDER_ZERO
 from paradiff.methods.collocation.method import CollocationMethod
-from paradiff.models.exact import Empirical
+from paradiff.models.exact import Empirical, digits
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler, flow_euler, from_scheduler, heun
 from paradiff.solver import WindowRecord
 from paradiff.solver.solution import Status
@@ -136,6 +136,25 @@ def test_few_nodes_leave_no_sample_silently_on_the_wrong_point(steps: int, nodes
         assert found.status is Status.STOPPED
         for one, estimate in zip(found.sample, found.error_estimates, strict=True):
             assert estimate.estimated_error >= math.sqrt(2) * float(one.square().mean().sqrt()) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("case", ["two points", "digits"])
+def test_a_mesh_that_does_not_tell_the_side_of_a_decision_is_refined(case: str) -> None:
+    """The sample is on another side than the chain's own, and answers to no defect there; the states before it do."""
+    if case == "two points":
+        table, data, noise, method = ddim(LINEAR, 200), POINTS, Keyed((2,), 1000, 16), collocation(tolerance=1e-2)
+    else:
+        table, data, method = ddpm(LINEAR, 200), digits().data, collocation(window=16)
+        noise = Recorded((1, 8, 8), [torch.Generator().manual_seed(2027)])
+    network = Empirical(data).denoiser(table)
+    exact = sample(network, table, noise, sequential()).sample
+    control = method.control_on(table)
+    trusting = replace(method, control=replace(control, error=replace(control.error, decided_error=1e9)))
+    for tried, right in ((method, True), (trusting, False)):
+        found = sample(network, table, noise, tried)
+        errors = (found.sample - exact).flatten(1).square().mean(1).sqrt()
+        assert found.status is Status.CONVERGED
+        assert bool((errors < method.tolerance).all()) is right, errors
 
 
 def test_samples_of_few_numbers_are_allowed_more_chance() -> None:

@@ -60,6 +60,17 @@ def test_a_sample_whose_error_was_never_known_teaches_nothing() -> None:
     assert unknown.apply(error, 0.06, averaged=False, control=HIGHER_ORDER) == (error, 1.0)
 
 
+def test_a_state_that_is_off_in_the_midst_of_the_decision_counts_beside_the_sample() -> None:
+    """Its error exceeds the tolerance as the state's exceeds what it may be, and comes from the same groups."""
+    error = InterpolationError([1e-4, 2e-4], [(0, 1), (2, 3)], deciding=[0.6, 0.7])
+    assert error.decided
+    assert error.cautious(4e-3) is error
+    off = error.doubted(2.0)
+    assert not off.decided
+    assert off.cautious(4e-3).shares == pytest.approx([4e-3 * 1.2, 4e-3 * 1.4])
+    assert replace(off, shares=[1.0, 1.0]).cautious(4e-3).shares == [1.0, 1.0]
+
+
 def test_a_defect_beside_the_direction_that_grows_counts_as_its_neighbours_along_it() -> None:
     """All defects but every second one lie across the direction that grows, by chance."""
     system = CollocationSystem(Recurrence(ddpm(Schedule.linear(), 200), 0.25), list(range(0, 201, 10)), 0)

@@ -100,6 +100,23 @@ def test_a_change_reaches_the_sample_as_the_forcings_carry_it(causal: bool) -> N
 
 
 @pytest.mark.usefixtures("stretched")
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_change_reaches_the_states_as_the_forcings_carry_it(causal: bool) -> None:
+    influence, slope, dx = linear(3)
+    linearization = response(influence, slope, dx, causal=causal)
+    generator = torch.Generator().manual_seed(4)
+    defects, weights = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, SIZE), (NODES + 1, 2)))
+    wanted = torch.stack([followed(influence, slope, w[:, None] * d) for w, d in zip(weights.mT, defects, strict=True)], 1)
+    found = linearization.state_effects(defects[:, None], weights, torch.tensor([1, 3])).sqrt()
+    plain, wanted = weights[[1, 3]].abs() * defects.square().mean(1).sqrt(), wanted[[1, 3]].square().mean(2).sqrt()
+    # Pairs are damped by a hundredth.
+    assert ((found - wanted).abs() < 0.05 * (wanted - plain).abs() + 0.01 * wanted).all()
+    assert ((plain - wanted).abs() > 0.05 * wanted).all()
+    bare = response(influence, slope, dx[:, :0], causal=causal)
+    torch.testing.assert_close(bare.state_effects(defects[:, None], weights, torch.tensor([1, 3])).sqrt(), plain)
+
+
+@pytest.mark.usefixtures("stretched")
 def test_a_change_is_carried_in_its_neighbours_directions_at_its_own_size() -> None:
     influence, slope, dx = linear(4)
     changes = torch.randn(NODES, SIZE, generator=torch.Generator().manual_seed(8), dtype=torch.float64)

@@ -7,6 +7,12 @@ sample is the ratio of this to the effect of the same defects by the chain's lin
 so is the linearization at which the error was first estimated: later rounds move the states little, and their secant pairs
 show less of the amplification.
 
+A sample that ends on another side of a decision than the chain's own hides its error: once it is decided, nothing that happened
+before counts, and the linearized sample answers to early defects hardly at all. The states in the midst of the decision do. So
+the defects are propagated to some of them too, and where one is off by more than a small part of its noise level by estimate
+(`decided_error`), weighted by the decision d (chain/sensitivity.py), the estimate of the sample exceeds the tolerance as that
+state's exceeds this part, and the mesh is refined where that comes from.
+
 A refinement tests the estimate, since it moves the sample by about the estimated error. Where the sample moved more than
 predicted, with the amplification observed since taken into account, the next estimate is multiplied by the ratio, and the one
 after that by its root. Where it moved less, on a deterministic chain that amplifies early errors little, the next is relaxed.
@@ -16,11 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from paradiff.chain.data_scale import unusual
+from paradiff.chain.sensitivity import decision
 from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals, convergence_ratio, interpolation_defects
@@ -37,20 +45,38 @@ class InterpolationError:
             estimated.
         groups: The numbers of the intervals of each group.
         amplification: Largest amplification observed so far, 1 or more.
+        deciding: Error that each group contributes to the state that is farthest off in the midst of the decision, as a
+            multiple of what that state's may be; empty where it was not estimated.
     """
 
     shares: list[float]
     groups: list[tuple[int, ...]]
     amplification: float = 1.0
+    deciding: list[float] = field(default_factory=list)
 
     @property
     def total(self) -> float:
         """Root of the sum of the shares' squares."""
         return math.sqrt(sum(e * e for e in self.shares))
 
+    @property
+    def decided(self) -> bool:
+        """Whether the mesh tells which side of a decision the sample is on."""
+        return sum(e * e for e in self.deciding) <= 1
+
     def scaled(self, factor: float) -> InterpolationError:
         """All shares times a factor."""
         return replace(self, shares=[factor * e for e in self.shares])
+
+    def doubted(self, factor: float) -> InterpolationError:
+        """All states in the midst of the decision farther off by a factor."""
+        return replace(self, deciding=[factor * e for e in self.deciding])
+
+    def cautious(self, tolerance: float) -> InterpolationError:
+        """As it is where the sample is decided; otherwise above the tolerance, in proportion to the state that is not."""
+        if self.decided:
+            return self
+        return replace(self, shares=[max(e, tolerance * d) for e, d in zip(self.shares, self.deciding, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +139,9 @@ def interpolation_error(
         return InterpolationError([0.0], [(0,)], amplification)
     if probed is not None:
         doubled, defects = probed
-        found, total, linear = _read(propagation.effects(defects, move(doubled.effect), neighbours))
+        influence = move(doubled.effect)
+        found, early = propagation.effects(defects, influence, neighbours), _deciding(propagation, defects, influence, control)
+        (found, total, linear), early = _read(found, early)
         amplification = max(amplification, _amplification(total, linear))
         # What grows is a single number, and so are all defects of small samples: a small value is chance more often.
         tail = 1 + control.error.tail_safety * (1 - amplification**-control.error.tail_exponent)
@@ -121,31 +149,59 @@ def interpolation_error(
         chance = 1 + control.error.chance_safety * few
         factors = safety * tail * chance / control.defect.halving_ratio * doubled.sensitivity
         groups: list[tuple[int, ...]] = [(n, n + 1) for n in doubled.first]
-        return InterpolationError((factors * found.sqrt()).tolist(), groups, amplification)
+        early = [e / control.defect.halving_ratio for e in early]
+        return InterpolationError((factors * found.sqrt()).tolist(), groups, amplification, early)
     omitted, weights = interpolation_defects(system)
     if not omitted:
         return InterpolationError([math.inf], [tuple(range(len(system.intervals)))], amplification)
-    defects = weighted(move(weights), forcings)
-    numbers = [propagation.effects(defects, propagation.influence[:, uploaded(omitted, forcings.device)], neighbours)]
+    defects, influence = weighted(move(weights), forcings), propagation.influence[:, uploaded(omitted, forcings.device)]
+    numbers = [propagation.effects(defects, influence, neighbours), _deciding(propagation, defects, influence, control)]
     more, weights = interpolation_defects(system, 4)
     if more:
         at = uploaded(more, forcings.device)
         numbers.append(propagation.effects(weighted(move(weights), forcings), propagation.influence[:, at]))
     host = torch.cat(numbers).cpu()  # the estimate's one wait for the device
-    found, total, linear = _read(host[: len(numbers[0])])
+    count = len(numbers[0])
+    (found, total, linear), early = _read(host[:count], host[count : count + len(numbers[1])])
     amplification, fourth = max(amplification, _amplification(total, linear)), None
     if more:
-        _, coarser, linear = _read(host[len(numbers[0]) :])
+        coarser, linear = host[-2:].tolist()
         amplification, fourth = max(amplification, _amplification(coarser, linear)), math.sqrt(coarser)
     ratio = convergence_ratio(math.sqrt(total), fourth, control.defect)
     shares = [safety / ratio * math.sqrt(e) for e in found.tolist()]
-    return InterpolationError(shares, [(n - 1, n) for n in omitted], amplification)
+    return InterpolationError(shares, [(n - 1, n) for n in omitted], amplification, [e / ratio for e in early])
 
 
-def _read(numbers: Tensor) -> tuple[Tensor, float, float]:
-    """What `Propagation.effects` returned, on the host: `[J]` effects, their sum, and that of the linear part."""
-    host = numbers.cpu()
-    return host[:-2], float(host[-2]), float(host[-1])
+def _deciding(propagation: Propagation, defects: Tensor, influence: Tensor, control: CollocationControl) -> Tensor:
+    """`[K J]` mean square changes of K states by J defects, in units of what each may be off while the sample decides; empty
+    where no state lies in the midst of the decision.
+
+    Args:
+        propagation: How defects reach the states.
+        defects: `[J, b, d]`.
+        influence: `[M+1, J]` their weights in the states.
+        control: The tuned numbers.
+    """
+    system, most = propagation.system, control.error.checkpoints
+    size = math.log(unusual(system.recurrence.variance))
+    weight = decision(system.recurrence.log_snr[system.nodes] + size)
+    amid = (weight >= control.error.least_decision).nonzero()[:, 0]
+    if not len(amid):
+        return defects.new_zeros(0)
+    chosen = amid[torch.linspace(0, len(amid) - 1, min(most, len(amid))).round().long()]
+    few = min(1.0, math.sqrt(defects.shape[2] / control.error.many_numbers))  # of few numbers each has to be farther off
+    unit = few * weight[chosen] / (system.recurrence.table.sigma[system.nodes[chosen]] * control.error.decided_error)
+    found = propagation.now.state_effects(defects, influence, uploaded(chosen.tolist(), influence.device))
+    return (found * unit.square().to(found.dtype).to(found.device, non_blocking=True)[:, None]).flatten()
+
+
+def _read(numbers: Tensor, deciding: Tensor) -> tuple[tuple[Tensor, float, float], list[float]]:
+    """What `Propagation.effects` and `_deciding` returned, on the host: `[J]` effects, their sum, and that of the linear part;
+    and `[J]` root mean square changes of the state that is farthest off."""
+    host, early = (torch.cat([numbers, deciding]).cpu()).split([len(numbers), len(deciding)])
+    states = early.view(-1, len(numbers) - 2)
+    worst = states[int(states.sum(1).argmax())].sqrt().tolist() if len(states) else []
+    return (host[:-2], float(host[-2]), float(host[-1])), worst
 
 
 def _amplification(total: float, linear: float) -> float:

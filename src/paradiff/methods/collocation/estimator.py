@@ -31,6 +31,7 @@ class Estimator:
         self.interpolation_error = math.inf
         self.amplification = 1.0
         self._calibration = Calibration()
+        self._undecided = False  # whether a mesh did not tell which side of a decision the sample is on
         self._first: Linearization | None = None  # when the first estimate was accepted
 
     @property
@@ -50,6 +51,7 @@ class Estimator:
         forcings: Tensor,
         probed: tuple[DoubledIntervals, Tensor] | None,
         moved: float,
+        tolerance: float,
     ) -> tuple[InterpolationError, float]:
         """The calibrated estimate, and its calibration factor; the amplification that it shows is kept. Waits for the device.
 
@@ -59,6 +61,7 @@ class Estimator:
             forcings: `[M, b, d]`.
             probed: Order 0: the doubled intervals and their defects (`Probes.defects`).
             moved: Root mean square distance of the sample from `sample`; 0 where that is None.
+            tolerance: Root mean square error that the sample may have.
         """
         control = self._setup.control
         propagation = Propagation(system=at.system, influence=at.influence, now=linearization, first=self._first)
@@ -66,7 +69,12 @@ class Estimator:
             propagation, forcings, probed, amplification=self.amplification, control=control, move=self._setup.move
         )
         self.amplification = error.amplification
-        return self._calibration.apply(error, moved, averaged=at.system.averaged, control=control)
+        if self._undecided:
+            error = error.doubted(control.error.decided_again)
+        if not error.decided:
+            self._undecided, self.amplification = True, max(self.amplification, control.unseen_amplification)
+        error, factor = self._calibration.apply(error, moved, averaged=at.system.averaged, control=control)
+        return error.cautious(tolerance), factor
 
     def accept(
         self,

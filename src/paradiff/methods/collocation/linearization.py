@@ -184,6 +184,27 @@ class Linearization:
             sums += effect.square().sum(2)
         return (sums / size).amax(0).view(len(steps), count).mean(0)
 
+    def state_effects(self, defects: Tensor, influence: Tensor, at: Tensor) -> Tensor:
+        """`[K, J]` mean square changes of the states of K nodes by each of J changes of forcings.
+
+        Args:
+            defects: `[J, b, d]` the changes.
+            influence: `[M+1, J]` weights of each in the states and, last, in the sample, before other forcings follow.
+            at: `[K]` the numbers of the nodes.
+        """
+        count, _, size = defects.shape
+        own = influence[at][:, None]  # [K, 1, J]
+        squares = own.square() * torch.linalg.vector_norm(defects, dim=2).square().mT  # [K, b, J]
+        if self._pairs is not None:
+            moved = ((part, defects[:, :, part].permute(1, 2, 0)) for part in self._parts(defects, count))
+            found = [(self._x(p) @ d, (u := self._u(p)) @ d, u @ u.mT) for p, d in moved]
+            onto, cross, gram = (total(terms) for terms in zip(*found, strict=True))
+            onto.unflatten(1, (self._count, self._slots)).mul_(influence[: self._count, None])
+            reached = self._influence[at, : self._count].repeat_interleave(self._slots, 1)
+            follow = self._solve(onto) * reached[:, None, :, None]  # [K, b, n k, J]
+            squares = squares + (follow * (gram @ follow + 2 * own[:, :, None] * cross)).sum(2)
+        return (squares.clamp(min=0) / size).amax(1)
+
     def _onto_own(self, moves: Moves) -> Tensor:
         """`[b, n k, 1]` products of the pairs with the change of their own node."""
         shape = -1, self._count, self._slots

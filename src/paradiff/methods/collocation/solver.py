@@ -344,7 +344,12 @@ class CollocationSolver:
         if not progress.converged and not early:
             return decide(progress, None, self.system.points, self.setup.mesh, self._bounds)
         error, factor = self.estimator.estimate(
-            self._at, self._linearization, self._nodes.forcings, self._probes.defects(), moved
+            self._at,
+            self._linearization,
+            self._nodes.forcings,
+            self._probes.defects(),
+            moved,
+            self._bounds.tolerance,
         )
         decision = decide(progress, error, self.system.points, self.setup.mesh, self._bounds)
         if not isinstance(decision, Sweep | GiveUp):
