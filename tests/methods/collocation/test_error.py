@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paradiff import Schedule
+from paradiff import Keyed, Schedule, collocation, sample
 from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO
 from paradiff.methods.collocation.defect import DoubledIntervals
-from paradiff.methods.collocation.error import Calibration, InterpolationError, Propagation, interpolation_error
+from paradiff.methods.collocation.error import Calibration, InterpolationError, Propagation, interpolation_error, told
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.linearization import Linearization
 from paradiff.methods.collocation.pairs import PairStore
 from paradiff.methods.collocation.system import CollocationSystem
+from paradiff.models.exact import Empirical
 from paradiff.samplers import ddpm
 
 
@@ -69,6 +70,20 @@ def test_a_state_that_is_off_in_the_midst_of_the_decision_counts_beside_the_samp
     assert not off.decided
     assert off.cautious(4e-3).shares == pytest.approx([4e-3 * 1.2, 4e-3 * 1.4])
     assert replace(off, shares=[1.0, 1.0]).cautious(4e-3).shares == [1.0, 1.0]
+
+
+def test_an_estimate_is_told_larger_up_to_the_tolerance() -> None:
+    for total, expected in ((2e-3, 2.6e-3), (3.5e-3, 4e-3), (4e-3, 4e-3), (1.0, 1.0), (0.0, 0.0), (math.inf, math.inf)):
+        assert told(total, 4e-3, 1.3) * total == pytest.approx(expected)
+    table, noise = ddpm(Schedule.linear(), 200), Keyed((2,), 0, 4)
+    network = Empirical(torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=torch.float64)).denoiser(table)
+    plain = replace(ORDER_ZERO, error=replace(ORDER_ZERO.error, told=1.0))
+    usual, bare = (sample(network, table, noise, collocation(control=c)).error_estimates for c in (ORDER_ZERO, plain))
+    for one, other in zip(usual, bare, strict=True):
+        factor = told(other.estimated_error, 4e-3, 1.3)
+        assert (one.estimated_error, one.interpolation_error, one.iteration_error) == pytest.approx(
+            (factor * other.estimated_error, factor * other.interpolation_error, factor * other.iteration_error)
+        )
 
 
 def test_a_defect_beside_the_direction_that_grows_counts_as_its_neighbours_along_it() -> None:

@@ -186,6 +186,8 @@ class ErrorControl:
             predicted lowers the next estimate. Raising it trusts more samples' moves. Not scanned on its own.
         least_relaxation: Factor, up to 1, below which no estimate is lowered so. Raising it trusts small moves less. Not
             scanned on its own.
+        told: Factor, 1 or more, by which an estimate below the tolerance is told larger, up to the tolerance (error.py).
+            Raising it tells more caution and changes no sample. Not scanned on its own.
         decided_error: Largest estimated error of a state while the sample decides what it becomes, positive, root mean square
             in units of the node's noise level divided by the decision (error.py); above, the mesh is refined. For samples of n
             numbers, fewer than `many_numbers`, it is larger by (`many_numbers` / n)^1/2. Digits as point masses, DDPM: 3 of 80
@@ -205,6 +207,7 @@ class ErrorControl:
     many_numbers: int = 64
     benign_amplification: float = 1.5
     least_relaxation: float = 0.4
+    told: float = 1.3
     decided_error: float = 0.01
     decided_again: float = 3.0
     least_decision: float = 0.2
@@ -217,6 +220,7 @@ class ErrorControl:
         require_whole("many_numbers", self.many_numbers, 1)
         for name in ("tail_exponent", "decided_error"):
             require_real(name, getattr(self, name), positive=True)
+        require_between("told", self.told, 1, math.inf)
         require_between("decided_again", self.decided_again, 1, math.inf)
         require_between("least_decision", self.least_decision, 0, 1)
         require_whole("checkpoints", self.checkpoints, 1)

@@ -13,6 +13,9 @@ the defects are propagated to some of them too, and where one is off by more tha
 (`decided_error`), weighted by the decision d (chain/sensitivity.py), the estimate of the sample exceeds the tolerance as that
 state's exceeds this part, and the mesh is refined where that comes from.
 
+What decides whether a mesh suffices is near the errors' size. What is told of a sample is to be exceeded rarely, so that it is
+larger, by a factor (`told`), up to the tolerance that the sample was found to keep to.
+
 A refinement tests the estimate, since it moves the sample by about the estimated error. Where the sample moved more than
 predicted, with the amplification observed since taken into account, the next estimate is multiplied by the ratio, and the one
 after that by its root. Where it moved less, on a deterministic chain that amplifies early errors little, the next is relaxed.
@@ -77,6 +80,11 @@ class InterpolationError:
         if self.decided:
             return self
         return replace(self, shares=[max(e, tolerance * d) for e, d in zip(self.shares, self.deciding, strict=True)])
+
+
+def told(total: float, tolerance: float, most: float) -> float:
+    """The factor, at most `most`, by which an estimate is told larger than it decided; it lifts none above the tolerance."""
+    return min(most, max(tolerance / total, 1.0)) if 0 < total < math.inf else 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

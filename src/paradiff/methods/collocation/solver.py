@@ -31,6 +31,7 @@ from torch import Tensor
 from paradiff.chain.data_scale import held_to, unusual
 from paradiff.chain.noise import Noise
 from paradiff.chain.step import uploaded
+from paradiff.methods.collocation.error import told
 from paradiff.methods.collocation.estimator import Estimator
 from paradiff.methods.collocation.evaluations import Evaluations
 from paradiff.methods.collocation.handover import Handover
@@ -171,7 +172,8 @@ class CollocationSolver:
             return self._handover.error_estimate
         interpolation_error = self.estimator.interpolation_error
         total = math.hypot(interpolation_error, self.iteration_error)
-        return ErrorEstimate(self.residual, total, self.rounds, self.evaluations, interpolation_error)
+        factor = told(total, self._bounds.tolerance, self.control.error.told)
+        return ErrorEstimate(self.residual, factor * total, self.rounds, self.evaluations, factor * interpolation_error)
 
     def ask(self) -> Query:
         """The rows wanted now."""
