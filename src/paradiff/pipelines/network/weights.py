@@ -84,6 +84,9 @@ class Weights:
         self._parts: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self._weights: list[Weight] = []
         self._seen: set[int] = set()
+        self._marked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []  # what `mark` saw
+        self._states: list[tuple[int, int]] = []
+        self._values: list[Tensor] = []
         for name, network in networks.items():
             modules = [] if is_absent(network) else list(network.named_modules())
             if not any(hasattr(module, moving) for _, module in modules for moving in MOVING):
