@@ -115,3 +115,36 @@ def test_a_pipelines_call_goes_on_in_smaller_calls(executor: Any) -> None:
                 parallel()
     at = 0
     assert parallel().max_rows is None
+
+
+@pytest.mark.parametrize(("executor", "copies"), [("vector", 1), ("lanes", 2.5)])
+def test_the_conditioning_of_guidance_is_copied_once_for_each_state(executor: Any, copies: float) -> None:
+    """Its two rows cannot be shown to all states as a view. No round has a second copy, and none is left after the call. In
+    lanes the call of each state holds what the plain one does besides: both rows, and the negative one by itself."""
+    pipe = CASES["sd"].make().to("pseudo")
+    own, tokens = pipe.unet.forward, 2**15
+    embeds = torch.randn(1, tokens, pipe.unet.config.cross_attention_dim, device="pseudo")
+    size = 2 * embeds.numel() * embeds.element_size()  # of the two rows
+
+    def forward(sample: Tensor, t: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        return own(sample, t, encoder_hidden_states=encoder_hidden_states[:, :4], **kwargs)
+
+    pipe.unet.forward = forward
+    peaks: dict[int, int] = {}
+    for window in (2, 4, 8):
+        torch.pseudo.reset_peak_memory_stats()
+        before = torch.pseudo.memory_allocated()
+        with paradiff.parallelize(pipe, paradiff.parasolver(window, tolerance=0.0), executor=executor, check="off") as run:
+            pipe(
+                prompt_embeds=embeds,
+                negative_prompt_embeds=embeds,
+                num_inference_steps=10,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            )
+        assert run.report.executor == executor
+        assert run.report.rounds > 4
+        peaks[window] = torch.pseudo.max_memory_allocated() - before
+        assert torch.pseudo.memory_allocated() - before < size / 4
+    for one, two in ((2, 4), (4, 8)):
+        assert peaks[two] - peaks[one] < (copies + 0.1) * (two - one) * size

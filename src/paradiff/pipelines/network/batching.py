@@ -284,10 +284,12 @@ class Batching:
         known = seen is not None and seen[0]() is leaf and seen[1] == leaf._version
         if known and seen is not None and seen[2] == key and seen[3] is not None and seen[3]._version == 0:
             return seen[3]
-        result = repeat()
         kept = self._kept
         reference = weakref.ref(leaf, lambda _: kept.pop(name, None)) if not known or seen is None else seen[0]
-        kept[name] = (reference, leaf._version, key, result if known else None)
+        seen = kept[name] = reference, leaf._version, key, None  # so that an earlier result is gone before the next is made
+        result = repeat()
+        if known:
+            kept[name] = reference, leaf._version, key, result
         return result
 
 
