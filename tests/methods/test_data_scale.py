@@ -9,17 +9,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from problems import window_of
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Table, collocation, parasolver, quasi_newton, sample, sequential, srds
 from paradiff.chain.data_scale import LARGE, SHARE, held_to, seen, unusual
 from paradiff.chain.sensitivity import sensitivity
 from paradiff.methods import PararealMethod
+from paradiff.methods.collocation.control import DefectControl
+from paradiff.methods.collocation.defect import DoubledIntervals
+from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.system import CollocationSystem
 from paradiff.methods.parareal.setup import PararealSetup
+from paradiff.methods.parareal.solver import PararealSolver
 from paradiff.methods.parareal.stopping import BlockRun
+from paradiff.methods.window.budget import ErrorBudget
+from paradiff.methods.window.control import WindowControl
 from paradiff.models.exact import Mixture
 from paradiff.samplers import ddim, ddpm
-from paradiff.solver.protocol import Method
+from paradiff.solver.protocol import Method, Round
 from paradiff.solver.solution import Status
 
 LINEAR = Schedule.linear()
@@ -99,6 +107,68 @@ def test_srds_holds_small_data_to_a_share_of_their_size(method: PararealMethod) 
     for size, held in ((1.0, True), (2.0**-14, False)):  # data of root mean square 1 and 2^-7
         assert rule.passes(last, size) is held
         assert rule.converged([last], size) is held
+
+
+def test_srds_sees_small_data_in_its_coarse_sample() -> None:
+    """The first value of the last edge, long before the sample is found, says how large the data are."""
+    sizes: list[float] = []
+
+    def watch(round: Round) -> None:
+        sizes.extend(s._size for s in round.solvers if isinstance(s, PararealSolver) and not s.done)
+
+    found = sample(clusters(1e-2).denoiser(TABLE), TABLE, Keyed((16,), 0), srds(20), dtype=torch.float64, observer=watch)
+    assert sizes[0] == 1
+    assert sizes[-1] < 1 / 64
+    assert found.estimated_error <= held_to(4e-3, sizes[-1])
+
+
+def test_srds_estimates_by_the_size_of_the_sample_that_it_found() -> None:
+    solvers: list[PararealSolver] = []
+
+    def watch(round: Round) -> None:
+        solvers[:] = [s for s in round.solvers if isinstance(s, PararealSolver)]
+
+    method = srds(20, iterations=2)
+    sample(network(1.0), ddpm(LINEAR, 200), Keyed((16,), 0), method, dtype=torch.float64, observer=watch)
+    (solver,) = solvers
+    own = solver.error_estimate.estimated_error
+    solver._counted, solver._final_square = False, 1e4
+    assert solver.error_estimate.estimated_error > 2 * own
+    solver._final_square = 1.0
+    assert solver.error_estimate.estimated_error > 2 * own  # counted once
+
+
+def test_a_window_takes_the_data_for_what_two_sweeps_in_turn_show() -> None:
+    solver = window_of(TABLE, parasolver())
+    solver._furthest = TABLE.steps
+    sizes = []
+    for square in (1e4, 1.0, 1e4, 1e3, 1.0, 1.0, 1e-4, 1e4, 1e-4, 1e-4):
+        solver._see(square)
+        sizes.append(solver._size)
+    assert sizes == [1, 1, 1, 2.0**10, 1, 1, 1, 1, 1, 2.0**-13]
+
+
+def test_a_budget_is_counted_for_the_samples_own_size_and_never_falls_by_it() -> None:
+    budget = ErrorBudget([1.0] * 4, [1.0] * 5, WindowControl())
+    budget.observe(0, [2.0, 2.0, 2.0])
+    budget.accept(2)
+    used = budget.used
+    assert used > 0
+    budget.recount([0.5] * 5)
+    assert budget.used == used
+    budget.recount([8.0] * 5)
+    assert budget.used == pytest.approx(8 * used)
+
+
+def test_defects_of_small_data_count_as_those_of_data_that_decide_later() -> None:
+    def counted(variance: float) -> Tensor:
+        system = CollocationSystem(Recurrence(TABLE, variance), list(range(0, 201, 10)), 0)
+        return DoubledIntervals(system, DefectControl()).sensitivity
+
+    usual, small, large = counted(0.25), counted(2.0**-10), counted(2.0**6)
+    assert torch.equal(usual, large)  # no estimate falls for large data
+    assert (small > usual).all()
+    assert (small / usual).amax() > 1.2
 
 
 def test_small_data_are_left_to_the_window_method_and_the_message_says_so() -> None:
