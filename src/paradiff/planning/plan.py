@@ -132,6 +132,11 @@ class Plan:
         if found is None:
             return "sequential alternative: a solver of high order with fewer steps; none was measured on chains like this one"
         steps = f"{found.fewest}" if found.fewest == found.most else f"{found.fewest} to {found.most}"
+        if found.most > 0.9 * self.steps:
+            return (
+                f"sequential alternative: none that is surely shorter: on the library's models {found.solver} takes {steps} "
+                f"steps to be as near to the exact solution as {self.steps} of these"
+            )
         gain = self.steps / found.most
         return (
             f"sequential alternative: {found.solver} of {steps} steps is as near to the exact solution on the library's "
