@@ -62,6 +62,15 @@ BEYOND = 4
 SHORTEST = 12
 """Steps of a chain that is walked without a question where no curve is known: what is beside its steps would cost more."""
 
+MANY = 8
+"""Most samples whose windows are watched; of more, the solvers' own time beside a walked step would be felt."""
+
+FEW_FOR_MANY = 1.25
+"""The least predicted gain for more samples, whose window is not watched."""
+
+ENOUGH = 3
+"""Traces of a choice after which no further run leaves its own."""
+
 SHARE = 0.04
 """Share of the plain chain's rows that measuring may cost."""
 
@@ -207,6 +216,8 @@ class AutoMethod(Face):
         plain = next(one for one in found if one.sequential)
         rough = curve.spread is None
         margin = MARGIN | ({"library": ROUGH} if rough else {})
+        if samples > MANY:
+            margin = {source: max(least, FEW_FOR_MANY) for source, least in margin.items()}
         if rough:
             widest = BEYOND * max(curve.points) / samples
             found = [one for one in found if one.sequential or one.cost.rows / one.cost.rounds / samples <= widest]
@@ -215,7 +226,7 @@ class AutoMethod(Face):
             gain = plain.seconds / best.seconds
             if gain >= margin[best.cost.source] and best.slowest <= plain.seconds:
                 why = f"{best.label}, {gain:.1f} times faster than the plain chain by {best.cost.about()}"
-                return self._watched(best, found, curve, samples), why
+                return best.method if samples > MANY else self._watched(best, found, curve, samples), why
         if not others:
             return sequential(), NOTHING
         gain = plain.seconds / others[0].seconds
@@ -328,8 +339,8 @@ class AutoRun:
             estimates = [solver.error_estimate for solver in self._solvers]
             rounds, rows = max(e.rounds for e in estimates), sum(e.evaluations for e in estimates)
         beside = max(seconds - curve.within(rows / rounds) * rounds, 0.0)
-        if isinstance(self._method, AdaptiveMethod):
-            return  # its rounds had several widths
+        if isinstance(self._method, AdaptiveMethod) or len(known.traces.of(repr(self._method), samples)) >= ENOUGH:
+            return  # rounds of several widths are no trace of one window
         known.traces.add({repr(self._method): [Trace(((rows / rounds, rounds),), samples, beside)]})
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from paradiff.errors import require_between, require_whole
+from paradiff.errors import require_between, require_real, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class PaceControl:
         tried: Rounds of a window before it is judged, at least 2: the first still has the width before.
         again: Further rounds of a window that looks too slow, as far as the allowance lasts: one round may be slow by chance.
         allowance: Share of the plain chain's seconds that may be lost, 0 to 1.
+        slack: Rounds of one node that a window whose seconds are known may lose beside: single rounds take longer by chance,
+            and in some of them rows are evaluated again to check the model.
         worth: Share of the plain chain's seconds that the rest has to fall below for a wider window to be tried, 0 to 1.
     """
 
@@ -37,6 +39,7 @@ class PaceControl:
     tried: int = 2
     again: int = 2
     allowance: float = 0.03
+    slack: float = 4.0
     worth: float = 0.9
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class PaceControl:
         require_whole("the pace's further rounds", self.again, 0)
         require_between("the pace's allowance", self.allowance, 0, 1)
         require_between("the pace's worth", self.worth, 0, 1)
+        require_real("the pace's slack", self.slack)
 
 
 class Pace:
@@ -92,7 +96,8 @@ class Pace:
     def round(self, seconds: float, final: float) -> int:
         """Takes a round's seconds and the nodes that are final after it, in the mean of all samples; the width of the next."""
         self._rounds += 1
-        self._spent += seconds
+        first = self._seconds is not None and self._rounds <= self._control.tried  # in these the model is checked
+        self._spent += min(seconds, self.known(self.width)) if first else seconds
         self._final = final
         if self._rounds > 1:  # the first of a width may set things up, and still has the width before
             self.seen.setdefault(self.width, []).append(seconds)
@@ -150,7 +155,8 @@ class Pace:
         return self._spent - (self._final - self._first) * self._one()
 
     def _allowed(self) -> float:
-        return self._control.allowance * self._steps * self._one()
+        slack = 0.0 if self._seconds is None else self._control.slack
+        return (self._control.allowance * self._steps + slack) * self._one()
 
     def _wider(self) -> int | None:
         """The next wider window that is worth a try and fits into the allowance."""
