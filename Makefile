@@ -35,10 +35,10 @@ help:
 demo: .venv/.demo
 	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.014 --seeds 0-15 \
 		--compare --trace --overwrite --out demo/sixteen
-	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.014 --seeds 0 \
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method auto --seeds 0 \
 		--compare --trace --overwrite --out demo/one
-	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 500 --method collocation \
-		--window 4 --seeds 0 --compare --trace --overwrite --out demo/text
+	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 500 --method auto \
+		--seeds 0 --compare --trace --overwrite --out demo/text
 	@echo "Look at demo/sixteen/samples.png, demo/one/trace.png and demo/text/samples.png"
 
 lint: .venv/.ready
@@ -64,7 +64,7 @@ test-oldest: .venv-oldest/.ready
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
 		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain pipelines same_image scheduler_proxy windowed))
 
-BENCHES := audit cluster conditioning conditions corrector front memory pipelines polylog published ranks rounds shapes shift small_windows sparse srds tolerance
+BENCHES := audit cluster conditioning conditions corrector front memory pipelines plan polylog published ranks rounds shapes shift small_windows sparse srds tolerance
 bench: .venv/.ready
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
 

@@ -200,6 +200,7 @@ def test_a_pipelines_call_follows_its_clock(tiny: Path) -> None:
     found = run(**call, generator=torch.Generator().manual_seed(0)).images
     assert abs(found - plain).max() < 0.05
     assert run.report.method == "auto"
+    assert "; chosen: " in run.report.message
 
 
 def test_the_command_line_takes_it(cli: Cli, tmp_path: Path) -> None:

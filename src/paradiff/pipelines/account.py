@@ -8,6 +8,7 @@ import time
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.report import Report
+from paradiff.solver.protocol import Chooses
 from paradiff.solver.solution import Status
 
 NOTHING_GAINED = (
@@ -49,6 +50,8 @@ class Account:
         if solver.raised_tolerance is not None:
             notes = [*notes, f"the tolerance was raised to {solver.raised_tolerance:g}, which the networks' dtype resolves"]
         status, message = solution.status, solution.message
+        if isinstance(solver.method, Chooses):
+            message = f"{message}; chosen: {solver.method.reason(solver.table)}"
         if solver.ended < solver.table.steps:
             status, message = Status.STOPPED, Status.STOPPED.message(f"the call was interrupted after step {solver.ended}")
         parts, unit = solver.fitted.progress(solver.table)

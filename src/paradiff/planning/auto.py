@@ -186,6 +186,10 @@ class AutoMethod(Face):
             keep(evaluate, noise, curve)
         return dataclasses.replace(self, known=Known(evaluate, curve, traces_of(evaluate, table, noise.shape, key=key)))
 
+    def reason(self, table: Table) -> str:
+        """What is chosen for a chain, and why."""
+        return self.pick(table)[1]
+
     def on_ranks(self) -> AutoMethod:
         """The same without a clock, so that all ranks choose alike."""
         return dataclasses.replace(self, clocked=False)
@@ -241,7 +245,9 @@ class AutoMethod(Face):
         plain = next(one for one in found if one.sequential)
         sure = [one for one in found if not one.sequential and plain.seconds / one.slowest >= SURE]
         if sure:
-            best = min(sure, key=lambda one: one.cost.rows * one.cost.rounds)  # between calls in proportion and flat ones
+            best = min(
+                sure, key=lambda one: one.cost.rounds ** (1 / 3) * one.cost.rows ** (2 / 3)
+            )  # calls that grow as W^(2/3)
             share = best.cost.rows / samples / table.steps
             return best.method, f"{best.label}, which evaluates about {share:.0%} as many states as the chain has steps"
         if self.known is not None or not self.clocked:

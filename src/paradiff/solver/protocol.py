@@ -275,6 +275,10 @@ class Chooses(Protocol):
         """The method for a model, a chain and so many samples of a shape."""
         ...
 
+    def reason(self, table: Table) -> str:
+        """What is chosen for a chain, and why."""
+        ...
+
     def on_ranks(self) -> Method:
         """The method for ranks, which have to choose alike."""
         ...
