@@ -26,6 +26,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -215,16 +216,17 @@ def carried(slope: Tensor, edges: list[int]) -> Tensor:
 
 
 def inverse(slope: Tensor) -> Tensor:
-    """(I - G)^-1 of a window, `[W, W]`, lower triangular with unit diagonal.
+    """(I - G)^-1 of a window, `[.., W, W]`, lower triangular with unit diagonal.
 
     Args:
-        slope: `[W, P]` rows of the window's nodes. Changes before the window are zero.
+        slope: `[.., W, P]` rows of the window's nodes. Changes before the window are zero.
     """
-    width, band = slope.shape
-    system = torch.eye(width, dtype=torch.float64)
+    *several, width, band = slope.shape
+    system = torch.eye(width, dtype=torch.float64).repeat(*several, 1, 1)
     for j in range(min(band, width - 1)):
-        system.diagonal(-1 - j).sub_(slope[1 + j :, j])
-    return torch.linalg.solve_triangular(system, torch.eye(width, dtype=torch.float64), upper=False, unitriangular=True)
+        system.diagonal(-1 - j, -2, -1).sub_(slope[..., 1 + j :, j])
+    one = torch.eye(width, dtype=torch.float64).expand_as(system)
+    return torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)
 
 
 class Inverses:
@@ -241,29 +243,37 @@ class Inverses:
 
     def __init__(self, slope: Tensor, move: Callable[[Tensor], Tensor], length: int) -> None:
         self._slope, self._move, self._length = slope, move, min(max(length, 16), 96)  # the rest is dearer than to make anew
-        self._made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, lo: int, hi: int) -> Tensor:
         """`[W, W]` in float64 on the CPU, for the rows lo ... hi - 1 of the slope."""
-        return self._part(lo, hi, 0)
+        return inverse(self._slope[lo:hi]) if hi - lo > self._length else self._part(self._all, lo, hi)
 
     def moved(self, lo: int, hi: int) -> Tensor:
         """`[W, W]` on the device."""
-        return self._part(lo, hi, 1)
+        return self._move(self(lo, hi)) if hi - lo > self._length else self._part(self._all_moved, lo, hi)
 
     def strict(self, lo: int, hi: int) -> Tensor:
         """`[W, W]` on the device, without its diagonal of ones."""
-        return self._part(lo, hi, 2)
+        return self._move(self(lo, hi).tril(-1)) if hi - lo > self._length else self._part(self._all_strict, lo, hi)
 
-    def _part(self, lo: int, hi: int, kind: int) -> Tensor:
-        if hi - lo > self._length:
-            return self._of(lo, hi)[kind]
-        first = lo // self._length * self._length
-        if first not in self._made:
-            self._made[first] = self._of(first, min(first + 2 * self._length, len(self._slope)))
-        inside = slice(lo - first, hi - first)
-        return self._made[first][kind][inside, inside]
+    def _part(self, every: Tensor, lo: int, hi: int) -> Tensor:
+        which = lo // self._length
+        inside = slice(lo - which * self._length, hi - which * self._length)
+        return every[which, inside, inside]
 
-    def _of(self, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
-        found = inverse(self._slope[lo:hi])
-        return found, self._move(found), self._move(found.tril(-1))
+    @cached_property
+    def _all(self) -> Tensor:
+        """`[S, 2 L, 2 L]`, of stretches that begin L nodes apart; at once, since small tensors that stay, made while large ones
+        come and go, leave a process with memory that it cannot give back."""
+        steps, length = len(self._slope), self._length
+        beyond = -(-steps // length) * length + length - steps
+        rows = torch.cat([self._slope, self._slope.new_zeros(beyond, self._slope.shape[1])]).unfold(0, 2 * length, length)
+        return inverse(rows.mT)
+
+    @cached_property
+    def _all_moved(self) -> Tensor:
+        return self._move(self._all)
+
+    @cached_property
+    def _all_strict(self) -> Tensor:
+        return self._move(self._all.tril(-1))
