@@ -74,13 +74,14 @@ def test_a_state_that_is_off_in_the_midst_of_the_decision_counts_beside_the_samp
 
 def test_an_estimate_is_told_larger_up_to_the_tolerance() -> None:
     for total, expected in ((2e-3, 2.6e-3), (3.5e-3, 4e-3), (4e-3, 4e-3), (1.0, 1.0), (0.0, 0.0), (math.inf, math.inf)):
-        assert told(total, 4e-3, 1.3) * total == pytest.approx(expected)
+        assert told(total, 4e-3, 1.3) == pytest.approx(expected)
+    assert told(3.9e-3, 4e-3, 1.3) == 4e-3, "to the last digit, since the status compares"
     table, noise = ddpm(Schedule.linear(), 200), Keyed((2,), 0, 4)
     network = Empirical(torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=torch.float64)).denoiser(table)
     plain = replace(ORDER_ZERO, error=replace(ORDER_ZERO.error, told=1.0))
     usual, bare = (sample(network, table, noise, collocation(control=c)).error_estimates for c in (ORDER_ZERO, plain))
     for one, other in zip(usual, bare, strict=True):
-        factor = told(other.estimated_error, 4e-3, 1.3)
+        factor = told(other.estimated_error, 4e-3, 1.3) / other.estimated_error
         assert (one.estimated_error, one.interpolation_error, one.iteration_error) == pytest.approx(
             (factor * other.estimated_error, factor * other.interpolation_error, factor * other.iteration_error)
         )

@@ -82,9 +82,9 @@ class InterpolationError:
         return replace(self, shares=[max(e, tolerance * d) for e, d in zip(self.shares, self.deciding, strict=True)])
 
 
-def told(total: float, tolerance: float, most: float) -> float:
-    """The factor, at most `most`, by which an estimate is told larger than it decided; it lifts none above the tolerance."""
-    return min(most, max(tolerance / total, 1.0)) if 0 < total < math.inf else 1.0
+def told(total: float, tolerance: float, factor: float) -> float:
+    """What is told of an estimate: larger by a factor, but not above the tolerance where the estimate is not."""
+    return min(factor * total, max(total, tolerance))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -172,8 +172,9 @@ class CollocationSolver:
             return self._handover.error_estimate
         interpolation_error = self.estimator.interpolation_error
         total = math.hypot(interpolation_error, self.iteration_error)
-        factor = told(total, self._bounds.tolerance, self.control.error.told)
-        return ErrorEstimate(self.residual, factor * total, self.rounds, self.evaluations, factor * interpolation_error)
+        cautious = told(total, self._bounds.tolerance, self.control.error.told)
+        share = interpolation_error / total if 0 < total < math.inf else 1.0
+        return ErrorEstimate(self.residual, cautious, self.rounds, self.evaluations, share * cautious)
 
     def ask(self) -> Query:
         """The rows wanted now."""
