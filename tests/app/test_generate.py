@@ -437,8 +437,8 @@ def test_a_parallel_call_that_does_not_fit_is_a_plain_one(
 
 
 def test_runs_that_are_killed_lose_nothing_and_double_nothing() -> None:
-    script = Path(__file__).parent / "generate_storm.py"
-    command = [sys.executable, str(script), "--cycles", "3", "--seed", "3"]
+    script = Path(__file__).parent / "storm.py"
+    command = [sys.executable, str(script), "generate", "--kills", "3", "--seed", "3"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert found.returncode == 0, found.stderr
     assert "3 kills in " in found.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few of the calls that fuzz.py makes and of the kills of kill_storm.py, which make more of them as scripts."""
+"""A few of the calls that fuzz.py makes and of the kills of storm.py, which make more of them as scripts."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_calls_are_the_same_at_each_time(tmp_path: Path) -> None:
 
 
 def test_runs_that_are_killed_leave_nothing_unreadable_mixed_or_behind() -> None:
-    script = Path(__file__).parent / "kill_storm.py"
-    command = [sys.executable, str(script), "--kills", "4", "--seed", "2"]
+    script = Path(__file__).parent / "storm.py"
+    command = [sys.executable, str(script), "sample", "--kills", "4", "--seed", "2"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert found.returncode == 0, found.stderr
     assert "4 kills in " in found.stdout
