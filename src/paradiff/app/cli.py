@@ -7,6 +7,7 @@ with is imported when its options were found to be well-formed.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from paradiff.app import flags
 from paradiff.app.bulk import SHARD, Bulk
 from paradiff.app.ends import EXIT_CODES, ended
-from paradiff.app.flags import BULK, CHAIN, DEVICE, METHOD, OF_A_PIPELINE, OF_A_RUN, OUTPUT, Command
+from paradiff.app.flags import BULK, CHAIN, DEVICE, METHOD, OF_A_PIPELINE, OF_A_PLAN, OF_A_SAMPLE, OUTPUT, Command
 from paradiff.app.launched import leave
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
@@ -95,7 +96,7 @@ def generate(
 
 
 @app.command(cls=Command)
-@taking(Request, without=OF_A_RUN, otherwise=OF_A_PIPELINE)
+@taking(Request, without=(*OF_A_SAMPLE, "max_rows"), otherwise=OF_A_PIPELINE)
 def explain(
     request: Request,
     time: Annotated[
@@ -116,20 +117,9 @@ def explain(
 
 
 @app.command(cls=Command)
+@taking(Request, without=(*OF_A_SAMPLE, "method", "method_option"), otherwise=OF_A_PLAN)
 def plan(
-    model: flags.Model,
-    sampler: flags.Sampler = None,
-    steps: flags.Steps = None,
-    eta: flags.Eta = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            help="Root mean square error that a sample may have by estimate; 4e-3 by default.", rich_help_panel=METHOD
-        ),
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Most rows of a sample in a round; no bound by default.", rich_help_panel=METHOD)
-    ] = None,
+    request: Request,
     pilots: Annotated[
         int, typer.Option(help="Runs of each method that is tried; 0 foresees all from what is known.", rich_help_panel=METHOD)
     ] = 1,
@@ -151,44 +141,14 @@ def plan(
     json: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the whole plan, a JSON file.", rich_help_panel=OUTPUT)
     ] = None,
-    device: flags.Device = "auto",
-    dtype: flags.Dtype = flags.DTYPES[0],
-    threads: flags.Threads = None,
-    max_rows: flags.MaxRows = None,
-    prompt: flags.Prompt = None,
-    negative_prompt: flags.NegativePrompt = None,
-    guidance: flags.Guidance = None,
-    size: flags.Size = None,
-    argument: flags.Argument = None,
-    trust_remote_code: flags.TrustRemoteCode = False,
 ) -> None:
     """Say what is fastest on this machine, and whether anything beats the sequential chain, before it is spent."""
-    request = Request(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        method="sequential",
-        window=window,
-        tolerance=tolerance,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        max_rows=max_rows,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        guidance=guidance,
-        size=size,
-        argument=argument or [],
-        trust_remote_code=trust_remote_code,
-    )
-
     from pathlib import Path
 
     from paradiff.app.plan import plan as plan_it
 
     plan_it(
-        request,
+        dataclasses.replace(request, method="sequential"),
         devices=devices,
         curve=curve,
         pilots=pilots,

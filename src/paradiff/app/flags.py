@@ -205,7 +205,7 @@ BULK: dict[str, Option] = {
 }
 """Of `paradiff generate`."""
 
-OF_A_RUN = ("grid", "form", "seeds", "noise", "out", "compare", "trace", "overwrite", "max_rows", "timeout", "deadline")
+OF_A_SAMPLE = ("grid", "form", "seeds", "noise", "out", "compare", "trace", "overwrite", "timeout", "deadline")
 """Options that only commands have that sample."""
 
 OF_A_PIPELINE: dict[str, Option] = {
@@ -224,3 +224,24 @@ OF_A_PIPELINE: dict[str, Option] = {
     "device": (Device, "auto"),
 }
 """Of commands that only look at a pipeline."""
+
+OF_A_PLAN: dict[str, Option] = {
+    "model": (Model, ...),
+    "window": (
+        Annotated[
+            int | None, typer.Option(help="Most rows of a sample in a round; no bound by default.", rich_help_panel=METHOD)
+        ],
+        None,
+    ),
+    "tolerance": (
+        Annotated[
+            float | None,
+            typer.Option(
+                help="Root mean square error that a sample may have by estimate; 4e-3 by default.", rich_help_panel=METHOD
+            ),
+        ],
+        None,
+    ),
+    "device": (Device, "auto"),
+}
+"""Of `paradiff plan`."""
