@@ -37,6 +37,7 @@ from paradiff import (
     parataa,
     piadm_ode,
     piadm_sde,
+    plan,
     quasi_deer,
     quasi_newton,
     sample,
@@ -352,6 +353,7 @@ def examples() -> list[Any]:
         variance_preserving(Schedule.linear()),
         Theory("sde", 64, 0.1),
         *(comparison, comparison.rows[1], comparison.rows[1].samples[0], LatencyCurve({1: 1.0, 4: 1.4})),
+        plan(seen, table, Keyed(SHAPE), curve=LatencyCurve({1: 1.0, 4: 1.4}), pilots=0),
         *(run, run.report, explain(run.pipeline, num_inference_steps=4)),
     ]
 

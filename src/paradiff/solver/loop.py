@@ -244,7 +244,7 @@ def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], *
     """
     if not hasattr(rounds, "send"):
         raise ValueError(f"drive was given {shown(rounds)}; give what paradiff.solve returns")
-    checked = RowCheck(evaluate, check, again=evaluate.evaluate_again if isinstance(evaluate, Evaluator) else None)
+    checked = RowCheck(evaluate, check, again=getattr(evaluate, "evaluate_again", None))
     batch = next(rounds)
     while True:
         try:
@@ -332,7 +332,7 @@ def _beside_the_plain_loop(
         ValueError: If not.
     """
     begin = time.perf_counter()
-    judge = Judge(evaluate.evaluate_again if isinstance(evaluate, Evaluator) else evaluate, evaluate.dtype)
+    judge = Judge(getattr(evaluate, "evaluate_again", evaluate), evaluate.dtype)
     plain, moved = (
         drive(
             solve(table, noise, method.reference(), start=start, device=evaluate.device, dtype=dtype, resolution=resolution),

@@ -52,6 +52,12 @@ class ForwardProbes:
                     found[left] = (value + derivative).to(found)
         return found.to(batch.x.dtype)
 
+    def evaluate_again(self, batch: Batch) -> Tensor:
+        """Outputs `[R, ...]` of rows that are evaluated once more to be compared: each by the model, none as a probe."""
+        with torch.no_grad():
+            x = batch.x.to(self.dtype or batch.x.dtype)
+            return self._model(x, batch.t.to(self.device)).to(batch.x.dtype)
+
     def _at(self, t: Tensor, x: Tensor) -> Tensor:
         """The model with its times first."""
         return self._model(x, t)
