@@ -5,8 +5,8 @@ What is simulated, and what is measured, is said of every row: `part` is `measur
 
 A run is a list of rounds, and a round has R rows. Rank g of G evaluates ceil(R / G) of them or what is left, as
 `paradiff.solver.sharded` deals them out, and is done when its clock has gone on by t(rows), the latency curve. When the last
-one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Rows that the solver
-evaluates again to check the network cost every rank a call of one row; `speedup_unchecked` is without them.
+one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Calls in which the
+solver evaluates rows again to check the network are made by every rank; `speedup_unchecked` is without them.
 
 - `measured`: two and four gloo ranks on this machine, whose network sleeps for t(W) = a + b W, beside the simulation of
   the same rounds. The overhead is the mean of runs of two other windows with another seed.
@@ -94,7 +94,7 @@ class Trace:
     """What a run asked of its network.
 
     Attributes:
-        rows: For each round its number of rows; 0 for a row that was evaluated again.
+        rows: For each round its number of rows; below 0 for a call of rows that were evaluated again.
     """
 
     rows: tuple[int, ...]
@@ -112,7 +112,7 @@ class Trace:
     @property
     def evaluations(self) -> int:
         """Their rows."""
-        return sum(self.rows)
+        return sum(self.unchecked.rows)
 
 
 def simulated(trace: Trace, devices: int, curve: LatencyCurve, overhead: tuple[float, float] = OVERHEAD) -> float:
@@ -126,8 +126,8 @@ def simulated(trace: Trace, devices: int, curve: LatencyCurve, overhead: tuple[f
     """
     clocks = [curve(1) if devices > 1 else 0.0] * devices  # each evaluates the first row, so that networks can be compared
     for rows in trace.rows:
-        if rows == 0:
-            clocks = [clock + curve(1) for clock in clocks]
+        if rows < 0:
+            clocks = [clock + curve(-rows) for clock in clocks]
             continue
         dealt = [len(share) for share in shares_of(rows, devices)]
         clocks = [clock + curve(own) for clock, own in zip(clocks, dealt + [0] * (devices - len(dealt)), strict=True)]
@@ -149,7 +149,7 @@ class Recording(Evaluator):
 
     def evaluate_again(self, batch: Batch) -> Tensor:
         """As an evaluator."""
-        self.rows += [0] * len(batch.x)
+        self.rows.append(-len(batch.x))
         return super().evaluate_again(batch)
 
 
@@ -303,7 +303,7 @@ def trace_of(report: Report, steps: int) -> Trace:
     if report.executor == "sequential":
         return Trace((1,) * steps)
     rows = [len(one.rows) if isinstance(one, PararealRecord) else len(cast(Any, one).change) for one in report.history]
-    return Trace((*[1] * (report.passes - len(rows)), *rows, *[0] * report.checks))
+    return Trace((*[1] * (report.passes - len(rows)), *rows, *[-1] * report.checks))
 
 
 def flow_run(steps: int, method: Method | None, image: int) -> tuple[Trace, Tensor]:

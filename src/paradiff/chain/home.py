@@ -14,9 +14,15 @@ Given = ParamSpec("Given")
 Made = TypeVar("Made")
 
 
+def default_device() -> torch.device:
+    """Where torch makes tensors that are given no device. `torch.get_default_device` of torch 2.4 fails where the default was
+    taken back, and knows of no `with torch.device(...)`."""
+    return torch.empty(0).device
+
+
 def at_home() -> contextlib.AbstractContextManager[Any]:
     """Makes tensors that are given no device the CPU's in a `with` block, whatever torch's default device is."""
-    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    return contextlib.nullcontext() if default_device().type == "cpu" else torch.device("cpu")
 
 
 def made_at_home(make: Callable[Given, Made]) -> Callable[Given, Made]:

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from paradiff.chain.home import made_at_home
 from paradiff.errors import shown
 from paradiff.models.files import loading, weight_files
 
@@ -33,6 +34,7 @@ LISTED = 3
 AGAIN = "save the pipeline again"
 
 
+@made_at_home
 def load_network(model: str, kind: Any, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
     """Loads one network of a pipeline.
 

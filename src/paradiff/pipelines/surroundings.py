@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from paradiff.chain.home import default_device
+
 
 def _umask() -> int | None:
     """The umask; None where the system does not tell it without setting it."""
@@ -36,7 +38,7 @@ def _folder() -> str | None:
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "default device": (
-        torch.get_default_device,
+        default_device,
         lambda value: torch.set_default_device(None if value.type == "cpu" else value),
     ),
     "threads": (torch.get_num_threads, torch.set_num_threads),
