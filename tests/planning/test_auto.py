@@ -53,6 +53,17 @@ def test_it_is_a_method_that_chooses() -> None:
     assert paradiff.auto() == paradiff.auto() != paradiff.auto(window=8)
 
 
+def test_choices_are_made_once_for_a_chain_and_leave_nothing_with_it() -> None:
+    table, other = DDIM(SCHEDULE, 50), DDIM(SCHEDULE, 20)
+    method = auto_with(table, FLAT)
+    assert method.pick(table) is method.pick(table)
+    assert method.pick(other) != method.pick(table)
+    derived = len(vars(table)["_derived"])
+    for _ in range(3):
+        auto_with(table, FLAT).pick(table)
+    assert len(vars(table)["_derived"]) == derived
+
+
 def test_flat_calls_are_solved_in_parallel_and_calls_in_proportion_are_walked() -> None:
     table = DDIM(SCHEDULE, 50)
     method, why = auto_with(table, FLAT).pick(table)

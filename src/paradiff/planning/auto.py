@@ -28,6 +28,7 @@ from paradiff.chain.noise import Noise
 from paradiff.chain.table import Table
 from paradiff.errors import require_kind, require_real, require_whole
 from paradiff.methods.adaptive.method import AdaptiveMethod
+from paradiff.methods.chain_method import ChainMethod
 from paradiff.methods.face import Face
 from paradiff.methods.presets import sequential
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
@@ -99,7 +100,7 @@ class Known:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class AutoMethod(Face):
+class AutoMethod(ChainMethod, Face):
     """The method that chooses; `auto` makes one.
 
     Attributes:
@@ -128,21 +129,6 @@ class AutoMethod(Face):
         if self.plan is not None:
             require_kind("the plan", self.plan, Plan, ", as paradiff.plan returns it, or None")
 
-    @property
-    def dense_output(self) -> bool:
-        """Whether all states become known: with some choices they do not."""
-        return False
-
-    @property
-    def solves_chain(self) -> bool:
-        """Whether the sample sought is the chain's own: it is."""
-        return True
-
-    @property
-    def follows_edits(self) -> bool:
-        """Whether states may be changed between steps: with some choices they may not."""
-        return False
-
     def edges(self, table: Table) -> list[int]:
         """Those of the choice."""
         return self.pick(table)[0].edges(table)
@@ -154,10 +140,6 @@ class AutoMethod(Face):
     def progress(self, table: Table) -> tuple[int, str]:
         """That of the choice."""
         return self.pick(table)[0].progress(table)
-
-    def reference(self) -> Method:
-        """The sequential chain."""
-        return sequential()
 
     def in_loop(self, table: Table, least: float) -> Method:
         """The choice as a pipeline's own loop can be driven by it."""
@@ -195,12 +177,18 @@ class AutoMethod(Face):
         return dataclasses.replace(self, clocked=False)
 
     def pick(self, table: Table, samples: int = 1) -> Picked:
-        """The choice for a chain, and why; made once.
+        """The choice for a chain, and why; made once, and kept for the chain that was asked about last.
 
         Raises:
             ValueError: If the plan is of another chain.
         """
-        return table.cached(("auto", id(self), samples), lambda: (self, *self._picked(table, samples)))[1:]
+        of, kept = vars(self).get("_kept", (None, {}))
+        if of is not table:
+            kept = {}
+            object.__setattr__(self, "_kept", (table, kept))
+        if samples not in kept:
+            kept[samples] = self._picked(table, samples)
+        return kept[samples]
 
     def _picked(self, table: Table, samples: int) -> Picked:
         if self.plan is not None:
