@@ -18,7 +18,7 @@ import paradiff
 from paradiff.planning import LatencyCurve, Plan
 from paradiff.planning.candidates import FAMILIES, windows_of
 from paradiff.planning.cost import Devices, Trace
-from paradiff.planning.library import alternative, known
+from paradiff.planning.library import _at_tolerance, alternative, known
 from paradiff.planning.store import FOLDER
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
@@ -89,13 +89,17 @@ def test_a_pilot_replaces_the_library_and_is_not_given_to_be_another() -> None:
     assert "pilot runs of" in "".join(found.notes)
 
 
-def test_a_tighter_tolerance_costs_more() -> None:
-    def seconds(tolerance: float) -> float:
-        cost = known(DDIM(SCHEDULE, 50), "parasolver", 8, tolerance)
-        assert cost is not None
-        return cost.rounds
+def test_a_tolerance_between_measured_ones_costs_between_them() -> None:
+    rows = [{"tolerance": 1e-3, "rounds": [40], "evaluations": [400], "own": 1.0}]
+    rows += [{"tolerance": 4e-3, "rounds": [10], "evaluations": [100], "own": 1.0}]
+    assert _at_tolerance(rows, 2e-3) == [pytest.approx((20, 200, 1))]
+    assert _at_tolerance(rows, 1e-5) == [pytest.approx((40, 400, 1))]
 
-    assert seconds(1e-4) >= seconds(4e-3) >= seconds(1.6e-2)
+
+@pytest.mark.parametrize(("tolerance", "change"), [(1e-5, "more"), (4e-3, None), (0.1, "fewer")])
+def test_a_plan_says_where_its_rounds_are_of_another_tolerance(tolerance: float, change: str | None) -> None:
+    said = [note for note in planned(tolerance=tolerance).notes if "are those of tolerance 0.004" in note]
+    assert [note.split()[-1] for note in said] == ([] if change is None else [change])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.errors import Unsupported, require_real, require_whole, shown
+from paradiff.errors import Unsupported, require_whole
 from paradiff.methods.presets import parasolver
 from paradiff.pipelines.call import networks
 from paradiff.pipelines.explanation import default_steps, executor_of, set_timesteps, timed
@@ -23,13 +23,13 @@ from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.signature import bound
 from paradiff.pipelines.timing import Timing
-from paradiff.planning import library
 from paradiff.planning.choice import Choice
 from paradiff.planning.cost import Devices, Trace
 from paradiff.planning.identity import model_facts, table_key
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.pilots import SEED
 from paradiff.planning.plan import Plan
+from paradiff.planning.planner import devices_asked
 from paradiff.planning.store import digest
 from paradiff.planning.traces import Traces
 from paradiff.planning.trials import Trials
@@ -61,13 +61,7 @@ def plan_call(
     Raises:
         ValueError: If an argument is of another kind, or the call has no parallel form; the sentence says why.
     """
-    require_real("the tolerance", tolerance, positive=True)
-    require_whole("pilots", pilots, 0)
-    if most is not None:
-        require_whole("the most rows of a sample", most, 1, ", or None for no bound")
-    devices = devices if isinstance(devices, Devices) else Devices(devices)
-    if curve is not None and not isinstance(curve, LatencyCurve):
-        raise ValueError(f"the latency curve is {shown(curve)}; give a LatencyCurve, such as LatencyCurve({{1: 1.0, 4: 1.44}})")
+    devices = devices_asked(tolerance, pilots, most, devices, curve)
     run = Run(pipeline, Settings(method=parasolver()))  # refuses what is no pipeline
     kind = type(pipeline)
     call = {name: value for name, value in call.items() if name not in OWN}
@@ -98,20 +92,7 @@ def plan_call(
                 notes.append(f"pilot calls of {'; '.join(trials.tried)} took {time.perf_counter() - begin:.2g} s")
             if own and trials.made:
                 traces.add(trials.made)
-    return Plan(
-        chain=table.name,
-        steps=table.steps,
-        samples=1,
-        stochastic=table.stochastic,
-        tolerance=tolerance,
-        curve=curve,
-        choices=trials.choices(),
-        alternative=library.alternative(table),
-        devices=devices,
-        simulated=not own or devices.count > 1,
-        beside=trials.beside,
-        notes=notes,
-    )
+    return trials.plan(notes, simulated=not own)
 
 
 def _chain(pipeline: Any, steps: int, call: Mapping[str, Any], notes: list[str]) -> Table:

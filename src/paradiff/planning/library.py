@@ -75,6 +75,15 @@ def _known(key: tuple[Any, ...], steps: int, tolerance: float, samples: int) -> 
     return Cost(traces, "library") if traces else None
 
 
+def beyond(tolerance: float) -> list[str]:
+    """A sentence where a tolerance lies outside those that were measured, whose nearest stands for it; none elsewhere."""
+    measured = {row["tolerance"] for row in _library()["rows"]}
+    if min(measured) <= tolerance <= max(measured):
+        return []
+    nearest, change = (min(measured), "more") if tolerance < min(measured) else (max(measured), "fewer")
+    return [f"rounds by the library's models are those of tolerance {nearest:g}; at {tolerance:g} there are {change}"]
+
+
 def alternative(table: Table) -> Alternative | None:
     """The shorter sequential chain, for deterministic one-step chains of diffusion; None where none is known."""
     if table.stochastic or table.prediction == "flow" or table.band > 1:

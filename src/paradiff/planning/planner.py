@@ -16,7 +16,6 @@ from paradiff.chain.table import Table
 from paradiff.errors import require_real, require_whole, shown
 from paradiff.methods.presets import sequential
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
-from paradiff.planning import library
 from paradiff.planning.choice import Choice
 from paradiff.planning.cost import Devices, Trace
 from paradiff.planning.curves import MEASURED, curve_of
@@ -30,6 +29,21 @@ from paradiff.solver.evaluator import Evaluator
 
 PATIENCE = 1.25
 """Times as long as the plain chain that a pilot may take on the curve before it is cut."""
+
+
+def devices_asked(tolerance: Any, pilots: Any, most: Any, devices: Any, curve: Any) -> Devices:
+    """The devices of a plan, if what it was asked with is of the right kinds.
+
+    Raises:
+        ValueError: If not.
+    """
+    require_real("the tolerance", tolerance, positive=True)
+    require_whole("pilots", pilots, 0)
+    if most is not None:
+        require_whole("the most rows of a sample", most, 1, ", or None for no bound")
+    if curve is not None and not isinstance(curve, LatencyCurve):
+        raise ValueError(f"the latency curve is {shown(curve)}; give a LatencyCurve, such as LatencyCurve({{1: 1.0, 4: 1.44}})")
+    return devices if isinstance(devices, Devices) else Devices(devices)
 
 
 def plan_of(
@@ -63,13 +77,7 @@ def plan_of(
         ValueError: If an argument is of another kind.
     """
     require_problem(table, noise, sequential())
-    require_real("the tolerance", tolerance, positive=True)
-    require_whole("pilots", pilots, 0)
-    if most is not None:
-        require_whole("the most rows of a sample", most, 1, ", or None for no bound")
-    devices = devices if isinstance(devices, Devices) else Devices(devices)
-    if curve is not None and not isinstance(curve, LatencyCurve):
-        raise ValueError(f"the latency curve is {shown(curve)}; give a LatencyCurve, such as LatencyCurve({{1: 1.0, 4: 1.44}})")
+    devices = devices_asked(tolerance, pilots, most, devices, curve)
     if not isinstance(denoiser, Evaluator):
         require_model(denoiser)
     evaluator = denoiser if isinstance(denoiser, Evaluator) else Evaluator(denoiser)
@@ -93,19 +101,7 @@ def plan_of(
             traces.notes.clear()
             traces.add(trials.made)
             notes += traces.notes
-    return Plan(
-        chain=table.name,
-        steps=table.steps,
-        samples=noise.samples,
-        stochastic=table.stochastic,
-        tolerance=tolerance,
-        curve=curve,
-        choices=trials.choices(),
-        alternative=library.alternative(table),
-        devices=devices,
-        simulated=not own or devices.count > 1,
-        notes=notes,
-    )
+    return trials.plan(notes, simulated=not own)
 
 
 def _pilot(

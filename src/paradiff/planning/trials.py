@@ -6,16 +6,17 @@ Pilots are made of the choice that looks fastest, until that was tried. One that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from paradiff.chain.table import Table
 from paradiff.methods.presets import sequential
+from paradiff.planning import library
 from paradiff.planning.candidates import FAMILIES, windows_of
 from paradiff.planning.choice import Choice, choices, fits
 from paradiff.planning.cost import Devices, Trace
 from paradiff.planning.latency import LatencyCurve
-from paradiff.planning.plan import PAYS
+from paradiff.planning.plan import PAYS, Plan
 
 TRIED = 4
 """Most choices that pilots are made of."""
@@ -92,6 +93,30 @@ class Trials:
             most=self._most,
         )
         return [one for one in found if one.label not in self._given_up]
+
+    def plan(self, notes: Sequence[str], *, simulated: bool) -> Plan:
+        """The plan by what is known.
+
+        Args:
+            notes: What was measured, and what was left out.
+            simulated: Whether the curve is one that was given.
+        """
+        found = self.choices()
+        foreseen = any(one.cost.source == "library" and not one.sequential for one in found)
+        return Plan(
+            chain=self._table.name,
+            steps=self._table.steps,
+            samples=self._samples,
+            stochastic=self._table.stochastic,
+            tolerance=self._tolerance,
+            curve=self._curve,
+            choices=found,
+            alternative=library.alternative(self._table),
+            devices=self._devices,
+            simulated=simulated or self._devices.count > 1,
+            beside=self.beside,
+            notes=[*notes, *(library.beyond(self._tolerance) if foreseen else [])],
+        )
 
     def make(self, pilots: int, plain: Callable[[], Trace], pilot: Pilot, *, outside: bool = False) -> None:
         """Makes pilots until the choice that looks fastest was tried.
