@@ -16,7 +16,10 @@ def test_a_round_takes_as_long_as_its_longest_share(devices: int, seconds: float
 
 
 def test_rows_that_are_evaluated_again_cost_every_device_a_call() -> None:
-    assert simulated(Trace((4, 0, 0)), 4, linear(0.0, 1.0), FREE) == 1 + 1 + 2
+    trace = Trace((4, -1, -3))
+    assert simulated(trace, 4, linear(0.0, 1.0), FREE) == 1 + 1 + 1 + 3
+    assert simulated(trace, 4, linear(1.0, 1.0), FREE) == 2 + 2 + 2 + 4  # one call of three rows
+    assert (trace.rounds, trace.evaluations, trace.unchecked.rows) == (1, 4, (4,))
 
 
 def test_each_round_has_its_overhead() -> None:
