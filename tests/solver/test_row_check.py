@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from faulty_networks import MEMORY, ROWS, SHAPE, Model, answer, column, drawn, dropout, unseen
 from problems import TABLES, chain, gap, network
-from row_adversary import SETTINGS, drawn, judged, unseen
+from row_adversary import SETTINGS, judged
 from torch import Tensor, nn
 
 from paradiff import (
@@ -36,107 +36,6 @@ from paradiff.solver.rounding import difference
 from paradiff.solver.row_check import RowCheck
 from paradiff.solver.witnesses import Witnesses
 
-Model = Callable[..., Tensor]
-
-
-def column(t: Tensor, x: Tensor) -> Tensor:
-    return t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-
-
-def answer(x: Tensor, t: Tensor) -> Tensor:
-    """An honest network, which heeds state and time."""
-    return torch.tanh(0.8 * x) + 0.5 * torch.cos(column(t.double(), x.double()) / 200).to(x.dtype) * torch.sin(x)
-
-
-# -- faults ------------------------------------------------------------------------------------------------------------
-
-
-def dropout(p: float) -> Model:
-    drop = nn.Dropout(p)
-    return lambda x, t: answer(drop(x), t)
-
-
-def with_numpy() -> Model:
-    draw = np.random.default_rng(0)
-    return lambda x, t: answer(x + torch.from_numpy(draw.standard_normal(x.shape)).to(x.dtype), t)
-
-
-def own_generator() -> Model:
-    generator = torch.Generator().manual_seed(0)
-    return lambda x, t: answer(x + 0.1 * torch.randn(x.shape, generator=generator).to(x.dtype), t)
-
-
-def self_conditioning() -> Model:
-    last: list[Tensor | None] = [None]
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        y = answer(x, t)
-        if last[0] is not None and last[0].shape == x.shape:
-            y = 0.7 * y + 0.3 * last[0]
-        last[0] = y
-        return y
-
-    return model
-
-
-def moving_average() -> Model:
-    mean = [0.0]
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        mean[0] = 0.9 * mean[0] + 0.1 * float(x.abs().mean())
-        return answer(x, t) + mean[0]
-
-    return model
-
-
-def momentum() -> Model:
-    kept: dict[torch.Size, Tensor] = {}
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        kept[x.shape] = answer(x, t) - 0.5 * kept.get(x.shape, torch.zeros_like(x))
-        return kept[x.shape]
-
-    return model
-
-
-def first_answer_of_a_shape() -> Model:
-    kept: dict[torch.Size, Tensor] = {}
-    return lambda x, t: kept.setdefault(x.shape, answer(x, t))
-
-
-def counts_its_calls() -> Model:
-    calls = itertools.count()
-    return lambda x, t: answer(x, t) * (1 + 0.1 * next(calls))
-
-
-def trained_batch_norm() -> Model:
-    norm = nn.BatchNorm1d(4)  # in training mode
-    return lambda x, t: answer(norm(x.float().reshape(len(x) * 2, 4)).reshape(x.shape).to(x.dtype), t)
-
-
-MEMORY: dict[str, Callable[[], Model]] = {
-    "dropout": lambda: dropout(0.2),
-    "a little dropout": lambda: dropout(0.01),
-    "numpy's random numbers": with_numpy,
-    "a generator of its own": own_generator,
-    "self-conditioning": self_conditioning,
-    "a moving average": moving_average,
-    "momentum": momentum,
-    "the first answer of a shape": first_answer_of_a_shape,
-    "a counter": counts_its_calls,
-}
-ROWS: dict[str, Callable[[], Model]] = {
-    "the first time for all": lambda: lambda x, t: answer(x, t[:1].expand_as(t)),
-    "the last time for all": lambda: lambda x, t: answer(x, t[-1:].expand_as(t)),
-    "the mean time for all": lambda: lambda x, t: answer(x, t.double().mean().expand(len(t))),
-    "the mean of the rows": lambda: lambda x, t: answer(x, t) + 0.2 * x.mean(0),
-    "batch norm in training": trained_batch_norm,
-    "the rows' largest entry": lambda: lambda x, t: answer(x / x.abs().max().clamp(min=1), t),
-    "attention over rows": lambda: lambda x, t: answer((x.flatten(1).float().softmax(0)).to(x.dtype).view_as(x), t),
-    "the row before": lambda: lambda x, t: answer(x, t) + 0.1 * torch.cat([torch.zeros_like(x[:1]), x[:-1]]),
-    "the row after": lambda: lambda x, t: answer(x, t) + 0.1 * torch.cat([x[1:], torch.zeros_like(x[:1])]),
-    "rows that were sorted": lambda: lambda x, t: answer(x.sort(0).values, t),
-}
 TABLE = ddim(Schedule.linear(), 24)
 NOISY = ddpm(Schedule.linear(), 40)
 METHODS: dict[str, tuple[Table, Method]] = {
@@ -154,7 +53,6 @@ KINDS = {
     "three samples, float16": (3, torch.float16),
     "two samples, bfloat16": (2, torch.bfloat16),
 }
-SHAPE = (2, 4)
 
 
 def solved(model: Model, method: str, kind: str) -> Solution:
@@ -380,6 +278,8 @@ def test_no_check_is_asked_for() -> None:
 
 
 def test_the_checks_rows_are_counted_apart() -> None:
+    stopped = sample(answer, NOISY, Keyed(SHAPE), parasolver(), observer=lambda round: True)
+    assert stopped.checked_rows == 3  # what is not the chain's sample is not looked at in the end
     evaluator = Evaluator(answer)
     found = sample(evaluator, NOISY, Keyed(SHAPE), parasolver())
     assert found.checked_rows == found.stats["checked_rows"]
@@ -389,8 +289,6 @@ def test_the_checks_rows_are_counted_apart() -> None:
     narrow = sample(answer, NOISY, Keyed(SHAPE), parasolver(5))
     assert narrow.checked_rows <= 3 + 4 + 4 + (4 + 0.02 * narrow.evaluations + 1) + 8
     assert sample(answer, NOISY, Keyed(SHAPE, samples=2), sequential()).checked_rows <= 3 + 3
-    stopped = sample(answer, NOISY, Keyed(SHAPE), parasolver(), observer=lambda round: True)
-    assert stopped.checked_rows == 3  # what is not the chain's sample is not looked at in the end
     every = sample(answer, NOISY, Keyed(SHAPE), parasolver(5), check="every")
     assert every.checked_rows >= every.evaluations
     assert every == found or every.evaluations > 0  # the check moves nothing
