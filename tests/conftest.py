@@ -17,6 +17,8 @@ import torch
 from packaging.version import Version
 from pipelines import Cli, make_cli, save_pipeline
 
+from paradiff.solver.seen import MODELS
+
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 THREADS = torch.get_num_threads()
@@ -46,8 +48,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def whichever_tests_ran_before() -> Iterator[None]:
-    """Gives each test the same numbers from torch's global generator, and leaves the number of threads as it was."""
+    """Gives each test the same numbers from torch's global generator, knows no model that was seen in another test, and leaves
+    the number of threads as it was."""
     torch.manual_seed(0)
+    MODELS.forget()
     yield
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)

@@ -25,6 +25,7 @@ from paradiff.solver.arguments import device_of, require_dtype, require_model, r
 from paradiff.solver.protocol import Batch
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.replicas import Replicas, devices_of, replicas_of
+from paradiff.solver.seen import MODELS, Look
 from paradiff.solver.sharded import Sharded, shares_of, taken
 from paradiff.solver.widths import widths_of
 
@@ -307,6 +308,50 @@ class Evaluator:
         """
         return self._evaluate(batch, alone=True)
 
+    def evaluate_dealt(self, batch: Batch) -> Tensor | None:
+        """As `evaluate_again`, for rows that ranks, or devices, share like those of a round; None where there are none, and
+        where the model fails for a row. All ranks have to make the call.
+
+        Raises:
+            RanksFailed: If a rank ends, or comes to other states.
+        """
+        if self.bound.crew is None:
+            return None
+
+        def call(part: slice) -> tuple[Tensor, Tensor]:
+            """Outputs of the rows of a part, and for each whether the model failed."""
+            x = batch.x[part]
+            try:
+                return self._call(batch, part), torch.zeros(len(x), dtype=torch.uint8, device=x.device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                return torch.zeros_like(x), torch.ones(len(x), dtype=torch.uint8, device=x.device)
+
+        parts = self._parts(batch, call, key="dealt")
+        outputs, failed = (torch.cat(column) for column in zip(*parts, strict=True))
+        return None if bool(failed.any()) else outputs
+
+    def look(self, run: str) -> Look:
+        """Looks whether the model was seen to be right in a run of a kind (seen.py).
+
+        Args:
+            run: What the run is, as far as the evaluator does not know it.
+        """
+        alike = {name: bool((value == value[:1]).all()) for name, value in self.conditioning.items()}
+        forms = {name: _form(value) for name, value in {**self.conditioning, **self.shared}.items()}
+        bound = self.bound.given, self.bound.max_rows, self.bound.shares, self.pad
+        copies = [held.denoiser for held in self._elsewhere if held.denoiser is not self.denoiser]
+        kind = f"{run} {alike} {forms} {bound} {self.device} {self.dtype}"
+        return MODELS.look(self.denoiser, kind, copies, self._least)
+
+    def _least(self, number: int) -> int:
+        """The least of all ranks' numbers."""
+        crew = self.bound.crew
+        if not isinstance(crew, Sharded):
+            return number
+        return min(int(data) for data in crew.ranks.gather_bytes(str(number).encode()))
+
     def begin(self, arguments: Mapping[str, object], widest: int) -> None:
         """Sees that all ranks begin a run with the same arguments; without effect on one process.
 
@@ -331,21 +376,26 @@ class Evaluator:
         }
 
     def _evaluate(self, batch: Batch, *, alone: bool = False) -> Tensor:
+        outputs = self._parts(batch, lambda part: self._call(batch, part), alone=alone)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _parts(self, batch: Batch, call: Callable[[slice], Part], *, key: str = "", alone: bool = False) -> list[Part]:
+        """What a call returns for the parts of a batch."""
         begin = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            outputs = self.bound.parts(
+            parts = self.bound.parts(
                 len(batch.x),
-                lambda part: self._call(batch, part),
+                call,
                 self.device,
                 widths=self.bound.widths(self._widest) if self.pad else None,
                 inputs=[batch.x],
-                key=(batch.x.shape[1:], batch.x.dtype),
+                key=(key, batch.x.shape[1:], batch.x.dtype),
                 mark=0 if self.bound.crew is None else _mark(batch),
                 alone=alone,
                 made=self._count,
             )
         self.seconds += time.perf_counter() - begin
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return parts
 
     def _count(self, rows: int, filling: int) -> None:
         """Counts a network call."""
@@ -438,6 +488,12 @@ def _on(device: torch.device, values: Mapping[str, Any]) -> dict[str, Any]:
 def _filled(rows: Tensor, count: int) -> Tensor:
     """`[R + count, ...]`: rows, and so many copies of the last one."""
     return torch.cat([rows, rows[-1:].expand(count, *rows.shape[1:])]) if count else rows
+
+
+def _form(value: Any) -> str:
+    """The structure of what a model is called with."""
+    parts, spec = _pytree.tree_flatten(value)
+    return f"{spec} {[(tuple(p.shape[1:]), p.dtype) if isinstance(p, Tensor) else type(p).__qualname__ for p in parts]}"
 
 
 def _version(value: Any) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paradiff.errors import RanksFailed
 from paradiff.solver.arguments import outputs_of
 from paradiff.solver.protocol import Batch, EditedOutputs
 from paradiff.solver.rounding import difference, limit_of
@@ -60,14 +61,20 @@ class Judge:
     Args:
         again: A function of a batch that returns its outputs.
         dtype: The network's dtype; None for that of the states.
+        dealt: The same function, where several devices share the rows; it returns None where a call fails. `again` by default.
 
     Attributes:
         rows: Rows that were evaluated.
         draws: Whether the model draws random numbers.
     """
 
-    def __init__(self, again: Callable[[Batch], Answer], dtype: torch.dtype | None) -> None:
-        self._again, self._dtype = again, dtype
+    def __init__(
+        self,
+        again: Callable[[Batch], Answer],
+        dtype: torch.dtype | None,
+        dealt: Callable[[Batch], Answer | None] | None = None,
+    ) -> None:
+        self._again, self._dtype, self._dealt = again, dtype, dealt
         self.rows = 0
         self.draws = False
 
@@ -85,7 +92,7 @@ class Judge:
         x = batch.x.clone()
         try:
             return outputs_only(copied(self._again(batch), x))
-        except (torch.OutOfMemoryError, StopIteration):
+        except (torch.OutOfMemoryError, StopIteration, RanksFailed):
             raise
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
@@ -93,6 +100,18 @@ class Judge:
                 f"the model fails for {_name(batch, 0)} in a call of {len(batch.x)} rows: {type(error).__name__}: {said}. It "
                 f"must take any number of rows: {ADVICE}"
             ) from error
+
+    def dealt(self, batch: Batch) -> Tensor:
+        """Outputs for some rows, which several devices share; where that fails, each evaluates them all.
+
+        Raises:
+            ValueError: If the model fails for them.
+        """
+        found = None if self._dealt is None else self._dealt(batch)
+        if found is None:
+            return self.evaluated(batch)
+        self.rows += len(batch.x)
+        return outputs_only(copied(found, batch.x))
 
     def alone(self, batch: Batch, outputs: Tensor, k: int) -> Tensor:
         """Evaluates a row by itself and compares it with `outputs`; its answer.

@@ -20,6 +20,7 @@ from paradiff.chain.home import at_home
 from paradiff.chain.noise import Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import shown
+from paradiff.solver.agreement import described
 from paradiff.solver.arguments import (
     device_of,
     evaluates,
@@ -52,6 +53,7 @@ from paradiff.solver.protocol import (
 )
 from paradiff.solver.records import Record
 from paradiff.solver.row_check import Check, RowCheck
+from paradiff.solver.seen import Look
 from paradiff.solver.solution import Solution, Status
 
 UNCHECKED = "not checked: that the model's output for a row depends on that row alone"
@@ -235,16 +237,23 @@ def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], *
         check: Which rounds have rows evaluated again, each by itself, and compared (row_check.py). `first` costs three rows
             at the first round, four more where its network calls hold a part of the chain only, one at each further quarter
             of the chain that the rounds come to, and rows of all rounds at the end, at most 4 and 2 % of the run's, in two
-            calls with at most 8 that are made up (witnesses.py). They are counted in `Solution.checked_rows` alone.
+            calls with at most 9 that are made up (witnesses.py), which several devices share. They are counted in
+            `Solution.checked_rows` alone.
 
     Raises:
         ValueError: As the solver and the evaluator do, and if the check finds that a row's output depends on more than its own
             state, time and sample.
         RuntimeError: If the evaluator raises StopIteration.
     """
+    return _driven(rounds, evaluate, check, None)
+
+
+def _driven(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], check: Check, look: Look | None) -> Solution:
+    """As `drive`, with what is known of the model."""
     if not hasattr(rounds, "send"):
         raise ValueError(f"drive was given {shown(rounds)}; give what paradiff.solve returns")
-    checked = RowCheck(evaluate, check, again=getattr(evaluate, "evaluate_again", None))
+    again, dealt = (getattr(evaluate, name, None) for name in ("evaluate_again", "evaluate_dealt"))
+    checked = RowCheck(evaluate, check, again=again, dealt=dealt, look=look, owned=type(evaluate) is Evaluator)
     batch = next(rounds)
     while True:
         try:
@@ -289,8 +298,10 @@ def sample(
         start: `[B, ...]` states at node 0 to use instead of the noise's.
         dtype: Dtype of states, float32 or float64.
         observer: Called after each round; it may ask the run to stop.
-        check: Which rounds have rows evaluated again and compared, as `drive` has it: `first`, `every` or `off`. With `every`
-            the plain loop is walked, too, twice, and its samples are compared with those of the run.
+        check: Which rounds have rows evaluated again and compared, as `drive` has it: `first`, `every` or `off`. With `first`,
+            a model that passed in a run of the same kind in this process, and was not changed since, has two rows evaluated
+            again (seen.py). With `every` the plain loop is walked, too, twice, and its samples are compared with those of the
+            run.
 
     Raises:
         ValueError: As `solve`, `Evaluator` and `drive` do.
@@ -309,7 +320,10 @@ def sample(
     rounds = solve(
         table, noise, method, start=start, device=evaluate.device, dtype=dtype, observer=observer, resolution=resolution
     )
-    found = drive(rounds, evaluate, check=check)
+    look = None
+    if check == "first" and type(evaluate) is Evaluator:
+        look = evaluate.look(described({"": [table, method, dtype, noise.samples, noise.shape, start is None]}))
+    found = _driven(rounds, evaluate, check, look)
     whole = all(math.isfinite(estimate.estimated_error) for estimate in found.error_estimates)
     if check == "every" and whole and method.name != method.reference().name:
         return _beside_the_plain_loop(found, evaluate, table, noise, method, start, dtype, resolution)

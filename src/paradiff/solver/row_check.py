@@ -14,7 +14,8 @@ row is also evaluated between two that are made up, of times of the middle and o
 
 A row of each round is kept, until there are many, and evaluated once more at the end of the run (witnesses.py). As long as a
 model draws random numbers, all rows of each round are evaluated again. Whether two outputs differ by more than rounding is
-settled in judge.py.
+settled in judge.py. Of a model that was seen to be right in a whole run of the same kind (seen.py), two rows are evaluated
+again, at the end.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from paradiff.solver.accelerator import random_states
 from paradiff.solver.judge import MADE, Answer, Judge, copied, outputs_only, taken
 from paradiff.solver.protocol import Batch
 from paradiff.solver.rounding import difference
+from paradiff.solver.seen import Look
 from paradiff.solver.witnesses import Witnesses
 
 Check = Literal["first", "every", "off"]
 """Which rounds have rows evaluated again: `first`, three rows of the first one, and of the first whose network calls hold
 several rows, several times or several samples, where that is a later one; four more where those of several times hold a part of
 the chain only, or equal states; then one row at each further quarter of the chain that rounds of several times come to, since a
-network may heed other rows in a part of the chain only; and rows of all rounds at the end. `every`, all rows of all rounds, and
-all rows at the end, slow, for tests. `off`, none."""
+network may heed other rows in a part of the chain only; and rows of all rounds at the end. A model that was seen to be right is
+checked by two rows at the end. `every`, all rows of all rounds, and rows of all rounds at the end, slow, for tests. `off`,
+none."""
 
 CHECKS = ("first", "every", "off")
 PARTS = 4
@@ -51,18 +54,30 @@ class RowCheck:
         evaluate: A function of a batch that returns its outputs.
         check: See `Check`.
         again: The same function, for evaluations of the check; `evaluate` by default.
+        dealt: The same function, for those that several devices share (judge.py).
+        look: What is known of the model, for `first`; None if nothing is.
+        owned: Whether the answers are copies already.
 
     Raises:
         ValueError: If `check` is none of these.
     """
 
     def __init__(
-        self, evaluate: Callable[[Batch], Answer], check: Check = "first", *, again: Callable[[Batch], Answer] | None = None
+        self,
+        evaluate: Callable[[Batch], Answer],
+        check: Check = "first",
+        *,
+        again: Callable[[Batch], Answer] | None = None,
+        dealt: Callable[[Batch], Answer | None] | None = None,
+        look: Look | None = None,
+        owned: bool = False,
     ) -> None:
         require_one_of("check", check, CHECKS)
-        self._evaluate, self._check = evaluate, check
-        self._judge = Judge(evaluate if again is None else again, getattr(evaluate, "dtype", None))
-        self._witnesses = Witnesses()
+        self._evaluate, self._check, self._owned = evaluate, check, owned
+        self._judge = Judge(evaluate if again is None else again, getattr(evaluate, "dtype", None), dealt)
+        self._look = look
+        self._few = look is not None and look.runs > 0  # whether few rows are evaluated again, since the model was seen
+        self._witnesses = Witnesses(0 if look is None else look.runs)
         self._seen: set[str] = set()  # `_variety` of the rounds that were checked
         self._part = 0  # the part of the chain that they came to
         self._among_others = False  # whether a row was evaluated among others that are made up
@@ -79,19 +94,19 @@ class RowCheck:
             ValueError: If a row's output depends on more than that row.
         """
         if self._check == "off":
-            return copied(self._evaluate(batch), batch.x)
+            return self._answer(batch)
         variety, part = self._variety(batch), self._part_of(batch)
-        known = variety <= self._seen
-        wanted = self._check == "every" or not known or ("times" in variety and part > self._part)
+        known, first = variety <= self._seen or self._few, not self._seen
+        wanted = not self._few and (self._check == "every" or not known or ("times" in variety and part > self._part))
         rows = None if known else self._rows(batch)
         witness = self._witnesses.taken(batch, self._size(batch), None if rows is None else rows[-1])
-        if not wanted and not self._judge.draws:
-            answer = copied(self._evaluate(batch), batch.x)
+        if not wanted and not self._judge.draws and not (self._few and first):
+            answer = self._answer(batch)
             self._witnesses.told(witness, outputs_only(answer))
             return answer
         self._seen, self._part = variety | self._seen, max(part, self._part)
         x, before = batch.x.clone(), [torch.get_rng_state(), *random_states()]
-        answer = copied(self._evaluate(batch), batch.x)
+        answer = self._answer(batch)
         self._judge.draws = not all(map(torch.equal, before, [torch.get_rng_state(), *random_states()]))
         given, outputs = Batch(x, batch.t, batch.nodes, batch.samples, batch.chain), outputs_only(answer)
         self._witnesses.told(witness, outputs)
@@ -101,13 +116,23 @@ class RowCheck:
             self._compare(given, outputs, known)
         return answer
 
+    def _answer(self, batch: Batch) -> Answer:
+        answer = self._evaluate(batch)
+        return answer if self._owned else copied(answer, batch.x)
+
     def finish(self) -> None:
-        """Evaluates rows of the run's rounds once more, at its end.
+        """Evaluates rows of the run's rounds once more, at its end: two, if the model was seen and is unchanged.
 
         Raises:
             ValueError: If a row's output depends on more than that row.
         """
-        self._witnesses.compare(self._judge)
+        same = self._look is not None and self._look.unchanged() and not self._judge.draws
+        if self._few and same:
+            self._witnesses.compare_few(self._judge)
+        else:
+            self._witnesses.compare(self._judge)
+        if self._look is not None and same:
+            self._look.passed()
 
     def _size(self, batch: Batch) -> int:
         """Rows of a network call of a round at most."""

@@ -10,7 +10,9 @@ The rows are evaluated in two calls at most: those that came from a call of an o
 in one of an odd number, in the reverse of the order of their places. In the one, a state that is made up is large and at the
 chain's last time, in the other small and at its first, since a model may branch on a number that is taken over all rows. In the
 one, too, a state is evaluated at a time that the chain leaves out, in the other another state at that time and two close ones:
-what is kept for a time leaves the line between its neighbours.
+what is kept for a time leaves the line between its neighbours. Several devices share the rows of a call, as they do a round's.
+
+Of a model that was seen to be right (seen.py) two rows are evaluated, other ones in every run.
 """
 
 from __future__ import annotations
@@ -52,23 +54,43 @@ class Witness:
     """A row of a round. Objects are compared by identity.
 
     Attributes:
-        row: The row.
-        output: `[...]` its output.
+        rows: The memory of all rows, `[MOST + 2, ...]`.
+        outputs: `[MOST + 2, ...]` that of their outputs.
+        slot: Where it lies there.
         place: Its place in its call.
         count: Rows of that call.
     """
 
-    row: Batch
-    output: Tensor
+    rows: Batch
+    outputs: Tensor
+    slot: int
     place: int
     count: int
 
+    @property
+    def row(self) -> Batch:
+        """The row."""
+        at, rows = slice(self.slot, self.slot + 1), self.rows
+        return Batch(rows.x[at], rows.t[at], rows.nodes[at], rows.samples[at])
+
+    @property
+    def output(self) -> Tensor:
+        """`[...]` its output."""
+        return self.outputs[self.slot]
+
 
 class Witnesses:
-    """The rows that are kept."""
+    """The rows that are kept.
 
-    def __init__(self) -> None:
-        self._random = random.Random(0)  # the same on all ranks; torch's generators are the model's affair
+    Args:
+        runs: Runs of the same model that passed before, by which other rows are kept and evaluated in each.
+    """
+
+    def __init__(self, runs: int = 0) -> None:
+        self._runs = runs
+        self._random = random.Random(runs)  # the same on all ranks; torch's generators are the model's affair
+        self._memory: tuple[Batch, Tensor] | None = None  # of all rows and outputs, so that no small pieces lie between rounds
+        self._free = [*range(MOST + 2)]
         self._kept: list[Witness] = []
         self._last: Witness | None = None  # of the last round, where it is not among them
         self._chain: Tensor | None = None
@@ -81,7 +103,7 @@ class Witnesses:
         """The rows, that of the last round at the end."""
         return self._kept if self._last is None else [*self._kept, self._last]
 
-    def taken(self, batch: Batch, size: int, k: int | None = None) -> tuple[Batch, int, int, int]:
+    def taken(self, batch: Batch, size: int, k: int | None = None) -> tuple[Witness, int]:
         """A row of a round, before a model may write into it.
 
         Args:
@@ -90,36 +112,40 @@ class Witnesses:
             k: The row; one by chance by default.
 
         Returns:
-            The row, which one it is, its place in its call, and the rows of that call.
+            The row, without its output, and which one it is.
         """
         rows = len(batch.x)
         self._rounds, self._rows, self._widest = self._rounds + 1, self._rows + rows, max(self._widest, size)
         self._chain = batch.chain if self._chain is None else self._chain
         self._times = self._times or bool((batch.t != batch.t[0]).any())
         k = self._place(rows) if k is None else k
-        at = slice(k, k + 1)
-        row = Batch(batch.x[at].clone(), batch.t[at], batch.nodes[at], batch.samples[at])
-        begin = k // size * size
-        return row, k, k - begin, min(size, rows - begin)
+        if self._memory is None:
+            x, t, nodes, samples = (given.new_empty(MOST + 2, *given.shape[1:]) for given in _tensors(batch))
+            self._memory = Batch(x, t, nodes, samples), torch.empty_like(x)
+        slot, begin = self._free.pop(), k // size * size
+        for memory, given in zip(_tensors(self._memory[0]), _tensors(batch), strict=True):
+            memory[slot] = given[k]
+        return Witness(*self._memory, slot, k - begin, min(size, rows - begin)), k
 
-    def told(self, taken: tuple[Batch, int, int, int], outputs: Tensor) -> None:
+    def told(self, taken: tuple[Witness, int], outputs: Tensor) -> None:
         """Keeps a row with its output, or none.
 
         Args:
             taken: The row.
             outputs: `[R, ...]` the outputs of its round.
         """
-        row, k, place, count = taken
-        self._last = Witness(row, outputs[k].clone(), place, count)
-        if self._rounds % self._every:
-            return
-        self._kept.append(self._last)
-        self._last = None
-        if len(self._kept) > self._most():
-            self._last = self._kept[-1]
-            self._kept = [self._random.choice(self._kept[i : i + 2]) for i in range(0, len(self._kept), 2)]
-            self._last = None if self._kept[-1] is self._last else self._last
-            self._every *= 2
+        before, (witness, k) = self.kept, taken
+        witness.output.copy_(outputs[k])
+        self._last = witness
+        if self._rounds % self._every == 0:
+            self._kept.append(witness)
+            self._last = None
+            if len(self._kept) > self._most():
+                self._kept = [self._random.choice(self._kept[i : i + 2]) for i in range(0, len(self._kept), 2)]
+                self._last = None if self._kept[-1] is witness else witness
+                self._every *= 2
+        held = self.kept
+        self._free += [one.slot for one in before if one not in held]
 
     def compare(self, judge: Judge) -> None:
         """Evaluates the rows once more, and compares.
@@ -137,11 +163,49 @@ class Witnesses:
         if found is None:
             chain, found = None, self._evaluated(judge, kept, None)
         seen, close = found
-        for witness, (rows, outputs, at) in seen:
-            if difference(outputs[at], witness.output) > judge.limit(rows.x):
-                judge.settle_later(witness.row, witness.output, witness.place, witness.count, (rows, outputs, at))
+        for witness, one in seen:
+            self._compared(judge, witness, one)
         if chain is not None and close and judge.stands_out(kept[0].row.x, torch.stack([y[k] for _, y, k in close])):
             judge.settle_time(_sized(kept[0].row), chain)
+
+    def compare_few(self, judge: Judge) -> None:
+        """Evaluates one row once more, and another one or one that is made up, for a model that was seen; and compares.
+
+        A row of a call of an odd number is evaluated in one of two, others by themselves, after the other one. That is, in
+        turn, a row of the last round, of any round, and a large and a small one that are made up, as in `compare`.
+
+        Raises:
+            ValueError: If an output is another one by more than rounding.
+        """
+        kept = self.kept
+        if not kept:
+            return
+        chain = self._chain if self._times else None
+        one = self._random.choice(kept)
+        late = kept[-1] if self._runs % 4 == 1 else self._random.choice(kept)
+        large = self._runs % 4 == 0
+        made = _made(one.row, LOUD if large else QUIET, None if chain is None else chain[-1:] if large else chain[:1])
+        other = (late.row, late) if self._runs % 2 and late is not one else (made, None)
+        pair = [other, (one.row, one)]
+        if self._runs % 3 == 0:
+            pair.reverse()
+        calls = [pair] if one.count % 2 and self._widest > 1 else [[part] for part in (other, (one.row, one))]
+        for call in calls:
+            rows = joined([row for row, _ in call])
+            outputs = judge.evaluated(rows)
+            for at, (_, witness) in enumerate(call):
+                if witness is not None:
+                    self._compared(judge, witness, (rows, outputs, at))
+
+    def _compared(self, judge: Judge, witness: Witness, seen: Seen) -> None:
+        """Compares a row's two outputs.
+
+        Raises:
+            ValueError: If they differ by more than rounding.
+        """
+        rows, outputs, at = seen
+        if difference(outputs[at], witness.output) > judge.limit(rows.x):
+            judge.settle_later(witness.row, witness.output, witness.place, witness.count, seen)
 
     def _most(self) -> int:
         """Rows that may be kept."""
@@ -186,11 +250,16 @@ class Witnesses:
             size = self._widest if self._times else 1
             for begin in range(0, len(call.x), size):
                 part = taken(call, [*range(begin, min(begin + size, len(call.x)))])
-                outputs = judge.evaluated(part)
+                outputs = judge.dealt(part)
                 places += [(part, outputs, k) for k in range(len(part.x))]
             seen += zip(group, places, strict=False)
             close = places[-3:] if three is not None else []
         return seen, close
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What there is of each row."""
+    return batch.x, batch.t, batch.nodes, batch.samples
 
 
 def _made(row: Batch, factor: float, t: Tensor | None = None) -> Batch:
