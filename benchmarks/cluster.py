@@ -6,7 +6,9 @@ What is simulated, and what is measured, is said of every row: `part` is `measur
 A run is a list of rounds, and a round has R rows. Rank g of G evaluates ceil(R / G) of them or what is left, as
 `paradiff.solver.sharded` deals them out, and is done when its clock has gone on by t(rows), the latency curve. When the last
 one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Calls in which the
-solver evaluates rows again to check the network are made by every rank; `speedup_unchecked` is without them.
+solver evaluates rows again to check the network are made by every rank, those at the run's end are dealt out like a round's.
+`speedup` is of a network that was seen to be right in a run before, `speedup_first` of that first run, and `speedup_unchecked`
+is without the check.
 
 - `measured`: two and four gloo ranks on this machine, whose network sleeps for t(W) = a + b W, beside the simulation of
   the same rounds. The overhead is the mean of runs of two other windows with another seed.
@@ -21,16 +23,18 @@ solver evaluates rows again to check the network are made by every rank; `speedu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.multiprocessing as processes
@@ -56,6 +60,7 @@ from paradiff.pipelines.report import Report
 from paradiff.planning import LatencyCurve
 from paradiff.solver import PararealRecord
 from paradiff.solver.protocol import Batch, Method
+from paradiff.solver.seen import MODELS
 from paradiff.solver.sharded import shares_of
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -74,7 +79,7 @@ OVERHEAD = (5e-4, 1e-5)
 """Seconds of a round outside the network, and for each of its rows, in the stated curves; not measured."""
 
 COLUMNS = ("part", "curve", "chain", "steps", "method", "window", "devices", "rounds", "evaluations", "error_max", "speedup")
-BEST = (*COLUMNS, "speedup_unchecked")
+BEST = (*COLUMNS, "speedup_first", "speedup_unchecked")
 
 
 def linear(first: float, each: float) -> LatencyCurve:
@@ -94,15 +99,22 @@ class Trace:
     """What a run asked of its network.
 
     Attributes:
-        rows: For each round its number of rows; below 0 for a call of rows that were evaluated again.
+        rows: For each round its number of rows; below 0 for a call of rows that every rank evaluated again.
+        dealt: Rows of each call of the check that ranks share.
     """
 
     rows: tuple[int, ...]
+    dealt: tuple[int, ...] = ()
 
     @property
     def rounds(self) -> int:
         """Rounds, without rows that are evaluated again."""
         return sum(rows > 0 for rows in self.rows)
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """Rows of each network call of one device."""
+        return (*map(abs, self.rows), *self.dealt)
 
     @property
     def unchecked(self) -> Trace:
@@ -125,7 +137,7 @@ def simulated(trace: Trace, devices: int, curve: LatencyCurve, overhead: tuple[f
         overhead: Seconds of a round outside the network, and for each of its rows.
     """
     clocks = [curve(1) if devices > 1 else 0.0] * devices  # each evaluates the first row, so that networks can be compared
-    for rows in trace.rows:
+    for rows in (*trace.rows, *trace.dealt):
         if rows < 0:
             clocks = [clock + curve(-rows) for clock in clocks]
             continue
@@ -135,22 +147,46 @@ def simulated(trace: Trace, devices: int, curve: LatencyCurve, overhead: tuple[f
     return max(clocks)
 
 
-class Recording(Evaluator):
-    """An evaluator that records its rounds."""
+@dataclass
+class Record:
+    """The network calls of a run.
 
-    def __init__(self, denoiser: Callable[..., Tensor], **more: Any) -> None:
-        super().__init__(denoiser, **more)
-        self.rows: list[int] = []
+    Attributes:
+        rows: As of `Trace`.
+        dealt: As of `Trace`.
+    """
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """As an evaluator."""
-        self.rows.append(len(batch.x))
-        return super().__call__(batch)
+    rows: list[int] = field(default_factory=list)
+    dealt: list[int] = field(default_factory=list)
 
-    def evaluate_again(self, batch: Batch) -> Tensor:
-        """As an evaluator."""
-        self.rows.append(-len(batch.x))
-        return super().evaluate_again(batch)
+    def taken(self) -> Trace:
+        """The calls since this was last asked."""
+        found = Trace(tuple(self.rows), tuple(self.dealt))
+        self.rows, self.dealt = [], []
+        return found
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Record]:
+    """Records the network calls of all evaluators."""
+    record = Record()
+    call, again, dealt = Evaluator.__call__, Evaluator.evaluate_again, Evaluator.evaluate_dealt
+
+    def of_a_round(evaluator: Evaluator, batch: Batch) -> Tensor:
+        record.rows.append(len(batch.x))
+        return call(evaluator, batch)
+
+    def by_each(evaluator: Evaluator, batch: Batch) -> Tensor:
+        record.rows.append(-len(batch.x))
+        return again(evaluator, batch)
+
+    def by_all(evaluator: Evaluator, batch: Batch) -> Tensor:
+        record.dealt.append(len(batch.x))
+        found = dealt(evaluator, batch)
+        return again(evaluator, batch) if found is None else found
+
+    with mock.patch.multiple(Evaluator, __call__=of_a_round, evaluate_again=by_each, evaluate_dealt=by_all):
+        yield record
 
 
 # -- measured: ranks on this machine -----------------------------------------------------------------------------------
@@ -193,11 +229,12 @@ class Sleeping:
 def run_once(sampler: str, steps: int, method: Method, seed: int, ranks: Any) -> tuple[Trace, float]:
     """A run with a sleeping network, and its whole clock."""
     problem = closed_form(sampler, steps)
-    evaluator = Recording(Sleeping(problem.denoiser, linear(*SLEEP)), mesh=ranks)
+    evaluator = Evaluator(Sleeping(problem.denoiser, linear(*SLEEP)), mesh=ranks)
     noise = Recorded(problem.shape, [torch.Generator().manual_seed(seed)])
-    begin = time.perf_counter()
-    sample(evaluator, problem.table, noise, method)
-    return Trace(tuple(evaluator.rows)), time.perf_counter() - begin
+    with recording() as record:
+        begin = time.perf_counter()
+        sample(evaluator, problem.table, noise, method)
+        return record.taken(), time.perf_counter() - begin
 
 
 def fastest(repeats: int, *given: Any) -> tuple[Trace, float]:
@@ -320,27 +357,34 @@ def flow_run(steps: int, method: Method | None, image: int) -> tuple[Trace, Tens
     return trace_of(run.report, steps), latents
 
 
-def chain_run(sampler: str, steps: int, method: Method, seed: int) -> tuple[Trace, Tensor]:
-    """A run of the digits network, and its sample."""
+def chain_run(sampler: str, steps: int, method: Method, seed: int) -> tuple[Trace, Trace, Tensor]:
+    """The first run of the digits network, a later one, and the sample."""
     if sampler == "flow":
-        return flow_run(steps, None if method == sequential() else method, seed)
+        trace, latents = flow_run(steps, None if method == sequential() else method, seed)
+        return trace, trace, latents
     problem = trained(sampler, steps)
-    evaluator = Recording(problem.denoiser)
-    solution = sample(evaluator, problem.table, problem.noise([seed]), method)
-    return Trace(tuple(evaluator.rows)), solution.sample
+    MODELS.forget()
+    with recording() as record:
+        runs = [(sample(problem.denoiser, problem.table, problem.noise([seed]), method), record.taken()) for _ in range(2)]
+    (_, first), (solution, later) = runs
+    return first, later, solution.sample
 
 
-def traced(chain: str, seeds: int) -> tuple[list[Trace], dict[tuple[str, int | None], tuple[list[Trace], float]]]:
-    """The traces of the sequential chain, and of every method and window with the largest error of its samples."""
+Traces = tuple[list[Trace], list[Trace], float]
+"""Of each seed the first run and a later one, and the largest error of the samples."""
+
+
+def traced(chain: str, seeds: int) -> tuple[list[Trace], dict[tuple[str, int | None], Traces]]:
+    """The traces of the sequential chain, and those of every method and window."""
     sampler, steps, windows, names = CHAINS[chain]
     plain = [chain_run(sampler, steps, sequential(), seed) for seed in range(seeds)]
-    found: dict[tuple[str, int | None], tuple[list[Trace], float]] = {}
+    found: dict[tuple[str, int | None], Traces] = {}
     for name in names:
         for window in (None,) if name in ONCE else windows:
             runs = [chain_run(sampler, steps, METHODS[name](window), seed) for seed in range(seeds)]
-            errors = [rms(own - reference)[0] for (_, own), (_, reference) in zip(runs, plain, strict=True)]
-            found[name, window] = [trace for trace, _ in runs], max(errors)
-    return [trace for trace, _ in plain], found
+            errors = [rms(own - reference)[0] for (*_, own), (*_, reference) in zip(runs, plain, strict=True)]
+            found[name, window] = [first for first, *_ in runs], [later for _, later, _ in runs], max(errors)
+    return [Trace((1,) * steps)] * len(plain), found
 
 
 def rows_of(chain: str, seeds: int, curves: dict[str, LatencyCurve]) -> list[Row]:
@@ -352,9 +396,9 @@ def rows_of(chain: str, seeds: int, curves: dict[str, LatencyCurve]) -> list[Row
             single = sum(simulated(trace, 1, curve) for trace in plain)
             for name in dict.fromkeys(name for name, _ in found):
                 settings = [(window, *value) for (own, window), value in found.items() if own == name]
-                gains = [single / sum(simulated(trace, devices, curve) for trace in traces) for _, traces, _ in settings]
+                gains = [single / sum(simulated(trace, devices, curve) for trace in later) for _, _, later, _ in settings]
                 best = max(range(len(settings)), key=lambda k: gains[k])
-                window, traces, error = settings[best]
+                window, first, traces, error = settings[best]
                 rows.append(
                     {
                         "part": "simulated",
@@ -368,6 +412,7 @@ def rows_of(chain: str, seeds: int, curves: dict[str, LatencyCurve]) -> list[Row
                         "evaluations": statistics.mean(trace.evaluations for trace in traces),
                         "error_max": error,
                         "speedup": gains[best],
+                        "speedup_first": single / sum(simulated(trace, devices, curve) for trace in first),
                         "speedup_unchecked": single / sum(simulated(trace.unchecked, devices, curve) for trace in traces),
                     }
                 )

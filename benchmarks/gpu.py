@@ -37,7 +37,7 @@ from typing import Any
 
 import diffusers
 import torch
-from cluster import Recording, Trace, trace_of
+from cluster import Trace, recording, trace_of
 from gpu_shapes import SHAPES, Shape
 from harness import Results, Row, options, show
 from problem import rms
@@ -560,10 +560,10 @@ def real_traces(day: Day) -> dict[str, tuple[int, Trace]]:
             if name == "collocation" and sampler != "ddpm":
                 continue
             for window in windows:
-                evaluator = Recording(model, device=day.device)
                 noise = Recorded(model.shape, [torch.Generator().manual_seed(0)])
-                sample(evaluator, table, noise, METHODS[name](window))
-                day.traces[f"{chain}, {name}, window {window}"] = steps, Trace(tuple(evaluator.rows))
+                with recording() as record:
+                    sample(Evaluator(model, device=day.device), table, noise, METHODS[name](window))
+                day.traces[f"{chain}, {name}, window {window}"] = steps, record.taken()
     for steps in () if day.quick else (28, 50):
         pipe = bundled("shapes-flow", day.device, torch.float32)
         with warnings.catch_warnings(), parallelize(pipe, parasolver(8)) as run:
@@ -598,15 +598,15 @@ def replay_of(day: Day, shape: Shape, traces: dict[str, tuple[int, Trace]]) -> N
     }
     single = day.timed(shape.call(network, 1, day.tiny, day.device, dtype))
     for name, (steps, trace) in traces.items():
-        expected = sum(max(single, single * rows / 8) for rows in trace.rows)
+        expected = sum(max(single, single * rows / 8) for rows in trace.calls)
         if day.left <= min(60.0, expected):
             day.add("replay", f"{shape.name}: {name}", skipped="the time was over")
             continue
         begin = time.perf_counter()
-        for rows in trace.rows:
-            if max(1, rows) not in calls:
-                calls[max(1, rows)] = shape.call(network, max(1, rows), day.tiny, day.device, dtype)
-            calls[max(1, rows)]()
+        for rows in trace.calls:
+            if rows not in calls:
+                calls[rows] = shape.call(network, rows, day.tiny, day.device, dtype)
+            calls[rows]()
             day.wait()
         seconds = time.perf_counter() - begin
         nearest = min(outside, key=lambda window: abs(window - max(trace.rows)), default=None)

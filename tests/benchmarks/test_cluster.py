@@ -16,9 +16,11 @@ def test_a_round_takes_as_long_as_its_longest_share(devices: int, seconds: float
 
 
 def test_rows_that_are_evaluated_again_cost_every_device_a_call() -> None:
-    trace = Trace((4, -1, -3))
-    assert simulated(trace, 4, linear(0.0, 1.0), FREE) == 1 + 1 + 1 + 3
-    assert simulated(trace, 4, linear(1.0, 1.0), FREE) == 2 + 2 + 2 + 4  # one call of three rows
+    trace = Trace((4, -1, -3), (5,))
+    assert simulated(trace, 4, linear(0.0, 1.0), FREE) == 1 + 1 + 1 + 3 + 2  # the last five are dealt out
+    assert simulated(trace, 4, linear(1.0, 1.0), FREE) == 2 + 2 + 2 + 4 + 3  # one call of three rows
+    assert simulated(trace, 1, linear(0.0, 1.0), FREE) == 4 + 1 + 3 + 5
+    assert trace.calls == (4, 1, 3, 5)
     assert (trace.rounds, trace.evaluations, trace.unchecked.rows) == (1, 4, (4,))
 
 
