@@ -5,8 +5,8 @@ Rounding depends on the number of rows in a call, and a network may amplify it. 
 a suspicion only, which more evaluations settle: the row once more by itself, and in its place in a call of as many rows, all
 others made up. Of a model whose rows are independent the answer is then the same, since calls of equal shape round alike. So it
 is of one whose answers depend on the number of rows (padding), which is told apart by what small changes of the state leave of
-the difference: rounding differs by something else then. A memory of times has to show at several places of the chain, at the
-one of three close times at which it was given another state before.
+the difference: rounding differs by something else then. A difference below 1 % has to be a multiple of the answer. A memory of
+times has to show at several places of the chain, at the one of three close times at which it was given another state before.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ ALIKE = 0.3
 COUNTED = 0.01
 """Relative difference of two answers from which a dependence on the number of rows is looked for. Kernels of other numbers of
 rows may round a float32 network's weights to a coarser dtype, which shows in all states alike."""
+
+FACTOR = 0.02
+"""Relative difference of a dependence on the number of rows from a multiple of the answer, up to which it is one. Weights that
+are rounded to a coarser dtype change the entries of an answer each by something else."""
+
+ENTRIES = 4
+"""Entries of an answer, above the least, that show whether it is a multiple."""
 
 PLACES = (3, 5)
 """Places of a chain at which a memory of times has to show: at all of the first so many, at least 3."""
@@ -235,27 +242,42 @@ class Judge:
             ValueError: If so.
         """
         limit = self.limit(row.x)
-        if off > max(limit, COUNTED) and self._heeds_count(row, place, count, max(limit, COUNTED)):
+        large = off > max(limit, COUNTED)
+        if self._heeds_count(row, place, count, max(limit, COUNTED)) if large else self._is_multiple(row, place, count):
             raise ValueError(
                 f"the model answered {_name(row, 0)} otherwise in a call of {count} rows than by itself: the answers differ by "
                 f"{off:.2g} of their size, of which rounding explains {limit:.1g}. Its output depends on the number of rows "
                 f"(padding), or it remembers earlier calls (a cache): {ADVICE}"
             )
 
+    def _pair(self, row: Batch, place: int, count: int, x: Tensor) -> Tensor:
+        """`[2, ...]` the answers to a state `[1, ...]` at a row's time, by itself and at a place among others."""
+        rows = [taken(row, [0] * n, x.expand(n, *x.shape[1:]).clone()) for n in (1, count)]
+        return torch.stack([self.evaluated(rows[0])[0], self.evaluated(rows[1])[place]])
+
+    def _is_multiple(self, row: Batch, place: int, count: int) -> bool:
+        """Whether the answers to several states made of a row's are among others the same multiple of those by itself, by more
+        than rounding explains."""
+        found = []
+        for number, factor in enumerate(FACTORS):
+            x = (row.x * factor).flatten(1).roll(number, 1).view_as(row.x)
+            alone, among = self._pair(row, place, count, x).double()
+            gap, size = among - alone, alone.square().sum().clamp(min=1e-300)
+            found.append(float((gap * alone).sum() / size))
+            entries = int((alone.abs() > 0.1 * alone.abs().amax()).sum())
+            rest = float((gap - found[-1] * alone).norm())
+            if entries < ENTRIES or difference(alone, among) <= self.limit(row.x) or rest > FACTOR * float(gap.norm()):
+                return False
+        return max(found) - min(found) <= FACTOR * max(map(abs, found))
+
     def _heeds_count(self, row: Batch, place: int, count: int, least: float) -> bool:
         """Whether the answers to a row's state, times each of several factors, differ between one row and as many as the
         round's by more than rounding explains, and by much the same when a small change of the state moves them. Rounding that
         a network amplifies differs by something else then. Answers that nothing moves have to be the same for all factors."""
-
-        def pair(x: Tensor) -> Tensor:
-            """The answers to a state by itself and among others."""
-            rows = [taken(row, [0] * n, x.expand(n, *x.shape[1:]).clone()) for n in (1, count)]
-            return torch.stack([self.evaluated(rows[0])[0], self.evaluated(rows[1])[place]])
-
         still, signs = [], 1 - 2 * (torch.arange(row.x[0].numel(), device="cpu") % 2).view(1, *row.x.shape[1:]).to(row.x)
         for factor in FACTORS:
             x = row.x * factor
-            first, *close = (pair(x * (1 + way * signs)) for way in (0.0, NUDGE, -NUDGE))
+            first, *close = (self._pair(row, place, count, x * (1 + way * signs)) for way in (0.0, NUDGE, -NUDGE))
             gaps = [(among - alone).double() for alone, among in (first, *close)]
             if min(difference(*answers) for answers in (first, *close)) <= least:
                 return False

@@ -28,7 +28,7 @@ from paradiff.solver.judge import Judge, before, close_times, joined, taken
 from paradiff.solver.protocol import Batch
 from paradiff.solver.rounding import difference
 
-FEW = 4
+FEW = 8
 """Rows that are kept of any run."""
 
 SHARE = 0.02
