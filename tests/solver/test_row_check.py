@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from faulty_networks import MEMORY, ROWS, SHAPE, Model, answer, column, drawn, dropout, unseen
+from faulty_networks import MEMORY, ROWS, SHAPE, Model, answer, column, drawn, dropout
 from problems import TABLES, chain, gap, network
 from row_adversary import SETTINGS, judged
 from torch import Tensor, nn
@@ -203,10 +203,10 @@ def test_a_branch_on_the_sum_of_all_rows_is_found() -> None:
                 solved(model, method, "one sample, float32")
 
 
-@pytest.mark.parametrize("network", [pair for pair in drawn(70, 11) if unseen(*pair) is None], ids=str)
-def test_no_network_is_silently_wrong(network: tuple[str, tuple[Any, ...]]) -> None:
+@pytest.mark.parametrize("network", drawn(70, 11), ids=str)
+def test_no_network_is_silently_wrong_in_two_runs(network: tuple[str, tuple[Any, ...]]) -> None:
     for setting in ("parasolver, window 5, three samples", "quasi-Newton, multistep", "srds"):
-        what, said = judged(*network, setting)
+        what, said = judged(*network, setting, runs=2)
         assert what in ("right", "refused", "untouched"), f"{setting}: {said}"
 
 

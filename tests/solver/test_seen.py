@@ -79,6 +79,20 @@ def test_a_model_that_passed_once_is_checked_by_two_rows(way: str) -> None:
     assert rows(model) > 10  # another mode
 
 
+def test_a_small_table_of_inference_tensors_is_read() -> None:
+    with torch.inference_mode():
+        table = torch.zeros(4)
+    model = lambda x, t: answer(x, t) + 0 * table  # noqa: E731
+    assert [rows(model, seed) for seed in range(2)][1] == SEEN
+    before = identity_of(model)
+    with torch.inference_mode():
+        table.add_(1)
+    after = identity_of(model)
+    assert before is not None
+    assert after is not None
+    assert not before.same(after)
+
+
 def test_what_is_made_anew_was_not_seen() -> None:
     network = made()
     for way in ("a function", "a partial", "a compiled module"):

@@ -8,8 +8,8 @@ it uses; of a method or a partial what it holds; of an object its attributes. Of
 read too. Of a compiled module the one that was compiled counts. Objects are held weakly.
 
 A model is not readable if it reaches something whose state cannot be read: an iterator, a file, a lock of another library, a
-cache of functools, a scripted module, weights without a version. Writing through `.data`, which torch counts nowhere, is not
-seen.
+cache of functools, a scripted module, large tensors without a version. Writing through `.data`, which torch counts nowhere, is
+not seen.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MOST = 300_000
 """Things that are read of a model at most."""
 
 SMALL = 1 << 20
-"""Bytes of an array that are read."""
+"""Bytes of an array, or of a tensor whose changes torch does not count, that are read."""
 
 WORD = 8
 """Bytes of a pointer."""
@@ -165,7 +165,8 @@ class _Reader:
     def _tensor(self, value: Tensor) -> None:
         self.objects.append(value)
         place = value.data_ptr() if value.layout is torch.strided else _raise("a sparse tensor")
-        self._facts.append((place, value._version, tuple(value.shape), value.stride(), str(value.dtype), str(value.device)))
+        version = _bytes(value) if value.is_inference() else value._version
+        self._facts.append((place, version, tuple(value.shape), value.stride(), value.dtype, value.device))
 
     def _set(self, value: Iterable[Any]) -> Iterator[Any]:
         if not all(type(one) in QUICK for one in value):
@@ -275,6 +276,13 @@ def _is_pure(kind: type) -> bool:
 
 HEAP = 1 << 9
 """The flag of classes that are made while Python runs."""
+
+
+def _bytes(value: Tensor) -> bytes:
+    """The numbers of a tensor whose changes torch does not count."""
+    if value.nbytes > SMALL or value.device.type != "cpu":
+        _raise("a large inference tensor")
+    return value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _raise(what: str) -> Any:
