@@ -293,6 +293,32 @@ def test_networks_that_are_offloaded_in_groups(groups: str, executor: Executor) 
     assert not any(weight.device.type == "pseudo" for weight in pipe.unet.parameters())
 
 
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "leaves", "leaves, ahead"])
+def test_a_loop_that_changes_the_weights_of_offloaded_networks_is_refused(offload: str) -> None:
+    """Their memory is another one after each call; what is told of the call before is the plain call's network."""
+
+    def written(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        layer = pipe.unet.conv_out
+        mapped = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+        (layer.weight if mapped is None else mapped["weight"]).data.mul_(0.99)
+        return tensors
+
+    call = short("sd", callback_on_step_end=written)
+    wanted = call(CASES["sd"].make())
+    pipe = CASES["sd"].make()
+    if offload in GROUPS:
+        pipe.enable_group_offload(onload_device=torch.device("pseudo"), offload_device=torch.device("cpu"), **GROUPS[offload])
+        if GROUPS[offload].get("use_stream"):
+            short("sd")(pipe)  # notes the order of its layers
+    else:
+        getattr(pipe, offload)(device="pseudo")
+    with (
+        pytest.warns(RuntimeWarning, match=r"writes to the weights unet\.conv_out\.weight"),
+        paradiff.parallelize(pipe, EXACTLY),
+    ):
+        assert gap(call(pipe).cpu(), wanted) < ROUNDING
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("check", ["off", "first"])
 def test_a_call_leaves_none_of_its_states_in_memory(check: Any, executor: Executor) -> None:

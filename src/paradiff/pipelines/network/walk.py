@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from paradiff.models.absent import Absent
 from paradiff.pipelines.network.holder import STRUCTURE, Holder, contents
+from paradiff.pipelines.network.offloaded import in_files
 from paradiff.pipelines.network.origin import MODELS, function_of, is_users
 from paradiff.pipelines.network.plain import PLAIN
 from paradiff.pipelines.network.position import record
@@ -147,6 +148,7 @@ class Walk:
 
     def _visit_module(self, module: nn.Module, path: str) -> None:
         self.holders += [Holder(module, path, named=True), Holder(module._buffers, path, named=True)]
+        self._seen.update((id(part), part) for part in in_files(module))
         for name, part in [*module._buffers.items(), *module._parameters.items(), *module._modules.items()]:
             self._visit(part, f"{path}.{name}", name)
         for name, part in vars(module).items():

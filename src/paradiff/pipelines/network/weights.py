@@ -7,22 +7,26 @@ after each round. Writing through `.data` moves no version; where the pipeline's
 weights (`WRITERS`, or operations in place beside `WALKERS`), a stretch of each parameter is compared by value, too, and all
 values are copied before a try. Without such a copy, values that were overwritten cannot be put back.
 
-Networks that are offloaded, cast layer by layer or held elsewhere have weights that come and go, and are left out.
+Weights that come and go with the calls of their network (offloaded.py) are compared by version where the parameter stays the
+same object, and by value where their memory is another one. Those that a hook takes from a mapping are compared there. Those in
+files are the file's: what a loop writes to their parameters is gone before the next call.
 """
 
 from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paradiff.errors import Unsupported
 from paradiff.models.absent import is_absent
+from paradiff.pipelines.network import offloaded
 from paradiff.pipelines.network.origin import is_users
 from paradiff.pipelines.network.reads import names
 
@@ -39,6 +43,7 @@ WRITERS = {
     "set_adapters",
     "unfuse_lora",
     "weight",
+    "weights_map",
 }
 """Names in functions that may write to weights."""
 
@@ -46,29 +51,49 @@ WALKERS = {"modules", "named_modules", "named_parameters", "parameters"}
 """Names in functions that may reach weights."""
 
 STRETCH = 64
-"""Numbers of a parameter that are compared by value."""
-
-MOVING = ("_hf_hook", "_diffusers_hook")
-"""Attributes of modules whose weights are moved between devices or dtypes by their calls."""
+"""Numbers of a parameter that are compared by value, spread over it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter, and what it was.
+    """A parameter, or the tensor that a hook makes one of, and what it was.
 
     Attributes:
         path: Where it is, such as `unet.mid_block.weight`.
-        parameter: The parameter.
-        data: Its memory, shared.
+        held: The dict that holds it.
+        key: Its key there.
+        tensor: What it was.
         version: Its version.
+        moves: Whether its memory may be another one after a call.
+        data: Its memory, shared; None if it moves.
         copy: A copy of its values; None if none is kept.
     """
 
     path: str
-    parameter: Tensor
-    data: Tensor
+    held: dict[str, Any]
+    key: str
+    tensor: Tensor
     version: int
+    moves: bool
+    data: Tensor | None
     copy: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """What a weight was when the loop began.
+
+    Attributes:
+        tensor: The parameter.
+        place: Where its memory was.
+        version: Its version.
+        stretch: Some of its values, on the CPU; None if none are compared.
+    """
+
+    tensor: Tensor | None
+    place: int
+    version: int
+    stretch: Tensor | None
 
 
 class Weights:
@@ -85,34 +110,53 @@ class Weights:
         self._weights: list[Weight] = []
         self._seen: set[int] = set()
         self._marked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []  # what `mark` saw
-        self._states: list[tuple[int, int]] = []
-        self._values: list[Tensor] = []
+        self._marks: list[Mark] = []
+        self._written: set[str] = set()  # those that were seen by value alone
         for name, network in networks.items():
-            modules = [] if is_absent(network) else list(network.named_modules())
-            if not any(hasattr(module, moving) for _, module in modules for moving in MOVING):
-                for path, module in modules:
-                    self._record(f"{name}.{path}" if path else name, module)
-        self.mark()
+            if not is_absent(network):
+                moves = offloaded.moves(network)
+                self._seen.update(id(part) for module in network.modules() for part in offloaded.in_files(module))
+                for path, module in network.named_modules():
+                    self._record(f"{name}.{path}" if path else name, module, moves)
 
-    def _record(self, path: str, module: nn.Module) -> None:
+    def _record(self, path: str, module: nn.Module, moves: bool) -> None:
         """Records a module's parts and parameters."""
-        for held in (module._modules, module._parameters):
+        for held in (module._modules, *([] if moves else [module._parameters])):
             self._parts.append((path, held, dict(held)))
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in self._seen or parameter.is_meta or parameter.layout != torch.strided:
-                continue
-            self._seen.add(id(parameter))
-            copy = parameter.detach().to("cpu", copy=True) if self._copies else None
-            self._weights.append(Weight(f"{path}.{name}", parameter, parameter.data, version_of(parameter), copy))
+        for name in module._parameters:
+            self._record_one(f"{path}.{name}", module._parameters, name, moves)
+        for held, key, name in offloaded.mapped(module):
+            self._record_one(f"{path}.{name}", held, key, False)
+
+    def _record_one(self, path: str, held: dict[str, Any], key: str, moves: bool) -> None:
+        """Records a parameter, unless it is a placeholder."""
+        tensor = held[key]
+        if not isinstance(tensor, Tensor) or tensor.is_meta or id(tensor) in self._seen:
+            return
+        self._seen.add(id(tensor))
+        copy = tensor.detach().to("cpu", copy=True) if self._copies and has_values(tensor) else None
+        data = None if moves else tensor.data
+        self._weights.append(Weight(path, held, key, tensor, version_of(tensor), moves, data, copy))
 
     def mark(self) -> None:
-        """Takes the weights as they are: what wrote to them until here is not the loop."""
+        """Takes the weights as they are: what wrote to them until here is not the loop. Waits for the device where values are
+        compared, or weights come and go."""
         self._marked = [(path, held, dict(held)) for path, held, _ in self._parts]
-        self._states = [(w.parameter.data_ptr(), version_of(w.parameter)) for w in self._weights]
-        self._values = self._stretches()
+        now = [weight.held.get(weight.key) for weight in self._weights]
+        compared = {
+            i: tensor
+            for i, (weight, tensor) in enumerate(zip(self._weights, now, strict=True))
+            if (weight.moves or self._copies) and tensor is not None and has_values(tensor)
+        }
+        stretches = dict(zip(compared, stretches_of(list(compared.values())), strict=True))
+        self._marks = [
+            Mark(tensor, place_of(tensor), -1 if tensor is None else version_of(tensor), stretches.get(i))
+            for i, tensor in enumerate(now)
+        ]
 
     def check(self) -> None:
-        """Checks that nothing wrote to the weights since `mark`. Waits for the device where values are compared.
+        """Checks that nothing wrote to the weights since `mark`. Waits for the device where values are compared: those of
+        functions that may write, and those whose memory is another one.
 
         Raises:
             Unsupported: If something did.
@@ -120,11 +164,20 @@ class Weights:
         for path, held, before in self._marked:
             if others(held, before):
                 raise Unsupported(f"the call exchanges parts of {path} while its loop runs, so that passes have other networks")
-        for weight, state in zip(self._weights, self._states, strict=True):
-            if (weight.parameter.data_ptr(), version_of(weight.parameter)) != state:
+        compared: list[tuple[Weight, Tensor, Tensor]] = []
+        for weight, mark in zip(self._weights, self._marks, strict=True):
+            tensor = weight.held.get(weight.key)
+            if tensor is mark.tensor and (tensor is None or version_of(tensor) != mark.version):
                 raise Unsupported(_written(weight))
-        for weight, before, now in zip(self._weights, self._values, self._stretches(), strict=False):
-            if not torch.equal(before, now):
+            elsewhere = tensor is not mark.tensor or place_of(tensor) != mark.place
+            if elsewhere and not weight.moves:
+                raise Unsupported(_written(weight))
+            if (elsewhere or self._copies) and mark.stretch is not None and tensor is not None and has_values(tensor):
+                compared.append((weight, tensor, mark.stretch))
+        now = stretches_of([tensor for _, tensor, _ in compared])
+        for (weight, _, before), stretch in zip(compared, now, strict=True):
+            if not same(before, stretch):
+                self._written.add(weight.path)
                 raise Unsupported(_written(weight))
 
     @torch.no_grad()
@@ -136,19 +189,21 @@ class Weights:
                 held.update(before)
         lost = None
         for weight in self._weights:
-            parameter = weight.parameter
-            written = version_of(parameter) != weight.version
-            if parameter.data_ptr() != weight.data.data_ptr():
-                parameter.data = weight.data
+            tensor = weight.tensor
+            if weight.moves:
+                tensor = weight.held.get(weight.key)
+            elif weight.held.get(weight.key) is not tensor:
+                weight.held[weight.key] = tensor
+            if tensor is None or tensor.is_meta:
+                continue
+            written = weight.path in self._written or (tensor is weight.tensor and version_of(tensor) != weight.version)
+            if weight.data is not None and place_of(tensor) != place_of(weight.data):
+                tensor.data = weight.data
             if weight.copy is None:
                 lost = weight.path if lost is None and written else lost
-            elif not torch.equal(weight.data.cpu(), weight.copy):
-                weight.data.copy_(weight.copy)
+            elif not same(tensor.detach().cpu(), weight.copy):
+                tensor.data.copy_(weight.copy)
         return lost
-
-    def _stretches(self) -> list[Tensor]:
-        """Copies of a stretch of each parameter; none where values are not compared."""
-        return [w.parameter.detach().reshape(-1)[:STRETCH].clone() for w in self._weights] if self._copies else []
 
 
 def may_write(found: set[str]) -> bool:
@@ -174,6 +229,44 @@ def version_of(tensor: Tensor) -> int:
 def others(held: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether a dict holds other things than it did."""
     return len(held) != len(before) or not all(map(operator.is_, held.values(), before.values()))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a parameter has memory of its own whose values can be compared."""
+    return not tensor.is_meta and tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
+
+
+def place_of(tensor: Tensor | None) -> int:
+    """Where the memory of a parameter is; 0 if it has none."""
+    return tensor.data_ptr() if tensor is not None and has_values(tensor) else 0
+
+
+def stretches_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of some values of each tensor, spread over it, on the CPU. Waits once for each device and dtype."""
+    found: dict[int, Tensor] = {}
+    groups: dict[Any, list[tuple[int, Tensor]]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append((place, _stretch(tensor.detach())))
+    for group in groups.values():
+        parts = [part for _, part in group]
+        together = torch.cat([part.contiguous().view(torch.uint8) for part in parts]).cpu()
+        sizes = [part.numel() * part.element_size() for part in parts]
+        for (place, part), own in zip(group, together.split(sizes), strict=True):
+            found[place] = own.clone().view(part.dtype)
+    return [found[place] for place in range(len(tensors))]
+
+
+def _stretch(tensor: Tensor) -> Tensor:
+    """A view of some of its numbers, in the order in which they are in memory."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).reshape(-1)[:: tensor.numel() // STRETCH | 1]
+
+
+def same(before: Tensor, now: Tensor) -> bool:
+    """Whether values on the CPU are the same, NaN included; those of another dtype where that holds them."""
+    if before.dtype != now.dtype:
+        return torch.equal(before.double(), now.double())
+    return torch.equal(*(part.reshape(-1).contiguous().view(torch.uint8) for part in (before, now)))
 
 
 def _written(weight: Weight) -> str:
