@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -88,21 +89,50 @@ class Scaled:
     @torch.no_grad()
     def apply(self) -> None:
         for parameter in self.network.parameters():
-            parameter.mul_(0.98)
+            parameter.data.mul_(0.98)
+
+
+class Through(Scaled):
+    """The same, by a method of its own."""
+
+    def apply(self) -> None:
+        self.exchange(self.network.get_submodule("b"))
+
+    def exchange(self, layer: Any) -> None:
+        layer.weight.data = layer.weight.data * 0.98
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("kind", [Scaled, Through])
+def test_weights_that_an_object_of_the_loop_writes_to_are_put_back(kind: type[Scaled], executor: Any) -> None:
+    text = LOOP.replace("SETUP", "self.s = STORE['s']").replace("BEFORE", "self.s.apply()").replace("END", "pass")
+    held = Adversary.of(text).loop.__globals__["STORE"]
+    samples, weights, told = [], [], []
+    try:
+        for one in (None, executor):
+            held["s"] = kind(network := Wide())
+            sample, told = called(text, network, one)
+            samples.append(sample)
+            weights.append(network.b.weight.detach().clone())
+    finally:
+        del held["s"]
+    assert torch.equal(*samples)
+    assert torch.equal(*weights)
+    assert "writes to the weights" in told[0]
 
 
 def test_weights_that_cannot_be_put_back_end_the_call_in_a_sentence() -> None:
-    text = LOOP.replace("SETUP", "pass").replace("BEFORE", "STORE['s'].apply()").replace("END", "pass")
+    text = LOOP.replace("SETUP", "pass").replace("BEFORE", "[STORE['s'](w) for w in STORE['all']]").replace("END", "pass")
     network = Wide()
-    kind = Adversary.of(text)
-    kind.loop.__globals__["STORE"]["s"] = Scaled(network)
+    held = Adversary.of(text).loop.__globals__["STORE"]
+    held |= {"s": operator.methodcaller("mul_", 0.98), "all": list(network.parameters())}
     try:
         with pytest.raises(
             RuntimeError, match=r"writes to the weights net\.a\.weight, and the parallel run.* load the network"
         ):
             called(text, network, "vector")
     finally:
-        del kind.loop.__globals__["STORE"]["s"]
+        del held["s"], held["all"]
 
 
 def test_weights_that_are_left_alone_are_not_copied() -> None:

@@ -47,8 +47,8 @@ class Beginning:
         classes = [(one.__name__, one) for one in (kind, type(pipeline))]
         methods = [*classes, *((method.__name__, method) for method in users_methods(kind))]
         given = [value for value in arguments.values() if isinstance(value, types.FunctionType)]
-        self.weights = Weights(networks, [*users_methods(kind), *given])
         self._memory = Memory([*networks.items(), *data.items(), *methods], owners=[pipeline])
+        self.weights = Weights(networks, [*users_methods(kind), *given, *self._memory.functions])
         self._surroundings = Surroundings()
         self.lasting = self._memory.lasting
 

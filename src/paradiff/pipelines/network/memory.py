@@ -74,6 +74,11 @@ class Memory:
         return None
 
     @property
+    def functions(self) -> list[types.FunctionType]:
+        """The users' functions within reach of the objects, without the methods of networks."""
+        return [function for function in self._walk.functions if id(function) not in self._walk.networks_own]
+
+    @property
     def lasting(self) -> str | None:
         """Where there is a Python generator, whose position cannot be put back; None if there is none."""
         return next((path for path, thing, _ in self._walk.states if isinstance(thing, types.GeneratorType)), None)

@@ -59,6 +59,7 @@ class Walk:
         saved: The tensors and arrays by identity, with copies of their values.
         states: The random generators and iterators, each with its path and its record.
         functions: The users' functions.
+        networks_own: Those among them that are methods of networks, by identity.
     """
 
     def __init__(self, roots: Iterable[tuple[str, Any]], owners: Iterable[Any], leave: Iterable[Any]) -> None:
@@ -67,6 +68,7 @@ class Walk:
         self.saved: dict[int, Saved] = {}
         self.states: list[tuple[str, Any, Any]] = []
         self.functions: list[types.FunctionType] = []
+        self.networks_own: set[int] = set()
         self._names: set[str] = set()
         self._objects: list[tuple[Any, str]] = []
         self._reached: set[tuple[int, str]] = set()
@@ -164,6 +166,7 @@ class Walk:
                 self._visit(cls, path, "")
                 for name, part in list(vars(cls).items()):
                     if name not in MAKERS:
+                        self.networks_own.add(id(function_of(part)))
                         self._visit(function_of(part), path, "")
 
     def _visit_function(self, function: types.FunctionType, path: str) -> None:

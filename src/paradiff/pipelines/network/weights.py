@@ -3,8 +3,8 @@
 
 A loop that scales, fuses, exchanges or trains weights from pass to pass has another network in each of them, and a parallel run
 makes the passes together. So modules and parameters are compared by identity, memory and version at the loop's first step and
-after each round. Writing through `.data` moves no version; where the pipeline's own functions name something that writes to
-weights (`WRITERS`, or operations in place beside `WALKERS`), a stretch of each parameter is compared by value, too, and all
+after each round. Writing through `.data` moves no version; where functions within reach of the loop name something that writes
+to weights (`WRITERS`, or operations in place beside `WALKERS`), a stretch of each parameter is compared by value, too, and all
 values are copied before a try. Without such a copy, values that were overwritten cannot be put back.
 
 Weights that come and go with the calls of their network (offloaded.py) are compared by version where the parameter stays the
@@ -101,7 +101,7 @@ class Weights:
 
     Args:
         networks: The networks by name.
-        functions: The functions that may write to them: the pipeline's own, and callbacks.
+        functions: The functions that may write to them: the pipeline's own, callbacks, and those of objects within reach.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], functions: Iterable[types.FunctionType]) -> None:
