@@ -10,7 +10,7 @@ with d[0], d[1] ... all draws of the run after that of its start, in order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Source = Literal["given", "torch", "own"]
@@ -26,12 +26,19 @@ class Draws:
         terms: For each step the pairs of k and w[i,k] that are not 0; none where c[i] = 0.
         source: `given`, drawn with the generator that the run is given; `torch`, with torch's own whichever is given; `own`,
             with generators that the scheduler makes, such as those of a Brownian tree.
+        before: Draws that the chain makes before these steps, of which they are a part.
     """
 
     scheduler: str
     counts: tuple[int, ...]
     terms: tuple[tuple[tuple[int, float], ...], ...]
     source: Source = "given"
+    before: int = 0
+
+    def part(self, begin: int, end: int) -> Draws:
+        """Those of the steps from one node to another."""
+        before = self.before + sum(self.counts[:begin])
+        return replace(self, counts=self.counts[begin:end], terms=self.terms[begin:end], before=before)
 
     @property
     def one_a_step(self) -> bool:

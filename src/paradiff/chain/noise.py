@@ -304,7 +304,7 @@ class RecordedAlong:
     def __init__(self, recorded: Recorded, draws: Draws) -> None:
         self._recorded, self._draws = recorded, draws
         self.shape, self.samples = recorded.shape, recorded.samples
-        self._after = sum(draws.counts)
+        self._after = draws.before + sum(draws.counts)
 
     def start(self, sample: int) -> Tensor:
         """The standard normal draw behind x[0], of shape `shape`."""
@@ -320,3 +320,40 @@ class RecordedAlong:
             drawn = [weight * self._recorded.draw(sample, range(k, k + 1))[0] for k, weight in terms]
             found.append(torch.stack(drawn).sum(0) if drawn else torch.zeros_like(self.start(sample)))
         return torch.stack(found)
+
+
+class Later:
+    """The noise of a chain from one of its nodes on.
+
+    Args:
+        noise: That of the whole chain.
+        first: The node.
+    """
+
+    def __init__(self, noise: Noise, first: int) -> None:
+        self._noise, self._first = noise, first
+        self.shape, self.samples = noise.shape, noise.samples
+
+    def start(self, sample: int) -> Tensor:
+        """The standard normal draw behind x[0] of the whole chain, of shape `shape`."""
+        return self._noise.start(sample)
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        """z at consecutive nodes, counted from the first one, `[len(nodes), *shape]`."""
+        return self._noise.draw(sample, range(nodes.start + self._first, nodes.stop + self._first))
+
+
+def noise_along(noise: Noise, draws: Draws | None, first: int) -> Noise:
+    """The noises of a chain's steps, from a node on.
+
+    Args:
+        noise: A source of noise.
+        draws: Which recorded draws make each step's noise; None for one a step.
+        first: The node.
+
+    Raises:
+        ValueError: If a scheduler draws with another generator than a recorded one.
+    """
+    if isinstance(noise, Recorded) and draws is not None:
+        return noise.along(draws)  # which know their own places
+    return Later(noise, first) if first else noise

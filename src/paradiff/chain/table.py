@@ -20,7 +20,7 @@ slopes, fills and error estimates, and no state of a finished chain depends on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from paradiff.chain.draws import Draws
 from paradiff.chain.home import made_at_home
 from paradiff.chain.prediction import Prediction, clean_coefficients
+from paradiff.errors import is_whole, shown
 
 CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
 Cached = TypeVar("Cached")
@@ -64,6 +65,8 @@ class Table:
         exact_levels: False for coefficients that are exact while the levels are a guide: excused from both conditions, by
             `mismatch`.
         draws: The random draws that a sequential run makes the noises of (draws.py), for `Recorded`; None for one a step.
+        first: The node of the whole chain that is this table's node 0: the noises are those of the steps from there on. Above 0
+            in a slice, `table[70:]`, whose states at node 0 the caller gives.
 
     Raises:
         ValueError: If shapes disagree, a value is not finite, or a consistency condition fails.
@@ -86,6 +89,7 @@ class Table:
     clean: Tensor | None = None
     exact_levels: bool = True
     draws: Draws | None = None
+    first: int = 0
 
     @made_at_home
     def __post_init__(self) -> None:
@@ -106,8 +110,9 @@ class Table:
         kind = "stochastic" if self.stochastic else "deterministic"
         limit = "" if self.clip is None else f", clean data limited by {self.clip!r}"
         noise, signal = self.sigma, self.alpha
+        part = f" from node {self.first} of its chain on" if self.first else ""
         return (
-            f"Table {self.name!r}: {self.steps} steps, band {self.band}, {kind}, {self.prediction} prediction{limit}\n"
+            f"Table {self.name!r}{part}: {self.steps} steps, band {self.band}, {kind}, {self.prediction} prediction{limit}\n"
             f"  times {self.t[0]:g} to {self.t[-2]:g}, signal {signal[0]:.3g} to {signal[-1]:.3g}, noise {noise[0]:.3g} to "
             f"{noise[-1]:.3g}\n"
             f"  {self.about_levels}"
@@ -121,6 +126,58 @@ class Table:
 
     def __hash__(self) -> int:
         return hash((self.name, self.prediction, self.steps, self.band, float(self.alpha[0]), float(self.sigma[0])))
+
+    def __len__(self) -> int:
+        """N, the number of steps."""
+        return self.steps
+
+    def __getitem__(self, steps: slice) -> Table:
+        """The table of some consecutive steps: `table[70:]`, the last 30 of 100.
+
+        Its node 0 is node 70 of the chain, where the caller gives the states (`start=`), and its noises are those of the steps
+        70 ... 99: the sample is that of the whole chain's loop from these states on.
+
+        Raises:
+            ValueError: If `steps` is no slice of consecutive steps, is empty, or begins where a step reads states before it.
+        """
+        if not isinstance(steps, slice):
+            raise ValueError(
+                f"a table was asked for {shown(steps)}; give a slice of its {self.steps} steps, such as table[70:] or "
+                "table[:30]"
+            )
+        for name, value in (("begin", steps.start), ("end", steps.stop), ("step", steps.step)):
+            if value is not None and not is_whole(value):
+                raise ValueError(f"the {name} of a table's slice is {shown(value)}; it must be a whole number, or left out")
+        if steps.step not in (None, 1):
+            raise ValueError(
+                f"a table was sliced with a step of {steps.step}; its steps follow each other: make the table of a shorter "
+                "chain instead"
+            )
+        begin, end, _ = slice(steps.start, steps.stop).indices(self.steps)
+        if begin >= end:
+            raise ValueError(
+                f"the slice {_written(steps)} of table {self.name!r} is empty: the chain has {self.steps} steps; keep one at "
+                "least"
+            )
+        if begin == 0 and end == self.steps:
+            return self
+        if begin not in self.restarts:
+            near = min((n for n in self.restarts[:-1]), key=lambda n: abs(n - begin))
+            raise ValueError(
+                f"the slice {_written(steps)} of table {self.name!r} begins at node {begin}, where a step reads states before "
+                f"it; the nearest node at which the chain starts afresh is {near}"
+            )
+        return self._part(begin, end)
+
+    def _part(self, begin: int, end: int) -> Table:
+        """The steps from a node to another, at the first of which the chain starts afresh."""
+        inside, nodes = slice(begin, end), slice(begin, end + 1)
+        of_steps = ("a", "b", "c", "reached", "clip_weight", "clean")
+        found = {name: getattr(self, name)[nodes] for name in ("t", "alpha", "sigma", "scale")}
+        found |= {name: None if (v := getattr(self, name)) is None else v[inside] for name in of_steps}
+        size = 1.0 if begin else self.start_scale
+        draws = None if self.draws is None else self.draws.part(begin, end)
+        return replace(self, **found, start_scale=size, draws=draws, first=self.first + begin)
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: what is derived from them is made again."""
@@ -318,6 +375,11 @@ def landed(a: Tensor, b: Tensor, c: Tensor, alpha: Tensor, sigma: Tensor, p: Ten
         ray += a[:, j] * alpha[at] + b[:, j] * ray_output[at]
         noise += a[:, j] * sigma[at] + b[:, j] * noise_output[at]
     return torch.stack([ray, torch.hypot(noise, c)], dim=1)
+
+
+def _written(steps: slice) -> str:
+    """A slice as it is written."""
+    return f"[{'' if steps.start is None else steps.start}:{'' if steps.stop is None else steps.stop}]"
 
 
 def equal(one: Any, other: Any) -> bool:

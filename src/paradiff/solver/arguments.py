@@ -94,6 +94,21 @@ def require_states(name: str, value: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; the noise has {shape}: samples, then one sample's shape")
 
 
+def require_start(table: Table, start: Any, shape: tuple[int, ...]) -> None:
+    """Refuses states at node 0 of another shape, and a slice of a chain without any.
+
+    Raises:
+        ValueError: Then.
+    """
+    if start is not None:
+        require_states("start", start, shape)
+    elif table.first:
+        raise ValueError(
+            f"table {table.name!r} begins at node {table.first} of its chain, where the states are not noise alone; give them: "
+            f"start=, a tensor of shape {shape}"
+        )
+
+
 def device_of(value: Any) -> torch.device:
     """A device that tensors can be made on.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.home import at_home
-from paradiff.chain.noise import Noise, Recorded
+from paradiff.chain.noise import Noise, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import shown
 from paradiff.solver.agreement import described
@@ -31,7 +31,7 @@ from paradiff.solver.arguments import (
     require_callable,
     require_dtype,
     require_problem,
-    require_states,
+    require_start,
 )
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.judge import Judge
@@ -104,12 +104,11 @@ def solve(
         raise ValueError(
             f"{method.name} keeps the states of a few nodes only, and cannot tell those of every node; use parasolver"
         )
-    if start is not None:
-        require_states("start", start, (noise.samples, *noise.shape))
+    require_start(table, start, (noise.samples, *noise.shape))
     require_callable("on_final", on_final, "a function of a fine node and states")
     problem = Problem(
         table=table,
-        noise=noise.along(table.draws) if isinstance(noise, Recorded) else noise,
+        noise=noise_along(noise, table.draws, table.first),
         start=start,
         device=device_of(device),
         dtype=dtype,
