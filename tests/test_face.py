@@ -37,6 +37,7 @@ ROOT = {
     *["sample", "solve", "parallelize", "explain", "compare", "plan", "auto", "from_scheduler"],
     *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Method", "__version__"],
     *PRESETS,
+    *["parallel", "ParallelInTimeConfig", "enable_parallel_in_time", "disable_parallel_in_time", "is_parallel_in_time_enabled"],
     *["chain", "samplers", "solver", "methods", "slopes", "noise", "models", "planning", "pipelines"],
 }
 LAZY = [SOURCE / "__init__.py", *(SOURCE / room / "__init__.py" for room in ("models", "pipelines"))]

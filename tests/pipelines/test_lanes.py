@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import gc
 import itertools
 import math
@@ -30,6 +29,7 @@ from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.executors import coalesce
 from paradiff.pipelines.executors.lane import Lane
 from paradiff.pipelines.executors.lanes import run_lanes
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network import boundary
@@ -55,8 +55,7 @@ class Run:
     def __call__(self, **arguments: Any) -> Any:
         networks = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
         with boundary.install(networks):
-            call = functools.partial(type(self.pipeline).__call__, **arguments)
-            return run_lanes(call, self.pipeline, self.solver, self.batching)
+            return run_lanes(Host(self.pipeline, type(self.pipeline)), arguments, self.solver, self.batching)
 
 
 class Encoder(nn.Module):

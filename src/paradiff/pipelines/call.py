@@ -20,9 +20,11 @@ from torch.utils import _pytree
 from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, NotHere, NotWalked, RanksFailed, Unsupported
 from paradiff.models.absent import is_absent
 from paradiff.pipelines.account import Account
+from paradiff.pipelines.executors.bars import one_bar
 from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import ENDED_EARLY, LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
@@ -38,7 +40,7 @@ from paradiff.pipelines.network.origin import users_methods
 from paradiff.pipelines.network.weights import Weights
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Settings
-from paradiff.pipelines.signature import plain_call
+from paradiff.pipelines.tensor.makers import making
 from paradiff.pipelines.tensor.windowed import Windowed, first_line
 from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
 from paradiff.solver.agreement import described, versions, weights_of
@@ -50,11 +52,10 @@ CALLERS_LINE = 4
 
 
 class Call:
-    """A call of a pipeline, made once.
+    """A call of a host, such as a pipeline, made once.
 
     Args:
-        pipeline: The pipeline.
-        kind: Its own class.
+        host: What owns the chain.
         settings: The settings of the run.
         arguments: The call's arguments by name (signature.py).
 
@@ -62,10 +63,10 @@ class Call:
         trying: Whether an executor is being tried.
     """
 
-    def __init__(self, pipeline: Any, kind: type, settings: Settings, arguments: dict[str, Any]) -> None:
-        self._pipeline, self._kind, self._settings, self._arguments = pipeline, kind, settings, arguments
-        self._networks = networks(pipeline)
-        self._account = Account(kind.__name__, type(pipeline.scheduler).__name__, settings.method.name)
+    def __init__(self, host: Host, settings: Settings, arguments: dict[str, Any]) -> None:
+        self._host, self._kind, self._settings, self._arguments = host, host.kind, settings, arguments
+        self._networks = host.networks
+        self._account = Account(host.name, type(host.scheduler).__name__, settings.method.name)
         self.trying = False
         self._before: list[Entry] = []  # the network calls before the loop of the last try
         self._alone: dict[str, nn.Module] = {}
@@ -75,8 +76,8 @@ class Call:
         """Makes the call; what it returns, and its report."""
         account, settings = self._account, self._settings
         executors = self._executors()
-        callback = Callback.of(self._pipeline, self._arguments)
-        beginning = Beginning(self._pipeline, self._kind, self._networks, self._arguments) if executors else None
+        callback = Callback.of(self._host.owner, self._arguments)
+        beginning = Beginning(self._host, self._arguments) if executors else None
         if beginning is not None and beginning.lasting is not None:
             account.notes.append(f"{beginning.lasting} is a Python generator, whose position could not be put back after a try")
             executors = []
@@ -130,12 +131,12 @@ class Call:
                 break  # a scheduler without parallel form, a network with memory, or an error before the loop
         if settings.executor != "sequential":
             reason = "; ".join(account.notes) or "there is no executor for its loop"
-            account.notes = [f"the {self._kind.__name__} was called sequentially, {reason}"]
+            account.notes = [f"the {self._host.name} was called sequentially, {reason}"]
             if not met:
                 warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
-        call = functools.partial(plain_call(self._kind), self._pipeline, **self._arguments)
+        call = functools.partial(self._host.call, self._host.owner, **self._arguments)
         if interrupt is not None:
-            call = functools.partial(interrupted_call, self._pipeline.scheduler, interrupt, call)
+            call = functools.partial(interrupted_call, self._host.scheduler, interrupt, call)
         result = self._by_first(call)
         if met:  # An error that the plain call meets too is the user's, and is not warned of beside.
             warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
@@ -145,8 +146,8 @@ class Call:
         """What the plain call returns, and a clause if its sample is not the parallel call's."""
         solution = solver.solution
         assert solution is not None
-        call = functools.partial(plain_call(self._kind), self._pipeline, **arguments)
-        plain, last = self._by_first(lambda: call_and_last_state(self._pipeline.scheduler, call))
+        call = functools.partial(self._host.call, self._host.owner, **arguments)
+        plain, last = self._by_first(lambda: call_and_last_state(self._host.scheduler, call))
         estimate = solution.error_estimates[0].estimated_error
         return plain, difference(solver.final, last, estimate, batching.eps)
 
@@ -162,7 +163,7 @@ class Call:
         if found:
             self._account.notes.append(found[0])
             return []
-        if (clause := handed_on(self._kind, self._settings.method)) is not None:
+        if (clause := handed_on(self._host.kept(), self._settings.method)) is not None:
             self._account.notes.append(clause)
             return []
         reads = reads_index(self._kind)
@@ -195,9 +196,8 @@ class Call:
             batching.log = CallLog()  # The batching is in a cycle, which would keep the log's outputs until it is collected.
 
     def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
-        pipeline, scheduler, interrupt = self._pipeline, self._pipeline.scheduler, solver.interrupt
+        host, interrupt = self._host, solver.interrupt
         assert interrupt is not None
-        call = plain_call(self._kind)
         if self._settings.check != "off":
             batching.readers = users_methods(self._kind)
             batching.hooks = hooks_memory(self._networks, batching.readers)
@@ -206,19 +206,17 @@ class Call:
             batching.replaced = installed.replaced
             if executor == "lanes":
                 interrupt.clear()  # Each lane clears that of its own copy of the pipeline.
-                result = run_lanes(functools.partial(call, **arguments), pipeline, solver, batching)
+                with host.trying(), one_bar():
+                    result = run_lanes(host, arguments, solver, batching)
                 if solver.interrupted:
                     interrupt.set()
             else:
                 generators = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
-                start = Start(functools.partial(call, **arguments), pipeline, scheduler)
-                loop = Vector(scheduler, solver, batching, start, generators)
-                object.__setattr__(pipeline, "scheduler", loop.scheduler)
+                loop = Vector(host.scheduler, solver, batching, Start(host, arguments), generators)
                 try:
-                    with loop.mixing():
-                        result = call(pipeline, **arguments)
+                    with host.trying(), host.standing(loop.scheduler), loop.mixing(), making(), one_bar():
+                        result = host.call(host.owner, **arguments)
                 finally:
-                    object.__setattr__(pipeline, "scheduler", scheduler)
                     vars(loop).clear()  # Its scheduler is in a cycle, which would keep the call's states until it is collected.
             lost = installed.replaced() if batching.looping else batching.lost
             if lost is not None:
@@ -235,10 +233,10 @@ class Call:
         """What a call returns; where the first rank alone holds some of the networks, it alone makes the call."""
         if self._crew is None or not self._alone:
             return call()
-        return self._crew.ranks.by_first(call, self._pipeline.device)
+        return self._crew.ranks.by_first(call, self._host.device)
 
     def _new_solver(self, callback: Callback | None, observer: Watched | None, weights: Weights | None = None) -> LoopSolver:
-        interrupt = Interrupt(self._pipeline, self._kind)
+        interrupt = Interrupt(self._host.owner, self._kind)
         settings = self._settings
         method = settings.method
         if settings.ranks is not None and isinstance(method, Chooses):
@@ -270,11 +268,11 @@ class Call:
         ranks, settings = self._settings.ranks, self._settings
         if ranks is None:
             return None
-        ranks.carries(self._pipeline.device)
+        ranks.carries(self._host.device)
         leaves = _pytree.tree_leaves(self._arguments)
         random = {} if any(isinstance(leaf, torch.Generator) for leaf in leaves) else {"random state": torch.get_rng_state()}
         arguments = {name: value for name, value in self._arguments.items() if not callable(value)}
-        facts = {"pipeline": self._kind.__name__, "method": settings.method, "settings": settings.compared(), **random}
+        facts = {"pipeline": self._host.name, "method": settings.method, "settings": settings.compared(), **random}
         ranks.agree(
             versions("diffusers", "transformers") | {name: described(value) for name, value in (facts | arguments).items()}
         )
@@ -283,11 +281,6 @@ class Call:
         self._alone = {name: network for name, network in self._networks.items() if name in somewhere}
         held = {name: network for name, network in self._networks.items() if name not in somewhere}
         return Sharded(ranks, lambda: weights_of(held), shares=settings.shares)
-
-
-def networks(pipeline: Any) -> dict[str, nn.Module]:
-    """A pipeline's networks by name, whether or not they are registered as components."""
-    return {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
 
 
 def _given(result: Any, error: Exception | None) -> Any:

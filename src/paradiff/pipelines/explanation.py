@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paradiff.chain.noise import Keyed
 from paradiff.chain.table import Table
 from paradiff.errors import Unsupported
 from paradiff.methods.presets import parasolver
 from paradiff.models.exact import Mixture
+from paradiff.pipelines.host.find import host_of
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.source import handed_on, obstacles, outer_loops, reads_index
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
@@ -104,10 +106,11 @@ def explain(
             method does not fit its chain.
     """
     method = parasolver() if method is None else method
-    run = Run(pipeline, Settings(method=method))  # refuses what is no pipeline
-    scheduler = copy.deepcopy(pipeline.scheduler)
+    host = host_of(pipeline)
+    run = Run(host, Settings(method=method))
+    scheduler = copy.deepcopy(host.scheduler)
     refused, notes = [], []
-    steps = default_steps(pipeline) if num_inference_steps is None else num_inference_steps
+    steps = default_steps(host) if num_inference_steps is None else num_inference_steps
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps is {steps!r}; it must be a whole number of at least 1 step")
     set_timesteps(scheduler, steps, notes)
@@ -118,21 +121,20 @@ def explain(
         refused.append(str(unsupported))
     if table is not None and not table.exact_levels:
         notes.append(table.about_levels)
-    executor = executor_of(run, type(pipeline), refused, notes)
+    executor = executor_of(run, refused, notes)
     expected, rows = (None, []) if table is None else _tried(table, method)
     found: list[Timing] = []
     if expected is not None and table is not None and not refused:
         if call is not None:
-            found = timed(pipeline, steps, call, executor, max(rows), notes)
+            found = timed(host, steps, call, executor, max(rows), notes)
         if found:
             _does_it_pay(found, table, method, rows, notes)
         else:
-            _will_it_pay(pipeline, table, expected, notes)
+            _will_it_pay(host, table, expected, notes)
     elif call is not None:
         notes.append("the networks were not timed, since there is no parallel run")
-    kind = type(pipeline).__name__
     return Explanation(
-        pipeline=kind,
+        pipeline=host.name,
         scheduler=type(scheduler).__name__,
         table=table,
         executor=executor if not refused else "sequential",
@@ -143,15 +145,15 @@ def explain(
     )
 
 
-def default_steps(pipeline: Any) -> int:
-    """The number of steps that a pipeline's call takes by itself.
+def default_steps(host: Host) -> int:
+    """The number of steps that a host's call takes by itself.
 
     Raises:
         ValueError: If it has none.
     """
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    parameter = inspect.signature(host.call).parameters.get("num_inference_steps")
     if parameter is None or not isinstance(parameter.default, int):
-        raise ValueError(f"{type(pipeline).__name__} has no number of steps of its own; give num_inference_steps")
+        raise ValueError(f"{host.name} has no number of steps of its own; give num_inference_steps")
     return parameter.default
 
 
@@ -174,9 +176,9 @@ def set_timesteps(scheduler: Any, steps: int, notes: list[str]) -> None:
         ) from error
 
 
-def executor_of(run: Run, kind: type, refused: list[str], notes: list[str]) -> str:
-    """The executor that a pipeline's loop allows; why there is none is added to `refused`, what else is found to `notes`."""
-    cached = run.cached()
+def executor_of(run: Run, refused: list[str], notes: list[str]) -> str:
+    """The executor that a host's loop allows; why there is none is added to `refused`, what else is found to `notes`."""
+    kind, cached = run.host.kind, run.cached()
     if cached:
         refused.append(f"{'; '.join(cached)}, which needs them in order; disable it")
         return "sequential"
@@ -184,7 +186,7 @@ def executor_of(run: Run, kind: type, refused: list[str], notes: list[str]) -> s
     if found:
         refused += found
         return "sequential"
-    if (clause := handed_on(kind, run.settings.method)) is not None:
+    if (clause := handed_on(run.host.kept(), run.settings.method)) is not None:
         refused.append(clause)
         return "sequential"
     if outer := outer_loops(kind):
@@ -214,14 +216,13 @@ def _tried(table: Table, method: Method) -> tuple[Solution, list[int]]:
     return drive(solve(table, Keyed((DIMENSION,), 0), method), outputs, check="off"), rows
 
 
-def timed(pipeline: Any, steps: int, call: Mapping[str, Any], executor: str, widest: int, notes: list[str]) -> list[Timing]:
+def timed(host: Host, steps: int, call: Mapping[str, Any], executor: str, widest: int, notes: list[str]) -> list[Timing]:
     """What the networks cost; nothing where the call cannot be run by the executor."""
-    kind = type(pipeline)
-    takes = "num_inference_steps" in inspect.signature(kind.__call__).parameters
+    takes = "num_inference_steps" in inspect.signature(host.call).parameters
     arguments = {**call, **({"num_inference_steps": steps} if takes else {})}
     for one in dict.fromkeys((executor, "lanes")):
         try:
-            return timings(pipeline, kind, arguments, one, min(widest + 1, steps))
+            return timings(host, arguments, one, min(widest + 1, steps))
         except Unsupported as unsupported:
             notes.append(f"the networks could not be timed with {one}: {unsupported}")
     return []
@@ -247,10 +248,10 @@ def _does_it_pay(found: list[Timing], table: Table, method: Method, rows: list[i
         )
 
 
-def _will_it_pay(pipeline: Any, table: Table, expected: Solution, notes: list[str]) -> None:
+def _will_it_pay(host: Host, table: Table, expected: Solution, notes: list[str]) -> None:
     gain = table.steps / expected.rounds
     width = -(-expected.evaluations // expected.rounds)
-    network = next((part for part in pipeline.components.values() if isinstance(part, nn.Module)), None)
+    network = next(iter(host.networks.values()), None)
     device = next(iter(network.parameters())).device.type if network is not None else "cpu"
     if gain < 1.2:
         notes.append(f"it will not pay: {expected.rounds} rounds for {table.steps} steps; the plain call is as fast")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import time
 import warnings
@@ -17,11 +18,11 @@ from torch import Tensor
 from paradiff.chain.table import Table
 from paradiff.errors import Unsupported, require_whole
 from paradiff.methods.presets import parasolver
-from paradiff.pipelines.call import networks
 from paradiff.pipelines.explanation import default_steps, executor_of, set_timesteps, timed
+from paradiff.pipelines.host.find import host_of
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
-from paradiff.pipelines.signature import bound
 from paradiff.pipelines.timing import Timing
 from paradiff.planning.choice import Choice
 from paradiff.planning.cost import Devices, Trace
@@ -62,31 +63,31 @@ def plan_call(
         ValueError: If an argument is of another kind, or the call has no parallel form; the sentence says why.
     """
     devices = devices_asked(tolerance, pilots, most, devices, curve)
-    run = Run(pipeline, Settings(method=parasolver()))  # refuses what is no pipeline
-    kind = type(pipeline)
+    host = host_of(pipeline)
+    run = Run(host, Settings(method=parasolver()))
     call = {name: value for name, value in call.items() if name not in OWN}
     steps = call.get("num_inference_steps")
-    steps = default_steps(pipeline) if steps is None else steps
+    steps = default_steps(host) if steps is None else steps
     require_whole("num_inference_steps", steps, 1)
     notes: list[str] = []
     refused: list[str] = []
-    table = _chain(pipeline, steps, call, notes)
-    executor = executor_of(run, kind, refused, notes)
+    table = _chain(host, steps, call, notes)
+    executor = executor_of(run, refused, notes)
     if refused:
-        raise ValueError(f"the {kind.__name__} has no parallel form, so there is nothing to choose: {refused[0]}")
+        raise ValueError(f"the {host.name} has no parallel form, so there is nothing to choose: {refused[0]}")
     own = curve is None
-    traces = Traces(_key(pipeline, call, table), pipeline.device)
+    traces = Traces(_key(host, call, table), host.device)
     notes += traces.notes
-    with _quiet(pipeline):
+    with _quiet(host.owner):
         if curve is None:
-            found = timed(pipeline, steps, call, executor, min(steps, WIDEST), notes)
+            found = timed(host, steps, call, executor, min(steps, WIDEST), notes)
             if not found:
-                raise ValueError(f"the {kind.__name__} has no parallel form, so there is nothing to choose: {notes[-1]}")
+                raise ValueError(f"the {host.name} has no parallel form, so there is nothing to choose: {notes[-1]}")
             curve = _curve(found)
         trials = Trials(table, 1, tolerance, curve, devices, most, traces.known if own else {})
         if pilots:
             begin = time.perf_counter()
-            calls = _Calls(pipeline, call, table, curve)
+            calls = _Calls(host, call, table, curve)
             trials.make(pilots, calls.plain, calls.pilot, outside=True)
             if trials.tried:
                 notes.append(f"pilot calls of {'; '.join(trials.tried)} took {time.perf_counter() - begin:.2g} s")
@@ -95,13 +96,13 @@ def plan_call(
     return trials.plan(notes, simulated=not own)
 
 
-def _chain(pipeline: Any, steps: int, call: Mapping[str, Any], notes: list[str]) -> Table:
+def _chain(host: Host, steps: int, call: Mapping[str, Any], notes: list[str]) -> Table:
     """The chain of a call.
 
     Raises:
         ValueError: If its scheduler has none.
     """
-    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler = copy.deepcopy(host.scheduler)
     set_timesteps(scheduler, steps, notes)
     takes = inspect.signature(scheduler.step).parameters
     options = {name: call[name] for name in ("eta",) if call.get(name) is not None and name in takes}
@@ -117,20 +118,21 @@ def _curve(found: list[Timing]) -> LatencyCurve:
     return LatencyCurve({states: sum(one.seconds[states] for one in found) for states in sorted(common)})
 
 
-def _key(pipeline: Any, call: Mapping[str, Any], table: Table) -> str:
+def _key(host: Host, call: Mapping[str, Any], table: Table) -> str:
     """The key of a call's traces: the pipeline, its chain, and the arguments that are no text and no picture."""
-    given = bound(type(pipeline), pipeline, (), call)
+    given = host.bound((), call)
     plain = {k: v for k, v in given.items() if isinstance(v, bool | int | float)}
     shapes = {k: [*v.shape] for k, v in given.items() if isinstance(v, Tensor)}
-    facts = {name: model_facts(network) for name, network in networks(pipeline).items()}
-    return digest(type(pipeline).__qualname__, facts, plain, shapes, table_key(table))
+    facts = {name: model_facts(network) for name, network in host.networks.items()}
+    return digest(host.kind.__qualname__, facts, plain, shapes, table_key(table))
 
 
 @contextmanager
 def _quiet(pipeline: Any) -> Iterator[None]:
     """No progress bars and no warnings of pilots."""
     before = vars(pipeline).get("_progress_bar_config")
-    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(disable=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -145,12 +147,12 @@ def _quiet(pipeline: Any) -> Iterator[None]:
 class _Calls:
     """Whole calls of the pipeline, with a seed of their own."""
 
-    def __init__(self, pipeline: Any, call: Mapping[str, Any], table: Table, curve: LatencyCurve) -> None:
-        self._pipeline, self._call, self._table, self._curve = pipeline, call, table, curve
+    def __init__(self, host: Host, call: Mapping[str, Any], table: Table, curve: LatencyCurve) -> None:
+        self._host, self._call, self._table, self._curve = host, call, table, curve
 
     def plain(self) -> Trace:
         """The trace of the plain call."""
-        seconds = self._called(self._pipeline, 0)
+        seconds = self._called(functools.partial(self._host.call, self._host.owner), 0)
         runs = ((1.0, self._table.steps),)
         return Trace(runs, 1, max(seconds - self._curve(1) * self._table.steps, 0.0))
 
@@ -164,7 +166,7 @@ class _Calls:
             spent += self._curve.within(max(1, rows - before))
             return spent > PATIENCE * plain
 
-        run = Run(self._pipeline, Settings(method=one.method, observer=watch))
+        run = Run(self._host, Settings(method=one.method, observer=watch))
         seconds = self._called(run, number)
         report = run.report
         if report.executor == "sequential":
@@ -174,7 +176,7 @@ class _Calls:
 
     def _called(self, what: Any, number: int) -> float:
         """The seconds of a call."""
-        takes = inspect.signature(type(self._pipeline).__call__).parameters
+        takes = inspect.signature(self._host.call).parameters
         own = {"generator": torch.Generator().manual_seed(SEED + number)} if "generator" in takes else {}
         begin = time.perf_counter()
         what(**self._call, **own)

@@ -11,22 +11,24 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from torch import nn
 
 from paradiff.errors import Unsupported
 from paradiff.methods.presets import parasolver
-from paradiff.pipelines.call import Call, networks
+from paradiff.pipelines.call import Call
+from paradiff.pipelines.host.find import host_of
+from paradiff.pipelines.host.host import Host
+from paradiff.pipelines.host.loop_host import Function
 from paradiff.pipelines.network.batching import Check
 from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
-from paradiff.pipelines.signature import bound
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.replicas import devices_of
@@ -36,9 +38,12 @@ if TYPE_CHECKING:
 
 
 def parallelize(
-    pipeline: DiffusionPipeline,
+    host: Any,
     method: Method | None = None,
     *,
+    entry: str | None = None,
+    scheduler: Any = None,
+    networks: Iterable[nn.Module] | None = None,
     executor: Executor = "auto",
     max_rows: int | None = None,
     pad: bool = False,
@@ -69,7 +74,13 @@ def parallelize(
     tolerance. The loop's first pass is at x[0] alone, which is a warm-up step for methods that take one.
 
     Args:
-        pipeline: Any diffusers pipeline whose loop calls `scheduler.step(output, t, latents)`.
+        host: What owns the chain, whose loop calls `scheduler.step(output, t, latents)`: a diffusers pipeline or modular
+            pipeline; an object with a method that walks over its scheduler's times, such as a robot's policy, or with a part
+            that has one; or a function with such a loop.
+        entry: The name of an object's method that walks; None to look for it.
+        scheduler: The scheduler that a function or an object steps; None to look for it in the variables of the function, or
+            the attributes of the object.
+        networks: The torch modules that the loop of a function or an object calls; None to look for them in the same places.
         method: The method (methods/presets.py); `parasolver()` by default.
         executor: `vector`, `lanes`, `sequential`, or `auto`: the first of them that the loop allows.
         max_rows: Largest number of rows in one network call, at least 1; an image with guidance has two rows a state. None for
@@ -92,10 +103,11 @@ def parallelize(
             default. Samples are the same, bit for bit, on any number of ranks with the same shares, and on one process.
 
     Raises:
-        ValueError: If the argument is no pipeline, has no scheduler or is already parallel, an option is unknown, or the mesh
-            has no such axis.
+        ValueError: If the host has no chain, or several of which none was named, or is already parallel, an option is unknown,
+            or the mesh has no such axis.
         RanksFailed: If a rank does not come.
     """
+    found = host_of(host, entry=entry, scheduler=scheduler, networks=networks)
     settings = Settings(
         method=parasolver() if method is None else method,
         executor=executor,
@@ -106,20 +118,20 @@ def parallelize(
         observer=observer,
         ranks=Ranks(mesh, mesh_axis) if mesh is not None and not isinstance(mesh, Ranks) else mesh,
         shares=shares,
-        devices=None if devices is None else Devices(_with_own(pipeline, devices_of(devices)), shares),
+        devices=None if devices is None else Devices(_with_own(found, devices_of(devices)), shares),
     )
-    run = Run(pipeline, settings)
+    run = Run(found, settings)
     run.warn_if_dropped()
     return run
 
 
-def _with_own(pipeline: Any, devices: list[torch.device]) -> list[torch.device]:
-    """Devices, of which the first is the pipeline's own.
+def _with_own(host: Host, devices: list[torch.device]) -> list[torch.device]:
+    """Devices, of which the first is the host's own.
 
     Raises:
         ValueError: If the pipeline's own is another one.
     """
-    own = getattr(pipeline, "device", devices[0])
+    own = getattr(host.owner, "device", devices[0])
     if own != devices[0] and (own.type != devices[0].type or own.index is not None):
         raise ValueError(f"the pipeline is on {own}, and the first of the devices is {devices[0]}; give its own first")
     return devices
@@ -128,35 +140,38 @@ def _with_own(pipeline: Any, devices: list[torch.device]) -> list[torch.device]:
 class _Parallel:
     """The base of the classes that pipelines have while they are run in parallel."""
 
+    _paradiff_run: Run
+
+
+def enabled_run(host: Any) -> Run | None:
+    """The run that makes the calls of an object parallel, or those of one of its parts; None if there is none.
+
+    Args:
+        host: The object.
+    """
+    within = [*getattr(host, "__dict__", {}).values(), *getattr(host, "_modules", {}).values()]
+    found = next((part for part in [host, *within] if isinstance(part, _Parallel)), None)
+    return None if found is None else found._paradiff_run
+
 
 class Run:
     """A pipeline and the settings of its parallel calls; `parallelize` returns one. Runs are compared by identity.
 
     Args:
-        pipeline: The pipeline.
+        host: What owns the chain.
         settings: The settings.
 
     Attributes:
-        pipeline: The pipeline.
+        host: What owns the chain.
         settings: The settings.
         reports: The report of each call, in order.
 
     Raises:
-        ValueError: If the argument is no pipeline, has no scheduler, or is already parallel.
+        ValueError: If it is already parallel.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: Settings) -> None:
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise ValueError(
-                f"parallelize was given a {type(pipeline).__name__}; it takes a diffusers pipeline object. For a network of "
-                "your own use paradiff.sample(model, table, noise, method)"
-            )
-        if getattr(pipeline, "scheduler", None) is None:
-            raise ValueError(
-                f"the {type(pipeline).__name__} has no scheduler, so it has no chain to be solved in parallel; give it one, "
-                "pipe.scheduler = ..., or call it as it is"
-            )
-        self.pipeline, self.settings = pipeline, settings
+    def __init__(self, host: Host, settings: Settings) -> None:
+        self.host, self.settings = host, settings
         self.reports: list[Report] = []
         self._parallel_class: type | None = None
         self._warning: weakref.finalize[Any, Any] | None = None
@@ -169,7 +184,7 @@ class Run:
         state = "enabled" if self.enabled else "not enabled"
         calls = f"{len(self.reports)} call{'' if len(self.reports) == 1 else 's'}"
         settings = self.settings
-        return f"Run({self._plain_class.__name__}, {settings.method.name}, executor={settings.executor!r}, {state}, {calls})"
+        return f"Run({self.host.name}, {settings.method.name}, executor={settings.executor!r}, {state}, {calls})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the warning of an unused run and the lock of its calls.
@@ -186,6 +201,12 @@ class Run:
         vars(self).update(state, _turn=threading.Lock())
 
     @property
+    def pipeline(self) -> Any:
+        """The pipeline, or the object or function that was given in its place."""
+        owner = self.host.owner
+        return owner.function if isinstance(owner, Function) else owner
+
+    @property
     def report(self) -> Report:
         """The report of the last call.
 
@@ -199,7 +220,7 @@ class Run:
     @property
     def enabled(self) -> bool:
         """Whether calls of the pipeline object are parallel calls of this run."""
-        return type(self.pipeline) is self._parallel_class
+        return type(self.host.owner) is self._parallel_class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the pipeline in parallel, also where it is not enabled, and returns what it returns.
@@ -220,26 +241,33 @@ class Run:
         """
         self._used()
         self._refuse_a_second_run()
-        real = type(self.pipeline)
+        owner, entry = self.host.owner, self.host.entry
+        if isinstance(owner, Function):
+            raise ValueError(
+                f"the function {self.host.name} cannot be switched, since others hold it by its name; call what parallelize "
+                "returns in its place"
+            )
+        real = type(owner)
         run = self
 
-        def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(owner: Any, *args: Any, **kwargs: Any) -> Any:
             return run._call(args, kwargs)
 
-        call.__wrapped__ = real.__call__  # pyright: ignore[reportFunctionMemberAccess]  (keeps the signature)
-        namespace = {"__call__": call, "__module__": real.__module__, "__doc__": real.__doc__}
-        self._parallel_class = type(real.__name__, (_Parallel, real), namespace)
-        self.pipeline.__class__ = self._parallel_class
+        call.__wrapped__ = getattr(real, entry)  # pyright: ignore[reportFunctionMemberAccess]  (keeps the signature)
+        namespace = {entry: call, "_paradiff_run": self, "__module__": real.__module__, "__doc__": real.__doc__}
+        kind: Any = type(real)
+        self._parallel_class = kind(real.__name__, (_Parallel, real), namespace)
+        owner.__class__ = self._parallel_class
         return self
 
     def cached(self) -> list[str]:
         """A clause for each component that keeps a cache, or values of another kind, from one step to the next."""
-        return caches(networks(self.pipeline))
+        return caches(self.host.networks)
 
     def disable(self) -> None:
         """Gives the pipeline object its own class and its plain call back; without effect where the run is not enabled."""
         if self.enabled:
-            self.pipeline.__class__ = self._plain_class
+            self.host.owner.__class__ = self._plain_class
         self._parallel_class = None
 
     def __enter__(self) -> Run:
@@ -248,9 +276,13 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.disable()
 
+    def keep(self) -> None:
+        """Warns no more if the run is deleted unused."""
+        self._used()
+
     def warn_if_dropped(self) -> None:
         """Warns once, with a `UserWarning`, if the run is deleted before it was entered, called or enabled."""
-        self._warning = weakref.finalize(self, _warn_of_a_dropped_run, self._plain_class.__name__)
+        self._warning = weakref.finalize(self, _warn_of_a_dropped_run, self.host.name)
         self._warning.atexit = False
 
     def _used(self) -> None:
@@ -258,29 +290,30 @@ class Run:
             self._warning.detach()
 
     def _refuse_a_second_run(self) -> None:
-        if isinstance(self.pipeline, _Parallel):
+        if isinstance(self.host.owner, _Parallel):
             raise ValueError(
-                f"this {type(self.pipeline).__name__} is already run in parallel; leave the other `with` block first, call "
+                f"this {type(self.host.owner).__name__} is already run in parallel; leave the other `with` block first, call "
                 "disable() of the run that enabled it, or use a second pipeline made of the same components"
             )
 
     @property
     def _plain_class(self) -> Any:
         """The pipeline's own class, whether or not it is enabled."""
-        kind = type(self.pipeline)
+        kind = type(self.host.owner)
         return kind.__bases__[1] if issubclass(kind, _Parallel) else kind
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the pipeline. Calls of several threads wait for each other, since they share the scheduler."""
-        plain = self._plain_class
+        host = self.host
         if self._caller == threading.get_ident():  # The call, or a callback within it, calls its own pipeline.
             if self._current is not None and self._current.trying:
-                raise Unsupported(f"the {plain.__name__} is called within its own call")
-            return plain.__call__(self.pipeline, *args, **kwargs)
+                raise Unsupported(f"the {host.name} is called within its own call")
+            return host.kind.__call__(host.owner, *args, **kwargs)
         with self._turn:
             self._caller = threading.get_ident()
             try:
-                self._current = Call(self.pipeline, plain, self.settings, bound(plain, self.pipeline, args, kwargs))
+                arguments = host.bound(args, kwargs)
+                self._current = Call(host.of(arguments), self.settings, arguments)
                 result, report = self._current.made()
                 self.reports.append(report)
                 return result

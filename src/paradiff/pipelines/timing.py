@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from paradiff.methods.presets import jacobi
-from paradiff.pipelines.call import Call, networks
+from paradiff.pipelines.call import Call
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.settings import Settings
-from paradiff.pipelines.signature import bound
 from paradiff.pipelines.tries import Beginning, Watched
 from paradiff.solver.protocol import Round
 
@@ -102,12 +102,11 @@ class TimedCall(Call):
         return list(batching.timings.values())
 
 
-def timings(pipeline: Any, kind: type, arguments: Mapping[str, Any], executor: str, widest: int) -> list[Timing]:
-    """Times the networks of a pipeline's loop.
+def timings(host: Host, arguments: Mapping[str, Any], executor: str, widest: int) -> list[Timing]:
+    """Times the networks of a loop.
 
     Args:
-        pipeline: The pipeline.
-        kind: Its own class.
+        host: What owns the chain.
         arguments: The arguments of its call.
         executor: The executor that the loop allows.
         widest: The most states of a call.
@@ -115,10 +114,10 @@ def timings(pipeline: Any, kind: type, arguments: Mapping[str, Any], executor: s
     Raises:
         Unsupported: If the executor cannot run the call.
     """
-    given = bound(kind, pipeline, (), arguments)
-    beginning = Beginning(pipeline, kind, networks(pipeline), given)
+    given = host.bound((), arguments)
+    beginning = Beginning(host, given)
     try:
-        return TimedCall(pipeline, kind, Settings(method=jacobi(window=widest), check="off"), given).timed(executor)
+        return TimedCall(host, Settings(method=jacobi(window=widest), check="off"), given).timed(executor)
     finally:
         beginning.restore()
 

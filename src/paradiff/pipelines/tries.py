@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.hooks import call_hooks
@@ -31,9 +32,7 @@ class Beginning:
     """What a call finds: its arguments, the pipeline's attributes and methods, its networks, the generators, the environment.
 
     Args:
-        pipeline: The pipeline.
-        kind: Its own class.
-        networks: Its networks by name.
+        host: What owns the chain.
         arguments: The call's arguments by name. Those that are functions are left alone.
 
     Attributes:
@@ -41,13 +40,14 @@ class Beginning:
         weights: The networks' weights.
     """
 
-    def __init__(self, pipeline: Any, kind: type, networks: Mapping[str, nn.Module], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, host: Host, arguments: Mapping[str, Any]) -> None:
+        owner, kind, networks = host.owner, host.kind, host.networks
         data = {name: value for name, value in arguments.items() if not callable(value)}
         self._random = Snapshot(arguments)
-        classes = [(one.__name__, one) for one in (kind, type(pipeline))]
+        classes = [(one.__name__, one) for one in (kind, type(owner))]
         methods = [*classes, *((method.__name__, method) for method in users_methods(kind))]
         given = [value for value in arguments.values() if isinstance(value, types.FunctionType)]
-        self._memory = Memory([*networks.items(), *data.items(), *methods], owners=[pipeline])
+        self._memory = Memory([*networks.items(), *data.items(), *methods], owners=[owner])
         self.weights = Weights(networks, [*users_methods(kind), *given, *self._memory.functions])
         self._surroundings = Surroundings()
         self.lasting = self._memory.lasting

@@ -19,11 +19,10 @@ made, such as that of a loop that ends early for its states, shows nothing.
 from __future__ import annotations
 
 import contextvars
-import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import greenlet
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import Carried, Unsupported
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.audit import KEEPS, granted, relative_difference
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
 from paradiff.pipelines.loop.ledger import Ledger, differing, ledger
@@ -58,16 +58,15 @@ class Start:
     """What a call finds at its beginning, so that it can be made once more.
 
     Args:
-        call: The pipeline's own `__call__` with all its arguments by name.
-        pipeline: The pipeline.
-        scheduler: Its scheduler.
+        host: What owns the chain.
+        arguments: The call's arguments by name.
     """
 
-    def __init__(self, call: functools.partial[Any], pipeline: Any, scheduler: Any) -> None:
-        self.call, self.pipeline, self.scheduler = call, pipeline, scheduler
+    def __init__(self, host: Host, arguments: Mapping[str, Any]) -> None:
+        self.host, self.arguments = host, arguments
         self.modes = Modes.now()
         self.random = Snapshot({})
-        leaves = _pytree.tree_leaves(call.keywords)
+        leaves = _pytree.tree_leaves(arguments)
         self._generators = [(leaf, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
 
     def keywords(self) -> dict[str, Any]:
@@ -77,7 +76,7 @@ class Start:
         def own(leaf: Any) -> Any:
             return leaf.clone() if type(leaf) is Tensor else copies.get(id(leaf), leaf)
 
-        return _pytree.tree_map(own, dict(self.call.keywords))
+        return _pytree.tree_map(own, dict(self.arguments))
 
 
 def refuse_memory(start: Start, solver: LoopSolver, batching: Batching) -> None:
@@ -116,11 +115,14 @@ class DryWalk(greenlet.greenlet):
         batching: The run's batching.
     """
 
+    quiet = True
+    """A walk shows no progress bar."""
+
     def __init__(self, start: Start, solver: LoopSolver, batching: Batching) -> None:
         super().__init__(self._walk)
         self.gr_context = contextvars.copy_context()
         self._start, self._solver, self._batching = start, solver, batching
-        self.scheduler = make_proxy(start.scheduler, self)
+        self.scheduler = make_proxy(start.host.scheduler, self)
         self._steps = solver.table.steps
         self._node, self._visit = 0, ""
         self._chosen = second_visits(self._steps)
@@ -170,15 +172,10 @@ class DryWalk(greenlet.greenlet):
         return None
 
     def _walk(self) -> None:
-        pipeline = copy.copy(self._start.pipeline)
-        attributes = vars(pipeline)
-        attributes["scheduler"] = self.scheduler
-        attributes["_progress_bar_config"] = {**attributes.get("_progress_bar_config", {}), "disable": True}
-        for name, value in attributes.items():
-            if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider holds its step number
-                attributes[name] = copy.copy(value)
+        host = self._start.host
+        owner = host.copied(self.scheduler)
         try:
-            self._start.call.func(pipeline, *self._start.call.args, **self._start.keywords())
+            host.call(owner, **self._start.keywords())
             self._broken = "it ends"
         except (_Ended, Unsupported):
             pass

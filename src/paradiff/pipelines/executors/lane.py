@@ -8,7 +8,6 @@ the lane's next node; a network call, which waits for the other lanes; and a ste
 from __future__ import annotations
 
 import contextvars
-import copy
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -66,6 +65,7 @@ class Lane(greenlet.greenlet):
         keywords: The call's arguments, with the lane's own generators.
 
     Attributes:
+        quiet: Whether the lane shows no progress bar.
         node: The node of the present pass, and the number that `enumerate` yields.
         dry: Whether the present pass is a dry one (lanes.py).
         walked: Nodes whose passes the lane made one after the other up to the present one, dry ones left out.
@@ -86,19 +86,13 @@ class Lane(greenlet.greenlet):
     """
 
     def __init__(self, shared: SharedCall, number: int, keywords: dict[str, Any]) -> None:
-        self.pipeline = copy.copy(shared.pipeline)
-        super().__init__(functools.partial(shared.call.func, self.pipeline, *shared.call.args, **keywords))
+        self.scheduler = make_proxy(shared.host.scheduler, self, shared.times)
+        self.owner = shared.host.copied(self.scheduler)
+        super().__init__(functools.partial(shared.host.call, self.owner, **keywords))
+        self.quiet = number > 0
         self.gr_context = contextvars.copy_context()
         self._shared, self.number = shared, number
         self.modes = Modes.now()
-        self.scheduler = make_proxy(shared.pipeline.scheduler, self, shared.times)
-        attributes = vars(self.pipeline)
-        attributes["scheduler"] = self.scheduler
-        if number:
-            attributes["_progress_bar_config"] = {**attributes.get("_progress_bar_config", {}), "disable": True}
-        for name, value in attributes.items():
-            if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider holds its step number
-                attributes[name] = copy.copy(value)
         self.node, self.dry, self.turns = 0, False, deque[tuple[int, bool]]()
         self.walked, self.seen = range(0), set[int]()
         self.state: Tensor | None = None
@@ -160,7 +154,7 @@ class Lane(greenlet.greenlet):
             if self.number and not self._player.over:
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
-            raise passed_over(self.pipeline, self.scheduler)
+            raise passed_over(shared.host.present(self.owner, self.scheduler), self.scheduler)
         else:
             self._watch.check()
         while self.turns:
@@ -172,7 +166,7 @@ class Lane(greenlet.greenlet):
             self._watch.mark()
             yield self._time
             if not self._stepped:
-                raise passed_over(self.pipeline, self.scheduler)
+                raise passed_over(shared.host.present(self.owner, self.scheduler), self.scheduler)
             self._watch.check()
         self._inside, self._over = False, True
 

@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,11 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import Carried, Unsupported
-from paradiff.pipelines.executors.builtins import Scope, counting
+from paradiff.pipelines.executors.builtins import counting
 from paradiff.pipelines.executors.coalesce import Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane
 from paradiff.pipelines.executors.shared_call import SharedCall
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.audit import KEEPS, granted, judge, relative_difference
 from paradiff.pipelines.loop.driver import ENDED_EARLY, Beside, LoopSolver
 from paradiff.pipelines.loop.ledger import Ledger, differing, unread
@@ -54,15 +55,15 @@ SHARE = 8
 """Rows of a pass for each that is evaluated again, at most."""
 
 
-def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> Any:
+def run_lanes(host: Host, arguments: Mapping[str, Any], solver: LoopSolver, batching: Batching) -> Any:
     """Runs a pipeline call with a lane for every state.
 
     Networks reach their lane as `greenlet.getcurrent().route(module, forward, args, kwargs)`, which the wrapped `forward` of
     a network (boundary.py) calls where the running greenlet has it.
 
     Args:
-        call: The pipeline's own `__call__` with all its arguments by name; it is called with copies of the pipeline.
-        pipeline: The user's pipeline. It gets the attributes that the call sets; its scheduler is not used.
+        host: What owns the chain. Copies of it are called; it gets the attributes that the call sets.
+        arguments: The call's arguments by name.
         solver: The call's solver (loop/driver.py).
         batching: The run's batching (network/batching.py).
 
@@ -72,12 +73,12 @@ def run_lanes(call: functools.partial[Any], pipeline: Any, solver: LoopSolver, b
     Raises:
         Unsupported: If lanes cannot run the loop.
     """
-    snapshot = Snapshot(call.keywords)
-    scopes: list[Scope] = [inspect.unwrap(call.func).__globals__]
+    snapshot = Snapshot(arguments)
+    scopes = host.scopes()
     while True:
         try:
             with counting(scopes):
-                return Lockstep(call, pipeline, solver, batching).run()
+                return Lockstep(host, arguments, solver, batching).run()
         except Elsewhere as elsewhere:
             scopes.append(elsewhere.scope)
             snapshot.restore()
@@ -114,8 +115,8 @@ class Lockstep:
         round: The number of the pass, counted without lane 0's first one.
     """
 
-    def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
-        self.shared, self.solver = SharedCall(call, pipeline, solver, batching), solver
+    def __init__(self, host: Host, arguments: Mapping[str, Any], solver: LoopSolver, batching: Batching) -> None:
+        self.shared, self.solver = SharedCall(host, arguments, solver, batching), solver
         self.shared.own = 1 if batching.check == "off" else 2
         self.coalescer = Coalescer(batching, self.shared.flags)
         self.lanes: list[Lane] = []
@@ -128,7 +129,7 @@ class Lockstep:
     def run(self) -> Any:
         """Runs the call to its end."""
         try:
-            first = Lane(self.shared, 0, self.shared.call.keywords)
+            first = Lane(self.shared, 0, dict(self.shared.arguments))
             self.lanes.append(first)
             self._resume(first)
             if first.dead:
@@ -374,7 +375,7 @@ class Lockstep:
             name: _pytree.tree_map_only(torch.Generator, lambda g: copies[id(g)], value)
             if any(isinstance(leaf, torch.Generator) for leaf in _pytree.tree_leaves(value))
             else value
-            for name, value in self.shared.call.keywords.items()
+            for name, value in self.shared.arguments.items()
         }
         lane = Lane(self.shared, len(self.lanes), keywords)
         self.lanes.append(lane)
@@ -418,7 +419,7 @@ class Lockstep:
 
     def _keep(self, lane: Lane) -> None:
         """Copies to the user's pipeline the attributes that the call set on its copy."""
-        mine = vars(self.shared.pipeline)
-        for name, value in vars(lane.pipeline).items():
+        mine = vars(self.shared.host.owner)
+        for name, value in vars(lane.owner).items():
             if name != "scheduler" and mine.get(name, self) is not value and not hasattr(value, "prepare_inputs"):
                 mine[name] = value

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.pipelines.executors.coalesce import NetworkCall
 from paradiff.pipelines.executors.dry_walk import Start
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.scheduler_proxy import Flags, TimesLog
 from paradiff.pipelines.network.attributes import Attributes
@@ -23,8 +24,8 @@ class SharedCall:
     """A pipeline call that several lanes make, and what lane 0 found out about it.
 
     Args:
-        call: The pipeline's own `__call__` with all its arguments by name.
-        pipeline: The user's pipeline.
+        host: What owns the chain.
+        arguments: The call's arguments by name.
         solver: The call's solver (loop/driver.py).
         batching: The run's batching (network/batching.py).
 
@@ -44,9 +45,9 @@ class SharedCall:
         times: What `set_timesteps` did to lane 0's scheduler.
     """
 
-    def __init__(self, call: functools.partial[Any], pipeline: Any, solver: LoopSolver, batching: Batching) -> None:
-        self.call, self.pipeline, self.solver, self.batching = call, pipeline, solver, batching
-        self.start = Start(call, pipeline, pipeline.scheduler)
+    def __init__(self, host: Host, arguments: Mapping[str, Any], solver: LoopSolver, batching: Batching) -> None:
+        self.host, self.arguments, self.solver, self.batching = host, arguments, solver, batching
+        self.start = Start(host, arguments)
         self.greenlet = greenlet.getcurrent()
         self.shapes: dict[tuple[Any, ...], Any] = {}
         self.first_results: list[Result] = []
@@ -54,12 +55,11 @@ class SharedCall:
         self.loop = -1
         self.index: int | None = None
         self.own = 1
-        networks = [part for part in vars(pipeline).values() if isinstance(part, nn.Module)]
-        self.attributes = None if batching.check == "off" else Attributes(networks)
+        self.attributes = None if batching.check == "off" else Attributes(host.networks.values())
         self.running: set[str] = set()
         self.flags: Flags = []
         self.times = TimesLog()
-        self.generators = [g for g in _pytree.tree_leaves(call.keywords) if isinstance(g, torch.Generator)]
+        self.generators = [g for g in _pytree.tree_leaves(arguments) if isinstance(g, torch.Generator)]
 
     def generator_states(self) -> list[Tensor]:
         """The states of the generators among the arguments."""

@@ -134,10 +134,14 @@ class Vector:
             yield self._times
             if solver.passes == passes:
                 if interrupt is None or not interrupt or hidden == HIDDEN:
-                    raise passed_over(None if self._start is None else self._start.pipeline, self.scheduler)
+                    raise passed_over(self._present(), self.scheduler)
                 # The flag was set in the midst of a round: the loop makes this pass once more, and ends with its step.
                 interrupt.hold()
                 hidden += 1
+
+    def _present(self) -> Any:
+        """The scheduler that the loop's host has at present."""
+        return self.scheduler if self._start is None else self._start.host.present(self._start.host.owner, self.scheduler)
 
     @contextlib.contextmanager
     def mixing(self) -> Iterator[None]:

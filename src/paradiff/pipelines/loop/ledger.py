@@ -9,17 +9,19 @@ left to the reader of the source (reader.py), and tensors to the audit.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
 import sys
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+from paradiff.pipelines.kinds import PIPELINES
 
 DEPTH, ITEMS, ENTRIES = 4, 32, 4000
 """Containers or objects that are entered one within the other; items that are read of each; entries in all."""
@@ -42,6 +44,9 @@ FOREIGN = (
 LEFT_OUT = {"scheduler", "_internal_dict", "_progress_bar_config", "__builtins__"}
 ITERATORS = tuple({type(iter(v)) for v in ([], (), range(1), {}, set(), "", {}.values(), {}.items(), deque())})
 
+HOSTS: Counter[type] = Counter(PIPELINES)
+"""Classes of the objects whose attributes belong to their loop, each with the number of runs that know it."""
+
 Ledger = dict[str, int | float | str | Tensor]
 """Numbers by their path from a variable, as `box.count` or `len(found)`; tensors are numbers that were not read yet."""
 
@@ -59,8 +64,8 @@ def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False
     seen: set[int] = set()
     for frame in _frames():
         for name, value in list(frame.f_locals.items()):
-            entries.tensors = tensors is not None and (isinstance(value, DiffusionPipeline) or id(value) in tensors)
-            if isinstance(value, DiffusionPipeline):
+            entries.tensors = tensors is not None and (_is_host(value) or id(value) in tensors)
+            if _is_host(value):
                 if id(value) not in seen:
                     seen.add(id(value))
                     for attribute, part in list(vars(value).items()):
@@ -74,6 +79,22 @@ def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False
             if not callable(value) and not isinstance(value, int | float | str):
                 _enter(name, value, 0, entries, seen)
     return entries
+
+
+@contextlib.contextmanager
+def entered(kind: type) -> Iterator[None]:
+    """Takes objects of a class for hosts, until the end of the block."""
+    HOSTS[kind] += 1
+    try:
+        yield
+    finally:
+        HOSTS[kind] -= 1
+        if not HOSTS[kind]:
+            del HOSTS[kind]
+
+
+def _is_host(value: Any) -> bool:
+    return isinstance(value, tuple(HOSTS))
 
 
 class _Entries(Ledger):

@@ -103,14 +103,13 @@ def seal(proxy: Any, names: set[str]) -> None:
     vars(proxy).update({name: _Sealed(name) for name in names})
 
 
-def passed_over(pipeline: Any, proxy: Any) -> Unsupported:
+def passed_over(present: Any, proxy: Any) -> Unsupported:
     """The refusal of a loop that went on to its next time without a step of the proxy.
 
     Args:
-        pipeline: The pipeline, or None where it is not known.
+        present: The scheduler that the loop's host has at present.
         proxy: The proxy.
     """
-    present = proxy if pipeline is None else vars(pipeline).get("scheduler")
     if present is not proxy:
         return Unsupported(f"the loop replaces its pipeline's scheduler, by a {type(present).__name__}: make a call with each")
     return Unsupported("the loop passes over a time without a step: leave that time out of scheduler.timesteps")

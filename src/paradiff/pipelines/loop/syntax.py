@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 UNCOUNTED = ("progress", "pbar", "callback", "mark_step", "logger", "logging", "warn", "print")
 """Parts of the names of functions that may be given the step number."""
 
+GIVEN = 3
+"""Arguments of a scheduler's `step`, at least: an output, a time and a state."""
+
 
 def body(loop: ast.For) -> Iterator[ast.AST]:
     """All nodes in a loop's body."""
@@ -71,13 +74,12 @@ def steps_in(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 def is_step(node: ast.AST) -> TypeIs[ast.Call]:
-    """Whether a node is a call of a scheduler's `step`."""
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr.startswith("step")
-        and "scheduler" in ast.unparse(node.func.value)
-    )
+    """Whether a node is a call of a scheduler's `step`: by the scheduler's name, or by the three things that it is given."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    if node.func.attr == "step" and len(node.args) + len(node.keywords) >= GIVEN:
+        return True
+    return node.func.attr.startswith("step") and "scheduler" in ast.unparse(node.func.value)
 
 
 def steps(loop: ast.For | ast.expr, inner: bool = True) -> Iterator[ast.Call]:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host of a chain: an object, its method that walks over a scheduler's times, and its networks."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from paradiff.pipelines.loop.source import kept
+from paradiff.pipelines.signature import bound, plain_call
+
+
+class Host:
+    """A diffusers pipeline, whose scheduler is its attribute and whose `__call__` walks.
+
+    Args:
+        owner: The object.
+        kind: Its class, or one derived from it; its `__call__` is the method that walks.
+
+    Attributes:
+        owner: The object.
+        kind: Its class, or one derived from it; its `__call__` is the method that walks.
+        entry: The name of that method in the object's own class.
+        call: `call(owner, **arguments)`, the plain call.
+    """
+
+    entry = "__call__"
+
+    def __init__(self, owner: Any, kind: Any) -> None:
+        self.owner, self.kind = owner, kind
+        self.call = plain_call(kind)
+        self._real: Any = None  # the scheduler, while a proxy stands for it
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.kind.__name__
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler whose times the method walks over."""
+        return self.owner.scheduler if self._real is None else self._real
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by name, whether or not they are registered as components."""
+        return {name: part for name, part in vars(self.owner).items() if isinstance(part, nn.Module)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return self.owner.device
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name.
+
+        Raises:
+            TypeError: If they do not fit, as the call raises it.
+        """
+        return bound(self.kind, self.owner, args, kwargs)
+
+    def of(self, arguments: Mapping[str, Any]) -> Host:
+        """The host for a call with these arguments."""
+        return self
+
+    def scopes(self) -> list[dict[str, Any]]:
+        """The global names of the modules in which the loop may be."""
+        return [inspect.unwrap(self.call).__globals__]
+
+    def kept(self) -> list[str] | None:
+        """The names of what a pass sets, other than the state, and what follows the loop reads; None if that is not known."""
+        return kept(self.kind)
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        """A try, in which proxies stand for the scheduler."""
+        yield
+
+    @contextlib.contextmanager
+    def standing(self, proxy: Any) -> Iterator[None]:
+        """Lets a proxy stand for the scheduler, in the object itself."""
+        self._real = scheduler = self.owner.scheduler
+        object.__setattr__(self.owner, "scheduler", proxy)
+        try:
+            yield
+        finally:
+            object.__setattr__(self.owner, "scheduler", scheduler)
+            self._real = None
+
+    def present(self, owner: Any, proxy: Any) -> Any:
+        """The scheduler that the object, or a copy of it, has at present, while a proxy stands for it."""
+        return vars(owner).get("scheduler")
+
+    def copied(self, proxy: Any) -> Any:
+        """A shallow copy of the object for a call of its own, in which a proxy stands for the scheduler."""
+        owner = copy.copy(self.owner)
+        attributes = vars(owner)
+        attributes["scheduler"] = proxy
+        for name, value in attributes.items():
+            if hasattr(value, "set_state") and hasattr(value, "prepare_inputs"):  # a guider holds its step number
+                attributes[name] = copy.copy(value)
+        return owner
