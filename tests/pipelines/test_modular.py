@@ -221,3 +221,34 @@ def test_modular_pipelines_are_switched_and_refused_as_others() -> None:
     pipe.update_components(scheduler=None)
     with pytest.raises(ValueError, match="the ZImageModularPipeline has no scheduler"):
         parallelize(pipe)
+
+
+def test_a_loop_is_replaced_by_a_parallel_block() -> None:
+    family = FAMILIES["sdxl"]
+    plain = family.call(family.make())
+    pipe = family.make()
+    made = paradiff.pipelines.parallel_blocks(pipe._blocks, METHODS["fine"])
+    found = family.call(pipe)
+    used = [block.run for block in made if block.run.reports]
+    assert len(used) == 1
+    assert used[0].report.executor == "lanes"
+    assert used[0].report.rounds < STEPS
+    assert float((plain - found).square().mean().sqrt()) < 2e-4
+    with pytest.raises(ValueError, match="there is no loop within the"):
+        paradiff.pipelines.parallel_blocks(pipe._blocks.sub_blocks["decode"])
+    with pytest.raises(ValueError, match="it takes a block that is a loop"):
+        paradiff.pipelines.parallel_block(made[0])
+    with pytest.raises(ValueError, match="window is no option of a block"):
+        paradiff.pipelines.parallel_blocks(FAMILIES["sdxl"].make()._blocks, window=3)
+
+
+def test_a_block_that_counts_within_a_parallel_block_is_called_in_order() -> None:
+    family, pipe = with_block(Counting())
+    block = next(one for one in blocks_of(pipe._blocks) if isinstance(one, Counting))
+    plain = family.call(pipe)
+    block.calls = 0
+    paradiff.pipelines.parallel_blocks(pipe._blocks, METHODS["coarse"])
+    with pytest.warns(RuntimeWarning, match="keeps something from one pass to the next"):
+        found = family.call(pipe)
+    assert torch.equal(plain, found)
+    assert block.calls == STEPS

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from paradiff.lazy import lazily
 
 if TYPE_CHECKING:
+    from paradiff.pipelines.blocks import parallel_block, parallel_blocks
     from paradiff.pipelines.explanation import Explanation, explain
     from paradiff.pipelines.report import Report
     from paradiff.pipelines.run import Run, parallelize
@@ -17,6 +18,8 @@ else:
             "Report": "paradiff.pipelines.report",
             "Run": "paradiff.pipelines.run",
             "explain": "paradiff.pipelines.explanation",
+            "parallel_block": "paradiff.pipelines.blocks",
+            "parallel_blocks": "paradiff.pipelines.blocks",
             "parallelize": "paradiff.pipelines.run",
         },
     )
@@ -26,5 +29,7 @@ __all__ = [
     "Report",
     "Run",
     "explain",
+    "parallel_block",
+    "parallel_blocks",
     "parallelize",
 ]

@@ -29,7 +29,7 @@ from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import ENDED_EARLY, LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.reader import other_form
-from paradiff.pipelines.loop.source import handed_on, obstacles, reads_index
+from paradiff.pipelines.loop.source import handed_on
 from paradiff.pipelines.loop.whole_call import call_and_last_state, difference, interrupted_call
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
@@ -159,14 +159,14 @@ class Call:
         if cached:
             self._account.notes.append(f"{'; '.join(cached)}, which needs them in order")
             return []
-        found = obstacles(self._kind)
+        found = self._host.obstacles()
         if found:
             self._account.notes.append(found[0])
             return []
         if (clause := handed_on(self._host.kept(), self._settings.method)) is not None:
             self._account.notes.append(clause)
             return []
-        reads = reads_index(self._kind)
+        reads = self._host.index_reads()
         if self._settings.executor == "vector" and reads:
             self._account.notes.append(
                 f"vector: its loop reads its step number, for which each state needs a lane of its own: {reads[0].strip()}"

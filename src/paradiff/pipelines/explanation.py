@@ -25,7 +25,7 @@ from paradiff.methods.presets import parasolver
 from paradiff.models.exact import Mixture
 from paradiff.pipelines.host.find import host_of
 from paradiff.pipelines.host.host import Host
-from paradiff.pipelines.loop.source import handed_on, obstacles, outer_loops, reads_index
+from paradiff.pipelines.loop.source import handed_on, outer_loops
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.timing import Timing, forecast, timings
@@ -182,7 +182,7 @@ def executor_of(run: Run, refused: list[str], notes: list[str]) -> str:
     if cached:
         refused.append(f"{'; '.join(cached)}, which needs them in order; disable it")
         return "sequential"
-    found = obstacles(kind)
+    found = run.host.obstacles()
     if found:
         refused += found
         return "sequential"
@@ -191,7 +191,7 @@ def executor_of(run: Run, refused: list[str], notes: list[str]) -> str:
         return "sequential"
     if outer := outer_loops(kind):
         notes.append(f"the loop is within another one; a call that runs it more than once is sequential: {outer[0]}")
-    read = reads_index(kind)
+    read = run.host.index_reads()
     if read:
         notes.append(f"the loop reads its step number, so each state gets a lane of its own: {read[0].strip()}")
     elif read is None:

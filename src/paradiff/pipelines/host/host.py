@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paradiff.pipelines.loop.source import kept
+from paradiff.pipelines.loop.source import kept, obstacles, reads_index
 from paradiff.pipelines.signature import bound, plain_call
 
 
@@ -72,6 +72,14 @@ class Host:
     def scopes(self) -> list[dict[str, Any]]:
         """The global names of the modules in which the loop may be."""
         return [inspect.unwrap(self.call).__globals__]
+
+    def obstacles(self) -> list[str]:
+        """The reasons, as clauses, why the loop has no parallel form, as its source shows them."""
+        return obstacles(self.kind)
+
+    def index_reads(self) -> list[str] | None:
+        """The lines in which the loop uses its step number; None if there is no readable loop."""
+        return reads_index(self.kind)
 
     def kept(self) -> list[str] | None:
         """The names of what a pass sets, other than the state, and what follows the loop reads; None if that is not known."""

@@ -22,13 +22,23 @@ STATE = "latents"
 class ModularHost(Host):
     """A modular pipeline. See `Host`."""
 
+    def loops(self) -> list[Any]:
+        """The blocks that are loops."""
+        return list(_loops(self.owner._blocks))
+
+    def obstacles(self) -> list[str]:
+        return []
+
+    def index_reads(self) -> list[str] | None:
+        return None
+
     def kept(self) -> list[str]:
         """The names of what the last pass of a loop hands on, other than the state, as its block says."""
-        names = [output.name for block in _loops(self.owner._blocks) for output in block.intermediate_outputs]
+        names = [output.name for block in self.loops() for output in block.intermediate_outputs]
         return [name for name in dict.fromkeys(names) if name != STATE]
 
     def scopes(self) -> list[dict[str, Any]]:
-        walking = [inspect.unwrap(type(block).__call__).__globals__ for block in _loops(self.owner._blocks)]
+        walking = [inspect.unwrap(type(block).__call__).__globals__ for block in self.loops()]
         return [*super().scopes(), *{id(scope): scope for scope in walking}.values()]
 
     @contextlib.contextmanager
