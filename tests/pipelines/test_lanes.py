@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import gc
 import itertools
@@ -22,11 +21,13 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from diffusers.utils.torch_utils import randn_tensor
 from tiny import CASES
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import paradiff
 from paradiff.errors import Unsupported
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.executors import coalesce
+from paradiff.pipelines.executors.bars import one_bar
 from paradiff.pipelines.executors.lane import Lane
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.host.host import Host
@@ -635,15 +636,16 @@ def test_the_solver_is_shown_what_the_loop_makes_of_its_states(loop: Any, kind: 
 
 def test_one_progress_bar_is_shown(loop: Any) -> None:
     shown: list[bool] = []
+    made = vars(tqdm)["__init__"]
 
     def before(pipe: Any, x: Tensor) -> Tensor:
-        shown.append(not pipe._progress_bar_config.get("disable"))
+        shown.append(not tqdm(total=1, leave=False).disable)
         return x
 
-    loop.set_progress_bar_config(leave=False)
-    loop.progress_bar = lambda total: contextlib.nullcontext(types.SimpleNamespace(update=lambda: None))
-    Run(loop, check="off")(generator=seeded(), before=before)
+    with one_bar(), one_bar():
+        Run(loop, check="off")(generator=seeded(), before=before)
     assert shown == [True] + [False] * 10
+    assert vars(tqdm)["__init__"] is made
 
 
 def test_values_are_compared_when_lanes_start_and_not_again(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:

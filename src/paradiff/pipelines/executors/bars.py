@@ -21,7 +21,7 @@ def one_bar() -> Iterator[None]:
     """Shows no bar of a greenlet whose `quiet` is true, until the end of the block."""
     with _LOCK:
         if not _real:
-            init = tqdm.__init__
+            init: Any = tqdm.__init__
 
             @functools.wraps(init)
             def made(self: Any, *args: Any, **options: Any) -> None:
@@ -29,8 +29,8 @@ def one_bar() -> Iterator[None]:
                     options["disable"] = True
                 init(self, *args, **options)
 
+            _real.append(vars(tqdm)["__init__"])
             tqdm.__init__ = made
-            _real.append(init)
         else:
             _real.append(_real[0])
     try:
