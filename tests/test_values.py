@@ -18,6 +18,7 @@ import torch
 from pipelines import tiny_unet
 from problems import TABLES
 
+import paradiff
 from paradiff import (
     Evaluator,
     Keyed,
@@ -354,7 +355,7 @@ def examples() -> list[Any]:
         Theory("sde", 64, 0.1),
         *(comparison, comparison.rows[1], comparison.rows[1].samples[0], LatencyCurve({1: 1.0, 4: 1.4})),
         plan(seen, table, Keyed(SHAPE), curve=LatencyCurve({1: 1.0, 4: 1.4}), pilots=0),
-        *(run, run.report, explain(run.pipeline, num_inference_steps=4)),
+        *(run, run.report, explain(run.pipeline, num_inference_steps=4), paradiff.ParallelInTimeConfig(executor="lanes")),
     ]
 
 

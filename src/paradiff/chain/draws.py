@@ -5,7 +5,11 @@ Step i of a sequential run makes counts[i] standard normal draws of the state's 
 
     z[i] = sum_k w[i,k] d[k],      sum_k w[i,k]^2 = 1 where c[i] > 0,                                           (1)
 
-with d[0], d[1] ... all draws of the run after that of its start, in order.
+with d[0], d[1] ... all draws of the run after that of its start, in order. A chain may begin after a first noise,
+
+    x[0]/start_scale = w e + sum_k w[k] d[k],                                                              (2)
+
+with e the draw of the run's own start.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ class Draws:
         source: `given`, drawn with the generator that the run is given; `torch`, with torch's own whichever is given; `own`,
             with generators that the scheduler makes, such as those of a Brownian tree.
         before: Draws that the chain makes before these steps, of which they are a part.
+        start: The weight w and the pairs of k and w[k] of equation (2); None where the chain begins at the run's own start.
     """
 
     scheduler: str
@@ -34,11 +39,13 @@ class Draws:
     terms: tuple[tuple[tuple[int, float], ...], ...]
     source: Source = "given"
     before: int = 0
+    start: tuple[float, tuple[tuple[int, float], ...]] | None = None
 
     def part(self, begin: int, end: int) -> Draws:
         """Those of the steps from one node to another."""
         before = self.before + sum(self.counts[:begin])
-        return replace(self, counts=self.counts[begin:end], terms=self.terms[begin:end], before=before)
+        start = self.start if begin == 0 else None
+        return replace(self, counts=self.counts[begin:end], terms=self.terms[begin:end], before=before, start=start)
 
     @property
     def one_a_step(self) -> bool:

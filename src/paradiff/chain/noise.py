@@ -308,7 +308,11 @@ class RecordedAlong:
 
     def start(self, sample: int) -> Tensor:
         """The standard normal draw behind x[0], of shape `shape`."""
-        return self._recorded.start(sample)
+        own = self._recorded.start(sample)
+        if self._draws.start is None:
+            return own
+        weight, terms = self._draws.start
+        return weight * own + sum(part * self._recorded.draw(sample, range(k, k + 1))[0] for k, part in terms)
 
     def draw(self, sample: int, nodes: range) -> Tensor:
         """z at consecutive nodes, `[len(nodes), *shape]`; 0 where a step adds no noise, and after the last step the draws that

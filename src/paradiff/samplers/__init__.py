@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where tables come from: published samplers on noise schedules, exponential integrators, diffusers schedulers."""
 
+from paradiff.samplers.churn import alphafold3, edm
 from paradiff.samplers.exploding import euler, euler_ancestral, heun
 from paradiff.samplers.exponential import exponential_integrator
 from paradiff.samplers.flow import flow_euler
@@ -14,9 +15,11 @@ __all__ = [
     "Grid",
     "Process",
     "Schedule",
+    "alphafold3",
     "ddim",
     "ddpm",
     "dpmpp_2m",
+    "edm",
     "euler",
     "euler_ancestral",
     "exponential_integrator",

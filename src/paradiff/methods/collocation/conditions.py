@@ -9,10 +9,12 @@ method over all nodes, from its first round on, where
   defects tell nothing of the trajectory's;
 - the first mesh would hold as large a part of the chain's nodes as makes a sample be handed over (`handover_share`): little is
   left to interpolate;
+- the chain adds more noise on its way than the control's `most_volatility` (chain/volatility.py): states between two nodes tell
+  little of each other;
 - the coefficients would multiply the network's rounding by more than the control's `most_gain`: neither sample nor estimate
   could be trusted.
 
-A mesh that the caller gave, or bounded, is judged by the first two and the last.
+A mesh that the caller gave, or bounded, is judged by all but the third.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
+from paradiff.chain.volatility import volatility
 from paradiff.methods.collocation.interval import Recurrence, finite_log_snr
 from paradiff.methods.collocation.system import CollocationSystem
 
@@ -42,6 +45,22 @@ def unfit_levels(table: Table) -> str | None:
     if flat:
         return f"the signal-to-noise ratio does not rise from node {flat[0]} to node {flat[0] + 1}"
     return None
+
+
+def too_rough(table: Table, most: float) -> str | None:
+    """Why the noise of a chain is too rough to be averaged between a few nodes; None where it is not.
+
+    Args:
+        table: The chain.
+        most: The largest volatility.
+    """
+    found = volatility(table)
+    if found <= most:
+        return None
+    return (
+        f"the chain adds {found:.3g} times as much noise on its way as an ancestral sampler, and a few nodes tell of {most:g} "
+        "times at most"
+    )
 
 
 def too_few_steps(table: Table, nodes: int, share: float) -> str | None:
