@@ -23,7 +23,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -110,14 +110,15 @@ class _Reader:
         left: list[Any] = [model]
         while left:
             value = left.pop()
+            if len(self._facts) + len(left) > MOST:
+                _raise(f"more than {MOST} parts")
             if type(value) in QUICK or isinstance(value, PLAIN):
-                self._facts.append(value)
+                large = isinstance(value, str | bytes) and len(value) > SMALL
+                self._facts.append(_raise("a large text") if large else value)
                 continue
             if (known := self._seen.get(id(value))) is not None:
                 self._facts.append(known[0])
                 continue
-            if len(self._seen) >= MOST:
-                raise Unreadable(f"more than {MOST} parts")
             self._seen[id(value)] = len(self._seen), value
             left += reversed([*self._parts(value)])
 
@@ -176,8 +177,9 @@ class _Reader:
 
     def _contents(self, value: Any, kind: type) -> Iterator[Any]:
         """Of containers, modules and objects."""
-        if isinstance(value, Mapping):
-            self._facts.append(len(value))
+        if isinstance(value, dict | types.MappingProxyType | list | tuple | deque):
+            self._facts.append(len(value) if len(value) <= MOST else _raise("a large container"))
+        if isinstance(value, dict | types.MappingProxyType):
             for key, part in value.items():
                 if type(key) in QUICK:
                     self._facts.append(key)
@@ -188,7 +190,6 @@ class _Reader:
                 else:
                     yield part
         elif isinstance(value, list | tuple | deque):
-            self._facts.append(len(value))
             yield from value
         elif isinstance(value, nn.Module):
             if isinstance(value, torch.jit.ScriptModule):

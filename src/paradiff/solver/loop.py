@@ -321,7 +321,8 @@ def sample(
     )
     look = None
     if check == "first" and type(evaluate) is Evaluator:
-        look = evaluate.look(described({"": [table, method, dtype, noise.samples, noise.shape, start is None]}))
+        run = described({"": [table, method, dtype, noise.samples, noise.shape, start is None]})
+        look = evaluate.look(f"{run} {method!r}")  # which names what is no preset's plain value by its place in memory
     found = _driven(rounds, evaluate, check, look)
     whole = all(math.isfinite(estimate.estimated_error) for estimate in found.error_estimates)
     if check == "every" and whole and method.name != method.reference().name:
