@@ -76,8 +76,9 @@ def test_a_run_whose_estimate_is_above_its_tolerance_says_why(monkeypatch: pytes
     found = sample(network(1e4), TABLE, Keyed((16,), 0), parasolver(tolerance=1e-2), dtype=torch.float64)
     assert found.estimated_error > 1e-2
     assert found.message == (
-        f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.01 was asked for: the samples' mean "
-        "square is far above 1, for which nodes pass; give a tolerance that is smaller by this ratio, or data in about -1 ... 1"
+        f"stopped: an estimated error of {found.estimated_error:.2g} was reached, where 0.01 was asked for: the network "
+        "answers to early errors more strongly than nodes pass for; give a tolerance that is smaller by this ratio, or, where "
+        "the samples' mean square is far above 1, data in about -1 ... 1"
     )
 
 

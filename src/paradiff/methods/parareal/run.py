@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from paradiff.chain.sensitivity import OFF_SCALE
+from paradiff.chain.sensitivity import ABOVE_TOLERANCE
 from paradiff.methods.parareal.options import PararealOptions
 from paradiff.methods.parareal.setup import PararealSetup
 from paradiff.methods.parareal.solver import PararealSolver
@@ -50,7 +50,7 @@ class PararealRun:
             return Status.STOPPED, Status.STOPPED.message(f"{options.iterations} iterations were made, as asked")
         worst = max(e.estimated_error for e in estimates)
         if options.rule == "error" and worst > options.tolerance:
-            return Status.STOPPED, Status.STOPPED.message(OFF_SCALE.format(worst, options.tolerance))
+            return Status.STOPPED, Status.STOPPED.message(ABOVE_TOLERANCE.format(worst, options.tolerance))
         return Status.CONVERGED, Status.CONVERGED.message(RULES[options.rule].format(options.tolerance))
 
     def close(self) -> None:

@@ -90,6 +90,23 @@ class ErrorBudget:
         """Counts the accepted nodes anew, with k s `[M+1]` of the data as the sample shows them; no estimate falls by it."""
         self.used = max(self.used, sum(factor[node] * error for node, error in self._accepted))
 
+    @property
+    def last_error(self) -> float:
+        """e of the node at which the window came to begin last."""
+        return self._accepted[-1][1] if self._accepted else 0.0
+
+    def carry(self, size: float, tolerance: float, decides: float) -> None:
+        """Tells of the sample no less than of its nodes' errors as they were carried along the chain (carried_error.py).
+
+        Args:
+            size: |T v| + e at the chain's end.
+            tolerance: That of the method. No more than it is told of an error that keeps to it.
+            decides: Factor on `size` where that is judged.
+        """
+        if math.isfinite(size):
+            told = self._control.carried_caution * size
+            self.used = max(self.used, min(told, tolerance) if decides * size <= tolerance else told)
+
     def forget(self) -> None:
         """A sweep overflowed: its one node that became final is exact, and nothing was observed."""
         self._predicted = []

@@ -24,6 +24,13 @@ class WindowControl:
         stage_caution: Factor of k on stochastic chains whose steps have several stages, 1 or more: the second stage of a long
             step answers to the first more strongly than equation (3) of chain/sensitivity.py says. Fitted on seeds 2000 to 2031
             of the digits network and a mixture in the plane, 18 and 40 steps of diffusers' KDPM2AncestralDiscreteScheduler.
+        carried_caution: Factor, 0 or more, on the errors that are carried along the chain as the network was seen to answer
+            (carried_error.py). A larger one tells larger errors; nodes pass alike. This and the next were chosen on seeds 7000
+            to 7023 of the digits network, chains of 18 to 50 steps, windows from 4 on.
+        carried_decides: The same where it is judged whether they keep to the tolerance, 0 or more, and at most the method's
+            caution: if so, no more than the tolerance is told of them. A larger one finds more samples to have left it.
+        turned: r of carried_error.py on stochastic chains, 0 ... 1. With 1, 2 of 16 samples of the digits as point masses, on
+            1000 steps of DDPM, were told more than their tolerance, at errors of a quarter of it and a fortieth.
         first_theta: Contraction that is assumed before any was observed, 0 ... 1. A larger one lets the first nodes pass later.
         least_theta: The smallest contraction believed of a method with a slope, 0 ... 1: a smaller one may be chance.
         forgetting: Share of theta that survives a sweep which observed less, 0 ... 1. A larger one lets nodes pass later.
@@ -36,17 +43,22 @@ class WindowControl:
     deterministic_caution: float = 10.0
     secant_caution: float = 3.0
     stage_caution: float = 5.0
+    carried_caution: float = 3.0
+    carried_decides: float = 1.5
+    turned: float = 0.9
     first_theta: float = 0.5
     least_theta: float = 0.02
     forgetting: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("first_theta", "least_theta", "forgetting"):
+        for name in ("turned", "first_theta", "least_theta", "forgetting"):
             require_between(f"the control's {name}", getattr(self, name), 0, 1)
         for name in ("stochastic_caution", "deterministic_caution"):
             require_real(f"the control's {name}", getattr(self, name), positive=True)
         for name in ("secant_caution", "stage_caution"):
             require_between(f"the control's {name}", getattr(self, name), 1, math.inf)
+        for name in ("carried_caution", "carried_decides"):
+            require_between(f"the control's {name}", getattr(self, name), 0, math.inf)
 
     def caution(self, table: Table, learns: bool) -> float:
         """k of budget.py.

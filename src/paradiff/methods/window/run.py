@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from paradiff.chain.sensitivity import OFF_SCALE
+from paradiff.chain.sensitivity import ABOVE_TOLERANCE
 from paradiff.methods.window.anderson import AndersonUpdate
 from paradiff.methods.window.march import march
 from paradiff.methods.window.options import WindowOptions
@@ -69,7 +69,7 @@ class WindowRun:
             return Status.EXACT, Status.EXACT.message() + beside
         worst = max(e.estimated_error for e in estimates)
         if options.rule == "error" and worst > options.tolerance:
-            return Status.STOPPED, Status.STOPPED.message(OFF_SCALE.format(worst, options.tolerance))
+            return Status.STOPPED, Status.STOPPED.message(ABOVE_TOLERANCE.format(worst, options.tolerance))
         if corrector is not None and not corrected:
             beside += f"; not in it: the corrector's {corrector.steps} steps were swept {corrector.sweeps} times, as asked"
         return Status.CONVERGED, Status.CONVERGED.message(

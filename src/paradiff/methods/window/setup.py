@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import held_to
 from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
-from paradiff.chain.slope import Inverses, over_intervals, resolve
+from paradiff.chain.slope import DATA_VARIANCE, Inverses, over_intervals, resolve, shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.window.fill import Recurrence
@@ -43,6 +44,7 @@ class WindowSetup:
         by_error: Whether nodes pass by the estimated error.
         by_residual: Whether they pass by their residuals.
         residual_bound: `[M]` the bound of every node's residual, with the rule `residual` or an Anderson mixing; else None.
+        decides: Factor on carried errors where it is judged whether they keep to the tolerance (budget.py).
         recurrence: The predictor's coefficients.
     """
 
@@ -82,6 +84,7 @@ class WindowSetup:
         if self.by_residual or method.anderson is not None:
             noise = method.noise_tolerance * noise_units(table, self.edges)
             self.residual_bound = noise.clamp(min=method.tolerance).tolist()
+        self.decides = min(method.control.carried_decides, method.control.caution(table, method.learns))
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
@@ -91,6 +94,17 @@ class WindowSetup:
     def carry(self) -> Inverses:
         """(I - G)^-1 of stretches of the window."""
         return Inverses(self.slope, self.move, self.width)
+
+    @cached_property
+    def answering(self) -> WindowSetup:
+        """The same with the slope of Gaussian data, whatever that of the method, for sub-intervals of one step."""
+        slope = resolve(shifted(DATA_VARIANCE), self.table)
+        if torch.equal(slope, self.slope):
+            return self
+        found = copy.copy(self)
+        found.__dict__.pop("carry", None)
+        found.slope = slope
+        return found
 
     def scaled(self, size: float) -> tuple[list[float], PassingRule]:
         """k s `[M+1]` of budget.py, and the rule by which nodes pass, for data of mean square `size`; no factor is below that

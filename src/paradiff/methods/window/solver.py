@@ -32,6 +32,7 @@ from paradiff.chain.data_scale import seen, unusual
 from paradiff.chain.noise import Noise
 from paradiff.methods.window.anderson import AndersonUpdate
 from paradiff.methods.window.budget import ErrorBudget
+from paradiff.methods.window.carried_error import CarriedError
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
 from paradiff.methods.window.fill import Fill, Guide, GuidedFill, PredictedFill
@@ -97,6 +98,8 @@ class WindowSolver:
         factor, self._passes = setup.scaled(self._size)
         self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
         self.update: Update = update_of(setup)
+        self._carried = CarriedError(setup, self.update) if setup.by_error and setup.single else None
+        self._changes = x0.new_empty(0)  # [W, ...] those that nodes saw in the last sweep, where errors are carried
         self.edits = Edits()
         self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
@@ -153,7 +156,8 @@ class WindowSolver:
         Returns:
             `[W]` mean square change of each node after the first, where that ended a sweep; with the rule `residual`, followed
             by `[W]` mean squares of the residuals; with a tolerance of the estimated error, followed by the mean square of the
-            clean-data estimate at the last node; where that is the chain's end, by that of its state.
+            clean-data estimate at the last node; where that is the chain's end, by that of its state, and of what errors of
+            nodes that passed become there (carried_error.py), once there are some.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -181,6 +185,8 @@ class WindowSolver:
         if setup.history:
             self.m[places[0]] = m
         self.update.observe(asked, m)
+        if self._carried is not None:
+            self._carried.observe(asked, m)
         read = [asked, *(self.x[place] for place in places[1:])]
         outputs_read = [m, *(self.m[place] for place in places[1:])]
         z = self.z[query.noise_place] if table.stochastic else None
@@ -206,10 +212,15 @@ class WindowSolver:
             distance = self.edits.spare(distance, 0.0)
             if self.setup.single:
                 self._fill.follow(self.hi - 1, new[-2] - old[-2])
+        if self._carried is not None:
+            self._changes = distance
         self.x[ends] = new
         self.ages = [age + 1 for age in self.ages]
-        mean_square, ends_here = self.setup.step.mean_square, self.hi == self.setup.intervals
-        return torch.cat([mean_square(distance), *judged, self._clean_square, *([mean_square(new[-1:])] if ends_here else [])])
+        mean_square, ending = self.setup.step.mean_square, list[Tensor]()
+        if self.hi == self.setup.intervals:
+            carried = None if self._carried is None else self._carried.look(self.lo, self.hi)
+            ending = [mean_square(new[-1:]), *([] if carried is None else [carried])]
+        return torch.cat([mean_square(distance), *judged, self._clean_square, *ending])
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Accepts the leading nodes (at least one) and slides the window: new nodes get an initial guess, or, at a block's
@@ -231,16 +242,24 @@ class WindowSolver:
         if setup.by_error:
             self._see(squares[0])
         if all(map(math.isfinite, norms)):
-            self._final_square = squares[-1] if self.hi == setup.intervals else None
+            ending = squares[setup.by_error :]
+            self._final_square = ending[0] if ending else None
             rms = [math.sqrt(v) for v in norms]
             self.budget.observe(first, rms)
             residuals = [math.sqrt(v) for v in judged] if setup.by_residual else rms
             passed = self._passes(first, residuals, self.ages, self.budget)
             self.budget.accept(passed)
+            error = self.budget.last_error
+            if ending and first + passed == self.hi:
+                self.budget.carry(math.sqrt(sum(ending[1:])) + error, setup.method.tolerance, setup.decides)
         else:
             self._final_square = None
-            rms = [math.inf] * self._salvage()
+            rms, error = [math.inf] * self._salvage(), 0.0
+            self._changes = torch.zeros_like(self._changes)
             self.budget.forget()
+        if self._carried is not None:
+            self._carried.advance(first, self._changes[:passed], error, self.edits)
+            self._changes = self._changes[:0]
         self._slide(passed)
         if setup.method.corrector is not None and self.lo in setup.blocks and setup.table.sigma[self.lo] > 0:
             place = setup.blocks.index(self.lo) - 1
@@ -305,6 +324,8 @@ class WindowSolver:
         """
         setup = self.setup
         self.update.forget()
+        if self._carried is not None:
+            self._carried.forget()
         self.hi = min(self.hi, self.lo + width)
         self.ages = self.ages[: self.hi - self.lo]
         keep = setup.edges[self.hi] - setup.edges[self.lo]

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from paradiff.methods.secant import Secants
+from paradiff.methods.secant import LastPair, Secants
 from paradiff.methods.window.setup import WindowSetup
 
 STRETCH = 64  # nodes updated by one matrix product
@@ -97,6 +97,20 @@ class NewtonUpdate:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class Carried(NamedTuple):
+    """Changes of nodes in a row, and what the pairs add to their steps.
+
+    Attributes:
+        change: `[n, ...]` changes of the nodes.
+        states: `[n, ...]` DX y of the nodes before each, as `Secants.correction` returns it.
+        outputs: `[n, ...]` DM y, likewise.
+    """
+
+    change: Tensor
+    states: Tensor
+    outputs: Tensor
+
+
 class SecantUpdate:
     """Equation (2) with a slope that pairs of earlier sweeps correct (methods/secant.py).
 
@@ -111,9 +125,12 @@ class SecantUpdate:
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Makes pairs of this sweep and the last."""
         if self.secants is None:
-            setup = self._setup
-            self.secants = Secants(setup.method.secants, setup.resolution, setup.step.shared_window)
+            self.secants = self._begin()
         self.secants.observe(states, outputs)
+
+    def _begin(self) -> Secants:
+        setup = self._setup
+        return Secants(setup.method.secants, setup.resolution, setup.step.shared_window)
 
     def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
         """Equation (2) of methods/secant.py, stretch by stretch; a single node takes its step."""
@@ -136,6 +153,35 @@ class SecantUpdate:
             first = change[-1]
             entering = self._entering(rows[1], min(self._setup.table.band, hi - rows[1]), change, *followed)
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def tangent(self, lo: int, hi: int, before: Carried) -> Carried:
+        """What changes of the nodes up to `lo`, the window's first, make of the nodes up to `hi`: the derivative of the steps
+        between, as the slope and the pairs have it.
+
+        Args:
+            lo: The window's first sub-interval.
+            hi: The sub-interval after the last.
+            before: The changes up to node `lo`.
+        """
+        stretch, band = max(PAIRED, self._setup.table.band), self._setup.table.band
+        change, states, outputs = before
+        found: list[Carried] = []
+        for begin in range(0, hi - lo, stretch):
+            rows = lo + begin, min(lo + begin + stretch, hi)
+            entering = self._entering(rows[0], min(band, rows[1] - rows[0]), change, states, outputs)
+            steps = torch.zeros_like(entering[:1]).repeat(rows[1] - rows[0], *[1] * (entering.ndim - 1))
+            steps[: len(entering)] = entering
+            found.append(self._answered(*rows, begin, steps, change[-1]))
+            change, states, outputs = found[-1]
+        return found[0] if len(found) == 1 else Carried(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _answered(self, lo: int, hi: int, begin: int, steps: Tensor, first: Tensor) -> Carried:
+        """One stretch of `tangent`: what comes of `steps` `[W, ...]` added to residuals, and of a change `first` of `lo`."""
+        change = self._newton.carried(lo, hi, steps.flatten(1), steps.flatten(1)).view_as(steps)
+        if self.secants is None:
+            return Carried(change, torch.zeros_like(change), torch.zeros_like(change))
+        added, *followed = self.secants.correction(change, *self._reach_of_pairs(lo, hi), begin=begin, first=first)
+        return Carried(change + added, *followed)
 
     def _entering(self, node: int, count: int, change: Tensor, states: Tensor, outputs: Tensor) -> Tensor:
         """`[count, ...]` what a stretch that ends at `node` adds to the residuals of the next `count` nodes.
@@ -182,3 +228,13 @@ class SecantUpdate:
         carry = setup.carry(lo, hi)
         first, second = (setup.move(carry @ part) for part in parts)
         return first, second
+
+
+class PairUpdate(SecantUpdate):
+    """The same with the slope of Gaussian data and one pair a node, for the `tangent` of methods that keep no pairs."""
+
+    def __init__(self, setup: WindowSetup) -> None:
+        super().__init__(setup.answering)
+
+    def _begin(self) -> Secants:
+        return LastPair(self._setup.resolution, self._setup.step.shared_window)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the errors of nodes that passed become further along the chain, as the network was seen to answer there.
+
+The budget (budget.py) counts the error of a node by a factor that knows the chain's levels alone. A sample that decides after
+the node passed answers to its error more strongly than that, in a direction of its own. The sweeps after show this and cost
+no row: the nodes that pass in a sweep have pairs of changes of their states and outputs (methods/secant.py), and so the
+derivative T of the steps from the window's first node to the one at which it comes to begin. The errors w of the nodes are
+carried by
+
+    w <- T v + e d/|d|,        v = w or r |w| c/|c|, whichever T makes the larger,                                 (1)
+
+with e of budget.py's equation (1), and with d and c the changes that the new and the old first node saw in the sweeps that
+made them final: an error is taken to lie where the last change lay. r is 1 on deterministic chains, and a little less on
+stochastic ones, whose steps let go of errors in most directions: a larger one would pick the slowest of them again and again.
+Signs are such that nothing cancels. At the chain's end a multiple of |T v| + e is an estimate of the sample's error
+(`WindowControl`), and the larger of the two estimates is told. It holds up no node, so that rounds, evaluations and samples are
+those of the budget alone. Memory: 2 states a node of the window for methods that keep no pairs, and a sweep's changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paradiff.methods.window.edits import Edits
+from paradiff.methods.window.setup import WindowSetup
+from paradiff.methods.window.update import Carried, PairUpdate, SecantUpdate, Update
+
+
+class CarriedError:
+    """The errors of one sample's last nodes that passed.
+
+    Args:
+        setup: What all samples share.
+        update: The sample's update, whose pairs are used where it has some.
+    """
+
+    def __init__(self, setup: WindowSetup, update: Update) -> None:
+        self._band, self._mean_square = setup.table.band, setup.step.mean_square
+        self._turned = setup.method.control.turned if setup.table.stochastic else 1.0
+        self._own: PairUpdate | None = None
+        if isinstance(update, SecantUpdate):
+            self._pairs = update
+        else:
+            self._pairs = self._own = PairUpdate(setup)
+        self._errors: Carried | None = None  # of up to P nodes, the last one the window's first
+        self._last: Tensor | None = None  # [n, ...] their last changes
+        self._ways: list[tuple[Carried, Carried]] = []  # v of equation (1), and what T makes of it
+
+    def observe(self, states: Tensor, outputs: Tensor) -> None:
+        """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
+        if self._own is not None:
+            self._own.observe(states, outputs)
+
+    def forget(self) -> None:
+        """A state overflowed, or the window was narrowed: what was observed is not used."""
+        self._ways = []
+        if self._own is not None:
+            self._own.forget()
+
+    def look(self, lo: int, hi: int) -> Tensor | None:
+        """Carries the errors to the nodes after `lo`, up to `hi`, for `advance`.
+
+        Returns:
+            `[1]` mean square of T v at node `hi`; None before any node passed with an error.
+        """
+        if self._errors is None or self._last is None:
+            return None
+        turned = self._unit(self._last) * (self._turned * self._norm(self._errors.change))
+        starts = [self._errors, Carried(turned, torch.zeros_like(turned), torch.zeros_like(turned))]
+        self._ways = [(start, self._pairs.tangent(lo, hi, start)) for start in starts]
+        return torch.cat([self._mean_square(found.change[-1:]) for _, found in self._ways]).amax()[None]
+
+    def advance(self, lo: int, changes: Tensor, error: float, edits: Edits) -> None:
+        """Equation (1), before the window slides.
+
+        Args:
+            lo: The window's first sub-interval.
+            changes: `[p, ...]` last changes of the p nodes that pass.
+            error: e of the last of them.
+            edits: What the caller did to the states; an element that is overwritten carries no error.
+        """
+        passed = len(changes)
+        if not self._ways:
+            self.look(lo, lo + passed)
+        if self._ways:
+            first, second = (self._joined(start, found, passed) for start, found in self._ways)
+            larger = self._norm(first.change) >= self._norm(second.change)
+            change, *followed = (torch.where(larger, a, b) for a, b in zip(first, second, strict=True))
+            self._errors = Carried(edits.spare(change, 0.0), *followed)
+        self._ways = []
+        last = changes if self._last is None else torch.cat([self._last, changes])
+        self._last = last[-self._band :].clone()
+        if error > 0:
+            self._add(error * self._unit(self._last))
+        if self._own is not None:
+            self._own.advance(passed)
+
+    def _joined(self, before: Carried, after: Carried, passed: int) -> Carried:
+        """The last P nodes up to `passed` nodes after a stretch."""
+        return Carried(*(torch.cat([a, b[:passed]])[-self._band :] for a, b in zip(before, after, strict=True)))
+
+    def _add(self, errors: Tensor) -> None:
+        """Adds the errors `[n, ...]` that the last nodes were left with by their own sweeps."""
+        if self._errors is None:
+            self._errors = Carried(errors, torch.zeros_like(errors), torch.zeros_like(errors))
+            return
+        change, states, outputs = self._errors
+        sign = torch.where((change[-1] * errors[-1]).sum() < 0, -1.0, 1.0)
+        change = change.clone()
+        change[-len(errors) :] += sign * errors[-len(change) :]
+        self._errors = Carried(change, states, outputs)
+
+    def _norm(self, states: Tensor) -> Tensor:
+        """The largest root mean square of states `[n, ...]`; with members, that of the largest member."""
+        return self._mean_square(states).amax().sqrt()
+
+    def _unit(self, states: Tensor) -> Tensor:
+        """States `[n, ...]` over the largest root mean square of them; zeros stay."""
+        return states / self._norm(states).clamp(min=torch.finfo(states.dtype).tiny)
