@@ -12,9 +12,11 @@ Kinds:
 - scales: data of variance 1e-4 to 1e4 times the usual.
 - options: shifts that are far off, few nodes, exact.
 - digits: the trained network.
+- families: all methods on the problems of planning/harness.py, windows 4, 16 and the whole chain; 4 seeds at most, 2 of the
+  trained text networks, which walk some chains only.
 
-Parts are seeds: `tuning` 0 to 31, which numbers may be chosen by; `held-out` 1000 to 1063, which none was; and `further` 2000
-to 2063, for a look at the very end.
+Parts are seeds: `tuning` 0 to 31, which numbers may be chosen by; `held-out` 1000 to 1063, which collocation was not tuned on
+but which were looked at; `further` 2000 to 2063; and `fresh` 4000 to 4063, on which nothing was chosen.
 
     python benchmarks/conditions.py --only tuning --seeds 8
     python benchmarks/conditions.py --only held-out --json benchmarks/results/conditions.json
@@ -33,8 +35,11 @@ from problem import mixture, rms
 
 from paradiff import Keyed, Schedule, Table, sample, sequential
 from paradiff.methods.presets import collocation, parasolver, quasi_newton, srds
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.models.exact import Empirical, Mixture, digits
 from paradiff.models.pixel import load
+from paradiff.planning.comparison import ROUNDING
+from paradiff.planning.harness import contestants, family
 from paradiff.samplers import (
     ddim,
     ddpm,
@@ -47,12 +52,18 @@ from paradiff.samplers import (
 )
 from paradiff.solver.protocol import Method
 
-SEEDS = {"tuning": range(32), "held-out": range(1000, 1064), "further": range(2000, 2064)}
+SEEDS = {"tuning": range(32), "held-out": range(1000, 1064), "further": range(2000, 2064), "fresh": range(4000, 4064)}
 SHARE = 4e-3  # of the data's standard deviation: smaller errors are not counted
 LINEAR, ZERO = Schedule.linear(), Schedule.linear(rescale_zero_snr=True)
 
 Make = Callable[[], Table]
 Case = tuple[str, str, str, Make, list[Method]]  # kind, data, chain, table, methods
+
+
+CHAINS = (("ddpm", 100), ("ddim", 25), ("ddim", 50), ("dpmpp_2m", 25), ("heun", 18), ("two_stage_sde", 18))
+CHAINS += (("euler_ancestral", 50), ("flow", 28))
+TEXT = {"shapes": [("ddim", 25), ("dpmpp_2m", 25)], "shapes-flow": [("flow", 28)]}
+GUIDED, SEEN = 2, 4  # seeds of the text networks, and of the other families
 
 
 def data_of(name: str) -> Empirical | Mixture:
@@ -146,25 +157,48 @@ def cases() -> Iterator[Case]:
         for steps in (50, 200, 1000):
             some: list[Method] = [collocation(window=16)] if steps == 1000 else [*both, quasi_newton()]
             yield "digits", "digits network", f"{name.upper()} {steps}", lambda s=name, n=steps: model.table(s, n), some
+    yield from families()
+
+
+def families() -> Iterator[Case]:
+    """The problems of the harness, each of whose methods has a window, or most rows, of its own."""
+    for name in ("closed-form-digits", "mixture-2", "mixture-64", "mixture-512", "digits", *TEXT):
+        chains = TEXT.get(name, [chain for chain in CHAINS if chain[0] != "flow" or name != "digits"])
+        for chain, steps in chains:
+            table = family(name).table(chain, steps)
+            windows = (16,) if name in TEXT else (4, 16, None)
+            found = [contestants(table, window) for window in windows]
+            methods = [make(DEFAULT_TOLERANCE) for made in found for kind, make in made.items() if kind != "jacobi"]
+            yield "families", name, f"{chain} {steps}", lambda t=table: t, methods
 
 
 def _zero(make: Callable[..., Table], steps: int, prediction: str) -> Make:
     return lambda: make(ZERO, steps, prediction=prediction, spacing="linspace")
 
 
+def problem(kind: str, data: str, table: Table, seeds: range) -> tuple[Any, Callable[[], Any]]:
+    """A network, and a function that makes its noise."""
+    if kind == "families":
+        own = family(data)
+        return own.evaluator(table, seeds), lambda: own.noise(seeds)
+    network: Any = load("digits") if data == "digits network" else data_of(data).denoiser(table)
+    shape = (1, 8, 8) if data.startswith("digits") else (2,) if "points" in data else (int(data.split()[1]),)
+    return network, lambda: Keyed(shape, seeds.start, len(seeds))
+
+
 def measure(part: str, case: Case, seeds: range) -> Iterator[Row]:
     """The rows of a case, one a method."""
     kind, data, chain, make, methods = case
     about = {"part": part, "kind": kind, "data": data, "chain": chain}
+    if kind == "families":
+        seeds = seeds[: GUIDED if data in TEXT else SEEN]
     try:
         table = make()
-        network: Any = load("digits") if data == "digits network" else data_of(data).denoiser(table)
+        network, noise = problem(kind, data, table, seeds)
     except Exception as error:
         console.print(f"{data}, {chain}: {type(error).__name__}: {error}")
         return
-    shape = (1, 8, 8) if data.startswith("digits") else (2,) if "points" in data else (int(data.split()[1]),)
-    noise = Keyed(shape, seeds.start, len(seeds))
-    reference = sample(network, table, noise, sequential()).sample
+    reference = sample(network, table, noise(), sequential()).sample
     spread = float(reference.std())
     for method in methods:
         about |= {"method": method.name, "options": _told(method), "window": getattr(method, "window", None)}
@@ -172,11 +206,12 @@ def measure(part: str, case: Case, seeds: range) -> Iterator[Row]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = sample(network, table, noise, method)
+                found = sample(network, table, noise(), method)
         except Exception as error:
             yield {**about, "samples": len(seeds), "status": type(error).__name__, "message": str(error), "silent": 0}
             continue
         errors, estimates = rms(found.sample - reference), [e.estimated_error for e in found.error_estimates]
+        pairs = list(zip(errors, estimates, strict=True))
         yield {
             **about,
             "samples": len(seeds),
@@ -187,7 +222,12 @@ def measure(part: str, case: Case, seeds: range) -> Iterator[Row]:
             "error_max": max(errors),
             "told": estimates[errors.index(max(errors))],
             "spread": spread,
-            "above_estimate": sum(e > t for e, t in zip(errors, estimates, strict=True)),
+            "above_estimate": sum(e > max(t, ROUNDING) for e, t in pairs),
+            "above_twice": sum(e > max(2 * t, ROUNDING) for e, t in pairs),
+            "untold": sum(e > max(t, DEFAULT_TOLERANCE) and t <= DEFAULT_TOLERANCE for e, t in pairs),
+            "told_to_have_left": sum(t > DEFAULT_TOLERANCE for _, t in pairs),
+            "left": sum(e > DEFAULT_TOLERANCE for e, _ in pairs),
+            "index_1_to_10": sum(1 <= t / max(e, ROUNDING) <= 10 for e, t in pairs),
             "silent": silent(errors, estimates, spread),
             "message": found.message,
             "seconds": time.perf_counter() - begin,
@@ -239,10 +279,11 @@ def main() -> None:
                         console.print({k: row.get(k) for k in COLUMNS})
     results.save(summary=summary(results.rows))
     show(fresh, COLUMNS)
-    show(summary(results.rows), ("part", "kind", "method", "samples", "silent", "above_estimate"))
+    show(summary(results.rows), ("part", "kind", "method", "samples", "silent", "above_estimate", *COUNTED))
 
 
-KINDS = ("decisions", "stages", "levels", "short", "scales", "options", "digits")
+KINDS = ("decisions", "stages", "levels", "short", "scales", "options", "digits", "families")
+COUNTED = ("above_twice", "untold", "told_to_have_left", "left", "index_1_to_10")
 
 
 def summary(rows: list[Row]) -> list[Row]:
@@ -258,6 +299,7 @@ def summary(rows: list[Row]) -> list[Row]:
             "samples": sum(r["samples"] for r in found),
             "silent": sum(r["silent"] for r in found),
             "above_estimate": sum(r.get("above_estimate", 0) for r in found),
+            **{name: sum(r.get(name, 0) for r in found) for name in COUNTED},
         }
         for (part, kind, method), found in groups.items()
     ]
