@@ -97,6 +97,26 @@ class Secants:
         added = state_part @ of_states + output_part @ of_outputs
         return added.view_as(change), of_states.view_as(change), of_outputs.view_as(change)
 
+    def corrections(
+        self, change: Tensor, state_part: Tensor, output_part: Tensor, *, begin: int, first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for several changes at once, `[W, w, ...]`; `first` is `[w, ...]`."""
+        count = len(change)
+        d = self._ways(change)
+        dx, dm = (v[begin : begin + count] for v in (self._dx, self._dm))
+        to_states, to_outputs = (torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part))
+        y = SecantJacobian(dx, [(to_states, dx), (to_outputs, dm)])(torch.cat([self._ways(first[None]), d[:-1]]))
+        of_states, of_outputs = (v.permute(0, 2, 3, 1) @ y.transpose(1, 2) for v in (dx, dm))  # [W, b, d, w]
+        added = state_part @ of_states.flatten(1) + output_part @ of_outputs.flatten(1)
+        found = (added.view_as(d), of_states, of_outputs)
+        one, two, three = (v.permute(0, 3, 1, 2).reshape(change.shape) for v in found)
+        return one, two, three
+
+    def _ways(self, values: Tensor) -> Tensor:
+        """`[W, b, d, w]` of `[W, w, ...]`."""
+        flat = values.flatten(3) if self._shared and values.ndim > 3 else values.flatten(2)[:, :, None]
+        return flat.permute(0, 2, 3, 1)
+
     def advance(self, passed: int) -> None:
         """Drops the pairs of `passed` nodes, which left the window."""
         if self._seen is not None:
@@ -160,7 +180,8 @@ class SecantJacobian:
         self._system = system.view(b, n * k, n * k)  # its unit diagonal is not looked at
 
     def __call__(self, before: Tensor) -> Tensor:
-        """`[n, k, b, 1]` y for changes of the states `[n, b, d]` as far as no pair has a part in them."""
-        onto = self._x @ before.transpose(0, 1)[..., None]
+        """`[n, k, b, w]` y for w changes of the states `[n, b, d, w]` as far as no pair has a part in them; w is 1 for
+        `[n, b, d]`."""
+        onto = self._x @ (before if before.ndim == 4 else before[..., None]).transpose(0, 1)
         c = torch.linalg.solve_triangular(self._system, onto.flatten(1, 2), upper=False, unitriangular=True)
         return (self._inverse @ c.view_as(onto)).permute(1, 2, 0, 3)

@@ -60,8 +60,10 @@ def test_the_tangent_is_the_derivative_where_pairs_span_the_states(
     earlier = torch.cat([before, before[:1]])[:-1][nodes]  # a filler where the last node stands, which is not read there
     shown = torch.cat([torch.zeros(1, 1, dtype=torch.float64), before[:-1]])[nodes]
     known = torch.cat([torch.zeros(1, 1, dtype=torch.float64), answers[:lo] * before[:-1]])[nodes]
-    found = update.tangent(lo, hi, Carried(earlier, shown, known))
-    torch.testing.assert_close(found.change, walked(table, answers, before, lo, hi), rtol=1e-9, atol=1e-12)
+    twice = Carried(*(torch.stack([v, -3 * v], 1) for v in (earlier, shown, known)))
+    one, other = update.tangent(lo, hi, twice).change.unbind(1)
+    torch.testing.assert_close(other, -3 * one)
+    torch.testing.assert_close(one, walked(table, answers, before, lo, hi), rtol=1e-9, atol=1e-12)
 
 
 def errors_of(method: Method, chain: str, steps: int, seeds: list[int]) -> tuple[list[float], list[float], Status]:

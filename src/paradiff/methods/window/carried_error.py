@@ -43,9 +43,9 @@ class CarriedError:
             self._pairs = update
         else:
             self._pairs = self._own = PairUpdate(setup)
-        self._errors: Carried | None = None  # of up to P nodes, the last one the window's first
+        self._errors: Carried | None = None  # [n, 1, ...] of up to P nodes, the last one the window's first
         self._last: Tensor | None = None  # [n, ...] their last changes
-        self._ways: list[tuple[Carried, Carried]] = []  # v of equation (1), and what T makes of it
+        self._ways: tuple[Carried, Carried] | None = None  # [n, 2, ...] both v of equation (1), and what T makes of them
 
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
@@ -54,7 +54,7 @@ class CarriedError:
 
     def forget(self) -> None:
         """A state overflowed, or the window was narrowed: what was observed is not used."""
-        self._ways = []
+        self._ways = None
         if self._own is not None:
             self._own.forget()
 
@@ -66,10 +66,12 @@ class CarriedError:
         """
         if self._errors is None or self._last is None:
             return None
-        turned = self._unit(self._last) * (self._turned * self._norm(self._errors.change))
-        starts = [self._errors, Carried(turned, torch.zeros_like(turned), torch.zeros_like(turned))]
-        self._ways = [(start, self._pairs.tangent(lo, hi, start)) for start in starts]
-        return torch.cat([self._mean_square(found.change[-1:]) for _, found in self._ways]).amax()[None]
+        turned = self._unit(self._last) * (self._turned * self._norm(self._errors.change[:, 0]))
+        change, states, outputs = self._errors
+        nothing = torch.zeros_like(states)
+        start = Carried(torch.cat([change, turned[:, None]], 1), *(torch.cat([v, nothing], 1) for v in (states, outputs)))
+        self._ways = start, self._pairs.tangent(lo, hi, start)
+        return self._mean_square(self._ways[1].change[-1]).amax()[None]
 
     def advance(self, lo: int, changes: Tensor, error: float, edits: Edits) -> None:
         """Equation (1), before the window slides.
@@ -81,35 +83,35 @@ class CarriedError:
             edits: What the caller did to the states; an element that is overwritten carries no error.
         """
         passed = len(changes)
-        if not self._ways:
+        if self._ways is None:
             self.look(lo, lo + passed)
-        if self._ways:
-            first, second = (self._joined(start, found, passed) for start, found in self._ways)
-            larger = self._norm(first.change) >= self._norm(second.change)
-            change, *followed = (torch.where(larger, a, b) for a, b in zip(first, second, strict=True))
-            self._errors = Carried(edits.spare(change, 0.0), *followed)
-        self._ways = []
-        last = changes if self._last is None else torch.cat([self._last, changes])
+        if self._ways is not None:
+            before, after = self._ways
+            both = [torch.cat([a, b[:passed]])[-self._band :] for a, b in zip(before, after, strict=True)]
+            place = torch.stack([self._norm(way) for way in both[0].unbind(1)]).argmax()[None]
+            change, *followed = (v.index_select(1, place) for v in both)
+            self._errors = Carried(edits.spare(change[:, 0], 0.0)[:, None], *followed)
+        self._ways = None
+        last = changes if self._last is None or passed >= self._band else torch.cat([self._last, changes])
         self._last = last[-self._band :].clone()
         if error > 0:
-            self._add(error * self._unit(self._last))
+            self._add(error * self._unit(self._last)[:, None])
         if self._own is not None:
             self._own.advance(passed)
 
-    def _joined(self, before: Carried, after: Carried, passed: int) -> Carried:
-        """The last P nodes up to `passed` nodes after a stretch."""
-        return Carried(*(torch.cat([a, b[:passed]])[-self._band :] for a, b in zip(before, after, strict=True)))
-
     def _add(self, errors: Tensor) -> None:
-        """Adds the errors `[n, ...]` that the last nodes were left with by their own sweeps."""
+        """Adds the errors `[n, 1, ...]` that the last nodes were left with by their own sweeps."""
         if self._errors is None:
             self._errors = Carried(errors, torch.zeros_like(errors), torch.zeros_like(errors))
             return
         change, states, outputs = self._errors
         sign = torch.where((change[-1] * errors[-1]).sum() < 0, -1.0, 1.0)
-        change = change.clone()
-        change[-len(errors) :] += sign * errors[-len(change) :]
-        self._errors = Carried(change, states, outputs)
+        known = min(len(change), len(errors))
+        self._errors = Carried(
+            torch.cat([change[: len(change) - known], change[len(change) - known :] + sign * errors[len(errors) - known :]]),
+            states,
+            outputs,
+        )
 
     def _norm(self, states: Tensor) -> Tensor:
         """The largest root mean square of states `[n, ...]`; with members, that of the largest member."""

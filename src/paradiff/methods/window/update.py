@@ -98,12 +98,12 @@ class NewtonUpdate:
 
 
 class Carried(NamedTuple):
-    """Changes of nodes in a row, and what the pairs add to their steps.
+    """Some changes of nodes in a row, w at once, and what the pairs add to their steps.
 
     Attributes:
-        change: `[n, ...]` changes of the nodes.
-        states: `[n, ...]` DX y of the nodes before each, as `Secants.correction` returns it.
-        outputs: `[n, ...]` DM y, likewise.
+        change: `[n, w, ...]` changes of the nodes.
+        states: `[n, w, ...]` DX y of the nodes before each, as `Secants.correction` returns it.
+        outputs: `[n, w, ...]` DM y, likewise.
     """
 
     change: Tensor
@@ -180,7 +180,7 @@ class SecantUpdate:
         change = self._newton.carried(lo, hi, steps.flatten(1), steps.flatten(1)).view_as(steps)
         if self.secants is None:
             return Carried(change, torch.zeros_like(change), torch.zeros_like(change))
-        added, *followed = self.secants.correction(change, *self._reach_of_pairs(lo, hi), begin=begin, first=first)
+        added, *followed = self.secants.corrections(change, *self._reach_of_pairs(lo, hi), begin=begin, first=first)
         return Carried(change + added, *followed)
 
     def _entering(self, node: int, count: int, change: Tensor, states: Tensor, outputs: Tensor) -> Tensor:
