@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from prologue import computed, outside
 from tiny import CASES, Case
 
 from paradiff import parallelize, parasolver
@@ -66,11 +67,13 @@ def arguments(case: Case) -> tuple[WindowMethod, dict[str, Any]]:
 
 def compare(case: Case, method: WindowMethod, *, seed: int = 3, **options: Any) -> tuple[float, Report]:
     """Largest difference of the parallel call to the plain one, in units of the largest value, and the report."""
-    plain = case.run(case.make(), seed, **options)
+    other = case.make()
+    plain, once = outside(other, lambda: case.run(other, seed, **options))
     pipe = case.make()
     kind, scheduler = type(pipe), pipe.scheduler
     with parallelize(pipe, method, check="every") as run:
-        found = case.run(pipe, seed, **options)
+        found, calls = computed(pipe, once, lambda: case.run(pipe, seed, **options))
+    assert calls == once + once  # the check makes the plain call, too
     assert type(pipe) is kind
     assert pipe.scheduler is scheduler
     assert all("forward" not in vars(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module))

@@ -169,6 +169,69 @@ def test_what_a_method_drew_or_wrote_is_so_again(executor: Any) -> None:
     assert min(calls[name] for name in ("into", "rows", "filled", "scale")) > 1  # made anew
 
 
+class Part(nn.Module):
+    """A module within a network, which counts its calls."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS[self.name] += 1
+        return x + torch.rand(())
+
+
+class Nested(nn.Module):
+    """A network of parts, which a pipeline may call by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = Part("embedding"), Part("inner")
+        self.blocks = nn.ModuleList([Part("block"), Part("second block")])
+
+    def get_input_embeddings(self) -> Part:
+        return self.embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](self.inner(self.get_input_embeddings()(x))))
+
+
+class OfParts(diffusers.DiffusionPipeline):
+    """A loop after calls of a network's parts."""
+
+    def __init__(self, net: Net, encoder: Nested, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(net=net, encoder=encoder, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        self.scheduler.set_timesteps(12)
+        x = torch.randn(2, 8, generator=generator)
+        x = x + 0.1 * self.encoder.inner(0 * x) + 0.1 * self.encoder.blocks[0](0 * x)
+        x = x + 0.1 * self.encoder.get_input_embeddings()(0 * x) + 0.1 * self.encoder(0 * x)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.net(x, t), t, x).prev_sample
+        return x
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_the_parts_of_a_network_are_computed_as_often_as_in_the_plain_call(executor: Any) -> None:
+    ends, counts = [], []
+    for parallel in (False, True):
+        pipe = OfParts(Net(), Nested(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+        CALLS.clear()
+        torch.manual_seed(5)
+        run = parallelize(pipe, parasolver(window=4, tolerance=1e-5), executor=executor) if parallel else pipe
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ends.append(run(generator=torch.Generator().manual_seed(3)))
+        counts.append(CALLS.copy())
+        assert all("forward" not in vars(part) for part in pipe.encoder.modules())
+    assert counts[0] == {"embedding": 2, "inner": 2, "block": 2, "second block": 1}
+    assert counts[1] == counts[0]
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-4)
+
+
 def test_a_boundary_before_a_method_is_gone_after_the_call() -> None:
     pipe = Pipe(Net(), Encoder(), diffusers.FlowMatchEulerDiscreteScheduler())
     own = pipe.encoder.sampled

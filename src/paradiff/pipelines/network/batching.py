@@ -64,6 +64,7 @@ class Batching:
         looping: Whether the loop runs; network calls before and after it are not counted.
         over: Whether it has ended.
         replaced: Tells a network whose boundary is no longer in place; None if all are.
+        met: Told of a module that a network's method returned, which the pipeline may call by itself.
         lost: What that told at the loop's end. After it networks may be hooked anew, as diffusers' offloading does.
         readers: The pipeline's own methods, which may read what a network keeps; without those of diffusers.
         hooks: The memory of the hooks on the networks, as it was before the loop; None where there are none.
@@ -99,6 +100,7 @@ class Batching:
         self.looping = self.over = False
         self.alone = {id(module): module for module in alone}
         self.replaced: Callable[[], str | None] = lambda: None
+        self.met: Callable[[nn.Module], None] = lambda module: None
         self.lost: str | None = None
         self.refused: Exception | None = None
         self.log = CallLog()

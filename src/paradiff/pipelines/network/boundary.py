@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The boundary before a network's `forward`: calls with windowed tensors are batched (batched_call.py), all others pass.
 
-Other methods that a pipeline calls of its networks (methods.py), such as an autoencoder's `encode`, have a boundary, too. Their
-calls before the loop are made once, like those of `forward`.
+Other methods that a pipeline calls of its networks (methods.py), such as an autoencoder's `encode`, have a boundary, too, and
+modules within a network have one before their `forward` where a pipeline calls them by themselves, as it may a text encoder's
+embedding. Their calls before the loop are made once, like those of a network.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from paradiff.pipelines.network.batched_call import batched_call
 from paradiff.pipelines.network.batching import Batching
-from paradiff.pipelines.network.methods import SHARED, other_methods
+from paradiff.pipelines.network.methods import SHARED, inner_modules, other_methods
 from paradiff.pipelines.network.tree import windowed_inputs
 from paradiff.pipelines.tensor.windowed import common_run
 
@@ -29,7 +30,8 @@ _BATCHING: ContextVar[Batching | None] = ContextVar("batching", default=None)
 def install(modules: Iterable[nn.Module], batching: Batching | None = None, names: Iterable[str] = ()) -> Installed:
     """Puts a boundary before the `forward` of each module, until `remove()` or the end of a `with` block.
 
-    Other methods of a module get one if they have one of the `names`.
+    Other methods of a module get one if they have one of the `names`, and so do modules within it that have one, or that one of
+    these methods returns.
 
     Calls without windowed inputs pass through, so runs and threads may share modules: each run installs boundaries for itself,
     and the last run that removes them restores the `forward`. A module within a compiled one gets no boundary. Within the
@@ -51,15 +53,29 @@ class Installed:
         self._batching, names = batching, list(names)
         self._token: Token[Batching | None] | None = None
         listed = list({id(module): module for module in modules}.values())
-        inner = {id(part) for module in listed if _is_compiled(module) for part in module.modules() if part is not module}
+        whole = {part for module in listed for part in module.modules()}
+        inner = {id(part) for module in whole if _is_compiled(module) for part in module.modules() if part is not module}
         self._records: list[_Record] = []
         self._others: list[_Record] = []
+        self._left = {id(module) for module in listed} | inner  # that have one, or are to have none
+        if batching is not None:
+            batching.met = self._meet
         with _LOCK:
             for module in listed:
                 if id(module) not in inner:
                     self._records.append(_Record.of(module))
                 own = getattr(module, "_orig_mod", module)  # that of a compiled module
                 self._others += [_Record.of(own, name) for name in other_methods(own, names)]
+        for module in listed:
+            for part in inner_modules(module, names):
+                self._meet(part)
+
+    def _meet(self, module: nn.Module) -> None:
+        """Puts a boundary before a module within a network that the pipeline calls by itself."""
+        if id(module) not in self._left and not _is_compiled(module):
+            self._left.add(id(module))
+            with _LOCK:
+                self._others.append(_Record.of(module, "forward"))
 
     def replaced(self) -> str | None:
         """The class of a module whose boundary is no longer in place; None if all are."""
@@ -157,9 +173,12 @@ def _other_boundary(name: str, method: Callable[..., Any]) -> Callable[..., Any]
     @functools.wraps(method)
     def boundary(*args: Any, **kwargs: Any) -> Any:
         batching = _BATCHING.get()
-        if batching is None:
+        route = getattr(greenlet.getcurrent(), "route_other", None)
+        if batching is None or (route is None and name not in SHARED and not batching.log.open):
             return method(*args, **kwargs)
-        route = getattr(greenlet.getcurrent(), "route_other", batching.other)
-        return route(method, args, kwargs, name in SHARED)
+        result = (route or batching.other)(method, args, kwargs, name in SHARED)
+        if isinstance(result, nn.Module):
+            batching.met(result)
+        return result
 
     return boundary

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
+from paradiff.pipelines.network.holder import is_boundary
 from paradiff.solver.replicas import Replicas
 
 
@@ -72,9 +73,13 @@ class Devices(Replicas):
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """A copy of a module without the boundary before its `forward`."""
+    """A copy of a module without boundaries, which call the module itself and those within it."""
     kept = {name: vars(module).pop(name) for name in ("forward", "_compiled_call_impl") if name in vars(module)}
     try:
-        return copy.deepcopy(module)
+        made = copy.deepcopy(module)
     finally:
         vars(module).update(kept)
+    for part in made.modules():
+        for name in [name for name, value in vars(part).items() if is_boundary(value)]:
+            del vars(part)[name]
+    return made

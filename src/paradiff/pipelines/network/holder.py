@@ -49,7 +49,7 @@ class Holder:
             return contents(owner)
         values = dict(owner) if isinstance(owner, dict) else _attributes(owner)
         if isinstance(owner, nn.Module):
-            values = {key: value for key, value in values.items() if key not in STRUCTURE and not _is_boundary(value)}
+            values = {key: value for key, value in values.items() if key not in STRUCTURE and not is_boundary(value)}
         return values if self.names is None else {key: value for key, value in values.items() if key in self.names}
 
     def write(self, values: dict[Any, Any], now: dict[Any, Any], changed: Iterable[Any]) -> None:
@@ -111,6 +111,6 @@ def _slots(owner: Any) -> set[str]:
     return {name for slots in found for name in ([slots] if isinstance(slots, str) else slots)} - {"__dict__", "__weakref__"}
 
 
-def _is_boundary(value: Any) -> bool:
+def is_boundary(value: Any) -> bool:
     """Whether a module's attribute is a boundary, which runs install and remove."""
     return isinstance(value, types.FunctionType) and value.__globals__.get("__name__") == "paradiff.pipelines.network.boundary"

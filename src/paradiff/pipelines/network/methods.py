@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that a pipeline calls of its networks, other than `forward`: an autoencoder's `encode`, `get_image_features`."""
+"""What a pipeline calls of its networks beside `forward`: an autoencoder's `encode`, a text encoder's embedding."""
 
 from __future__ import annotations
 
@@ -52,3 +52,12 @@ def other_methods(module: nn.Module, called: Iterable[str]) -> Iterator[str]:
         own, known = vars(module).get(name), inspect.getattr_static(type(module), name, None)
         if isinstance(own, types.FunctionType | types.MethodType) or (own is None and isinstance(known, types.FunctionType)):
             yield name
+
+
+def inner_modules(network: nn.Module, called: Iterable[str]) -> Iterator[nn.Module]:
+    """The modules within a network, or within a list of modules in it, that have one of some names."""
+    wanted = set(called)
+    for path, module in network.named_modules():
+        name = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
+        if name in wanted and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            yield module
