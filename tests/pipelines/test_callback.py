@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from adversary import Adversary, Net
 from diffusers.callbacks import SDCFGCutoffCallback
 from torch import Tensor
 
+from paradiff import parallelize, parasolver
 from paradiff.pipelines.loop.callback import Callback
 
 TIMES = torch.tensor([900, 600, 300, 0])
@@ -146,3 +151,78 @@ def test_without_a_callback_there_is_none_and_the_loop_is_given_none() -> None:
     arguments = {"prompt": "a", "callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["latents"]}
     assert Callback.without(arguments) == {"prompt": "a"}
     assert len(arguments) == 3
+
+
+SETS = """
+def loop(self, x, generator):
+    self._scale, self.prompt = 1.0, torch.ones(8)
+    for i, t in enumerate(self.scheduler.timesteps):
+        if getattr(self, "_interrupt", False):
+            continue
+        v = self.net(x, t) * (1 - 0.01 * i) * self._scale + 0.01 * self.prompt
+        x = self.scheduler.step(v, t, x)[0]
+        if self.told is not None:
+            x = self.told(self, i, t, {"latents": x}).pop("latents", x)
+    return x
+
+@torch.no_grad()
+def __call__(self, generator=None, callback_on_step_end=None):
+    self.told = callback_on_step_end
+    self.scheduler.set_timesteps(STEPS)
+    return self.loop(torch.randn(2, 8, generator=generator), generator)
+"""
+
+
+def called(callback: Any, executor: Any) -> tuple[Tensor, Any]:
+    """The sample and the report of a call that sets attributes of a pipeline which has none of them before."""
+    pipe = Adversary.of(SETS)(Net(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    call: Any = pipe if executor is None else parallelize(pipe, parasolver(tolerance=1e-5), executor=executor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample = call(generator=torch.Generator().manual_seed(3), callback_on_step_end=callback)
+    return sample, None if executor is None else call.report
+
+
+def test_a_callback_reads_what_the_call_has_set() -> None:
+    seen: list[Any] = []
+
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        seen.append((step, pipe._scale, float(pipe.prompt.sum())))
+        return tensors
+
+    plain, _ = called(callback, None)
+    once = seen.copy()
+    seen.clear()
+    found, report = called(callback, "lanes")
+    assert (seen, report.executor) == (once, "lanes")
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "_scale": lambda pipe: setattr(pipe, "_scale", 0.5),
+    "prompt": lambda pipe: setattr(pipe, "prompt", 0.5 * pipe.prompt),
+    "prompt, in place": lambda pipe: pipe.prompt.mul_(0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_callback_that_changes_what_the_call_has_set_is_refused(change: str) -> None:
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        if step == 8:
+            CHANGES[change](pipe)
+        return tensors
+
+    name = change.partition(",")[0]
+    with pytest.raises(ValueError, match=rf"changed pipe\.{name} after step 8; a parallel run"):
+        called(callback, "lanes")
+
+
+def test_a_flag_that_is_asked_for_by_its_name_interrupts() -> None:
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        pipe._interrupt = step == 8
+        return tensors
+
+    plain, _ = called(callback, None)
+    found, report = called(callback, "lanes")
+    assert report.executor == "lanes"
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)

@@ -76,7 +76,7 @@ class Call:
         """Makes the call; what it returns, and its report."""
         account, settings = self._account, self._settings
         executors = self._executors()
-        callback = Callback.of(self._host.owner, self._arguments)
+        callback = Callback.of(self._host.owner, self._arguments, self._kind)
         beginning = Beginning(self._host, self._arguments) if executors else None
         if beginning is not None and beginning.lasting is not None:
             account.notes.append(f"{beginning.lasting} is a Python generator, whose position could not be put back after a try")

@@ -23,6 +23,7 @@ from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.dry_walk import refuse_memory
 from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
+from paradiff.pipelines.loop import interrupt
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, SECOND_LOOP
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
@@ -44,6 +45,9 @@ from paradiff.pipelines.network.call_log import Player
 
 OTHER_START = "the call comes to its loop with another state when it is made again"
 """The reason against a call whose lanes start differently."""
+
+OTHER_START_OR_EDIT = f"{OTHER_START}, or it edits its state before its networks by the step's time or number"
+"""The same where the lane's first pass is not that of node 0."""
 
 ELSEWHERE = "the loop takes its scheduler's step in another thread, where a lane cannot wait for the others"
 """The reason against a loop whose step does not return to the lane."""
@@ -88,6 +92,7 @@ class Lane(greenlet.greenlet):
     def __init__(self, shared: SharedCall, number: int, keywords: dict[str, Any]) -> None:
         self.scheduler = make_proxy(shared.host.scheduler, self, shared.times)
         self.owner = shared.host.copied(self.scheduler)
+        shared.hide(self.owner)
         super().__init__(functools.partial(shared.host.call, self.owner, **keywords))
         self.quiet = number > 0
         self.gr_context = contextvars.copy_context()
@@ -216,7 +221,8 @@ class Lane(greenlet.greenlet):
         refuse_changes(self.scheduler, self._settings, shared.flags)
         self._stepped = True
         if self._handed is None:
-            shared.flags.append((_near(sample, shared.solver.first.sample), OTHER_START))
+            reason = OTHER_START_OR_EDIT if self.node else OTHER_START
+            shared.flags.append((_near(sample, shared.solver.first.sample), reason))
         if not self.dry:
             self.output, self.sample = output, sample
             self.ledger = ledger(tensors=self._variables) if self.audited else {}
@@ -246,6 +252,8 @@ class Lane(greenlet.greenlet):
             scheduler=scheduler, timesteps=timesteps, output=output, sample=sample, timestep=timestep, kwargs=kwargs
         )
         shared.first_results = list(self.results)
+        if shared.solver.calls_back:
+            shared.keep(self.owner, left=interrupt.NAMES)  # for the callback
         with Modes.exact().entered():
             shared.solver.begin(first, own=shared.own)
         shared.index = first_index(self.scheduler, timesteps[0])

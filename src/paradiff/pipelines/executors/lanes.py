@@ -151,7 +151,7 @@ class Lockstep:
                     first.state, first.ending, first.replayed = ending[0], self.solver.final, deque(ending[1])
             self._resume(first)
             assert first.dead
-            self._keep(first)
+            self.shared.keep(first.owner)
             return self._result
         finally:
             with contextlib.ExitStack() as ends:  # ends all of them, even if one raises
@@ -416,10 +416,3 @@ class Lockstep:
     def _before(self, a: int, b: int) -> bool:
         """Whether network a is called before network b, and never after it."""
         return (a, b) in self.shared.order and (b, a) not in self.shared.order
-
-    def _keep(self, lane: Lane) -> None:
-        """Copies to the user's pipeline the attributes that the call set on its copy."""
-        mine = vars(self.shared.host.owner)
-        for name, value in vars(lane.owner).items():
-            if name != "scheduler" and mine.get(name, self) is not value and not hasattr(value, "prepare_inputs"):
-                mine[name] = value

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import greenlet
@@ -18,6 +18,9 @@ from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.scheduler_proxy import Flags, TimesLog
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.batching import Batching
+
+NOTHING = object()
+"""In place of an attribute that is not there."""
 
 
 class SharedCall:
@@ -42,6 +45,7 @@ class SharedCall:
         running: The scheduler's attributes that its own step changes.
         generators: The generators among the call's arguments.
         flags: What a lane took to be so in this pass, and is read with the pass's numbers.
+        shown: What the attributes were that `keep` copied to the user's object.
         times: What `set_timesteps` did to lane 0's scheduler.
     """
 
@@ -59,7 +63,24 @@ class SharedCall:
         self.running: set[str] = set()
         self.flags: Flags = []
         self.times = TimesLog()
+        self.shown: dict[str, Any] = {}
         self.generators = [g for g in _pytree.tree_leaves(arguments) if isinstance(g, torch.Generator)]
+
+    def keep(self, owner: Any, *, left: Collection[str] = ()) -> None:
+        """Copies to the user's object the attributes that the call set on a lane's copy, but for some that are left."""
+        mine = vars(self.host.owner)
+        for name, value in vars(owner).items():
+            own = name == "scheduler" or name in left or hasattr(value, "prepare_inputs")
+            if not own and mine.get(name, self) is not value:
+                self.shown.setdefault(name, mine.get(name, NOTHING))
+                mine[name] = value
+
+    def hide(self, owner: Any) -> None:
+        """Takes back in a copy of the user's object what `keep` copied to it."""
+        for name, value in self.shown.items():
+            vars(owner).pop(name, None)
+            if value is not NOTHING:
+                vars(owner)[name] = value
 
     def generator_states(self) -> list[Tensor]:
         """The states of the generators among the arguments."""

@@ -8,16 +8,20 @@ call (interrupt.py).
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from paradiff.pipelines.loop.interrupt import NAMES, flag
 from paradiff.pipelines.network.attributes import Attributes
+from paradiff.pipelines.network.methods import called_names
 
 CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback"
-INTERRUPT = ("interrupt", "_interrupt")
+DEPTH, ITEMS = 3, 64
+"""Containers or objects that are looked into one within the other; items that are looked at of each."""
 
 
 class Callback:
@@ -26,6 +30,7 @@ class Callback:
     Args:
         pipeline: The pipeline that it is called with.
         function: `function(pipeline, step, time, {"latents": ...})`.
+        kind: The pipeline's own class.
 
     Attributes:
         timesteps: `[N]` the loop's times; set at the loop's first step.
@@ -36,15 +41,17 @@ class Callback:
     timesteps: Tensor
     dtype: torch.dtype
 
-    def __init__(self, pipeline: Any, function: Any) -> None:
+    def __init__(self, pipeline: Any, function: Any, kind: type) -> None:
         self._pipeline, self._function = pipeline, function
+        self._read = called_names(kind)
+        self._left = NAMES - (self._read if flag(kind) is None else set())  # flags that are followed, or that no function asks
         self.error: BaseException | None = None
         self._networks = Attributes(part for part in vars(pipeline).values() if isinstance(part, nn.Module))
         self._own: frozenset[str] | None = None  # the pipeline's attributes before the callback could add any
 
     @classmethod
-    def of(cls, pipeline: Any, arguments: Mapping[str, Any]) -> Callback | None:
-        """The callback among a call's arguments.
+    def of(cls, pipeline: Any, arguments: Mapping[str, Any], kind: type | None = None) -> Callback | None:
+        """The callback among a call's arguments, for a pipeline of a class; by default that of the object.
 
         Raises:
             ValueError: If it asks for more than the latents, or is of the old form.
@@ -64,7 +71,7 @@ class Callback:
                 f"{CALLBACK} asks for {', '.join(more)}, with which it could change later steps; a parallel run has swept "
                 "those already and gives the latents only: ask for these alone, or call the pipeline outside of parallelize"
             )
-        return cls(pipeline, function)
+        return cls(pipeline, function, type(pipeline) if kind is None else kind)
 
     @staticmethod
     def without(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +88,7 @@ class Callback:
             self._own = frozenset(vars(self._pipeline))
         for k, state in enumerate(states):
             latents = state.to(self.dtype, copy=True)
-            given, before = latents.clone(), _simple(self._pipeline)
+            given, before = latents.clone(), self._settings()
             self._networks.mark()
             step = first - 1 + k
             try:
@@ -91,9 +98,8 @@ class Callback:
                 raise
             back = returned.get("latents", latents) if isinstance(returned, Mapping) else latents
             extra = [k for k in returned if k != "latents"] if isinstance(returned, Mapping) else []
-            after = _simple(self._pipeline).items()
-            own = self._own - {*INTERRUPT}
-            changed = [name for name, value in after if name in own and before.get(name, value) != value]
+            after = self._settings()
+            changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
             what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
             what = what or self._networks.changed()
             if what:
@@ -102,7 +108,32 @@ class Callback:
                     "follow that: leave the change out, or call the pipeline outside of parallelize"
                 )
 
+    def _settings(self) -> dict[str, Any]:
+        """What the loop may read of the pipeline: its numbers and texts, and all attributes that its class's functions name."""
+        own = self._own or ()
+        return {
+            name: _seen(value)
+            for name, value in vars(self._pipeline).items()
+            if name not in self._left and (name in self._read or (name in own and isinstance(value, SIMPLE)))
+        }
 
-def _simple(pipeline: Any) -> dict[str, Any]:
-    """The pipeline's attributes that are numbers, strings or None."""
-    return {k: v for k, v in vars(pipeline).items() if isinstance(v, bool | int | float | str | None)}
+
+SIMPLE = (bool, int, float, str, type(None))
+
+
+def _seen(value: Any, depth: int = 0) -> Any:
+    """What tells whether a value was changed: its numbers and texts, and which tensors in which versions are in it."""
+    if isinstance(value, SIMPLE):
+        return value if value == value else "NaN"
+    if isinstance(value, Tensor):
+        return id(value), -1 if value.is_inference() else value._version
+    parts: Any = ()
+    if isinstance(value, Mapping):
+        parts = list(value.items())
+    elif isinstance(value, list | tuple):
+        parts = list(enumerate(value))
+    elif isinstance(value, types.SimpleNamespace) or hasattr(value, "prepare_inputs"):  # a guider
+        parts = list(vars(value).items())
+    if depth == DEPTH or isinstance(value, nn.Module):
+        parts = ()
+    return id(value), len(parts), *((str(key), _seen(part, depth + 1)) for key, part in parts[:ITEMS])

@@ -141,6 +141,11 @@ class LoopSolver:
         self.shortened: list[str] = []
         self.raised_tolerance: float | None = None
 
+    @property
+    def calls_back(self) -> bool:
+        """Whether there is a user's callback."""
+        return self._callback is not None
+
     def begin(self, first: FirstStep, *, repeat: int = 0, own: int = 1) -> None:
         """Probes the chain and starts the solver, at the loop's first step.
 

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from paradiff.pipelines.network.reads import names
+
 NAMES = {"interrupt", "_interrupt"}
-READ = re.compile(r"\b(if|while)\b[^\n:]*\.(_?interrupt)\b")
+READ = re.compile(r"\b(if|while)\b[^\n:]*[.\"'](_?interrupt)\b")
 
 
 class Interrupt:
@@ -32,8 +34,8 @@ class Interrupt:
 
     def __init__(self, pipeline: Any, plain: type) -> None:
         self._pipeline = pipeline
-        name = _flag(plain)
-        self._name = name if name is None or name in vars(pipeline) else f"_{name}"
+        name = flag(plain)
+        self._name = name if name is None or name[0] == "_" or name in vars(pipeline) else f"_{name}"
         self.node, self.state = 0, None
         self._held = False
 
@@ -68,7 +70,7 @@ class Interrupt:
             self.node, self.state = first + len(states) - 1, states[-1].clone()
 
 
-def _flag(plain: type) -> str | None:
+def flag(plain: type) -> str | None:
     """The attribute that the methods of a pipeline class ask in order to pass over a step; None if there is none."""
     for name in dir(plain):
         for member in (vars(cls)[name] for cls in plain.__mro__ if name in vars(cls)):
@@ -76,7 +78,7 @@ def _flag(plain: type) -> str | None:
             if function is None:
                 break
             try:
-                found = READ.search(inspect.getsource(function)) if NAMES & {*function.__code__.co_names} else None
+                found = READ.search(inspect.getsource(function)) if NAMES & names(function.__code__) else None
             except (OSError, TypeError):
                 found = None
             if found is not None:
