@@ -242,7 +242,13 @@ class Call:
         if settings.ranks is not None and isinstance(method, Chooses):
             method = method.on_ranks()
         return LoopSolver(
-            method, dtype=settings.dtype, callback=callback, observer=observer, interrupt=interrupt, weights=weights
+            method,
+            dtype=settings.dtype,
+            callback=callback,
+            observer=observer,
+            interrupt=interrupt,
+            weights=weights,
+            kind=self._kind,
         )
 
     def _new_batching(self) -> Batching:

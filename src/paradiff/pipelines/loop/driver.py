@@ -24,6 +24,7 @@ from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.first_step import FirstStep, step_result
 from paradiff.pipelines.loop.interrupt import Interrupt
+from paradiff.pipelines.loop.source import refuse_what_is_handed_on
 from paradiff.pipelines.network.weights import Weights
 from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.loop import Rounds, solve
@@ -84,6 +85,8 @@ class LoopSolver:
         callback: The user's callback, which is called with final states.
         observer: Called after each round; it may ask the run to stop.
         interrupt: The flag by which the call is ended from outside.
+        weights: The networks' weights, which the loop leaves as they are; None where that is not checked.
+        kind: The pipeline's class, from whose source its loop is read; None for no pipeline.
 
     Attributes:
         started: Whether the loop's first step was taken. The attributes from `first` on exist from then on.
@@ -131,8 +134,9 @@ class LoopSolver:
         observer: Observer | None = None,
         interrupt: Interrupt | None = None,
         weights: Weights | None = None,
+        kind: type | None = None,
     ) -> None:
-        self._weights = weights
+        self._weights, self._kind = weights, kind
         self.interrupt, self.interrupted, self.ended = interrupt, False, -1
         self.method, self._dtype, self._callback, self._observer = method, dtype, callback, observer
         self.started = self.done = False
@@ -155,9 +159,11 @@ class LoopSolver:
             own: Passes that are to be the pipeline's own, one after the other; a window opens after them.
 
         Raises:
-            Unsupported: If the chain has no table.
+            Unsupported: If the chain has no table, or the loop hands something on in variables.
             ValueError: If the method does not fit the table.
         """
+        if self._kind is not None:
+            refuse_what_is_handed_on(self._kind, self.method)
         output, sample = first.output, first.sample
         self.first, self._template = first, first.real_step(0, output, sample)
         self.table = probe(first.scheduler, first.timesteps, first.options)

@@ -62,7 +62,7 @@ def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False
     entries = _Entries()
     entries.identities = identities
     seen: set[int] = set()
-    for frame in _frames():
+    for frame in frames():
         for name, value in list(frame.f_locals.items()):
             entries.tensors = tensors is not None and (_is_host(value) or id(value) in tensors)
             if _is_host(value):
@@ -112,7 +112,7 @@ def unread(entries: Ledger) -> list[tuple[str, Tensor]]:
 
 def variables() -> dict[int, Any]:
     """What the variables of the pipeline call above the caller refer to, by identity."""
-    return {id(value): value for frame in _frames() for value in frame.f_locals.values() if not isinstance(value, Tensor)}
+    return {id(value): value for frame in frames() for value in frame.f_locals.values() if not isinstance(value, Tensor)}
 
 
 def grown(first: Ledger, second: Ledger, third: Ledger) -> str | None:
@@ -142,7 +142,7 @@ def _same(a: Any, b: Any, granted: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= granted * max(abs(a), abs(b))
 
 
-def _frames() -> Iterator[types.FrameType]:
+def frames() -> Iterator[types.FrameType]:
     """The frames of the pipeline's code, from the innermost one to its `__call__`."""
     frame: types.FrameType | None = sys._getframe(1)
     entered = False

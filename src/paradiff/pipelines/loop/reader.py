@@ -8,6 +8,7 @@ import functools
 import inspect
 import textwrap
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,42 @@ def read_loops(pipeline: type) -> list[LoopSource]:
         seen.update(names)
         names = [name for name in dict.fromkeys(name for source in sources for name in source.called()) if name not in seen]
     return []
+
+
+def loop_at(pipeline: type, code: types.CodeType, line: int) -> LoopSource | None:
+    """The innermost loop around a line of a function, whose pass that line ends by a call in which the scheduler steps.
+
+    Args:
+        pipeline: The pipeline class.
+        code: The function's.
+        line: The line of the call.
+    """
+    source = MethodSource.at(pipeline, code)
+    if source is None:
+        return None
+    place = line - code.co_firstlineno + 1
+    around = [node for node in ast.walk(source.tree) if isinstance(node, ast.For) and _holds(node, place)]
+    if not around:
+        return None
+    loop = max(around, key=lambda node: node.lineno)
+    statements = [node for node in syntax.statements(loop) if _holds(node, place)]
+    if not statements:
+        return None
+    statement = max(statements, key=lambda node: node.lineno)
+    call = next((node for node in ast.walk(statement) if isinstance(node, ast.Call)), None)
+    return None if call is None else source.read(loop, call)
+
+
+def has_source(code: types.CodeType) -> bool:
+    """Whether there is source of a function to read."""
+    try:
+        return bool(inspect.getsource(code))
+    except (TypeError, OSError, IndexError):
+        return False
+
+
+def _holds(node: ast.stmt, line: int) -> bool:
+    return node.lineno <= line <= (node.end_lineno or node.lineno)
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -131,6 +168,23 @@ class MethodSource:
             return _read(pipeline, function, getattr(function, "__code__", None))
         except (TypeError, OSError, SyntaxError, IndexError, ValueError):
             return None
+
+    @classmethod
+    def at(cls, pipeline: type, code: types.CodeType) -> MethodSource | None:
+        """The source of a running function; None if there is none to read."""
+        try:
+            return _read(pipeline, code, None)
+        except (TypeError, OSError, SyntaxError, IndexError, ValueError):
+            return None
+
+    def read(self, loop: ast.For, step: ast.Call) -> LoopSource:
+        """A loop whose step is in this call, whatever its name."""
+        own = ast.parse("scheduler.step", mode="eval").body
+        named, step.func = step.func, own
+        try:
+            return self._loop(loop)
+        finally:
+            step.func = named
 
     def around(self, node: ast.AST) -> Iterator[ast.AST]:
         """The nodes around a node, the innermost first."""

@@ -7,7 +7,9 @@ so if it uses the counter for nothing but a progress bar, a callback or a log.
 
 from __future__ import annotations
 
-from paradiff.pipelines.loop.reader import collected, read_loops
+from paradiff.errors import Unsupported
+from paradiff.pipelines.loop.ledger import frames
+from paradiff.pipelines.loop.reader import LoopSource, collected, has_source, loop_at, read_loops
 from paradiff.solver.protocol import Method
 
 
@@ -24,16 +26,50 @@ def obstacles(pipeline: type) -> list[str]:
     """The reasons, as clauses, why a pipeline class's loop has no parallel form."""
     found: list[str] = []
     for loop in read_loops(pipeline):
-        coupled = [name for name in loop.carried if name != "latents"]
         found += ["its scheduler steps several times in a pass"] if loop.inner_steps else []
         found += [f"its loop computes gradients: {line}" for line in loop.gradients[:1]]
         found += [f"its loop leaves torch for numpy: {line}" for line in loop.numpy[:1]]
         found += [f"its loop draws random numbers: {line}" for line in loop.random[:1]]
-        found += [f"its passes leave {', '.join(coupled)} to the next one"] if coupled else []
-        found += [f"its passes write their states into {', '.join(loop.arrays)}, one by one"] if loop.arrays else []
-        found += [f"its passes add to {', '.join(loop.gathered)}, which is read after the loop"] if loop.gathered else []
-        found += [f"one of its passes leaves {', '.join(loop.left)} to what follows the loop"] if loop.left else []
+        found += handing_on(loop)
     return list(dict.fromkeys([*found, *collected(pipeline)]))
+
+
+def handing_on(loop: LoopSource) -> list[str]:
+    """The reasons, as clauses, that lie in what a loop's passes leave in variables."""
+    coupled = [name for name in loop.carried if name != "latents"]
+    found = [f"its passes leave {', '.join(coupled)} to the next one"] if coupled else []
+    found += [f"its passes write their states into {', '.join(loop.arrays)}, one by one"] if loop.arrays else []
+    found += [f"its passes add to {', '.join(loop.gathered)}, which is read after the loop"] if loop.gathered else []
+    found += [f"one of its passes leaves {', '.join(loop.left)} to what follows the loop"] if loop.left else []
+    return found
+
+
+def refuse_what_is_handed_on(pipeline: type, method: Method) -> None:
+    """Reads the loop that runs where the class's methods do not show it: another name of the scheduler, another function.
+
+    Raises:
+        Unsupported: If its passes leave something in variables that later passes, or what follows the loop, read; or if there
+            is no source to read.
+    """
+    unread = ""
+    known = {loop.line for loop in read_loops(pipeline)}
+    for frame in frames():
+        loop = loop_at(pipeline, frame.f_code, frame.f_lineno)
+        if loop is None:
+            unread = unread or ("" if has_source(frame.f_code) else frame.f_code.co_name)
+            continue
+        if loop.line in known:
+            return
+        found = handing_on(loop)
+        clause = handed_on(loop.kept, method)
+        if found or clause is not None:
+            raise Unsupported(found[0] if found else str(clause))
+        return
+    if unread:
+        raise Unsupported(
+            f"the source of {unread}, where its loop may be, cannot be read, so that what passes leave in variables is not "
+            "known: define it in a file"
+        )
 
 
 def kept(pipeline: type) -> list[str] | None:
