@@ -32,14 +32,17 @@ def called(
     """The picture of a call, what its report counts, and its records."""
     pipe = load_pipeline("shapes", machine=machine)
     pipe.set_progress_bar_config(disable=True)
-    run = paradiff.parallelize(pipe, paradiff.parasolver(window=3), executor=executor, dtype=torch.float64, **options)
+    options = {"dtype": torch.float64} | options
+    run = paradiff.parallelize(pipe, paradiff.parasolver(window=3), executor=executor, **options)
     images = run(**CALL, generator=torch.Generator().manual_seed(seed)).images
     report = run.report
     counts = [report.executor, report.rounds, report.rows, report.checks, report.network_calls, report.network_rows]
     return images, counts, [record.to_json() for record in report.history]
 
 
-def counted(mesh: DeviceMesh, executor: Executor, light: bool = False, fails: bool = False) -> Any:
+def counted(
+    mesh: DeviceMesh, executor: Executor, light: bool = False, fails: bool = False, dtype: torch.dtype = torch.float64
+) -> Any:
     """The same on ranks, and how often the classes of the encoders were called; `light`, where the first rank alone holds
     them."""
     from diffusers import AutoencoderKL
@@ -61,14 +64,14 @@ def counted(mesh: DeviceMesh, executor: Executor, light: bool = False, fails: bo
     noted(CLIPTextModel, "forward")
     noted(AutoencoderKL, "decode")
     ranks = Ranks(mesh, timeout=20)
-    return *called(executor, mesh=ranks, machine=Machine(ranks) if light else None), calls
+    return *called(executor, mesh=ranks, machine=Machine(ranks) if light else None, dtype=dtype), calls
 
 
-@pytest.mark.parametrize("executor", ["vector", "lanes"])
-def test_pictures_and_reports_are_those_of_one_process(executor: Executor) -> None:
+@pytest.mark.parametrize(("executor", "dtype"), [("vector", torch.float32), ("lanes", torch.float64)])
+def test_pictures_and_reports_are_those_of_one_process(executor: Executor, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)  # as on the ranks, since sums over several threads round otherwise
-    images, counts, records = called(executor, shares=2)
-    first, second = on_ranks(2, counted, executor)
+    images, counts, records = called(executor, shares=2, dtype=dtype)
+    first, second = on_ranks(2, counted, executor, False, False, dtype)
     assert (first.error, second.error) == ("", "")
     for one in (first, second):
         assert (one.value[0] == images).all()
