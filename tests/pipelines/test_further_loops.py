@@ -313,3 +313,43 @@ def test_a_step_that_is_given_the_time_of_the_next_pass_is_followed(otherwise: s
     else:
         assert torch.equal(plain, found)
         assert reason in report.warnings[0]
+
+
+class Towards(diffusers.FlowMatchEulerDiscreteScheduler):
+    """A scheduler for edits, whose step also takes the source."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, source: Any = None, **others: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        advanced = super().step(model_output, timestep, sample, **others)[0]
+        return (advanced if source is None else 0.9 * advanced + 0.1 * source,)
+
+
+SOURCES = {"a name": "source=source", "a place": "source", "of the state": "source=0.5 * x", "none": "source=None"}
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("given", SOURCES)
+def test_a_step_that_takes_a_source_as_well_is_refused_by_it(given: str, executor: Any) -> None:
+    text = written(setup="source = 0.3 * x").replace("v, t, x)", f"v, t, x, {SOURCES[given]})")
+    plain, found, report = both(text, executor, lambda: Towards(shift=3.0))
+    if given == "none":
+        assert report.executor == executor
+        assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+    else:
+        assert torch.equal(found, plain)
+        assert "hands 'source', a tensor, to Towards.step: only numbers and switches have a table" in report.warnings[0]
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_a_loop_that_takes_no_step_is_refused(executor: Any) -> None:
+    text = written().replace("self.scheduler.timesteps)", "self.scheduler.timesteps[:0])")
+    plain, found, report = both(text, executor, lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert torch.equal(found, plain)
+    assert "took no step" in report.warnings[0]
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_what_follows_the_loop_may_call_networks(executor: Any) -> None:
+    text = written(result="+ 0.1 * self.net(x, self.scheduler.timesteps[-1])")
+    plain, found, report = both(text, executor, lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert report.executor == executor
+    assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
