@@ -81,8 +81,8 @@ class Host:
         """The lines in which the loop uses its step number; None if there is no readable loop."""
         return reads_index(self.kind)
 
-    def kept(self) -> list[str] | None:
-        """The names of what a pass sets, other than the state, and what follows the loop reads; None if that is not known."""
+    def kept(self) -> list[str]:
+        """The names of what a pass sets, other than the state, and what follows the loop reads, as far as its source shows."""
         return kept(self.kind)
 
     @contextlib.contextmanager

@@ -72,27 +72,20 @@ def refuse_what_is_handed_on(pipeline: type, method: Method) -> None:
         )
 
 
-def kept(pipeline: type) -> list[str] | None:
-    """The names of what a pass of a pipeline class's loop sets, other than the state, and what follows the loop reads; None if
-    there is no readable loop."""
-    loops = read_loops(pipeline)
-    return list(dict.fromkeys(name for loop in loops for name in loop.kept)) if loops else None
+def kept(pipeline: type) -> list[str]:
+    """The names of what a pass of a pipeline class's loop sets, other than the state, and what follows the loop reads."""
+    return list(dict.fromkeys(name for loop in read_loops(pipeline) for name in loop.kept))
 
 
-def handed_on(names: list[str] | None, method: Method) -> str | None:
+def handed_on(names: list[str], method: Method) -> str | None:
     """A clause against a method that does not keep the state after every step, for a loop whose last pass is read later.
 
     Args:
-        names: What the last pass leaves to what follows the loop; None if that is not known.
+        names: What the last pass leaves to what follows the loop.
         method: The method.
     """
-    if method.dense_output or names == []:
+    if method.dense_output or not names:
         return None
-    if names is None:
-        return (
-            "the source of its loop was not found, so that its last pass may leave more than the state to what follows, and "
-            f"{method.name} does not keep the state after every step"
-        )
     return (
         f"its last pass leaves {', '.join(names)} to what follows the loop, and {method.name} does not keep the state after "
         "every step"
