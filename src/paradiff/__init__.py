@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from paradiff.pipelines.plan import plan
     from paradiff.pipelines.run import parallelize
     from paradiff.planning.auto import auto
+    from paradiff.planning.sampling import sample
     from paradiff.planning.side_by_side import compare
     from paradiff.samplers.schedule import Schedule
     from paradiff.samplers.scheduler.probe import from_scheduler
     from paradiff.solver.evaluator import Evaluator
-    from paradiff.solver.loop import sample, solve
+    from paradiff.solver.loop import solve
     from paradiff.solver.protocol import Method
     from paradiff.solver.solution import Solution
     from paradiff.version import __version__
@@ -85,7 +86,7 @@ else:
             "planning": "paradiff.planning:",
             "quasi_deer": "paradiff.methods.deer.method",
             "quasi_newton": "paradiff.methods.presets",
-            "sample": "paradiff.solver.loop",
+            "sample": "paradiff.planning.sampling",
             "samplers": "paradiff.samplers:",
             "sequential": "paradiff.methods.presets",
             "slopes": "paradiff.chain.slope:",

@@ -37,6 +37,10 @@ class MixedWindows(NeedsLanes):
     """The loop body mixed the states of two rounds, which belong to other nodes."""
 
 
+class Edited(Unsupported):
+    """The loop changes its states between steps, which the method that was chosen for it cannot follow."""
+
+
 class RanksFailed(Exception):
     """The end of a run on several ranks: one of them died, hangs, failed, or disagrees with the others. The text is a sentence
     that names it."""

@@ -47,7 +47,7 @@ from paradiff.solver.records import PararealRecord
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "run_json.schema.json").read_text(encoding="utf-8"))
-SHORT = ("--sampler", "ddim", "--steps", 10, "--device", "cpu")
+SHORT = ("--sampler", "ddim", "--steps", 10, "--device", "cpu", "--method", "parasolver")
 
 
 def read(folder: Path) -> dict:
@@ -124,7 +124,7 @@ def test_a_run_writes_its_pictures_and_run_json(cli: Cli, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("compare", [False, True])
 def test_only_compare_fills_what_a_sequential_run_measures(compare: bool, cli: Cli, tmp_path: Path) -> None:
-    steps = ("--sampler", "ddpm", "--steps", 30, "--device", "cpu")
+    steps = ("--sampler", "ddpm", "--steps", 30, "--device", "cpu", "--method", "parasolver")
     result = cli("sample", "digits", *steps, "--seeds", "0-1", "--out", tmp_path / "out", *["--compare"] * compare)
     contents = read(tmp_path / "out")
     assert names(tmp_path / "out") == {"samples.png", "seed-0.png", "seed-1.png", "run.json"}

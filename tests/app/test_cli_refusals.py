@@ -36,6 +36,13 @@ REFUSED: dict[str, str] = {
     # The chain and the method.
     "--window 0": "the window is 0; it must be a whole number, at least 1, or none for the whole chain",
     "--deadline 0": "the deadline, in seconds, is 0.0; it must be a number, positive, and finite",
+    "--deadline -2": "the deadline, in seconds, is -2.0; it must be a number, positive, and finite",
+    "--method auto --deadline 0": "the deadline, in seconds, is 0.0; it must be a number, positive, and finite",
+    "--method auto --deadline nan": "the deadline, in seconds, is nan; it must be a number, positive, and finite",
+    "--method auto --deadline 1 --objective memory": "the objective is 'memory' and the deadline 1 s, which ask for",
+    "--method auto --objective speed": "the objective is 'speed'; it must be one of latency, evaluations, memory, anytime",
+    "--objective memory": "--objective was given, but method 'parasolver' has no option 'objective'",
+    "--method auto -m objective=memory --objective memory": "objective was given twice, as --objective and as -m objective",
     "--deadline nan": "the deadline, in seconds, is nan; it must be a number, positive, and finite",
     "--window many": "the window is 'many'; it must be one of a whole number, none",
     "--window 99999999999999999999": "the window is 99999999999999999999, a number of more than 18 digits",
@@ -181,7 +188,7 @@ REFUSED: dict[str, str] = {
 @pytest.mark.parametrize("line", REFUSED)
 def test_a_bad_option_is_refused_in_one_sentence(line: str, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     given = line.split() if line.startswith("-") else [*line.split(), "--steps", "10"]
-    assert REFUSED[line] in cli("sample", tiny, "--out", tmp_path / "out", *given).sentence
+    assert REFUSED[line] in cli("sample", tiny, "--out", tmp_path / "out", "--method", "parasolver", *given).sentence
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,7 +227,7 @@ def test_help_names_every_option_in_its_panel(cli: Cli) -> None:
     command: Any = get_command(app)
     options = [p for p in command.commands["sample"].params if p.param_type_name == "option"]
     shown = [p for p in options if not p.hidden]
-    assert len(shown) <= 24
+    assert len(shown) <= 26
     assert {p.opts[0] for p in options} - {p.opts[0] for p in shown} == {"--grid", "--form", "--timeout"}
     for parameter in shown:
         assert parameter.opts[0] in found.out
@@ -253,7 +260,7 @@ def test_where_a_run_goes_is_not_said_of_one_that_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "paradiff-out").mkdir()
     (tmp_path / "paradiff-out" / "mine").touch()
-    found = cli("sample", tiny, "--steps", 6, *option)
+    found = cli("sample", tiny, "--steps", 6, "--method", "parasolver", *option)
     assert (found.code, found.out) == (2, "")
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 import paradiff
 from paradiff.methods.adaptive.method import AdaptiveMethod
 from paradiff.planning import LatencyCurve
-from paradiff.planning.auto import AutoMethod, Known
+from paradiff.planning.auto import AutoMethod
 from paradiff.planning.curves import keep
+from paradiff.planning.picking import Known
 from paradiff.planning.store import FOLDER
 from paradiff.planning.traces import traces_of
 from paradiff.solver.protocol import Chooses, Method
@@ -41,7 +42,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def auto_with(table: paradiff.Table, curve: LatencyCurve | None, samples: int = 1) -> AutoMethod:
     """The method, with a curve known."""
     evaluator = paradiff.Evaluator(DATA.denoiser(table))
-    known = Known(evaluator, curve, traces_of(evaluator, table, NOISE.shape))
+    known = Known(curve, traces_of(evaluator, table, NOISE.shape), evaluator)
     return AutoMethod(known=known)
 
 
@@ -66,27 +67,28 @@ def test_choices_are_made_once_for_a_chain_and_leave_nothing_with_it() -> None:
 
 def test_flat_calls_are_solved_in_parallel_and_calls_in_proportion_are_walked() -> None:
     table = DDIM(SCHEDULE, 50)
-    method, why = auto_with(table, FLAT).pick(table)
-    assert method != paradiff.sequential()
-    assert "times faster than the plain chain by the library's models" in why
-    method, why = auto_with(DDIM(SCHEDULE, 20), STEEP).pick(DDIM(SCHEDULE, 20))
-    assert method == paradiff.sequential()
-    assert "sequential, since" in why
+    found = auto_with(table, FLAT).pick(table)
+    assert found.method != paradiff.sequential()
+    assert "times faster than the plain chain by the library's models" in found.why
+    found = auto_with(DDIM(SCHEDULE, 20), STEEP).pick(DDIM(SCHEDULE, 20))
+    assert found.method == paradiff.sequential()
+    assert "sequential(), since" in str(found)
 
 
 def test_a_rough_curve_is_not_followed_far_beyond_its_widest_call() -> None:
     table = DDIM(SCHEDULE, 50)
     rough = LatencyCurve({1: 1.0, 2: 1.01})
-    method, _ = auto_with(table, rough).pick(table)
+    method = auto_with(table, rough).chosen(table)
     assert 1 < method.width(table) <= 8
-    assert auto_with(table, FLAT).pick(table)[0].width(table) > 8
+    assert auto_with(table, FLAT).chosen(table).width(table) > 8
 
 
 def test_a_long_chain_is_solved_by_few_evaluations_though_nothing_is_known() -> None:
     table = DDPM(SCHEDULE, 1000)
-    method, why = paradiff.auto().pick(table)
-    assert method.name == "collocation"
-    assert "% as many states as the chain has steps" in why
+    found = paradiff.auto().pick(table)
+    assert found.method.name == "collocation"
+    assert found.call.startswith("collocation(")
+    assert "% as many states as the chain has steps" in found.why
 
 
 def test_in_a_pipelines_loop_the_window_follows_the_clock_where_nothing_is_known() -> None:
@@ -94,7 +96,8 @@ def test_in_a_pipelines_loop_the_window_follows_the_clock_where_nothing_is_known
     method = paradiff.auto().in_loop(table, 0.0)
     assert isinstance(method, AdaptiveMethod)
     assert method.warmup == 1
-    assert paradiff.auto().on_ranks().in_loop(table, 0.0) == paradiff.sequential().in_loop(table, 0.0)
+    assert paradiff.auto().on_ranks(1).in_loop(table, 0.0) == paradiff.sequential().in_loop(table, 0.0)
+    assert paradiff.auto().on_ranks(4).in_loop(table, 0.0).width(table) > 1
 
 
 def test_a_bound_on_rows_is_kept() -> None:
@@ -172,7 +175,7 @@ def test_a_stored_curve_is_used(kept: Path) -> None:
     keep(evaluator, NOISE, STEEP)
     found = paradiff.sample(evaluator, short, NOISE, paradiff.auto())
     assert found.rounds == 20
-    assert "sequential, since" in found.message
+    assert "sequential(), since" in found.message
 
 
 def test_a_plan_decides_and_one_of_another_chain_is_refused() -> None:
@@ -180,7 +183,7 @@ def test_a_plan_decides_and_one_of_another_chain_is_refused() -> None:
     plan = paradiff.plan(DATA.denoiser(table), table, NOISE, curve=FLAT, pilots=0)
     found = paradiff.sample(DATA.denoiser(table), table, NOISE, paradiff.auto(plan=plan))
     assert found.rounds < 25
-    assert "chosen: as planned: a call on" in found.message
+    assert ", as planned: a call on" in found.message
     with pytest.raises(
         ValueError, match="the plan is of a deterministic chain of 50 steps, and this one is stochastic and has 60"
     ):

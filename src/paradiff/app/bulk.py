@@ -25,7 +25,7 @@ FORMATS = {"safetensors": "safetensors", "png": "tar"}
 SHARD = 256
 """Samples of a shard, by default."""
 
-NOT_BYTES = ("out", "overwrite", "compare", "trace", "timeout", "deadline", "trust_remote_code")
+NOT_BYTES = ("out", "overwrite", "compare", "trace", "timeout", "deadline", "objective", "previews", "trust_remote_code")
 """Options that decide on no byte of a shard."""
 
 

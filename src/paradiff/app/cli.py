@@ -16,7 +16,7 @@ from paradiff.app import flags
 from paradiff.app.bulk import SHARD, Bulk
 from paradiff.app.ends import EXIT_CODES, ended
 from paradiff.app.flags import BULK, CHAIN, DEVICE, METHOD, OF_A_PIPELINE, OF_A_PLAN, OF_A_SAMPLE, OUTPUT, Command
-from paradiff.app.launched import leave
+from paradiff.app.launched import leave, size
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
 from paradiff.app.parameters import taking
@@ -32,7 +32,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=E
 
 def _method_of(request: Request) -> tuple[Method, dict[str, Any]]:
     """A request's method, and what its preset was called with."""
-    return make_method(request.method, request.method_option, window=request.window, tolerance=request.tolerance)
+    chosen: dict[str, Any] = {"objective": request.objective}
+    if request.method == "auto" and size() == 1:  # ranks end together, by an observer that they agree on
+        chosen["deadline"] = request.deadline
+        if request.previews is not None and request.objective is None:
+            chosen["objective"] = "anytime"
+    return make_method(request.method, request.method_option, window=request.window, tolerance=request.tolerance, **chosen)
 
 
 def _show_version(asked: bool) -> None:
@@ -63,7 +68,7 @@ def sample(request: Request) -> None:
 
 
 @app.command(cls=Command)
-@taking(Request, without=("compare", "trace", "overwrite", "timeout"), otherwise=BULK)
+@taking(Request, without=("compare", "trace", "overwrite", "timeout", "objective", "previews"), otherwise=BULK)
 def generate(
     request: Request,
     shard: Annotated[int, typer.Option(help="Samples of a file.", rich_help_panel=OUTPUT)] = SHARD,
@@ -87,6 +92,11 @@ def generate(
     ] = None,
 ) -> None:
     """Sample many seeds into shards, in batches and the last few in parallel over time; go on with what was cut short."""
+    if request.method == "auto":
+        raise ValueError(
+            "--method is auto, whose choices depend on the clock, so that shards would not have the same bytes; name a method, "
+            "such as the one that `paradiff plan` advises"
+        )
     bulk = Bulk(request=request, shard=shard, batch=batch, last=last, format=format)
     solver, called = _method_of(request)
 
@@ -117,7 +127,7 @@ def explain(
 
 
 @app.command(cls=Command)
-@taking(Request, without=(*OF_A_SAMPLE, "method", "method_option"), otherwise=OF_A_PLAN)
+@taking(Request, without=(*OF_A_SAMPLE, "method", "method_option", "objective"), otherwise=OF_A_PLAN)
 def plan(
     request: Request,
     pilots: Annotated[

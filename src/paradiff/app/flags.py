@@ -31,7 +31,7 @@ MODEL_HELP = "A bundled model such as `digits`, a folder in diffusers' pipeline 
 SAMPLER_HELP = f"One of {', '.join(SAMPLERS)}; for pixel models (ddpm by default) also {' and '.join(EXPONENTIAL)}, which take "
 SAMPLER_HELP += "--grid and --form; for pipelines (their own by default) also a scheduler class of diffusers."
 STEPS_HELP = "Steps of the chain; 1000 for a pixel model, a pipeline's own number by default."
-METHOD_HELP = f"One of {', '.join(PRESETS)}; `paradiff methods` says what they are."
+METHOD_HELP = f"One of {', '.join(PRESETS)}; `paradiff methods` says what they are. auto chooses among them."
 OPTION_HELP = "An option of the method, such as blocks=20; repeatable. `paradiff methods NAME` lists them."
 WINDOW_HELP = "Nodes, or blocks, solved at once; none, for the whole chain, by default."
 NOISE_HELP = "`recorded`: the draws of diffusers with each seed; pixel models: `keyed`, the same on every device."
@@ -92,6 +92,22 @@ MethodOption = Annotated[
     typer.Option("--method-option", "-m", metavar="NAME=VALUE", help=OPTION_HELP, rich_help_panel=METHOD),
 ]
 Window = Annotated[int | None, typer.Option(help=WINDOW_HELP, metavar="<int>", parser=_parse_window, rich_help_panel=METHOD)]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHAT",
+        help="What auto makes least: latency (default), evaluations, or memory; or anytime: previews from the first round on.",
+        rich_help_panel=METHOD,
+    ),
+]
+Previews = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Write a picture of the samples after every round, and print its estimated error; for pixel models.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Tolerance = Annotated[
     float | None, typer.Option(help="What the method's rule allows; its own by default.", rich_help_panel=METHOD)
 ]
@@ -140,7 +156,8 @@ Deadline = Annotated[
     float | None,
     typer.Option(
         metavar="SECONDS",
-        help=f"Time after which a parallel call ends with the best that is known; the exit code is then {LATE}.",
+        help=f"Time within which auto finds the best sample; a call that would end later ends with the best that is known, and "
+        f"the exit code is {LATE}.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -165,6 +182,16 @@ BULK: dict[str, Option] = {
     "seeds": (
         Annotated[str, typer.Option(help="Seeds, one sample each: 0-49999, or 0,3,7-9.", rich_help_panel=CHAIN)],
         ...,
+    ),
+    "method": (
+        Annotated[
+            str,
+            typer.Option(
+                help="As of `paradiff sample`; not auto, whose choices depend on the clock, and bytes would.",
+                rich_help_panel=METHOD,
+            ),
+        ],
+        "parasolver",
     ),
     "out": (
         Annotated[
@@ -205,7 +232,7 @@ BULK: dict[str, Option] = {
 }
 """Of `paradiff generate`."""
 
-OF_A_SAMPLE = ("grid", "form", "seeds", "noise", "out", "compare", "trace", "overwrite", "timeout", "deadline")
+OF_A_SAMPLE = ("grid", "form", "seeds", "noise", "out", "compare", "trace", "overwrite", "timeout", "deadline", "previews")
 """Options that only commands have that sample."""
 
 OF_A_PIPELINE: dict[str, Option] = {

@@ -51,6 +51,11 @@ def refuse_pixel_options(request: Request) -> None:
                 f"{option(name)} was given, but {request.model!r} is called through its own pipeline, which has none; it is "
                 "for unconditional pixel models, such as digits"
             )
+    if request.previews is not None:
+        raise ValueError(
+            f"--previews was given, but {request.model!r} is called through its own pipeline, whose states are no pictures "
+            "yet; it is for unconditional pixel models, such as digits; in Python give an observer, paradiff.solver.Previews"
+        )
     if request.noise == "keyed":
         raise ValueError(
             f"noise is 'keyed', but {request.model!r} is called through its own pipeline, which draws its noise itself; leave "

@@ -32,7 +32,8 @@ from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample
 from paradiff.solver.machine import Machine
-from paradiff.solver.protocol import Batch, Method, Observer, Round
+from paradiff.solver.previews import Preview, Previews
+from paradiff.solver.protocol import Batch, Chooses, Method, Observer, Round
 from paradiff.solver.solution import Solution
 
 PIPELINES_ONLY = ("prompt", "negative_prompt", "guidance", "size", "argument", "trust_remote_code")
@@ -105,13 +106,16 @@ class Batched:
             x = torch.zeros(rows, *self.model.shape, device=self.evaluator.device)
             self.evaluator(Batch(x, self.table.t[:1].expand(rows), torch.zeros(rows).long(), torch.zeros(rows).long()))
 
-    def run(self, label: str, method: Method, deadline: Deadline | None = None) -> tuple[Solution, float]:
+    def run(
+        self, label: str, method: Method, deadline: Deadline | None = None, previews: Observer | None = None
+    ) -> tuple[Solution, float]:
         """Runs a method under a progress bar, up to a deadline; the solution and its whole clock, noise included.
 
         The plain chain without a deadline is not watched, so that its samples march in step (methods/window/march.py), as in a
         loop by hand.
         """
-        if method == sequential() and deadline is None:
+        chosen = method.chosen(self.table, len(self.job.seeds)) if isinstance(method, Chooses) else method
+        if chosen == sequential() and deadline is None and previews is None:
             with self.console.status(label):
                 return self._timed(method, None)
         parts, unit = method.progress(self.table)
@@ -128,6 +132,8 @@ class Batched:
 
             def on_round(round: Round) -> bool:
                 progress.update(bar, advance=sum(record.passed for record in round.records), rounds=round.number)
+                if previews is not None:
+                    previews(round)
                 return deadline is not None and deadline(round)
 
             if deadline is not None:
@@ -157,18 +163,24 @@ def effective(job: Job, table: Table) -> dict[str, Any]:
 
 def sample_pixels(job: Job, console: Console) -> Outcome:
     """Samples a pixel model, all seeds in one batch."""
-    request, method = job.request, job.method
+    request = job.request
     model = load(request.model, device=job.device, dtype=job.dtype, machine=None if job.ranks is None else Machine(job.ranks))
     table = make_table(model, request)
-    edges = method.edges(table)
     evaluator = Evaluator(
         model, max_rows=request.max_rows, device=job.device, dtype=job.dtype, mesh=job.ranks, devices=job.devices
     )
     batched = Batched(model=model, table=table, evaluator=evaluator, job=job, console=console)
+    method = job.method
+    if isinstance(method, Chooses):
+        batched.warm_up(1)
+        method = method.for_model(evaluator, table, noise_of(request.noise, job.seeds, model, evaluator))
+        job = dataclasses.replace(job, method=method)
+    edges = method.edges(table)
     batched.warm_up(method.width(table))
     if job.notice:
         console.print(job.notice, soft_wrap=True, markup=False)
-    solution, seconds = batched.run(request.method, method, job.deadline)
+    previews = None if request.previews is None else previews_into(Path(request.previews), console)
+    solution, seconds = batched.run(request.method, method, job.deadline, previews)
     plain = batched.run("sequential", method.reference()) if request.compare else None
     heading = Heading(arguments=request.to_json(), effective=effective(job, table), environment=environment(job.device))
     result = report(heading, solution, seconds, job.seeds, plain)
@@ -182,6 +194,32 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
             lambda folder: plots.save_history(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
         )
     return Outcome(contents=result, title=f"{chain}, {job.counted()}", writers=writers)
+
+
+def previews_into(folder: Path, console: Console) -> Previews:
+    """What writes the samples after each round into a folder, which is made.
+
+    Raises:
+        ValueError: If the folder is not empty, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        full = any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"the folder of previews {str(folder)!r} cannot be made: {error.strerror}") from error
+    if full:
+        raise ValueError(f"the folder of previews {str(folder)!r} is not empty; give another one")
+
+    def show(preview: Preview) -> None:
+        path = folder / f"round-{preview.round:03}.png"
+        plots.grid(preview.sample).save(path, format="PNG")
+        console.print(
+            f"round {preview.round}: estimated error {preview.estimated_error:.2g}, {preview.seconds:.2g} s; {path}",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    return Previews(show)
 
 
 def _save(sample: Tensor, name: str, folder: Path) -> None:

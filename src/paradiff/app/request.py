@@ -39,10 +39,11 @@ class Request:
     form: flags.Form = None
     seeds: flags.Seeds = "0"
     noise: flags.Noise = NOISES[0]
-    method: flags.MethodName = "parasolver"
+    method: flags.MethodName = "auto"
     method_option: flags.MethodOption = field(default_factory=list)
     window: flags.Window = None
     tolerance: flags.Tolerance = None
+    objective: flags.Objective = None
     out: flags.Out = None
     compare: flags.Compare = False
     trace: flags.Trace = False
@@ -53,6 +54,7 @@ class Request:
     max_rows: flags.MaxRows = None
     timeout: flags.Timeout = None
     deadline: flags.Deadline = None
+    previews: flags.Previews = None
     prompt: flags.Prompt = None
     negative_prompt: flags.NegativePrompt = None
     guidance: flags.Guidance = None
@@ -94,7 +96,7 @@ class Job:
         device: Where the network goes.
         devices: Those of this process that share each round, the same one first; None for it alone.
         dtype: The network's dtype.
-        deadline: What ends calls that take too long; None for no such bound.
+        deadline: What ends calls that take too long; None for no such bound, and for a method that keeps its deadline itself.
         ranks: The ranks that share the work; None where there is one process.
         notice: What is said of the run once nothing is left that would be refused before it; empty for nothing.
     """

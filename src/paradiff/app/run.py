@@ -47,7 +47,8 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
 
         refuse_pixel_options(request)
     with team(request.to_json(), device) as ranks:
-        deadline = None if request.deadline is None else Deadline(request.deadline, clock=clock_of(ranks))
+        own = getattr(solver, "deadline", None) is not None
+        deadline = None if request.deadline is None or own else Deadline(request.deadline, clock=clock_of(ranks))
         with claimed(request) as folder:
             place = "" if folder is None else str(folder.path)
             job = Job(
@@ -72,8 +73,9 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
                     folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
     show(console, outcome.contents, request.method, outcome.title)
     console.print(f"{outcome.contents['status']}; written to {place}", soft_wrap=True)
-    if deadline is not None and deadline.stopped and outcome.contents["status_code"] == Status.STOPPED.code:
-        console.print(f"the deadline of {deadline.seconds:g} s ended it", soft_wrap=True)
+    ended = outcome.contents["status_code"] == Status.STOPPED.code and (own or (deadline is not None and deadline.stopped))
+    if ended:
+        console.print(f"the deadline of {solver.deadline if own else request.deadline:g} s ended it", soft_wrap=True)
         raise typer.Exit(LATE)
 
 

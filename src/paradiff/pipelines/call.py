@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from paradiff.errors import MixedWindows, NeedsLanes, NeedsOrder, NotHere, NotWalked, RanksFailed, Unsupported
+from paradiff.errors import Edited, MixedWindows, NeedsLanes, NeedsOrder, NotHere, NotWalked, RanksFailed, Unsupported
 from paradiff.models.absent import is_absent
 from paradiff.pipelines.account import Account
 from paradiff.pipelines.executors.bars import one_bar
@@ -25,6 +25,7 @@ from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.executors.vector import Vector
 from paradiff.pipelines.host.host import Host
+from paradiff.pipelines.known import CallKnown
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import ENDED_EARLY, LoopSolver
 from paradiff.pipelines.loop.interrupt import Interrupt
@@ -43,6 +44,7 @@ from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.tensor.makers import making
 from paradiff.pipelines.tensor.windowed import Windowed, first_line
 from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
+from paradiff.planning.auto import AutoMethod
 from paradiff.solver.agreement import described, versions, weights_of
 from paradiff.solver.protocol import Chooses
 from paradiff.solver.sharded import Sharded
@@ -71,6 +73,15 @@ class Call:
         self._before: list[Entry] = []  # the network calls before the loop of the last try
         self._alone: dict[str, nn.Module] = {}
         self._crew = self._agree()
+        self._method = settings.method
+        if settings.ranks is not None and isinstance(self._method, Chooses):
+            self._method = self._method.on_ranks(settings.ranks.size)
+        if isinstance(self._method, Chooses) and host.kept() != []:
+            self._method = self._method.for_states()
+        self._known: CallKnown | None = None
+        if isinstance(self._method, AutoMethod) and self._method.clocked and self._method.plan is None:
+            self._known = CallKnown(host, arguments)
+            self._method = self._method.looking_up(self._known)
 
     def made(self) -> tuple[Any, Report]:
         """Makes the call; what it returns, and its report."""
@@ -83,7 +94,8 @@ class Call:
             executors = []
         interrupt: Interrupt | None = None
         met = False  # whether a try met an error of which nothing is known
-        for executor in executors:
+        while executors:
+            executor = executors.pop(0)
             observer = None if settings.observer is None else Watched(settings.observer)
             watched = beginning.weights if beginning is not None and settings.check != "off" else None
             solver, batching = self._new_solver(callback, observer, watched), self._new_batching()
@@ -115,6 +127,8 @@ class Call:
                         account.notes.append(f"{executor}: {wrong}; the plain call's result is returned")
                         warnings.warn(account.notes[-1], RuntimeWarning, stacklevel=CALLERS_LINE)
                 if solver.started:
+                    if self._known is not None and solver.done:
+                        self._known.keep(solver)
                     if self._crew is not None:
                         self._crew.warn_of_idle(solver.width)
                     return result, account.parallel(executor, solver, batching)
@@ -122,6 +136,11 @@ class Call:
                 return result, account.sequential()
             assert beginning is not None
             assert solver.interrupt is not None
+            if isinstance(error, Edited) and isinstance(self._method, Chooses):
+                beginning.restore()
+                account.refused.append(batching)
+                self._method, executors = self._method.for_edits(), [executor, *executors]
+                continue
             if solver.started and callback is None and solver.interrupt:
                 interrupt = solver.interrupt  # set from outside while the try ran
             beginning.restore()
@@ -238,11 +257,8 @@ class Call:
     def _new_solver(self, callback: Callback | None, observer: Watched | None, weights: Weights | None = None) -> LoopSolver:
         interrupt = Interrupt(self._host.owner, self._kind)
         settings = self._settings
-        method = settings.method
-        if settings.ranks is not None and isinstance(method, Chooses):
-            method = method.on_ranks()
         return LoopSolver(
-            method,
+            self._method,
             dtype=settings.dtype,
             callback=callback,
             observer=observer,

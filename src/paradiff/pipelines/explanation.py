@@ -21,6 +21,7 @@ from torch import Tensor
 from paradiff.chain.noise import Keyed
 from paradiff.chain.table import Table
 from paradiff.errors import Unsupported
+from paradiff.methods.adaptive.method import AdaptiveMethod
 from paradiff.methods.presets import parasolver
 from paradiff.models.exact import Mixture
 from paradiff.pipelines.host.find import host_of
@@ -29,9 +30,10 @@ from paradiff.pipelines.loop.source import handed_on, outer_loops
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.timing import Timing, forecast, timings
+from paradiff.planning.auto import auto
 from paradiff.samplers.scheduler.probe import probe
 from paradiff.solver.loop import drive, solve
-from paradiff.solver.protocol import Batch, Method
+from paradiff.solver.protocol import Batch, Chooses, Method
 from paradiff.solver.solution import Solution
 
 CLUSTERS, DIMENSION, SPREAD = 10, 64, 0.05
@@ -95,7 +97,7 @@ def explain(
 
     Args:
         pipeline: A diffusers pipeline.
-        method: The method; `parasolver()` by default.
+        method: The method; `auto()` by default.
         num_inference_steps: Number of steps, at least 1; the default of the pipeline's call if left out.
         call: Further arguments of the pipeline's call, such as `{"prompt": "a lighthouse"}`. With them the call is made up to
             its second pass, and the networks of its loop are timed on one state and on several, the conditioning in place.
@@ -105,7 +107,7 @@ def explain(
         ValueError: If the argument is no pipeline or has no scheduler, the scheduler cannot make this number of steps, or the
             method does not fit its chain.
     """
-    method = parasolver() if method is None else method
+    method = auto() if method is None else method
     host = host_of(pipeline)
     run = Run(host, Settings(method=method))
     scheduler = copy.deepcopy(host.scheduler)
@@ -122,6 +124,8 @@ def explain(
     if table is not None and not table.exact_levels:
         notes.append(table.about_levels)
     executor = executor_of(run, refused, notes)
+    if table is not None:
+        method = _by_name(method, table, [] if refused else notes)
     expected, rows = (None, []) if table is None else _tried(table, method)
     found: list[Timing] = []
     if expected is not None and table is not None and not refused:
@@ -143,6 +147,18 @@ def explain(
         refused=refused,
         notes=notes,
     )
+
+
+def _by_name(method: Method, table: Table, notes: list[str]) -> Method:
+    """A method whose rounds do not depend on the clock, in place of one that chooses."""
+    if not isinstance(method, Chooses):
+        return method
+    chosen = method.chosen(table)
+    notes.append(f"without measurements the choice is {method.reason(table)}; `paradiff plan` makes them")
+    if not isinstance(chosen, AdaptiveMethod):
+        return chosen
+    notes.append("the rounds are those of parasolver, with the whole chain in its window")
+    return parasolver(tolerance=method.tolerance)
 
 
 def default_steps(host: Host) -> int:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from paradiff.chain.table import Table
 from paradiff.errors import Unsupported, require_whole
@@ -21,12 +20,13 @@ from paradiff.methods.presets import parasolver
 from paradiff.pipelines.explanation import default_steps, executor_of, set_timesteps, timed
 from paradiff.pipelines.host.find import host_of
 from paradiff.pipelines.host.host import Host
+from paradiff.pipelines.known import CallKnown
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.timing import Timing
 from paradiff.planning.choice import Choice
 from paradiff.planning.cost import Devices, Trace
-from paradiff.planning.identity import model_facts, table_key
+from paradiff.planning.identity import table_key
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.pilots import SEED
 from paradiff.planning.plan import Plan
@@ -76,7 +76,8 @@ def plan_call(
     if refused:
         raise ValueError(f"the {host.name} has no parallel form, so there is nothing to choose: {refused[0]}")
     own = curve is None
-    traces = Traces(_key(host, call, table), host.device)
+    known = CallKnown(host, host.bound((), call))
+    traces = Traces(digest(known.key, table_key(table)), host.device)
     notes += traces.notes
     with _quiet(host.owner):
         if curve is None:
@@ -84,6 +85,7 @@ def plan_call(
             if not found:
                 raise ValueError(f"the {host.name} has no parallel form, so there is nothing to choose: {notes[-1]}")
             curve = _curve(found)
+            known.keep_curve(curve)
         trials = Trials(table, 1, tolerance, curve, devices, most, traces.known if own else {})
         if pilots:
             begin = time.perf_counter()
@@ -116,15 +118,6 @@ def _curve(found: list[Timing]) -> LatencyCurve:
     """The seconds of a pass of all networks of the loop, by its states."""
     common = set.intersection(*({*one.seconds} for one in found))
     return LatencyCurve({states: sum(one.seconds[states] for one in found) for states in sorted(common)})
-
-
-def _key(host: Host, call: Mapping[str, Any], table: Table) -> str:
-    """The key of a call's traces: the pipeline, its chain, and the arguments that are no text and no picture."""
-    given = host.bound((), call)
-    plain = {k: v for k, v in given.items() if isinstance(v, bool | int | float)}
-    shapes = {k: [*v.shape] for k, v in given.items() if isinstance(v, Tensor)}
-    facts = {name: model_facts(network) for name, network in host.networks.items()}
-    return digest(host.kind.__qualname__, facts, plain, shapes, table_key(table))
 
 
 @contextmanager

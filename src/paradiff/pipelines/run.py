@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from paradiff.errors import Unsupported
-from paradiff.methods.presets import parasolver
 from paradiff.pipelines.call import Call
 from paradiff.pipelines.host.find import host_of
 from paradiff.pipelines.host.host import Host
@@ -29,6 +28,7 @@ from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
+from paradiff.planning.auto import auto
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.replicas import devices_of
@@ -81,7 +81,7 @@ def parallelize(
         scheduler: The scheduler that a function or an object steps; None to look for it in the variables of the function, or
             the attributes of the object.
         networks: The torch modules that the loop of a function or an object calls; None to look for them in the same places.
-        method: The method (methods/presets.py); `parasolver()` by default.
+        method: The method (methods/presets.py); `auto()` by default, which chooses one and says so in the report.
         executor: `vector`, `lanes`, `sequential`, or `auto`: the first of them that the loop allows.
         max_rows: Largest number of rows in one network call, at least 1; an image with guidance has two rows a state. None for
             no bound. Halved when the device runs out of memory.
@@ -109,7 +109,7 @@ def parallelize(
     """
     found = host_of(host, entry=entry, scheduler=scheduler, networks=networks)
     settings = Settings(
-        method=parasolver() if method is None else method,
+        method=auto() if method is None else method,
         executor=executor,
         max_rows=max_rows,
         pad=pad,

@@ -9,9 +9,9 @@ from typing import Literal, get_args
 import torch
 
 from paradiff.errors import require_whole
-from paradiff.methods.presets import parasolver
 from paradiff.pipelines.network.batching import Check
 from paradiff.pipelines.network.devices import Devices
+from paradiff.planning.auto import auto
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.ranks import Ranks
 
@@ -26,7 +26,7 @@ class Settings:
         ValueError: If a field has a value that is not listed there.
     """
 
-    method: Method = field(default_factory=parasolver)
+    method: Method = field(default_factory=auto)
     executor: Executor = "auto"
     max_rows: int | None = None
     pad: bool = False

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from paradiff.methods.presets import collocation, parasolver, quasi_newton, srds
+from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.solver.protocol import Method
 
 WINDOWS = (2, 4, 8, 16, 32)
@@ -21,6 +22,21 @@ FAMILIES: dict[str, Callable[[int | None, float], Method]] = {
     "srds": lambda window, tolerance: srds(tolerance=tolerance, rows=window),
 }
 """Methods by name, as functions of most rows of one sample in a round, and of the tolerance."""
+
+
+def called(family: str, window: int | None, tolerance: float) -> str:
+    """The call of a preset, such as `parasolver(window=8)`.
+
+    Args:
+        family: The method's name; `sequential` for the plain chain.
+        window: Most rows of a sample in a round; None for the whole chain.
+        tolerance: Its tolerance.
+    """
+    if family not in FAMILIES:
+        return f"{family}()"
+    given = [] if window is None else [f"{'rows' if family == 'srds' else 'window'}={window}"]
+    given += [] if tolerance == DEFAULT_TOLERANCE else [f"tolerance={tolerance:g}"]
+    return f"{family}({', '.join(given)})"
 
 
 def windows_of(steps: int, most: int | None = None) -> list[int | None]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from paradiff.chain.table import Table
 from paradiff.methods.presets import sequential
 from paradiff.planning import library
-from paradiff.planning.candidates import FAMILIES, windows_of
+from paradiff.planning.candidates import FAMILIES, called, windows_of
 from paradiff.planning.cost import ONE, Cost, Devices, Trace
 from paradiff.planning.latency import LatencyCurve
 from paradiff.solver.protocol import Method
@@ -61,6 +61,11 @@ class Choice:
         if self.sequential:
             return self.family
         return f"{self.family}, {'whole chain' if self.window is None else f'window {self.window}'}"
+
+    @property
+    def call(self) -> str:
+        """The call by which it is asked for by name."""
+        return called(self.family, self.window, self.method.tolerance)
 
 
 def choice(family: str, window: int | None, method: Method, cost: Cost, curve: LatencyCurve, devices: Devices = ONE) -> Choice:

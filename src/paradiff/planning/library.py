@@ -75,13 +75,18 @@ def _known(key: tuple[Any, ...], steps: int, tolerance: float, samples: int) -> 
     return Cost(traces, "library") if traces else None
 
 
-def beyond(tolerance: float) -> list[str]:
-    """A sentence where a tolerance lies outside those that were measured, whose nearest stands for it; none elsewhere."""
-    measured = {row["tolerance"] for row in _library()["rows"]}
-    if min(measured) <= tolerance <= max(measured):
-        return []
-    nearest, change = (min(measured), "more") if tolerance < min(measured) else (max(measured), "fewer")
-    return [f"rounds by the library's models are those of tolerance {nearest:g}; at {tolerance:g} there are {change}"]
+def beyond(table: Table, tolerance: float) -> str | None:
+    """A clause where a tolerance lies outside those that were measured on like chains, whose nearest stands for it."""
+    measured = _tolerances(table.stochastic, table.prediction == "flow")
+    if not measured or measured[0] <= tolerance <= measured[-1]:
+        return None
+    nearest, change = (measured[0], "more") if tolerance < measured[0] else (measured[-1], "fewer")
+    return f"rounds by the library's models are those of tolerance {nearest:g}; at {tolerance:g} there are {change}"
+
+
+@cache
+def _tolerances(stochastic: bool, flow: bool) -> list[float]:
+    return sorted({row["tolerance"] for row in _library()["rows"] if (row["stochastic"], row["flow"]) == (stochastic, flow)})
 
 
 def alternative(table: Table) -> Alternative | None:

@@ -102,6 +102,7 @@ class Trials:
             simulated: Whether the curve is one that was given.
         """
         found = self.choices()
+        other = library.beyond(self._table, self._tolerance)
         foreseen = any(one.cost.source == "library" and not one.sequential for one in found)
         return Plan(
             chain=self._table.name,
@@ -115,7 +116,7 @@ class Trials:
             devices=self._devices,
             simulated=simulated or self._devices.count > 1,
             beside=self.beside,
-            notes=[*notes, *(library.beyond(self._tolerance) if foreseen else [])],
+            notes=[*notes, *([other] if foreseen and other is not None else [])],
         )
 
     def make(self, pilots: int, plain: Callable[[], Trace], pilot: Pilot, *, outside: bool = False) -> None:

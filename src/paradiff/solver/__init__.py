@@ -4,6 +4,7 @@
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.loop import drive, sample, solve
+from paradiff.solver.previews import Preview, Previews
 from paradiff.solver.protocol import (
     Batch,
     EditedOutputs,
@@ -33,6 +34,8 @@ __all__ = [
     "Method",
     "Observer",
     "PararealRecord",
+    "Preview",
+    "Previews",
     "Problem",
     "Query",
     "Ranks",

@@ -40,7 +40,9 @@ from paradiff.solver.protocol import (
     Batch,
     Chooses,
     EditedOutputs,
+    Estimates,
     Evaluate,
+    Explains,
     March,
     Marched,
     Marches,
@@ -100,6 +102,8 @@ def solve(
     begin = time.perf_counter()
     require_problem(table, noise, method)
     require_callable("the observer", observer, "a function of a round")
+    if isinstance(method, Chooses):
+        observer = method.observing(observer)
     if on_final is not None and not method.dense_output:
         raise ValueError(
             f"{method.name} keeps the states of a few nodes only, and cannot tell those of every node; use parasolver"
@@ -181,10 +185,16 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
             stopped = wish is True and not all(s.done for s in solvers)
     estimates = [s.error_estimate for s in solvers]
     if stopped:
+        errors, wish = [math.inf] * len(solvers), "the observer asked for it"
+        if isinstance(observer, Estimates):
+            errors, wish = observer.errors, observer.wish
         estimates = [
-            e if s.done else dataclasses.replace(e, estimated_error=math.inf) for s, e in zip(solvers, estimates, strict=True)
+            e if s.done else dataclasses.replace(e, estimated_error=error)
+            for s, e, error in zip(solvers, estimates, errors, strict=True)
         ]
-        status, message = Status.STOPPED, Status.STOPPED.message(f"the observer asked for it after round {rounds}")
+        status, message = Status.STOPPED, Status.STOPPED.message(f"{wish} after round {rounds}")
+        if isinstance(run, Explains):
+            message = run.explained(message)
     else:
         run.close()
         status, message = run.status(estimates)
@@ -198,6 +208,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         seconds=time.perf_counter() - begin,
         error_estimates=estimates,
         history=history,
+        cut=stopped,
     )
 
 
@@ -270,7 +281,7 @@ def _finished(solution: Solution, checked: RowCheck, check: Check) -> Solution:
     if check == "off" and solution.status is Status.EXACT:
         return dataclasses.replace(solution, message=f"{solution.message}; {UNCHECKED}")
     begin = time.perf_counter()
-    if all(math.isfinite(estimate.estimated_error) for estimate in solution.error_estimates):  # else the run was ended
+    if not solution.cut:
         checked.finish()
     return dataclasses.replace(solution, checked_rows=checked.rows, seconds=solution.seconds + time.perf_counter() - begin)
 
@@ -321,11 +332,11 @@ def sample(
     )
     look = None
     if check == "first" and type(evaluate) is Evaluator:
-        run = described({"": [table, method, dtype, noise.samples, noise.shape, start is None]})
-        look = evaluate.look(f"{run} {method!r}")  # which names what is no preset's plain value by its place in memory
+        chosen = method.chosen(table, noise.samples) if isinstance(method, Chooses) else method
+        run = described({"": [table, chosen, dtype, noise.samples, noise.shape, start is None]})
+        look = evaluate.look(f"{run} {chosen!r}")  # which names what is no preset's plain value by its place in memory
     found = _driven(rounds, evaluate, check, look)
-    whole = all(math.isfinite(estimate.estimated_error) for estimate in found.error_estimates)
-    if check == "every" and whole and method.name != method.reference().name:
+    if check == "every" and not found.cut and method.name != method.reference().name:
         return _beside_the_plain_loop(found, evaluate, table, noise, method, start, dtype, resolution)
     return found
 

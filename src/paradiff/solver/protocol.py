@@ -105,7 +105,8 @@ class Solver(Protocol[AnyQuery]):
         sample: The sample.
         done: Whether the sample is found.
         final: `[...]` the sample once it is found.
-        newest: `[...]` the best that is known of the sample, or of the state furthest along the chain.
+        newest: `[...]` the best that is known of the sample, or of the state furthest along the chain. A solver may have
+            `reaches_end`, whether that is the sample; it is taken not to be before the solver is done.
         error_estimate: How far to trust the sample.
     """
 
@@ -172,6 +173,15 @@ class Marches(Protocol):
 
     def march(self) -> March | None:
         """The march; None where the method or the problem needs solvers."""
+        ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A run that has something to say beside how it ended."""
+
+    def explained(self, message: str) -> str:
+        """A message of the run with what is said beside."""
         ...
 
 
@@ -275,12 +285,28 @@ class Chooses(Protocol):
         """The method for a model, a chain and so many samples of a shape."""
         ...
 
-    def reason(self, table: Table) -> str:
-        """What is chosen for a chain, and why."""
+    def chosen(self, table: Table, samples: int = 1) -> Method:
+        """What is chosen for a chain and so many samples."""
         ...
 
-    def on_ranks(self) -> Method:
-        """The method for ranks, which have to choose alike."""
+    def reason(self, table: Table) -> str:
+        """What is chosen for a chain of one sample, and why."""
+        ...
+
+    def on_ranks(self, count: int) -> Method:
+        """The method for so many ranks, which have to choose alike."""
+        ...
+
+    def for_states(self) -> Method:
+        """The method for a caller who reads the states of all nodes."""
+        ...
+
+    def for_edits(self) -> Method:
+        """The method for a caller who changes states between steps."""
+        ...
+
+    def observing(self, observer: Observer | None) -> Observer | None:
+        """What observes a run: the caller's observer, and what the method itself watches; None for nothing."""
         ...
 
 
@@ -365,5 +391,22 @@ class Observer(Protocol):
     """Called after every round; it may ask the run to stop."""
 
     def __call__(self, round: Round, /) -> bool | None:
-        """True to end the run here: its samples are then the best that is known, with an infinite estimate of their error."""
+        """True to end the run here: its samples are then the best that is known, with an infinite estimate of their error,
+        unless the observer estimates them (`Estimates`)."""
         ...
+
+
+@runtime_checkable
+class Estimates(Protocol):
+    """An observer that estimates the errors of samples as they are known after the round that it saw last.
+
+    Attributes:
+        errors: The estimates, one a sample; infinite where nothing is known.
+        wish: Whose wish it is that a run ends, as a sentence begins with it.
+    """
+
+    @property
+    def errors(self) -> Sequence[float]: ...
+
+    @property
+    def wish(self) -> str: ...

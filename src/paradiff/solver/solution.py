@@ -87,6 +87,7 @@ class Solution:
         history: One record a sweep and sample, in order; for Parareal one a round and sample.
         checked_rows: Rows that were evaluated again to check the model (row_check.py); they are in none of the counts above,
             and in the seconds.
+        cut: Whether an observer ended the run.
     """
 
     sample: Tensor
@@ -98,6 +99,7 @@ class Solution:
     error_estimates: list[ErrorEstimate]
     history: list[Record]
     checked_rows: int = 0
+    cut: bool = False
 
     @property
     def residual(self) -> float:

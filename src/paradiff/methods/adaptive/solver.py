@@ -56,6 +56,11 @@ class AdaptiveSolver:
         return self._window.newest if self._walk is None else self._walk.state
 
     @property
+    def reaches_end(self) -> bool:
+        """Whether that is the sample as far as it is known."""
+        return self.done if self._walk is not None else self._window.reaches_end
+
+    @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample: what the window's nodes may have added; the walk adds nothing."""
         window = self._window

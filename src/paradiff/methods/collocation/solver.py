@@ -161,6 +161,11 @@ class CollocationSolver:
         return self._final.to(self.setup.dtype) if self._handover is None else self._handover.newest
 
     @property
+    def reaches_end(self) -> bool:
+        """Whether `newest` is the sample as far as it is known: before a handover it always is."""
+        return self._handover is None or self._handover.reaches_end
+
+    @property
     def handed_over(self) -> str | None:
         """Why the window method took the sample over; None where it did not, or was asked to."""
         return None if self._handover is None else self._handover.reason

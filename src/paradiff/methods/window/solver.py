@@ -130,6 +130,11 @@ class WindowSolver:
         return self.x[-2 if self._held and self.hi > self.lo else -1]
 
     @property
+    def reaches_end(self) -> bool:
+        """Whether `newest` is the sample as far as it is known: whether the window reaches the chain's end."""
+        return self.hi == self.setup.intervals
+
+    @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self.done and not self._counted:

@@ -37,3 +37,8 @@ class Windowed:
     def newest(self) -> Tensor:
         """The state furthest along the chain."""
         return self._window.newest
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether that is the sample as far as it is known."""
+        return self._window.reaches_end

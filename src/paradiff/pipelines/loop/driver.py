@@ -11,6 +11,7 @@ that the solver wants, a row of the pass before.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.errors import Unsupported, is_whole
+from paradiff.errors import Edited, Unsupported, is_whole
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
@@ -28,7 +29,7 @@ from paradiff.pipelines.loop.source import refuse_what_is_handed_on
 from paradiff.pipelines.network.weights import Weights
 from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.loop import Rounds, solve
-from paradiff.solver.protocol import Batch, EditedOutputs, Method, Observer, Round
+from paradiff.solver.protocol import Batch, Chooses, EditedOutputs, Method, Observer, Round
 from paradiff.solver.solution import Solution
 
 HALF = (torch.float16, torch.bfloat16)
@@ -95,7 +96,9 @@ class LoopSolver:
         rows: States evaluated so far, those of the audit included.
         shortened: Sentences about what of the method is longer than the loop's chain and was shortened to it.
         raised_tolerance: The tolerance used in place of the method's, if the network's dtype does not resolve that one.
-        fitted: The method as the loop is driven by it.
+        chosen: The method, or what it chose.
+        fitted: The same as the loop is driven by it.
+        times: Rows of the passes after the first one, and seconds from one to the next.
         first: The loop's first step.
         width: The largest number of nodes that are solved at once.
         table: The loop's chain.
@@ -120,6 +123,7 @@ class LoopSolver:
     _last: tuple[Tensor, Tensor, Tensor]
     _repeats: Repeats | None
     table: Table
+    chosen: Method
     fitted: Method
     nodes: Tensor
     states: Tensor
@@ -137,11 +141,16 @@ class LoopSolver:
         kind: type | None = None,
     ) -> None:
         self._weights, self._kind = weights, kind
+        if isinstance(method, Chooses):
+            observer = method.observing(observer)
+            method = method if callback is None else method.for_states()
         self.interrupt, self.interrupted, self.ended = interrupt, False, -1
         self.method, self._dtype, self._callback, self._observer = method, dtype, callback, observer
         self.started = self.done = False
         self.passes = self.rows = 0
         self.solution: Solution | None = None
+        self.times: list[tuple[int, float]] = []
+        self._told: float | None = None
         self.shortened: list[str] = []
         self.raised_tolerance: float | None = None
 
@@ -187,7 +196,7 @@ class LoopSolver:
             observer=self._observer if self.interrupt is None else self._observe,
             shared_window=True,
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
-            on_final=self._final if self._callback is not None or self.method.dense_output else None,
+            on_final=self._final if self._callback is not None or self.fitted.dense_output else None,
         )
         if self._weights is not None:
             self._weights.mark()
@@ -210,6 +219,7 @@ class LoopSolver:
         Raises:
             Unsupported: If outputs and states differ in shape.
             Unsupported: If the loop writes to its networks' weights.
+            Edited: If it edits its states, and a method was chosen for it that cannot follow that.
             Carried: If a repeated row differs from the pass before.
             ValueError: If the loop edits its states and there is a callback.
         """
@@ -222,6 +232,10 @@ class LoopSolver:
             self._weights.check()
         self.passes += 1
         self.rows += len(outputs)
+        now = time.perf_counter()
+        if self._told is not None:
+            self.times.append((len(outputs), now - self._told))
+        self._told = now
         own = len(self._places)
         handed = self.states
         same = (states == handed) | (states.isnan() & handed.isnan())
@@ -242,6 +256,8 @@ class LoopSolver:
                     "the loop changes its latents after a step, so a parallel run has no final latents for a callback: leave "
                     "out callback_on_step_end"
                 )
+            if isinstance(self.method, Chooses) and not self.fitted.follows_edits:
+                raise Edited("the loop changes its states between steps")
             places = self._places.to(states.device, non_blocking=True)
             edited = torch.where(same, self._batch.x[places], states.to(self._dtype))
         self._send(outputs.to(self._dtype), edited)
@@ -327,13 +343,14 @@ class LoopSolver:
         least = 0.0
         if dtype in HALF:
             least = (STOCHASTIC_ROUNDING if self.table.stochastic else DETERMINISTIC_ROUNDING) * torch.finfo(dtype).eps
-        fitted = self.method.in_loop(self.table, least)
-        self.raised_tolerance = None if fitted.tolerance == self.method.tolerance else fitted.tolerance
+        method = self.method.chosen(self.table) if isinstance(self.method, Chooses) else self.method
+        self.chosen, fitted = method, method.in_loop(self.table, least)
+        self.raised_tolerance = None if fitted.tolerance == method.tolerance else fitted.tolerance
         end = f"for the loop's chain of {self.table.steps} step{'s' * (self.table.steps > 1)}"
         self.shortened = [
             f"the {name} {'were' if name == 'blocks' else 'was'} shortened from {given} to {used}, {end}"
             for name in ("window", "warmup", "stride", "blocks")
-            for given, used in [(_length(self.method, name), _length(fitted, name))]
+            for given, used in [(_length(method, name), _length(fitted, name))]
             if given is not None and used is not None and used < given
         ]
         return fitted

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of a pipeline's call, for the choice of its method: seconds of a pass by its states, and traces of its runs.
+
+Both are kept in the user's cache folder, by the pipeline's networks and by the arguments of the call that its seconds and
+rounds depend on: numbers, such as the guidance scale, shapes, and how many texts there are, but not what they say.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from paradiff.chain.table import Table
+from paradiff.methods.adaptive.method import AdaptiveMethod
+from paradiff.pipelines.host.host import Host
+from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.planning.auto_run import ENOUGH
+from paradiff.planning.cost import Trace
+from paradiff.planning.identity import machine_facts, model_facts, table_key
+from paradiff.planning.latency import LatencyCurve
+from paradiff.planning.picking import Known
+from paradiff.planning.store import Store, digest
+from paradiff.planning.traces import Traces
+
+STEPS = ("num_inference_steps", "timesteps", "sigmas")
+"""Arguments that a pass does not depend on, since the chain is known by itself."""
+
+
+def call_key(host: Host, given: Mapping[str, Any]) -> str:
+    """The key of a call's curve.
+
+    Args:
+        host: What owns the chain.
+        given: The call's arguments by name.
+    """
+    plain = {k: v for k, v in given.items() if isinstance(v, bool | int | float) and k not in STEPS}
+    shapes = {k: [*v.shape] for k, v in given.items() if isinstance(v, Tensor)}
+    texts = {k: 1 if isinstance(v, str) else len(v) for k, v in given.items() if _is_text(v)}
+    facts = {name: model_facts(network) for name, network in host.networks.items()}
+    return digest(host.kind.__qualname__, facts, plain, shapes, texts)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value))
+
+
+class CallKnown:
+    """What is known of one call. Objects are compared by identity.
+
+    Args:
+        host: What owns the chain.
+        given: The call's arguments by name.
+
+    Attributes:
+        key: That of its curve.
+    """
+
+    def __init__(self, host: Host, given: Mapping[str, Any]) -> None:
+        self.key = call_key(host, given)
+        self._device, self._facts = host.device, machine_facts(host.device)
+        self._found: Known | None = None
+
+    def curve(self) -> tuple[LatencyCurve | None, list[str]]:
+        """The stored curve, and a sentence where one was left out."""
+        store = Store("curve")
+        content, notice = store.read(self.key, self._facts)
+        notes = [] if notice is None else [notice]
+        if content is None:
+            return None, notes
+        try:
+            return LatencyCurve.of_json(content), notes
+        except ValueError as error:
+            return None, [*notes, f"the stored curve {str(store.path(self.key))!r} was left out: {error}"]
+
+    def keep_curve(self, curve: LatencyCurve) -> None:
+        """Stores a curve."""
+        Store("curve").write(self.key, self._facts, curve.to_json())
+
+    def __call__(self, table: Table) -> Known:
+        """What is known of the call on its chain."""
+        curve, notes = self.curve()
+        self._found = Known(curve, Traces(digest(self.key, table_key(table), "loop"), self._device), notes=notes)
+        return self._found
+
+    def keep(self, solver: LoopSolver) -> None:
+        """Keeps what a run took: points of the curve where none is known, else a trace."""
+        known, method = self._found, solver.fitted
+        if known is None or solver.interrupted or len(solver.times) < 2:
+            return
+        if known.curve is None:
+            if (curve := curve_of_passes(solver.times)) is not None:
+                self.keep_curve(curve)
+            return
+        label = repr(solver.chosen)
+        if isinstance(method, AdaptiveMethod) or len(known.traces.of(label, 1)) >= ENOUGH:
+            return
+        rows = statistics.mean(rows for rows, _ in solver.times)
+        rounds, seconds = len(solver.times), sum(seconds for _, seconds in solver.times)
+        beside = max(seconds - known.curve.within(rows) * rounds, 0.0)
+        known.traces.add({label: [Trace(((rows, rounds),), 1, beside)]})
+
+
+def curve_of_passes(times: Sequence[tuple[int, float]]) -> LatencyCurve | None:
+    """The curve of passes, as rows and seconds; None where all had the same number of rows, or none had one."""
+    seconds: dict[int, list[float]] = {}
+    for rows, taken in times[1:]:  # the first sets things up
+        seconds.setdefault(rows, []).append(taken)
+    points = {rows: statistics.median_low(of) for rows, of in seconds.items() if taken_twice(of)}
+    return LatencyCurve(points) if len(points) > 1 and min(points) == 1 and min(points.values()) > 0 else None
+
+
+def taken_twice(seconds: Sequence[float]) -> bool:
+    """Whether there are enough passes of a width: one alone may be slow by chance."""
+    return len(seconds) > 1

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sample` as the package offers it: with the method that is chosen, where none is named."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paradiff.chain.noise import Noise
+from paradiff.chain.table import Table
+from paradiff.planning.auto import auto
+from paradiff.solver import loop
+from paradiff.solver.evaluator import Denoiser
+from paradiff.solver.protocol import Evaluate, Method, Observer
+from paradiff.solver.row_check import Check
+from paradiff.solver.solution import Solution
+
+
+def sample(
+    denoiser: Denoiser | Evaluate,
+    table: Table,
+    noise: Noise,
+    method: Method | None = None,
+    *,
+    start: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    observer: Observer | None = None,
+    check: Check = "first",
+) -> Solution:
+    """Samples with one model: drives `solve` with an evaluator, on one device or on several ranks.
+
+    Args:
+        denoiser: The model as a function `(x, t) -> m` of rows (evaluator.py), or an evaluator: anything with the members of
+            `Evaluate`.
+        table: The sampler.
+        noise: x[0] and the noises of every sample.
+        method: The method (`paradiff.methods`); `auto()` by default, which chooses one and says so in the solution's message.
+        start: `[B, ...]` states at node 0 to use instead of the noise's.
+        dtype: Dtype of states, float32 or float64.
+        observer: Called after each round; it may ask the run to stop.
+        check: Which rounds have rows evaluated again and compared, as `drive` has it: `first`, `every` or `off`. With `every`
+            the plain loop is walked, too, twice, and its samples are compared with those of the run.
+
+    Raises:
+        ValueError: As `solve`, `Evaluator` and `drive` do.
+        RanksFailed: If one of several ranks fails, or was given other arguments.
+    """
+    chosen = auto() if method is None else method
+    return loop.sample(denoiser, table, noise, chosen, start=start, dtype=dtype, observer=observer, check=check)
