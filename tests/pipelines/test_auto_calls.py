@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`auto` in a pipeline's call: it follows edits and callbacks by a method that can, and knows what earlier calls took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CASES
+from torch import Tensor
+
+import paradiff
+from paradiff.pipelines.call import networks
+from paradiff.pipelines.known import CallKnown, call_key, curve_of_passes
+from paradiff.pipelines.signature import bound
+from paradiff.planning import LatencyCurve
+from paradiff.planning.picking import Known, Picked
+from paradiff.planning.store import FOLDER
+from paradiff.planning.wish import Wish
+
+FLAT = LatencyCurve({1: 1.0, 64: 1.2}, {1: 0.0})
+
+
+def sparse_first(wish: Wish, known: Known | None, table: paradiff.Table, samples: int) -> Picked:
+    """A choice of collocation wherever it can do what is asked."""
+    found = paradiff.collocation(tolerance=1e-4)
+    if wish.allows(found):
+        return Picked(found, "collocation()", "first")
+    return Picked(paradiff.quasi_newton(tolerance=1e-4), "quasi_newton()", "next")
+
+
+def test_a_loop_that_edits_its_states_gets_a_method_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiff.planning.auto.pick", sparse_first)
+    case = CASES["sd_inpaint4"]
+    pipe = case.make()
+    plain = case.run(pipe)
+    with paradiff.parallelize(pipe) as run:
+        found = case.run(pipe)
+    assert float((found.double() - plain.double()).square().mean().sqrt()) < 1e-3
+    assert run.report.executor in ("vector", "lanes")
+    assert "; chosen: quasi_newton(), next" in run.report.message
+    assert run.report.refused_calls > 0
+
+
+def test_a_callback_gets_the_states_of_all_steps_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiff.planning.auto.pick", sparse_first)
+    case = CASES["sd"]
+    pipe = case.make()
+    told: list[tuple[int, Tensor]] = []
+    plain: list[tuple[int, Tensor]] = []
+
+    def into(kept: list[tuple[int, Tensor]]) -> Any:
+        return lambda pipe, step, time, tensors: kept.append((step, tensors["latents"].clone())) or {}
+
+    case.run(pipe, callback_on_step_end=into(plain))
+    with paradiff.parallelize(pipe) as run:
+        case.run(pipe, callback_on_step_end=into(told))
+        assert "; chosen: quasi_newton(), next" in run.report.message
+        case.run(pipe)
+        assert "; chosen: collocation(), first" in run.report.message
+    assert [step for step, _ in told] == [step for step, _ in plain] == [*range(case.steps)]
+    for (_, one), (_, other) in zip(told, plain, strict=True):
+        assert float((one - other).square().mean().sqrt()) < 1e-2
+
+
+def test_a_curve_belongs_to_the_guidance_and_the_number_of_texts_and_not_to_what_they_say() -> None:
+    pipe = CASES["sd"].make()
+    kind = type(pipe)
+
+    def key(**call: Any) -> str:
+        return call_key(kind, networks(pipe), bound(kind, pipe, (), call))
+
+    one = key(prompt="a", guidance_scale=4.0)
+    assert one == key(prompt="another", guidance_scale=4.0) == key(prompt="a", guidance_scale=4.0, num_inference_steps=7)
+    others = [key(prompt="a", guidance_scale=5.0), key(prompt=["a", "b"], guidance_scale=4.0)]
+    others += [key(prompt="a", guidance_scale=4.0, negative_prompt="b"), key(prompt_embeds=torch.zeros(1, 2, 3))]
+    assert len({one, *others}) == 5
+
+
+def test_a_curve_is_made_of_passes_of_several_widths() -> None:
+    times = [(1, 9.0), (1, 1.0), (1, 1.2), (4, 1.5), (4, 1.6), (8, 3.0)]
+    found = curve_of_passes(times)
+    assert found is not None
+    assert found.points == {1: 1.0, 4: 1.5}  # the first pass, and a single one, are no measure
+    assert curve_of_passes(times[:3]) is None
+    assert curve_of_passes([(2, 1.0), (4, 1.0), (4, 1.0), (2, 1.0), (2, 1.0)]) is None
+
+
+def test_what_is_known_of_a_call_decides_and_its_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    case = CASES["sd"]
+    pipe = case.make()
+    steps = {"num_inference_steps": 25}
+    with paradiff.parallelize(pipe) as run:
+        case.run(pipe, **steps)
+        assert "a window that widens where its rounds show that it pays" in run.report.message
+        for path in tmp_path.iterdir():
+            path.unlink()
+        given: dict[str, Any] = {}
+        monkeypatch.setattr("paradiff.pipelines.call.CallKnown", lambda *of: given.setdefault("known", CallKnown(*of)))
+        case.run(pipe, **steps)
+        given["known"].keep_curve(FLAT)
+        case.run(pipe, **steps)
+    assert "times faster than the plain chain by the library's models" in run.report.message
+    assert run.report.passes < 25
