@@ -21,11 +21,13 @@ from paradiff.methods.face import Face
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.planning.auto_run import SHARE, AutoRun
 from paradiff.planning.cost import Devices
-from paradiff.planning.curves import keep, stored_curve
-from paradiff.planning.identity import evaluator_key
+from paradiff.planning.curves import curve_file, keep, stored_curve
+from paradiff.planning.identity import evaluator_key, table_key
 from paradiff.planning.latency import quick_latency
+from paradiff.planning.memo import MEMO, Entry, stamp_of
 from paradiff.planning.picking import SHORTEST, Known, Picked, pick
 from paradiff.planning.plan import Plan
+from paradiff.planning.store import cache_folder
 from paradiff.planning.traces import traces_of
 from paradiff.planning.wish import Objective, Wish
 from paradiff.solver.evaluator import Evaluator
@@ -96,6 +98,21 @@ class AutoMethod(ChainMethod, Wish, Face):
         short = table.steps <= SHORTEST and self.deadline is None
         if self.plan is not None or not isinstance(evaluate, Evaluator) or short or self.objective == "memory":
             return dataclasses.replace(self, begun=begun)
+        entry = self._looked_up(evaluate, table, noise)
+        known = Known(entry.curve, entry.traces, evaluate, entry.notes)
+        found = dataclasses.replace(self, known=known, begun=begun)
+        object.__setattr__(found, "_kept", (table, entry.picks))
+        return found
+
+    def _looked_up(self, evaluate: Evaluator, table: Table, noise: Noise) -> Entry:
+        """What is known of a model, as it was looked up before, or anew."""
+        given = tuple((name, value.shape[1:]) for name, value in evaluate.conditioning.items())
+        shape = (noise.samples, *noise.shape)
+        asked = (self.tolerance, self.window, self.objective, self.deadline, self.dense, self.edits)
+        facts = (table_key(table), shape, given, evaluate.dtype, evaluate.device, evaluate.bound.max_rows, cache_folder())
+        entry = MEMO.find(evaluate.denoiser, (asked, facts))
+        if entry is not None:
+            return entry
         key = evaluator_key(evaluate)
         curve, notes = stored_curve(evaluate, noise, key=key)
         rows, least = (SHARE * table.steps, FEWEST) if self.deadline is None else (FEWEST_IN_TIME, FEWEST_IN_TIME)
@@ -103,8 +120,11 @@ class AutoMethod(ChainMethod, Wish, Face):
             curve = quick_latency(evaluate, table, noise, rows)
             notes += keep(evaluate, noise, curve)
         traces = traces_of(evaluate, table, noise.shape, key=key)
-        known = Known(curve, traces, evaluate, [*notes, *traces.notes])
-        return dataclasses.replace(self, known=known, begun=begun)
+        traces.files.append(curve_file(evaluate, noise, key=key))
+        entry = Entry(stamp_of(*traces.files), curve, traces, (*notes, *traces.notes))
+        if curve is not None:
+            MEMO.keep(evaluate.denoiser, (asked, facts), entry)
+        return entry
 
     def chosen(self, table: Table, samples: int = 1) -> Method:
         """What is chosen for a chain and so many samples."""

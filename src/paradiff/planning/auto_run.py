@@ -13,7 +13,7 @@ from paradiff.methods.adaptive.method import AdaptiveMethod
 from paradiff.planning.cost import Trace
 from paradiff.planning.curves import keep
 from paradiff.planning.latency import LatencyCurve, quick_latency
-from paradiff.planning.picking import Known, Picked
+from paradiff.planning.picking import PLAIN, Known, Picked
 from paradiff.solver.protocol import March, Marches, Problem, Run, Solver
 from paradiff.solver.solution import ErrorEstimate, Status
 
@@ -21,7 +21,7 @@ SHARE = 0.04
 """Share of the plain chain's rows that measuring may cost."""
 
 ENOUGH = 3
-"""Traces of a choice after which no further run leaves its own."""
+"""Traces of a choice after which no further run leaves its own; one is enough of the plain chain, whose rounds are known."""
 
 
 class AutoRun:
@@ -92,7 +92,8 @@ class AutoRun:
 
     def _keep_trace(self, known: Known, curve: LatencyCurve) -> None:
         label, samples = repr(self._picked.method), self._problem.noise.samples
-        if isinstance(self._picked.method, AdaptiveMethod) or len(known.traces.of(label, samples)) >= ENOUGH:
+        enough = 1 if self._picked.method == PLAIN else ENOUGH
+        if isinstance(self._picked.method, AdaptiveMethod) or len(known.traces.of(label, samples)) >= enough:
             return  # rounds of several widths are no trace of one window
         seconds = time.perf_counter() - self._begin
         if self._calls:

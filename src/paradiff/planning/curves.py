@@ -68,6 +68,11 @@ def stored_curve(
         return None, [*notes, f"the stored curve {str(store.path(key))!r} was left out: {error}"]
 
 
+def curve_file(evaluator: Evaluator, noise: Noise, *, folder: Path | None = None, key: str | None = None) -> Path | None:
+    """The file in which a model's curve is stored; None where nothing is."""
+    return Store("curve", folder).path(curve_key(evaluator, (noise.samples, *noise.shape), key))
+
+
 def keep(evaluator: Evaluator, noise: Noise, curve: LatencyCurve, *, folder: Path | None = None) -> list[str]:
     """Stores a curve; a sentence where that cannot be."""
     content: Mapping[str, object] = curve.to_json()

@@ -34,12 +34,14 @@ class Traces:
         folder: Where traces are kept; None for the user's cache folder.
 
     Attributes:
+        files: The files that an entry of memo.py rests on: that of the traces, and those that are added.
         known: Traces by label.
         notes: Sentences: which stored file was left out, or could not be written, and why.
     """
 
     def __init__(self, key: str, device: torch.device, folder: Path | None = None) -> None:
         self._store, self._facts, self._key = Store("trace", folder), machine_facts(device), key
+        self.files = [self._store.path(key)]
         self.known, self.notes = self._read()
 
     def of(self, label: str, samples: int) -> list[Trace]:
