@@ -35,10 +35,10 @@ help:
 demo: .venv/.demo
 	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method parasolver --window 32 --tolerance 0.014 --seeds 0-15 \
 		--compare --trace --overwrite --out demo/sixteen
-	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --method auto --seeds 0 \
+	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --seeds 0 \
 		--compare --trace --overwrite --out demo/one
-	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 500 --method auto \
-		--seeds 0 --compare --trace --overwrite --out demo/text
+	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 500 --seeds 0 \
+		--compare --trace --overwrite --out demo/text
 	@echo "Look at demo/sixteen/samples.png, demo/one/trace.png and demo/text/samples.png"
 
 lint: .venv/.ready

@@ -32,17 +32,21 @@ from paradiff.solver.loop import sample
 from paradiff.solver.protocol import Batch, Round
 
 CHAINS: dict[str, list[tuple[str, int]]] = {
-    "mixture-64": [("ddim", 25), ("ddim", 50), ("ddim", 100), ("ddim", 1000), ("ddpm", 100), ("ddpm", 1000), (FLOW, 28)],
+    "mixture-64": [
+        *(("ddim", steps) for steps in (25, 50, 100, 1000)),
+        *(("ddpm", steps) for steps in (100, 1000)),
+        *((FLOW, steps) for steps in (10, 20, 28, 50)),
+    ],
     "digits": [
         *(("ddim", steps) for steps in (10, 25, 50, 100, 250, 1000)),
         *(("ddpm", steps) for steps in (25, 50, 100, 250, 1000)),
         *(("dpmpp_2m", steps) for steps in (20, 50)),
     ],
     "shapes": [*(("ddim", steps) for steps in (25, 50, 100, 500)), ("ddpm", 100), ("dpmpp_2m", 25)],
-    "shapes-flow": [(FLOW, steps) for steps in (10, 28, 50, 100)],
+    "shapes-flow": [(FLOW, steps) for steps in (10, 20, 28, 50, 500)],
 }
 GUIDED = ("shapes", "shapes-flow")
-TOLERANCES = (4e-3, 1e-3)
+TOLERANCES = (4e-3, 1e-2, 1e-3)
 SHORT = 100
 """Most steps of a chain that is measured at every tolerance."""
 SEEDS = 3

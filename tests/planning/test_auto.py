@@ -16,6 +16,7 @@ import paradiff
 from paradiff.methods.adaptive.method import AdaptiveMethod
 from paradiff.planning import LatencyCurve
 from paradiff.planning.auto import AutoMethod
+from paradiff.planning.candidates import FAMILIES
 from paradiff.planning.curves import keep
 from paradiff.planning.picking import Known
 from paradiff.planning.store import FOLDER
@@ -176,6 +177,66 @@ def test_a_stored_curve_is_used(kept: Path) -> None:
     found = paradiff.sample(evaluator, short, NOISE, paradiff.auto())
     assert found.rounds == 20
     assert "sequential(), since" in found.message
+
+
+def test_a_stored_curve_of_another_version_is_left_out_and_the_message_says_so(kept: Path) -> None:
+    table = DDIM(SCHEDULE, 50)
+    evaluator = paradiff.Evaluator(DATA.denoiser(table))
+    keep(evaluator, NOISE, FLAT)
+    (path,) = kept.glob("curve-*.json")
+    path.write_text(path.read_text().replace(f'"version of torch": "{torch.__version__}"', '"version of torch": "1.0"'))
+    found = paradiff.sample(evaluator, table, NOISE)
+    assert found.rounds == 50
+    assert f"the stored curve {str(path)!r} was left out, since its version of torch is 1.0, and here it is" in found.message
+
+
+def test_the_message_names_a_call_that_asks_for_the_same(kept: Path) -> None:
+    table = DDIM(SCHEDULE, 50)
+    evaluator = paradiff.Evaluator(DATA.denoiser(table))
+    keep(evaluator, NOISE, FLAT)
+    for tolerance in (4e-3, 1e-2):
+        found = paradiff.sample(evaluator, table, NOISE, paradiff.auto(tolerance=tolerance))
+        call = found.message.split("chosen: ")[1].split("), ")[0] + ")"
+        again = paradiff.sample(evaluator, table, NOISE, eval(f"paradiff.{call}"))
+        assert float((again.sample - found.sample).square().mean().sqrt()) < 2 * tolerance
+        assert again.rounds < 25
+
+
+def test_a_message_says_where_its_rounds_are_of_another_tolerance() -> None:
+    table = DDIM(SCHEDULE, 50)
+    found = auto_with(table, FLAT)
+    assert "(rounds by" not in found.reason(table)
+    strict = AutoMethod(tolerance=1e-5, known=found.known)
+    assert "(rounds by the library's models are those of tolerance 0.001; at 1e-05 there are more)" in strict.reason(table)
+
+
+def test_a_chosen_window_that_does_not_pay_is_narrowed_and_the_rest_is_walked(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, seconds = DDIM(SCHEDULE, 200), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: seconds[0])
+    exact = DATA.denoiser(table)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seconds[0] += 1.0 if len(x) == 1 else 12.0  # the stored curve promises 1.1
+        return exact(x, t)
+
+    evaluator = paradiff.Evaluator(model)
+    keep(evaluator, NOISE, LatencyCurve({1: 1.0, 8: 1.1}, {1: 0.0}))
+    monkeypatch.setattr("paradiff.planning.choice.FAMILIES", {"parasolver": FAMILIES["parasolver"]})
+    begin = seconds[0]
+    found = paradiff.sample(evaluator, table, NOISE, paradiff.auto(window=8))
+    assert found.rounds > 100  # of a window of 8 throughout there are 31, which take 1.9 times as long as the plain chain
+    assert found.history[-1].passed == 1
+    assert sum(record.passed for record in found.history) == 200
+    assert seconds[0] - begin < 1.7 * 200
+
+
+def test_a_bound_on_rows_that_memory_sets_bounds_the_choice(kept: Path) -> None:
+    table = DDIM(SCHEDULE, 50)
+    limited = LatencyCurve({1: 1.0, 2: 1.01, 3: 1.02}, {1: 0.0}, 3, None, "OutOfMemoryError: at 4 rows")
+    narrow, wide = auto_with(table, limited).chosen(table), auto_with(table, FLAT).chosen(table)
+    assert narrow.width(table) <= 4 < wide.width(table)
 
 
 def test_a_plan_decides_and_one_of_another_chain_is_refused() -> None:

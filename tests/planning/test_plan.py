@@ -18,8 +18,9 @@ import paradiff
 from paradiff.planning import LatencyCurve, Plan
 from paradiff.planning.candidates import FAMILIES, windows_of
 from paradiff.planning.cost import Devices, Trace
-from paradiff.planning.library import _at_tolerance, alternative, known
+from paradiff.planning.library import _at_tolerance, _library, alternative, beyond, known
 from paradiff.planning.store import FOLDER
+from paradiff.planning.trials import Trials
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
 SCHEDULE = paradiff.Schedule.linear()
@@ -98,8 +99,44 @@ def test_a_tolerance_between_measured_ones_costs_between_them() -> None:
 
 @pytest.mark.parametrize(("tolerance", "change"), [(1e-5, "more"), (4e-3, None), (0.1, "fewer")])
 def test_a_plan_says_where_its_rounds_are_of_another_tolerance(tolerance: float, change: str | None) -> None:
-    said = [note for note in planned(tolerance=tolerance).notes if "are those of tolerance 0.004" in note]
+    said = [note for note in planned(tolerance=tolerance).notes if "are those of tolerance" in note]
     assert [note.split()[-1] for note in said] == ([] if change is None else [change])
+
+
+def test_tolerances_are_those_that_were_measured_at_both_lengths_next_to_a_chains() -> None:
+    assert beyond(DDIM(SCHEDULE, 50), 2e-3) is None
+    assert beyond(DDPM(SCHEDULE, 1000), 1e-3) == (
+        "rounds by the library's models are those of tolerance 0.004; at 0.001 there are more"
+    )
+    assert beyond(paradiff.samplers.flow_euler(28), 5e-3) is None
+
+
+@pytest.mark.parametrize("steps", [10, 20, 28, 50])
+def test_the_usual_lengths_of_flow_matching_were_measured(steps: int) -> None:
+    lengths = {row["steps"] for row in _library()["rows"] if row["flow"]}
+    assert steps in lengths
+
+
+def test_pilots_that_lie_apart_are_followed_by_others_and_the_prediction_is_of_all() -> None:
+    table = DDPM(SCHEDULE, 1000)
+
+    def pilot(one: Any, number: int, plain: float) -> Trace:
+        return Trace(((4.0, (20, 60, 25, 30, 28)[number]),), 1, 0.0)
+
+    curve = LatencyCurve({1: 1.0, 4: 1.1})
+    trials = Trials(table, 1, 4e-3, curve, Devices(), None, {})
+    trials.make(2, lambda: Trace(((1.0, 1000),), 1, 0.0), pilot)
+    traces = next(found for label, found in trials.made.items() if len(found) > 1)
+    assert [trace.rounds for trace in traces] == [20, 60, 25, 30, 28]
+    best = trials.plan([], simulated=False).best
+    assert best.seconds == pytest.approx(28 * 1.1)
+    assert (best.fastest, best.slowest) == (pytest.approx(20 * 1.1), pytest.approx(60 * 1.1))
+
+
+def test_pilots_that_agree_are_enough() -> None:
+    trials = Trials(DDPM(SCHEDULE, 1000), 1, 4e-3, LatencyCurve({1: 1.0, 4: 1.1}), Devices(), None, {})
+    trials.make(2, lambda: Trace(((1.0, 1000),), 1, 0.0), lambda one, number, plain: Trace(((4.0, 20 + number),), 1, 0.0))
+    assert {len(found) for label, found in trials.made.items() if "sequential" not in label} == {2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -77,7 +77,7 @@ def _known(key: tuple[Any, ...], steps: int, tolerance: float, samples: int) -> 
 
 def beyond(table: Table, tolerance: float) -> str | None:
     """A clause where a tolerance lies outside those that were measured on like chains, whose nearest stands for it."""
-    measured = _tolerances(table.stochastic, table.prediction == "flow")
+    measured = _tolerances(table.stochastic, table.prediction == "flow", table.steps)
     if not measured or measured[0] <= tolerance <= measured[-1]:
         return None
     nearest, change = (measured[0], "more") if tolerance < measured[0] else (measured[-1], "fewer")
@@ -85,8 +85,14 @@ def beyond(table: Table, tolerance: float) -> str | None:
 
 
 @cache
-def _tolerances(stochastic: bool, flow: bool) -> list[float]:
-    return sorted({row["tolerance"] for row in _library()["rows"] if (row["stochastic"], row["flow"]) == (stochastic, flow)})
+def _tolerances(stochastic: bool, flow: bool, steps: int) -> list[float]:
+    """The tolerances that were measured at both of the lengths next to a chain's, of its kind."""
+    rows = [row for row in _library()["rows"] if (row["stochastic"], row["flow"]) == (stochastic, flow)]
+    if not rows:
+        return []
+    below, above, _ = _between(sorted({row["steps"] for row in rows}), steps)
+    one, other = ({row["tolerance"] for row in rows if row["steps"] == at} for at in (below, above))
+    return sorted(one & other)
 
 
 def alternative(table: Table) -> Alternative | None:

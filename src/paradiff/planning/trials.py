@@ -21,6 +21,12 @@ from paradiff.planning.plan import PAYS, Plan
 TRIED = 4
 """Most choices that pilots are made of."""
 
+APART = 1.5
+"""How far the slowest pilot of a choice may be from its fastest, as a factor, before further ones are made."""
+
+MOST_PILOTS = 5
+"""Most pilots of a choice."""
+
 FIRST = 8
 """The window of a first pilot of methods of which the library knows nothing."""
 
@@ -161,11 +167,16 @@ class Trials:
         return None
 
     def _try(self, one: Choice, pilots: int, pilot: Pilot) -> None:
-        """Makes the pilots of one choice."""
+        """Makes the pilots of one choice: of several, further ones while they lie far apart and take less than the plain chain
+        together, since samples of long stochastic chains differ."""
         plain = next(other for other in self.choices() if other.sequential).seconds
-        for number in range(pilots):
+        found: list[float] = []
+        for number in range(max(pilots, MOST_PILOTS if pilots > 1 else 1)):
+            if number >= pilots and (max(found) <= APART * min(found) or sum(found) + max(found) > plain):
+                return
             trace = pilot(one, number, plain)
             if trace is None:
                 self._given_up.add(one.label)
                 return
+            found.append(trace.seconds(self._curve, self._devices))
             self.made.setdefault(repr(one.method), []).append(trace)

@@ -32,11 +32,11 @@ class RoundClock:
     Args:
         pace: What the times are told.
         setup: The windows' setup, whose width follows the pace.
-        now: A function that tells the seconds.
+        now: A function that tells the seconds; None for `time.perf_counter`.
     """
 
-    def __init__(self, pace: Pace, setup: WindowSetup, now: Callable[[], float] = time.perf_counter) -> None:
-        self.pace, self._setup, self._now = pace, setup, now
+    def __init__(self, pace: Pace, setup: WindowSetup, now: Callable[[], float] | None = None) -> None:
+        self.pace, self._setup, self._now = pace, setup, time.perf_counter if now is None else now
         self._all: list[Sampled] = []
         self._asked: set[int] = set()
         self._begun: float | None = None
