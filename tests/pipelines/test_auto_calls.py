@@ -12,9 +12,8 @@ from tiny import CASES
 from torch import Tensor
 
 import paradiff
-from paradiff.pipelines.call import networks
+from paradiff.pipelines.host.find import host_of
 from paradiff.pipelines.known import CallKnown, call_key, curve_of_passes
-from paradiff.pipelines.signature import bound
 from paradiff.planning import LatencyCurve
 from paradiff.planning.picking import Known, Picked
 from paradiff.planning.store import FOLDER
@@ -67,10 +66,10 @@ def test_a_callback_gets_the_states_of_all_steps_in_order(monkeypatch: pytest.Mo
 
 def test_a_curve_belongs_to_the_guidance_and_the_number_of_texts_and_not_to_what_they_say() -> None:
     pipe = CASES["sd"].make()
-    kind = type(pipe)
+    host = host_of(pipe)
 
     def key(**call: Any) -> str:
-        return call_key(kind, networks(pipe), bound(kind, pipe, (), call))
+        return call_key(host, host.bound((), call))
 
     one = key(prompt="a", guidance_scale=4.0)
     assert one == key(prompt="another", guidance_scale=4.0) == key(prompt="a", guidance_scale=4.0, num_inference_steps=7)

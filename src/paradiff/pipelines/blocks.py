@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from paradiff.methods.presets import parasolver
 from paradiff.pipelines.host.block_host import BlockHost
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
+from paradiff.planning.auto import auto
 from paradiff.solver.protocol import Method
 
 
@@ -40,7 +40,7 @@ def parallel_block(block: Any, method: Method | None = None, **options: Any) -> 
     if unknown := options.keys() - known:
         raise ValueError(f"{', '.join(sorted(unknown))} is no option of a block; it takes {', '.join(sorted(known))}")
     kind = type(block)
-    run = Run(BlockHost(block, kind), Settings(method=parasolver() if method is None else method, **options))
+    run = Run(BlockHost(block, kind), Settings(method=auto() if method is None else method, **options))
     own = object.__new__(type(kind.__name__, (_ParallelBlock, kind), {"__module__": kind.__module__}))
     vars(own).update(vars(block), run=run)
     return own
