@@ -17,7 +17,7 @@ import pytest
 import torch
 from problems import METHODS, SHAPE, TABLES, network
 from processes import on_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from paradiff import Evaluator, Keyed, Schedule, Solution, collocation, jacobi, parasolver, quasi_newton, sample, srds
@@ -109,6 +109,41 @@ def test_with_shares_of_their_own_samples_do_not_depend_on_the_number_of_ranks()
         for (found, *others), (wanted, *wanted_others) in zip(one.value, alone, strict=True):
             assert torch.equal(found, wanted)
             assert others == wanted_others
+
+
+class Knowing(nn.Module):
+    """A network that knows some times alone, or all."""
+
+    def __init__(self, times: set[float]) -> None:
+        super().__init__()
+        self.times, self.setting = times, False
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.times and (unknown := {float(one) for one in t} - self.times):
+            raise KeyError(unknown)
+        return network(x, t)
+
+
+def three_runs(mesh: DeviceMesh, knows_all: bool) -> list[int]:
+    """Rows that are checked in three runs, before the last of which one rank's model is changed."""
+    table, ranks, rows = ddim(Schedule.linear(), 20), Ranks(mesh), []
+    model = Knowing(set() if knows_all else {float(t) for t in table.t})
+    for number in range(3):
+        model.setting = number == 2 and ranks.place == 1
+        noise = Keyed(SHAPE, [number])
+        found = sample(Evaluator(model, mesh=ranks), table, noise, jacobi(6, 0.0), dtype=torch.float64)
+        alone = sample(model, table, noise, jacobi(6, 0.0), dtype=torch.float64, check="off")
+        assert torch.allclose(found.sample, alone.sample, rtol=0, atol=1e-12)
+        rows.append(found.checked_rows)
+    return rows
+
+
+@pytest.mark.parametrize("knows_all", [True, False])
+def test_ranks_share_the_last_rows_of_a_check_and_decide_alike_on_what_was_seen(knows_all: bool) -> None:
+    first, second, third = on_ranks(3, three_runs, knows_all)
+    assert [one.error for one in (first, second, third)] == [""] * 3
+    assert first.value == second.value == third.value
+    assert [rows > 10 for rows in first.value] == [True, False, True]
 
 
 def counted(mesh: DeviceMesh, steps: int) -> tuple[set[int], int, int]:
