@@ -2,8 +2,9 @@
 """What a day with a GPU is for, by itself in ten minutes: right first, then how long calls, rounds and whole runs take.
 
 Parts, in this order, each fenced: where one fails, its row says so by name and the rest goes on; where the time is over, the
-row says that. Each part has a share of the time that is left (SHARES). The device is a GPU if there is one; on a CPU the
-networks are tiny, and so is what their figures say. `environment` holds the device.
+row says that. Each part has a share of the time that is left (SHARES); what runs GRACE longer, or beyond the end, is broken off
+by an alarm. The device, in `environment`, is a GPU if there is one; on a CPU networks are tiny, and so is what figures say.
+Training is no part: each recipe of training/ ends within half an hour on a CPU.
 
 - `right`: every method on the bundled digits beside the sequential chain, on the device; DDPMPipeline, DDIMPipeline and the
   bundled text pipelines through parallelize beside their plain calls, executor and rounds beside those on the CPU; half
@@ -26,6 +27,7 @@ networks are tiny, and so is what their figures say. `environment` holds the dev
 from __future__ import annotations
 
 import gc
+import signal
 import statistics
 import time
 import traceback
@@ -77,6 +79,8 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "collocation": lambda window: collocation(window),
     "srds": lambda window: srds(),
 }
+GRACE = 10.0
+"""Seconds over a part's share after which what runs is broken off."""
 PROMPT = "a red circle left of a blue square"
 WAITS = {
     "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
@@ -99,6 +103,10 @@ TIGHT = 0.02
 
 LIMIT = 0.5
 """Seconds of a network call above which no more rows are tried."""
+
+
+class TimeOver(BaseException):
+    """The time of a part is over. No library between here and a fence catches it."""
 
 
 @dataclass
@@ -153,6 +161,9 @@ class Day:
             return
         try:
             yield True
+        except TimeOver:
+            self.until = min(self.until, time.monotonic())  # nothing else of the part begins
+            self.add(part, name, skipped="the time was over within it")
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
             at = traceback.extract_tb(error.__traceback__)[-1]
@@ -560,6 +571,8 @@ def real_traces(day: Day) -> dict[str, tuple[int, Trace]]:
             if name == "collocation" and sampler != "ddpm":
                 continue
             for window in windows:
+                if day.left <= 0:
+                    return day.traces
                 noise = Recorded(model.shape, [torch.Generator().manual_seed(0)])
                 with recording() as record:
                     sample(Evaluator(model, device=day.device), table, noise, METHODS[name](window))
@@ -725,13 +738,29 @@ def main() -> None:
 def run(day: Day, only: Sequence[str], seconds: float) -> None:
     """Runs parts one after the other, each in its share of the time that is left."""
     end = time.monotonic() + seconds
+
+    def over(*_: Any) -> None:
+        raise TimeOver
+
+    before = signal.signal(signal.SIGALRM, over)
+    try:
+        parts_of(day, only, end)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def parts_of(day: Day, only: Sequence[str], end: float) -> None:
+    """The parts until a clock, each with an alarm."""
     parts = {"right": right, "latency": latency, "bookkeeping": bookkeeping, "replay": replay, "whole": whole}
     for k, part in enumerate(only):
         share = SHARES[part] / sum(SHARES[other] for other in only[k:])
         day.until = time.monotonic() + share * (end - time.monotonic())
         with day.fenced(part, part) as begins:
             if begins:
+                signal.setitimer(signal.ITIMER_REAL, min(day.left + GRACE, max(end - time.monotonic(), 0.01)))
                 parts[part](day)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,25 @@ def test_memory_that_runs_out_ends_a_curve(device: str, tmp_path: Path, monkeypa
     gpu.curves(day, gpu.SHAPES[0])
     found = [row for row in day.results.rows if row.get("rows") == 2**40]
     assert [row["ended"] for row in found] == ["out of memory"] * 2
+
+
+def test_what_takes_longer_than_its_time_is_broken_off(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(day: gpu.Day) -> None:
+        for name in ("one", "another"):
+            with day.fenced("latency", name) as begins:
+                while begins:
+                    try:
+                        time.sleep(0.01)
+                    except Exception:  # as libraries catch what they do not know
+                        continue
+
+    monkeypatch.setattr(gpu, "latency", endless)
+    monkeypatch.setattr(gpu, "GRACE", 0.1)
+    monkeypatch.setattr(gpu, "SHARES", {"latency": 0.02, "bookkeeping": 0.98})
+    monkeypatch.setattr(gpu, "bookkeeping", lambda day: day.add("bookkeeping", "after it"))
+    day = gpu.Day(torch.device(device), True, Results(tmp_path / "gpu.json"), time.monotonic())
+    begin = time.monotonic()
+    gpu.run(day, ["latency", "bookkeeping"], 30.0)
+    assert time.monotonic() - begin < 15
+    found = [(row["name"], row.get("skipped")) for row in day.results.rows]
+    assert found == [("one", "the time was over within it"), ("another", "the time was over"), ("after it", None)]
