@@ -59,9 +59,9 @@ from paradiff.models.pipeline import load_pipeline
 from paradiff.pipelines.report import Report
 from paradiff.planning import LatencyCurve
 from paradiff.solver import PararealRecord
+from paradiff.solver.crew import shares_of
 from paradiff.solver.protocol import Batch, Method
 from paradiff.solver.seen import MODELS
-from paradiff.solver.sharded import shares_of
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 PUBLISHED = {

@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from paradiff import Evaluator, Keyed, Schedule, Solution, collocation, jacobi, parasolver, quasi_newton, sample, srds
 from paradiff.samplers import ddim
 from paradiff.solver import Batch, Deadline, Method, Ranks, agreement
-from paradiff.solver.sharded import HEAD, by_speed, shares_of
+from paradiff.solver.crew import dealt, shares_of
+from paradiff.solver.sharded import HEAD, by_speed
 from paradiff.solver.watch import CALL, ENDED, OWN, WAIT, verdict
 
 SAMPLES = 3
@@ -447,6 +448,24 @@ def test_a_slower_rank_gets_fewer_rows() -> None:
     assert slow.value[1] < fast.value[1]
     for one in (slow, fast):
         assert torch.allclose(one.value[0], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "members", "lengths"),
+    [
+        (10, 2, 2, [[5], [5]]),
+        (10, 4, 2, [[3, 3], [3, 1]]),
+        (2, 4, 2, [[1, 1], []]),
+        (5, 2, 3, [[3], [2], []]),
+        (0, 2, 2, [[], []]),
+    ],
+)
+def test_stretches_follow_each_other_from_member_to_member(
+    count: int, shares: int, members: int, lengths: list[list[int]]
+) -> None:
+    found = dealt(count, shares, members)
+    assert [[len(share) for share in own] for own in found] == lengths
+    assert [item for own in found for share in own for item in share] == list(range(count))
 
 
 def test_a_block_is_a_head_and_the_outputs() -> None:

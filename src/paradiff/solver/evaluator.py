@@ -22,11 +22,12 @@ from paradiff.errors import require_whole, shown
 from paradiff.solver.accelerator import empty_cache
 from paradiff.solver.agreement import described, versions, weights_of
 from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows
+from paradiff.solver.crew import Crew, shares_of
 from paradiff.solver.protocol import Batch
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.replicas import Replicas, devices_of, replicas_of
 from paradiff.solver.seen import MODELS, Look
-from paradiff.solver.sharded import Sharded, shares_of, taken
+from paradiff.solver.sharded import Sharded, taken
 from paradiff.solver.widths import widths_of
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class RowBound:
         ValueError: If `max_rows` or `shares` is below 1.
     """
 
-    def __init__(self, max_rows: int | None = None, *, shares: int = 1, crew: Sharded | Replicas | None = None) -> None:
+    def __init__(self, max_rows: int | None = None, *, shares: int = 1, crew: Crew | None = None) -> None:
         require_rows(max_rows)
         require_whole("shares", shares, 1)
         self.given = self.max_rows = max_rows

@@ -25,7 +25,8 @@ from paradiff.errors import shown
 from paradiff.solver import accelerator
 from paradiff.solver.agreement import weights_of
 from paradiff.solver.arguments import device_of
-from paradiff.solver.sharded import Bound, shares_of, taken
+from paradiff.solver.crew import Bound, dealt
+from paradiff.solver.sharded import taken
 
 
 class Replicas:
@@ -69,29 +70,26 @@ class Replicas:
         mark: int,
         made: Callable[[int, int], None] | None = None,
     ) -> list[Any]:
-        """The outputs for all items, in parts, on the first device; arguments as of `Sharded.parts`."""
-        stretches = shares_of(count, self.shares)
-        size = len(self.devices)
-        owners = [k * size // self.shares if self.shares >= size else k for k in range(len(stretches))]
+        """The outputs for all items, in parts, on the first device. See `Crew`."""
+        stretches = dealt(count, self.shares, len(self.devices))
         counts: list[tuple[int, int]] = []
         modes = _modes()
 
-        def own(place: int) -> list[Any]:
+        def evaluated(place: int) -> list[Any]:
             self._local.place = place
             here = self.devices[place]
             with modes(), accelerator.current(here):
                 return [
                     taken(part, items)
-                    for stretch, owner in zip(stretches, owners, strict=True)
-                    if owner == place
+                    for stretch in stretches[place]
                     for part, items in bound.stretch(
                         stretch, call, here, rows=rows, widths=widths, made=lambda *told: counts.append(told)
                     )
                 ]
 
-        busy = sorted(set(owners))
+        busy = [place for place, own in enumerate(stretches) if own]
         with ThreadPoolExecutor(len(busy), "paradiff-device") as pool:
-            working: list[Future[list[Any]]] = [pool.submit(contextvars.copy_context().run, own, place) for place in busy]
+            working: list[Future[list[Any]]] = [pool.submit(contextvars.copy_context().run, evaluated, place) for place in busy]
             found = [part for work in working for part in work.result()]
         if made is not None:
             for told in counts:

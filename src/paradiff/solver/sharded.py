@@ -24,12 +24,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from paradiff.solver.crew import Bound, dealt
 from paradiff.solver.ranks import Opened, Ranks, aligned, packed, unpacked
 
 HEAD = 8
@@ -109,29 +110,6 @@ class Result:
     error: Exception | None = None
 
 
-class Bound(Protocol):
-    """What cuts items into calls: a `RowBound`."""
-
-    max_rows: int | None
-
-    def stretch(
-        self,
-        items: range,
-        call: Callable[[slice], Any],
-        device: torch.device,
-        *,
-        rows: int,
-        widths: Sequence[int] | None,
-        made: Callable[[int, int], None] | None,
-    ) -> list[tuple[Any, int]]:
-        """The parts of consecutive items, each with the number of items that it is for."""
-        ...
-
-    def next_call(self, left: int, rows: int, widths: Sequence[int] | None) -> tuple[int, int]:
-        """The items of the next call where so many are left, and how many of them are of these."""
-        ...
-
-
 class IdleRanks(RuntimeWarning):
     """That a run has more ranks than its rounds have rows."""
 
@@ -174,10 +152,7 @@ class Sharded:
             for length in lengths:
                 ends.append(ends[-1] + length)
             return [[range(a, b)] if b > a else [] for a, b in itertools.pairwise(ends)]
-        every = shares_of(count, self.shares)
-        size, ranks = self.shares, self.ranks.size
-        owners = [k * ranks // size for k in range(size)] if size >= ranks else list(range(size))
-        return [[share for share, owner in zip(every, owners, strict=False) if owner == rank] for rank in range(ranks)]
+        return dealt(count, self.shares, self.ranks.size)
 
     def warn_of_idle(self, widest: int) -> None:
         """Warns once, on one rank, where a run has fewer rows a round than there are ranks.
@@ -203,24 +178,7 @@ class Sharded:
         mark: int,
         made: Callable[[int, int], None] | None = None,
     ) -> list[Any]:
-        """The outputs for all items, as one part, on every rank.
-
-        Args:
-            bound: Whose items they are.
-            count: Number of items.
-            call: The network call for the items of a slice; it returns nested lists and dicts of tensors `[items, ...]`.
-            device: Where the network lives.
-            rows: Rows of one item.
-            widths: The numbers of items that calls may have; None for any.
-            inputs: `[items, ...]` tensors on which all ranks have to agree.
-            key: What the form of the output depends on; None where nothing is known of it.
-            mark: A further number on which all ranks have to agree.
-            made: Told the items of each call that was made, by any rank, and how many of them fill it.
-
-        Raises:
-            RanksFailed: If ranks disagree, or one of them fails.
-            torch.OutOfMemoryError: If one item alone does not fit on one of them.
-        """
+        """The outputs for all items, as one part, on every rank. See `Crew`."""
         if not self._begun:
             self._begun = True
             self._begin(call, inputs, key)
@@ -396,12 +354,6 @@ def too_many(size: int, widest: int) -> str:
 def taken(part: Any, items: int) -> Any:
     """The first items of a part."""
     return _pytree.tree_map_only(Tensor, lambda tensor: tensor[:items], part)
-
-
-def shares_of(count: int, shares: int) -> list[range]:
-    """`range(count)` in at most so many consecutive stretches of equal length, the last one shorter."""
-    size = max(1, -(-count // shares))
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def by_speed(count: int, seconds: Sequence[float]) -> list[int]:

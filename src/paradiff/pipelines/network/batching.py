@@ -22,6 +22,7 @@ from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each
 from paradiff.pipelines.tensor.windowed import Windowed
+from paradiff.solver.crew import Crew
 from paradiff.solver.evaluator import RowBound
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.sharded import Sharded
@@ -84,7 +85,7 @@ class Batching:
         pad: bool = False,
         check: Check = "first",
         shares: int = 1,
-        crew: Sharded | Devices | None = None,
+        crew: Crew | None = None,
         alone: Collection[nn.Module] = (),
     ) -> None:
         if not isinstance(pad, bool):
