@@ -295,6 +295,15 @@ def test_the_command_keeps_a_deadline_by_its_choice(cli: Cli, tmp_path: Path) ->
     assert (found.code, "chosen: " in found.out) == (0, True)
 
 
+def test_the_command_says_beforehand_what_is_out_of_reach(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "kept"))
+    found = cli("sample", "digits", "--sampler", "ddim", "--steps", 50, "--out", tmp_path / "out", "--deadline", 1e-4)
+    assert (found.code, found.err) == (3, "")
+    text = " ".join(found.out.split())
+    assert "warning: the deadline of 0.0001 s is out of reach for a finished sample" in text
+    assert "the deadline of 0.0001 s ended it" in text
+
+
 def test_the_command_takes_an_objective(cli: Cli, tmp_path: Path) -> None:
     line = ("sample", "digits", "--sampler", "ddim", "--steps", 14, "--out", tmp_path / "out", "--objective", "memory")
     found = cli(*line)

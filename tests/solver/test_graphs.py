@@ -15,7 +15,7 @@ from tiny import CASES
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff import Evaluator, Keyed, collocation, jacobi, parallelize, quasi_newton, sample, srds
+from paradiff import Evaluator, Keyed, collocation, jacobi, parallelize, parasolver, quasi_newton, sample, srds
 from paradiff.pipelines.loop.audit import granted
 from paradiff.solver import Method
 
@@ -159,5 +159,5 @@ def test_graphs_of_ones_own_are_taken_for_memory_of_the_network_by_its_check() -
     wanted = case.run(pipe, num_inference_steps=5)
     pipe.unet.forward = Replayed(pipe.unet.forward)
     said = "was called sequentially, .*: a call of UNet2DConditionModel changes .*; if it is harmless, leave the check out with"
-    with parallelize(pipe), pytest.warns(RuntimeWarning, match=said):
+    with parallelize(pipe, parasolver()), pytest.warns(RuntimeWarning, match=said):
         assert gap(case.run(pipe, num_inference_steps=5), wanted) < ROUNDING

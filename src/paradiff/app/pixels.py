@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -118,7 +119,7 @@ class Batched:
         if chosen == sequential() and deadline is None and previews is None:
             with self.console.status(label):
                 return self._timed(method, None)
-        parts, unit = method.progress(self.table)
+        parts, unit = chosen.progress(self.table)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -149,15 +150,15 @@ class Batched:
         return solution, time.perf_counter() - begin
 
 
-def effective(job: Job, table: Table) -> dict[str, Any]:
-    """The method's options as they took effect on a table."""
-    parts, unit = job.method.progress(table)
+def effective(job: Job, chosen: Method, table: Table) -> dict[str, Any]:
+    """The method's options, and what it chose, as they took effect on a table."""
+    parts, unit = chosen.progress(table)
     options = effective_options(job.method, job.called)
     if options.get("blocks", 0) is None:
         options["blocks"] = parts
     if options.get("window", 0) is None:
-        options["window"] = job.method.width(table)
-    window = options.get("window", job.method.width(table))
+        options["window"] = chosen.width(table)
+    window = options.get("window", chosen.width(table))
     return {"tolerance": job.method.tolerance, "window": window, "parts": parts, "unit": unit, "method_options": options}
 
 
@@ -170,19 +171,24 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
         model, max_rows=request.max_rows, device=job.device, dtype=job.dtype, mesh=job.ranks, devices=job.devices
     )
     batched = Batched(model=model, table=table, evaluator=evaluator, job=job, console=console)
-    method = job.method
+    method = chosen = job.method
     if isinstance(method, Chooses):
         batched.warm_up(1)
         method = method.for_model(evaluator, table, noise_of(request.noise, job.seeds, model, evaluator))
         job = dataclasses.replace(job, method=method)
-    edges = method.edges(table)
-    batched.warm_up(method.width(table))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            chosen = method.chosen(table, len(job.seeds)) if isinstance(method, Chooses) else method
+        for one in said:
+            console.print(f"warning: {one.message}", soft_wrap=True, markup=False)
+    edges = chosen.edges(table)
+    batched.warm_up(chosen.width(table))
     if job.notice:
         console.print(job.notice, soft_wrap=True, markup=False)
     previews = None if request.previews is None else previews_into(Path(request.previews), console)
     solution, seconds = batched.run(request.method, method, job.deadline, previews)
     plain = batched.run("sequential", method.reference()) if request.compare else None
-    heading = Heading(arguments=request.to_json(), effective=effective(job, table), environment=environment(job.device))
+    heading = Heading(arguments=request.to_json(), effective=effective(job, chosen, table), environment=environment(job.device))
     result = report(heading, solution, seconds, job.seeds, plain)
     chain = f"{request.sampler}, {request.steps} steps"
     writers: list[Writer] = [lambda folder: plots.grid(solution.sample).save(folder / "samples.png", format="PNG")]

@@ -94,7 +94,9 @@ class AutoMethod(ChainMethod, Wish, Face):
         if isinstance(evaluate, Evaluator) and isinstance(evaluate.bound.crew, Sharded):
             return self.on_ranks(evaluate.bound.crew.ranks.size)
         if self.known is not None and self.known.evaluator is evaluate:
-            return dataclasses.replace(self, begun=begun)
+            again = dataclasses.replace(self, begun=begun)
+            object.__setattr__(again, "_kept", vars(self).get("_kept", (None, {})))
+            return again
         short = table.steps <= SHORTEST and self.deadline is None
         if self.plan is not None or not isinstance(evaluate, Evaluator) or short or self.objective == "memory":
             return dataclasses.replace(self, begun=begun)
