@@ -7,6 +7,8 @@ a few calls, on networks that cost next to nothing: what is left is the bookkeep
 
     python benchmarks/audit.py --quick
     python benchmarks/audit.py --json benchmarks/results/audit.json
+
+The second one also writes the table of docs/pipelines.md.
 """
 
 from __future__ import annotations
@@ -66,6 +68,30 @@ def measure(name: str, repeats: int) -> Row:
     }
 
 
+TITLES = (
+    "pipeline",
+    "executor",
+    "steps",
+    "passes, without the audit",
+    "network checks",
+    "rows, without both",
+    "ms a call, without both",
+)
+HEAD = f"| {' | '.join(TITLES)} |"
+PAGE, JSON = ROOT / "docs/pipelines.md", ROOT / "benchmarks/results/audit.json"
+
+
+def with_table(page: str, rows: list[Row]) -> str:
+    """The page with the table of these rows."""
+    before, _, rest = page.partition(HEAD)
+    lines = [HEAD, "|" + "---|" * len(TITLES)]
+    for row in rows:
+        pairs = [f"{row[name]:.0f}, {row[name + '_before']:.0f}" for name in ("passes", "rows", "ms")]
+        cells = [row["pipeline"], row["executor"], row["steps"], pairs[0], row["checks"], *pairs[1:]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return before + "\n".join(lines) + "\n\n" + rest.partition("\n\n")[2]
+
+
 def main() -> None:
     given = options(__doc__, PIPELINES)
     warnings.simplefilter("ignore")
@@ -74,6 +100,8 @@ def main() -> None:
         results.drop([row for row in results.rows if row["pipeline"] != name])
         results.add(measure(name, 2 if given.quick else 5))
     results.save()
+    if given.json is not None and given.json.resolve() == JSON:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), results.rows), encoding="utf-8")
     show(results.rows, COLUMNS)
 
 
