@@ -6,6 +6,9 @@ GPUs do not. The chain is that of DDPM. The ideal is that of the rounds: all row
 rounds, of the rank that has most of them. Both clocks are whole: noise, solver, exchanges and the check of rows are in them;
 the start of processes, and the handshake of the first round, which an untimed run makes, are not.
 
+Every rank repeats the solver's own work: on a box of GPUs on a core of its own, here on as many cores as there are. `own_core`
+is the share of the ideal that ranks with a core each reach, by the seconds that calls sleep and those of one rank's processor.
+
     python benchmarks/ranks.py --json benchmarks/results/ranks.json
     python benchmarks/ranks.py --json benchmarks/results/ranks.json --row 200 --methods collocation
 """
@@ -54,7 +57,10 @@ counts: list[int] = []
 def measured(row: float, steps: int, repeats: int, names: list[str], ranks: Ranks | None) -> dict[str, Any]:
     """Seconds of runs, the median, and the rows of each round, by method; of those whose names begin so."""
 
+    slept = [0.0]
+
     def network(x: Tensor, t: Tensor) -> Tensor:
+        slept[0] += row * len(x)
         time.sleep(row * len(x))
         return 0.9 * x
 
@@ -63,14 +69,22 @@ def measured(row: float, steps: int, repeats: int, names: list[str], ranks: Rank
         if not name.startswith(tuple(names)):
             continue
         evaluator = Counted(network, mesh=ranks)
-        seconds, checked = [], 0
+        seconds, own, checked = [], [], 0
         for _ in range(repeats + 1):
             counts.clear()
-            begin = time.perf_counter()
+            slept[0] = 0.0
+            begin, processor = time.perf_counter(), time.process_time()
             solution = sample(evaluator, table, noise, method())
             seconds.append(time.perf_counter() - begin)
+            own.append(time.process_time() - processor)
             checked = solution.checked_rows
-        found[name] = {"seconds": statistics.median(seconds[1:]), "rounds": list(counts), "checked_rows": checked}
+        found[name] = {
+            "seconds": statistics.median(seconds[1:]),
+            "slept": slept[0],
+            "processor": statistics.median(own[1:]),
+            "rounds": list(counts),
+            "checked_rows": checked,
+        }
     return found
 
 
@@ -104,7 +118,7 @@ def main() -> None:
     kept = json.loads(given.json.read_text())["runs"] if given.json and given.json.is_file() else []
     kept = [run for run in kept if (run.get("row_ms"), run["method"]) not in {(given.row, name) for name in alone}]
     result: dict[str, Any] = {"environment": environment(), "steps": given.steps, "runs": [v for v in kept if "row_ms" in v]}
-    print(f"{'method':24} {'ranks':>5} {'rounds':>6} {'seconds':>8} {'speed-up':>8} {'ideal':>6} {'share':>6}")
+    print(f"{'method':24} {'ranks':>5} {'rounds':>6} {'seconds':>8} {'speed-up':>8} {'ideal':>6} {'share':>6} {'own core':>8}")
     for size in given.ranks:
         options = ["--worker", "--row", str(given.row), "--steps", str(given.steps), "--repeats", str(given.repeats)]
         options += ["--methods", *given.methods]
@@ -117,6 +131,7 @@ def main() -> None:
             assert one["rounds"] == before["rounds"], "the rounds of ranks are those of one process"
             ideal = sum(one["rounds"]) / sum(-(-rows // size) for rows in one["rounds"])
             speedup = before["seconds"] / one["seconds"]
+            own_core = (before["slept"] + before["processor"]) / (one["slept"] + one["processor"]) / ideal
             result["runs"].append(
                 {
                     "method": name,
@@ -130,11 +145,14 @@ def main() -> None:
                     "speedup": round(speedup, 3),
                     "ideal": round(ideal, 3),
                     "share_of_ideal": round(speedup / ideal, 3),
+                    "processor_alone": round(before["processor"], 4),
+                    "processor": round(one["processor"], 4),
+                    "own_core": round(own_core, 3),
                 }
             )
             print(
                 f"{name:24} {size:5} {len(one['rounds']):6} {one['seconds']:8.2f} {speedup:7.2f}x {ideal:5.2f}x "
-                f"{speedup / ideal:6.0%}"
+                f"{speedup / ideal:6.0%} {own_core:8.0%}"
             )
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
