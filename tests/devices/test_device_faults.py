@@ -117,7 +117,8 @@ def test_the_window_of_times_left_on_the_cpu_is_found(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(batched_call, "beside", lambda window, device: window)
     pipe = CASES["ddpm"].make().to("pseudo")
-    with paradiff.parallelize(pipe, executor="vector"), pytest.raises(RuntimeWarning, match="called sequentially"):
+    run = paradiff.parallelize(pipe, paradiff.parasolver(), executor="vector")
+    with run, pytest.raises(RuntimeWarning, match="called sequentially"):
         CASES["ddpm"].run(pipe)
 
 
