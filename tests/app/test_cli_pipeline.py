@@ -28,8 +28,8 @@ from paradiff.app.media import read_output
 from paradiff.app.plots import grid
 from paradiff.methods.presets import parasolver, srds
 from paradiff.models.pipeline import load_pipeline, set_sampler
-from paradiff.pipelines import call as call_of
 from paradiff.pipelines.explanation import explain
+from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.run import Run, parallelize
 
 pytestmark = [
@@ -40,7 +40,7 @@ pytestmark = [
 
 CALL: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 10, "width": 16, "height": 16}
 PLAIN = ("--prompt", "a cat", "--steps", 10, "--size", "16x16", "--device", "cpu")
-TIGHT = ("--tolerance", 1e-5, "-m", "slope=freeze-epsilon")
+TIGHT = ("--method", "parasolver", "--tolerance", 1e-5, "-m", "slope=freeze-epsilon")
 """A network of random weights answers to the state little, so that its frozen output converges fast."""
 
 Saved = Callable[[str], Path]
@@ -152,7 +152,23 @@ def test_a_deadline_ends_each_call_and_says_so(cli: Cli, saved: Saved, tmp_path:
 
 
 def test_the_measured_error_is_that_of_the_pictures(cli: Cli, saved: Saved, tmp_path: Path) -> None:
-    assert cli("sample", saved("sd"), *PLAIN, "--tolerance", 5, "--seeds", 4, "--compare", "--out", tmp_path / "out").code == 0
+    assert (
+        cli(
+            "sample",
+            saved("sd"),
+            *PLAIN,
+            "--method",
+            "parasolver",
+            "--tolerance",
+            5,
+            "--seeds",
+            4,
+            "--compare",
+            "--out",
+            tmp_path / "out",
+        ).code
+        == 0
+    )
     pipeline = load_pipeline(str(saved("sd")))
     pipeline.set_progress_bar_config(disable=True)
 
@@ -295,7 +311,7 @@ def test_sound_is_written_as_a_wave_file(cli: Cli, saved: Saved, tmp_path: Path)
 def test_a_sequential_call_is_said_to_be_one(
     compare: bool, cli: Cli, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(call_of, "obstacles", lambda _: ["the moon is full"])
+    monkeypatch.setattr(Host, "obstacles", lambda _: ["the moon is full"])
     options = (*PLAIN, "--seeds", "0-1", "--trace", *["--compare"] * compare)
     result = cli("sample", saved("sd"), *options, "--out", tmp_path / "out")
     assert (result.code, result.err) == (0, "")
@@ -507,7 +523,7 @@ def test_a_hub_id_is_not_fetched_before_the_options_are_right(
 
 
 def test_explain_prints_what_the_library_finds(cli: Cli, saved: Saved, tiny: Path) -> None:
-    result = cli("explain", saved("sd"), "--steps", 20, "--sampler", "ddpm", "--window", 8)
+    result = cli("explain", saved("sd"), "--steps", 20, "--sampler", "ddpm", "--method", "parasolver", "--window", 8)
     assert (result.code, result.err) == (0, "")
     pipeline = load_pipeline(str(saved("sd")))
     set_sampler(pipeline, "ddpm")
@@ -546,7 +562,7 @@ def test_explain_says_what_is_refused_and_ends_well(cli: Cli, saved: Saved, monk
         "--steps 2000": "num_inference_steps is 2000, which the DDIMScheduler cannot make",
         "--sampler eulr": "did you mean 'euler'?",
         "--sampler euler --eta 1": "eta was given, but the scheduler, a EulerDiscreteScheduler, has no eta",
-        "--steps 10 --window 11": "the window is 11; the chain has 10 sub-intervals",
+        "--steps 10 --method parasolver --window 11": "the window is 11; the chain has 10 sub-intervals",
         "--method nothing": "method is 'nothing'; it must be one of",
         "--method srds -m block=3": "did you mean 'blocks'?",
         "--method sequential --window 2": "--window was given, but method 'sequential' has no option 'window'; it",

@@ -157,8 +157,10 @@ def _by_name(method: Method, table: Table, notes: list[str]) -> Method:
     notes.append(f"without measurements the choice is {method.reason(table)}; `paradiff plan` makes them")
     if not isinstance(chosen, AdaptiveMethod):
         return chosen
-    notes.append("the rounds are those of parasolver, with the whole chain in its window")
-    return parasolver(tolerance=method.tolerance)
+    window = getattr(method, "window", None)
+    found = parasolver(None if window is None else min(window, table.steps), method.tolerance)
+    notes.append(f"the rounds are those of {found!r}")
+    return found
 
 
 def default_steps(host: Host) -> int:
