@@ -41,6 +41,10 @@ class Edited(Unsupported):
     """The loop changes its states between steps, which the method that was chosen for it cannot follow."""
 
 
+class ChosenPlain(Unsupported):
+    """The plain call was chosen for a loop, for the reason in the text."""
+
+
 class RanksFailed(Exception):
     """The end of a run on several ranks: one of them died, hangs, failed, or disagrees with the others. The text is a sentence
     that names it."""

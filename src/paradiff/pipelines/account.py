@@ -91,8 +91,13 @@ class Account:
             history=solution.history,
         )
 
-    def sequential(self) -> Report:
-        """The report of a call that was made as the plain one."""
+    def sequential(self, chosen: str | None = None) -> Report:
+        """The report of a call that was made as the plain one.
+
+        Args:
+            chosen: Why it was chosen; None where it was not.
+        """
+        told = Status.SEQUENTIAL.message("the plain call")
         pipeline, scheduler, method = self._names
         return Report(
             pipeline=pipeline,
@@ -116,7 +121,7 @@ class Account:
             seconds=time.perf_counter() - self._begin,
             network_seconds=0.0,
             status=Status.SEQUENTIAL,
-            message=Status.SEQUENTIAL.message("the plain call"),
+            message=told if chosen is None else f"{told}; chosen: {chosen}",
             error_estimate=None,
             warnings=list(self.notes),
             history=[],

@@ -17,7 +17,17 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from paradiff.errors import Edited, MixedWindows, NeedsLanes, NeedsOrder, NotHere, NotWalked, RanksFailed, Unsupported
+from paradiff.errors import (
+    ChosenPlain,
+    Edited,
+    MixedWindows,
+    NeedsLanes,
+    NeedsOrder,
+    NotHere,
+    NotWalked,
+    RanksFailed,
+    Unsupported,
+)
 from paradiff.models.absent import is_absent
 from paradiff.pipelines.account import Account
 from paradiff.pipelines.executors.bars import one_bar
@@ -86,6 +96,9 @@ class Call:
     def made(self) -> tuple[Any, Report]:
         """Makes the call; what it returns, and its report."""
         account, settings = self._account, self._settings
+        known = self._known if settings.observer is None else None
+        if known is not None and (reason := known.plain(settings.method)) is not None:
+            return self._plainly(reason)
         executors = self._executors()
         callback = Callback.of(self._host.owner, self._arguments, self._kind)
         beginning = Beginning(self._host, self._arguments) if executors else None
@@ -105,6 +118,12 @@ class Call:
                 error = batching.refused or met_error
                 if isinstance(error, RanksFailed | NotHere):
                     raise
+                if isinstance(error, ChosenPlain):
+                    assert beginning is not None
+                    beginning.restore()
+                    if self._known is not None:
+                        self._known.keep_plain(settings.method, str(error))
+                    return self._plainly(str(error))
                 own = users_error(callback, observer)
                 if (own is error and not isinstance(own, Unsupported)) or is_refusal(error):
                     raise
@@ -160,6 +179,11 @@ class Call:
         if met:  # An error that the plain call meets too is the user's, and is not warned of beside.
             warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
         return result, account.sequential()
+
+    def _plainly(self, reason: str) -> tuple[Any, Report]:
+        """The plain call, which was chosen."""
+        result = self._by_first(functools.partial(self._host.call, self._host.owner, **self._arguments))
+        return result, self._account.sequential(reason)
 
     def _plain_beside(self, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> tuple[Any, str | None]:
         """What the plain call returns, and a clause if its sample is not the parallel call's."""

@@ -47,6 +47,13 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value))
 
 
+_PLAIN: dict[tuple[str, str], tuple[str, int]] = {}  # calls for which the plain one was chosen: why, and for how many more
+CALLS = 20
+"""Calls after which the choice is made anew: what a machine does beside may have slowed a window down."""
+MOST = 64
+"""Calls that are kept as plain ones."""
+
+
 class CallKnown:
     """What is known of one call. Objects are compared by identity.
 
@@ -60,8 +67,26 @@ class CallKnown:
 
     def __init__(self, host: Host, given: Mapping[str, Any]) -> None:
         self.key = call_key(host, given)
+        self._call = digest(self.key, type(host.scheduler).__qualname__, {k: repr(given[k]) for k in STEPS if k in given})
         self._device, self._facts = host.device, machine_facts(host.device)
         self._found: Known | None = None
+
+    def plain(self, method: object) -> str | None:
+        """Why the plain call is chosen; None where it is not known to be.
+
+        Args:
+            method: The method that chooses.
+        """
+        reason, left = _PLAIN.get((self._call, repr(method)), (None, 0))
+        if reason is not None:
+            _PLAIN[self._call, repr(method)] = (reason, left - 1)
+        return reason if left > 0 else None
+
+    def keep_plain(self, method: object, reason: str) -> None:
+        """Keeps that the plain call was chosen, for the next `CALLS` calls of this process."""
+        while len(_PLAIN) >= MOST:
+            del _PLAIN[next(iter(_PLAIN))]
+        _PLAIN[self._call, repr(method)] = (reason, CALLS)
 
     def curve(self) -> tuple[LatencyCurve | None, list[str]]:
         """The stored curve, and a sentence where one was left out."""

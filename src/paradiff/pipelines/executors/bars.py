@@ -37,6 +37,6 @@ def one_bar() -> Iterator[None]:
         yield
     finally:
         with _LOCK:
-            init = _real.pop()
+            own = _real.pop()
             if not _real:
-                tqdm.__init__ = init
+                tqdm.__init__ = own

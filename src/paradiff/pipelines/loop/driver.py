@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.errors import Edited, Unsupported, is_whole
+from paradiff.errors import ChosenPlain, Edited, Unsupported, is_whole
+from paradiff.methods.adaptive.method import AdaptiveMethod
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
@@ -32,6 +33,10 @@ from paradiff.solver.loop import Rounds, solve
 from paradiff.solver.protocol import Batch, Chooses, EditedOutputs, Method, Observer, Round
 from paradiff.solver.solution import Solution
 
+GIVEN_UP = 0.25
+"""The part of the chain, at most, at whose end a run is given up for the plain call."""
+PLAIN = "sequential"
+"""The name of the method that makes the chain's own steps."""
 HALF = (torch.float16, torch.bfloat16)
 STOCHASTIC_ROUNDING, DETERMINISTIC_ROUNDING = 3.0, 10.0
 """Smallest tolerance, in units of the relative precision of a network of these dtypes, on either kind of chain: rounding moves
@@ -147,6 +152,7 @@ class LoopSolver:
         self.interrupt, self.interrupted, self.ended = interrupt, False, -1
         self.method, self._dtype, self._callback, self._observer = method, dtype, callback, observer
         self.started = self.done = False
+        self._walked, self._tried = 0, False  # passes of one state, one after the other; whether one had several
         self.passes = self.rows = 0
         self.solution: Solution | None = None
         self.times: list[tuple[int, float]] = []
@@ -168,6 +174,7 @@ class LoopSolver:
             own: Passes that are to be the pipeline's own, one after the other; a window opens after them.
 
         Raises:
+            ChosenPlain: If the plain loop was chosen, and nobody looks at its rounds.
             Unsupported: If the chain has no table, or the loop hands something on in variables.
             ValueError: If the method does not fit the table.
         """
@@ -184,6 +191,8 @@ class LoopSolver:
         plain = dataclasses.replace(self.table, scale=torch.ones_like(self.table.scale))
         if isinstance(self.fitted, WindowMethod) and self.fitted.warmup and self.fitted.stride == 1:
             self.fitted = dataclasses.replace(self.fitted, warmup=min(max(self.fitted.warmup, own), self.table.steps))
+        if isinstance(self.method, Chooses) and self.chosen.name == PLAIN and self._callback is None and self._observer is None:
+            raise ChosenPlain(self.method.reason(self.table))
         self.width = self.fitted.width(self.table)
         self._repeat = repeat if self.width > 1 else 0
         self._solver = solve(
@@ -249,6 +258,7 @@ class LoopSolver:
         nodes, handed, outputs, states, same = self.nodes[:own], handed[:own], outputs[:own], states[:own], same[:own]
         self._last = nodes, outputs, states
         self._choose(handed)
+        self._give_up(own)
         edited = None
         if not unedited:
             if self._callback is not None:
@@ -261,6 +271,24 @@ class LoopSolver:
             places = self._places.to(states.device, non_blocking=True)
             edited = torch.where(same, self._batch.x[places], states.to(self._dtype))
         self._send(outputs.to(self._dtype), edited)
+
+    def _give_up(self, states: int) -> None:
+        """Ends a run early that a window was tried in for nothing, since its single steps cost more than the plain loop's.
+
+        Args:
+            states: Those of this pass, repeated ones left out.
+
+        Raises:
+            ChosenPlain: If the run is at its beginning, and nobody looks at its rounds.
+        """
+        self._tried |= states > 1
+        self._walked = self._walked + 1 if states == 1 else 0
+        unseen = self._callback is None and self._observer is None and isinstance(self.method, Chooses)
+        early = int(self._last[0].max()) <= GIVEN_UP * self.table.steps
+        if unseen and early and self._tried and self._walked == 2 and isinstance(self.fitted, AdaptiveMethod):
+            raise ChosenPlain(
+                f"sequential(), since a window was tried for {self.passes} passes and did not pay on this machine"
+            )
 
     def _observe(self, round: Round) -> bool | None:
         """Shows the observer a round, and asks for the end of an interrupted run."""
