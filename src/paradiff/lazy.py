@@ -24,6 +24,7 @@ EXTRAS = {
     "imageio_ffmpeg": "video",
     "matplotlib": "plots",
     "rich": "cli",
+    "safetensors": "pipelines",
     "soundfile": "sound",
     "transformers": "text",
     "typer": "cli",

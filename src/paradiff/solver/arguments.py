@@ -5,6 +5,7 @@ solver that are no query, no norms or no record."""
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -12,8 +13,13 @@ from torch import Tensor
 
 from paradiff.chain.table import Table
 from paradiff.errors import require_whole, shown
-from paradiff.solver.protocol import EditedOutputs, Evaluate, Method, Query
+from paradiff.solver.protocol import EditedOutputs, Evaluate, Method, Query, Remembers
 from paradiff.solver.records import Record
+from paradiff.solver.solution import Solution
+from paradiff.solver.trajectory import Trajectory, require_trajectory
+
+Start = Tensor | Solution | Trajectory | str | Path | None
+"""States at node 0, or what to begin from."""
 
 NOISE = ("samples", "shape", "start", "draw")
 METHOD = ("name", "tolerance", "dense_output", "solves_chain", "follows_edits")
@@ -107,6 +113,53 @@ def require_start(table: Table, start: Any, shape: tuple[int, ...]) -> None:
             f"table {table.name!r} begins at node {table.first} of its chain, where the states are not noise alone; give them: "
             f"start=, a tensor of shape {shape}"
         )
+
+
+def begun(start: Any, trajectory: Any) -> tuple[Any, Trajectory | None]:
+    """States at node 0 and a trajectory, from what `start` and `trajectory` were given.
+
+    Raises:
+        ValueError: If a solution has no trajectory, a file holds none, or two are given.
+    """
+    found = None
+    if isinstance(start, Solution):
+        if start.trajectory is None:
+            raise ValueError(
+                "start is a solution whose trajectory was not kept; give keep_trajectory=True to the run that it comes from"
+            )
+        found = start.trajectory
+    elif isinstance(start, Trajectory):
+        found = start
+    elif isinstance(start, str | Path):
+        found = Trajectory.load(start)
+    if trajectory is not None and not isinstance(trajectory, Trajectory):
+        raise ValueError(f"trajectory is {shown(trajectory)}; give a Trajectory, such as a solution's, or None")
+    if found is None:
+        return start, trajectory
+    if trajectory is not None:
+        raise ValueError("start and trajectory are both trajectories; give one")
+    return None, found
+
+
+def require_warm(method: Any, trajectory: Trajectory | None, table: Table, noise: Any, keep: Any) -> None:
+    """Refuses a trajectory that does not fit, and a method that cannot begin from one, or keep its own.
+
+    Raises:
+        ValueError: Then.
+    """
+    if not isinstance(keep, bool):
+        raise ValueError(f"keep_trajectory is {shown(keep)}; give True or False")
+    if keep and not isinstance(method, Remembers):
+        raise ValueError(f"{method.name} keeps no trajectory; use quasi_newton, parasolver or collocation")
+    if trajectory is None:
+        return
+    why = method.cannot_begin() if isinstance(method, Remembers) else "it has no use for the states of an earlier run"
+    if why is not None:
+        raise ValueError(
+            f"{method.name} cannot begin from a trajectory: {why}; leave start out, or use quasi_newton, parasolver or "
+            "collocation"
+        )
+    require_trajectory(trajectory, table, noise.samples, noise.shape)
 
 
 def device_of(value: Any) -> torch.device:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from paradiff.chain.table import Table
 from paradiff.errors import shown
 from paradiff.solver.agreement import described
 from paradiff.solver.arguments import (
+    Start,
+    begun,
     device_of,
     evaluates,
     norms_of,
@@ -32,6 +35,7 @@ from paradiff.solver.arguments import (
     require_dtype,
     require_problem,
     require_start,
+    require_warm,
 )
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.judge import Judge
@@ -43,6 +47,7 @@ from paradiff.solver.protocol import (
     Estimates,
     Evaluate,
     Explains,
+    Kept,
     March,
     Marched,
     Marches,
@@ -52,11 +57,13 @@ from paradiff.solver.protocol import (
     Problem,
     Round,
     Run,
+    Solver,
 )
 from paradiff.solver.records import Record
 from paradiff.solver.row_check import Check, RowCheck
 from paradiff.solver.seen import Look
 from paradiff.solver.solution import Solution, Status
+from paradiff.solver.trajectory import Trajectory, trajectory_of
 
 UNCHECKED = "not checked: that the model's output for a row depends on that row alone"
 IDLE = 100_000  # rounds beyond the chain's steps without the end of a sweep: no stride and no corrector in use has so many
@@ -68,13 +75,15 @@ def solve(
     noise: Noise,
     method: Method,
     *,
-    start: Tensor | None = None,
+    start: Start = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     observer: Observer | None = None,
     shared_window: bool = False,
     on_final: OnFinal | None = None,
     resolution: float | None = None,
+    trajectory: Trajectory | None = None,
+    keep_trajectory: bool = False,
 ) -> Rounds:
     """Solves all samples of `noise`; yields batches of rows and is sent the network's outputs.
 
@@ -82,7 +91,8 @@ def solve(
         table: The sampler.
         noise: x[0] and the noises of every sample.
         method: The method (`paradiff.methods`).
-        start: `[B, ...]` states at node 0 to use instead of the noise's.
+        start: `[B, ...]` states at node 0 to use instead of the noise's; or what to begin from: a solution of a run on this
+            table that kept its trajectory, the trajectory, or the path of its file (docs/warm_starts.md).
         device: Where states live.
         dtype: Dtype of states, float32 or float64.
         observer: Called after each round; it may ask the run to stop.
@@ -90,13 +100,16 @@ def solve(
         on_final: Called with the states of every stretch of nodes that became final, in order; for one sample, and methods with
             dense output.
         resolution: Relative precision of the network's outputs; that of the states by default.
+        trajectory: A trajectory to begin from, beside a `start` of states at node 0.
+        keep_trajectory: Whether `Solution.trajectory` is kept: the state of every node that the method evaluates.
 
     Returns:
         The solution, as the generator's value.
 
     Raises:
         ValueError: If an argument is of another kind, the method does not fit the table, `start` does not fit the noise,
-            `dtype` is neither float32 nor float64, the model returns NaN or infinity where the sequential chain would meet it
+            `dtype` is neither float32 nor float64, a trajectory is of another table or shape, or the method cannot begin from
+            one or keep one, the model returns NaN or infinity where the sequential chain would meet it
             too, or states were changed under a method that cannot follow that.
     """
     begin = time.perf_counter()
@@ -108,7 +121,9 @@ def solve(
         raise ValueError(
             f"{method.name} keeps the states of a few nodes only, and cannot tell those of every node; use parasolver"
         )
+    start, trajectory = begun(start, trajectory)
     require_start(table, start, (noise.samples, *noise.shape))
+    require_warm(method, trajectory, table, noise, keep_trajectory)
     require_callable("on_final", on_final, "a function of a fine node and states")
     problem = Problem(
         table=table,
@@ -119,6 +134,8 @@ def solve(
         shared_window=shared_window,
         resolution=resolution,
         on_final=on_final,
+        trajectory=trajectory,
+        keep=keep_trajectory,
     )
     return _at_home(_rounds(problem, method, observer, begin))
 
@@ -139,7 +156,7 @@ def _at_home(rounds: Rounds) -> Rounds:
 def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: float) -> Rounds:
     """The loop of `solve`, which knows no method by name."""
     run = method.prepare(problem)
-    march = run.march() if observer is None and isinstance(run, Marches) else None
+    march = run.march() if observer is None and not problem.keep and isinstance(run, Marches) else None
     if march is not None:
         return (yield from _in_step(run, march, begin))
     solvers = [run.solver(k) for k in range(problem.noise.samples)]
@@ -209,7 +226,16 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         error_estimates=estimates,
         history=history,
         cut=stopped,
+        trajectory=_kept(problem, solvers) if problem.keep else None,
     )
+
+
+def _kept(problem: Problem, solvers: Sequence[Solver[Any]]) -> Trajectory:
+    """The trajectory of a run."""
+    parts = [solver.part() for solver in solvers if isinstance(solver, Kept)]
+    assert len(parts) == len(solvers), "the methods that say that they remember have solvers that do"
+    shape = problem.noise.shape if problem.start is None else tuple(problem.start.shape[1:])
+    return trajectory_of(problem.table, shape, parts)
 
 
 def _in_step(run: Run, march: March, begin: float) -> Rounds:
@@ -292,10 +318,12 @@ def sample(
     noise: Noise,
     method: Method,
     *,
-    start: Tensor | None = None,
+    start: Start = None,
     dtype: torch.dtype = torch.float32,
     observer: Observer | None = None,
     check: Check = "first",
+    trajectory: Trajectory | None = None,
+    keep_trajectory: bool = False,
 ) -> Solution:
     """Samples with one model: drives `solve` with an evaluator, on one device or on several ranks.
 
@@ -305,13 +333,16 @@ def sample(
         table: The sampler.
         noise: x[0] and the noises of every sample.
         method: The method (`paradiff.methods`).
-        start: `[B, ...]` states at node 0 to use instead of the noise's.
+        start: `[B, ...]` states at node 0 to use instead of the noise's; or what to begin from: a solution of a run on this
+            table that kept its trajectory, the trajectory, or the path of its file (docs/warm_starts.md).
         dtype: Dtype of states, float32 or float64.
         observer: Called after each round; it may ask the run to stop.
         check: Which rounds have rows evaluated again and compared, as `drive` has it: `first`, `every` or `off`. With `first`,
             a model that passed in a run of the same kind in this process, and was not changed since, has two rows evaluated
             again (seen.py). With `every` the plain loop is walked, too, twice, and its samples are compared with those of the
             run.
+        trajectory: A trajectory to begin from, beside a `start` of states at node 0.
+        keep_trajectory: Whether `Solution.trajectory` is kept: the state of every node that the method evaluates.
 
     Raises:
         ValueError: As `solve`, `Evaluator` and `drive` do.
@@ -319,16 +350,27 @@ def sample(
     """
     evaluate = denoiser if evaluates(denoiser) else Evaluator(denoiser)
     require_problem(table, noise, method)
+    start, trajectory = begun(start, trajectory)
     require_dtype(evaluate.dtype)
     _refuse_other_lengths(evaluate, noise)
     if isinstance(evaluate, Evaluator):
         arguments = {"table": table, "noise": noise, "method": method, "start": start, "dtype of states": dtype}
+        arguments |= {"trajectory": trajectory}
         evaluate.begin(arguments, method.width(table) * noise.samples)
     if isinstance(method, Chooses):
         method = method.for_model(evaluate, table, noise)
     resolution = None if evaluate.dtype is None else torch.finfo(evaluate.dtype).eps
     rounds = solve(
-        table, noise, method, start=start, device=evaluate.device, dtype=dtype, observer=observer, resolution=resolution
+        table,
+        noise,
+        method,
+        start=start,
+        device=evaluate.device,
+        dtype=dtype,
+        observer=observer,
+        resolution=resolution,
+        trajectory=trajectory,
+        keep_trajectory=keep_trajectory,
     )
     look = None
     if check == "first" and type(evaluate) is Evaluator:

@@ -26,6 +26,7 @@ from paradiff.chain.table import Table
 from paradiff.errors import require_real, shown
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorEstimate, Status
+from paradiff.solver.trajectory import Part, Trajectory
 
 OnFinal = Callable[[int, Tensor], None]
 """Called with the fine node of the first of some states that became final, and these states, `[n, ...]`."""
@@ -46,6 +47,8 @@ class Problem:
         resolution: Relative precision of the network's outputs; that of the states by default.
         on_final: Called with every stretch of nodes that became final, in order; for one sample, and methods that keep the
             states of all nodes.
+        trajectory: That of an earlier run on the table, from which the samples begin; None for none.
+        keep: Whether the run's own trajectory is kept.
 
     Raises:
         ValueError: If `dtype` is neither float32 nor float64, another value is of another kind, or `on_final` is given with
@@ -60,6 +63,8 @@ class Problem:
     shared_window: bool = False
     resolution: float | None = None
     on_final: OnFinal | None = None
+    trajectory: Trajectory | None = None
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float64):
@@ -79,6 +84,10 @@ class Problem:
     def start_of(self, sample: int) -> Tensor | None:
         """The given state of one sample at node 0; None for the noise's."""
         return None if self.start is None else self.start[sample]
+
+    def part_of(self, sample: int) -> Part | None:
+        """The trajectory that one sample begins from; None for none."""
+        return None if self.trajectory is None else self.trajectory.parts[sample]
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,6 +316,24 @@ class Chooses(Protocol):
 
     def observing(self, observer: Observer | None) -> Observer | None:
         """What observes a run: the caller's observer, and what the method itself watches; None for nothing."""
+        ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A method whose runs keep their trajectories, and may begin from one."""
+
+    def cannot_begin(self) -> str | None:
+        """Why it cannot begin from a trajectory, a clause; None where it can."""
+        ...
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """A solver that kept its trajectory."""
+
+    def part(self) -> Part:
+        """The trajectory of its sample."""
         ...
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paradiff.solver.records import Record
+from paradiff.solver.trajectory import Trajectory
 
 
 class Status(Enum):
@@ -88,6 +89,7 @@ class Solution:
         checked_rows: Rows that were evaluated again to check the model (row_check.py); they are in none of the counts above,
             and in the seconds.
         cut: Whether an observer ended the run.
+        trajectory: The states of all samples and what the network said of them, where the run was asked to keep them.
     """
 
     sample: Tensor
@@ -100,6 +102,7 @@ class Solution:
     history: list[Record]
     checked_rows: int = 0
     cut: bool = False
+    trajectory: Trajectory | None = None
 
     @property
     def residual(self) -> float:

@@ -18,7 +18,7 @@ from paradiff.methods.adaptive.solver import AdaptiveSolver
 from paradiff.methods.window.method import WindowMethod
 from paradiff.methods.window.run import WindowRun
 from paradiff.methods.window.setup import WindowSetup
-from paradiff.methods.window.solver import WindowSolver
+from paradiff.methods.window.solver import window_of
 from paradiff.solver.protocol import Problem
 from paradiff.solver.solution import ErrorEstimate, Status
 
@@ -73,7 +73,7 @@ class AdaptiveRun:
     def solver(self, sample: int) -> AdaptiveSolver:
         """The solver of one sample."""
         problem = self._problem
-        window = WindowSolver(self._setup, problem.noise, sample, problem.start_of(sample), problem.on_final)
+        window = window_of(self._setup, problem, sample)
         return AdaptiveSolver(window, self._clock)
 
     def status(self, estimates: Sequence[ErrorEstimate]) -> tuple[Status, str]:

@@ -298,6 +298,10 @@ class CollocationControl:
             the window method solves from its first round. With 1, one of 8 samples of the digits network, DDPM 100, erred by
             0.06 at tolerance 4e-3. Raising it sweeps more.
         handover_secants: Secant pairs a node of the window method that takes over. Raising it costs memory.
+        all_nodes: Nodes of a chain up to which all are evaluated where the forcings' difference to an earlier run is sought.
+        near: How far a number of a state may be from an earlier run's, as a multiple of the node's noise level, positive, for
+            that run's evaluation to count as one there; farther off, it counts as one of the state itself. Raising it trusts
+            earlier secant pairs over longer ways.
         handover_window: Its window where the caller gives no bound: over the whole chain, every sweep would evaluate every
             node. Raising it takes fewer rounds and more evaluations.
         mesh: Where mesh points go.
@@ -336,6 +340,8 @@ class CollocationControl:
     most_volatility: float = 4.0
     unseen_amplification: float = 8.0
     handover_secants: int = 1
+    all_nodes: int = 128
+    near: float = 0.3
     handover_window: int = 32
     mesh: MeshControl = field(default_factory=MeshControl)
     store: StoreControl
@@ -345,10 +351,11 @@ class CollocationControl:
     def __post_init__(self) -> None:
         require_between("order", self.order, 0, 8)
         wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
-        wholes |= {"handover_secants": 0, "handover_window": 1}
+        wholes |= {"handover_secants": 0, "handover_window": 1, "all_nodes": 1}
         for name, least in wholes.items():
             require_whole(name, getattr(self, name), least)
         for name in (
+            "near",
             "reference_tolerance",
             "variance",
             "iteration_share",
@@ -394,6 +401,21 @@ HIGHER_ORDER = CollocationControl(
     refined_exponent=0.0,
     handover_share=0.5,
     resolved_share=0.5,
+    most_parts=4,
+    store=StoreControl(target=0.4),
+    error=ErrorControl(safety=1.5),
+)
+
+DIFFERENCES = CollocationControl(
+    order=3,
+    nodes=16,
+    extrapolation=0.0,
+    node_exponent=1 / 3,
+    iteration_share=0.3,
+    refined_share=0.5,
+    refined_exponent=0.0,
+    handover_share=1.0,
+    resolved_share=0.75,
     most_parts=4,
     store=StoreControl(target=0.4),
     error=ErrorControl(safety=1.5),

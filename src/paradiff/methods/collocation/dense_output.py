@@ -23,6 +23,7 @@ class DenseOutput:
         noise: The noises.
         sample: The sample.
         move: Moves values to the states' device and dtype.
+        beside: `[N, ...]` the forcings at all nodes that those given are differences to; None for none.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class DenseOutput:
         noise: Noise,
         sample: int,
         move: Callable[[Tensor], Tensor],
+        beside: Tensor | None = None,
     ) -> None:
         self._system, self._forcings, self._points = system, forcings, points
-        self._noise, self._sample, self._move = noise, sample, move
+        self._noise, self._sample, self._move, self._beside = noise, sample, move, beside
 
     def __call__(self, steps: slice) -> tuple[Tensor, Tensor]:
         """`[n, ...]` the states after n steps, and the network's outputs at the nodes where these steps begin."""
@@ -45,6 +47,8 @@ class DenseOutput:
         first = system.points[interval]
         earliest = max(first - table.band + 1, 0)
         forcings = self._times(self._move(system.interpolation[earliest : steps.stop]), self._forcings)
+        if self._beside is not None:
+            forcings = forcings + self._beside[earliest : steps.stop]
         shifted, forced = (self._move(torch.tensor(v[first : steps.stop])) for v in (rec.shifted, rec.forced))
         z = None
         if table.stochastic:

@@ -67,6 +67,24 @@ class Evaluations:
         for n in chosen:
             self.evaluated[n] = self.assigned[n] = True
 
+    def learn(self, chosen: list[int], dx: Tensor, du: Tensor, least: float) -> None:
+        """Takes changes of the states and forcings of the nodes `chosen`, `[R, b, d]`, that an earlier run saw.
+
+        Args:
+            chosen: Numbers of R nodes.
+            dx: The changes of states.
+            du: Those of the forcings.
+            least: Relative size below which a state change makes no secant pair.
+        """
+        if not self.pairs.most:
+            return
+        moved, told = (torch.linalg.vector_norm(v, dim=2) for v in (dx, du))
+        at = uploaded(chosen, dx.device)
+        large = moved > least * torch.linalg.vector_norm(self.states[at], dim=2)
+        observed = torch.where(large, told / moved.clamp(min=1e-300), 0.0).amax(1)
+        self.quotients[at] = torch.maximum(self.quotients[at], observed)
+        self.pairs.observe(chosen, dx, du, large)
+
     def reserve(self, chosen: list[int]) -> None:
         """Makes room for what evaluations of the nodes `chosen` will show, which `observe` may take a few at a time."""
         self.pairs.reserve([chosen[k] for k in self._again(chosen)])

@@ -23,6 +23,7 @@ from paradiff.methods.window.windowed import Windowed
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import WindowRecord
 from paradiff.solver.solution import ErrorEstimate
+from paradiff.solver.trajectory import Part
 
 
 class Handover(Windowed):
@@ -121,10 +122,21 @@ class WindowLoop:
             self._setups[tightening] = WindowSetup(self._table, loop, *self._arithmetic)
         return self._setups[tightening]
 
-    def first(self, noise: Noise, sample: int, start: Tensor | None, reason: str) -> Handover:
-        """Takes a sample over at its first round, whose amplification nothing was seen of."""
+    def first(
+        self, noise: Noise, sample: int, start: Tensor | None, reason: str, *, begin: Part | None = None, keep: bool = False
+    ) -> Handover:
+        """Takes a sample over at its first round, whose amplification nothing was seen of.
+
+        Args:
+            noise: The noises.
+            sample: The sample.
+            start: Its state at node 0; None for the noise's.
+            reason: Why.
+            begin: The trajectory that it begins from; None for none.
+            keep: Whether its own is kept.
+        """
         amplification = self._control.unseen_amplification if self._table.stochastic else 1.0
-        window = WindowSolver(self.setup(amplification), noise, sample, start)
+        window = WindowSolver(self.setup(amplification), noise, sample, start, begin=begin, keep=keep)
         return Handover(window, reason)
 
     def take_over(
@@ -138,6 +150,7 @@ class WindowLoop:
         reason: str | None,
         rounds: int,
         evaluations: int,
+        keep: bool = False,
     ) -> Handover:
         """Takes a sample over later.
 
@@ -150,6 +163,7 @@ class WindowLoop:
             reason: Why; None where that was asked for.
             rounds: Rounds of the sample before.
             evaluations: Its rows before.
+            keep: Whether its trajectory is kept.
         """
-        window = WindowSolver(self.setup(amplification), noise, sample, start, guide=guide)
+        window = WindowSolver(self.setup(amplification), noise, sample, start, guide=guide, keep=keep)
         return Handover(window, reason, rounds=rounds, evaluations=evaluations)

@@ -27,6 +27,10 @@ class CollocationMethod(ChainMethod, CollocationOptions):
         """Whether the sample sought is the chain's own, not that of the equation that the chain discretizes."""
         return self.target == "chain"
 
+    def cannot_begin(self) -> str | None:
+        """Why it cannot begin from a trajectory: that of a chain is none of the equation that it discretizes."""
+        return None if self.target == "chain" else f"a trajectory is that of the chain, and its target is the {self.target}"
+
     def prepare(self, problem: Problem) -> CollocationRun:
         """The run on a problem.
 

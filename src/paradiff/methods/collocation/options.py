@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.collocation.conditions import too_few_steps, too_rough, unfit_levels
-from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
+from paradiff.methods.collocation.control import DIFFERENCES, HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 from paradiff.methods.face import Face, settle
@@ -166,6 +166,20 @@ class CollocationOptions(Face):
         share = max(self.relative(table), self.control_on(table).least_nodes)
         usual = self.usual(table) if stored is None else sum(stored.nodes)
         return max(round(usual * share), self.degree(table) + 1)
+
+    def of_differences(self, table: Table) -> CollocationOptions:
+        """The method for samples that begin from an earlier run's states at all nodes, and whose forcings' difference to it is
+        interpolated (warm.py): by the nodes of `DIFFERENCES`, all of a short chain, unless the caller chose."""
+        found = DIFFERENCES
+        if self.control is not None or levels_of(table) is not None or not isinstance(self.nodes, str):
+            return self
+        candidates = mesh_on(table, found).candidates
+        every = table.restarts[:-1]
+        if candidates == every and len(every) <= (self.max_nodes or found.all_nodes) and len(every) <= found.all_nodes:
+            return replace(self, nodes=every, order=min(self.order or 1, len(every) - 1), warm_start=None, control=found)
+        if table.stochastic or self.order == 0:
+            return self
+        return replace(self, warm_start=None, control=found)
 
     def unfit(self, table: Table, stored: StoredMesh | None = None) -> str | None:
         """Why a chain is left to the window method from the first round on (conditions.py); None where it is not.

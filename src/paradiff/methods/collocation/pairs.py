@@ -133,6 +133,19 @@ class PairStore:
             room=(first, second),
         )
 
+    def padded(self, nodes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """`[R, k, b, d]` the changes of states and forcings of R nodes, the newest last, zero where there are fewer; None where
+        there are none."""
+        rows = [self._rows[n][self._turn[n] :] + self._rows[n][: self._turn[n]] for n in nodes]
+        if not any(rows):
+            return None
+        most = max(map(len, rows))
+        found = self._dx.new_zeros(2, len(rows), most, *self._dx.shape[1:])
+        for n, own in enumerate(rows):
+            for k, row in enumerate(own, most - len(own)):
+                found[0, n, k], found[1, n, k] = self._dx[row], self._du[row]
+        return found[0], found[1]
+
     def emptied(self) -> PairStore:
         """A store for the same nodes, without pairs."""
         return PairStore(len(self._rows), self.most, self._like, self._own.dtype)

@@ -14,6 +14,7 @@ from paradiff.methods.collocation.handover import Handover, WindowLoop
 from paradiff.methods.collocation.options import CollocationOptions
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.solver import CollocationSolver
+from paradiff.methods.collocation.warm import whole_of
 from paradiff.samplers.continuum import continuum
 from paradiff.solver.protocol import Problem
 from paradiff.solver.solution import ErrorEstimate, Status
@@ -27,6 +28,8 @@ class CollocationRun:
     """
 
     def __init__(self, options: CollocationOptions, problem: Problem) -> None:
+        if problem.trajectory is not None and all(whole_of(part) is not None for part in problem.trajectory.parts):
+            options = options.of_differences(problem.table)
         self._options, self._problem = options, problem
         self._table = _target(options, problem.table)
         self._unfit = options.unfit(self._table, options.stored(self._table))
@@ -61,11 +64,12 @@ class CollocationRun:
     def solver(self, sample: int) -> CollocationSolver | Handover:
         """The solver of one sample."""
         noise, start = self._problem.noise, self._problem.start_of(sample)
+        begin, keep = self._problem.part_of(sample), self._problem.keep
         if self._unfit is not None or self._setup is None:
             assert self._unfit is not None
-            found = self._window_loop.first(noise, sample, start, self._unfit)
+            found = self._window_loop.first(noise, sample, start, self._unfit, begin=begin, keep=keep)
         else:
-            found = CollocationSolver(self._setup, noise, sample, start)
+            found = CollocationSolver(self._setup, noise, sample, start, begin, keep=keep)
         self._solvers.append(found)
         return found
 

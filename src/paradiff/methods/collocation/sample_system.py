@@ -15,6 +15,7 @@ from paradiff.methods.collocation.noises import MeshNoises
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.staleness import lipschitz_floor
 from paradiff.methods.collocation.system import CollocationSystem, noise_states, weighted
+from paradiff.methods.collocation.warm import Carried, WarmStart
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +33,7 @@ class SampleSystem:
         lipschitz_floor: `[M]` Lipschitz constant of the forcing that is taken for granted at each node.
         q_u: `[M]` size of the weight of the network's output in the forcing, positive.
         trusted: Mean squares of how far each node's state may move before it is evaluated again.
+        carried: The forcings that differences are to; None where forcings themselves are interpolated.
     """
 
     system: CollocationSystem
@@ -44,6 +46,7 @@ class SampleSystem:
     lipschitz_floor: Tensor
     q_u: Tensor
     trusted: list[float]
+    carried: Carried | None = None
 
     def states(self, forcings: Tensor) -> Tensor:
         """`[M+1, b, d]` states of the nodes and, last, the sample, with the forcings `[M, b, d]` fixed."""
@@ -58,6 +61,7 @@ class SampleSystem:
         sample: int,
         *,
         before: MeshNoises | None = None,
+        warm: WarmStart | None = None,
     ) -> SampleSystem:
         """The system of one sample.
 
@@ -68,6 +72,7 @@ class SampleSystem:
             noise: x[0] and the noises of every sample.
             sample: The sample.
             before: The noises of another mesh of the same recurrence.
+            warm: What it begins from; None for nothing.
         """
         rec, nodes, pairs = system.recurrence, system.nodes, setup.pairs_of(system)
         influence = setup.move(system.influence)
@@ -80,7 +85,11 @@ class SampleSystem:
             base.addmm_(setup.move(system.noise_weights).flatten(1), noises.ends.flatten(0, 1).flatten(1))
             if system.averaged:
                 base[:-1] += noises.averaged.flatten(1)
+        carried = None if warm is None else warm.carried(system)
+        if carried is not None:
+            base += carried.states
         return SampleSystem(
+            carried=carried,
             system=system,
             doubled=doubled,
             noises=noises,
@@ -104,8 +113,12 @@ class SampleSystem:
         if self.noises is not None:
             weights = setup.move(system.point_noise_weights[:-1].flatten(0, 1))
             states = states + noise_states(weights, self.noises.ends).view_as(states)
+        beside = None
+        if self.carried is not None:
+            states = states + self.carried.points[:-1]
+            beside = self.carried.forcings.view(-1, *shape)
         states, forcings = states.view(*initial.shape, *shape), forcings.view(-1, *shape)
-        return DenseOutput(system, forcings, states, noise=noise, sample=sample, move=setup.move)
+        return DenseOutput(system, forcings, states, noise=noise, sample=sample, move=setup.move, beside=beside)
 
 
 def _trusted(setup: CollocationSetup, system: CollocationSystem) -> Tensor:

@@ -55,10 +55,12 @@ from paradiff.methods.collocation.sample_system import SampleSystem
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.staleness import beyond_rounding, lipschitz
 from paradiff.methods.collocation.system import CollocationSystem
+from paradiff.methods.collocation.warm import WarmStart
 from paradiff.methods.stretch import blocks
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import CollocationRecord, WindowRecord
 from paradiff.solver.solution import ErrorEstimate
+from paradiff.solver.trajectory import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,8 @@ class CollocationSolver:
         noise: x[0] and the noises of every sample.
         sample: The sample.
         start: Its state at node 0, in place of the noise's.
+        begin: The trajectory that it begins from; None for none.
+        keep: Whether its own is kept.
 
     Attributes:
         sample: The sample.
@@ -96,7 +100,16 @@ class CollocationSolver:
         active: Numbers of the nodes to evaluate next.
     """
 
-    def __init__(self, setup: CollocationSetup, noise: Noise, sample: int, start: Tensor | None) -> None:
+    def __init__(
+        self,
+        setup: CollocationSetup,
+        noise: Noise,
+        sample: int,
+        start: Tensor | None,
+        begin: Part | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
         self.setup, self.control, self.noise, self.sample = setup, setup.control, noise, sample
         x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
         self.shape = tuple(x0.shape)
@@ -113,15 +126,18 @@ class CollocationSolver:
             may_hand_over=method.target == "chain" and method.max_nodes is None,
             control=setup.control,
         )
-        system = setup.system(setup.recurrence, setup.points)
+        self._keep, self._warm = keep, None if begin is None else WarmStart(setup, begin, self._x0)
+        system = setup.system(setup.recurrence, setup.points if self._warm is None else self._warm.points)
         self._recurrence, self._settled_shift = setup.recurrence, False
-        self._at = SampleSystem.of(setup, system, self._x0, noise, sample)
+        self._at = SampleSystem.of(setup, system, self._x0, noise, sample, warm=self._warm)
         self._probes = Probes(setup, self._at)
         self.estimator = Estimator(setup)
         self._handover: Handover | None = None
         self._visited: list[int] = []  # fine nodes of the last round
         self._nodes = Evaluations(len(system.intervals), setup.pairs_of(system), self._x0, setup.dtype)
         self.active = list(range(len(system.intervals)))
+        if self._warm is not None:
+            self._begin_warm(self._warm)
         self._linearization, self._states, self._final = self._stepped()
 
     # -- the system ---------------------------------------------------------------------------------------------------
@@ -140,11 +156,46 @@ class CollocationSolver:
         found = linearization.follow(at.states(nodes.forcings), nodes.states)
         return linearization, found[:-1], found[-1].clone().view(self.shape)
 
+    def _begin_warm(self, warm: WarmStart) -> None:
+        """Takes the forcings of an earlier run, the states at which they were evaluated, and what was seen of their changes."""
+        nodes, found = self._nodes, warm.begun(self.system)
+        nodes.forcings, nodes.states = found, self._at.states(found)[:-1].clone()
+        nodes.assigned = [bool(v) for v in found.flatten(1).any(1).tolist()]
+        sigma = self.setup.table.sigma[self.system.nodes].tolist()
+        for k, states in warm.evaluated_at(self.system):
+            near = (nodes.states[k] - states).abs() <= self.control.near * sigma[k]
+            nodes.states[k] = torch.where(near, states, nodes.states[k])
+        for k, dx, du in warm.changes(self.system):
+            nodes.learn(k, dx, du, self.control.pair_rounding * self.setup.resolution)
+
+    def part(self) -> Part:
+        """The trajectory of the sample: the nodes of its mesh, or all that the window method evaluated."""
+        if self._handover is not None:
+            return self._handover.part()
+        nodes, rec, at = self.system.nodes, self._recurrence, self._at
+        known = [k for k, evaluated in enumerate(self._nodes.evaluated) if evaluated]
+        states, forcings = self._nodes.states[known], self._nodes.forcings[known]
+        if at.carried is not None:
+            forcings = forcings + at.carried.forcings[nodes[known]]
+        nu, g = (self.setup.move(v[nodes[known]])[:, None, None] for v in (rec.nu, rec.g))
+        clean = forcings / nu + g * states
+        states, clean = (v.view(-1, *self.shape).to(self.setup.dtype) for v in (states, clean))
+        every = len(known) == self.setup.table.steps
+        base = None if self._warm is None or every else self._warm.base
+        found = Part(nodes[known], states, clean, None if every else tuple(self.system.points), base)
+        pairs = self._nodes.pairs.padded(known)
+        if pairs is None:
+            return found
+        dx, du = pairs
+        dclean = du / nu[..., None] + g[..., None] * dx
+        dx, dclean = (v.view(*v.shape[:2], *self.shape).to(self.setup.dtype) for v in (dx, dclean))
+        return replace(found, dx=dx, dclean=dclean)
+
     def _go_over(self, system: CollocationSystem, *, rescaled: bool = False) -> None:
         """Takes over another collocation system; noises of intervals that it shares with the one before are kept, unless their
         weights changed with the variance."""
         before = None if rescaled else self._at.noises
-        self._at = SampleSystem.of(self.setup, system, self._x0, self.noise, self.sample, before=before)
+        self._at = SampleSystem.of(self.setup, system, self._x0, self.noise, self.sample, before=before, warm=self._warm)
         self._probes.remesh(self._at, rescaled=rescaled)
         self._sweeps = 0
 
@@ -249,7 +300,8 @@ class CollocationSolver:
             nodes, y = query.nodes[part], query.evaluated_at[part].to(kind)
             m = table.convert(nodes, y.view(-1, *self.shape), outputs[part].to(kind)).reshape(y.shape)
             p_u, q_u = (self.setup.move(v[nodes])[:, None, None] for v in (recurrence.p_u, recurrence.q_u))
-            yield part, y, torch.addcmul(p_u * y, q_u, m)
+            u = torch.addcmul(p_u * y, q_u, m)
+            yield part, y, u if self._at.carried is None else u - self._at.carried.forcings[nodes.to(u.device)]
 
     def _staleness(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean squares: `[M]` the change of the sample by the staleness of each node, `[M]` the distance of its state from that
@@ -410,7 +462,12 @@ class CollocationSolver:
     def _rescale(self, variance: float) -> None:
         """Goes over to another data variance, rounded to a power of 2; evaluations are kept."""
         before, self._recurrence = self._recurrence, self.setup.recurrence_of(2.0 ** round(math.log2(variance)))
-        self._nodes.rescale(self.system.nodes, before, self._recurrence, self.setup.move)
+        nodes, differs = self.system.nodes, self._warm is not None and self._warm.differs
+        if differs and self._warm is not None:
+            self._nodes.forcings = self._nodes.forcings + self._warm.forcings(before)[nodes]
+        self._nodes.rescale(nodes, before, self._recurrence, self.setup.move)
+        if differs and self._warm is not None:
+            self._nodes.forcings = self._nodes.forcings - self._warm.forcings(self._recurrence)[nodes]
         self._go_over(self.setup.system(self._recurrence, self.system.points), rescaled=True)
         self.active = list(range(len(self.system.intervals)))
         self._linearization, self._states, self._final = self._stepped()
@@ -434,6 +491,7 @@ class CollocationSolver:
             reason=reason,
             rounds=self.rounds,
             evaluations=self.evaluations,
+            keep=self._keep,
         )
 
 

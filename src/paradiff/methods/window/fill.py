@@ -17,9 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paradiff.chain.slope import DATA_VARIANCE, Inverses, freeze_clean_data, gaussian_gain
+from paradiff.chain.slope import DATA_VARIANCE, Inverses, freeze_clean_data, gaussian_gain, shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import column
+from paradiff.methods.remembered import coefficients
 from paradiff.methods.window.options import Predictor
 
 Guide = Callable[[slice], tuple[Tensor, Tensor]]
@@ -77,6 +78,85 @@ class GuidedFill:
         """The guide's states and outputs."""
         states, outputs = self._guide(steps)
         return states.to(x), outputs.to(x)
+
+
+class RememberedFill:
+    """The states that go with an earlier run's forcings and the chain's own noises.
+
+    Equation (1) has the slope of Gaussian data of variance `DATA_VARIANCE` and, in place of D, the remainder of the clean-data
+    estimate, D - g x, of the earlier run, to which the last difference that was observed is added
+    (methods/remembered.py).
+
+    Args:
+        recurrence: The coefficients.
+        forcings: `[N, ...]` the forcings.
+    """
+
+    def __init__(self, recurrence: RememberedRecurrence, forcings: Tensor) -> None:
+        self._of, self._forcings = recurrence, forcings
+        self._changed = torch.zeros_like(forcings[0])
+
+    def observe(self, node: int, state: Tensor, output: Tensor) -> None:
+        """Makes the difference of the forcing."""
+        of, table = self._of, self._of.step.table
+        clean = table.p[node].item() * state + table.q[node].item() * output
+        self._changed = of.nu[node].item() * (clean - of.g[node].item() * state) - self._forcings[node]
+
+    def follow(self, node: int, change: Tensor) -> None:
+        """The forcing does not answer to the state, for Gaussian data."""
+
+    def forget(self) -> None:
+        """The forcings are the earlier run's."""
+        self._changed = torch.zeros_like(self._changed)
+
+    def __call__(self, steps: slice, x: Tensor, noises: Tensor) -> tuple[Tensor, Tensor]:
+        """Equation (1)."""
+        of, table, count, known = self._of, self._of.step.table, steps.stop - steps.start, len(x) - 1
+        first = max(steps.start - table.band + 1, 0)
+        rest = (self._forcings[first : steps.stop] + self._changed) / column(of.nu[first : steps.stop], x)
+        forcing = torch.zeros_like(rest[-count:])
+        for j in range(table.band):
+            places = of.source[steps, j] - first
+            forcing.addcmul_(column(of.weights[steps, j], x), rest[places.to(rest.device)])
+        if table.stochastic:
+            forcing.addcmul_(column(of.step.c[steps], x), noises)
+        for i in range(min(table.band, count)):
+            for j in range(i, table.band):
+                factor = of.slope[steps.start + i, j].item()
+                if factor:
+                    forcing[i].add_(x[known + i - j], alpha=factor)
+        new = (of.inverses.moved(steps.start, steps.stop) @ forcing.flatten(1)).view_as(forcing)
+        if table.band == 1:
+            return new, new[:0]
+        states = torch.cat([x[-1:], new[:-1]])
+        clean = column(of.g[steps], x) * states + rest[-count:]
+        return new, (clean - column(table.p[steps], x) * states) / column(table.q[steps], x)
+
+
+class RememberedRecurrence:
+    """The coefficients of `RememberedFill`, which all samples share.
+
+    Args:
+        step: The table on the device.
+        width: Nodes of the window.
+
+    Attributes:
+        step: As given.
+        g: `[N]` slope of the clean-data estimate.
+        nu: `[N]` scale of the forcing.
+        source: `[N, P]` nodes that each step reads; `weights` those of their remainders in it.
+        slope: `[N, P]` A of equation (1).
+        inverses: (I - A)^-1 of stretches of the chain.
+    """
+
+    def __init__(self, step: Step, width: int) -> None:
+        table = step.table
+        self.step = step
+        self.g, self.nu = coefficients(table, DATA_VARIANCE)
+        self.source = (torch.arange(table.steps)[:, None] - torch.arange(table.band)).clamp(min=0)
+        self.weights = table.b / table.q[self.source]
+        self.slope = shifted(DATA_VARIANCE)(table)
+        self.inverses = Inverses(self.slope, step.move, width)
 
 
 class Recurrence:

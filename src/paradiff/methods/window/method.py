@@ -41,6 +41,10 @@ class WindowMethod(WindowOptions):
         """Whether states may be changed between steps: where sub-intervals are single steps, all of whose states are kept."""
         return self.stride == 1 if isinstance(self.stride, int) else set(self.stride) == {1}
 
+    def cannot_begin(self) -> str | None:
+        """Why it cannot begin from a trajectory: a window of one node has no initial guess."""
+        return "it evaluates one node after the other, whatever is known of them" if self.window == 1 else None
+
     def prepare(self, problem: Problem) -> Run:
         """The run on a problem.
 

@@ -12,7 +12,7 @@ from paradiff.methods.window.anderson import AndersonUpdate
 from paradiff.methods.window.march import march
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.setup import WindowSetup
-from paradiff.methods.window.solver import WindowSolver
+from paradiff.methods.window.solver import WindowSolver, window_of
 from paradiff.solver.protocol import March, Problem
 from paradiff.solver.solution import ErrorEstimate, Status
 
@@ -43,7 +43,7 @@ class WindowRun:
     def solver(self, sample: int) -> WindowSolver:
         """The window of one sample."""
         problem = self._problem
-        solver = WindowSolver(self._setup, problem.noise, sample, problem.start_of(sample), problem.on_final)
+        solver = window_of(self._setup, problem, sample)
         if isinstance(solver.update, AndersonUpdate):
             self._mixing.append((sample, solver.update))
         return solver

@@ -15,7 +15,7 @@ from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
 from paradiff.chain.slope import DATA_VARIANCE, Inverses, over_intervals, resolve, shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
-from paradiff.methods.window.fill import Recurrence
+from paradiff.methods.window.fill import Recurrence, RememberedRecurrence
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.passing import PassByBound, PassByError, PassBySweeps, PassingRule
 
@@ -89,6 +89,11 @@ class WindowSetup:
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
         self.recurrence = Recurrence(self.step, method.predictor, self.width)
+
+    @cached_property
+    def remembered(self) -> RememberedRecurrence:
+        """The coefficients of initial guesses from an earlier run's trajectory."""
+        return RememberedRecurrence(self.step, self.width)
 
     @cached_property
     def carry(self) -> Inverses:

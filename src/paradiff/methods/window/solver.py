@@ -30,21 +30,26 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import seen, unusual
 from paradiff.chain.noise import Noise
+from paradiff.chain.slope import DATA_VARIANCE
+from paradiff.methods.remembered import remembered
 from paradiff.methods.window.anderson import AndersonUpdate
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.carried_error import CarriedError
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
-from paradiff.methods.window.fill import Fill, Guide, GuidedFill, PredictedFill
+from paradiff.methods.window.fill import Fill, Guide, GuidedFill, PredictedFill, RememberedFill
+from paradiff.methods.window.keeper import Keeper
 from paradiff.methods.window.salvage import finite_nodes
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.substeps import Rounds, SingleSteps, Substeps, WindowQuery
 from paradiff.methods.window.update import NewtonUpdate, SecantUpdate, Update
-from paradiff.solver.protocol import OnFinal, Query
+from paradiff.solver.protocol import OnFinal, Problem, Query
 from paradiff.solver.records import WindowRecord
 from paradiff.solver.solution import ErrorEstimate
+from paradiff.solver.trajectory import Part
 
 FILL = 64  # nodes filled by one matrix product
+KEPT = 8  # changes of each node in a trajectory, as many as collocation has secant pairs
 
 
 class WindowSolver:
@@ -57,6 +62,8 @@ class WindowSolver:
         start: `[...]` the state at node 0; None for the noise's.
         on_final: Called with every stretch of states that became final.
         guide: The initial guess for nodes that enter the window; None for the method's predictor.
+        begin: The trajectory that gives it; None for none.
+        keep: Whether the trajectory is kept.
 
     Attributes:
         sample: The sample.
@@ -81,6 +88,8 @@ class WindowSolver:
         start: Tensor | None,
         on_final: OnFinal | None = None,
         guide: Guide | None = None,
+        begin: Part | None = None,
+        keep: bool = False,
     ) -> None:
         self.setup, self.noise, self.sample = setup, noise, sample
         x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
@@ -106,8 +115,9 @@ class WindowSolver:
         self._final_square: float | None = None  # that of the sample, where the last sweep made it
         self._counted = False  # whether the budget was counted for the sample's own size
         self._rounds: Rounds = SingleSteps(setup) if setup.single else Substeps(setup)
-        self._fill: Fill = PredictedFill(setup.recurrence, x0) if guide is None else GuidedFill(guide)
-        self._held = setup.method.predictor == "held"  # whether the window's end is no known state
+        self._fill = fill_of(setup, x0, guide, begin)
+        self._keeper = Keeper(setup.table, x0, KEPT) if keep else None
+        self._held = setup.method.predictor == "held" and begin is None  # whether the window's end is no known state
         self._on_final = _unheard if on_final is None else on_final
         self._block = 1  # the window may reach to this block edge
         self._open()
@@ -180,6 +190,8 @@ class WindowSolver:
             self._edit(asked, states)
             self.x[places[0]] = asked = states
         m = table.convert(query.nodes, asked, outputs)
+        if self._keeper is not None:
+            self._keeper.take(query.nodes, asked, m)
         if query.running[-1] == self.hi - 1:
             node = int(query.nodes[-1])
             self._fill.observe(node, asked[-1], m[-1])
@@ -197,6 +209,11 @@ class WindowSolver:
         z = self.z[query.noise_place] if table.stochastic else None
         phi = self._rounds.tell(query, setup.step(query.at, read, outputs_read, z), self.x)
         return None if phi is None else self._sweep(phi)
+
+    def part(self) -> Part:
+        """The trajectory of the sample."""
+        assert self._keeper is not None, "the run was asked to keep trajectories"
+        return self._keeper.part()
 
     def _edit(self, asked: Tensor, states: Tensor) -> None:
         """Notes which states the caller changed (edits.py); steps are then taken from the changed ones."""
@@ -375,6 +392,28 @@ class WindowSolver:
             if self.lo == self.hi or (stagger is not None and self.ages[-1] >= stagger):
                 self._block += 1
         return edges[self._block]
+
+
+def fill_of(setup: WindowSetup, x0: Tensor, guide: Guide | None, begin: Part | None) -> Fill:
+    """The initial guess of one sample: a guide's, that from a trajectory, or the method's predictor."""
+    if guide is not None:
+        return GuidedFill(guide)
+    if begin is not None:
+        return RememberedFill(setup.remembered, remembered(begin, setup.table, DATA_VARIANCE, setup.move))
+    return PredictedFill(setup.recurrence, x0)
+
+
+def window_of(setup: WindowSetup, problem: Problem, sample: int) -> WindowSolver:
+    """The window of one sample of a problem."""
+    return WindowSolver(
+        setup,
+        problem.noise,
+        sample,
+        problem.start_of(sample),
+        problem.on_final,
+        begin=problem.part_of(sample),
+        keep=problem.keep,
+    )
 
 
 def update_of(setup: WindowSetup) -> Update:

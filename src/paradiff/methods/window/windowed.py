@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from paradiff.methods.window.solver import WindowSolver
+from paradiff.solver.trajectory import Part
 
 
 class Windowed:
@@ -32,6 +33,10 @@ class Windowed:
     def final(self) -> Tensor:
         """The sample once it is found."""
         return self._window.final
+
+    def part(self) -> Part:
+        """The trajectory of the sample."""
+        return self._window.part()
 
     @property
     def newest(self) -> Tensor:
