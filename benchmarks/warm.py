@@ -13,8 +13,8 @@ for a control loop's next step. The rows say where that holds. Kinds:
   by a point, and the last run's trajectory is shifted by a point. With a smaller number the place moves by that share of the
   way to the second point, and the noise stays.
 
-`rounds` are means over seeds; `ratio` is the fewest rounds of parasolver, quasi_newton and collocation, cold at the same window,
-over those of the warm run; `own_ratio` the same method's, cold.
+`rounds` are means over seeds; `ratio` is the fewest rounds of parasolver, quasi_newton and collocation, cold at the same
+window, over those of the warm run; `own_ratio` the same method's, cold.
 Parts are seeds: `tuning` 2000 to 2015, by which numbers were chosen, and `held-out` 5000 to 5063.
 
     python benchmarks/warm.py --only held-out:* --json benchmarks/results/warm.json
@@ -344,7 +344,7 @@ def best(rows: Sequence[Row]) -> list[Row]:
     """The best warm row of each problem among those with every error below the level."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("part", "kind", "data", "chain", "window")) + (row.get("points"),)
+        key = tuple(row.get(name) for name in ("part", "kind", "data", "chain", "window", "points"))
         if "ratio" in row and row["error_max"] < LEVEL and row["ratio"] > found.get(key, {"ratio": 0})["ratio"]:
             found[key] = row
     return [{name: row[name] for name in ("part", *COLUMNS) if name in row} for row in found.values()]

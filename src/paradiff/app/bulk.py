@@ -26,6 +26,7 @@ SHARD = 256
 """Samples of a shard, by default."""
 
 NOT_BYTES = ("out", "overwrite", "compare", "trace", "timeout", "deadline", "objective", "previews", "trust_remote_code")
+NOT_BYTES += ("start", "save_trajectory")
 """Options that decide on no byte of a shard."""
 
 

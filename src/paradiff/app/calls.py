@@ -23,10 +23,11 @@ from paradiff.app.launched import rank
 from paradiff.app.media import Output, read_output
 from paradiff.pipelines.loop.source import reads_index
 from paradiff.pipelines.report import Report
-from paradiff.pipelines.run import parallelize
+from paradiff.pipelines.run import Run, parallelize
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.protocol import Method
 from paradiff.solver.ranks import Ranks
+from paradiff.solver.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def call_each(
     ranks: Ranks | None = None,
     devices: Sequence[torch.device] | None = None,
     bars: bool = True,
+    begin: Trajectory | None = None,
+    keep: bool = False,
 ) -> None:
     """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
 
@@ -79,20 +82,28 @@ def call_each(
         ranks: The ranks that share the work; the first of them shows progress.
         devices: The devices of this process that share it, the pipeline's own first.
         bars: Whether calls show their progress on a terminal.
+        begin: The trajectories that the calls begin from, one a seed; None for none.
+        keep: Whether reports have the trajectories of their calls.
 
     Raises:
         ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
     """
-    context = parallelize(pipeline, method, max_rows=max_rows, observer=deadline, mesh=ranks, devices=devices)
+    if begin is not None and begin.samples != len(seeds):
+        raise ValueError(
+            f"the trajectory is of {begin.samples} seeds, and {len(seeds)} are asked for; begin from one of as many seeds"
+        )
+    context = _context(pipeline, method, max_rows, deadline, ranks, devices, begin, keep, 0)
     quiet = not (bars and sys.stderr.isatty()) or rank() > 0
     vector = reads_index(type(pipeline)) == []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* was called sequentially", RuntimeWarning)  # told at the end
-        with context:
-            if compare and pipeline.device.type != "cpu":
-                pipeline.set_progress_bar_config(disable=True)
-                timed(pipeline, arguments, generator_of(seeds[0]))
-            for seed in seeds:
+        for k, seed in enumerate(seeds):
+            if k and begin is not None:
+                context = _context(pipeline, method, max_rows, deadline, ranks, devices, begin, keep, k)
+            with context:
+                if compare and k == 0 and pipeline.device.type != "cpu":
+                    pipeline.set_progress_bar_config(disable=True)
+                    timed(pipeline, arguments, generator_of(seed))
                 # Lanes are many loops, each with a bar of its own.
                 pipeline.set_progress_bar_config(disable=quiet or not vector, desc=f"seed {seed}", unit="round")
                 if deadline is not None:
@@ -103,6 +114,30 @@ def call_each(
         pipeline.set_progress_bar_config(disable=quiet, desc=f"seed {call.seed}, sequential", unit="step")
         plain = functools.partial(_plain, pipeline, arguments, call.seed)
         calls[k] = dataclasses.replace(call, plain=plain() if ranks is None else ranks.by_first(plain, pipeline.device))
+
+
+def _context(
+    pipeline: Any,
+    method: Method,
+    max_rows: int | None,
+    deadline: Deadline | None,
+    ranks: Ranks | None,
+    devices: Sequence[torch.device] | None,
+    begin: Trajectory | None,
+    keep: bool,
+    place: int,
+) -> Run:
+    """The pipeline made parallel, for all seeds, or for the one whose trajectory stands at a place."""
+    return parallelize(
+        pipeline,
+        method,
+        max_rows=max_rows,
+        observer=deadline,
+        mesh=ranks,
+        devices=devices,
+        start=None if begin is None else begin.only(place),
+        keep_trajectory=keep,
+    )
 
 
 def _plain(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Plain:

@@ -68,7 +68,11 @@ def sample(request: Request) -> None:
 
 
 @app.command(cls=Command)
-@taking(Request, without=("compare", "trace", "overwrite", "timeout", "objective", "previews"), otherwise=BULK)
+@taking(
+    Request,
+    without=("compare", "trace", "overwrite", "timeout", "objective", "previews", "start", "save_trajectory"),
+    otherwise=BULK,
+)
 def generate(
     request: Request,
     shard: Annotated[int, typer.Option(help="Samples of a file.", rich_help_panel=OUTPUT)] = SHARD,

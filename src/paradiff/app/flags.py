@@ -145,6 +145,18 @@ Out = Annotated[
 Compare = Annotated[
     bool, typer.Option("--compare", help="Also run the sequential chain, in the same process.", rich_help_panel=OUTPUT)
 ]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Begin from the trajectory that --save-trajectory wrote, of the same chain.",
+        rich_help_panel=METHOD,
+    ),
+]
+SaveTrajectory = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write the run's trajectory, for --start: safetensors.", rich_help_panel=OUTPUT),
+]
 Trace = Annotated[
     bool,
     typer.Option("--trace", help="Draw trace.png: change by node, or iteration by block, and round.", rich_help_panel=OUTPUT),
@@ -233,6 +245,7 @@ BULK: dict[str, Option] = {
 """Of `paradiff generate`."""
 
 OF_A_SAMPLE = ("grid", "form", "seeds", "noise", "out", "compare", "trace", "overwrite", "timeout", "deadline", "previews")
+OF_A_SAMPLE += ("start", "save_trajectory")
 """Options that only commands have that sample."""
 
 OF_A_PIPELINE: dict[str, Option] = {

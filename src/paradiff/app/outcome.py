@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paradiff.solver.trajectory import Trajectory
 
 Writer = Callable[[Path], None]
 """Writes one or more files into a folder."""
@@ -20,11 +23,13 @@ class Outcome:
         contents: Of run.json.
         title: Of the table at its end.
         writers: Functions that write its files into a folder, run.json left out.
+        trajectory: The trajectory of all samples, where it was asked for and is known; None otherwise.
     """
 
     contents: dict[str, Any]
     title: str
     writers: Sequence[Writer]
+    trajectory: Trajectory | None = None
 
 
 class CutShort(Exception):

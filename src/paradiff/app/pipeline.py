@@ -25,6 +25,7 @@ from paradiff.app.run_json import Heading, pipeline_report
 from paradiff.errors import require_real, shown
 from paradiff.models.pipeline import load_pipeline, set_sampler
 from paradiff.solver.machine import Machine
+from paradiff.solver.trajectory import joined
 
 PIXELS_ONLY = ("grid", "form")
 
@@ -89,6 +90,8 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
             compare=request.compare,
             ranks=job.ranks,
             devices=job.devices,
+            begin=job.begin,
+            keep=request.save_trajectory is not None,
         )
     except (Exception, KeyboardInterrupt) as cause:
         if not calls:
@@ -100,6 +103,9 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
         console.print(job.notice, soft_wrap=True, markup=False)
     for warning in dict.fromkeys(text for call in calls for text in call.report.warnings):
         console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+    kept = [call.report.trajectory for call in calls if call.report.trajectory is not None]
+    if request.save_trajectory is not None and len(kept) < len(calls):
+        console.print("warning: no trajectory was saved, since a call was sequential", soft_wrap=True)
     writers = pictures(calls)
     if request.trace:
         drawn = trace(calls)
@@ -110,7 +116,9 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
     steps = "" if report.steps is None else f"{report.steps} steps, "
     heading = Heading(arguments=request.to_json(), effective=effective(job, calls), environment=environment(job.device))
     contents = pipeline_report(heading, kind, calls, given)
-    return Outcome(contents=contents, title=f"{kind}, {report.scheduler}, {steps}{job.counted()}", writers=writers)
+    title = f"{kind}, {report.scheduler}, {steps}{job.counted()}"
+    trajectory = joined(kept) if len(kept) == len(calls) else None
+    return Outcome(contents=contents, title=title, writers=writers, trajectory=trajectory)
 
 
 def effective(job: Job, calls: Sequence[Call]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from paradiff.solver.machine import Machine
 from paradiff.solver.previews import Preview, Previews
 from paradiff.solver.protocol import Batch, Chooses, Method, Observer, Round
 from paradiff.solver.solution import Solution
+from paradiff.solver.trajectory import require_model
 
 PIPELINES_ONLY = ("prompt", "negative_prompt", "guidance", "size", "argument", "trust_remote_code")
 
@@ -108,17 +109,24 @@ class Batched:
             self.evaluator(Batch(x, self.table.t[:1].expand(rows), torch.zeros(rows).long(), torch.zeros(rows).long()))
 
     def run(
-        self, label: str, method: Method, deadline: Deadline | None = None, previews: Observer | None = None
+        self,
+        label: str,
+        method: Method,
+        deadline: Deadline | None = None,
+        previews: Observer | None = None,
+        *,
+        warm: bool = False,
     ) -> tuple[Solution, float]:
         """Runs a method under a progress bar, up to a deadline; the solution and its whole clock, noise included.
 
+        With `warm` the run begins from the job's trajectory, and keeps its own, as far as that was asked for.
         The plain chain without a deadline is not watched, so that its samples march in step (methods/window/march.py), as in a
         loop by hand.
         """
         chosen = method.chosen(self.table, len(self.job.seeds)) if isinstance(method, Chooses) else method
         if chosen == sequential() and deadline is None and previews is None:
             with self.console.status(label):
-                return self._timed(method, None)
+                return self._timed(method, None, warm=warm)
         parts, unit = chosen.progress(self.table)
         columns = (
             TextColumn("{task.description}"),
@@ -139,12 +147,20 @@ class Batched:
 
             if deadline is not None:
                 deadline.start()
-            return self._timed(method, on_round)
+            return self._timed(method, on_round, warm=warm)
 
-    def _timed(self, method: Method, observer: Observer | None) -> tuple[Solution, float]:
+    def _timed(self, method: Method, observer: Observer | None, *, warm: bool) -> tuple[Solution, float]:
         begin = time.perf_counter()
         noise = noise_of(self.job.request.noise, self.job.seeds, self.model, self.evaluator)
-        solution = sample(self.evaluator, self.table, noise, method, observer=observer)
+        solution = sample(
+            self.evaluator,
+            self.table,
+            noise,
+            method,
+            observer=observer,
+            start=self.job.begin if warm else None,
+            keep_trajectory=warm and self.job.request.save_trajectory is not None,
+        )
         if self.evaluator.device.type == "cuda":
             torch.cuda.synchronize(self.evaluator.device)
         return solution, time.perf_counter() - begin
@@ -186,7 +202,9 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
     if job.notice:
         console.print(job.notice, soft_wrap=True, markup=False)
     previews = None if request.previews is None else previews_into(Path(request.previews), console)
-    solution, seconds = batched.run(request.method, method, job.deadline, previews)
+    if job.begin is not None:
+        require_model(job.begin, named(model))
+    solution, seconds = batched.run(request.method, method, job.deadline, previews, warm=True)
     plain = batched.run("sequential", method.reference()) if request.compare else None
     heading = Heading(arguments=request.to_json(), effective=effective(job, chosen, table), environment=environment(job.device))
     result = report(heading, solution, seconds, job.seeds, plain)
@@ -199,7 +217,14 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
         writers.append(
             lambda folder: plots.save_history(solution.history, slowest, len(edges) - 1, folder / "trace.png", title)
         )
-    return Outcome(contents=result, title=f"{chain}, {job.counted()}", writers=writers)
+    kept = None if solution.trajectory is None else dataclasses.replace(solution.trajectory, model=named(model))
+    return Outcome(contents=result, title=f"{chain}, {job.counted()}", writers=writers, trajectory=kept)
+
+
+def named(model: Model) -> str:
+    """What a model is called in stored trajectories."""
+    network = model.unet
+    return f"{type(network).__name__} of {sum(p.numel() for p in network.parameters())} weights"
 
 
 def previews_into(folder: Path, console: Console) -> Previews:

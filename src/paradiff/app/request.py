@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from paradiff.solver.deadline import Deadline
     from paradiff.solver.protocol import Method
     from paradiff.solver.ranks import Ranks
+    from paradiff.solver.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class Request:
     timeout: flags.Timeout = None
     deadline: flags.Deadline = None
     previews: flags.Previews = None
+    start: flags.Start = None
+    save_trajectory: flags.SaveTrajectory = None
     prompt: flags.Prompt = None
     negative_prompt: flags.NegativePrompt = None
     guidance: flags.Guidance = None
@@ -97,6 +100,7 @@ class Job:
         devices: Those of this process that share each round, the same one first; None for it alone.
         dtype: The network's dtype.
         deadline: What ends calls that take too long; None for no such bound, and for a method that keeps its deadline itself.
+        begin: The trajectory that the run begins from; None for none.
         ranks: The ranks that share the work; None where there is one process.
         notice: What is said of the run once nothing is left that would be refused before it; empty for nothing.
     """
@@ -109,6 +113,7 @@ class Job:
     dtype: torch.dtype
     devices: Sequence[torch.device] | None = None
     deadline: Deadline | None = None
+    begin: Trajectory | None = None
     ranks: Ranks | None = None
     notice: str = ""
 

@@ -25,8 +25,10 @@ from paradiff.app.request import Job, Request
 from paradiff.app.signals import finishing
 from paradiff.app.stream import Stream
 from paradiff.models.files import is_pixel, read_index
+from paradiff.solver.arguments import require_warm
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.solution import Status
+from paradiff.solver.trajectory import Trajectory
 
 
 def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
@@ -46,6 +48,10 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
         from paradiff.app.pipeline import sample_pipeline as sample_it
 
         refuse_pixel_options(request)
+    begin = None if request.start is None else Trajectory.load(request.start)
+    require_warm(solver, begin, request.save_trajectory is not None)
+    if request.save_trajectory is not None and not Path(request.save_trajectory).absolute().parent.is_dir():
+        raise ValueError(f"--save-trajectory is {request.save_trajectory!r}, whose folder does not exist; make it first")
     with team(request.to_json(), device) as ranks:
         own = getattr(solver, "deadline", None) is not None
         deadline = None if request.deadline is None or own else Deadline(request.deadline, clock=clock_of(ranks))
@@ -60,6 +66,7 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
                 devices=devices if len(devices) > 1 else None,
                 dtype=dtype,
                 deadline=deadline,
+                begin=begin,
                 ranks=ranks,
                 notice=f"{OUT} is not empty; this run goes to {place}" if place != OUT and request.out is None else "",
             )
@@ -71,6 +78,8 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
             if folder is not None:
                 with finishing(place):
                     folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
+            if request.save_trajectory is not None and outcome.trajectory is not None and rank() == 0:
+                outcome.trajectory.save(request.save_trajectory)
     show(console, outcome.contents, request.method, outcome.title)
     console.print(f"{outcome.contents['status']}; written to {place}", soft_wrap=True)
     ended = outcome.contents["status_code"] == Status.STOPPED.code and (own or (deadline is not None and deadline.stopped))

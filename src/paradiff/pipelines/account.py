@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from paradiff.pipelines.loop.driver import LoopSolver
@@ -24,14 +25,15 @@ class Account:
         pipeline: The name of the pipeline's class.
         scheduler: The name of the scheduler's class.
         method: The method's name.
+        model: What the model is called in a stored trajectory.
 
     Attributes:
         notes: Sentences for the report.
         refused: The network calls of each try that came to nothing.
     """
 
-    def __init__(self, pipeline: str, scheduler: str, method: str) -> None:
-        self._begin = time.perf_counter()
+    def __init__(self, pipeline: str, scheduler: str, method: str, model: str = "") -> None:
+        self._begin, self._model = time.perf_counter(), model
         self._names = pipeline, scheduler, method
         self.notes: list[str] = []
         self.refused: list[Batching] = []
@@ -89,6 +91,7 @@ class Account:
             error_estimate=solution.error_estimates[0],
             warnings=notes,
             history=solution.history,
+            trajectory=None if solution.trajectory is None else dataclasses.replace(solution.trajectory, model=self._model),
         )
 
     def sequential(self, chosen: str | None = None) -> Report:

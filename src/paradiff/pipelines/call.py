@@ -42,6 +42,7 @@ from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.reader import other_form
 from paradiff.pipelines.loop.source import handed_on
 from paradiff.pipelines.loop.whole_call import call_and_last_state, difference, interrupted_call
+from paradiff.pipelines.model_name import model_name
 from paradiff.pipelines.network import boundary
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.call_log import CallLog, Entry
@@ -78,7 +79,7 @@ class Call:
     def __init__(self, host: Host, settings: Settings, arguments: dict[str, Any]) -> None:
         self._host, self._kind, self._settings, self._arguments = host, host.kind, settings, arguments
         self._networks = host.networks
-        self._account = Account(host.name, type(host.scheduler).__name__, settings.method.name)
+        self._account = Account(host.name, type(host.scheduler).__name__, settings.method.name, model_name(host))
         self.trying = False
         self._before: list[Entry] = []  # the network calls before the loop of the last try
         self._alone: dict[str, nn.Module] = {}
@@ -169,6 +170,8 @@ class Call:
                 break  # a scheduler without parallel form, a network with memory, or an error before the loop
         if settings.executor != "sequential":
             reason = "; ".join(account.notes) or "there is no executor for its loop"
+            if settings.start is not None:
+                reason += "; the trajectory that was given to begin from was of no use"
             account.notes = [f"the {self._host.name} was called sequentially, {reason}"]
             if not met:
                 warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
@@ -289,6 +292,8 @@ class Call:
             interrupt=interrupt,
             weights=weights,
             kind=self._kind,
+            begin=settings.start,
+            keep=settings.keep_trajectory,
         )
 
     def _new_batching(self) -> Batching:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorEstimate, Status
+from paradiff.solver.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -43,6 +44,8 @@ class Report:
         error_estimate: Estimated error of the state at the loop's end, for the worst image; None for a sequential call.
         warnings: Sentences.
         history: One record a sweep; empty for a sequential call.
+        trajectory: The states of the call and what the network said of them, where it was asked to keep them; None for a
+            sequential call.
     """
 
     pipeline: str
@@ -70,6 +73,7 @@ class Report:
     error_estimate: ErrorEstimate | None
     warnings: list[str]
     history: list[Record]
+    trajectory: Trajectory | None = None
 
     @property
     def passes(self) -> int:

@@ -12,26 +12,31 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from paradiff.errors import Unsupported
+from paradiff.errors import Unsupported, shown
+from paradiff.methods.presets import collocation
 from paradiff.pipelines.call import Call
 from paradiff.pipelines.host.find import host_of
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.host.loop_host import Function
+from paradiff.pipelines.model_name import of_model
 from paradiff.pipelines.network.batching import Check
 from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
 from paradiff.planning.auto import auto
+from paradiff.solver.arguments import begun
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.replicas import devices_of
+from paradiff.solver.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -54,6 +59,8 @@ def parallelize(
     mesh_axis: str = "time",
     devices: Literal["all"] | Sequence[torch.device | str] | None = None,
     shares: int | None = None,
+    start: Report | Trajectory | str | Path | None = None,
+    keep_trajectory: bool = False,
 ) -> Run:
     """Makes a pipeline's calls run in parallel over time.
 
@@ -101,15 +108,25 @@ def parallelize(
             list that begins with the pipeline's own, or `all` of this machine. None for the pipeline's own alone.
         shares: Stretches of equal length that a window's states are cut into, at least; as many as ranks, or devices, by
             default. Samples are the same, bit for bit, on any number of ranks with the same shares, and on one process.
+        start: What calls begin from: the report of a call of this pipeline on the same chain that kept its trajectory, the
+            trajectory, or the path of its file (docs/warm_starts.md); None for nothing.
+        keep_trajectory: Whether each report has the trajectory of its call.
 
     Raises:
         ValueError: If the host has no chain, or several of which none was named, or is already parallel, an option is unknown,
-            or the mesh has no such axis.
+            or the mesh has no such axis; or the method cannot begin from a trajectory, or keep one.
         RanksFailed: If a rank does not come.
     """
     found = host_of(host, entry=entry, scheduler=scheduler, networks=networks)
+    _, begin = begun(start, None)
+    if start is not None and begin is None:
+        raise ValueError(f"start is {shown(start)}; give a call's report, a Trajectory or the path of its file, or None")
+    if method is None:
+        method = auto() if begin is None and not keep_trajectory else collocation()
     settings = Settings(
-        method=auto() if method is None else method,
+        start=None if begin is None else of_model(begin, found),
+        keep_trajectory=keep_trajectory,
+        method=method,
         executor=executor,
         max_rows=max_rows,
         pad=pad,

@@ -12,8 +12,10 @@ from paradiff.errors import require_whole
 from paradiff.pipelines.network.batching import Check
 from paradiff.pipelines.network.devices import Devices
 from paradiff.planning.auto import auto
+from paradiff.solver.arguments import require_warm
 from paradiff.solver.protocol import Method, Observer
 from paradiff.solver.ranks import Ranks
+from paradiff.solver.trajectory import Trajectory
 
 Executor = Literal["auto", "vector", "lanes", "sequential"]
 
@@ -36,10 +38,12 @@ class Settings:
     ranks: Ranks | None = None
     shares: int | None = None
     devices: Devices | None = None
+    start: Trajectory | None = None
+    keep_trajectory: bool = False
 
     def compared(self) -> tuple[object, ...]:
         """What has to be the same on all ranks, beside the method."""
-        return self.executor, self.max_rows, self.pad, self.check, self.dtype, self.shares
+        return self.executor, self.max_rows, self.pad, self.check, self.dtype, self.shares, self.start, self.keep_trajectory
 
     def __post_init__(self) -> None:
         method = self.method
@@ -58,6 +62,9 @@ class Settings:
                 f"{method.name} was given another target than the chain, whose times lie between those of the pipeline's loop; "
                 "leave the target at 'chain', or sample the network itself with paradiff.sample"
             )
+        require_warm(method, self.start, self.keep_trajectory)
+        if self.start is not None and self.executor == "sequential":
+            raise ValueError("start was given with executor='sequential', which walks the chain step by step; leave one out")
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the solver's states were asked for in {self.dtype}; they are kept in float32 or float64")
         if not isinstance(self.pad, bool):

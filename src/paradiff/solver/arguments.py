@@ -16,7 +16,7 @@ from paradiff.errors import require_whole, shown
 from paradiff.solver.protocol import EditedOutputs, Evaluate, Method, Query, Remembers
 from paradiff.solver.records import Record
 from paradiff.solver.solution import Solution
-from paradiff.solver.trajectory import Trajectory, require_trajectory
+from paradiff.solver.trajectory import Trajectory
 
 Start = Tensor | Solution | Trajectory | str | Path | None
 """States at node 0, or what to begin from."""
@@ -122,10 +122,11 @@ def begun(start: Any, trajectory: Any) -> tuple[Any, Trajectory | None]:
         ValueError: If a solution has no trajectory, a file holds none, or two are given.
     """
     found = None
-    if isinstance(start, Solution):
+    if hasattr(start, "trajectory"):  # a solution, or a report of a pipeline's call
         if start.trajectory is None:
             raise ValueError(
-                "start is a solution whose trajectory was not kept; give keep_trajectory=True to the run that it comes from"
+                f"start is a {type(start).__name__} whose trajectory was not kept; give keep_trajectory=True to the run that "
+                "it comes from"
             )
         found = start.trajectory
     elif isinstance(start, Trajectory):
@@ -141,8 +142,8 @@ def begun(start: Any, trajectory: Any) -> tuple[Any, Trajectory | None]:
     return None, found
 
 
-def require_warm(method: Any, trajectory: Trajectory | None, table: Table, noise: Any, keep: Any) -> None:
-    """Refuses a trajectory that does not fit, and a method that cannot begin from one, or keep its own.
+def require_warm(method: Any, trajectory: Trajectory | None, keep: Any) -> None:
+    """Refuses a method that cannot begin from a trajectory, or keep its own.
 
     Raises:
         ValueError: Then.
@@ -159,7 +160,6 @@ def require_warm(method: Any, trajectory: Trajectory | None, table: Table, noise
             f"{method.name} cannot begin from a trajectory: {why}; leave start out, or use quasi_newton, parasolver or "
             "collocation"
         )
-    require_trajectory(trajectory, table, noise.samples, noise.shape)
 
 
 def device_of(value: Any) -> torch.device:

@@ -63,7 +63,7 @@ from paradiff.solver.records import Record
 from paradiff.solver.row_check import Check, RowCheck
 from paradiff.solver.seen import Look
 from paradiff.solver.solution import Solution, Status
-from paradiff.solver.trajectory import Trajectory, trajectory_of
+from paradiff.solver.trajectory import Trajectory, require_trajectory, trajectory_of
 
 UNCHECKED = "not checked: that the model's output for a row depends on that row alone"
 IDLE = 100_000  # rounds beyond the chain's steps without the end of a sweep: no stride and no corrector in use has so many
@@ -123,7 +123,9 @@ def solve(
         )
     start, trajectory = begun(start, trajectory)
     require_start(table, start, (noise.samples, *noise.shape))
-    require_warm(method, trajectory, table, noise, keep_trajectory)
+    require_warm(method, trajectory, keep_trajectory)
+    if trajectory is not None:
+        require_trajectory(trajectory, table, noise.samples, noise.shape)
     require_callable("on_final", on_final, "a function of a fine node and states")
     problem = Problem(
         table=table,

@@ -96,6 +96,10 @@ class Trajectory:
         """Number of samples B."""
         return len(self.parts)
 
+    def only(self, sample: int) -> Trajectory:
+        """The trajectory of one sample."""
+        return dataclasses.replace(self, parts=self.parts[sample : sample + 1])
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Trajectory:
         """The trajectory with its states and clean-data estimates changed, as a plan is that is shifted by a step.
 
@@ -218,6 +222,11 @@ def _part(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], step
     return Part(nodes, states, clean, None if points is None else tuple(points.tolist()), base, *changes)
 
 
+def joined(several: Sequence[Trajectory]) -> Trajectory:
+    """The trajectories of several runs on a chain as one, of all their samples."""
+    return dataclasses.replace(several[0], parts=tuple(part for one in several for part in one.parts))
+
+
 def digest_of(table: Table) -> str:
     """A digest of the coefficients that the states of a chain depend on, and of the limit on its clean data."""
     found = hashlib.sha256(f"{table.first} {table.clip!r}".encode())
@@ -226,23 +235,22 @@ def digest_of(table: Table) -> str:
     return found.hexdigest()[:16]
 
 
-def trajectory_of(table: Table, shape: Sequence[int], parts: Sequence[Part], model: str = "") -> Trajectory:
+def trajectory_of(table: Table, shape: Sequence[int], parts: Sequence[Part]) -> Trajectory:
     """The trajectory of a run on a table."""
-    return Trajectory(table.name, digest_of(table), table.steps, tuple(shape), tuple(parts), model)
+    return Trajectory(table.name, digest_of(table), table.steps, tuple(shape), tuple(parts))
 
 
-def require_trajectory(found: Trajectory, table: Table, samples: int, shape: Sequence[int], model: str = "") -> Trajectory:
-    """A trajectory that fits a problem.
+def require_trajectory(found: Trajectory, table: Table, samples: int, shape: Sequence[int]) -> None:
+    """Refuses a trajectory that does not fit a problem.
 
     Args:
         found: The trajectory.
         table: The problem's table.
         samples: Its samples.
         shape: Shape of one.
-        model: What its model is called; empty where nobody said.
 
     Raises:
-        ValueError: If it is of another table, shape, number of samples or model.
+        ValueError: If it is of another table, shape or number of samples.
     """
     if (found.steps, found.digest) != (table.steps, digest_of(table)):
         raise ValueError(
@@ -254,9 +262,16 @@ def require_trajectory(found: Trajectory, table: Table, samples: int, shape: Seq
             f"start is a trajectory of {found.samples} samples of shape {found.shape}, and {samples} of shape {tuple(shape)} "
             "are sought; begin from a trajectory of the same shape"
         )
+
+
+def require_model(found: Trajectory, model: str) -> None:
+    """Refuses a trajectory of another model, where both say what they are of.
+
+    Raises:
+        ValueError: Then.
+    """
     if found.model and model and found.model != model:
         raise ValueError(
             f"start is a trajectory of the model {found.model!r}, and this one is {model!r}; begin from a trajectory of the "
             "same model"
         )
-    return found

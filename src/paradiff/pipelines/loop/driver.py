@@ -32,6 +32,7 @@ from paradiff.samplers.scheduler.probe import Increments, probe
 from paradiff.solver.loop import Rounds, solve
 from paradiff.solver.protocol import Batch, Chooses, EditedOutputs, Method, Observer, Round
 from paradiff.solver.solution import Solution
+from paradiff.solver.trajectory import Trajectory
 
 GIVEN_UP = 0.25
 """The part of the chain, at most, at whose end a run is given up for the plain call."""
@@ -93,6 +94,8 @@ class LoopSolver:
         interrupt: The flag by which the call is ended from outside.
         weights: The networks' weights, which the loop leaves as they are; None where that is not checked.
         kind: The pipeline's class, from whose source its loop is read; None for no pipeline.
+        begin: The trajectory that the call begins from; None for none.
+        keep: Whether its own is kept.
 
     Attributes:
         started: Whether the loop's first step was taken. The attributes from `first` on exist from then on.
@@ -144,8 +147,11 @@ class LoopSolver:
         interrupt: Interrupt | None = None,
         weights: Weights | None = None,
         kind: type | None = None,
+        begin: Trajectory | None = None,
+        keep: bool = False,
     ) -> None:
         self._weights, self._kind = weights, kind
+        self._begin, self._keep = begin, keep
         if isinstance(method, Chooses):
             observer = method.observing(observer)
             method = method if callback is None else method.for_states()
@@ -206,6 +212,8 @@ class LoopSolver:
             shared_window=True,
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
             on_final=self._final if self._callback is not None or self.fitted.dense_output else None,
+            trajectory=self._begin,
+            keep_trajectory=self._keep,
         )
         if self._weights is not None:
             self._weights.mark()
