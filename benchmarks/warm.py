@@ -278,7 +278,8 @@ def control(window: int | None, seeds: Sequence[int], points: float) -> list[Row
             if label in last:
                 begin = last[label].trajectory
                 assert begin is not None
-                found = sample(model, table, noise, make(window), check="off", start=begin.map(shifted), keep_trajectory=True)
+                begin = begin.map(shifted) if points == 1 else begin
+                found = sample(model, table, noise, make(window), check="off", start=begin, keep_trajectory=True)
                 rows.setdefault(("warm, from its last step", label), []).append(figures(found, plain, 1.0))
             last[label] = found
         place = place + points * (plain[:, :, 1] - place)
