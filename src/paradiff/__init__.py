@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from paradiff.solver.loop import solve
     from paradiff.solver.protocol import Method
     from paradiff.solver.solution import Solution
+    from paradiff.solver.trajectory import Trajectory
     from paradiff.version import __version__
 else:
     __getattr__, __dir__ = lazily(
@@ -59,6 +60,7 @@ else:
             "Schedule": "paradiff.samplers.schedule",
             "Solution": "paradiff.solver.solution",
             "Table": "paradiff.chain.table",
+            "Trajectory": "paradiff.solver.trajectory",
             "__version__": "paradiff.version",
             "auto": "paradiff.planning.auto",
             "chain": "paradiff.chain:",
@@ -105,6 +107,7 @@ __all__ = [
     "Schedule",
     "Solution",
     "Table",
+    "Trajectory",
     "__version__",
     "auto",
     "chain",

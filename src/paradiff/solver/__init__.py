@@ -20,6 +20,7 @@ from paradiff.solver.protocol import (
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.records import ChordsRecord, CollocationRecord, PararealRecord, Record, WindowRecord
 from paradiff.solver.solution import ErrorEstimate, Solution, Status
+from paradiff.solver.trajectory import Trajectory
 
 __all__ = [
     "Batch",
@@ -45,6 +46,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "Trajectory",
     "WindowRecord",
     "drive",
     "sample",

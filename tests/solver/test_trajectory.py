@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trajectories: what runs keep, their files, and what is refused to begin from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from problems import mixture, network
+from safetensors.torch import load_file, save_file
+
+import paradiff
+from paradiff import Keyed, Method, Solution, Trajectory, collocation, quasi_newton, sequential, srds
+from paradiff.chain.clipping import Clip
+from paradiff.samplers.preserving import ddim, ddpm
+from paradiff.samplers.schedule import Schedule
+
+TABLE = ddpm(Schedule.linear(), 24)
+NOISE = Keyed((2, 3), 5, samples=2)
+
+
+def kept(method: Method) -> Solution:
+    return paradiff.sample(network, TABLE, NOISE, method, keep_trajectory=True)
+
+
+@pytest.fixture(scope="module")
+def trajectory() -> Trajectory:
+    found = kept(quasi_newton()).trajectory
+    assert found is not None
+    return found
+
+
+def test_the_plain_chain_s_trajectory_is_its_states_and_what_the_network_said() -> None:
+    solution = kept(sequential())
+    assert solution.trajectory is not None
+    assert torch.equal(solution.sample, paradiff.sample(network, TABLE, NOISE, sequential()).sample)  # which marches
+    for k, part in enumerate(solution.trajectory.parts):
+        assert part.nodes.tolist() == [*range(24)]
+        assert torch.equal(part.states[0], NOISE.start(k))
+        outputs = network(part.states, TABLE.t[:-1])
+        clean = TABLE.p.float().view(-1, 1, 1) * part.states + TABLE.q.float().view(-1, 1, 1) * outputs
+        assert torch.allclose(part.clean, clean, atol=1e-4)  # float32, of numbers up to q = 150
+    assert paradiff.sample(network, TABLE, NOISE, sequential()).trajectory is None
+
+
+@pytest.mark.parametrize("method", [quasi_newton(), collocation(nodes=12), collocation(order=1, nodes=12)], ids=repr)
+def test_a_file_holds_a_trajectory(method: Method, tmp_path: Path) -> None:
+    table = ddim(Schedule.linear(), 60)
+    denoiser, noise = mixture().denoiser(table), Keyed((16,), 5, samples=2)
+    before = paradiff.sample(denoiser, table, noise, method, keep_trajectory=True).trajectory
+    assert before is not None
+    before.save(tmp_path / "a.safetensors")
+    after = Trajectory.load(tmp_path / "a.safetensors")
+    assert (after.table, after.digest, after.steps, after.shape) == (before.table, before.digest, before.steps, before.shape)
+    for one, other in zip(before.parts, after.parts, strict=True):
+        assert one.points == other.points
+        for name in ("nodes", "states", "clean", "dx", "dclean"):
+            a, b = getattr(one, name), getattr(other, name)
+            assert (a is None and b is None) or torch.equal(a, b)
+    starts = (before, after, tmp_path / "a.safetensors", str(tmp_path / "a.safetensors"))
+    found = [paradiff.sample(denoiser, table, noise, collocation(), start=start).sample for start in starts]
+    assert all(torch.equal(found[0], one) for one in found)
+    assert [*tmp_path.iterdir()] == [tmp_path / "a.safetensors"]  # and no scratch file
+
+
+def test_files_that_are_none_are_refused(trajectory: Trajectory, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    trajectory.save(path)
+    whole, tensors = path.read_bytes(), load_file(path)
+    about = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]
+    for cut in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"cannot be read as safetensors, since it was cut short or is another kind"):
+            Trajectory.load(path)
+    with pytest.raises(ValueError, match=r"the trajectory '.*b' is not there; give its file"):
+        Trajectory.load(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"is no file; give its file"):
+        Trajectory.load(tmp_path)
+    with pytest.raises(ValueError, match=r"the trajectory cannot be written to '.*nowhere.*': No such file or directory"):
+        trajectory.save(tmp_path / "nowhere" / "a")
+    wrong = {
+        "its states are torch.int32": tensors | {"0/states": tensors["0/states"].int()},
+        "its states are torch.float8_e4m3fn": tensors | {"0/states": tensors["0/states"].to(torch.float8_e4m3fn)},
+        "it lacks '1/clean'": {name: value for name, value in tensors.items() if name != "1/clean"},
+        "have the shapes": tensors | {"0/states": tensors["0/states"][:5].clone()},
+        "not in order among the 24": tensors | {"0/nodes": tensors["0/nodes"].flip(0)},
+        "it holds NaN or infinity": tensors | {"1/clean": tensors["1/clean"] * torch.nan},
+        "its changes have shape": tensors | {"1/dx": tensors["1/dx"][1:].clone()},
+    }
+    for text, content in wrong.items():
+        save_file(content, path, metadata=about)
+        with pytest.raises(ValueError, match=rf"is no stored trajectory \(.*{text}.*\); give a file that Trajectory\.save"):
+            Trajectory.load(path)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"is no stored trajectory"):
+        Trajectory.load(path)
+    save_file(tensors, path, metadata={"paradiff": "{"})
+    with pytest.raises(ValueError, match=r"is no stored trajectory"):
+        Trajectory.load(path)
+
+
+def test_a_trajectory_of_something_else_is_refused(trajectory: Trajectory) -> None:
+    start = r"start is a trajectory of table 'ddpm' with 24 steps, and the chain is another one"
+    others = (
+        ddpm(Schedule.linear(), 25),
+        ddpm(Schedule.cosine(), 24),
+        ddim(Schedule.linear(), 24),
+        ddpm(Schedule.linear(), 24, clip=Clip(1.0)),
+    )
+    for table in others:
+        with pytest.raises(ValueError, match=start):
+            paradiff.sample(network, table, NOISE, quasi_newton(), start=trajectory)
+    for noise in (Keyed((2, 3), 5), Keyed((3, 2), 5, samples=2)):
+        with pytest.raises(ValueError, match=r"start is a trajectory of 2 samples of shape \(2, 3\), and"):
+            paradiff.sample(network, TABLE, noise, quasi_newton(), start=trajectory)
+    plain = paradiff.sample(network, TABLE, NOISE, quasi_newton())
+    with pytest.raises(ValueError, match=r"a Solution whose trajectory was not kept; give keep_trajectory=True"):
+        paradiff.sample(network, TABLE, NOISE, quasi_newton(), start=plain)
+    with pytest.raises(ValueError, match=r"start and trajectory are both trajectories; give one"):
+        paradiff.sample(network, TABLE, NOISE, quasi_newton(), start=trajectory, trajectory=trajectory)
+    with pytest.raises(ValueError, match=r"trajectory is 3; give a Trajectory"):
+        paradiff.sample(network, TABLE, NOISE, quasi_newton(), trajectory=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"keep_trajectory is 1; give True or False"):
+        paradiff.sample(network, TABLE, NOISE, quasi_newton(), keep_trajectory=1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [sequential(), srds(), paradiff.chords(), paradiff.quasi_deer(), paradiff.auto(), collocation(target="sde")],
+    ids=repr,
+)
+def test_methods_that_cannot_begin_from_one_say_so(method: Method, trajectory: Trajectory) -> None:
+    with pytest.raises(ValueError, match=rf"^{method.name} cannot begin from a trajectory: .*; leave start out, or use quasi"):
+        paradiff.sample(network, TABLE, NOISE, method, start=trajectory)
+
+
+@pytest.mark.parametrize("method", [srds(), paradiff.chords(), paradiff.quasi_deer(), paradiff.auto()], ids=lambda m: m.name)
+def test_methods_that_keep_none_say_so(method: Method) -> None:
+    with pytest.raises(ValueError, match=rf"^{method.name} keeps no trajectory; use quasi_newton, parasolver or collocation"):
+        paradiff.sample(network, TABLE, NOISE, method, keep_trajectory=True)
+
+
+def test_a_trajectory_can_be_moved(trajectory: Trajectory) -> None:
+    moved = trajectory.map(lambda x: torch.roll(x, 1, -1))
+    assert torch.equal(moved.parts[1].states, trajectory.parts[1].states.roll(1, -1))
+    assert torch.equal(moved.parts[1].clean, trajectory.parts[1].clean.roll(1, -1))
+    assert moved.parts[0].dx is not None
+    assert repr(moved) == "Trajectory of 2 x (2, 3): 24 nodes of table 'ddpm', 24 steps"
+    with pytest.raises(ValueError, match=r"the trajectory's states were changed to .*; keep their shape \(24, 2, 3\)"):
+        trajectory.map(lambda x: x[..., 1:])
