@@ -58,7 +58,8 @@ def test_a_file_holds_a_trajectory(method: Method, tmp_path: Path) -> None:
         assert one.points == other.points
         for name in ("nodes", "states", "clean", "dx", "dclean"):
             a, b = getattr(one, name), getattr(other, name)
-            assert (a is None and b is None) or torch.equal(a, b)
+            assert (a is None) == (b is None)
+            assert a is None or b is None or torch.equal(a, b)
     starts = (before, after, tmp_path / "a.safetensors", str(tmp_path / "a.safetensors"))
     found = [paradiff.sample(denoiser, table, noise, collocation(), start=start).sample for start in starts]
     assert all(torch.equal(found[0], one) for one in found)

@@ -115,7 +115,7 @@ def require_start(table: Table, start: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def begun(start: Any, trajectory: Any) -> tuple[Any, Trajectory | None]:
+def begun(start: Any, trajectory: Any) -> tuple[Tensor | None, Trajectory | None]:
     """States at node 0 and a trajectory, from what `start` and `trajectory` were given.
 
     Raises:
@@ -154,11 +154,11 @@ def require_warm(method: Any, trajectory: Trajectory | None, keep: Any) -> None:
         raise ValueError(f"{method.name} keeps no trajectory; use quasi_newton, parasolver or collocation")
     if trajectory is None:
         return
+    named = method.name
     why = method.cannot_begin() if isinstance(method, Remembers) else "it has no use for the states of an earlier run"
     if why is not None:
         raise ValueError(
-            f"{method.name} cannot begin from a trajectory: {why}; leave start out, or use quasi_newton, parasolver or "
-            "collocation"
+            f"{named} cannot begin from a trajectory: {why}; leave start out, or use quasi_newton, parasolver or collocation"
         )
 
 

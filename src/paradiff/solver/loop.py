@@ -121,8 +121,8 @@ def solve(
         raise ValueError(
             f"{method.name} keeps the states of a few nodes only, and cannot tell those of every node; use parasolver"
         )
-    start, trajectory = begun(start, trajectory)
-    require_start(table, start, (noise.samples, *noise.shape))
+    states, trajectory = begun(start, trajectory)
+    require_start(table, states, (noise.samples, *noise.shape))
     require_warm(method, trajectory, keep_trajectory)
     if trajectory is not None:
         require_trajectory(trajectory, table, noise.samples, noise.shape)
@@ -130,7 +130,7 @@ def solve(
     problem = Problem(
         table=table,
         noise=noise_along(noise, table.draws, table.first),
-        start=start,
+        start=states,
         device=device_of(device),
         dtype=dtype,
         shared_window=shared_window,
@@ -352,11 +352,11 @@ def sample(
     """
     evaluate = denoiser if evaluates(denoiser) else Evaluator(denoiser)
     require_problem(table, noise, method)
-    start, trajectory = begun(start, trajectory)
+    states, trajectory = begun(start, trajectory)
     require_dtype(evaluate.dtype)
     _refuse_other_lengths(evaluate, noise)
     if isinstance(evaluate, Evaluator):
-        arguments = {"table": table, "noise": noise, "method": method, "start": start, "dtype of states": dtype}
+        arguments = {"table": table, "noise": noise, "method": method, "start": states, "dtype of states": dtype}
         arguments |= {"trajectory": trajectory}
         evaluate.begin(arguments, method.width(table) * noise.samples)
     if isinstance(method, Chooses):
@@ -366,7 +366,7 @@ def sample(
         table,
         noise,
         method,
-        start=start,
+        start=states,
         device=evaluate.device,
         dtype=dtype,
         observer=observer,
@@ -377,11 +377,11 @@ def sample(
     look = None
     if check == "first" and type(evaluate) is Evaluator:
         chosen = method.chosen(table, noise.samples) if isinstance(method, Chooses) else method
-        run = described({"": [table, chosen, dtype, noise.samples, noise.shape, start is None]})
+        run = described({"": [table, chosen, dtype, noise.samples, noise.shape, states is None]})
         look = evaluate.look(f"{run} {chosen!r}")  # which names what is no preset's plain value by its place in memory
     found = _driven(rounds, evaluate, check, look)
     if check == "every" and not found.cut and method.name != method.reference().name:
-        return _beside_the_plain_loop(found, evaluate, table, noise, method, start, dtype, resolution)
+        return _beside_the_plain_loop(found, evaluate, table, noise, method, states, dtype, resolution)
     return found
 
 
