@@ -334,6 +334,7 @@ def examples() -> list[Any]:
     comparison = compare(seen, table, Keyed(SHAPE), {"srds": srds(2)})
     return [
         *(x for s in solutions for x in (s, s.history[0], s.error_estimates[0])),
+        sample(seen, table, Keyed(SHAPE), quasi_newton(), keep_trajectory=True).trajectory,
         *(
             parasolver(),
             srds(),
