@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -136,13 +136,13 @@ def begun(start: Any, trajectory: Any) -> tuple[Tensor | None, Trajectory | None
     if trajectory is not None and not isinstance(trajectory, Trajectory):
         raise ValueError(f"trajectory is {shown(trajectory)}; give a Trajectory, such as a solution's, or None")
     if found is None:
-        return start, trajectory
+        return cast("Tensor | None", start), trajectory  # which `require_start` sees to
     if trajectory is not None:
         raise ValueError("start and trajectory are both trajectories; give one")
     return None, found
 
 
-def require_warm(method: Any, trajectory: Trajectory | None, keep: Any) -> None:
+def require_warm(method: Method, trajectory: Trajectory | None, keep: Any) -> None:
     """Refuses a method that cannot begin from a trajectory, or keep its own.
 
     Raises:
@@ -150,11 +150,11 @@ def require_warm(method: Any, trajectory: Trajectory | None, keep: Any) -> None:
     """
     if not isinstance(keep, bool):
         raise ValueError(f"keep_trajectory is {shown(keep)}; give True or False")
-    if keep and not isinstance(method, Remembers):
-        raise ValueError(f"{method.name} keeps no trajectory; use quasi_newton, parasolver or collocation")
+    named, remembers = method.name, isinstance(method, Remembers)
+    if keep and not remembers:
+        raise ValueError(f"{named} keeps no trajectory; use quasi_newton, parasolver or collocation")
     if trajectory is None:
         return
-    named = method.name
     why = method.cannot_begin() if isinstance(method, Remembers) else "it has no use for the states of an earlier run"
     if why is not None:
         raise ValueError(
