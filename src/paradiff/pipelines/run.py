@@ -88,7 +88,8 @@ def parallelize(
         scheduler: The scheduler that a function or an object steps; None to look for it in the variables of the function, or
             the attributes of the object.
         networks: The torch modules that the loop of a function or an object calls; None to look for them in the same places.
-        method: The method (methods/presets.py); `auto()` by default, which chooses one and says so in the report.
+        method: The method (methods/presets.py); `auto()` by default, which chooses one and says so in the report, and
+            `collocation()` where there is a trajectory to begin from, or to keep.
         executor: `vector`, `lanes`, `sequential`, or `auto`: the first of them that the loop allows.
         max_rows: Largest number of rows in one network call, at least 1; an image with guidance has two rows a state. None for
             no bound. Halved when the device runs out of memory.
