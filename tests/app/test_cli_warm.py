@@ -32,13 +32,15 @@ def test_a_run_begins_from_a_file(cli: Cli, tmp_path: Path) -> None:
     for more, text in (
         (("--steps", 40), "start is a trajectory of table 'ddim' with 50 steps, and the chain is another one, 'ddim' with 40"),
         (("--seeds", "0-2"), "start is a trajectory of 2 samples of shape (1, 8, 8), and 3 of shape (1, 8, 8) are sought"),
+        (("--method", "auto"), "auto cannot begin from a trajectory: it chooses by what runs cost that begin from nothing"),
         (("--method", "srds"), "srds cannot begin from a trajectory"),
         (("--start", tmp_path / "b"), "is not there; give its file"),
         (("--start", one / "run.json"), "cannot be read as safetensors, since it was cut short or is another kind of file"),
         (("--save-trajectory", tmp_path / "no" / "c"), "whose folder does not exist; make it first"),
         (("--method", "srds", "--save-trajectory", tmp_path / "c"), "srds"),
     ):
-        refused = cli(*DIGITS, "--out", tmp_path / "three", "--start", file, *more)
+        method = () if "--method" in more else ("--method", "collocation")
+        refused = cli(*DIGITS, *method, "--out", tmp_path / "three", "--start", file, *more)
         assert refused.code == 2
         assert text in refused.err
     assert not (tmp_path / "three").exists()
@@ -52,6 +54,6 @@ def test_each_seed_of_a_pipeline_begins_from_its_own(cli: Cli, tmp_path: Path) -
     assert (found.code, found.err) == (0, "")
     contents = json.loads((tmp_path / "two" / "run.json").read_text())
     assert max(sample["error"]["rms"] for sample in contents["samples"]) < 4e-3
-    refused = cli(*TEXT, "--seeds", "0", "--out", tmp_path / "three", "--start", file)
+    refused = cli(*TEXT, "--seeds", "0", "--method", "collocation", "--out", tmp_path / "three", "--start", file)
     assert refused.code == 2
     assert "the trajectory is of 2 seeds, and 1 are asked for; begin from one of as many seeds" in refused.err
