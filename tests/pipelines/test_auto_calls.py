@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,8 @@ def test_what_is_known_of_a_call_decides_and_its_runs_are_kept(monkeypatch: pyte
     steps = {"num_inference_steps": 25}
     with paradiff.parallelize(pipe) as run:
         case.run(pipe, **steps)
-        assert "a window that widens where its rounds show that it pays" in run.report.message
+        widened, given_up = "a window that widens where its rounds show that it pays", "a window was tried within"
+        assert widened in run.report.message or given_up in run.report.message
         for path in tmp_path.iterdir():
             path.unlink()
         given: dict[str, Any] = {}
@@ -104,3 +107,59 @@ def test_what_is_known_of_a_call_decides_and_its_runs_are_kept(monkeypatch: pyte
         case.run(pipe, **steps)
     assert "times faster than the plain chain by the library's models" in run.report.message
     assert run.report.passes < 25
+
+
+def plainly(wish: Wish, known: Known | None, table: paradiff.Table, samples: int) -> Picked:
+    """A choice of the plain chain."""
+    return Picked(paradiff.sequential(), "sequential()", "since nothing is faster")
+
+
+def test_a_call_for_which_the_plain_one_is_chosen_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiff.planning.auto.pick", plainly)
+    case = CASES["sd"]
+    pipe = case.make()
+    plain = case.run(pipe)
+    rounds: list[Any] = []
+    with paradiff.parallelize(pipe) as run, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = case.run(pipe), case.run(pipe)
+        told = run.reports
+    with paradiff.parallelize(pipe, observer=lambda one: rounds.append(one)) as seen:
+        third = case.run(pipe)
+    for found in (first, second):
+        assert torch.equal(found, plain)
+    assert torch.allclose(third, plain, rtol=1e-3, atol=1e-3)
+    for report in told:
+        assert report.executor == "sequential"
+        assert report.message == "sequential: the plain call; chosen: sequential(), since nothing is faster"
+        assert not report.warnings
+        assert report.refused_calls == 0
+    assert seen.report.executor != "sequential"  # somebody looks at its rounds
+    assert len(rounds) == case.steps
+
+
+def test_a_window_that_does_not_pay_is_given_up_for_the_plain_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("paradiff.pipelines.known._PLAIN", {})
+    monkeypatch.setattr("paradiff.pipelines.known.CALLS", 1)
+    case = CASES["sd"]
+    pipe = case.make()
+    steps = {"num_inference_steps": 40}
+    plain = case.run(pipe, **steps)
+    real, calls = pipe.unet.forward, [0]
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.01 * len(args[0]) / 2)  # in proportion to the rows, of which a state has two
+        calls[0] += 1
+        return real(*args, **kwargs)
+
+    pipe.unet.forward = slow
+    with paradiff.parallelize(pipe) as run:
+        found = [case.run(pipe, **steps), case.run(pipe, **steps)]
+        before = calls[0]
+        found.append(case.run(pipe, **steps))  # the choice is made anew
+    for one in found:
+        assert torch.equal(one, plain)
+    assert [report.executor for report in run.reports] == ["sequential"] * 3
+    assert "a window was tried within" in run.reports[1].message
+    assert calls[0] - before > 40

@@ -294,9 +294,7 @@ class LoopSolver:
         unseen = self._callback is None and self._observer is None and isinstance(self.method, Chooses)
         early = int(self._last[0].max()) <= GIVEN_UP * self.table.steps
         if unseen and early and self._tried and self._walked == 2 and isinstance(self.fitted, AdaptiveMethod):
-            raise ChosenPlain(
-                f"sequential(), since a window was tried for {self.passes} passes and did not pay on this machine"
-            )
+            raise ChosenPlain(f"sequential(), since a window was tried within {self.passes} passes and did not pay here")
 
     def _observe(self, round: Round) -> bool | None:
         """Shows the observer a round, and asks for the end of an interrupted run."""
