@@ -122,6 +122,7 @@ class Call:
                 if isinstance(error, ChosenPlain):
                     assert beginning is not None
                     beginning.restore()
+                    account.refused.append(batching)
                     if self._known is not None:
                         self._known.keep_plain(settings.method, str(error))
                     return self._plainly(str(error))
