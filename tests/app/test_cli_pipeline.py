@@ -312,7 +312,7 @@ def test_a_sequential_call_is_said_to_be_one(
     compare: bool, cli: Cli, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Host, "obstacles", lambda _: ["the moon is full"])
-    options = (*PLAIN, "--seeds", "0-1", "--trace", *["--compare"] * compare)
+    options = (*PLAIN, "--method", "parasolver", "--seeds", "0-1", "--trace", *["--compare"] * compare)
     result = cli("sample", saved("sd"), *options, "--out", tmp_path / "out")
     assert (result.code, result.err) == (0, "")
     assert result.out.count("was called sequentially, the moon is full") == 1

@@ -83,7 +83,7 @@ REFUSED: dict[str, str] = {
     "--method jacobi -m slope=zero": "method 'jacobi' has no option 'slope'",
     "--method paradigms -m rule=error": "method 'paradigms' has no option 'rule'; it takes window, tolerance",
     "--method sequential --window 5": "--window was given, but method 'sequential' has no option 'window'; it takes no options",
-    "--start copy": "No such option",
+    "--begin copy": "No such option",
     "--windw 5": "No such option",
     "more than one": "unexpected extra argument",
     "-m blocks=4": "method 'parasolver' has no option 'blocks'; it takes window, tolerance, stride, warmup, slope, rule",
@@ -227,7 +227,7 @@ def test_help_names_every_option_in_its_panel(cli: Cli) -> None:
     command: Any = get_command(app)
     options = [p for p in command.commands["sample"].params if p.param_type_name == "option"]
     shown = [p for p in options if not p.hidden]
-    assert len(shown) <= 26
+    assert len(shown) <= 28
     assert {p.opts[0] for p in options} - {p.opts[0] for p in shown} == {"--grid", "--form", "--timeout"}
     for parameter in shown:
         assert parameter.opts[0] in found.out

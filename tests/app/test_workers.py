@@ -94,6 +94,7 @@ def test_a_further_process_begins_with_shards_of_its_own(cli: Cli, tiny: Path, t
     assert cli(*line, "--out", tmp_path / "one").code == 0
     request = Request(
         model=str(tiny),
+        method="parasolver",
         sampler="ddim",
         steps=8,
         seeds="0-13",

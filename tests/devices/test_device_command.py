@@ -51,10 +51,11 @@ def test_two_devices_give_the_pictures_of_the_cpu(
 def test_a_pipelines_call_is_shared_by_devices(cli: Cli, device: str, tmp_path: Path, places: list[tuple[str, ...]]) -> None:
     with quiet():
         CASES["sd"].make().save_pretrained(tmp_path / "sd")
-    found = cli("sample", tmp_path / "sd", *PROMPT, *SHORT, "--device", f"{device}:1,{device}:0", "--out", tmp_path / "two")
+    named = (*PROMPT, *SHORT, "--method", "parasolver")
+    found = cli("sample", tmp_path / "sd", *named, "--device", f"{device}:1,{device}:0", "--out", tmp_path / "two")
     assert (found.code, found.err) == (0, "")
     assert set(places) == {(f"{device}:1", f"{device}:0")}
-    assert cli("sample", tmp_path / "sd", *PROMPT, *SHORT, "--device", "cpu", "--out", tmp_path / "one").code == 0
+    assert cli("sample", tmp_path / "sd", *named, "--device", "cpu", "--out", tmp_path / "one").code == 0
     assert (tmp_path / "one/seed-0.png").read_bytes() == (tmp_path / "two/seed-0.png").read_bytes()
 
 

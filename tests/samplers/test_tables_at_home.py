@@ -61,6 +61,8 @@ MADE: dict[str, Callable[[], Any]] = {
     "euler, karras": lambda: euler(S(), 10, karras=True, final="sigma_min"),
     "euler_ancestral": lambda: euler_ancestral(S(), 10),
     "heun": lambda: heun(S(), 10, spacing="leading"),
+    "edm": lambda: samplers.edm(6, s_churn=3.0, preconditioned=True),
+    "alphafold3": lambda: samplers.alphafold3(10),
     "flow_euler": lambda: flow_euler(10, shift=3.0),
     "Grid": lambda: samplers.Grid([3.0, 2.0, 1.0], [0, 2]).u,  # pyright: ignore[reportArgumentType]
     "uniform_grid": lambda: uniform_grid(5.0, 0.1, 2, 3).u,
