@@ -141,7 +141,6 @@ def test_a_call_for_which_the_plain_one_is_chosen_is_the_plain_one(monkeypatch: 
 def test_a_window_that_does_not_pay_is_given_up_for_the_plain_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr("paradiff.pipelines.known._PLAIN", {})
-    monkeypatch.setattr("paradiff.pipelines.known.CALLS", 1)
     case = CASES["sd"]
     pipe = case.make()
     steps = {"num_inference_steps": 40}
@@ -155,10 +154,10 @@ def test_a_window_that_does_not_pay_is_given_up_for_the_plain_call(monkeypatch: 
 
     pipe.unet.forward = slow
     with paradiff.parallelize(pipe) as run:
-        found = [case.run(pipe, **steps) for _ in range(4)]
+        found = [case.run(pipe, **steps) for _ in range(9)]
     for one in found:
         assert torch.equal(one, plain)
-    assert [report.executor for report in run.reports] == ["sequential"] * 4
+    assert [report.executor for report in run.reports] == ["sequential"] * 9
     tried = [report.refused_calls > 0 for report in run.reports]
     assert "a window was tried within" in run.reports[tried.index(True)].message
-    assert tried == [True, False, True, False]  # after CALLS it is tried anew
+    assert tried == [True, False, False, True, *[False] * 4, True]  # it is tried anew after 2 calls, 4, ...

@@ -150,6 +150,7 @@ class Call:
                 if solver.started:
                     if self._known is not None and solver.done:
                         self._known.keep(solver)
+                        self._known.forget_plain(settings.method)
                     if self._crew is not None:
                         self._crew.warn_of_idle(solver.width)
                     return result, account.parallel(executor, solver, batching)

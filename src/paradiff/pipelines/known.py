@@ -47,9 +47,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value))
 
 
-_PLAIN: dict[tuple[str, str], tuple[str, int]] = {}  # calls for which the plain one was chosen: why, and for how many more
-CALLS = 20
-"""Calls after which the choice is made anew: what a machine does beside may have slowed a window down."""
+_PLAIN: dict[tuple[str, str], tuple[str, int, int]] = {}
+"""Calls for which the plain one was chosen: why, for how many more of them it is, and how many these were at first."""
+FEWEST, MOST_CALLS = 2, 64
+"""Calls after which the choice is made anew: a window may have been slow by what the machine did beside. They are twice as many
+each time that it comes out the same."""
 MOST = 64
 """Calls that are kept as plain ones."""
 
@@ -77,16 +79,24 @@ class CallKnown:
         Args:
             method: The method that chooses.
         """
-        reason, left = _PLAIN.get((self._call, repr(method)), (None, 0))
-        if reason is not None:
-            _PLAIN[self._call, repr(method)] = (reason, left - 1)
+        found = _PLAIN.get((self._call, repr(method)))
+        if found is None:
+            return None
+        reason, left, most = found
+        _PLAIN[self._call, repr(method)] = reason, left - 1, most
         return reason if left > 0 else None
 
     def keep_plain(self, method: object, reason: str) -> None:
-        """Keeps that the plain call was chosen, for the next `CALLS` calls of this process."""
+        """Keeps that the plain call was chosen, for the next calls of this process."""
+        _, _, before = _PLAIN.pop((self._call, repr(method)), ("", 0, FEWEST // 2))
         while len(_PLAIN) >= MOST:
             del _PLAIN[next(iter(_PLAIN))]
-        _PLAIN[self._call, repr(method)] = (reason, CALLS)
+        count = min(2 * before, MOST_CALLS)
+        _PLAIN[self._call, repr(method)] = reason, count, count
+
+    def forget_plain(self, method: object) -> None:
+        """A parallel call came to its end: the next one that does not pay is tried again soon."""
+        _PLAIN.pop((self._call, repr(method)), None)
 
     def curve(self) -> tuple[LatencyCurve | None, list[str]]:
         """The stored curve, and a sentence where one was left out."""
