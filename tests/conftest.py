@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 from pipelines import Cli, make_cli, save_pipeline
 
+from paradiff.pipelines.known import PLAIN_CALLS
 from paradiff.solver.seen import MODELS
 
 if "OMP_NUM_THREADS" not in os.environ:
@@ -48,10 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def whichever_tests_ran_before() -> Iterator[None]:
-    """Gives each test the same numbers from torch's global generator, knows no model that was seen in another test, and leaves
-    the number of threads as it was."""
+    """Gives each test the same numbers from torch's global generator, knows no model that was seen in another test and no
+    call for which the plain one was chosen there, and leaves the number of threads as it was."""
     torch.manual_seed(0)
     MODELS.forget()
+    PLAIN_CALLS.clear()
     yield
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)

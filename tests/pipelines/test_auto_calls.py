@@ -140,7 +140,7 @@ def test_a_call_for_which_the_plain_one_is_chosen_is_the_plain_one(monkeypatch: 
 
 def test_a_window_that_does_not_pay_is_given_up_for_the_plain_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr("paradiff.pipelines.known._PLAIN", {})
+    monkeypatch.setattr("paradiff.pipelines.known.PLAIN_CALLS", {})
     case = CASES["sd"]
     pipe = case.make()
     steps = {"num_inference_steps": 40}

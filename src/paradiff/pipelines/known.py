@@ -47,7 +47,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value))
 
 
-_PLAIN: dict[tuple[str, str], tuple[str, int, int]] = {}
+PLAIN_CALLS: dict[tuple[str, str], tuple[str, int, int]] = {}
 """Calls for which the plain one was chosen: why, for how many more of them it is, and how many these were at first."""
 FEWEST, MOST_CALLS = 2, 64
 """Calls after which the choice is made anew: a window may have been slow by what the machine did beside. They are twice as many
@@ -79,24 +79,24 @@ class CallKnown:
         Args:
             method: The method that chooses.
         """
-        found = _PLAIN.get((self._call, repr(method)))
+        found = PLAIN_CALLS.get((self._call, repr(method)))
         if found is None:
             return None
         reason, left, most = found
-        _PLAIN[self._call, repr(method)] = reason, left - 1, most
+        PLAIN_CALLS[self._call, repr(method)] = reason, left - 1, most
         return reason if left > 0 else None
 
     def keep_plain(self, method: object, reason: str) -> None:
         """Keeps that the plain call was chosen, for the next calls of this process."""
-        _, _, before = _PLAIN.pop((self._call, repr(method)), ("", 0, FEWEST // 2))
-        while len(_PLAIN) >= MOST:
-            del _PLAIN[next(iter(_PLAIN))]
+        _, _, before = PLAIN_CALLS.pop((self._call, repr(method)), ("", 0, FEWEST // 2))
+        while len(PLAIN_CALLS) >= MOST:
+            del PLAIN_CALLS[next(iter(PLAIN_CALLS))]
         count = min(2 * before, MOST_CALLS)
-        _PLAIN[self._call, repr(method)] = reason, count, count
+        PLAIN_CALLS[self._call, repr(method)] = reason, count, count
 
     def forget_plain(self, method: object) -> None:
         """A parallel call came to its end: the next one that does not pay is tried again soon."""
-        _PLAIN.pop((self._call, repr(method)), None)
+        PLAIN_CALLS.pop((self._call, repr(method)), None)
 
     def curve(self) -> tuple[LatencyCurve | None, list[str]]:
         """The stored curve, and a sentence where one was left out."""
