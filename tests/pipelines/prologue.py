@@ -64,7 +64,8 @@ def _logged(listed: dict[str, nn.Module], log: io.StringIO, call: Callable[[], A
 
         return forwarded
 
-    free = {name: module for name, module in listed.items() if "forward" not in vars(module)}
+    once = {id(module): (name, module) for name, module in listed.items()}  # networks may share an activation
+    free = {name: module for name, module in once.values() if "forward" not in vars(module)}
     for name, module in free.items():
         vars(module)["forward"] = counting(name, module.forward)
     try:

@@ -159,7 +159,9 @@ class Trajectory:
         try:
             with safe_open(path, "pt") as file:
                 about = (file.metadata() or {}).get(KEY)
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if about else {}  # noqa: SIM118  (no mapping)
+                names = file.keys() if about else []
+                # Copies, since a tensor may be a view of the file, which is overwritten later.
+                tensors = {name: file.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError, TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"the trajectory {str(path)!r} cannot be read as safetensors, since it was cut short or is another kind of "
