@@ -62,7 +62,7 @@ test-oldest: .venv-oldest/.ready
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal tests/test_rooms.py tests/test_face.py \
 		tests/test_values.py tests/test_errors.py tests/test_extending.py $(addprefix tests/app/test_,$(addsuffix .py,cli cli_pipeline cli_refusals media plots)) \
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
-		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain pipelines same_image scheduler_proxy windowed))
+		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain hosts pipelines same_image scheduler_proxy windowed))
 
 BENCHES := audit cluster conditioning conditions corrector front memory pipelines plan polylog published ranks rounds shapes shift small_windows sparse srds tolerance
 bench: .venv/.ready

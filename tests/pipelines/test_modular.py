@@ -20,9 +20,8 @@ from torch import Tensor
 import paradiff
 from paradiff import parallelize, quasi_newton
 
-pytestmark = pytest.mark.skipif(
-    Version(D.__version__) < Version("0.42"), reason="these blocks are those of the newest diffusers"
-)
+if Version(D.__version__) < Version("0.42"):
+    pytest.skip("these blocks are those of the newest diffusers", allow_module_level=True)
 
 STEPS = 14
 SIZE = {"height": 32, "width": 32, "num_inference_steps": STEPS}
