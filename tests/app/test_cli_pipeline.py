@@ -262,7 +262,7 @@ def test_a_sampler_is_the_class_with_the_pipelines_own_config(name: str, cli: Cl
 
 
 def test_what_is_left_out_is_the_pipelines_own(cli: Cli, saved: Saved, tmp_path: Path) -> None:
-    label = ("--argument", "class_labels=[3]", "--device", "cpu", "--window", 8)
+    label = ("--argument", "class_labels=[3]", "--device", "cpu", "--method", "parasolver", "--window", 8)
     assert cli("sample", saved("dit"), *label, "--out", tmp_path / "out").code == 0
     contents = read(tmp_path / "out")
     assert contents["pipeline"]["arguments"] == {"class_labels": [3], "output_type": "np"}
