@@ -14,7 +14,7 @@ from torch import Tensor
 
 import paradiff
 from paradiff.pipelines.host.find import host_of
-from paradiff.pipelines.known import CallKnown, call_key, curve_of_passes
+from paradiff.pipelines.known import PLAIN_CALLS, CallKnown, call_key, curve_of_passes
 from paradiff.planning import LatencyCurve
 from paradiff.planning.picking import Known, Picked
 from paradiff.planning.store import FOLDER
@@ -103,6 +103,7 @@ def test_what_is_known_of_a_call_decides_and_its_runs_are_kept(monkeypatch: pyte
         monkeypatch.setattr("paradiff.pipelines.call.CallKnown", lambda *of: given.setdefault("known", CallKnown(*of)))
         case.run(pipe, **steps)
         given["known"].keep_curve(FLAT)
+        PLAIN_CALLS.clear()
         case.run(pipe, **steps)
     assert "times faster than the plain chain by the library's models" in run.report.message
     assert run.report.passes < 25
