@@ -130,7 +130,8 @@ def test_few_nodes_leave_no_sample_silently_on_the_wrong_point(steps: int, nodes
     found, errors = solved(ddpm(LINEAR, steps), collocation(nodes, max_nodes=most), noise)
     for error, estimate in zip(errors.tolist(), found.error_estimates, strict=True):
         assert error <= max(2 * estimate.estimated_error, 4e-3)
-    if most is None:  # the window method takes over; one sample's errors are told to have been carried on
+    if most is None:  # the window method, which takes over, may tell of more, as it does of one sample here
+        assert errors.max() < 4e-3
         assert sum(estimate.estimated_error > 4e-3 for estimate in found.error_estimates) <= 1
     else:  # as far off as another sample of the data would be
         assert found.status is Status.STOPPED
