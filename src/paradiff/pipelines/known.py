@@ -19,6 +19,7 @@ from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.planning.auto_run import ENOUGH
 from paradiff.planning.cost import Trace
+from paradiff.planning.curves import read_curve
 from paradiff.planning.identity import machine_facts, model_facts, table_key
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.picking import Known
@@ -100,15 +101,7 @@ class CallKnown:
 
     def curve(self) -> tuple[LatencyCurve | None, list[str]]:
         """The stored curve, and a sentence where one was left out."""
-        store = Store("curve")
-        content, notice = store.read(self.key, self._facts)
-        notes = [] if notice is None else [notice]
-        if content is None:
-            return None, notes
-        try:
-            return LatencyCurve.of_json(content), notes
-        except ValueError as error:
-            return None, [*notes, f"the stored curve {str(store.path(self.key))!r} was left out: {error}"]
+        return read_curve(Store("curve"), self.key, self._facts)
 
     def keep_curve(self, curve: LatencyCurve) -> None:
         """Stores a curve."""

@@ -57,8 +57,13 @@ def stored_curve(
     evaluator: Evaluator, noise: Noise, *, folder: Path | None = None, key: str | None = None
 ) -> tuple[LatencyCurve | None, list[str]]:
     """The stored curve of a model, without a call of it; None where there is none that holds here."""
-    store, key = Store("curve", folder), curve_key(evaluator, (noise.samples, *noise.shape), key)
-    content, notice = store.read(key, machine_facts(evaluator.device))
+    key = curve_key(evaluator, (noise.samples, *noise.shape), key)
+    return read_curve(Store("curve", folder), key, machine_facts(evaluator.device))
+
+
+def read_curve(store: Store, key: str, facts: Mapping[str, object]) -> tuple[LatencyCurve | None, list[str]]:
+    """The curve of a key, and a sentence where one was left out; None where there is none that holds for these facts."""
+    content, notice = store.read(key, facts)
     notes = [] if notice is None else [notice]
     if content is None:
         return None, notes
