@@ -417,6 +417,23 @@ def test_calls_of_two_threads_take_turns() -> None:
     assert max(difference(plain, one) for one in found) < CLOSE
 
 
+def test_another_threads_plain_loop_has_the_scheduler_itself() -> None:
+    found: list[Any] = []
+
+    def loop(x: Tensor) -> Tensor:
+        SCHEDULER.set_timesteps(20)
+        for t in SCHEDULER.timesteps:
+            if not found:  # in the midst of the parallel run
+                thread = threading.Thread(target=lambda: found.append((type(SCHEDULER.timesteps), "step" in vars(SCHEDULER))))
+                thread.start()
+                thread.join()
+            x = SCHEDULER.step(UNET(x, t, SEEN), t, x).prev_sample
+        return x
+
+    parallelize(loop, METHOD, scheduler=SCHEDULER)(START)
+    assert found == [(Tensor, False)]
+
+
 def test_an_error_of_the_loop_leaves_the_scheduler_as_it_was() -> None:
     def failing(x: Tensor) -> Tensor:
         SCHEDULER.set_timesteps(20)

@@ -10,6 +10,7 @@ else that of the run.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,17 +65,27 @@ class Switch:
         return self.real if self.proxy is None else self.proxy
 
 
-def _answering(kind: type, switch: Switch) -> type:
-    """A class of the scheduler whose attributes are those of what answers."""
+def _answering(kind: Any, switch: Switch) -> type:
+    """A class of the scheduler whose attributes are those of what answers, in the thread of the run; its own in others."""
+
+    here = threading.get_ident()
 
     def get(scheduler: Any, name: str) -> Any:
+        if threading.get_ident() != here:
+            return kind.__getattribute__(scheduler, name)
         return getattr(switch.answering(), name)
 
     def put(scheduler: Any, name: str, value: Any) -> None:
-        setattr(switch.answering(), name, value)
+        if threading.get_ident() != here:
+            kind.__setattr__(scheduler, name, value)
+        else:
+            setattr(switch.answering(), name, value)
 
     def remove(scheduler: Any, name: str) -> None:
-        delattr(switch.answering(), name)
+        if threading.get_ident() != here:
+            kind.__delattr__(scheduler, name)
+        else:
+            delattr(switch.answering(), name)
 
     namespace = {"__getattribute__": get, "__setattr__": put, "__delattr__": remove, "__module__": kind.__module__}
     return type(kind)(kind.__name__, (kind,), namespace)
