@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -175,8 +176,12 @@ def test_a_round_is_one_gather_of_hardly_more_bytes_than_have_to_move() -> None:
         assert needed < moved <= 1.2 * needed
 
 
+M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped each by itself
+
+
 def growth(mesh: DeviceMesh) -> int:
     """By how many bytes a long chain, after a short one, raises the most memory that a rank had."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # a freed state is the system's again, and no gap among kept ones
     method, noise = parasolver(window=4, tolerance=0.0), Keyed((4, 256, 256), [0])
     ranks, most = Ranks(mesh), []
     for steps in (20, 20, 100):
