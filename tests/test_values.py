@@ -26,6 +26,7 @@ from paradiff import (
     Recorded,
     Schedule,
     Table,
+    by_row,
     chords,
     collocation,
     explain,
@@ -55,7 +56,7 @@ from paradiff.methods.window.method import WindowMethod
 from paradiff.planning import LatencyCurve, Theory, compare
 from paradiff.samplers import Grid, ddim
 from paradiff.samplers.process import variance_preserving
-from paradiff.solver import Batch, Deadline, EditedOutputs, Preview, Previews, Problem, Query, Ranks, Round, Status
+from paradiff.solver import Batch, Deadline, EditedOutputs, Preview, Previews, Problem, Query, Ranks, Round, Rows, Status
 
 SHAPE = (2, 3)
 
@@ -348,6 +349,7 @@ def examples() -> list[Any]:
         *(Keyed(SHAPE), recorded(), table, Schedule.linear(), Grid(torch.tensor([2.0, 1.0, 0.0]), [0, 2])),
         *(Clip(1.0), DynamicThreshold(0.9, 2.0), Status.EXACT, rounds[0], Deadline(5)),
         *(Previews(print), Preview(1, torch.zeros(1, 3), [0.1], 3, 0.5)),
+        *(by_row(seen, table), Rows(torch.arange(1), torch.arange(1), zeros, by_row(seen, table))),
         *(Evaluator(seen), Problem(table=table, noise=Keyed(SHAPE)), EditedOutputs(zeros, zeros), Query(zeros[:, 0, 0], zeros)),
         Batch(zeros, torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)),
         *(models.Gaussian(torch.zeros(3), torch.ones(3)), models.Empirical(torch.eye(3))),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from paradiff.planning.side_by_side import compare
     from paradiff.samplers.schedule import Schedule
     from paradiff.samplers.scheduler.probe import from_scheduler
+    from paradiff.solver.by_row import by_row
     from paradiff.solver.evaluator import Evaluator
     from paradiff.solver.loop import solve
     from paradiff.solver.protocol import Method
@@ -63,6 +64,7 @@ else:
             "Trajectory": "paradiff.solver.trajectory",
             "__version__": "paradiff.version",
             "auto": "paradiff.planning.auto",
+            "by_row": "paradiff.solver.by_row",
             "chain": "paradiff.chain:",
             "chords": "paradiff.methods.chords.method",
             "collocation": "paradiff.methods.presets",
@@ -110,6 +112,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "auto",
+    "by_row",
     "chain",
     "chords",
     "collocation",

@@ -82,6 +82,9 @@ class Keyed:
         seed: One seed, whose samples 0 ... `samples` - 1 are drawn, or a sequence of seeds, of each of which sample 0 is drawn.
         samples: Number of samples, with one seed only.
 
+    Attributes:
+        keys: `[B]` seed and sample that each one's draws are keyed by.
+
     Raises:
         ValueError: If the shape is none, a seed is not in 0 ... 2^64 - 1, or `samples` is given beside several seeds, is below
             1 or above a million.
@@ -94,40 +97,40 @@ class Keyed:
         seeds = seed.tolist() if isinstance(seed, np.ndarray) else seed
         if is_whole(seeds):
             count = 1 if samples is None else samples
-            self._keys = [(int(seeds), k) for k in range(count)]
+            self.keys = [(int(seeds), k) for k in range(count)]
         elif not are_whole(seeds):
             raise ValueError(f"the seed is {shown(seed)}; it must be a whole number in 0 ... 2^64 - 1, or a sequence of them")
         elif samples is not None:
             raise ValueError(f"got {len(seeds)} seeds and samples = {samples}; give several seeds or a count, not both")
         else:
-            self._keys = [(int(s), 0) for s in seeds]
-        if not self._keys:
+            self.keys = [(int(s), 0) for s in seeds]
+        if not self.keys:
             raise ValueError("no sample was asked for; give at least one seed and a count of at least 1")
-        for s, _ in self._keys:
+        for s, _ in self.keys:
             if not 0 <= s < 2**64:
                 raise ValueError(f"the seed is {shown(s)}; it must be in 0 ... 2^64 - 1")
 
     @property
     def samples(self) -> int:
         """Number of samples B."""
-        return len(self._keys)
+        return len(self.keys)
 
     def __repr__(self) -> str:
-        seeds = sorted({seed for seed, _ in self._keys})
+        seeds = sorted({seed for seed, _ in self.keys})
         named = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
         return f"Keyed noise: {self.samples} of shape {self.shape}, {named}"
 
     def __eq__(self, other: object) -> bool:
         """Whether all draws are equal: the same shape, seeds and samples."""
-        return (self.shape, self._keys) == (other.shape, other._keys) if isinstance(other, Keyed) else NotImplemented
+        return (self.shape, self.keys) == (other.shape, other.keys) if isinstance(other, Keyed) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((self.shape, tuple(self._keys)))
+        return hash((self.shape, tuple(self.keys)))
 
     def _blocks(self, sample: int, blocks: Sequence[int]) -> Tensor:
         """The draws of some blocks of counters, `[len(blocks), *shape]`. A generator is moved from block to block, in less than
         half the time of making one for each."""
-        bits = np.random.Philox(key=np.array(self._keys[sample], dtype=np.uint64))
+        bits = np.random.Philox(key=np.array(self.keys[sample], dtype=np.uint64))
         generator, state = np.random.Generator(bits), bits.state
         found = np.empty((len(blocks), math.prod(self.shape)), dtype=np.float32)
         for row, block in zip(found, blocks, strict=True):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop that solves a chain, what it is given and what it returns."""
 
+from paradiff.solver.by_row import ByRow, Rows
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.loop import drive, sample, solve
@@ -24,6 +25,7 @@ from paradiff.solver.trajectory import Trajectory
 
 __all__ = [
     "Batch",
+    "ByRow",
     "ChordsRecord",
     "CollocationRecord",
     "Deadline",
@@ -42,6 +44,7 @@ __all__ = [
     "Ranks",
     "Record",
     "Round",
+    "Rows",
     "Run",
     "Solution",
     "Solver",

@@ -22,6 +22,7 @@ from paradiff.errors import require_whole, shown
 from paradiff.solver.accelerator import empty_cache
 from paradiff.solver.agreement import described, versions, weights_of
 from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows
+from paradiff.solver.by_row import ByRow
 from paradiff.solver.crew import Crew, shares_of
 from paradiff.solver.protocol import Batch
 from paradiff.solver.ranks import Ranks
@@ -426,7 +427,11 @@ class Evaluator:
         versions = {name: _version(value) for name, value in held.shared.items()}
         failed, m = False, None
         try:
-            m = held.denoiser(x, t, **rows, **held.shared)
+            if isinstance(held.denoiser, ByRow):
+                nodes = _filled(batch.nodes[part], filling)
+                m = held.denoiser.of_rows(x, t, nodes, samples, **rows, **held.shared)
+            else:
+                m = held.denoiser(x, t, **rows, **held.shared)
         except (RuntimeError, ValueError, AssertionError) as error:
             if not single or type(error) not in (RuntimeError, ValueError, AssertionError):
                 raise

@@ -37,6 +37,7 @@ from paradiff.solver.arguments import (
     require_start,
     require_warm,
 )
+from paradiff.solver.by_row import ByRow
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.judge import Judge
 from paradiff.solver.plain_loop import PlainOutputs, compare
@@ -82,6 +83,7 @@ def solve(
     shared_window: bool = False,
     on_final: OnFinal | None = None,
     resolution: float | None = None,
+    smooth: bool = True,
     trajectory: Trajectory | None = None,
     keep_trajectory: bool = False,
 ) -> Rounds:
@@ -100,6 +102,8 @@ def solve(
         on_final: Called with the states of every stretch of nodes that became final, in order; for one sample, and methods with
             dense output.
         resolution: Relative precision of the network's outputs; that of the states by default.
+        smooth: Whether outputs vary little from node to node for like states; collocation, which interpolates them, leaves the
+            chain to the window method if not.
         trajectory: A trajectory to begin from, beside a `start` of states at node 0.
         keep_trajectory: Whether `Solution.trajectory` is kept: the state of every node that the method evaluates.
 
@@ -135,6 +139,7 @@ def solve(
         dtype=dtype,
         shared_window=shared_window,
         resolution=resolution,
+        smooth=smooth,
         on_final=on_final,
         trajectory=trajectory,
         keep=keep_trajectory,
@@ -352,6 +357,9 @@ def sample(
     """
     evaluate = denoiser if evaluates(denoiser) else Evaluator(denoiser)
     require_problem(table, noise, method)
+    by_row = evaluate.denoiser if isinstance(evaluate, Evaluator) and isinstance(evaluate.denoiser, ByRow) else None
+    if by_row is not None:
+        by_row.fits(table, noise, method)
     states, trajectory = begun(start, trajectory)
     require_dtype(evaluate.dtype)
     _refuse_other_lengths(evaluate, noise)
@@ -371,6 +379,7 @@ def sample(
         dtype=dtype,
         observer=observer,
         resolution=resolution,
+        smooth=by_row is None or by_row.smooth,
         trajectory=trajectory,
         keep_trajectory=keep_trajectory,
     )

@@ -45,6 +45,7 @@ class Problem:
         shared_window: Each sample is a batch `[b, ...]` of members that share its window: a node changes as much as the member
             that changes most, and errors are estimated for the worst member.
         resolution: Relative precision of the network's outputs; that of the states by default.
+        smooth: Whether outputs vary little from node to node for like states.
         on_final: Called with every stretch of nodes that became final, in order; for one sample, and methods that keep the
             states of all nodes.
         trajectory: That of an earlier run on the table, from which the samples begin; None for none.
@@ -62,6 +63,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     shared_window: bool = False
     resolution: float | None = None
+    smooth: bool = True
     on_final: OnFinal | None = None
     trajectory: Trajectory | None = None
     keep: bool = False
@@ -74,8 +76,9 @@ class Problem:
             )
         if self.resolution is not None:
             require_real("the resolution", self.resolution, positive=True, otherwise=", or None for that of the states")
-        if not isinstance(self.shared_window, bool):
-            raise ValueError(f"shared_window is {self.shared_window!r}; give True or False")
+        for name, value in (("shared_window", self.shared_window), ("smooth", self.smooth)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; give True or False")
         if self.on_final is not None and self.noise.samples != 1:
             raise ValueError(
                 f"on_final was given with {self.noise.samples} samples, which end at rounds of their own; solve one at a time"

@@ -11,6 +11,7 @@ method over all nodes, from its first round on, where
   left to interpolate;
 - the chain adds more noise on its way than the control's `most_volatility` (chain/volatility.py): states between two nodes tell
   little of each other;
+- the model's outputs vary from node to node (`Problem.smooth`);
 - the coefficients would multiply the network's rounding by more than the control's `most_gain`: neither sample nor estimate
   could be trusted.
 
@@ -26,6 +27,9 @@ from paradiff.chain.table import Table
 from paradiff.chain.volatility import volatility
 from paradiff.methods.collocation.interval import Recurrence, finite_log_snr
 from paradiff.methods.collocation.system import CollocationSystem
+
+NOT_SMOOTH = "the model's outputs are said to vary from node to node"
+"""Why a chain is left to the window method whose model says so (solver/by_row.py)."""
 
 
 def unfit_levels(table: Table) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.conditions import unfit_coefficients
+from paradiff.methods.collocation.conditions import NOT_SMOOTH, unfit_coefficients
 from paradiff.methods.collocation.handover import Handover, WindowLoop
 from paradiff.methods.collocation.options import CollocationOptions
 from paradiff.methods.collocation.setup import CollocationSetup
@@ -32,7 +32,7 @@ class CollocationRun:
             options = options.of_differences(problem.table)
         self._options, self._problem = options, problem
         self._table = _target(options, problem.table)
-        self._unfit = options.unfit(self._table, options.stored(self._table))
+        self._unfit = options.unfit(self._table, options.stored(self._table)) if problem.smooth else NOT_SMOOTH
         self._setup: CollocationSetup | None = None
         self._solvers: list[CollocationSolver | Handover] = []
         arithmetic = {
