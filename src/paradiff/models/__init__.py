@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from paradiff.models.exact import Empirical, Gaussian, Mixture
     from paradiff.models.pipeline import load_pipeline
     from paradiff.models.pixel import Model, load
+    from paradiff.models.variance import learned_variance
 else:
     __getattr__, __dir__ = lazily(
         __name__,
@@ -17,6 +18,7 @@ else:
             "Gaussian": "paradiff.models.exact",
             "Mixture": "paradiff.models.exact",
             "Model": "paradiff.models.pixel",
+            "learned_variance": "paradiff.models.variance",
             "load": "paradiff.models.pixel",
             "load_pipeline": "paradiff.models.pipeline",
         },
@@ -27,6 +29,7 @@ __all__ = [
     "Gaussian",
     "Mixture",
     "Model",
+    "learned_variance",
     "load",
     "load_pipeline",
 ]
