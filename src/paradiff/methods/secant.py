@@ -23,17 +23,25 @@ triangular, and what an earlier stretch found enters the next one as known chang
 
 A node whose predecessors do not change gets exactly its step, as with a slope alone. Images that share a window have pairs of
 their own. Memory: 2 k + 2 states a node of the window.
+
+Of a network that answers alike under a known group of transformations, as one of molecules does that are turned, the derivative
+is known in the group's directions without another sweep: with generators E, J E x = E m. These make further pairs of each node,
+dx = E x and dm = E m (`Symmetry`), which cost as much memory as others. They need not hold exactly, as no pair has to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 DAMPING = 1e-2  # lambda of equation (1): bounds the inverse where pairs are nearly parallel
 MOST_PAIRS = 1000  # that a method may ask for: states have no more directions in which they move than sweeps are made
+
+
+Symmetry = Callable[[Tensor], Tensor]
+"""`symmetry(values) -> changes`: what the g generators of a group make of states, or outputs, `[W, ...]`: `[W, g, ...]`."""
 
 
 class Secants:
@@ -43,12 +51,15 @@ class Secants:
         pairs: Pairs kept for each node, k; the newest.
         resolution: Relative precision of the network's outputs; a pair is kept if its state changed by 64 times that or more.
         shared_window: Whether a state is a batch `[b, ...]` of members with pairs of their own.
+        symmetry: A group under which the network answers alike; None for none.
     """
 
-    def __init__(self, pairs: int, resolution: float, shared_window: bool) -> None:
+    def __init__(self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None = None) -> None:
+        self._symmetry = symmetry
         self._pairs, self._least, self._shared = pairs, 64 * resolution, shared_window
         self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
         self._dx = self._dm = torch.empty(0)  # [n, k, b, d] differences of states and of outputs, the newest first
+        self._known: tuple[Tensor, Tensor] | None = None  # [n, g, b, d] those that the symmetry knows of
 
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
@@ -67,6 +78,21 @@ class Secants:
             pushed = torch.cat([fresh[:, None], kept[:known, :-1]], dim=1)
             kept[:known] = torch.where(large[:, None, :, None], pushed, kept[:known])
         self._keep((x.clone(), m.clone()), dx, dm)
+        if self._symmetry is not None:
+            self._known = self._changes(self._symmetry, states), self._changes(self._symmetry, outputs)
+
+    def _changes(self, symmetry: Symmetry, values: Tensor) -> Tensor:
+        """`[W, g, b, d]` what the generators make of values."""
+        found = symmetry(values)
+        return self._ways(found).permute(0, 3, 1, 2)
+
+    def _pairs_of(self, begin: int, count: int) -> tuple[Tensor, Tensor]:
+        """All pairs of some nodes of the window, `[count, k, b, d]` each."""
+        part = slice(begin, begin + count)
+        if self._known is None:
+            return self._dx[part], self._dm[part]
+        dx, dm = (torch.cat([known[part], own[part]], 1) for known, own in zip(self._known, (self._dx, self._dm), strict=True))
+        return dx, dm
 
     def _keep(self, seen: tuple[Tensor, Tensor], dx: Tensor, dm: Tensor) -> None:
         """Replaces what is kept."""
@@ -86,7 +112,7 @@ class Secants:
             begin: Number of the stretch's first node in the window.
             first: `[...]` change of that node; None for none.
         """
-        d, dx, dm = self._split(change), *(v[begin : begin + len(change)] for v in (self._dx, self._dm))
+        d, (dx, dm) = self._split(change), self._pairs_of(begin, len(change))
         known = torch.zeros_like(d[:1]) if first is None else self._split(first[None])
         before = torch.cat([known, d[:-1]])  # [W, b, d] changes of the nodes from the first
         to_states, to_outputs = (  # from node q to node n, both counted from the first: a row of zeros above
@@ -103,7 +129,7 @@ class Secants:
         """The same for several changes at once, `[W, w, ...]`; `first` is `[w, ...]`."""
         count = len(change)
         d = self._ways(change)
-        dx, dm = (v[begin : begin + count] for v in (self._dx, self._dm))
+        dx, dm = self._pairs_of(begin, count)
         to_states, to_outputs = (torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part))
         y = SecantJacobian(dx, [(to_states, dx), (to_outputs, dm)])(torch.cat([self._ways(first[None]), d[:-1]]))
         of_states, of_outputs = (v.permute(0, 2, 3, 1) @ y.transpose(1, 2) for v in (dx, dm))  # [W, b, d, w]
@@ -122,6 +148,8 @@ class Secants:
         if self._seen is not None:
             self._seen = self._seen[0][passed:], self._seen[1][passed:]
             self._dx, self._dm = self._dx[passed:], self._dm[passed:]
+        if self._known is not None:
+            self._known = self._known[0][passed:], self._known[1][passed:]
 
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""

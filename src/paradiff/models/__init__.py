@@ -7,6 +7,7 @@ from paradiff.lazy import lazily
 
 if TYPE_CHECKING:
     from paradiff.models.exact import Empirical, Gaussian, Mixture
+    from paradiff.models.frames import Frames
     from paradiff.models.pipeline import load_pipeline
     from paradiff.models.pixel import Model, load
     from paradiff.models.variance import learned_variance
@@ -15,6 +16,7 @@ else:
         __name__,
         {
             "Empirical": "paradiff.models.exact",
+            "Frames": "paradiff.models.frames",
             "Gaussian": "paradiff.models.exact",
             "Mixture": "paradiff.models.exact",
             "Model": "paradiff.models.pixel",
@@ -26,6 +28,7 @@ else:
 
 __all__ = [
     "Empirical",
+    "Frames",
     "Gaussian",
     "Mixture",
     "Model",

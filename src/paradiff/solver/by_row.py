@@ -17,7 +17,7 @@ from torch import Tensor
 from paradiff.chain.noise import Keyed, Noise, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, require_truth, require_whole, shown
-from paradiff.solver.arguments import require_model
+from paradiff.solver.arguments import require_callable, require_model
 from paradiff.solver.protocol import Method
 
 RowFunction = Callable[..., Tensor]
@@ -81,6 +81,22 @@ class Rows:
             raise ValueError(f"values of nodes were asked for of {shown(values)}; give a tensor [{steps}], one for each node")
         found = self._moved(values[self._nodes].to(self._like.dtype))
         return found.view(-1, *[1] * (self._like.ndim - 1))
+
+    def pick(self, values: Tensor) -> Tensor:
+        """`[R, ...]` a row's own of values of each sample and node.
+
+        Args:
+            values: `[B, N, ...]` on the CPU.
+
+        Raises:
+            ValueError: If they have no axes of samples and nodes.
+        """
+        if not isinstance(values, Tensor) or values.ndim < 2 or values.shape[1] < self._model.table.steps:
+            raise ValueError(
+                f"a row's own was asked for of {shown(values)}; give a tensor with an axis of samples and one of "
+                f"{self._model.table.steps} nodes"
+            )
+        return self._moved(values[self._samples, self._nodes].to(self._like.dtype))
 
     @property
     def noise(self) -> Tensor:
@@ -148,11 +164,20 @@ class ByRow:
         table: Likewise.
         noise: Likewise.
         smooth: Likewise.
+        symmetry: Likewise.
         step_of: `[N+1]` the sampler's step of each node.
     """
 
-    def __init__(self, function: RowFunction, table: Table, noise: Noise | None, seed: int | None, smooth: bool) -> None:
-        self.function, self.table, self.noise, self.smooth = function, table, noise, smooth
+    def __init__(
+        self,
+        function: RowFunction,
+        table: Table,
+        noise: Noise | None,
+        seed: int | None,
+        smooth: bool,
+        symmetry: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.function, self.table, self.noise, self.smooth, self.symmetry = function, table, noise, smooth, symmetry
         self._seed = seed
         first = torch.zeros(table.steps + 1, dtype=torch.int64, device="cpu")
         first[table.restarts] = 1
@@ -229,7 +254,13 @@ class ByRow:
 
 
 def by_row(
-    function: RowFunction, table: Table, noise: Noise | None = None, *, seed: int | None = None, smooth: bool | None = None
+    function: RowFunction,
+    table: Table,
+    noise: Noise | None = None,
+    *,
+    seed: int | None = None,
+    smooth: bool | None = None,
+    symmetry: Callable[[Tensor], Tensor] | None = None,
 ) -> ByRow:
     """A model whose function knows the rows that it is called for.
 
@@ -242,6 +273,9 @@ def by_row(
             call. By default it is the seed of the sample's `Keyed` noise, and 0 for other noise.
         smooth: Whether outputs vary little from node to node for like states. If not, collocation, which interpolates
             them, leaves the chain to the window method. By default they do where no noise is given.
+        symmetry: `symmetry(values)` of states or outputs `[W, ...]`: their changes `[W, g, ...]` by the g generators of a group
+            under which the function answers alike, exactly or nearly, such as rotations: `quasi_newton` then knows its
+            derivative in these directions. It changes the number of rounds alone.
 
     Raises:
         ValueError: If an argument is of another kind.
@@ -253,4 +287,5 @@ def by_row(
         require_whole("the seed", seed, 0, most=2**64 - 1)
     if smooth is not None:
         require_truth("smooth", smooth)
-    return ByRow(function, table, noise, seed, noise is None if smooth is None else smooth)
+    require_callable("the symmetry", symmetry, "a function of states")
+    return ByRow(function, table, noise, seed, noise is None if smooth is None else smooth, symmetry)

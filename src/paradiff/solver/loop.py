@@ -84,6 +84,7 @@ def solve(
     on_final: OnFinal | None = None,
     resolution: float | None = None,
     smooth: bool = True,
+    symmetry: Callable[[Tensor], Tensor] | None = None,
     trajectory: Trajectory | None = None,
     keep_trajectory: bool = False,
 ) -> Rounds:
@@ -104,6 +105,8 @@ def solve(
         resolution: Relative precision of the network's outputs; that of the states by default.
         smooth: Whether outputs vary little from node to node for like states; collocation, which interpolates them, leaves the
             chain to the window method if not.
+        symmetry: What the generators of a group, under which the network answers alike, make of states or outputs
+            (`Problem.symmetry`): `quasi_newton` then knows the network's derivative in these directions.
         trajectory: A trajectory to begin from, beside a `start` of states at node 0.
         keep_trajectory: Whether `Solution.trajectory` is kept: the state of every node that the method evaluates.
 
@@ -140,6 +143,7 @@ def solve(
         shared_window=shared_window,
         resolution=resolution,
         smooth=smooth,
+        symmetry=symmetry,
         on_final=on_final,
         trajectory=trajectory,
         keep=keep_trajectory,
@@ -380,6 +384,7 @@ def sample(
         observer=observer,
         resolution=resolution,
         smooth=by_row is None or by_row.smooth,
+        symmetry=None if by_row is None else by_row.symmetry,
         trajectory=trajectory,
         keep_trajectory=keep_trajectory,
     )

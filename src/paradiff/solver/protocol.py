@@ -46,6 +46,8 @@ class Problem:
             that changes most, and errors are estimated for the worst member.
         resolution: Relative precision of the network's outputs; that of the states by default.
         smooth: Whether outputs vary little from node to node for like states.
+        symmetry: `symmetry(values)` of states or outputs `[W, ...]`: their changes `[W, g, ...]` by the g generators of a group
+            under which the network answers alike; None for none.
         on_final: Called with every stretch of nodes that became final, in order; for one sample, and methods that keep the
             states of all nodes.
         trajectory: That of an earlier run on the table, from which the samples begin; None for none.
@@ -64,6 +66,7 @@ class Problem:
     shared_window: bool = False
     resolution: float | None = None
     smooth: bool = True
+    symmetry: Callable[[Tensor], Tensor] | None = None
     on_final: OnFinal | None = None
     trajectory: Trajectory | None = None
     keep: bool = False

@@ -14,6 +14,7 @@ from paradiff.chain.slope import shifted
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.options import CollocationOptions
+from paradiff.methods.secant import Symmetry
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.fill import Guide
 from paradiff.methods.window.options import WindowOptions
@@ -81,6 +82,7 @@ class WindowLoop:
         dtype: Their dtype.
         shared_window: Whether a state is a batch of members that share a window.
         resolution: Relative precision of the network's outputs.
+        symmetry: A group under which the network answers alike (methods/secant.py); None for none.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class WindowLoop:
         dtype: torch.dtype,
         shared_window: bool,
         resolution: float | None,
+        symmetry: Symmetry | None = None,
     ) -> None:
         self._table, self._method, self._control, self._variance = table, method, control, variance
-        self._arithmetic = (device, dtype, shared_window, resolution)
+        self._arithmetic = (device, dtype, shared_window, resolution, symmetry)
         self._setups: dict[float, WindowSetup] = {}
 
     @staticmethod

@@ -40,6 +40,7 @@ class CollocationRun:
             "dtype": problem.dtype,
             "shared_window": problem.shared_window,
             "resolution": problem.resolution,
+            "symmetry": problem.symmetry,
         }
         if self._unfit is None:
             self._setup = CollocationSetup(self._table, options, **arithmetic)

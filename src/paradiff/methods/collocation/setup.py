@@ -17,6 +17,7 @@ from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.mesh_store import node_counts
 from paradiff.methods.collocation.options import CollocationOptions, mesh_on
 from paradiff.methods.collocation.system import CollocationSystem
+from paradiff.methods.secant import Symmetry
 
 
 class CollocationSetup:
@@ -30,6 +31,7 @@ class CollocationSetup:
             step with nearly parallel secant pairs loses digits.
         shared_window: Whether a state is a batch of members (solver/protocol.py).
         resolution: Relative precision of the network's outputs; that of `dtype` by default.
+        symmetry: Of the window method that takes samples over; see `WindowLoop`.
 
     Attributes:
         table: The chain that is solved.
@@ -56,6 +58,7 @@ class CollocationSetup:
         dtype: torch.dtype,
         shared_window: bool = False,
         resolution: float | None = None,
+        symmetry: Symmetry | None = None,
     ) -> None:
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
         self.shared_window = shared_window
@@ -82,6 +85,7 @@ class CollocationSetup:
             dtype=dtype,
             shared_window=shared_window,
             resolution=self.resolution,
+            symmetry=symmetry,
         )
 
     def record(self, points: Sequence[int], error: InterpolationError, variance: float) -> None:

@@ -31,7 +31,13 @@ class WindowRun:
     def __init__(self, options: WindowOptions, problem: Problem) -> None:
         self._options, self._problem = options, problem
         self._setup = WindowSetup(
-            problem.table, options, problem.device, problem.dtype, problem.shared_window, problem.resolution
+            problem.table,
+            options,
+            problem.device,
+            problem.dtype,
+            problem.shared_window,
+            problem.resolution,
+            problem.symmetry,
         )
         self._mixing: list[tuple[int, AndersonUpdate]] = []  # the samples that mix sweeps
 

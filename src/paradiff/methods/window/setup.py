@@ -15,6 +15,7 @@ from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
 from paradiff.chain.slope import DATA_VARIANCE, Inverses, over_intervals, resolve, shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
+from paradiff.methods.secant import Symmetry
 from paradiff.methods.window.fill import Recurrence, RememberedRecurrence
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.passing import PassByBound, PassByError, PassBySweeps, PassingRule
@@ -30,6 +31,7 @@ class WindowSetup:
         dtype: Their dtype.
         shared_window: Whether a state is a batch of members that share a window.
         resolution: Relative precision of the network's outputs; that of the states by default.
+        symmetry: A group under which the network answers alike (methods/secant.py); None for none.
 
     Attributes:
         edges: `[M+1]` fine nodes between sub-intervals.
@@ -56,7 +58,9 @@ class WindowSetup:
         dtype: torch.dtype,
         shared_window: bool = False,
         resolution: float | None = None,
+        symmetry: Symmetry | None = None,
     ) -> None:
+        self.symmetry = symmetry
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
         self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
         self.edges = method.edges(table)
