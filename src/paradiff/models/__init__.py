@@ -8,6 +8,7 @@ from paradiff.lazy import lazily
 if TYPE_CHECKING:
     from paradiff.models.exact import Empirical, Gaussian, Mixture
     from paradiff.models.frames import Frames
+    from paradiff.models.masked import Masked
     from paradiff.models.pipeline import load_pipeline
     from paradiff.models.pixel import Model, load
     from paradiff.models.variance import learned_variance
@@ -18,6 +19,7 @@ else:
             "Empirical": "paradiff.models.exact",
             "Frames": "paradiff.models.frames",
             "Gaussian": "paradiff.models.exact",
+            "Masked": "paradiff.models.masked",
             "Mixture": "paradiff.models.exact",
             "Model": "paradiff.models.pixel",
             "learned_variance": "paradiff.models.variance",
@@ -30,6 +32,7 @@ __all__ = [
     "Empirical",
     "Frames",
     "Gaussian",
+    "Masked",
     "Mixture",
     "Model",
     "learned_variance",

@@ -211,11 +211,11 @@ class _Moving:
 
     def start(self, sample: int) -> Tensor:
         """The draw behind y[0]."""
-        return self._frames.start(sample).float()
+        return self._frames.start(sample)
 
     def draw(self, sample: int, nodes: range) -> Tensor:
         """z at consecutive nodes, `[len(nodes), A, 3]`."""
-        return self._frames.draw(sample, nodes).float()
+        return self._frames.draw(sample, nodes)
 
 
 DRAWN = 2**40
