@@ -49,6 +49,7 @@ class Frames:
         turned: `[B, N, 3, 3]` C of (2), float64.
         shifts: `[B, N, 3]` t of (1), float64.
         mask: `[B, A, 1]` 1 for atoms, else 0, float64.
+        stretch: `[B]` the size at which a sample is solved, so that errors are those of its atoms (models/masked.py), float64.
 
     Raises:
         ValueError: If the table reads several steps back, shapes disagree, a rotation is none, or a sample has no atom.
@@ -86,6 +87,7 @@ class Frames:
         for i in range(1, steps):
             self.turned[:, i] = own[:, i] @ self.turned[:, i - 1]
         self.mask = _mask(mask, samples, shape[0])
+        self.stretch = (shape[0] / self.mask.sum((1, 2))).sqrt()
         self.shifts = torch.zeros(samples, steps, 3, dtype=torch.float64) if shifts is None else shifts.detach().cpu().double()
         self._along = noise_along(noise, table.draws, table.first)
 
@@ -134,12 +136,13 @@ class Frames:
             ValueError: If `equivariant` is no truth value.
         """
         require_truth("equivariant", equivariant)
-        offsets, atoms_of = self._offsets(), self.mask[:, None].expand(-1, self.table.steps, -1, -1)
+        steps, offsets = self.table.steps, self._offsets()
+        atoms_of, size_of = (v.expand(-1, steps, -1, -1) for v in (self.mask[:, None], self.stretch[:, None, None, None]))
 
         def moving(x: Tensor, t: Tensor, rows: Rows, **conditioning: Any) -> Tensor:
-            turn, offset, atoms = (rows.pick(values) for values in (self.turned, offsets, atoms_of))
-            placed = (x @ turn.mT + rows.of(self.table.scale) * offset[:, None]) * atoms
-            return _centred(denoiser(placed, t, **conditioning) @ turn, atoms)
+            turn, offset, atoms, size = (rows.pick(values) for values in (self.turned, offsets, atoms_of, size_of))
+            placed = (x / size @ turn.mT + rows.of(self.table.scale) * offset[:, None]) * atoms
+            return size * _centred(denoiser(placed, t, **conditioning) @ turn, atoms)
 
         return by_row(moving, self.table, self.moving(), smooth=equivariant, symmetry=turned_a_little)
 
@@ -156,7 +159,7 @@ class Frames:
         wanted = self.noise.samples, *self.noise.shape
         if not isinstance(sample, Tensor) or tuple(sample.shape) != wanted:
             raise ValueError(f"the samples are {shown(sample)}; give those of the run, of shape {wanted}")
-        return sample @ self.turned[:, -1].to(sample).mT
+        return sample / self.stretch[:, None, None].to(sample) @ self.turned[:, -1].to(sample).mT
 
     def start(self, sample: int) -> Tensor:
         """The draw behind y[0]."""
@@ -211,11 +214,11 @@ class _Moving:
 
     def start(self, sample: int) -> Tensor:
         """The draw behind y[0]."""
-        return self._frames.start(sample)
+        return self._frames.stretch[sample] * self._frames.start(sample)
 
     def draw(self, sample: int, nodes: range) -> Tensor:
         """z at consecutive nodes, `[len(nodes), A, 3]`."""
-        return self._frames.draw(sample, nodes)
+        return self._frames.stretch[sample] * self._frames.draw(sample, nodes)
 
 
 DRAWN = 2**40
