@@ -158,6 +158,17 @@ def test_a_mesh_that_does_not_tell_the_side_of_a_decision_is_refined(case: str) 
         assert bool((errors < method.tolerance).all()) is right, errors
 
 
+@pytest.mark.parametrize("case", ["two points", "digits"])
+def test_a_path_that_is_undecided_for_long_has_a_finer_mesh(case: str) -> None:
+    """Sample 6 passes close to where it is decided, late; the other side of that answers to no early defect."""
+    data = POINTS if case == "two points" else digits().data.flatten(1)
+    table, noise = ddpm(LINEAR, 200), Keyed((data.shape[1],), 4000, 7)
+    trusting = replace(ORDER_ZERO, error=replace(ORDER_ZERO.error, free_growth=1e9, few_exponent=0.5))
+    for control, right in ((ORDER_ZERO, True), (trusting, False)):
+        _, errors = solved(table, collocation(control=control), noise, data)
+        assert bool((errors < 4e-3).all()) is right, errors
+
+
 def test_samples_of_few_numbers_are_allowed_more_chance() -> None:
     plain = replace(ORDER_ZERO, error=replace(ORDER_ZERO.error, chance_safety=0.0))
     for size, factor in ((2, 1 + 3.5 * (2**-0.5 - 1 / 8)), (64, 1.0)):

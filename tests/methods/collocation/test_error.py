@@ -103,6 +103,7 @@ def test_a_defect_beside_the_direction_that_grows_counts_as_its_neighbours_along
         found = interpolation_error(
             Propagation(system=system, influence=system.influence, now=now, first=None),
             torch.zeros(count, 1, 2, dtype=torch.float64),
+            torch.zeros(count, 1, 2, dtype=torch.float64),
             (doubled, defects),
             amplification=1.0,
             control=replace(ORDER_ZERO, defect=defect),

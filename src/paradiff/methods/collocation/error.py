@@ -10,8 +10,9 @@ show less of the amplification.
 A sample that ends on another side of a decision than the chain's own hides its error: once it is decided, nothing that happened
 before counts, and the linearized sample answers to early defects hardly at all. The states in the midst of the decision do. So
 the defects are propagated to some of them too, and where one is off by more than a small part of its noise level by estimate
-(`decided_error`), weighted by the decision d (chain/sensitivity.py), the estimate of the sample exceeds the tolerance as that
-state's exceeds this part, and the mesh is refined where that comes from.
+(`decided_error`), weighted by the decision d (chain/sensitivity.py) and by how much the path lets early errors grow
+(growth.py), the estimate of the sample exceeds the tolerance as that state's exceeds this part, and the mesh is refined where
+that comes from.
 
 What decides whether a mesh suffices is near the errors' size. What is told of a sample is to be exceeded rarely, so that it is
 larger, by a factor (`told`), up to the tolerance that the sample was found to keep to.
@@ -35,6 +36,7 @@ from paradiff.chain.sensitivity import decision
 from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals, convergence_ratio, interpolation_defects
+from paradiff.methods.collocation.growth import caution, path_growth
 from paradiff.methods.collocation.linearization import Linearization
 from paradiff.methods.collocation.system import CollocationSystem, weighted
 
@@ -125,6 +127,7 @@ class Propagation:
 
 def interpolation_error(
     propagation: Propagation,
+    states: Tensor,
     forcings: Tensor,
     probed: tuple[DoubledIntervals, Tensor] | None,
     *,
@@ -136,7 +139,8 @@ def interpolation_error(
 
     Args:
         propagation: How defects reach the sample.
-        forcings: `[M, b, d]`.
+        states: `[M, b, d]` states at which the network was evaluated.
+        forcings: `[M, b, d]` the forcings there.
         probed: Order 0: the doubled intervals and their defects `[J, b, d]` (`Probes.defects`).
         amplification: Largest amplification observed before.
         control: The tuned numbers.
@@ -148,8 +152,10 @@ def interpolation_error(
     if probed is not None:
         doubled, defects = probed
         influence = move(doubled.effect)
-        found, early = propagation.effects(defects, influence, neighbours), _deciding(propagation, defects, influence, control)
-        (found, total, linear), early = _read(found, early)
+        numbers = [propagation.effects(defects, influence, neighbours), _deciding(propagation, defects, influence, control)]
+        numbers.append(path_growth(system, states, forcings, control.error.growth_bound))
+        host = torch.cat(numbers).cpu()  # the estimate's one wait for the device
+        (found, total, linear), early = _read(host[: len(numbers[0])], host[len(numbers[0]) : -1])
         amplification = max(amplification, _amplification(total, linear))
         # What grows is a single number, and so are all defects of small samples: a small value is chance more often.
         tail = 1 + control.error.tail_safety * (1 - amplification**-control.error.tail_exponent)
@@ -157,7 +163,8 @@ def interpolation_error(
         chance = 1 + control.error.chance_safety * few
         factors = safety * tail * chance / control.defect.halving_ratio * doubled.sensitivity
         groups: list[tuple[int, ...]] = [(n, n + 1) for n in doubled.first]
-        early = [e / control.defect.halving_ratio for e in early]
+        nearer = caution(float(host[-1]), control.error.free_growth) / control.defect.halving_ratio
+        early = [nearer * e for e in early]
         return InterpolationError((factors * found.sqrt()).tolist(), groups, amplification, early)
     omitted, weights = interpolation_defects(system)
     if not omitted:
@@ -197,7 +204,7 @@ def _deciding(propagation: Propagation, defects: Tensor, influence: Tensor, cont
     if not len(amid):
         return defects.new_zeros(0)
     chosen = amid[torch.linspace(0, len(amid) - 1, min(most, len(amid))).round().long()]
-    few = min(1.0, math.sqrt(defects.shape[2] / control.error.many_numbers))  # of few numbers each has to be farther off
+    few = min(1.0, (defects.shape[2] / control.error.many_numbers) ** control.error.few_exponent)
     unit = few * weight[chosen] / (system.recurrence.table.sigma[system.nodes[chosen]] * control.error.decided_error)
     found = propagation.now.state_effects(defects, influence, uploaded(chosen.tolist(), influence.device))
     return (found * unit.square().to(found.dtype).to(found.device, non_blocking=True)[:, None]).flatten()
@@ -206,10 +213,9 @@ def _deciding(propagation: Propagation, defects: Tensor, influence: Tensor, cont
 def _read(numbers: Tensor, deciding: Tensor) -> tuple[tuple[Tensor, float, float], list[float]]:
     """What `Propagation.effects` and `_deciding` returned, on the host: `[J]` effects, their sum, and that of the linear part;
     and `[J]` root mean square changes of the state that is farthest off."""
-    host, early = (torch.cat([numbers, deciding]).cpu()).split([len(numbers), len(deciding)])
-    states = early.view(-1, len(numbers) - 2)
+    states = deciding.view(-1, len(numbers) - 2)
     worst = states[int(states.sum(1).argmax())].sqrt().tolist() if len(states) else []
-    return (host[:-2], float(host[-2]), float(host[-1])), worst
+    return (numbers[:-2], float(numbers[-2]), float(numbers[-1])), worst
 
 
 def _amplification(total: float, linear: float) -> float:

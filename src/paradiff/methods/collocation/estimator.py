@@ -48,6 +48,7 @@ class Estimator:
         self,
         at: SampleSystem,
         linearization: Linearization,
+        states: Tensor,
         forcings: Tensor,
         probed: tuple[DoubledIntervals, Tensor] | None,
         moved: float,
@@ -58,7 +59,8 @@ class Estimator:
         Args:
             at: The sample's collocation system.
             linearization: The same, linearized.
-            forcings: `[M, b, d]`.
+            states: `[M, b, d]` states at which the network was evaluated.
+            forcings: `[M, b, d]` the forcings there.
             probed: Order 0: the doubled intervals and their defects (`Probes.defects`).
             moved: Root mean square distance of the sample from `sample`; 0 where that is None.
             tolerance: Root mean square error that the sample may have.
@@ -66,7 +68,7 @@ class Estimator:
         control = self._setup.control
         propagation = Propagation(system=at.system, influence=at.influence, now=linearization, first=self._first)
         error = interpolation_error(
-            propagation, forcings, probed, amplification=self.amplification, control=control, move=self._setup.move
+            propagation, states, forcings, probed, amplification=self.amplification, control=control, move=self._setup.move
         )
         self.amplification = error.amplification
         if self._undecided:

@@ -406,6 +406,7 @@ class CollocationSolver:
         error, factor = self.estimator.estimate(
             self._at,
             self._linearization,
+            self._nodes.states,
             self._nodes.forcings,
             self._probes.defects(),
             moved,
