@@ -6,11 +6,13 @@ from __future__ import annotations
 import itertools
 import pickle
 import threading
+import warnings
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from tiny import CASES
 from tiny.policies import Denoiser, MaskedPolicy, QueuedPolicy
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -415,6 +417,80 @@ def test_calls_of_two_threads_take_turns() -> None:
         thread.join()
     assert len(found) == 3
     assert max(difference(plain, one) for one in found) < CLOSE
+
+
+def test_a_parallel_call_on_a_scheduler_that_another_threads_walks_over_is_the_plain_one() -> None:
+    """The second thread's call begins within the first one's loop."""
+    inner = parallelize(given, METHOD, networks=[UNET], scheduler=SCHEDULER)
+    found: list[Tensor] = []
+
+    def call() -> None:
+        with (
+            torch.no_grad(),
+            pytest.warns(RuntimeWarning, match="another thread's parallel call walks over the same DDIMScheduler"),
+        ):
+            found.append(inner(UNET, SCHEDULER, START))
+
+    def loop(x: Tensor) -> Tensor:
+        SCHEDULER.set_timesteps(30)
+        for t in SCHEDULER.timesteps:
+            if not found:
+                thread = threading.Thread(target=call)
+                thread.start()
+                thread.join()
+            x = SCHEDULER.step(UNET(x, t, SEEN), t, x).prev_sample
+        return x
+
+    outer = parallelize(loop, METHOD, networks=[UNET], scheduler=SCHEDULER)
+    result, plain = outer(START), plainly(START)
+    assert outer.report.executor == "vector"
+    assert inner.report.executor == "sequential"
+    assert difference(plain, result) < CLOSE
+    assert difference(plain, found[0]) < CLOSE
+    assert type(SCHEDULER) is diffusers.DDIMScheduler
+
+
+def test_functions_of_one_scheduler_in_many_threads_leave_it_as_it_was() -> None:
+    def loop(x: Tensor) -> Tensor:
+        return plainly(x)
+
+    runs = [parallelize(one, METHOD, networks=[UNET], scheduler=SCHEDULER) for one in (plainly, loop, plainly)]
+    found: list[Tensor] = []
+
+    def call(run: Any) -> None:
+        with torch.no_grad():
+            found.append(run(START))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        threads = [threading.Thread(target=call, args=(run,)) for run in runs * 3]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    plain = plainly(START)
+    assert len(found) == 9
+    assert max(difference(plain, one) for one in found) < CLOSE
+    assert type(SCHEDULER) is diffusers.DDIMScheduler
+
+
+def test_two_runs_of_one_pipeline_take_turns() -> None:
+    case = CASES["ddpm"]
+    pipe = case.make()
+    scheduler, plain, found = pipe.scheduler, case.run(pipe), list[Tensor]()
+
+    def call(run: Any) -> None:
+        with torch.no_grad():
+            found.append(case.run(run))
+
+    threads = [threading.Thread(target=call, args=(parallelize(pipe, METHOD),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert max(difference(plain, one) for one in found) < CLOSE
+    assert pipe.scheduler is scheduler
 
 
 def test_another_threads_plain_loop_has_the_scheduler_itself() -> None:

@@ -31,6 +31,7 @@ from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
+from paradiff.pipelines.turn import TURNS
 from paradiff.planning.auto import auto
 from paradiff.solver.arguments import begun
 from paradiff.solver.protocol import Method, Observer
@@ -193,9 +194,7 @@ class Run:
         self.reports: list[Report] = []
         self._parallel_class: type | None = None
         self._warning: weakref.finalize[Any, Any] | None = None
-        self._turn = threading.Lock()  # held by the thread whose call runs
-        self._caller: int | None = None
-        self._current: Call | None = None
+        self._turn = TURNS.of(self.pipeline)
         self._refuse_a_second_run()
 
     def __repr__(self) -> str:
@@ -216,7 +215,8 @@ class Run:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes the state of another run, with a lock of its own."""
-        vars(self).update(state, _turn=threading.Lock())
+        vars(self).update(state)
+        self._turn = TURNS.of(self.pipeline)
 
     @property
     def pipeline(self) -> Any:
@@ -322,21 +322,21 @@ class Run:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the pipeline. Calls of several threads wait for each other, since they share the scheduler."""
-        host = self.host
-        if self._caller == threading.get_ident():  # The call, or a callback within it, calls its own pipeline.
-            if self._current is not None and self._current.trying:
+        host, turn = self.host, self._turn
+        if turn.caller == threading.get_ident():  # The call, or a callback within it, calls its own pipeline.
+            if turn.call is not None and turn.call.trying:
                 raise Unsupported(f"the {host.name} is called within its own call")
             return host.kind.__call__(host.owner, *args, **kwargs)
-        with self._turn:
-            self._caller = threading.get_ident()
+        with turn.lock:
+            turn.caller = threading.get_ident()
             try:
                 arguments = host.bound(args, kwargs)
-                self._current = Call(host.of(arguments), self.settings, arguments)
-                result, report = self._current.made()
+                turn.call = call = Call(host.of(arguments), self.settings, arguments)
+                result, report = call.made()
                 self.reports.append(report)
                 return result
             finally:
-                self._caller = self._current = None
+                turn.caller = turn.call = None
 
 
 def _warn_of_a_dropped_run(kind: str) -> None:

@@ -16,6 +16,14 @@ from typing import Any
 
 import greenlet
 
+from paradiff.errors import Unsupported
+
+SWITCH = "_paradiff_switch"
+"""The name under which the class of a scheduler that answers as a proxy has its switch."""
+
+TURN = threading.Lock()
+"""Held while a scheduler's class is looked at and exchanged."""
+
 
 class Switch:
     """A user's scheduler object, and what answers in its place.
@@ -35,17 +43,29 @@ class Switch:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Lets proxies answer, until the end of the block."""
-        scheduler, kind = self.scheduler, type(self.scheduler)
-        real = object.__new__(kind)
-        vars(real).update(vars(scheduler))
-        self.real = real
-        object.__setattr__(scheduler, "__class__", _answering(kind, self))
+        """Lets proxies answer, until the end of the block.
+
+        Raises:
+            Unsupported: If those of another call do, in another thread.
+        """
+        scheduler = self.scheduler
+        with TURN:
+            kind = type(scheduler)
+            if SWITCH in vars(kind):
+                raise Unsupported(
+                    f"another thread's parallel call walks over the same {kind.__name__} object at this time; give each call a "
+                    "scheduler of its own, a copy.deepcopy of it"
+                )
+            real = object.__new__(kind)
+            vars(real).update(vars(scheduler))
+            self.real = real
+            object.__setattr__(scheduler, "__class__", _answering(kind, self))
         try:
             yield
         finally:
-            object.__setattr__(scheduler, "__class__", kind)
-            self.real = scheduler
+            with TURN:
+                object.__setattr__(scheduler, "__class__", kind)
+                self.real = scheduler
 
     @contextlib.contextmanager
     def to(self, proxy: Any) -> Iterator[None]:
@@ -88,4 +108,5 @@ def _answering(kind: Any, switch: Switch) -> type:
             delattr(switch.answering(), name)
 
     namespace = {"__getattribute__": get, "__setattr__": put, "__delattr__": remove, "__module__": kind.__module__}
+    namespace[SWITCH] = switch
     return type(kind)(kind.__name__, (kind,), namespace)
