@@ -21,6 +21,7 @@ from paradiff.chain import Noise
 from paradiff.methods.window.corrector import underdamped_langevin
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, euler_ancestral
 from paradiff.solver import Batch, Method, drive, solve
+from paradiff.solver.identity import identity_of
 from paradiff.solver.protocol import EditedOutputs
 from paradiff.solver.solution import Status
 
@@ -245,3 +246,20 @@ def test_rows_are_checked_on_the_device() -> None:
 
     with pytest.raises(ValueError, match="draws random numbers"):
         on("pseudo", dropping, table, method, Keyed(SHAPE))
+
+
+def test_what_a_model_consists_of_is_read_without_a_wait_and_its_values_are_compared_with_one() -> None:
+    """Weights that are written through `.data`, of which torch counts no version, are seen to change."""
+    model = torch.nn.Linear(4, 4).to("pseudo")
+    with double.counting() as counts:
+        before, same = identity_of(model), identity_of(model)
+        assert before is not None
+        assert same is not None
+        assert before.same(same)
+    assert not counts.lines
+    assert before.alike(same)
+    model.weight.data.mul_(1.01)
+    after = identity_of(model)
+    assert after is not None
+    assert before.same(after)
+    assert not before.alike(after)

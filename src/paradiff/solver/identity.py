@@ -7,9 +7,12 @@ training flag, hooks, settings and containers; of a function its closure, defaul
 it uses; of a method or a partial what it holds; of an object its attributes. Of classes that are no library's the methods are
 read too. Of a compiled module the one that was compiled counts. Objects are held weakly.
 
+Writing through `.data` is counted nowhere by torch, so that a few values of each tensor, spread over it, are read too. Those on
+the CPU belong to the digest; those of another device stay there until they are compared, since to read them is to wait for it.
+A write to other places of a tensor is not seen.
+
 A model is not readable if it reaches something whose state cannot be read: an iterator, a file, a lock of another library, a
-cache of functools, a scripted module, large tensors without a version. Writing through `.data`, which torch counts nowhere, is
-not seen.
+cache of functools, a scripted module, large tensors without a version.
 """
 
 from __future__ import annotations
@@ -47,6 +50,9 @@ CONTAINERS = {dict, list, tuple, set, OrderedDict}
 MOST = 300_000
 """Things that are read of a model at most."""
 
+SPREAD = 3
+"""Places along each dimension of a tensor at which its values are read."""
+
 SMALL = 1 << 20
 """Bytes of an array, or of a tensor whose changes torch does not count, that are read."""
 
@@ -77,10 +83,16 @@ class Identity:
             raise
         except Exception as error:  # attributes that raise, tensors without memory
             raise Unreadable(str(error)) from error
-        self._digest = reader.digest()
+        self._digest, self._samples = reader.digest(), reader.sampled()
+
+    def alike(self, other: Identity) -> bool:
+        """Whether the values of one model's tensors that lie on other devices than the CPU were the same at another time. Waits
+        for these devices."""
+        pairs = zip(self._samples, other._samples, strict=False)
+        return len(self._samples) == len(other._samples) and all(torch.equal(a, b) for a, b in pairs)
 
     def same(self, other: Identity) -> bool:
-        """Whether a model consisted of the same at another time."""
+        """Whether a model consisted of the same at another time, but for what `alike` compares. Waits for no device."""
         if self._digest != other._digest or len(self._objects) != len(other._objects):
             return False
         pairs = ((one(), two()) for one, two in zip(self._objects, other._objects, strict=True))
@@ -93,11 +105,16 @@ class _Reader:
     def __init__(self) -> None:
         self.objects: list[Any] = []
         self._facts: list[Any] = []
+        self._samples: dict[torch.device, list[Tensor]] = {}
         self._seen: dict[int, tuple[int, Any]] = {}  # what was read is kept alive, so that no number is used twice
 
     def digest(self) -> bytes:
         """Of the plain values."""
         return hashlib.blake2b(repr(self._facts).encode(), digest_size=16).digest()
+
+    def sampled(self) -> list[Tensor]:
+        """`[n]` bytes of the tensors on each device other than the CPU."""
+        return [torch.cat(parts) for parts in self._samples.values()]
 
     def read(self, model: Any) -> None:
         """Reads a model and all within its reach.
@@ -168,6 +185,15 @@ class _Reader:
         place = value.data_ptr() if value.layout is torch.strided else _raise("a sparse tensor")
         version = _bytes(value) if value.is_inference() else value._version
         self._facts.append((place, version, tuple(value.shape), value.stride(), value.dtype, value.device))
+        if value.is_inference() or value.device.type == "meta" or not value.numel():
+            return
+        sample = value.detach()[tuple(slice(None, None, -(-size // SPREAD)) for size in value.shape)].resolve_neg()
+        sample = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
+        found = sample.reshape(-1).contiguous().view(torch.uint8)
+        if value.device.type == "cpu":
+            self._facts.append(found.numpy().tobytes())
+        else:
+            self._samples.setdefault(value.device, []).append(found)
 
     def _set(self, value: Iterable[Any]) -> Iterator[Any]:
         if not all(type(one) in QUICK for one in value):

@@ -3,8 +3,9 @@
 
 A model was seen if a run of it passed the whole check (row_check.py), consists of the same at the run's beginning, at its end
 and at the next one's beginning (identity.py), and the next run is of the same kind: table, method, shape, dtypes, number of
-samples, structure of the conditioning, bound on rows, devices. What cannot be read, what was made anew, a function within a
-function, say, and what changes in a run, was not seen.
+samples, structure of the conditioning, bound on rows, devices. Values on a device are compared at the ends of runs alone, where
+the check waits for it anyway. What cannot be read, what was made anew, a function within a function, say, and what changes in a
+run, was not seen.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Models:
         identity = identity_of((model, *copies))
         found = None if identity is None else self.take(model, kind)
         same = found is not None and identity is not None and found.identity.same(identity)
-        return Look(self, model, kind, copies, least, identity, least(found.runs if found is not None and same else 0))
+        known = found if same else None
+        runs = least(0 if known is None else known.runs)
+        return Look(self, model, kind, copies, least, identity, None if known is None else known.identity, runs)
 
     def take(self, model: Any, kind: str) -> Sight | None:
         """Takes out what is known of a model, until a run has passed once more."""
@@ -98,6 +101,7 @@ class Look:
         copies: The model's copies on other devices.
         least: The least of the numbers of all ranks.
         identity: What they consist of; None if that cannot be read.
+        known: What they consisted of at the end of the run before; None if nothing is known of it.
         runs: Runs of the same model and kind that passed the check before; 0 where the whole check is due.
     """
 
@@ -107,12 +111,18 @@ class Look:
     copies: Sequence[Any]
     least: Callable[[int], int]
     identity: Identity | None
+    known: Identity | None
     runs: int
 
     def unchanged(self) -> bool:
-        """Whether the model consists of the same still, on all ranks."""
+        """Whether the model consists of the same still, on all ranks; of values too. Waits for the devices."""
+        return self.least(int(self._unchanged())) == 1
+
+    def _unchanged(self) -> bool:
         now = None if self.identity is None else identity_of((self.model, *self.copies))
-        return self.least(int(now is not None and self.identity is not None and self.identity.same(now))) == 1
+        if now is None or self.identity is None or not self.identity.same(now):
+            return False
+        return now.alike(self.identity if self.known is None else self.known)
 
     def passed(self) -> None:
         """Keeps that the model passed; for one that is unchanged."""
