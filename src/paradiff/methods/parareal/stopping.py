@@ -15,6 +15,12 @@ has a derivative that Gaussian data lack: d is chain/sensitivity.py's decision. 
 larger for stochastic chains, whose noise keeps the question open.
 
 theta is the observed contraction: the next change of an edge is the error that it had, so the ratio of the two calibrates h.
+A sample that decides between the last edges and the end answers to their errors more strongly than h says, and its own changes
+fall slowly. So in place of theta times the sum at least
+
+    left = |change B| min(|change B|/|change B before|, 1)                                                         (3)
+
+counts at the last edge B: what its next change would be, if its changes went on to fall as they last did.
 All of this is known when the value itself is: no iteration is made only to see that nothing changes.
 """
 
@@ -54,6 +60,7 @@ class BlockRun:
         changes: The blocks before and |change| at their starts, which the sum is of.
         residual: Largest change that the value came from.
         seen, predicted: Sums of squares behind theta.
+        left: Equation (3), at the last edge; 0 at others, and before it has changed twice.
     """
 
     block: int
@@ -73,6 +80,7 @@ class BlockRun:
     residual: float = math.inf
     seen: float = 0.0
     predicted: float = 0.0
+    left: float = 0.0
 
 
 @dataclass
@@ -162,6 +170,8 @@ class StoppingRule:
             run.estimate = source.estimate + self._sensitivity[i + 1] * left
             run.changes = (*source.changes, (i, source.change))
             run.residual = max(source.residual, source.change)
+            if run.block == self._blocks and previous.change < math.inf:
+                run.left = run.change * min(run.change / max(previous.change, 1e-300), 1.0)
         run.seen, run.predicted = source.seen, source.predicted
         if previous is not None:
             run.theta = previous.theta
@@ -178,7 +188,7 @@ class StoppingRule:
         if size != 1 and run.changes:
             factor, mismatch = self._weighted(size)
             total = max(total, sum(factor[i + 1] * mismatch[i] * change for i, change in run.changes))
-        found = self._caution * run.theta * total if total > 0 else 0.0
+        found = self._caution * max(run.theta * total, run.left) if total > 0 else 0.0
         return found if math.isfinite(found) else math.inf
 
     def passes(self, run: BlockRun, size: float) -> bool:
