@@ -3,11 +3,16 @@
 
 A call of the network sleeps for `--row` milliseconds a row, so that ranks on one machine do not compete for its processor, as
 GPUs do not. The chain is that of DDPM. The ideal is that of the rounds: all rows of a run, against the rows, summed over the
-rounds, of the rank that has most of them. Both clocks are whole: noise, solver, exchanges and the check of rows are in them;
-the start of processes, and the handshake of the first round, which an untimed run makes, are not.
+rounds, of the rank that has most of them. Both clocks are whole, but for the start of processes: noise, solver, exchanges and
+the check of rows are in them.
+
+`seconds` and `share_of_ideal` are those of a run whose network was seen to be right before, as in every run of a process but
+its first: two rows are checked. `first_seconds` and `share_first` are those of the first run, with the ranks' handshake and the
+whole check, of whose rows each rank makes most by itself.
 
 Every rank repeats the solver's own work: on a box of GPUs on a core of its own, here on as many cores as there are. `own_core`
-is the share of the ideal that ranks with a core each reach, by the seconds that calls sleep and those of one rank's processor.
+is the share of the ideal that ranks with a core each reach, by the seconds in the network's calls and those of one rank's
+processor.
 
     python benchmarks/ranks.py --json benchmarks/results/ranks.json
     python benchmarks/ranks.py --json benchmarks/results/ranks.json --row 200 --methods collocation
@@ -16,6 +21,7 @@ is the share of the ideal that ranks with a core each reach, by the seconds that
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -33,7 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from paradiff import Evaluator, Keyed, Schedule, collocation, parasolver, quasi_newton, sample
 from paradiff.app.environment import environment
 from paradiff.samplers import ddpm
-from paradiff.solver import Batch, Ranks
+from paradiff.solver import Ranks, Round
 
 SHAPE = (4, 32, 32)
 METHODS = {
@@ -43,47 +49,52 @@ METHODS = {
 }
 
 
-class Counted(Evaluator):
-    """An evaluator that notes the rows of each round."""
+class Slow:
+    """A network that sleeps for some seconds for each row."""
 
-    def __call__(self, batch: Batch) -> Tensor:
-        counts.append(len(batch.x))
-        return super().__call__(batch)
+    def __init__(self, row: float) -> None:
+        self.row = row
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        time.sleep(self.row * len(x))
+        return 0.9 * x
 
 
-counts: list[int] = []
+class Rounds:
+    """An observer that notes the rows so far."""
+
+    def __init__(self, evaluator: Evaluator, counts: list[int]) -> None:
+        self.evaluator, self.counts = evaluator, counts
+
+    def __call__(self, _: Round) -> None:
+        self.counts.append(self.evaluator.evaluations)
 
 
 def measured(row: float, steps: int, repeats: int, names: list[str], ranks: Ranks | None) -> dict[str, Any]:
-    """Seconds of runs, the median, and the rows of each round, by method; of those whose names begin so."""
-
-    slept = [0.0]
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        slept[0] += row * len(x)
-        time.sleep(row * len(x))
-        return 0.9 * x
-
+    """Of a first run and, the median, of later ones: seconds and checked rows, by method, of those whose names begin so. Of the
+    last run: the rows of each round."""
     table, noise, found = ddpm(Schedule.linear(), steps), Keyed(SHAPE, [0]), {}
     for name, method in METHODS.items():
         if not name.startswith(tuple(names)):
             continue
-        evaluator = Counted(network, mesh=ranks)
-        seconds, own, checked = [], [], 0
+        evaluator, counts = Evaluator(Slow(row), mesh=ranks), list[int]()
+        seconds, called, own, checked = [], [], [], []
         for _ in range(repeats + 1):
-            counts.clear()
-            slept[0] = 0.0
-            begin, processor = time.perf_counter(), time.process_time()
-            solution = sample(evaluator, table, noise, method())
+            counts = [evaluator.evaluations]
+            in_calls, begin, processor = evaluator.seconds, time.perf_counter(), time.process_time()
+            solution = sample(evaluator, table, noise, method(), observer=Rounds(evaluator, counts))
             seconds.append(time.perf_counter() - begin)
             own.append(time.process_time() - processor)
-            checked = solution.checked_rows
+            called.append(evaluator.seconds - in_calls)
+            checked.append(solution.checked_rows)
         found[name] = {
+            "first_seconds": seconds[0],
+            "first_checked_rows": checked[0],
             "seconds": statistics.median(seconds[1:]),
-            "slept": slept[0],
+            "called": statistics.median(called[1:]),
             "processor": statistics.median(own[1:]),
-            "rounds": list(counts),
-            "checked_rows": checked,
+            "rounds": [after - before for before, after in itertools.pairwise(counts)],
+            "checked_rows": checked[-1],
         }
     return found
 
@@ -118,7 +129,7 @@ def main() -> None:
     kept = json.loads(given.json.read_text())["runs"] if given.json and given.json.is_file() else []
     kept = [run for run in kept if (run.get("row_ms"), run["method"]) not in {(given.row, name) for name in alone}]
     result: dict[str, Any] = {"environment": environment(), "steps": given.steps, "runs": [v for v in kept if "row_ms" in v]}
-    print(f"{'method':24} {'ranks':>5} {'rounds':>6} {'seconds':>8} {'speed-up':>8} {'ideal':>6} {'share':>6} {'own core':>8}")
+    print(f"{'method':24} ranks rounds  seconds speed-up  ideal  share  first own core")
     for size in given.ranks:
         options = ["--worker", "--row", str(given.row), "--steps", str(given.steps), "--repeats", str(given.repeats)]
         options += ["--methods", *given.methods]
@@ -131,7 +142,8 @@ def main() -> None:
             assert one["rounds"] == before["rounds"], "the rounds of ranks are those of one process"
             ideal = sum(one["rounds"]) / sum(-(-rows // size) for rows in one["rounds"])
             speedup = before["seconds"] / one["seconds"]
-            own_core = (before["slept"] + before["processor"]) / (one["slept"] + one["processor"]) / ideal
+            own_core = (before["called"] + before["processor"]) / (one["called"] + one["processor"]) / ideal
+            first = before["first_seconds"] / one["first_seconds"] / ideal
             result["runs"].append(
                 {
                     "method": name,
@@ -145,6 +157,9 @@ def main() -> None:
                     "speedup": round(speedup, 3),
                     "ideal": round(ideal, 3),
                     "share_of_ideal": round(speedup / ideal, 3),
+                    "first_checked_rows": one["first_checked_rows"],
+                    "first_seconds": round(one["first_seconds"], 4),
+                    "share_first": round(first, 3),
                     "processor_alone": round(before["processor"], 4),
                     "processor": round(one["processor"], 4),
                     "own_core": round(own_core, 3),
@@ -152,7 +167,7 @@ def main() -> None:
             )
             print(
                 f"{name:24} {size:5} {len(one['rounds']):6} {one['seconds']:8.2f} {speedup:7.2f}x {ideal:5.2f}x "
-                f"{speedup / ideal:6.0%} {own_core:8.0%}"
+                f"{speedup / ideal:6.0%} {first:6.0%} {own_core:8.0%}"
             )
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,8 +11,9 @@ before any forcing follows, the weights w of all nodes together solve
     (X[n] X[n]^T + lambda diag(X[n] X[n]^T)) w[n] = X[n] d0[n] + sum_q R[n,q] X[n] U[q]^T w[q].                     (2)
 
 The products of all pairs are at hand (pairs.py). At order 0 no state looks ahead, and (2) is triangular but for its blocks on
-the diagonal, which are eliminated first. Long states are
-worked on in stretches (stretch.py), so that nothing of the size of all pairs is copied.
+the diagonal, which are eliminated first. Mean squares, which are estimates, are computed in the dtype of the pairs: float32 is
+twice as fast as float64. Long states are worked on in stretches (stretch.py), so that nothing of the size of all pairs is
+copied.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from torch import Tensor
 from paradiff.methods.collocation.pairs import Pairs, in_slots
 from paradiff.methods.secant import DAMPING
 from paradiff.methods.stretch import NUMBERS, stretches, total
-
-WHOLE = slice(None)
 
 
 class Moves:
@@ -75,7 +74,7 @@ class Linearization:
             return
         _, self._count, self._slots, _ = pairs.own.shape
         size = self._count * self._slots
-        self._kept = (self._gathered(pairs.dx), self._gathered(pairs.du)) if pairs.rows is None else None
+        self._kept = (pairs.dx, pairs.du) if pairs.rows is None else None
         diagonal = pairs.own.diagonal(dim1=2, dim2=3)
         damped = pairs.own.clone()
         damped.diagonal(dim1=2, dim2=3).mul_(1 + DAMPING).add_(diagonal == 0)
@@ -127,32 +126,35 @@ class Linearization:
             constants: `[M, b]` Lipschitz constants of the forcings.
         """
         count, members, size = moves.states.shape
-        last, factors, known, weights = self._influence[-1], constants.mT[:, :, None], None, None
+        kind = self._influence.dtype if self._pairs is None else self._pairs.dx.dtype
+        last, factors, known, weights = self._influence[-1].to(kind), constants.mT[:, :, None].to(kind), None, None
         if self._pairs is not None:
-            onto = self._onto_own(moves).view(members, self._count, self._slots, 1)
-            known = (1 - self._uncertainty) * (self._inverse @ onto).flatten(1, 2)
+            onto = self._onto_own(moves, kind).view(members, self._count, self._slots, 1)
+            known = ((1 - self._uncertainty) * (self._inverse @ onto).flatten(1, 2)).to(kind)
 
         def stale(part: slice) -> Tensor:
             if known is None:
                 return factors * moves(part)
-            found = moves(part).clone()
-            found[:, : self._count] -= self._of_nodes(known, self._x(part))
+            found = moves(part).to(kind, copy=True)
+            found[:, : self._count] -= self._of_nodes(known, self._x(part, kind))
             return found.mul_(factors)
 
         parts = [*self._parts(moves.states, count)]
         whole = stale(parts[0]) if len(parts) == 1 else None
         if self._pairs is not None:
-            onto = total(self._corner_x(part) @ (stale(part) if whole is None else whole).mT for part in parts)
+            products = (self._x(part, kind) @ (stale(part) if whole is None else whole).mT for part in parts)
+            onto = total(products).to(self._influence.dtype)
             onto.unflatten(1, (self._count, self._slots)).mul_(self._influence[: self._count, None])
-            weights = self._eliminated_in_turn(onto).mT
+            weights = self._on_sample(self._eliminated_in_turn(self._cornered(onto))).to(kind)
         each, together = factors.new_zeros(members, count), factors.new_zeros(members)
         for part in parts:
             effect = last[:, None] * (stale(part) if whole is None else whole)
             if weights is not None:
-                effect += weights @ self._sample_u(part)
+                effect = effect.baddbmm_(weights, self._u(part, kind))
             each += effect.square().sum(2)
             together += effect.sum(1).square().sum(1)
-        return (each / size).amax(0), (together / size).amax(0, keepdim=True)
+        each, together = (each / size).amax(0), (together / size).amax(0, keepdim=True)
+        return each.to(self._influence.dtype), together.to(self._influence.dtype)
 
     def effects(self, defects: Tensor, influence: Tensor, neighbours: int = 0) -> Tensor:
         """`[J]` mean square changes of the sample by each of J changes of forcings: the mean over its own direction and, at the
@@ -169,20 +171,21 @@ class Linearization:
         sizes = torch.linalg.vector_norm(defects, dim=2).mT  # [b, J]
         theirs = sizes[:, source]
         ratio = torch.where(theirs > 0, sizes[:, None] / theirs.clamp(min=1e-300), 0.0).flatten(1)  # [b, D J]
-        reach, source, weights = influence.repeat(1, len(steps)), source.flatten(), None
+        reach, source, weights, kind = influence.repeat(1, len(steps)), source.flatten(), None, defects.dtype
         if self._pairs is not None:
             parts = self._parts(defects, count)
-            onto = total(self._corner_x(part) @ defects[:, :, part].permute(1, 2, 0) for part in parts)
-            onto = onto[:, :, source] * ratio[:, None]
+            kind = self._pairs.dx.dtype
+            onto = total(self._x(part, kind) @ defects[:, :, part].permute(1, 2, 0).to(kind) for part in parts)
+            onto = self._cornered(onto.to(self._influence.dtype))[:, :, source] * ratio[:, None]
             onto.unflatten(1, (self._count, self._slots)).mul_(reach[: self._count, None])
-            weights = self._eliminated(onto).mT
-        sums = defects.new_zeros(members, len(source))
+            weights = self._on_sample(self._eliminated(onto)).to(kind)
+        sums, reached = defects.new_zeros(members, len(source), dtype=kind), (reach[-1] * ratio)[:, :, None].to(kind)
         for part in self._parts(defects, len(source)):
-            effect = defects[:, :, part].transpose(0, 1)[:, source] * (reach[-1] * ratio)[:, :, None]
+            effect = defects[:, :, part].transpose(0, 1).to(kind)[:, source] * reached
             if weights is not None:
-                effect += weights @ self._sample_u(part)
+                effect = effect.baddbmm_(weights, self._u(part, kind))
             sums += effect.square().sum(2)
-        return (sums / size).amax(0).view(len(steps), count).mean(0)
+        return (sums / size).amax(0).view(len(steps), count).mean(0).to(self._influence.dtype)
 
     def state_effects(self, defects: Tensor, influence: Tensor, at: Tensor) -> Tensor:
         """`[K, J]` mean square changes of the states of K nodes by each of J changes of forcings.
@@ -205,22 +208,22 @@ class Linearization:
             squares = squares + (follow * (gram @ follow + 2 * own[:, :, None] * cross)).sum(2)
         return (squares.clamp(min=0) / size).amax(1)
 
-    def _onto_own(self, moves: Moves) -> Tensor:
-        """`[b, n k, 1]` products of the pairs with the change of their own node."""
-        shape = -1, self._count, self._slots
-        parts = self._parts(moves.states)
-        found = total((self._x(p).unflatten(1, shape[1:]) * moves(p)[:, : self._count, None]).sum(3) for p in parts)
-        return found.view(*shape).flatten(1)[..., None]
+    def _onto_own(self, moves: Moves, kind: torch.dtype | None = None) -> Tensor:
+        """`[b, n k, 1]` products of the pairs with the change of their own node, made in a dtype; that of the coefficients by
+        default."""
+        shape, kind = (self._count, self._slots), kind or self._influence.dtype
+        own = ((part, moves(part)[:, : self._count, :, None].to(kind)) for part in self._parts(moves.states))
+        found = total(self._x(part, kind).unflatten(1, shape) @ move for part, move in own)
+        return found.flatten(1, 2).to(self._influence.dtype)
 
     def _of_nodes(self, weights: Tensor, values: Tensor) -> Tensor:
         """`[b, n, w]` the sums over each node's pairs of values `[b, n k, w]`, by weights `[b, n k, 1]`."""
-        return (weights * values).unflatten(1, (self._count, self._slots)).sum(2)
+        shape = self._count, self._slots
+        return (weights.unflatten(1, shape).mT @ values.unflatten(1, shape))[:, :, 0]
 
     def _solve(self, onto: Tensor) -> Tensor:
         """`[b, n k, J]` w of equation (2), for J changes, given by X d0."""
-        if self._corner is not None:
-            onto = (self._corner @ onto.unflatten(1, (self._count, self._slots))).flatten(1, 2)
-        return self._eliminated(onto)
+        return self._eliminated(self._cornered(onto))
 
     def _eliminated(self, onto: Tensor) -> Tensor:
         """The same, given by X d0 with the blocks on the diagonal eliminated, where that is done."""
@@ -241,31 +244,32 @@ class Linearization:
             found[:, left, block] = torch.linalg.solve_triangular(system, onto[:, left, block], upper=False, unitriangular=True)
         return found
 
-    def _corner_x(self, part: slice) -> Tensor:
-        """`[b, n k, w]` X on a stretch, with the blocks on the diagonal eliminated, where that is done."""
-        x = self._x(part)
-        return x if self._corner is None else (self._corner @ x.unflatten(1, (self._count, self._slots))).flatten(1, 2)
+    def _cornered(self, onto: Tensor) -> Tensor:
+        """Products with X `[b, n k, J]`, with the blocks on the diagonal eliminated, where that is done."""
+        if self._corner is None:
+            return onto
+        return (self._corner @ onto.unflatten(1, (self._count, self._slots))).flatten(1, 2)
 
-    def _sample_u(self, part: slice) -> Tensor:
-        """`[b, n k, w]` U on a stretch, each node's times the weight of its forcing in the sample."""
-        by_node = self._u(part).unflatten(1, (self._count, self._slots))
-        return (by_node * self._influence[-1, : self._count, None, None]).flatten(1, 2)
+    def _on_sample(self, weights: Tensor) -> Tensor:
+        """`[b, J, n k]` weights of U in the sample, by those w `[b, n k, J]` of equation (2)."""
+        reached = self._influence[-1, : self._count].repeat_interleave(self._slots, output_size=self._count * self._slots)
+        return (weights * reached[:, None]).mT
 
     def _parts(self, states: Tensor, rows: int = 0) -> Iterator[slice]:
         """Stretches of states `[.., b, d]`, short enough for the pairs and so many other rows."""
         return stretches(states.shape, max(0 if self._pairs is None else self._pairs.cross.shape[1], rows, 1))
 
-    def _x(self, part: slice) -> Tensor:
-        """X `[b, n k, w]` on a stretch."""
+    def _x(self, part: slice, kind: torch.dtype | None = None) -> Tensor:
+        """X `[b, n k, w]` on a stretch, in a dtype; that of the coefficients by default."""
         assert self._pairs is not None
-        return self._gathered(self._pairs.dx, part) if self._kept is None else self._kept[0][..., part]
+        return self._gathered(self._pairs.dx if self._kept is None else self._kept[0], part, kind)
 
-    def _u(self, part: slice) -> Tensor:
+    def _u(self, part: slice, kind: torch.dtype | None = None) -> Tensor:
         """U `[b, n k, w]` on a stretch."""
         assert self._pairs is not None
-        return self._gathered(self._pairs.du, part) if self._kept is None else self._kept[1][..., part]
+        return self._gathered(self._pairs.du if self._kept is None else self._kept[1], part, kind)
 
-    def _gathered(self, values: Tensor, part: slice = WHOLE) -> Tensor:
-        """Values `[S+1, b, d]` of all pairs in their slots, `[b, n k, w]`, in the dtype of the coefficients."""
+    def _gathered(self, values: Tensor, part: slice, kind: torch.dtype | None) -> Tensor:
+        """Values `[S+1, b, d]` of all pairs in their slots, `[b, n k, w]`."""
         assert self._pairs is not None
-        return in_slots(values, self._pairs.rows, part, self._influence.dtype)
+        return in_slots(values, self._pairs.rows, part, kind or self._influence.dtype)

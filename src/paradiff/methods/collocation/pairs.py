@@ -3,8 +3,8 @@
 
 A node that is evaluated again shows how its forcing answers to its state: the changes of both are a pair (methods/secant.py).
 They are kept as exactly as the network is given its states: its outputs are known no better. Most nodes have fewer pairs than
-they may have, and some have none, so pairs of long states are rows of one store, in that dtype; those of short states have a
-place for each that there may be, in the dtype of the solver.
+they may have, and some have none, so pairs of long states are rows of one store; those of short states have a place for each
+that there may be.
 
 A round's linear system (linearization.py) needs the inner products of all pairs, and a round brings pairs of a few nodes. So
 products are kept, too, each pair's in a **slot** of its node, and only those with the newest pairs are made anew.
@@ -45,9 +45,9 @@ class Pairs:
 
 
 def in_slots(values: Tensor, rows: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
-    """`[b, n k, w]` a stretch of the values `[S+1, b, d]` in some rows, or in all."""
-    found = values[:, :, part] if rows is None else values[rows, :, part].to(dtype)
-    return found.transpose(0, 1)
+    """`[b, n k, w]` a stretch of the values `[S+1, b, d]` in some rows, or in all, in a dtype."""
+    found = values[:, :, part] if rows is None else values[rows, :, part]
+    return found.to(dtype).transpose(0, 1)
 
 
 class PairStore:
@@ -63,7 +63,7 @@ class PairStore:
     def __init__(self, count: int, most: int, like: Tensor, kind: torch.dtype) -> None:
         self.most, self._like, members, size = most, like, len(like), count * most
         self._dense = size * like.numel() <= DENSE
-        kept = like.new_zeros(size, *like.shape, dtype=kind) if self._dense else like.new_zeros(1, *like.shape)
+        kept = like.new_zeros(size if self._dense else 1, *like.shape)
         self._dx, self._du = kept, kept.clone()
         self._rows: list[list[int]] = [[] for _ in range(count)]  # of each node, by their slots
         self._in_slots = None if self._dense else torch.zeros(size, dtype=torch.int64, device=like.device)  # the same
@@ -109,9 +109,9 @@ class PairStore:
                 slots.append(node * self.most + self._turn[node])
                 self._turn[node] = (self._turn[node] + 1) % self.most
         at = uploaded(slots, dx.device)
-        rows, kind = at if self._in_slots is None else self._in_slots[at], self._like.dtype
+        rows = at if self._in_slots is None else self._in_slots[at]
         for kept, new in ((self._dx, dx), (self._du, du)):
-            kept[rows] = torch.where(large[..., None], new.to(kind).to(kept.dtype), kept[rows])
+            kept[rows] = torch.where(large[..., None], new.to(kept.dtype), kept[rows])
         self._multiply(at)
 
     def newest(self) -> Pairs | None:
@@ -165,12 +165,12 @@ class PairStore:
         if not source:
             return new
         at, places = uploaded([source, slots], self._dx.device)  # in one copy
-        dx = self._dx[at].to(self._like.dtype) * ratios.to(self._like)[places // most][:, None, None]
+        dx = self._dx[at] * ratios.to(self._like)[places // most][:, None, None]
         du = self._du[at]
         if new._in_slots is None:
-            new._dx[places], new._du[places] = dx.to(new._dx.dtype), du.to(new._du.dtype)
+            new._dx[places], new._du[places] = dx, du
         else:
-            new._dx, new._du = (torch.cat([zero, v.to(zero.dtype)]) for zero, v in ((new._dx, dx), (new._du, du)))
+            new._dx, new._du = (torch.cat([zero, v]) for zero, v in ((new._dx, dx), (new._du, du)))
             new._in_slots[places] = torch.arange(1, len(at) + 1, device=at.device)
         new._multiply_all()
         return new
@@ -202,7 +202,8 @@ class PairStore:
             found = new @ u.mT, u[:, slots] @ x.mT, (x[:, mates] @ new[..., None])[..., 0]
             return torch.cat(found, 2)
 
-        found = total(products(part) for part in stretches(self._dx.shape, 2 * size + count * (self.most + 2)))
+        rows = count * (self.most + 2) + (2 * size if self._dx.dtype != self._cross.dtype or not self._dense else 0)
+        found = total(products(part) for part in stretches(self._dx.shape, rows))
         on_forcings, on_states, own = found.split([size, size, self.most], 2)
         self._cross[:, slots, :size], self._cross.mT[:, slots, :size] = on_forcings, on_states
         slot = slots % self.most
