@@ -53,7 +53,8 @@ class Diffusion(nn.Module):
     def conditional_sample(
         self, batch_size: int, global_cond: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        sample = torch.randn((batch_size, HORIZON, ACTION), generator=generator)
+        rows = (batch_size, HORIZON, ACTION)
+        sample = torch.randn(rows, generator=generator).to(self.unet.inward.weight.device)
         self.noise_scheduler.set_timesteps(STEPS)
         for t in self.noise_scheduler.timesteps:
             times = torch.full(sample.shape[:1], t, dtype=torch.long, device=sample.device)
@@ -96,7 +97,7 @@ class MaskedPolicy(nn.Module):
         **options: Any,
     ) -> Tensor:
         model, scheduler = self.model, self.noise_scheduler
-        trajectory = torch.randn(known.shape, generator=generator)
+        trajectory = torch.randn(known.shape, generator=generator).to(known.device)
         scheduler.set_timesteps(STEPS)
         for t in scheduler.timesteps:
             trajectory[mask] = known[mask]
@@ -108,7 +109,7 @@ class MaskedPolicy(nn.Module):
     @torch.no_grad()
     def predict_action(self, observation: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """The trajectory from the observed place on."""
-        known = torch.zeros(len(observation), HORIZON, ACTION)
+        known = observation.new_zeros(len(observation), HORIZON, ACTION)
         known[:, 0] = observation[:, :ACTION]
         mask = torch.zeros_like(known, dtype=torch.bool)
         mask[:, 0] = True

@@ -49,7 +49,7 @@ def remembered(part: Part, table: Table, variance: float, move: Move) -> Tensor:
     if len(part.nodes) == table.steps:
         return found
     base = None if part.base is None else remembered(part.base, table, variance, move)
-    at = part.nodes.to(found.device)
+    at = part.nodes.to(found.device, non_blocking=True)
     lines = move(_lines(part.nodes, table)) @ (found if base is None else found - base[at]).flatten(1)
     found = lines.view(-1, *found.shape[1:])
     return found if base is None else found + base

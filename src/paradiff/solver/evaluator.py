@@ -24,6 +24,7 @@ from paradiff.solver.agreement import described, versions, weights_of
 from paradiff.solver.arguments import device_of, require_dtype, require_model, require_rows
 from paradiff.solver.by_row import ByRow
 from paradiff.solver.crew import Crew, shares_of
+from paradiff.solver.location import elsewhere, location_of
 from paradiff.solver.protocol import Batch
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.replicas import Replicas, devices_of, replicas_of
@@ -191,7 +192,8 @@ class Evaluator:
             and still counts as one round.
         pad: Fill network calls with copies of their last row up to one of at most four widths (widths.py), for compiled
             networks and CUDA graphs. The widths depend on `max_rows`, the method's width and the number of samples.
-        device: Where the network lives; states are kept there too.
+        device: Where the network lives; states are kept there too. None for the device of its weights, if they lie on one, and
+            can be found (location.py); else the CPU.
         dtype: The network's dtype; states are cast to it, outputs back. None leaves states as they are.
         mesh: Ranks that each have the network and share the rows of a round (sharded.py): a DeviceMesh, or the `Ranks` along
             one of its axes. All ranks have to make the same calls. None for one process.
@@ -221,7 +223,7 @@ class Evaluator:
         shared: Mapping[str, Any] | None = None,
         max_rows: int | None = None,
         pad: bool = False,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         mesh: DeviceMesh | Ranks | None = None,
         mesh_axis: str = "time",
@@ -251,7 +253,7 @@ class Evaluator:
         given = None if devices is None else devices_of(devices)
         if given is not None and mesh is not None:
             raise ValueError("mesh and devices are both given; give ranks, or the devices of one process")
-        self.device = device_of(device) if given is None else given[0]
+        self.device = device_of(location_of(denoiser) if device is None else device) if given is None else given[0]
         self.dtype = dtype
         self.rounds = 0
         self.evaluations = 0
@@ -434,6 +436,12 @@ class Evaluator:
                 m = held.denoiser(x, t, **rows, **held.shared)
         except (RuntimeError, ValueError, AssertionError) as error:
             if not single or type(error) not in (RuntimeError, ValueError, AssertionError):
+                if elsewhere(error):
+                    said = next(iter(str(error).splitlines()), "")
+                    raise ValueError(
+                        f"the model was given rows on {held.device}, and some of its tensors are on another device ({said}): "
+                        "give the evaluator the device of its weights, such as device='cuda'"
+                    ) from error
                 raise
             failed = True
         for name, value in held.shared.items():
@@ -458,7 +466,7 @@ class Evaluator:
                 f"the model returned dtype {m.dtype} for rows of dtype {x.dtype}; give the evaluator the network's own "
                 f"dtype, dtype={m.dtype}, or have the model return its input's"
             )
-        return m[:count].detach().to(batch.x.dtype, copy=True)
+        return m[:count].detach().to(batch.x.device, batch.x.dtype, copy=True)
 
     def _held(self) -> Held:
         """What is held where this thread evaluates."""

@@ -305,7 +305,9 @@ class Judge:
 def taken(batch: Batch, rows: list[int], x: Tensor | None = None) -> Batch:
     """Some rows of a batch, with other states if there are any."""
     at = torch.tensor(rows, device="cpu")
-    return Batch(batch.x[at.to(batch.x.device)] if x is None else x, batch.t[at], batch.nodes[at], batch.samples[at])
+    return Batch(
+        batch.x[at.to(batch.x.device, non_blocking=True)] if x is None else x, batch.t[at], batch.nodes[at], batch.samples[at]
+    )
 
 
 def joined(parts: list[Batch]) -> Batch:

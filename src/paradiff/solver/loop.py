@@ -8,6 +8,7 @@ more, to see that its sample is finite, and its size). Memory is O(window) state
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -148,15 +149,20 @@ def solve(
         trajectory=trajectory,
         keep=keep_trajectory,
     )
-    return _at_home(_rounds(problem, method, observer, begin))
+    return _undisturbed(_rounds(problem, method, observer, begin), problem.device.type)
 
 
-def _at_home(rounds: Rounds) -> Rounds:
-    """The rounds of a solver that is resumed with the CPU as torch's default device."""
+def _undisturbed(rounds: Rounds, device: str) -> Rounds:
+    """The rounds of a solver that is resumed with the CPU as torch's default device, and without autocast, which would make its
+    products in half precision."""
     answer: Tensor | EditedOutputs | None = None
     while True:
         try:
-            with at_home():
+            with contextlib.ExitStack() as modes:
+                modes.enter_context(at_home())
+                for kind in {device, "cpu"}:
+                    if torch.is_autocast_enabled(kind):
+                        modes.enter_context(torch.autocast(kind, enabled=False))
                 batch = next(rounds) if answer is None else rounds.send(answer)
         except StopIteration as end:
             return end.value

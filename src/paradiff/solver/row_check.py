@@ -189,7 +189,7 @@ class RowCheck:
         mine = first == first[rows[0]]
         if chain is None or not (batch.t[mine] != batch.t[rows[0]]).any():
             return None
-        times, x = batch.t[mine], batch.x[mine.to(batch.x.device)]
+        times, x = batch.t[mine], batch.x[mine.nonzero()[:, 0].to(batch.x.device, non_blocking=True)]
         whole = bool(times.min() <= chain.min()) and bool(times.max() >= chain.max())
         if whole and not torch.equal(x, x[:1].expand_as(x)):
             return None

@@ -114,4 +114,4 @@ def _weighted_noises(noise: Noise, sample: int, first: int, weights: Tensor) -> 
     """`[K, ...]` weighted sums of the noises at n nodes from `first` on, by weights `[K, n]`."""
     parts = blocks(weights.shape[1], math.prod(noise.shape))
     drawn = ((part, noise.draw(sample, range(first + part.start, first + part.stop))) for part in parts)
-    return total(weights[:, part].to(z.device) @ z.double().flatten(1) for part, z in drawn)
+    return total(weights[:, part].to(z.device, non_blocking=True) @ z.double().flatten(1) for part, z in drawn)

@@ -301,7 +301,9 @@ class CollocationSolver:
             m = table.convert(nodes, y.view(-1, *self.shape), outputs[part].to(kind)).reshape(y.shape)
             p_u, q_u = (self.setup.move(v[nodes])[:, None, None] for v in (recurrence.p_u, recurrence.q_u))
             u = torch.addcmul(p_u * y, q_u, m)
-            yield part, y, u if self._at.carried is None else u - self._at.carried.forcings[nodes.to(u.device)]
+            if self._at.carried is not None:
+                u = u - self._at.carried.forcings[nodes.to(u.device, non_blocking=True)]
+            yield part, y, u
 
     def _staleness(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean squares: `[M]` the change of the sample by the staleness of each node, `[M]` the distance of its state from that

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.setup import CollocationSetup
 from paradiff.methods.collocation.system import CollocationSystem, weighted
@@ -93,7 +94,7 @@ class WarmStart:
         if system.averaged and self._part.points is None:
             spans = [range(interval.left, interval.right) for interval in system.intervals]
             return torch.stack([found[span.start : span.stop].mean(0) for span in spans])
-        return (found - self.forcings(recurrence))[system.nodes] if self.differs else found[system.nodes]
+        return (found - self.forcings(recurrence) if self.differs else found)[uploaded(system.nodes.tolist(), found.device)]
 
     def changes(self, system: CollocationSystem) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Changes of states and forcings `[R, b, d]` that the earlier run saw, the oldest first, and the numbers of their R
@@ -104,8 +105,9 @@ class WarmStart:
             return
         nodes = system.nodes[chosen]
         nu, g = (move(v[nodes])[:, None, None] for v in (recurrence.nu, recurrence.g))
+        rows = uploaded(at, part.dx.device)
         for slot in range(part.dx.shape[1]):
-            dx, dclean = (move(v[at, slot]).reshape(len(at), *self._shape) for v in (part.dx, part.dclean))
+            dx, dclean = (move(v[rows, slot]).reshape(len(at), *self._shape) for v in (part.dx, part.dclean))
             yield chosen, dx, nu * (dclean - g * dx)
 
     def evaluated_at(self, system: CollocationSystem) -> Iterator[tuple[int, Tensor]]:

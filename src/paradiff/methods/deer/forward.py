@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from paradiff.chain.step import uploaded
 from paradiff.solver.evaluator import Denoiser
 from paradiff.solver.protocol import Batch
 
@@ -41,22 +42,23 @@ class ForwardProbes:
             # torch's own, where it reads the formulas of its first forward-mode derivative
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
             x = batch.x.clone().to(self.dtype or batch.x.dtype)
-            t = batch.t.clone().to(self.device)
+            t = batch.t.clone().to(self.device, non_blocking=True)
             found = torch.empty_like(x)
             with torch.no_grad():
-                found[own] = self._model(x[own], t[own]).to(found)
+                at = uploaded(own, x.device)
+                found[at] = self._model(x[at], t[at]).to(found)
                 for left in self._passes(state, probes):
-                    base = [state[k] for k in left]
+                    base, at = uploaded([[state[k] for k in left], left], x.device)
                     network = functools.partial(self._at, t[base])
-                    value, derivative, *_ = torch.func.jvp(network, (x[base],), (x[left] - x[base],))
-                    found[left] = (value + derivative).to(found)
+                    value, derivative, *_ = torch.func.jvp(network, (x[base],), (x[at] - x[base],))
+                    found[at] = (value + derivative).to(found)
         return found.to(batch.x.dtype)
 
     def evaluate_again(self, batch: Batch) -> Tensor:
         """Outputs `[R, ...]` of rows that are evaluated once more to be compared: each by the model, none as a probe."""
         with torch.no_grad():
             x = batch.x.to(self.dtype or batch.x.dtype)
-            return self._model(x, batch.t.to(self.device)).to(batch.x.dtype)
+            return self._model(x, batch.t.to(self.device, non_blocking=True)).to(batch.x.dtype)
 
     def _at(self, t: Tensor, x: Tensor) -> Tensor:
         """The model with its times first."""

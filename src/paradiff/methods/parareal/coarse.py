@@ -59,7 +59,7 @@ class Coarse:
         for begin in range(left, right, DRAWN):
             end = min(begin + DRAWN, right)
             z = noise.draw(sample, range(begin, end)).double()
-            parts.append(torch.tensordot(self.weights[:, begin:end].to(z.device), z, 1))
+            parts.append(torch.tensordot(self.weights[:, begin:end].to(z.device, non_blocking=True), z, 1))
         return torch.stack(parts).sum(0)
 
 

@@ -117,7 +117,7 @@ class RememberedFill:
         forcing = torch.zeros_like(rest[-count:])
         for j in range(table.band):
             places = of.source[steps, j] - first
-            forcing.addcmul_(column(of.weights[steps, j], x), rest[places.to(rest.device)])
+            forcing.addcmul_(column(of.weights[steps, j], x), rest[places.to(rest.device, non_blocking=True)])
         if table.stochastic:
             forcing.addcmul_(column(of.step.c[steps], x), noises)
         for i in range(min(table.band, count)):

@@ -36,10 +36,10 @@ class Keeper:
         """
         table, at = self._table, nodes.to(states.device, non_blocking=True)
         clean = column(table.p[nodes], states) * states + column(table.q[nodes], states) * outputs
-        again = self._seen[nodes]
-        if self._changes.shape[2] and bool(again.any()):
-            old = at[again.to(at.device)]
-            rows = again.to(states.device)
+        again = self._seen[nodes].nonzero()[:, 0]
+        if self._changes.shape[2] and len(again):
+            rows = again.to(states.device, non_blocking=True)
+            old = at[rows]
             new = torch.stack([states[rows] - self._states[old], clean[rows] - self._clean[old]])
             self._changes[:, old] = torch.cat([self._changes[:, old, 1:], new[:, :, None]], 2)
         self._states[at], self._clean[at], self._seen[nodes] = states, clean, True
@@ -47,6 +47,6 @@ class Keeper:
     def part(self) -> Part:
         """The trajectory: all nodes that were evaluated."""
         nodes = self._seen.nonzero()[:, 0]
-        at = nodes.to(self._states.device)
+        at = nodes.to(self._states.device, non_blocking=True)
         dx, dclean = self._changes[:, at]
         return Part(nodes, self._states[at], self._clean[at], dx=dx, dclean=dclean)
