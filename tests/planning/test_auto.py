@@ -6,6 +6,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from paradiff.planning.picking import Known
 from paradiff.planning.store import FOLDER
 from paradiff.planning.traces import traces_of
 from paradiff.solver.protocol import Chooses, Method
+from paradiff.solver.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
 SCHEDULE = paradiff.Schedule.linear()
@@ -97,8 +100,9 @@ def test_in_a_pipelines_loop_the_window_follows_the_clock_where_nothing_is_known
     method = paradiff.auto().in_loop(table, 0.0)
     assert isinstance(method, AdaptiveMethod)
     assert method.warmup == 1
-    assert paradiff.auto().on_ranks(1).in_loop(table, 0.0) == paradiff.sequential().in_loop(table, 0.0)
-    assert paradiff.auto().on_ranks(4).in_loop(table, 0.0).width(table) > 1
+    one, four = (cast(Ranks, SimpleNamespace(size=size, heard=lambda: 0.0)) for size in (1, 4))
+    assert paradiff.auto().on_ranks(one).in_loop(table, 0.0) == paradiff.sequential().in_loop(table, 0.0)
+    assert paradiff.auto().on_ranks(four).in_loop(table, 0.0).width(table) > 1
 
 
 def test_a_bound_on_rows_is_kept() -> None:

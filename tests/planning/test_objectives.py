@@ -252,11 +252,6 @@ def test_a_plan_decides_alone() -> None:
             paradiff.auto(plan=plan, **given)  # pyright: ignore[reportArgumentType]
 
 
-def test_ranks_keep_no_deadline_by_their_own_clocks() -> None:
-    with pytest.raises(ValueError, match="auto was given a deadline on several ranks, whose clocks differ"):
-        paradiff.auto(deadline=1).on_ranks(2).observing(None)
-
-
 @pytest.mark.parametrize("bad", [None, 3, int])
 def test_previews_are_shown_to_a_function(bad: Any) -> None:
     with pytest.raises(ValueError, match="what previews are shown to is"):

@@ -21,7 +21,7 @@ from processes import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from paradiff import Evaluator, Keyed, Schedule, Solution, collocation, jacobi, parasolver, quasi_newton, sample, srds
+from paradiff import Evaluator, Keyed, Schedule, Solution, auto, collocation, jacobi, parasolver, quasi_newton, sample, srds
 from paradiff.samplers import ddim
 from paradiff.solver import Batch, Deadline, Method, Ranks, agreement
 from paradiff.solver.crew import dealt, shares_of
@@ -286,6 +286,73 @@ def test_a_deadline_ends_all_ranks_in_the_same_round() -> None:
     first, second = on_ranks(2, by_clock)
     assert first.value == second.value
     assert first.value[0] == "stopped"
+
+
+def best_in_time(mesh: DeviceMesh) -> tuple[Any, ...]:
+    """A run by `auto` with a deadline, on ranks whose own clocks differ, with the number of exchanges beyond those of a run
+    without one; and a run with a deadline that is far away."""
+    ranks = Ranks(mesh)
+    own, ahead = time.monotonic, 1e4 * ranks.place
+
+    def slow(x: Tensor, t: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return network(x, t)
+
+    def run(method: Method) -> tuple[Solution, int]:
+        before = ranks.exchanges
+        found = sample(evaluator, TABLES["ddpm"], Keyed(SHAPE, [0]), method, check="off")
+        return found, ranks.exchanges - before - found.rounds
+
+    evaluator = Evaluator(slow, mesh=ranks)
+    run(jacobi(2, 0.0))  # the ranks' handshake
+    _, usual = run(jacobi(2, 0.0))
+    time.monotonic = lambda: own() + ahead
+    found, more = run(auto(deadline=0.07))
+    whole, _ = run(auto(deadline=1e6))
+    return found.status.code, found.rounds, found.sample, found.message, more - usual, whole.status.code, whole.message
+
+
+def test_auto_keeps_a_deadline_by_one_clock_without_further_exchanges() -> None:
+    first, *others = on_ranks(3, best_in_time)
+    assert [one.error for one in (first, *others)] == [""] * 3
+    code, rounds, _, message, more, whole, said = first.value
+    assert (code, whole) == ("stopped", "converged")
+    assert 1 <= rounds <= 8
+    assert "the deadline of 0.07 s ended it" in message
+    assert "ranks choose alike, by no clock" in said
+    assert more == 1  # at its begin
+    for one in others:
+        assert torch.equal(one.value[2], first.value[2])
+        assert one.value[3:] == first.value[3:]
+
+
+def warm(mesh: DeviceMesh | None, alike: bool = True) -> list[tuple[Any, ...]]:
+    """Runs that begin from the trajectory of one before."""
+    ranks = None if mesh is None else Ranks(mesh)
+    evaluator, found, table = Evaluator(mixed, mesh=ranks, shares=2), [], ddim(Schedule.linear(), 30)
+    for method in (quasi_newton(8), parasolver(8), collocation()):
+        before = sample(evaluator, table, Keyed(SHAPE, [1]), method, keep_trajectory=True)
+        assert before.trajectory is not None
+        if not alike and ranks is not None and ranks.place == 1:
+            with torch.inference_mode():
+                before.trajectory.parts[0].states.mul_(1.01)
+        found.append(told(sample(evaluator, table, Keyed(SHAPE, [0]), method, start=before)))
+    return found
+
+
+def test_a_run_on_ranks_begins_from_a_trajectory() -> None:
+    alone = warm(None)
+    for one in on_ranks(2, warm):
+        assert one.error == ""
+        for (found, *others), (wanted, *wanted_others) in zip(one.value, alone, strict=True):
+            assert torch.equal(found, wanted)
+            assert others == wanted_others
+
+
+def test_ranks_that_begin_from_other_trajectories_are_told_apart() -> None:
+    for one in on_ranks(2, warm, False):
+        assert re.search("rank 1 .* came to other states than rank 0", one.error), one.error
+        assert one.code == 1
 
 
 TIMEOUT = 8.0

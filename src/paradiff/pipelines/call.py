@@ -86,7 +86,7 @@ class Call:
         self._crew = self._agree()
         self._method = settings.method
         if settings.ranks is not None and isinstance(self._method, Chooses):
-            self._method = self._method.on_ranks(settings.ranks.size)
+            self._method = self._method.on_ranks(settings.ranks)
         if isinstance(self._method, Chooses) and host.kept() != []:
             self._method = self._method.for_states()
         self._known: CallKnown | None = None

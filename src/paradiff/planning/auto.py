@@ -33,6 +33,7 @@ from paradiff.planning.wish import Objective, Wish
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.previews import Timed
 from paradiff.solver.protocol import Evaluate, Method, Observer, Problem
+from paradiff.solver.ranks import Ranks
 from paradiff.solver.sharded import Sharded
 
 FEWEST = 8
@@ -50,13 +51,15 @@ class AutoMethod(ChainMethod, Wish, Face):
         name: Its name.
         known: What is known of the model; None before a model is seen.
         look_up: What is known by chain, for a caller who learns of the chain later; None where nothing is.
-        begun: When the run began, in seconds of `time.perf_counter`; None for the time at which it is solved.
+        begun: When the run began, in seconds of the clock; None for the time at which it is solved.
+        clock: Tells the seconds by which a deadline is kept; None for `time.perf_counter`.
     """
 
     name: str = "auto"
     known: Known | None = dataclasses.field(default=None, kw_only=True)
     look_up: Callable[[Table], Known] | None = dataclasses.field(default=None, kw_only=True)
     begun: float | None = dataclasses.field(default=None, kw_only=True)
+    clock: Callable[[], float] | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def dense_output(self) -> bool:
@@ -92,7 +95,7 @@ class AutoMethod(ChainMethod, Wish, Face):
         """The same with what is known of a model; a long chain's curve is measured, within a share of its seconds."""
         begun = time.perf_counter()
         if isinstance(evaluate, Evaluator) and isinstance(evaluate.bound.crew, Sharded):
-            return self.on_ranks(evaluate.bound.crew.ranks.size)
+            return self.on_ranks(evaluate.bound.crew.ranks)
         if self.known is not None and self.known.evaluator is evaluate:
             again = dataclasses.replace(self, begun=begun)
             object.__setattr__(again, "_kept", vars(self).get("_kept", (None, {})))
@@ -136,9 +139,12 @@ class AutoMethod(ChainMethod, Wish, Face):
         """What is chosen for a chain of one sample, and why."""
         return str(self.pick(table))
 
-    def on_ranks(self, count: int) -> AutoMethod:
-        """The same without a clock, for so many ranks that share rounds, so that all of them choose alike."""
-        return dataclasses.replace(self, clocked=False, devices=Devices(count, latency=0.0))
+    def on_ranks(self, ranks: Ranks) -> AutoMethod:
+        """The same for ranks that share rounds: they choose without a clock, so that all choose alike, and keep a deadline by
+        the clock that they tell each other. With a deadline all ranks have to make the call."""
+        begun = None if self.deadline is None else ranks.tell()
+        devices = Devices(ranks.size, latency=0.0)
+        return dataclasses.replace(self, clocked=False, devices=devices, begun=begun, clock=ranks.heard)
 
     def for_states(self) -> AutoMethod:
         """The same for a caller who reads the states of all nodes."""
@@ -153,17 +159,10 @@ class AutoMethod(ChainMethod, Wish, Face):
         return dataclasses.replace(self, look_up=look_up, begun=time.perf_counter())
 
     def observing(self, observer: Observer | None) -> Observer | None:
-        """What observes the run: the caller's observer, and what keeps the deadline.
-
-        Raises:
-            ValueError: If there is a deadline on ranks.
-        """
-        if self.deadline is not None and not self.clocked:
-            raise ValueError(
-                "auto was given a deadline on several ranks, whose clocks differ; give none, and an observer that they agree "
-                "on: paradiff.solver.Deadline(seconds, clock=ranks.tell)"
-            )
-        return observer if self.deadline is None else Timed(self.deadline, observer, begun=self.begun)
+        """What observes the run: the caller's observer, and what keeps the deadline."""
+        if self.deadline is None:
+            return observer
+        return Timed(self.deadline, observer, begun=self.begun, clock=self.clock)
 
     def pick(self, table: Table, samples: int = 1) -> Picked:
         """The choice for a chain; made once, and kept for the chain that was asked about last.

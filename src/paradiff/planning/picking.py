@@ -248,7 +248,8 @@ def _in_time(
     """The most exact choice that fits into a deadline; where none does, what comes nearest to its end, after a warning."""
     if curve is None:
         picked = _anytime(wish, table)
-        return Picked(picked.method, picked.call, f"{picked.why}: nothing is known of this model's calls yet")
+        why = "nothing is known of this model's calls yet" if wish.clocked else "ranks choose alike, by no clock"
+        return Picked(picked.method, picked.call, f"{picked.why}: {why}")
     limit = SPARE * deadline
     found = _found(wish, wish.tolerance, known, curve, table, samples)
     first = next(one for one in found if one.sequential)

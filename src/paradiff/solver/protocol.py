@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from paradiff.errors import require_real, shown
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorEstimate, Status
 from paradiff.solver.trajectory import Part, Trajectory
+
+if TYPE_CHECKING:
+    from paradiff.solver.ranks import Ranks
 
 OnFinal = Callable[[int, Tensor], None]
 """Called with the fine node of the first of some states that became final, and these states, `[n, ...]`."""
@@ -308,8 +311,8 @@ class Chooses(Protocol):
         """What is chosen for a chain of one sample, and why."""
         ...
 
-    def on_ranks(self, count: int) -> Method:
-        """The method for so many ranks, which have to choose alike."""
+    def on_ranks(self, ranks: Ranks) -> Method:
+        """The method for ranks, which have to choose alike; all of them make the call."""
         ...
 
     def for_states(self) -> Method:

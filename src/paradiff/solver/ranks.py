@@ -76,6 +76,8 @@ class Ranks:
         balance: As given.
         exchanges: Exchanges so far.
         received: Bytes of blocks that this rank received from others so far.
+        clock: Seconds on the clock of the rank at place 0 as it told them last, by `tell` or with the outputs of a round: the
+            same on all ranks.
 
     Raises:
         ValueError: If the argument is no mesh, or has no axis of that name, or another one is of another kind.
@@ -92,6 +94,7 @@ class Ranks:
         self.members = members = dist.get_process_group_ranks(self._group)
         self.place, self.size, self.timeout = members.index(dist.get_rank()), len(members), float(timeout)
         self.exchanges = self.received = 0
+        self.clock = 0.0
         self._told = time.monotonic()
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._backend = str(dist.get_backend(self._group))
@@ -275,7 +278,12 @@ class Ranks:
     def tell(self) -> float:
         """The seconds on the clock of the rank at place 0, on all ranks; an exchange of its own."""
         mine = torch.tensor([time.monotonic()], dtype=torch.float64)
-        return float(self.gather(self.open(5), [mine], [8] * self.size)[0].view(torch.float64))
+        self.clock = float(self.gather(self.open(5), [mine], [8] * self.size)[0].view(torch.float64))
+        return self.clock
+
+    def heard(self) -> float:
+        """`clock`, without an exchange: after a round, when the rank at place 0 had its own outputs."""
+        return self.clock
 
     def finish(self, work: Any) -> None:
         """Waits for a collective, for the time-out at most, less what is kept of it for ending all ranks.

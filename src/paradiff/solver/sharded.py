@@ -12,7 +12,7 @@ it first. A rank without rows waits.
 A round moves one block a rank: 64 bytes of numbers, then the outputs of its rows. By the numbers all ranks see the same and
 decide alike: a sum over the bits of the states that the outputs are of, which tells ranks apart whose trajectories differ; the
 bound on rows, lower where one ran out of memory; whether one met an error; the first row whose output is not finite, which
-another rank evaluates again; and the seconds that a row took.
+another rank evaluates again; the seconds that a row took; and the first rank's clock, by which all of them keep a deadline.
 """
 
 from __future__ import annotations
@@ -191,8 +191,9 @@ class Sharded:
         if self.ranks.balance == "speed" and device.type == "cuda":
             torch.cuda.synchronize(device)
         spent = (time.perf_counter() - begin) / max(1, lengths[self.ranks.place])
-        head = [result.status, 0, bound.max_rows or 0, -1, int(1e9 * spent), 0, 0, 0]
+        head = [result.status, 0, bound.max_rows or 0, -1, int(1e9 * spent), int(1e9 * time.monotonic()), 0, 0]
         heads, outputs = self._exchanged(opened, result, head, lengths, device, inputs, key)
+        self.ranks.clock = int(heads[0, 5]) / 1e9
         self._heed(heads, result, lengths)
         self._learn(bound, heads, lengths)
         self._heed_states(heads)
