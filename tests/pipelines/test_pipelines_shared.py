@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from problems import gap
 from processes import on_ranks
+from tiny import CASES
 from torch.distributed.device_mesh import DeviceMesh
 
 import paradiff
@@ -117,3 +120,27 @@ def test_generators_of_other_seeds_are_found() -> None:
     for one in on_ranks(2, seeded):
         assert one.error.startswith("RanksFailed: rank 1 of 2")
         assert "was started with another generator than rank 0 of 2" in one.error
+
+
+def beside_context_parallelism(mesh: DeviceMesh) -> tuple[float, float, str]:
+    """How far a call by places along `time`, each of two ranks that share a sequence, and the plain call of these two are from
+    that of one process; and the executor."""
+    from diffusers import ContextParallelConfig
+
+    torch.accelerator.device_count = lambda: 1  # by which diffusers names the rank's device, and of which there is none
+    case, few = CASES["flux"], {"num_inference_steps": 6}
+    alone, pipe = case.run(case.make(), **few), case.make()
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh))
+    plain = case.run(pipe, **few)
+    with paradiff.parallelize(pipe, paradiff.quasi_newton(window=3, tolerance=0.0), mesh=mesh, mesh_axis="time") as run:
+        found = case.run(pipe, **few)
+    return gap(found, alone), gap(plain, alone), run.report.executor
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no context parallelism")
+def test_a_call_is_shared_along_time_and_along_its_sequence() -> None:
+    for one in on_ranks(4, beside_context_parallelism, axes={"time": 2, "ring": 1, "ulysses": 2}):
+        assert one.error == ""
+        found, plain, executor = one.value
+        assert max(found, plain) < 1e-5  # of the size of the sample, in float32
+        assert executor == "vector"
