@@ -11,7 +11,7 @@ its first: two rows are checked. `first_seconds` and `share_first` are those of 
 whole check, of whose rows each rank makes most by itself.
 
 Every rank repeats the solver's own work: on a box of GPUs on a core of its own, here on as many cores as there are. `own_core`
-is the share of the ideal that ranks with a core each reach, by the seconds in the network's calls and those of one rank's
+is the share of the ideal that ranks with a core each reach, by the seconds that the network's rows take and those of one rank's
 processor.
 
     python benchmarks/ranks.py --json benchmarks/results/ranks.json
@@ -78,20 +78,18 @@ def measured(row: float, steps: int, repeats: int, names: list[str], ranks: Rank
         if not name.startswith(tuple(names)):
             continue
         evaluator, counts = Evaluator(Slow(row), mesh=ranks), list[int]()
-        seconds, called, own, checked = [], [], [], []
+        seconds, own, checked = [], [], []
         for _ in range(repeats + 1):
             counts = [evaluator.evaluations]
-            in_calls, begin, processor = evaluator.seconds, time.perf_counter(), time.process_time()
+            begin, processor = time.perf_counter(), time.process_time()
             solution = sample(evaluator, table, noise, method(), observer=Rounds(evaluator, counts))
             seconds.append(time.perf_counter() - begin)
             own.append(time.process_time() - processor)
-            called.append(evaluator.seconds - in_calls)
             checked.append(solution.checked_rows)
         found[name] = {
             "first_seconds": seconds[0],
             "first_checked_rows": checked[0],
             "seconds": statistics.median(seconds[1:]),
-            "called": statistics.median(called[1:]),
             "processor": statistics.median(own[1:]),
             "rounds": [after - before for before, after in itertools.pairwise(counts)],
             "checked_rows": checked[-1],
@@ -140,9 +138,11 @@ def main() -> None:
         for name, one in figures.items():
             before = alone[name]
             assert one["rounds"] == before["rounds"], "the rounds of ranks are those of one process"
-            ideal = sum(one["rounds"]) / sum(-(-rows // size) for rows in one["rounds"])
+            rows = [sum(one["rounds"]), sum(-(-rows // size) for rows in one["rounds"])]
+            ideal = rows[0] / rows[1]
             speedup = before["seconds"] / one["seconds"]
-            own_core = (before["called"] + before["processor"]) / (one["called"] + one["processor"]) / ideal
+            asleep = [row * (count + of["checked_rows"]) for count, of in zip(rows, (before, one), strict=True)]
+            own_core = (asleep[0] + before["processor"]) / (asleep[1] + one["processor"]) / ideal
             first = before["first_seconds"] / one["first_seconds"] / ideal
             result["runs"].append(
                 {

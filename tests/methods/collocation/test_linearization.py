@@ -178,7 +178,7 @@ def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs(
         found = store.newest()
         if found is None:
             return []
-        dx, du = (in_slots(v, found.rows, slice(None), torch.float64) for v in (found.dx, found.du))
+        dx, du = (in_slots(v, found.rows, slice(None)) for v in (found.dx, found.du))
         assert torch.equal(du, 10 * dx)
         assert torch.equal(found.cross, dx @ du.mT)
         own = dx.unflatten(1, (-1, store.most))
@@ -199,7 +199,7 @@ def test_the_newest_pairs_are_kept_and_nodes_without_a_change_keep_theirs(
         moved = store.remesh(nearest, ratios, most)
         found = moved.newest()
         assert found is not None
-        dx, du = (in_slots(v, found.rows, slice(None), torch.float64) for v in (found.dx, found.du))
+        dx, du = (in_slots(v, found.rows, slice(None)) for v in (found.dx, found.du))
         assert dx[0, :, 0].view(-1, most).tolist() == wanted
         scaled = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64).repeat_interleave(most)
         assert torch.equal(du[0, :, 0] * scaled, 10 * dx[0, :, 0])

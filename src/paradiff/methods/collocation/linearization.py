@@ -11,9 +11,9 @@ before any forcing follows, the weights w of all nodes together solve
     (X[n] X[n]^T + lambda diag(X[n] X[n]^T)) w[n] = X[n] d0[n] + sum_q R[n,q] X[n] U[q]^T w[q].                     (2)
 
 The products of all pairs are at hand (pairs.py). At order 0 no state looks ahead, and (2) is triangular but for its blocks on
-the diagonal, which are eliminated first. Mean squares, which are estimates, are computed in the dtype of the pairs: float32 is
-twice as fast as float64. Long states are worked on in stretches (stretch.py), so that nothing of the size of all pairs is
-copied.
+the diagonal, which are eliminated first. What is multiplied with pairs is in their dtype: they are known no better, and float32
+is twice as fast as float64; the small systems are solved in float64. Long states are worked on in stretches (stretch.py), so
+that nothing of the size of all pairs is copied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from paradiff.methods.collocation.pairs import Pairs, in_slots
 from paradiff.methods.secant import DAMPING
-from paradiff.methods.stretch import NUMBERS, stretches, total
+from paradiff.methods.stretch import DENSE, NUMBERS, stretches, total
 
 
 class Moves:
@@ -112,7 +112,9 @@ class Linearization:
         """
         if self._pairs is None:
             return states
-        weights, influence = self._solve(self._onto_own(Moves(states[:-1], known))), self._influence[:, : self._count]
+        kind = self._pairs.dx.dtype
+        weights = self._solve(self._onto_own(Moves(states[:-1], known))).to(kind)
+        influence = self._influence[:, : self._count].to(kind)
         for part in self._parts(states, len(states)):
             states[:, :, part] += (influence @ self._of_nodes(weights, self._u(part))).transpose(0, 1)
         return states
@@ -129,28 +131,28 @@ class Linearization:
         kind = self._influence.dtype if self._pairs is None else self._pairs.dx.dtype
         last, factors, known, weights = self._influence[-1].to(kind), constants.mT[:, :, None].to(kind), None, None
         if self._pairs is not None:
-            onto = self._onto_own(moves, kind).view(members, self._count, self._slots, 1)
+            onto = self._onto_own(moves).view(members, self._count, self._slots, 1)
             known = ((1 - self._uncertainty) * (self._inverse @ onto).flatten(1, 2)).to(kind)
 
         def stale(part: slice) -> Tensor:
             if known is None:
                 return factors * moves(part)
             found = moves(part).to(kind, copy=True)
-            found[:, : self._count] -= self._of_nodes(known, self._x(part, kind))
+            found[:, : self._count] -= self._of_nodes(known, self._x(part))
             return found.mul_(factors)
 
         parts = [*self._parts(moves.states, count)]
-        whole = stale(parts[0]) if len(parts) == 1 else None
+        kept = [stale(part) for part in parts] if moves.states.numel() <= DENSE else None
         if self._pairs is not None:
-            products = (self._x(part, kind) @ (stale(part) if whole is None else whole).mT for part in parts)
-            onto = total(products).to(self._influence.dtype)
+            found = map(stale, parts) if kept is None else kept
+            onto = total(self._x(part) @ one.mT for part, one in zip(parts, found, strict=True)).to(self._influence.dtype)
             onto.unflatten(1, (self._count, self._slots)).mul_(self._influence[: self._count, None])
             weights = self._on_sample(self._eliminated_in_turn(self._cornered(onto))).to(kind)
         each, together = factors.new_zeros(members, count), factors.new_zeros(members)
-        for part in parts:
-            effect = last[:, None] * (stale(part) if whole is None else whole)
+        for part, one in zip(parts, map(stale, parts) if kept is None else kept, strict=True):
+            effect = last[:, None] * one
             if weights is not None:
-                effect = effect.baddbmm_(weights, self._u(part, kind))
+                effect = effect.baddbmm_(weights, self._u(part))
             each += effect.square().sum(2)
             together += effect.sum(1).square().sum(1)
         each, together = (each / size).amax(0), (together / size).amax(0, keepdim=True)
@@ -175,7 +177,7 @@ class Linearization:
         if self._pairs is not None:
             parts = self._parts(defects, count)
             kind = self._pairs.dx.dtype
-            onto = total(self._x(part, kind) @ defects[:, :, part].permute(1, 2, 0).to(kind) for part in parts)
+            onto = total(self._x(part) @ defects[:, :, part].permute(1, 2, 0).to(kind) for part in parts)
             onto = self._cornered(onto.to(self._influence.dtype))[:, :, source] * ratio[:, None]
             onto.unflatten(1, (self._count, self._slots)).mul_(reach[: self._count, None])
             weights = self._on_sample(self._eliminated(onto)).to(kind)
@@ -183,7 +185,7 @@ class Linearization:
         for part in self._parts(defects, len(source)):
             effect = defects[:, :, part].transpose(0, 1).to(kind)[:, source] * reached
             if weights is not None:
-                effect = effect.baddbmm_(weights, self._u(part, kind))
+                effect = effect.baddbmm_(weights, self._u(part))
             sums += effect.square().sum(2)
         return (sums / size).amax(0).view(len(steps), count).mean(0).to(self._influence.dtype)
 
@@ -199,21 +201,22 @@ class Linearization:
         own = influence[at][:, None]  # [K, 1, J]
         squares = own.square() * torch.linalg.vector_norm(defects, dim=2).square().mT  # [K, b, J]
         if self._pairs is not None:
-            moved = ((part, defects[:, :, part].permute(1, 2, 0)) for part in self._parts(defects, count))
+            kind = self._pairs.dx.dtype
+            moved = ((part, defects[:, :, part].permute(1, 2, 0).to(kind)) for part in self._parts(defects, count))
             found = [(self._x(p) @ d, (u := self._u(p)) @ d, u @ u.mT) for p, d in moved]
-            onto, cross, gram = (total(terms) for terms in zip(*found, strict=True))
+            onto, cross, gram = (total(terms).to(influence.dtype) for terms in zip(*found, strict=True))
             onto.unflatten(1, (self._count, self._slots)).mul_(influence[: self._count, None])
             reached = self._influence[at, : self._count].repeat_interleave(self._slots, 1)
             follow = self._solve(onto) * reached[:, None, :, None]  # [K, b, n k, J]
             squares = squares + (follow * (gram @ follow + 2 * own[:, :, None] * cross)).sum(2)
         return (squares.clamp(min=0) / size).amax(1)
 
-    def _onto_own(self, moves: Moves, kind: torch.dtype | None = None) -> Tensor:
-        """`[b, n k, 1]` products of the pairs with the change of their own node, made in a dtype; that of the coefficients by
-        default."""
-        shape, kind = (self._count, self._slots), kind or self._influence.dtype
+    def _onto_own(self, moves: Moves) -> Tensor:
+        """`[b, n k, 1]` products of the pairs with the change of their own node."""
+        assert self._pairs is not None
+        shape, kind = (self._count, self._slots), self._pairs.dx.dtype
         own = ((part, moves(part)[:, : self._count, :, None].to(kind)) for part in self._parts(moves.states))
-        found = total(self._x(part, kind).unflatten(1, shape) @ move for part, move in own)
+        found = total(self._x(part).unflatten(1, shape) @ move for part, move in own)
         return found.flatten(1, 2).to(self._influence.dtype)
 
     def _of_nodes(self, weights: Tensor, values: Tensor) -> Tensor:
@@ -256,20 +259,16 @@ class Linearization:
         return (weights * reached[:, None]).mT
 
     def _parts(self, states: Tensor, rows: int = 0) -> Iterator[slice]:
-        """Stretches of states `[.., b, d]`, short enough for the pairs and so many other rows."""
-        return stretches(states.shape, max(0 if self._pairs is None else self._pairs.cross.shape[1], rows, 1))
+        """Stretches of states `[.., b, d]`, short enough for so many rows, and for the pairs where they have to be gathered."""
+        gathered = 0 if self._pairs is None or self._pairs.rows is None else self._pairs.cross.shape[1]
+        return stretches(states.shape, max(gathered, rows, 1))
 
-    def _x(self, part: slice, kind: torch.dtype | None = None) -> Tensor:
-        """X `[b, n k, w]` on a stretch, in a dtype; that of the coefficients by default."""
+    def _x(self, part: slice) -> Tensor:
+        """X `[b, n k, w]` on a stretch."""
         assert self._pairs is not None
-        return self._gathered(self._pairs.dx if self._kept is None else self._kept[0], part, kind)
+        return in_slots(self._pairs.dx if self._kept is None else self._kept[0], self._pairs.rows, part)
 
-    def _u(self, part: slice, kind: torch.dtype | None = None) -> Tensor:
+    def _u(self, part: slice) -> Tensor:
         """U `[b, n k, w]` on a stretch."""
         assert self._pairs is not None
-        return self._gathered(self._pairs.du if self._kept is None else self._kept[1], part, kind)
-
-    def _gathered(self, values: Tensor, part: slice, kind: torch.dtype | None) -> Tensor:
-        """Values `[S+1, b, d]` of all pairs in their slots, `[b, n k, w]`."""
-        assert self._pairs is not None
-        return in_slots(values, self._pairs.rows, part, kind or self._influence.dtype)
+        return in_slots(self._pairs.du if self._kept is None else self._kept[1], self._pairs.rows, part)

@@ -44,10 +44,9 @@ class Pairs:
     room: tuple[Tensor, Tensor]
 
 
-def in_slots(values: Tensor, rows: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
-    """`[b, n k, w]` a stretch of the values `[S+1, b, d]` in some rows, or in all, in a dtype."""
-    found = values[:, :, part] if rows is None else values[rows, :, part]
-    return found.to(dtype).transpose(0, 1)
+def in_slots(values: Tensor, rows: Tensor | None, part: slice) -> Tensor:
+    """`[b, n k, w]` a stretch of the values `[S+1, b, d]` in some rows, or in all."""
+    return (values[:, :, part] if rows is None else values[rows, :, part]).transpose(0, 1)
 
 
 class PairStore:
@@ -186,7 +185,7 @@ class PairStore:
             rows, values = None, (self._dx[:size], self._du[:size])
         else:
             rows, values = self._in_slots[:size], (self._dx, self._du)
-        x, u = (in_slots(v, rows, part, self._cross.dtype) for v in values)
+        x, u = (in_slots(v, rows, part).to(self._cross.dtype) for v in values)
         return x, u
 
     def _multiply(self, slots: Tensor) -> None:
