@@ -11,7 +11,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import greenlet
@@ -21,6 +21,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 from diffusers.utils.torch_utils import randn_tensor
 from tiny import CASES
 from torch import Tensor, nn
+from torch.utils import _pytree
 from tqdm import tqdm
 
 import paradiff
@@ -28,6 +29,7 @@ from paradiff.errors import Unsupported
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.executors import coalesce
 from paradiff.pipelines.executors.bars import one_bar
+from paradiff.pipelines.executors.coalesce import Coalescer, NetworkCall
 from paradiff.pipelines.executors.lane import Lane
 from paradiff.pipelines.executors.lanes import run_lanes
 from paradiff.pipelines.host.host import Host
@@ -728,3 +730,76 @@ def test_times_are_made_once_for_all_lanes(loop: Any, monkeypatch: pytest.Monkey
     made.clear()
     assert relative(Run(loop, check="off")(generator=seeded()), plain) < 1e-5
     assert made == [(12,)]
+
+
+class Conditioned(torch.nn.Module):
+    """A network with a long conditioning."""
+
+    def forward(self, x: Tensor, t: Any, cond: Tensor) -> Tensor:
+        level = torch.as_tensor(t).expand(len(x)).to(x.dtype)[:, None] / 1000
+        return 0.5 * torch.tanh(x) * level + 0.1 * cond.mean(1, keepdim=True)
+
+
+def conditioned(writes: bool) -> Callable[[Tensor], Tensor]:
+    """A loop with the number of its step, of guidance by doubled rows, which may write into its conditioning."""
+    network, scheduler = Conditioned(), cast(Any, diffusers.DDIMScheduler(1000))
+
+    def loop(x: Tensor) -> Tensor:
+        cond = torch.cat([torch.zeros(1, 512), torch.ones(1, 512)])
+        scheduler.set_timesteps(20)
+        for i, t in enumerate(scheduler.timesteps):
+            if writes:
+                cond.mul_(1 + 0.01 * i)
+            low, high = network(torch.cat([x, x]), t, cond).chunk(2)
+            x = scheduler.step(low + (1 + 0.01 * i) * (high - low), t, x).prev_sample
+        return x
+
+    return loop
+
+
+def test_lanes_hold_what_is_equal_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside that of the user's own call."""
+    places: list[list[int]] = []
+    own = Coalescer.__call__
+
+    def noted(self: Coalescer, calls: list[NetworkCall]) -> list[Any]:
+        found = own(self, calls)
+        places.append([leaf.data_ptr() for call in calls for leaf in call.leaves if leaf is not None and leaf.numel() == 1024])
+        return found
+
+    monkeypatch.setattr(Coalescer, "__call__", noted)
+    loop, x = conditioned(False), torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = loop(x)
+        run = paradiff.parallelize(loop, paradiff.quasi_newton(window=8, tolerance=1e-5))
+        found = run(x)
+    assert run.report.executor == "lanes"
+    assert float((found - wanted).abs().max()) < 1e-4
+    assert max(map(len, places)) >= 8
+    assert len({place for of_a_call in places for place in of_a_call}) == 2
+
+
+def test_a_loop_that_writes_into_its_conditioning_is_the_plain_one() -> None:
+    loop, x = conditioned(True), torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = loop(x)
+        with pytest.warns(RuntimeWarning, match="was called sequentially"):
+            found = paradiff.parallelize(loop, paradiff.quasi_newton(window=8, tolerance=1e-5))(x)
+    assert torch.equal(found, wanted)
+
+
+def test_a_lane_that_writes_into_what_others_hold_is_seen() -> None:
+    def call(cond: Tensor, *, users: bool) -> NetworkCall:
+        return NetworkCall(network, network.forward, [torch.randn(1, 4), 5, cond], spec, 0, {}, users)
+
+    network = Conditioned()
+    spec = _pytree.tree_flatten(((torch.zeros(1, 4), 5, torch.zeros(1, 512)), {}))[1]
+    conds = [torch.ones(1, 512) for _ in range(4)]
+    coalescer = Coalescer(Batching(check="off"))
+    calls = [call(cond, users=not k) for k, cond in enumerate(conds)]
+    coalescer(calls)
+    assert [cond.data_ptr() == conds[1].data_ptr() for cond in conds] == [False, True, True, True]
+    coalescer(calls)
+    conds[3].mul_(2)
+    with pytest.raises(Unsupported, match="writes into an input of a network"):
+        coalescer(calls)

@@ -5,10 +5,14 @@ Arguments that depend on the lane's state are stacked to one windowed tensor. Ar
 tables, text embeddings) are passed once. Equality is found by comparing values once; later it follows from identity, since a
 lane passes the very tensor that it made before its loop. A lane that starts later is taken to pass what the others do, and
 whether it does is read with the numbers of its pass.
+
+What is equal is held twice, by the user's own call and by all other lanes together: theirs lies in one place in memory. A lane
+that writes into it is seen by the tensor's version.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.scheduler_proxy import Flags
 from paradiff.pipelines.network.batched_call import batched_call
 from paradiff.pipelines.network.batching import Batching
@@ -26,16 +31,29 @@ from paradiff.solver.accelerator import read
 OTHER_INPUT = "a network is given another input, of those that do not change with the state, when the call is made again"
 """The reason against a call whose lanes differ in what all before had in common."""
 
+WRITES = "its loop writes into an input of a network that does not change with the state, and that its calls share"
+"""The reason against a call whose lanes cannot hold an input in one place."""
+
+LEAST = 2**10
+"""Bytes of an input from which on it is held in one place."""
+
 Key = tuple[int, int, int]
 """The place of an argument: the network's id, the number of the call in its pass, and the number of the leaf."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shared:
-    """The tensor that is passed in place of the equal tensors of all lanes, and its version."""
+    """The tensor that is passed in place of the equal tensors of all lanes.
+
+    Attributes:
+        tensor: The tensor.
+        version: Its version.
+        lent: That of a lane beside the user's own call, in whose memory those of all others lie; None before there is one.
+    """
 
     tensor: Tensor
     version: int
+    lent: Tensor | None = None
 
 
 Known = tuple[Tensor, int, Shared]
@@ -53,6 +71,7 @@ class NetworkCall:
         spec: The structure of the arguments.
         turn: Number of network calls that the lane made before this one in its pass.
         known: Tensors that the lane passed in earlier calls and that are equal in all lanes, by place.
+        users: Whether the lane is the user's own call, whose tensors stay where they are.
     """
 
     module: Any
@@ -61,12 +80,22 @@ class NetworkCall:
     spec: Any
     turn: int
     known: dict[Key, Known]
+    users: bool = False
 
     @staticmethod
-    def of(module: Any, forward: Callable[..., Any], args: Any, kwargs: Any, turn: int, known: dict[Key, Known]) -> NetworkCall:
+    def of(
+        module: Any,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        turn: int,
+        known: dict[Key, Known],
+        *,
+        users: bool = False,
+    ) -> NetworkCall:
         """The call `module(*args, **kwargs)`."""
         leaves, spec = _pytree.tree_flatten((args, kwargs))
-        return NetworkCall(module, forward, leaves, spec, turn, known)
+        return NetworkCall(module, forward, leaves, spec, turn, known, users)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -91,14 +120,32 @@ class Coalescer:
         batching: The run's batching (network/batching.py).
         flags: Takes whether lanes that started pass what the others do.
         differing: Places whose values differed between lanes in an earlier call.
+        watched: Tensors that lie in one place in memory, with their versions, by their ids.
     """
 
     batching: Batching
     flags: Flags = field(default_factory=list)
     differing: set[Key] = field(default_factory=set)
+    watched: dict[int, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
+
+    def refuse_writes(self) -> None:
+        """Refuses lanes that wrote into what they hold in one place.
+
+        Raises:
+            Unsupported: Then.
+        """
+        for reference, version in self.watched.values():
+            tensor = reference()
+            if tensor is not None and _version(tensor) != version:
+                raise Unsupported(WRITES)
 
     def __call__(self, calls: list[NetworkCall]) -> list[Any]:
-        """The result of each call, in order."""
+        """The result of each call, in order.
+
+        Raises:
+            Unsupported: If a lane wrote into what all hold in one place, or as `batched_call` does.
+        """
+        self.refuse_writes()
         first = calls[0]
         columns = [list(column) for column in zip(*[call.leaves for call in calls], strict=True)]
         leaves: list[Any] = self._leaves(calls, columns) if len(calls) > 1 else self._single(first)
@@ -146,7 +193,7 @@ class Coalescer:
                 for call, other, mark in zip(calls, column, marks, strict=True):
                     if mark is None:
                         self.flags.append(((other == taken[0].tensor).all(), OTHER_INPUT))
-                        call.known[key] = other, _version(other), taken[0]
+                        self._know(call, key, other, taken[0])
             else:
                 unknown.append(path)
         for path, equal in zip(unknown, _equal([columns[path] for path in unknown]), strict=True):
@@ -159,8 +206,20 @@ class Coalescer:
             shared = next((mark for mark in known if mark is not None), Shared(column[0], _version(column[0])))
             leaves[path] = shared.tensor
             for call, leaf in zip(calls, column, strict=True):
-                call.known[key] = leaf, _version(leaf), shared
+                self._know(call, key, leaf, shared)
         return leaves
+
+    def _know(self, call: NetworkCall, key: Key, leaf: Tensor, shared: Shared) -> None:
+        """Notes that a lane's tensor equals that of the others, and moves it to where theirs is in memory."""
+        if not call.users and _is_whole(leaf):
+            shared.lent = leaf if shared.lent is None else shared.lent
+            known = self.watched.get(id(leaf))
+            if known is None or known[0]() is not leaf:  # a tensor may be an input at several places
+                if leaf is not shared.lent and _is_whole(shared.lent):
+                    with torch.no_grad():
+                        leaf.set_(shared.lent)  # pyright: ignore[reportArgumentType] - a tensor is a source, too
+                self.watched[id(leaf)] = weakref.ref(leaf), _version(leaf)
+        call.known[key] = leaf, _version(leaf), shared
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -181,6 +240,14 @@ def _shared(call: NetworkCall, key: Key, leaf: Tensor) -> Shared | None:
     tensor, version, shared = call.known[key]
     unchanged = version == _version(leaf) >= 0 and shared.version == _version(shared.tensor)
     return shared if tensor is leaf and unchanged else None
+
+
+def _is_whole(leaf: Tensor) -> bool:
+    """Whether a tensor is all that its memory holds, and large."""
+    if type(leaf) is not Tensor or leaf.is_inference() or leaf.requires_grad or leaf._is_view() or not leaf.is_contiguous():
+        return False
+    size = leaf.untyped_storage().nbytes()
+    return size >= LEAST and size == leaf.numel() * leaf.element_size()
 
 
 def _version(leaf: Tensor) -> int:

@@ -278,7 +278,7 @@ class Lane(greenlet.greenlet):
             raise Unsupported(AFTER_THE_STEP)
         if self._inside and shared.attributes is not None and (changed := shared.attributes.changed()) is not None:
             raise Unsupported(f"the loop changes {changed} of a network, which the states of a window share")
-        call = NetworkCall.of(module, forward, args, kwargs, len(self._calls), self._known)
+        call = NetworkCall.of(module, forward, args, kwargs, len(self._calls), self._known, users=self.number == 0)
         for earlier in self._calls:
             shared.order.add((id(earlier), id(module)))
         self._calls.append(module)

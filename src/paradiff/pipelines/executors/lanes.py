@@ -143,6 +143,7 @@ class Lockstep:
             ending = None if made is None else (made.state, list(made.results))
             if self.coalescer.batching.check != "off" and self.solver.width > 1 and not self.solver.interrupted:
                 self._close()
+            self.coalescer.refuse_writes()
             self.coalescer.batching.end_loop()
             first.state = self.solver.final
             if first.node != last:
