@@ -154,5 +154,5 @@ def test_a_pipeline_on_the_second_device(executor: Any) -> None:
 
 def test_a_model_on_another_device_than_its_rows_is_refused() -> None:
     weight = torch.ones(SHAPE, device="pseudo:1", dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="pseudo:0 and pseudo:1"):
+    with pytest.raises(ValueError, match=r"was given rows on pseudo:0, .* pseudo:0 and pseudo:1"):
         on("pseudo:0", lambda x, t: network(x * weight, t), TABLES["ddpm"], paradiff.sequential(), Keyed(SHAPE))
