@@ -16,7 +16,8 @@ Kinds:
   trained text networks, which walk some chains only.
 
 Parts are seeds: `tuning` 0 to 31, which numbers may be chosen by; `held-out` 1000 to 1063, which collocation was not tuned on
-but which were looked at; `further` 2000 to 2063; and `fresh` 4000 to 4063, on which nothing was chosen.
+but which were looked at; `further` 2000 to 2063; `fresh` 4000 to 4063, by which collocation's growth of paths and the estimate
+of SRDS were chosen; and `later` 6000 to 6063, on which nothing was chosen.
 
     python benchmarks/conditions.py --only tuning --seeds 8
     python benchmarks/conditions.py --only held-out --json benchmarks/results/conditions.json
@@ -52,7 +53,8 @@ from paradiff.samplers import (
 )
 from paradiff.solver.protocol import Method
 
-SEEDS = {"tuning": range(32), "held-out": range(1000, 1064), "further": range(2000, 2064), "fresh": range(4000, 4064)}
+BEGINS = {"tuning": 0, "held-out": 1000, "further": 2000, "fresh": 4000, "later": 6000}
+SEEDS = {part: range(first, first + (64 if first else 32)) for part, first in BEGINS.items()}
 SHARE = 4e-3  # of the data's standard deviation: smaller errors are not counted
 LINEAR, ZERO = Schedule.linear(), Schedule.linear(rescale_zero_snr=True)
 
