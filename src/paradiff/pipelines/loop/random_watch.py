@@ -9,6 +9,7 @@ Python's global ones, and those among the call's arguments.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,8 +47,9 @@ class RandomWatch:
         for (name, before), (_, now) in zip(self._seen, self._now(), strict=False):
             same = torch.equal(before, now) if isinstance(now, torch.Tensor) else before == now
             if not same:
+                others = "" if threading.active_count() == 1 else ", or another thread of this process draws from it meanwhile"
                 raise Unsupported(
-                    f"its loop draws random numbers besides its scheduler's, from {name}, in the order of its steps"
+                    f"its loop draws random numbers besides its scheduler's, from {name}, in the order of its steps{others}"
                 )
 
     def _now(self) -> State:
