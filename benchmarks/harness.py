@@ -35,6 +35,7 @@ def options(
     clocks: bool = False,
     extra: tuple[str, str] | None = None,
     minutes: float | None = None,
+    resumes: bool = False,
 ) -> argparse.Namespace:
     """The command line of a benchmark script, and the threads it asks for.
 
@@ -45,6 +46,7 @@ def options(
         clocks: Whether the script times its best settings by themselves, so that `--clock` is offered.
         extra: Name and help of an option that names a file.
         minutes: How long the script takes at most, unless `--minutes` says so.
+        resumes: Whether the script can go on with its file, so that `--resume` is offered.
 
     Returns:
         The options; `only` holds the names of the parts to measure, and `keep` says whether the rows of the file stay.
@@ -65,6 +67,8 @@ def options(
         parser.add_argument(extra[0], type=Path, metavar="FILE", help=extra[1])
     if minutes is not None:
         parser.add_argument("--minutes", type=float, default=minutes, metavar="N", help="what is not begun by then is left out")
+    if resumes:
+        parser.add_argument("--resume", action="store_true", help="go on with the file, whose rows stay")
     given = parser.parse_args()
     reads = [name for name in ("draw_only", "clock") if getattr(given, name, False)]
     if reads and not (given.json and given.json.is_file()):

@@ -8,10 +8,13 @@ that curves of other devices are replayed. Gains are of the whole clock, of the 
 work, `--only processor` takes the processor's time on one thread for the clock, and adds the sleep without sleeping.
 
     python benchmarks/plan.py --threads 1 --json benchmarks/results/plan.json
+
+`--minutes` cuts it into pieces, of which `--resume` makes the next one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import statistics
@@ -232,13 +235,15 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures the cells until the time is over."""
-    given = options(__doc__, [WALL, PROCESSOR], minutes=14.0)
+    given = options(__doc__, [WALL, PROCESSOR], minutes=14.0, resumes=True)
     begin = time.monotonic()
-    results = Results(given.json)
+    results = Results(given.json, keep=given.resume)
     clock = PROCESSOR if given.only == [PROCESSOR] else WALL
     if clock == PROCESSOR:
         time.perf_counter = processors_time
-    wanted = list(cells())[:: 6 if given.quick else 1]
+    fields = [field.name for field in dataclasses.fields(Cell)]
+    had = {Cell(**{name: row[name] for name in fields}) for row in results.rows}
+    wanted = [cell for cell in list(cells())[:: 6 if given.quick else 1] if cell not in had]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         os.environ["PARADIFF_CACHE"] = folder
         for number, cell in enumerate(wanted):
@@ -252,7 +257,7 @@ def main() -> None:
                 f"{cell.label()}: predicted {row.get('predicted_gain', 1):.2f}, measured {row.get('measured_gain', 1):.2f}; "
                 f"auto {row['measured']['auto']:.2f} of {row['best_fixed']:.2f} ({row['auto'][:60]})"
             )
-    results.save(summary=summary(results.rows))
+    results.save(summary=summary(results.rows), clock=clock)
     console.print(results.contents["summary"])
 
 

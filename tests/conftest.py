@@ -17,7 +17,7 @@ import torch
 from packaging.version import Version
 from pipelines import Cli, make_cli, save_pipeline
 
-from paradiff.pipelines.known import PLAIN_CALLS
+from paradiff.pipelines.known import forget_calls
 from paradiff.solver.seen import MODELS
 
 if "OMP_NUM_THREADS" not in os.environ:
@@ -53,7 +53,7 @@ def whichever_tests_ran_before() -> Iterator[None]:
     call for which the plain one was chosen there, and leaves the number of threads as it was."""
     torch.manual_seed(0)
     MODELS.forget()
-    PLAIN_CALLS.clear()
+    forget_calls()
     yield
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import paradiff
 from paradiff.pipelines.host.find import host_of
-from paradiff.pipelines.known import PLAIN_CALLS, CallKnown, call_key, curve_of_passes
+from paradiff.pipelines.known import CallKnown, call_key, curve_of_passes, forget_calls
 from paradiff.planning import LatencyCurve
 from paradiff.planning.picking import Known, Picked
 from paradiff.planning.store import FOLDER
@@ -31,6 +31,13 @@ def sparse_first(wish: Wish, known: Known | None, table: paradiff.Table, samples
     return Picked(paradiff.quasi_newton(tolerance=1e-4), "quasi_newton()", "next")
 
 
+@pytest.fixture
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plain call is watched before a parallel one is begun."""
+    monkeypatch.setattr("paradiff.pipelines.call.WatchedCall.fits", lambda host: False)
+
+
+@pytest.mark.usefixtures("unwatched")
 def test_a_loop_that_edits_its_states_gets_a_method_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paradiff.planning.auto.pick", sparse_first)
     case = CASES["sd_inpaint4"]
@@ -88,6 +95,7 @@ def test_a_curve_is_made_of_passes_of_several_widths() -> None:
     assert curve_of_passes([(2, 1.0), (4, 1.0), (4, 1.0), (2, 1.0), (2, 1.0)]) is None
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_what_is_known_of_a_call_decides_and_its_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     case = CASES["sd"]
@@ -103,7 +111,7 @@ def test_what_is_known_of_a_call_decides_and_its_runs_are_kept(monkeypatch: pyte
         monkeypatch.setattr("paradiff.pipelines.call.CallKnown", lambda *of: given.setdefault("known", CallKnown(*of)))
         case.run(pipe, **steps)
         given["known"].keep_curve(FLAT)
-        PLAIN_CALLS.clear()
+        forget_calls()
         case.run(pipe, **steps)
     assert "times faster than the plain chain by the library's models" in run.report.message
     assert run.report.passes < 25
@@ -114,6 +122,7 @@ def plainly(wish: Wish, known: Known | None, table: paradiff.Table, samples: int
     return Picked(paradiff.sequential(), "sequential()", "since nothing is faster")
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_a_call_for_which_the_plain_one_is_chosen_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paradiff.planning.auto.pick", plainly)
     case = CASES["sd"]
@@ -139,9 +148,9 @@ def test_a_call_for_which_the_plain_one_is_chosen_is_the_plain_one(monkeypatch: 
     assert len(rounds) == case.steps
 
 
+@pytest.mark.usefixtures("unwatched")
 def test_a_window_that_does_not_pay_is_given_up_for_the_plain_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr("paradiff.pipelines.known.PLAIN_CALLS", {})
     case = CASES["sd"]
     pipe = case.make()
     steps = {"num_inference_steps": 40}

@@ -55,9 +55,10 @@ from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.tensor.makers import making
 from paradiff.pipelines.tensor.windowed import Windowed, first_line
 from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
+from paradiff.pipelines.watched_call import WatchedCall
 from paradiff.planning.auto import AutoMethod
 from paradiff.solver.agreement import described, versions, weights_of
-from paradiff.solver.protocol import Chooses
+from paradiff.solver.protocol import Chooses, Method
 from paradiff.solver.sharded import Sharded
 
 CALLERS_LINE = 4
@@ -87,12 +88,9 @@ class Call:
         self._method = settings.method
         if settings.ranks is not None and isinstance(self._method, Chooses):
             self._method = self._method.on_ranks(settings.ranks)
-        if isinstance(self._method, Chooses) and host.kept() != []:
-            self._method = self._method.for_states()
         self._known: CallKnown | None = None
         if isinstance(self._method, AutoMethod) and self._method.clocked and self._method.plan is None:
             self._known = CallKnown(host, arguments)
-            self._method = self._method.looking_up(self._known)
 
     def made(self) -> tuple[Any, Report]:
         """Makes the call; what it returns, and its report."""
@@ -100,6 +98,9 @@ class Call:
         known = self._known if settings.observer is None else None
         if known is not None and (reason := known.plain(settings.method)) is not None:
             return self._plainly(reason)
+        if known is not None and (found := self._watched(known)) is not None:
+            return found
+        self._method = self._choosing()
         executors = self._executors()
         callback = Callback.of(self._host.owner, self._arguments, self._kind)
         beginning = Beginning(self._host, self._arguments) if executors else None
@@ -150,7 +151,7 @@ class Call:
                 if solver.started:
                     if self._known is not None and solver.done:
                         self._known.keep(solver)
-                        self._known.forget_plain(settings.method)
+                        self._known.keep_parallel(settings.method)
                     if self._crew is not None:
                         self._crew.warn_of_idle(solver.width)
                     return result, account.parallel(executor, solver, batching)
@@ -184,6 +185,35 @@ class Call:
         if met:  # An error that the plain call meets too is the user's, and is not warned of beside.
             warnings.warn(account.notes[0], RuntimeWarning, stacklevel=CALLERS_LINE)
         return result, account.sequential()
+
+    def _choosing(self) -> Method:
+        """The method, with what it has to know of the call where it chooses."""
+        method = self._method
+        if isinstance(method, Chooses) and self._host.kept() != []:
+            method = method.for_states()
+        return method if self._known is None or not isinstance(method, AutoMethod) else method.looking_up(self._known)
+
+    def _watched(self, known: CallKnown) -> tuple[Any, Report] | None:
+        """The plain call, where its first passes show that no other pays; None where a parallel call is to be made."""
+        settings, asked = self._settings, self._settings.method
+        assert isinstance(asked, AutoMethod)
+        plain = settings.executor == "auto" and settings.check != "every" and settings.devices is None
+        latency = asked.objective in (None, "latency") and asked.deadline is None
+        cold = settings.start is None and not settings.keep_trajectory
+        if not (plain and latency and cold) or known.parallel(asked) or not WatchedCall.fits(self._host):
+            return None
+        if Callback.of(self._host.owner, self._arguments, self._kind) is not None:
+            return None
+        watched = WatchedCall(self._host, known, asked, self._choosing, self._arguments)
+        result = watched.made()
+        if watched.wider is not None:
+            self._account.refused.append(watched.wider.batching)
+        if watched.reason is None:
+            return None
+        reason = f"sequential(), {watched.reason}"
+        if watched.tried:
+            known.keep_plain(asked, reason)
+        return result, self._account.sequential(reason)
 
     def _plainly(self, reason: str) -> tuple[Any, Report]:
         """The plain call, which was chosen."""

@@ -54,7 +54,17 @@ FEWEST, MOST_CALLS = 2, 64
 """Calls after which the choice is made anew: a window may have been slow by what the machine did beside. They are twice as many
 each time that it comes out the same."""
 MOST = 64
-"""Calls that are kept as plain ones."""
+"""Calls that are kept as plain ones, and calls that are kept as parallel ones."""
+PARALLEL_CALLS: dict[tuple[str, str], None] = {}
+"""Calls for which a parallel one was made last."""
+CREDITS: dict[tuple[str, str], float] = {}
+"""Rows of a pass that calls which were not measured would have had for it."""
+
+
+def forget_calls() -> None:
+    """Forgets what was chosen for the calls of this process."""
+    for kept in (PLAIN_CALLS, PARALLEL_CALLS, CREDITS):
+        kept.clear()
 
 
 class CallKnown:
@@ -73,6 +83,7 @@ class CallKnown:
         self._call = digest(self.key, type(host.scheduler).__qualname__, {k: repr(given[k]) for k in STEPS if k in given})
         self._device, self._facts = host.device, machine_facts(host.device)
         self._found: Known | None = None
+        self._measured: LatencyCurve | None = None
 
     def plain(self, method: object) -> str | None:
         """Why the plain call is chosen; None where it is not known to be.
@@ -90,22 +101,47 @@ class CallKnown:
     def keep_plain(self, method: object, reason: str) -> None:
         """Keeps that the plain call was chosen, for the next calls of this process."""
         _, _, before = PLAIN_CALLS.pop((self._call, repr(method)), ("", 0, FEWEST // 2))
-        while len(PLAIN_CALLS) >= MOST:
-            del PLAIN_CALLS[next(iter(PLAIN_CALLS))]
+        PARALLEL_CALLS.pop((self._call, repr(method)), None)
         count = min(2 * before, MOST_CALLS)
-        PLAIN_CALLS[self._call, repr(method)] = reason, count, count
+        _put(PLAIN_CALLS, (self._call, repr(method)), (reason, count, count))
 
-    def forget_plain(self, method: object) -> None:
-        """A parallel call came to its end: the next one that does not pay is tried again soon."""
+    def keep_parallel(self, method: object) -> None:
+        """A parallel call came to its end: the next one is made so, too, and one that does not pay is tried again soon."""
         PLAIN_CALLS.pop((self._call, repr(method)), None)
+        _put(PARALLEL_CALLS, (self._call, repr(method)), None)
+
+    def parallel(self, method: object) -> bool:
+        """Whether a parallel call was made last."""
+        return (self._call, repr(method)) in PARALLEL_CALLS
+
+    def credit(self, method: object, rows: float) -> float:
+        """The rows that a call may take to be measured: its own share, and those of calls before it that took none."""
+        return CREDITS.pop((self._call, repr(method)), 0.0) + rows
+
+    def keep_credit(self, method: object, rows: float) -> None:
+        """Keeps the rows that a call did not take."""
+        _put(CREDITS, (self._call, repr(method)), rows)
 
     def curve(self) -> tuple[LatencyCurve | None, list[str]]:
-        """The stored curve, and a sentence where one was left out."""
-        return read_curve(Store("curve"), self.key, self._facts)
+        """The stored curve, else what this call measured, and a sentence where one was left out."""
+        curve, notes = read_curve(Store("curve"), self.key, self._facts)
+        return self._measured if curve is None else curve, notes
 
     def keep_curve(self, curve: LatencyCurve) -> None:
         """Stores a curve."""
         Store("curve").write(self.key, self._facts, curve.to_json())
+
+    def keep_measured(self, curve: LatencyCurve) -> LatencyCurve:
+        """Stores a curve of single calls together with those before, of each number of rows the least seconds; returns it. A
+        curve of many calls is left as it is, and returned."""
+        known, _ = self.curve()
+        if known is not None and known.spread is not None:
+            return known
+        before = {} if known is None else known.points
+        points = {rows: min(seconds, before.get(rows, seconds)) for rows, seconds in curve.points.items()}
+        self._measured = LatencyCurve({**before, **points})
+        self.keep_curve(self._measured)
+        return self._measured
 
     def __call__(self, table: Table) -> Known:
         """What is known of the call on its chain."""
@@ -118,10 +154,11 @@ class CallKnown:
         known, method = self._found, solver.fitted
         if known is None or solver.interrupted or len(solver.times) < 2:
             return
-        if known.curve is None:
+        if known.curve is None or known.curve.spread is None:
             if (curve := curve_of_passes(solver.times)) is not None:
-                self.keep_curve(curve)
-            return
+                self.keep_measured(curve)
+            if known.curve is None:
+                return
         label = repr(solver.chosen)
         if isinstance(method, AdaptiveMethod) or len(known.traces.of(label, 1)) >= ENOUGH:
             return
@@ -129,6 +166,14 @@ class CallKnown:
         rounds, seconds = len(solver.times), sum(seconds for _, seconds in solver.times)
         beside = max(seconds - known.curve.within(rows) * rounds, 0.0)
         known.traces.add({label: [Trace(((rows, rounds),), 1, beside)]})
+
+
+def _put(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keeps a value, of MOST at once."""
+    kept.pop(key, None)
+    while len(kept) >= MOST:
+        del kept[next(iter(kept))]
+    kept[key] = value
 
 
 def curve_of_passes(times: Sequence[tuple[int, float]]) -> LatencyCurve | None:

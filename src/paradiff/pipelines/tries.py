@@ -22,8 +22,8 @@ from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.random_state import Snapshot
 from paradiff.pipelines.network.hooks import call_hooks
 from paradiff.pipelines.network.memory import Memory
-from paradiff.pipelines.network.origin import users_methods
-from paradiff.pipelines.network.weights import Weights
+from paradiff.pipelines.network.origin import is_users, users_methods
+from paradiff.pipelines.network.weights import Weights, version_of
 from paradiff.pipelines.surroundings import Surroundings
 from paradiff.solver.protocol import Observer, Round
 
@@ -67,6 +67,47 @@ class Beginning:
                 f"the call writes to the weights {lost}, and the parallel run that met this cannot put them back: load the "
                 "network again, and call the pipeline with executor='sequential'"
             )
+
+
+class PlainBeginning:
+    """What a plain call finds, so that it can be given up within its loop. Networks of a known library are not recorded, since
+    their calls leave them as they are; whether they did is seen.
+
+    Args:
+        host: What owns the chain.
+        arguments: The call's arguments by name.
+
+    Attributes:
+        lasting: As of `Beginning`.
+    """
+
+    def __init__(self, host: Host, arguments: Mapping[str, Any]) -> None:
+        owner, kind, networks = host.owner, host.kind, host.networks
+        data = [(name, value) for name, value in arguments.items() if not callable(value)]
+        methods = [(one.__name__, one) for one in (kind, type(owner), *users_methods(kind))]
+        parts = [(name, part) for name, network in networks.items() for part in network.modules()]
+        users = [(name, part) for name, part in parts if is_users(type(part).__module__) or call_hooks(part)]
+        kept = {id(part) for _, part in users}
+        library = [part for _, part in parts if id(part) not in kept]
+        self._tensors = [tensor for part in library for held in (part._parameters, part._buffers) for tensor in held.values()]
+        self._random, self._surroundings = Snapshot(arguments), Surroundings()
+        self._memory = Memory([*users, *data, *methods], owners=[owner], leave=library)
+        self.lasting = self._memory.lasting
+        self._versions = self._seen()
+
+    def _seen(self) -> list[int]:
+        return [-1 if tensor is None else version_of(tensor) for tensor in self._tensors]
+
+    @property
+    def restorable(self) -> bool:
+        """Whether the networks' tensors are as they were."""
+        return self._seen() == self._versions
+
+    def restore(self) -> None:
+        """Puts all of it back."""
+        self._memory.restore()
+        self._random.restore()
+        self._surroundings.restore()
 
 
 def hooks_memory(networks: Mapping[str, nn.Module], readers: list[types.FunctionType]) -> Memory | None:

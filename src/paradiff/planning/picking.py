@@ -52,6 +52,9 @@ BEYOND = 4
 SHORTEST = 12
 """Steps of a chain that is walked without a question: what is beside its steps would cost more than any method gains."""
 
+SHORT = "since the chain is short: what is beside its steps would cost more than any method gains"
+"""Why it is."""
+
 MANY = 8
 """Most samples whose windows are watched; of more, the solvers' own time beside a walked step would be felt."""
 
@@ -126,7 +129,7 @@ def pick(wish: Wish, known: Known | None, table: Table, samples: int) -> Picked:
         return plain("since one step has nothing to be solved in parallel")
     if wish.objective == "memory":
         return plain("which holds one state a sample, the fewest")
-    curve = None if known is None else known.curve
+    curve, evaluator = (None, None) if known is None else (known.curve, known.evaluator)
     if wish.objective == "evaluations":
         return _fewest(wish, known, table, samples)
     if wish.objective == "anytime":
@@ -134,7 +137,7 @@ def pick(wish: Wish, known: Known | None, table: Table, samples: int) -> Picked:
     if wish.deadline is not None:
         return _in_time(wish, wish.deadline, known, curve, table, samples)
     if table.steps <= SHORTEST and wish.devices.count == 1:
-        return plain("since the chain is short: what is beside its steps would cost more than any method gains")
+        return plain(SHORT)
     if curve is None:
         return _unknown(wish, known, table, samples)
     found = _found(wish, wish.tolerance, known, curve, table, samples)
@@ -146,6 +149,10 @@ def pick(wish: Wish, known: Known | None, table: Table, samples: int) -> Picked:
     if rough:
         widest = BEYOND * max(curve.points) / samples
         found = [one for one in found if one.sequential or one.cost.rows / one.cost.rounds / samples <= widest]
+        if evaluator is None:  # single passes of a loop were timed: only a choice that is watched is safe
+            found = [
+                one for one in found if one.sequential or one.cost.source == "trace" or isinstance(one.method, WindowMethod)
+            ]
     others = [one for one in found if not one.sequential]
     for best in others:
         gain = first.seconds / best.seconds
