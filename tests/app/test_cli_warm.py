@@ -32,7 +32,6 @@ def test_a_run_begins_from_a_file(cli: Cli, tmp_path: Path) -> None:
     for more, text in (
         (("--steps", 40), "start is a trajectory of table 'ddim' with 50 steps, and the chain is another one, 'ddim' with 40"),
         (("--seeds", "0-2"), "start is a trajectory of 2 samples of shape (1, 8, 8), and 3 of shape (1, 8, 8) are sought"),
-        (("--method", "auto"), "auto cannot begin from a trajectory: it chooses by what runs cost that begin from nothing"),
         (("--method", "srds"), "srds cannot begin from a trajectory"),
         (("--start", tmp_path / "b"), "is not there; give its file"),
         (("--start", one / "run.json"), "cannot be read as safetensors, since it was cut short or is another kind of file"),

@@ -11,7 +11,8 @@ import torch
 from tiny import CASES
 from torch import Tensor
 
-from paradiff import Method, auto, collocation, parallelize, parasolver, quasi_newton, sequential, srds
+import paradiff
+from paradiff import Method, collocation, parallelize, parasolver, quasi_newton, sequential, srds
 from paradiff.pipelines import Report
 
 CASE = CASES["sd"]
@@ -56,7 +57,7 @@ def test_a_call_that_cannot_begin_from_it_is_refused(before: Report) -> None:
         call(run, "b", num_inference_steps=10)
     with pytest.raises(ValueError, match=r"start is a trajectory of 1 samples of shape \(1, 4, 4, 4\), and 1 of shape \(2,"):
         call(run, "b", num_images_per_prompt=2)
-    for method in (sequential(), srds(), auto()):
+    for method in (sequential(), srds()):
         with pytest.raises(ValueError, match=rf"{method.name} cannot begin from a trajectory"):
             parallelize(pipe, method, start=before)
     with pytest.raises(ValueError, match=r"srds keeps no trajectory"):
@@ -70,3 +71,17 @@ def test_a_call_that_cannot_begin_from_it_is_refused(before: Report) -> None:
     other = CASES["ddpm"].make() if "ddpm" in CASES else CASES[next(name for name in CASES if name != "sd")].make()
     with pytest.raises(ValueError, match=r"of the model 'StableDiffusionPipeline, .* weights', and this one is "):
         parallelize(other, quasi_newton(), start=before)
+
+
+@pytest.mark.parametrize("steps", [8, 40])
+def test_auto_keeps_a_trajectory_and_begins_from_it(steps: int) -> None:
+    pipe = CASE.make()
+    plain = call(pipe, "b", num_inference_steps=steps)
+    kept = parallelize(pipe, paradiff.auto(), keep_trajectory=True)
+    call(kept, "a", num_inference_steps=steps)
+    assert kept.report.trajectory is not None
+    assert kept.report.executor in ("vector", "lanes")
+    warm = parallelize(pipe, paradiff.auto(), start=kept.report)
+    found = call(warm, "b", num_inference_steps=steps)
+    assert float((found - plain).square().mean().sqrt()) < 4e-3 * float(plain.std())
+    assert "the chain is short" in warm.report.message or "since a trajectory begins it" in warm.report.message

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from paradiff.planning.cost import Devices, Trace
 from paradiff.planning.library import _at_tolerance, _library, alternative, beyond, known
 from paradiff.planning.store import FOLDER
 from paradiff.planning.trials import Trials
+from paradiff.planning.wish import Wish
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
 SCHEDULE = paradiff.Schedule.linear()
@@ -128,7 +130,7 @@ def test_pilots_that_lie_apart_are_followed_by_others_and_the_prediction_is_of_a
     trials.make(2, lambda: Trace(((1.0, 1000),), 1, 0.0), pilot)
     traces = next(found for label, found in trials.made.items() if len(found) > 1)
     assert [trace.rounds for trace in traces] == [20, 60, 25, 30, 28]
-    best = trials.plan([], simulated=False).best
+    best = trials.plan([], Wish(4e-3), simulated=False).best
     assert best.seconds == pytest.approx(28 * 1.1)
     assert (best.fastest, best.slowest) == (pytest.approx(20 * 1.1), pytest.approx(60 * 1.1))
 
@@ -179,6 +181,34 @@ def test_the_alternative_is_sequential_and_on_equal_terms() -> None:
     assert f"{found.solver} of" in planned().sequential_alternative()
     assert alternative(DDPM(SCHEDULE, 50)) is None
     assert "depends on every step's noise" in planned(100, make=DDPM).sequential_alternative()
+
+
+def test_a_plan_answers_an_objective_and_a_deadline() -> None:
+    flat = planned(curve=FLAT)
+    assert flat.answer is None
+    assert planned(curve=FLAT, objective="latency").answer is None
+    fewest = planned(curve=FLAT, objective="evaluations")
+    assert str(fewest.answer).startswith("for the fewest evaluations: sequential(), since its 50 evaluations")
+    assert fewest.method.name == "sequential" != flat.method.name
+    assert planned(500, curve=STEEP, objective="evaluations").method.name == "collocation"
+    assert planned(curve=FLAT, objective="memory").call == "sequential()"
+    soon = planned(curve=FLAT, objective="anytime")
+    assert "whose first round gives a preview of the sample" in str(soon)
+    plain, best = flat.sequential.seconds, flat.best.slowest
+    assert planned(curve=FLAT, deadline=2 * plain).call == "sequential()"
+    between = planned(curve=FLAT, deadline=(plain + best) / 2)
+    assert between.method.name != "sequential"
+    assert f"for a deadline of {(plain + best) / 2:g} s: " in str(between)
+    assert between.to_json()["answer"]["call"] == between.call
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        beyond_reach = planned(curve=FLAT, deadline=best / 100)
+    assert "is out of reach for a finished sample" in str(beyond_reach)
+    for asked in ({"objective": "speed"}, {"deadline": 0}, {"deadline": 1.0, "objective": "memory"}):
+        with pytest.raises(ValueError, match=r"objective|deadline"):
+            planned(curve=FLAT, **asked)
+    auto = paradiff.auto(plan=between)
+    assert f"as planned: for a deadline of {(plain + best) / 2:g} s" in auto.reason(DDIM(SCHEDULE, 50))
 
 
 def test_a_plan_is_written_and_drawn(tmp_path: Path) -> None:

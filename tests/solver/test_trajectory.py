@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 import paradiff
 from paradiff import Keyed, Method, Solution, Trajectory, collocation, quasi_newton, sequential, srds
 from paradiff.chain.clipping import Clip
+from paradiff.planning import LatencyCurve, curves
 from paradiff.samplers.preserving import ddim, ddpm
 from paradiff.samplers.schedule import Schedule
+from paradiff.solver.evaluator import Evaluator
 
 TABLE = ddpm(Schedule.linear(), 24)
 NOISE = Keyed((2, 3), 5, samples=2)
@@ -139,7 +141,7 @@ def test_a_trajectory_of_something_else_is_refused(trajectory: Trajectory) -> No
 
 @pytest.mark.parametrize(
     "method",
-    [sequential(), srds(), paradiff.chords(), paradiff.quasi_deer(), paradiff.auto(), collocation(target="sde")],
+    [sequential(), srds(), paradiff.chords(), paradiff.quasi_deer(), collocation(target="sde")],
     ids=repr,
 )
 def test_methods_that_cannot_begin_from_one_say_so(method: Method, trajectory: Trajectory) -> None:
@@ -147,7 +149,7 @@ def test_methods_that_cannot_begin_from_one_say_so(method: Method, trajectory: T
         paradiff.sample(network, TABLE, NOISE, method, start=trajectory)
 
 
-@pytest.mark.parametrize("method", [srds(), paradiff.chords(), paradiff.quasi_deer(), paradiff.auto()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [srds(), paradiff.chords(), paradiff.quasi_deer()], ids=lambda m: m.name)
 def test_methods_that_keep_none_say_so(method: Method) -> None:
     with pytest.raises(ValueError, match=rf"^{method.name} keeps no trajectory; use quasi_newton, parasolver or collocation"):
         paradiff.sample(network, TABLE, NOISE, method, keep_trajectory=True)
@@ -161,3 +163,20 @@ def test_a_trajectory_can_be_moved(trajectory: Trajectory) -> None:
     assert repr(moved) == "Trajectory of 2 x (2, 3): 24 nodes of table 'ddpm', 24 steps"
     with pytest.raises(ValueError, match=r"the trajectory's states were changed to .*; keep their shape \(24, 2, 3\)"):
         trajectory.map(lambda x: x[..., 1:])
+
+
+def test_auto_begins_from_a_trajectory_and_keeps_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PARADIFF_CACHE", str(tmp_path))
+    table = ddim(Schedule.linear(), 60)
+    evaluator = Evaluator(network)
+    first = paradiff.sample(evaluator, table, NOISE, paradiff.auto(), keep_trajectory=True)
+    assert first.trajectory is not None
+    for flat, told in ((True, " and a trajectory to begin from"), (False, "sequential(), since")):
+        curves.keep(evaluator, NOISE, LatencyCurve({r: 1e-2 * (1 if flat else r) for r in (1, 2, 64)}, {2: 0.0}))
+        exact = paradiff.sample(network, table, NOISE, sequential())
+        found = paradiff.sample(evaluator, table, NOISE, paradiff.auto(), start=first)
+        kept = paradiff.sample(evaluator, table, NOISE, paradiff.auto(), keep_trajectory=True)
+        assert told in found.message
+        assert kept.trajectory is not None
+        assert float((found.sample - exact.sample).square().mean().sqrt()) < 4e-3
+        assert (found.rounds < 30) is flat

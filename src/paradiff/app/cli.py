@@ -35,7 +35,8 @@ def _method_of(request: Request) -> tuple[Method, dict[str, Any]]:
     chosen: dict[str, Any] = {"objective": request.objective}
     if request.method == "auto" and size() == 1:  # ranks end together, by an observer that they agree on
         chosen["deadline"] = request.deadline
-        if request.previews is not None and request.objective is None:
+        given = {text.partition("=")[0] for text in request.method_option}
+        if request.previews is not None and request.objective is None and "objective" not in given:
             chosen["objective"] = "anytime"
     return make_method(request.method, request.method_option, window=request.window, tolerance=request.tolerance, **chosen)
 
@@ -131,7 +132,9 @@ def explain(
 
 
 @app.command(cls=Command)
-@taking(Request, without=(*OF_A_SAMPLE, "method", "method_option", "objective"), otherwise=OF_A_PLAN)
+@taking(
+    Request, without=(*(name for name in OF_A_SAMPLE if name != "deadline"), "method", "method_option"), otherwise=OF_A_PLAN
+)
 def plan(
     request: Request,
     pilots: Annotated[

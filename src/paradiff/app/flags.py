@@ -29,15 +29,21 @@ CHAIN, METHOD, OUTPUT, DEVICE, PIPELINES = "Model and chain", "Method", "Output"
 
 MODEL_HELP = "A bundled model such as `digits`, a folder in diffusers' pipeline format, or a hub id."
 SAMPLER_HELP = f"One of {', '.join(SAMPLERS)}; for pixel models (ddpm by default) also {' and '.join(EXPONENTIAL)}, which take "
-SAMPLER_HELP += "--grid and --form; for pipelines (their own by default) also a scheduler class of diffusers."
+SAMPLER_HELP += "--grid and --form; for pipelines (their own by default) also a scheduler class of diffusers. ddim takes --eta."
 STEPS_HELP = "Steps of the chain; 1000 for a pixel model, a pipeline's own number by default."
 METHOD_HELP = f"One of {', '.join(PRESETS)}; `paradiff methods` says what they are. auto chooses among them."
-OPTION_HELP = "An option of the method, such as blocks=20; repeatable. `paradiff methods NAME` lists them."
+OPTION_HELP = (
+    "An option of the method, such as blocks=20, or objective=evaluations of auto; repeatable. `paradiff methods NAME` "
+)
+OPTION_HELP += "lists them."
+OBJECTIVE_HELP = (
+    "What auto makes least: latency (default), evaluations, or memory; or anytime: previews from the first round on."
+)
 WINDOW_HELP = "Nodes, or blocks, solved at once; none, for the whole chain, by default."
 NOISE_HELP = "`recorded`: the draws of diffusers with each seed; pixel models: `keyed`, the same on every device."
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, or auto"
 SEVERAL_HELP = f"{DEVICE_HELP}; all, or several such as cuda:0,cuda:1, which share each round."
-ARGUMENT_HELP = "Any other argument of their call, JSON or text; repeatable."
+ARGUMENT_HELP = "Any other argument of their call, such as negative_prompt=fog or width=512, JSON or text; repeatable."
 
 
 class Command(TyperCommand):
@@ -77,7 +83,8 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Sampler = Annotated[str | None, typer.Option(help=SAMPLER_HELP, rich_help_panel=CHAIN)]
 Steps = Annotated[int | None, typer.Option(help=STEPS_HELP, rich_help_panel=CHAIN)]
 Eta = Annotated[
-    float | None, typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1; 0 by default.", rich_help_panel=CHAIN)
+    float | None,
+    typer.Option(help="Share of the DDPM noise that ddim adds, 0 to 1; 0 by default.", rich_help_panel=CHAIN, hidden=True),
 ]
 Grid = Annotated[str | None, typer.Option(help="Levels: log-snr (default) or uniform.", hidden=True)]
 Form = Annotated[str | None, typer.Option(help="What a step freezes: clean (default), epsilon or score.", hidden=True)]
@@ -96,8 +103,9 @@ Objective = Annotated[
     str | None,
     typer.Option(
         metavar="WHAT",
-        help="What auto makes least: latency (default), evaluations, or memory; or anytime: previews from the first round on.",
+        help=OBJECTIVE_HELP,
         rich_help_panel=METHOD,
+        hidden=True,
     ),
 ]
 Previews = Annotated[
@@ -177,10 +185,11 @@ Deadline = Annotated[
 # -- pipelines ---------------------------------------------------------------------------------------------------------
 
 Prompt = Annotated[str | None, typer.Option(help="The text to follow.", rich_help_panel=PIPELINES)]
-NegativePrompt = Annotated[str | None, typer.Option(help="The text to keep away from.", rich_help_panel=PIPELINES)]
+NegativePrompt = Annotated[str | None, typer.Option(help="The text to keep away from.", rich_help_panel=PIPELINES, hidden=True)]
 Guidance = Annotated[float | None, typer.Option(help="guidance_scale; their own by default.", rich_help_panel=PIPELINES)]
 Size = Annotated[
-    str | None, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; their own by default.", rich_help_panel=PIPELINES)
+    str | None,
+    typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; their own by default.", rich_help_panel=PIPELINES, hidden=True),
 ]
 Argument = Annotated[list[str], typer.Option(metavar="NAME=VALUE", help=ARGUMENT_HELP, rich_help_panel=PIPELINES)]
 TrustRemoteCode = Annotated[
@@ -279,6 +288,14 @@ OF_A_PLAN: dict[str, Option] = {
             typer.Option(
                 help="Root mean square error that a sample may have by estimate; 4e-3 by default.", rich_help_panel=METHOD
             ),
+        ],
+        None,
+    ),
+    "objective": (Annotated[str | None, typer.Option(metavar="WHAT", help=OBJECTIVE_HELP, rich_help_panel=METHOD)], None),
+    "deadline": (
+        Annotated[
+            float | None,
+            typer.Option(metavar="SECONDS", help="Time within which the best sample is wanted.", rich_help_panel=METHOD),
         ],
         None,
     ),

@@ -53,6 +53,8 @@ def plan(
         "devices": devices,
         "curve": given,
         "pilots": pilots,
+        "objective": request.objective,
+        "deadline": request.deadline,
     }
     for path in (plot, json):
         if path is not None and not path.parent.is_dir():

@@ -95,7 +95,8 @@ class Call:
     def made(self) -> tuple[Any, Report]:
         """Makes the call; what it returns, and its report."""
         account, settings = self._account, self._settings
-        known = self._known if settings.observer is None else None
+        cold = settings.start is None and not settings.keep_trajectory
+        known = self._known if settings.observer is None and cold else None
         if known is not None and (reason := known.plain(settings.method)) is not None:
             return self._plainly(reason)
         if known is not None and (found := self._watched(known)) is not None:
@@ -149,7 +150,7 @@ class Call:
                         account.notes.append(f"{executor}: {wrong}; the plain call's result is returned")
                         warnings.warn(account.notes[-1], RuntimeWarning, stacklevel=CALLERS_LINE)
                 if solver.started:
-                    if self._known is not None and solver.done:
+                    if self._known is not None and solver.done and settings.start is None:
                         self._known.keep(solver)
                         self._known.keep_parallel(settings.method)
                     if self._crew is not None:
@@ -191,6 +192,9 @@ class Call:
         method = self._method
         if isinstance(method, Chooses) and self._host.kept() != []:
             method = method.for_states()
+        settings = self._settings
+        if isinstance(method, Chooses) and (settings.start is not None or settings.keep_trajectory):
+            method = method.remembering(begins=settings.start is not None, keeps=settings.keep_trajectory)
         return method if self._known is None or not isinstance(method, AutoMethod) else method.looking_up(self._known)
 
     def _watched(self, known: CallKnown) -> tuple[Any, Report] | None:
@@ -199,8 +203,7 @@ class Call:
         assert isinstance(asked, AutoMethod)
         plain = settings.executor == "auto" and settings.check != "every" and settings.devices is None
         latency = asked.objective in (None, "latency") and asked.deadline is None
-        cold = settings.start is None and not settings.keep_trajectory
-        if not (plain and latency and cold) or known.parallel(asked) or not WatchedCall.fits(self._host):
+        if not (plain and latency) or known.parallel(asked) or not WatchedCall.fits(self._host):
             return None
         if Callback.of(self._host.owner, self._arguments, self._kind) is not None:
             return None

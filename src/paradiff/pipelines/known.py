@@ -160,6 +160,7 @@ class CallKnown:
             if known.curve is None:
                 return
         label = repr(solver.chosen)
+        assert isinstance(known.traces, Traces)
         if isinstance(method, AdaptiveMethod) or len(known.traces.of(label, 1)) >= ENOUGH:
             return
         rows = statistics.mean(rows for rows, _ in solver.times)

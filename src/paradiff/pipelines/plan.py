@@ -15,6 +15,7 @@ from paradiff.planning.curves import MEASURED
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.plan import Plan
 from paradiff.planning.planner import plan_of
+from paradiff.planning.wish import Objective
 
 
 def plan(
@@ -27,6 +28,8 @@ def plan(
     devices: Devices | int = 1,
     curve: LatencyCurve | None = None,
     pilots: int = 1,
+    objective: Objective | None = None,
+    deadline: float | None = None,
     seconds: float = MEASURED,
 ) -> Plan:
     """Plans the sampling of a network, or a pipeline's call: which method and window is fastest here, and whether any pays.
@@ -47,6 +50,9 @@ def plan(
         devices: Devices that share the rows of a round; where they are several, they are simulated.
         curve: A latency curve, such as that of another device; None for the one of this machine.
         pilots: Runs of each method that is tried, one at a time; 0 makes none.
+        objective: What is made least, as `auto` has it: `latency` by default, `evaluations`, `memory`, or `anytime`.
+            `plan.method` answers it, and `plan.answer` says why.
+        deadline: Seconds within which the best sample is wanted; of a pipeline, those of its loop. None for no bound.
         seconds: How long the curve's measurement takes, about.
 
     Raises:
@@ -62,7 +68,17 @@ def plan(
             )
         if noise is not None:
             raise ValueError("a pipeline draws its noise itself; leave the noise out")
-        return plan_call(model, chain or {}, tolerance=tolerance, most=most, devices=devices, curve=curve, pilots=pilots)
+        return plan_call(
+            model,
+            chain or {},
+            tolerance=tolerance,
+            most=most,
+            devices=devices,
+            curve=curve,
+            pilots=pilots,
+            objective=objective,
+            deadline=deadline,
+        )
     require_kind("the chain", chain, Table, ", such as model.table('ddim', 50)")
     assert isinstance(chain, Table)
     if noise is None:
@@ -73,5 +89,15 @@ def plan(
             )
         noise = Keyed(shape)
     return plan_of(
-        model, chain, noise, tolerance=tolerance, most=most, devices=devices, curve=curve, pilots=pilots, seconds=seconds
+        model,
+        chain,
+        noise,
+        tolerance=tolerance,
+        most=most,
+        devices=devices,
+        curve=curve,
+        pilots=pilots,
+        objective=objective,
+        deadline=deadline,
+        seconds=seconds,
     )

@@ -34,6 +34,7 @@ from paradiff.planning.planner import devices_asked
 from paradiff.planning.store import digest
 from paradiff.planning.traces import Traces
 from paradiff.planning.trials import Trials
+from paradiff.planning.wish import Objective, Wish
 from paradiff.samplers.scheduler.probe import probe
 from paradiff.solver.protocol import Round
 
@@ -56,6 +57,8 @@ def plan_call(
     devices: Devices | int,
     curve: LatencyCurve | None,
     pilots: int,
+    objective: Objective | None,
+    deadline: float | None,
 ) -> Plan:
     """Plans a call (`paradiff.plan`).
 
@@ -63,6 +66,7 @@ def plan_call(
         ValueError: If an argument is of another kind, or the call has no parallel form; the sentence says why.
     """
     devices = devices_asked(tolerance, pilots, most, devices, curve)
+    wish = Wish(tolerance, most, None, objective, deadline, devices=devices)
     host = host_of(pipeline)
     run = Run(host, Settings(method=parasolver()))
     call = {name: value for name, value in call.items() if name not in OWN}
@@ -95,7 +99,7 @@ def plan_call(
                 notes.append(f"pilot calls of {'; '.join(trials.tried)} took {time.perf_counter() - begin:.2g} s")
             if own and trials.made:
                 traces.add(trials.made)
-    return trials.plan(notes, simulated=not own)
+    return trials.plan(notes, wish, simulated=not own)
 
 
 def _chain(host: Host, steps: int, call: Mapping[str, Any], notes: list[str]) -> Table:
@@ -117,7 +121,7 @@ def _chain(host: Host, steps: int, call: Mapping[str, Any], notes: list[str]) ->
 def _curve(found: list[Timing]) -> LatencyCurve:
     """The seconds of a pass of all networks of the loop, by its states."""
     common = set.intersection(*({*one.seconds} for one in found))
-    return LatencyCurve({states: sum(one.seconds[states] for one in found) for states in sorted(common)})
+    return LatencyCurve({states: sum(one.seconds[states] for one in found) for states in sorted(common)}, {})
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from paradiff.planning.curves import curve_file, keep, stored_curve
 from paradiff.planning.identity import evaluator_key, table_key
 from paradiff.planning.latency import quick_latency
 from paradiff.planning.memo import MEMO, Entry, stamp_of
-from paradiff.planning.picking import SHORTEST, Known, Picked, pick
+from paradiff.planning.picking import PLAIN, SHORTEST, Known, Picked, pick
 from paradiff.planning.plan import Plan
 from paradiff.planning.store import cache_folder
 from paradiff.planning.traces import traces_of
@@ -89,7 +89,18 @@ class AutoMethod(ChainMethod, Wish, Face):
             ValueError: If the choice does not fit the problem.
         """
         chooser = self if problem.on_final is None else self.for_states()
-        return AutoRun(self.known, chooser.pick(problem.table, problem.noise.samples), problem)
+        picked = chooser.pick(problem.table, problem.noise.samples)
+        if problem.trajectory is not None and picked.method.name == PLAIN.name:
+            problem = dataclasses.replace(problem, trajectory=None)
+        return AutoRun(self.known, picked, problem)
+
+    def cannot_begin(self) -> str | None:
+        """None: it chooses a method that can begin from a trajectory, or the plain chain."""
+        return None
+
+    def remembering(self, *, begins: bool, keeps: bool) -> AutoMethod:
+        """The same for runs that begin from a trajectory, or keep their own."""
+        return dataclasses.replace(self, begins=begins, keeps=keeps)
 
     def for_model(self, evaluate: Evaluate, table: Table, noise: Noise) -> AutoMethod:
         """The same with what is known of a model; a long chain's curve is measured, within a share of its seconds."""
@@ -113,7 +124,7 @@ class AutoMethod(ChainMethod, Wish, Face):
         """What is known of a model, as it was looked up before, or anew."""
         given = tuple((name, value.shape[1:]) for name, value in evaluate.conditioning.items())
         shape = (noise.samples, *noise.shape)
-        asked = (self.tolerance, self.window, self.objective, self.deadline, self.dense, self.edits)
+        asked = (self.tolerance, self.window, self.objective, self.deadline, self.dense, self.edits, self.begins, self.keeps)
         facts = (table_key(table), shape, given, evaluate.dtype, evaluate.device, evaluate.bound.max_rows, cache_folder())
         entry = MEMO.find(evaluate.denoiser, (asked, facts))
         if entry is not None:

@@ -14,6 +14,7 @@ from paradiff.planning.cost import Trace
 from paradiff.planning.curves import keep
 from paradiff.planning.latency import LatencyCurve, quick_latency
 from paradiff.planning.picking import PLAIN, Known, Picked
+from paradiff.planning.traces import Traces
 from paradiff.solver.protocol import March, Marches, Problem, Run, Solver
 from paradiff.solver.solution import ErrorEstimate, Status
 
@@ -81,7 +82,7 @@ class AutoRun:
         """Leaves the trace of the run, or a further point of the curve."""
         self._run.close()
         known, problem = self._known, self._problem
-        if known is None:
+        if known is None or problem.trajectory is not None:
             return
         if known.curve is not None:
             self._keep_trace(known, known.curve)
@@ -93,6 +94,8 @@ class AutoRun:
     def _keep_trace(self, known: Known, curve: LatencyCurve) -> None:
         label, samples = repr(self._picked.method), self._problem.noise.samples
         enough = 1 if self._picked.method == PLAIN else ENOUGH
+        if not isinstance(known.traces, Traces):
+            return
         if isinstance(self._picked.method, AdaptiveMethod) or len(known.traces.of(label, samples)) >= enough:
             return  # rounds of several widths are no trace of one window
         seconds = time.perf_counter() - self._begin

@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from paradiff.chain.table import Table
 from paradiff.methods.adaptive.method import AdaptiveMethod
@@ -25,8 +26,8 @@ from paradiff.methods.window.method import WindowMethod
 from paradiff.planning import library
 from paradiff.planning.candidates import WHOLE, called
 from paradiff.planning.choice import CHECKED, SEQUENTIAL, Choice, choices
+from paradiff.planning.cost import Trace
 from paradiff.planning.latency import LatencyCurve
-from paradiff.planning.traces import Traces
 from paradiff.planning.wish import Wish
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.protocol import Method
@@ -54,6 +55,9 @@ SHORTEST = 12
 
 SHORT = "since the chain is short: what is beside its steps would cost more than any method gains"
 """Why it is."""
+
+WARM = 0.8
+"""The share of a cold run's seconds that one from a trajectory is taken to need; changes that were measured left 0.3 to 0.9."""
 
 MANY = 8
 """Most samples whose windows are watched; of more, the solvers' own time beside a walked step would be felt."""
@@ -86,6 +90,14 @@ class Picked:
         return f"{self.call}, {self.why}"
 
 
+class Seen(Protocol):
+    """Traces of a model's runs."""
+
+    def of(self, label: str, samples: int, /) -> Sequence[Trace]:
+        """Those of a method's label for so many samples."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Known:
     """What is known of a model, or a pipeline's call, on a chain.
@@ -98,7 +110,7 @@ class Known:
     """
 
     curve: LatencyCurve | None
-    traces: Traces
+    traces: Seen
     evaluator: Evaluator | None = None
     notes: Sequence[str] = ()
 
@@ -154,15 +166,16 @@ def pick(wish: Wish, known: Known | None, table: Table, samples: int) -> Picked:
                 one for one in found if one.sequential or one.cost.source == "trace" or isinstance(one.method, WindowMethod)
             ]
     others = [one for one in found if not one.sequential]
+    share, begins = (WARM, " and a trajectory to begin from") if wish.begins else (1.0, "")
     for best in others:
-        gain = first.seconds / best.seconds
-        if gain >= margin[best.cost.source] and best.slowest <= first.seconds:
-            why = f"{gain:.1f} times faster than the plain chain by {_about(best, table, wish.tolerance)}"
+        gain = first.seconds / (share * best.seconds)
+        if gain >= margin[best.cost.source] and share * best.slowest <= first.seconds:
+            why = f"{gain:.1f} times faster than the plain chain by {_about(best, table, wish.tolerance)}{begins}"
             method = best.method if samples > MANY else _watched(wish, best, found, curve, samples)
             return Picked(method, best.call, why)
     if not others:
         return plain("since nothing is known of other methods on such a chain")
-    gain = first.seconds / others[0].seconds
+    gain = first.seconds / (share * others[0].seconds)
     return plain(f"since {others[0].label} would be {gain:.2f} times as fast, by {_about(others[0], table, wish.tolerance)}")
 
 
@@ -189,7 +202,7 @@ def _as_planned(wish: Wish, table: Table) -> Picked:
             "plan this one, or leave the plan out"
         )
     if wish.allows(plan.method):
-        return Picked(plan.method, plan.best.call, f"as planned: {plan.why()}")
+        return Picked(plan.method, plan.call, f"as planned: {plan.why() if plan.answer is None else plan.answer}")
     best = next(one for one in plan.choices if wish.allows(one.method))
     needs = "the states of all nodes are read" if wish.dense else "states are changed between steps"
     return Picked(best.method, best.call, f"the fastest of the plan's that can be taken where {needs}")
@@ -206,6 +219,17 @@ def _unknown(wish: Wish, known: Known | None, table: Table, samples: int) -> Pic
         best = min(sure, key=lambda one: one.cost.rounds ** (1 / 3) * one.cost.rows ** (2 / 3))  # calls that grow as W^(2/3)
         share = best.cost.rows / samples / table.steps
         return Picked(best.method, best.call, f"which evaluates about {share:.0%} as many states as the chain has steps")
+    if wish.remembers:
+        found = collocation(window=wish.window, tolerance=wish.tolerance)
+        what = "a trajectory begins it" if wish.begins else "its trajectory is kept"
+        if wish.allows(found):
+            return Picked(
+                found, called("collocation", wish.window, wish.tolerance), f"since {what}, and nothing is known of calls"
+            )
+        found = quasi_newton(wish.window, wish.tolerance)
+        return Picked(
+            found, called("quasi_newton", wish.window, wish.tolerance), f"since {what}, and nothing is known of calls"
+        )
     if not wish.clocked or (known is not None and known.evaluator is not None):
         return plain("since nothing is known of this model's calls yet; `paradiff plan` measures them")
     families = [one for one in found if isinstance(one.method, WindowMethod) and not one.sequential]
@@ -280,7 +304,7 @@ def _in_time(
 
 def _watched(wish: Wish, best: Choice, found: Sequence[Choice], curve: LatencyCurve, samples: int) -> Method:
     """A choice whose window is watched, where it has one that can be."""
-    if not isinstance(best.method, WindowMethod):
+    if not isinstance(best.method, WindowMethod) or wish.remembers:
         return best.method
     beside = min(trace.beside / trace.rounds for trace in best.cost.traces)
     widths = sorted({1, *(_rows(one) for one in found if one.family == best.family)} - {0})

@@ -25,6 +25,26 @@ ELSEWHERE = (
 )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a plan advises where something else than the least seconds was asked for.
+
+    Attributes:
+        asked: What was, in words.
+        method: The method.
+        call: The call by which it is asked for by name.
+        why: Why.
+    """
+
+    asked: str
+    method: Method
+    call: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"for {self.asked}: {self.call}, {self.why}"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """What `paradiff.plan` found. Plans are compared by identity.
@@ -42,6 +62,7 @@ class Plan:
         simulated: Whether the seconds are of a curve that was given, or of devices that are not here.
         beside: Seconds of the call outside of the loop, the same in every choice.
         notes: Sentences: what was measured, and what was left out.
+        answer: What is advised for an objective or a deadline; None where the least seconds were asked for.
     """
 
     chain: str
@@ -56,6 +77,7 @@ class Plan:
     simulated: bool = False
     beside: float = 0.0
     notes: Sequence[str] = field(default=())
+    answer: Answer | None = None
 
     @property
     def sequential(self) -> Choice:
@@ -69,14 +91,19 @@ class Plan:
 
     @property
     def best(self) -> Choice:
-        """What the plan advises: the fastest choice; the plain chain where that gains less than 5 %."""
+        """The fastest choice; the plain chain where that gains less than 5 %."""
         found = self.parallel
         return found if found is not None and self.gain_of(found) >= PAYS else self.sequential
 
     @property
     def method(self) -> Method:
-        """The method of the best choice."""
-        return self.best.method
+        """What the plan advises: the method of the answer, where something else was asked for; else of the best choice."""
+        return self.best.method if self.answer is None else self.answer.method
+
+    @property
+    def call(self) -> str:
+        """The call by which that is asked for by name."""
+        return self.best.call if self.answer is None else self.answer.call
 
     @property
     def gain(self) -> float:
@@ -147,7 +174,8 @@ class Plan:
     def __str__(self) -> str:
         kind = "stochastic" if self.stochastic else "deterministic"
         samples = f"{self.samples} sample{'s' * (self.samples > 1)}"
-        lines = [f"{self.chain}, {self.steps} steps, {kind}, {samples}, tolerance {self.tolerance:g}", self.why(), ""]
+        answer = [] if self.answer is None else [str(self.answer)]
+        lines = [f"{self.chain}, {self.steps} steps, {kind}, {samples}, tolerance {self.tolerance:g}", *answer, self.why(), ""]
         head = ("", "seconds", "gain", "from", "to", "rounds", "rows", "known from")
         cells = [head, *(self._cells(one) for one in self._shown())]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -205,6 +233,7 @@ class Plan:
             "beside": self.beside,
             "best": self.best.label,
             "why": self.why(),
+            "answer": None if self.answer is None else {**vars(self.answer), "method": repr(self.answer.method)},
             "alternative": self.sequential_alternative(),
             "notes": list(self.notes),
             "choices": [

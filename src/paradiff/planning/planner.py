@@ -24,6 +24,7 @@ from paradiff.planning.pilots import pilot, pilot_noise, sequential_pilot
 from paradiff.planning.plan import Plan
 from paradiff.planning.traces import traces_of
 from paradiff.planning.trials import Trials
+from paradiff.planning.wish import Objective, Wish
 from paradiff.solver.arguments import require_model, require_problem
 from paradiff.solver.evaluator import Evaluator
 
@@ -56,6 +57,8 @@ def plan_of(
     devices: Devices | int = 1,
     curve: LatencyCurve | None = None,
     pilots: int = 1,
+    objective: Objective | None = None,
+    deadline: float | None = None,
     seconds: float = MEASURED,
     folder: Path | None = None,
 ) -> Plan:
@@ -70,6 +73,8 @@ def plan_of(
         devices: Devices that share the rows of a round, simulated where they are several.
         curve: A latency curve, of another device say; None for that of this machine.
         pilots: Runs of each choice that is tried; 0 for none, where all is foreseen from traces and like chains.
+        objective: What is made least, as `auto` has it; None for the seconds.
+        deadline: Seconds within which the best sample is wanted; None for no bound.
         seconds: How long the curve's measurement takes, about.
         folder: Where curves and traces are kept; None for the user's cache folder.
 
@@ -78,6 +83,7 @@ def plan_of(
     """
     require_problem(table, noise, sequential())
     devices = devices_asked(tolerance, pilots, most, devices, curve)
+    wish = Wish(tolerance, most, None, objective, deadline, devices=devices)
     if not isinstance(denoiser, Evaluator):
         require_model(denoiser)
     evaluator = denoiser if isinstance(denoiser, Evaluator) else Evaluator(denoiser)
@@ -101,7 +107,7 @@ def plan_of(
             traces.notes.clear()
             traces.add(trials.made)
             notes += traces.notes
-    return trials.plan(notes, simulated=not own)
+    return trials.plan(notes, wish, simulated=not own)
 
 
 def _pilot(

@@ -6,6 +6,7 @@ Pilots are made of the choice that looks fastest, until that was tried. One that
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -16,7 +17,9 @@ from paradiff.planning.candidates import FAMILIES, windows_of
 from paradiff.planning.choice import Choice, choices, fits
 from paradiff.planning.cost import Devices, Trace
 from paradiff.planning.latency import LatencyCurve
-from paradiff.planning.plan import PAYS, Plan
+from paradiff.planning.picking import Known, pick
+from paradiff.planning.plan import PAYS, Answer, Plan
+from paradiff.planning.wish import Wish
 
 TRIED = 4
 """Most choices that pilots are made of."""
@@ -26,6 +29,9 @@ APART = 1.5
 
 MOST_PILOTS = 5
 """Most pilots of a choice."""
+
+ASKED = {"evaluations": "the fewest evaluations", "memory": "the fewest states", "anytime": "previews from the first round on"}
+"""The objectives in words."""
 
 FIRST = 8
 """The window of a first pilot of methods of which the library knows nothing."""
@@ -100,11 +106,26 @@ class Trials:
         )
         return [one for one in found if one.label not in self._given_up]
 
-    def plan(self, notes: Sequence[str], *, simulated: bool) -> Plan:
+    def of(self, label: str, samples: int) -> list[Trace]:
+        """As `known`."""
+        return self.known(label, samples)
+
+    def _answer(self, wish: Wish) -> Answer | None:
+        """What is chosen where something else than the least seconds is asked for."""
+        if wish.deadline is None and wish.objective in (None, "latency"):
+            return None
+        asked = f"a deadline of {wish.deadline:g} s" if wish.deadline is not None else ASKED[str(wish.objective)]
+        with warnings.catch_warnings():  # a deadline out of reach is told in the answer
+            warnings.simplefilter("ignore")
+            found = pick(wish, Known(self._curve, self), self._table, self._samples)
+        return Answer(asked, found.method, found.call, found.why)
+
+    def plan(self, notes: Sequence[str], wish: Wish, *, simulated: bool) -> Plan:
         """The plan by what is known.
 
         Args:
             notes: What was measured, and what was left out.
+            wish: What is asked for.
             simulated: Whether the curve is one that was given.
         """
         found = self.choices()
@@ -123,6 +144,7 @@ class Trials:
             simulated=simulated or self._devices.count > 1,
             beside=self.beside,
             notes=[*notes, *([other] if foreseen and other is not None else [])],
+            answer=self._answer(wish),
         )
 
     def make(self, pilots: int, plain: Callable[[], Trace], pilot: Pilot, *, outside: bool = False) -> None:

@@ -11,7 +11,7 @@ from paradiff.errors import require_kind, require_one_of, require_real, require_
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.planning.cost import Devices
 from paradiff.planning.plan import Plan
-from paradiff.solver.protocol import Method
+from paradiff.solver.protocol import Method, Remembers
 
 Objective = Literal["latency", "evaluations", "memory", "anytime"]
 """Least seconds; fewest evaluations of the network, which is energy; fewest states held at once; a first preview of the sample
@@ -32,6 +32,8 @@ class Wish:
         devices: Devices that share the rows of a round.
         dense: Whether the states of all nodes have to become known, as a callback reads them.
         edits: Whether states may be changed between steps.
+        begins: Whether runs begin from an earlier one's trajectory.
+        keeps: Whether they keep their own.
 
     Raises:
         ValueError: If a value is of another kind or out of its range, or two of them contradict each other.
@@ -46,6 +48,8 @@ class Wish:
     devices: Devices = dataclasses.field(default=Devices(), kw_only=True)
     dense: bool = dataclasses.field(default=False, kw_only=True)
     edits: bool = dataclasses.field(default=False, kw_only=True)
+    begins: bool = dataclasses.field(default=False, kw_only=True)
+    keeps: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         require_real("the tolerance", self.tolerance, positive=True)
@@ -68,4 +72,13 @@ class Wish:
 
     def allows(self, method: Method) -> bool:
         """Whether a method can do what is asked of it."""
+        if self.remembers and not isinstance(method, Remembers):
+            return False
+        if self.begins and isinstance(method, Remembers) and method.cannot_begin() is not None:
+            return False
         return (method.dense_output or not self.dense) and (method.follows_edits or not self.edits)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a trajectory is begun from, or kept."""
+        return self.begins or self.keeps

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paradiff.chain.table import Table
 from paradiff.errors import require_whole, shown
-from paradiff.solver.protocol import Chooses, EditedOutputs, Evaluate, Method, Query, Remembers
+from paradiff.solver.protocol import EditedOutputs, Evaluate, Method, Query, Remembers
 from paradiff.solver.records import Record
 from paradiff.solver.solution import Solution
 from paradiff.solver.trajectory import Trajectory
@@ -155,11 +155,7 @@ def require_warm(method: Method, trajectory: Trajectory | None, keep: Any) -> No
         raise ValueError(f"{named} keeps no trajectory; use quasi_newton, parasolver or collocation")
     if trajectory is None:
         return
-    why: str | None = "it has no use for the states of an earlier run"
-    if isinstance(method, Chooses):
-        why = "it chooses by what runs cost that begin from nothing"
-    elif isinstance(method, Remembers):
-        why = method.cannot_begin()
+    why = method.cannot_begin() if isinstance(method, Remembers) else "it has no use for the states of an earlier run"
     if why is not None:
         raise ValueError(
             f"{named} cannot begin from a trajectory: {why}; leave start out, or use quasi_newton, parasolver or collocation"

@@ -132,6 +132,8 @@ def solve(
     states, trajectory = begun(start, trajectory)
     require_start(table, states, (noise.samples, *noise.shape))
     require_warm(method, trajectory, keep_trajectory)
+    if isinstance(method, Chooses) and (keep_trajectory or trajectory is not None):
+        method = method.remembering(begins=trajectory is not None, keeps=keep_trajectory)
     if trajectory is not None:
         require_trajectory(trajectory, table, noise.samples, noise.shape)
     require_callable("on_final", on_final, "a function of a fine node and states")

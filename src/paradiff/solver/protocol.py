@@ -319,6 +319,10 @@ class Chooses(Protocol):
         """The method for a caller who reads the states of all nodes."""
         ...
 
+    def remembering(self, *, begins: bool, keeps: bool) -> Method:
+        """The method for runs that begin from a trajectory, or keep their own."""
+        ...
+
     def for_edits(self) -> Method:
         """The method for a caller who changes states between steps."""
         ...

@@ -197,7 +197,8 @@ class LoopSolver:
         plain = dataclasses.replace(self.table, scale=torch.ones_like(self.table.scale))
         if isinstance(self.fitted, WindowMethod) and self.fitted.warmup and self.fitted.stride == 1:
             self.fitted = dataclasses.replace(self.fitted, warmup=min(max(self.fitted.warmup, own), self.table.steps))
-        if isinstance(self.method, Chooses) and self.chosen.name == PLAIN and self._callback is None and self._observer is None:
+        seen = self._callback is not None or self._observer is not None or self._keep
+        if isinstance(self.method, Chooses) and self.chosen.name == PLAIN and not seen:
             raise ChosenPlain(self.method.reason(self.table))
         self.width = self.fitted.width(self.table)
         self._repeat = repeat if self.width > 1 else 0
@@ -212,7 +213,7 @@ class LoopSolver:
             shared_window=True,
             resolution=max(torch.finfo(output.dtype).eps, torch.finfo(sample.dtype).eps),
             on_final=self._final if self._callback is not None or self.fitted.dense_output else None,
-            trajectory=self._begin,
+            trajectory=None if self.chosen.name == PLAIN else self._begin,
             keep_trajectory=self._keep,
         )
         if self._weights is not None:
