@@ -208,11 +208,23 @@ def test_what_is_out_of_reach_is_said_before_the_first_call(clock: Clock) -> Non
 def test_a_run_that_is_ended_in_time_is_not_checked_afterwards(clock: Clock) -> None:
     table = DDIM(SCHEDULE, 100)
     model = timed(table, FLAT, clock)
+    for _ in range(2):  # the second one looks up what the first one chose
+        begin = clock.seconds
+        with pytest.warns(UserWarning, match="out of reach"):
+            found = paradiff.sample(model, table, NOISE, paradiff.auto(deadline=7))
+        assert found.status is Status.STOPPED
+        assert 0 < found.estimated_error < 10
+        assert clock.seconds <= begin + 7
+
+
+def test_where_a_round_of_the_whole_chain_is_too_late_a_coarse_one_gives_the_preview(clock: Clock) -> None:
+    table = DDIM(SCHEDULE, 100)
+    model = timed(table, LatencyCurve({1: 1.0, 2: 1.4, 64: 26.2}, {1: 0.0}), clock)
+    deadline, begin = 32.0, clock.seconds
     with pytest.warns(UserWarning, match="out of reach"):
-        found = paradiff.sample(model, table, NOISE, paradiff.auto(deadline=7))
-    assert found.status is Status.STOPPED
-    assert 0 < found.estimated_error < 10
-    assert clock.seconds <= 7
+        found = paradiff.sample(model, table, NOISE, paradiff.auto(deadline=deadline))
+    assert "chosen: collocation(tolerance=0.04), whose first round gives a preview of few nodes" in found.message
+    assert clock.seconds <= begin + deadline
 
 
 def test_an_observer_is_still_called_beside_a_deadline(clock: Clock) -> None:

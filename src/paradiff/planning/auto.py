@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,6 +111,7 @@ class AutoMethod(ChainMethod, Wish, Face):
         if self.known is not None and self.known.evaluator is evaluate:
             again = dataclasses.replace(self, begun=begun)
             object.__setattr__(again, "_kept", vars(self).get("_kept", (None, {})))
+            object.__setattr__(again, "_warned", vars(self).get("_warned", False))
             return again
         short = table.steps <= SHORTEST and self.deadline is None
         if self.plan is not None or not isinstance(evaluate, Evaluator) or short or self.objective == "memory":
@@ -189,7 +191,11 @@ class AutoMethod(ChainMethod, Wish, Face):
             asks = self.look_up is not None and (table.steps > SHORTEST or self.deadline is not None)
             known = self.look_up(table) if self.look_up is not None and asks else self.known
             kept[samples] = pick(self, known, table, samples)
-        return kept[samples]
+        picked = kept[samples]
+        if picked.warning is not None and not vars(self).get("_warned", False):  # once a run, each of which has a method of its own
+            object.__setattr__(self, "_warned", True)
+            warnings.warn(picked.warning, UserWarning, stacklevel=3)
+        return picked
 
 
 def auto(

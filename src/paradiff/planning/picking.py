@@ -14,7 +14,6 @@ A window that was chosen is watched, and narrowed where it falls behind the plai
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,11 +79,13 @@ class Picked:
         method: The method.
         call: The call by which it is asked for by name.
         why: Why it was chosen.
+        warning: What the caller is warned of; None for nothing.
     """
 
     method: Method
     call: str
     why: str
+    warning: str | None = None
 
     def __str__(self) -> str:
         return f"{self.call}, {self.why}"
@@ -276,7 +277,7 @@ def _anytime(wish: Wish, table: Table) -> Picked:
 def _in_time(
     wish: Wish, deadline: float, known: Known | None, curve: LatencyCurve | None, table: Table, samples: int
 ) -> Picked:
-    """The most exact choice that fits into a deadline; where none does, what comes nearest to its end, after a warning."""
+    """The most exact choice that fits into a deadline; where none does, what comes nearest to its end, with a warning."""
     if curve is None:
         picked = _anytime(wish, table)
         why = "nothing is known of this model's calls yet" if wish.clocked else "ranks choose alike, by no clock"
@@ -295,11 +296,24 @@ def _in_time(
             if one.slowest <= limit:
                 what = "" if tolerance == wish.tolerance else f" at a tolerance of {tolerance:g}"
                 return Picked(one.method, one.call, f"which fits into {deadline:g} s{what}, about {one.seconds:.2g} s")
-    picked = _anytime(wish, table)
+    picked = _soonest(wish, curve, table, samples, limit)
     needs = "" if least is None else f"; the fastest, {least.label}, takes about {least.seconds:.2g} s"
     said = f"the deadline of {deadline:g} s is out of reach for a finished sample{needs}: the best known by then is given"
-    warnings.warn(said, UserWarning, stacklevel=2)
-    return Picked(picked.method, picked.call, f"{picked.why}; {said}")
+    return Picked(picked.method, picked.call, f"{picked.why}; {said}", said)
+
+
+def _soonest(wish: Wish, curve: LatencyCurve, table: Table, samples: int, limit: float) -> Picked:
+    """What has a preview within a limit, in seconds; where nothing has, what has one first."""
+    picked = _anytime(wish, table)
+    coarse = collocation(window=wish.window, tolerance=max(*LOOSER, wish.tolerance))
+    if not wish.allows(coarse):
+        return picked
+    first, other = (curve.within(method.width(table) * samples) for method in (picked.method, coarse))
+    if first <= limit or other >= first:
+        return picked
+    return Picked(
+        coarse, called("collocation", wish.window, coarse.tolerance), "whose first round gives a preview of few nodes"
+    )
 
 
 def _watched(wish: Wish, best: Choice, found: Sequence[Choice], curve: LatencyCurve, samples: int) -> Method:

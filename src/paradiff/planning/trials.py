@@ -6,7 +6,6 @@ Pilots are made of the choice that looks fastest, until that was tried. One that
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -115,9 +114,7 @@ class Trials:
         if wish.deadline is None and wish.objective in (None, "latency"):
             return None
         asked = f"a deadline of {wish.deadline:g} s" if wish.deadline is not None else ASKED[str(wish.objective)]
-        with warnings.catch_warnings():  # a deadline out of reach is told in the answer
-            warnings.simplefilter("ignore")
-            found = pick(wish, Known(self._curve, self), self._table, self._samples)
+        found = pick(wish, Known(self._curve, self), self._table, self._samples)
         return Answer(asked, found.method, found.call, found.why)
 
     def plan(self, notes: Sequence[str], wish: Wish, *, simulated: bool) -> Plan:
