@@ -51,9 +51,8 @@ WALL, PROCESSOR = "wall", "processor"
 FIXED = 3
 """Fixed choices that `auto` is compared with: those that looked best, of several methods where there are."""
 
-TURNS = 3
-SECONDS = 6.0
-"""Seconds of the plain chain above which a cell has fewer turns."""
+TURNS = {0.0: 9, 1.0: 3, 6.0: 2}
+"""Turns of a cell by the seconds of its plain chain, at least: short runs differ more."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     planned = time.perf_counter() - begin
     methods = {one.label: one.method for one in fixed(plan)}
     methods = {"sequential": paradiff.sequential(), "auto": paradiff.auto(tolerance=cell.tolerance), **methods}
-    turns = TURNS if plan.sequential.seconds < SECONDS else TURNS - 1
+    turns = next(turns for least, turns in reversed(TURNS.items()) if plan.sequential.seconds >= least)
     seconds: dict[str, list[float]] = {label: [] for label in methods}
     errors: list[float] = []
     chosen = ""

@@ -42,7 +42,7 @@ SURE = 150
 """Steps from which on a method may pay whatever its calls take, so that the choice is asked for before they are measured."""
 LONG = 75
 """Steps below which no method pays where a call on 2 states takes STEEP times as long as one on 1."""
-STEEP, STEEPEST = 1.5, 1.9
+STEEP, STEEPEST = 1.35, 1.9
 """How many times as long a call on 2 states takes where no method pays, on fewer steps than LONG, and than SURE."""
 LEAST = 0.5
 """Seconds of a loop below which no choice is made: preparing a parallel call takes a part of them that it could hardly gain."""
