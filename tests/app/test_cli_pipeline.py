@@ -16,7 +16,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline
 from PIL import Image
 from pipelines import Cli
 from test_cli import SCHEMA, names, pixels, read
@@ -27,9 +27,11 @@ from paradiff.app.calls import counted_steps
 from paradiff.app.media import read_output
 from paradiff.app.plots import grid
 from paradiff.methods.presets import parasolver, srds
+from paradiff.models.files import BUNDLED
 from paradiff.models.pipeline import load_pipeline, set_sampler
 from paradiff.pipelines.explanation import explain
 from paradiff.pipelines.host.host import Host
+from paradiff.pipelines.pictures import pictures_of
 from paradiff.pipelines.run import Run, parallelize
 
 pytestmark = [
@@ -680,3 +682,32 @@ def test_nothing_is_kept_before_the_first_seed_is_finished(
     found = cli("sample", saved("sd"), *PLAIN, "--seeds", "4,2", "--out", tmp_path / "out")
     assert (found.code, found.err) == (130, "interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_previews_are_decoded_by_the_pipeline_or_said_to_be_states(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "previews"
+    line = ("sample", "shapes", "--prompt", "a red circle", "--steps", 14, "--device", "cpu", "--previews")
+    found = cli(*line, folder, "--out", tmp_path / "out")
+    assert (found.code, found.err) == (0, "")
+    assert "estimated errors are of the StableDiffusionPipeline's states" in found.out
+    assert "seed-0-round 1: estimated error " in found.out
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[0] == "seed-0-round-001.png"
+    last, whole = (np.asarray(Image.open(path)).astype(int) for path in (folder / names[-1], tmp_path / "out" / "samples.png"))
+    assert np.abs(last - whole).mean() < 2  # 8-bit levels
+    refused = cli(*line, folder, "--out", tmp_path / "two")
+    assert refused.code == 2
+    assert "is not empty; give another one" in refused.err
+
+
+def test_states_of_another_form_have_no_pictures() -> None:
+    packed, pixels = CASES["flux"].make(), DDPMPipeline.from_pretrained(BUNDLED / "digits")
+    assert pictures_of(packed, torch.zeros(1, 16, 4)) is None
+    assert pictures_of(packed, torch.zeros(1, 3, 4, 4)) is None
+    decoded = pictures_of(CASES["sd"].make(), torch.zeros(2, 4, 4, 4))
+    assert decoded is not None
+    assert decoded.shape[:2] == (2, 3)
+    states = torch.randn(2, 1, 8, 8)
+    shown = pictures_of(pixels, states)
+    assert shown is not None
+    assert torch.equal(shown, states.clamp(-1, 1))

@@ -12,7 +12,7 @@ import functools
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from paradiff.pipelines.loop.source import reads_index
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.run import Run, parallelize
 from paradiff.solver.deadline import Deadline
-from paradiff.solver.protocol import Method
+from paradiff.solver.protocol import Method, Observer, Round
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.trajectory import Trajectory
 
@@ -65,6 +65,7 @@ def call_each(
     bars: bool = True,
     begin: Trajectory | None = None,
     keep: bool = False,
+    observing: Callable[[int], Observer] | None = None,
 ) -> None:
     """Calls a pipeline once for each seed, in parallel over time; with `compare`, also as it is.
 
@@ -84,6 +85,7 @@ def call_each(
         bars: Whether calls show their progress on a terminal.
         begin: The trajectories that the calls begin from, one a seed; None for none.
         keep: Whether reports have the trajectories of their calls.
+        observing: What observes the call of a seed, beside the deadline; None for nothing.
 
     Raises:
         ValueError: If the pipeline refuses its arguments, the method does not fit its chain, or its output cannot be saved.
@@ -92,14 +94,16 @@ def call_each(
         raise ValueError(
             f"the trajectory is of {begin.samples} seeds, and {len(seeds)} are asked for; begin from one of as many seeds"
         )
-    context = _context(pipeline, method, max_rows, deadline, ranks, devices, begin, keep, 0)
+    shared = (pipeline, method, max_rows, ranks, devices, begin, keep)
+    context: Run | None = None
     quiet = not (bars and sys.stderr.isatty()) or rank() > 0
     vector = reads_index(type(pipeline)) == []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* was called sequentially", RuntimeWarning)  # told at the end
         for k, seed in enumerate(seeds):
-            if k and begin is not None:
-                context = _context(pipeline, method, max_rows, deadline, ranks, devices, begin, keep, k)
+            if context is None or begin is not None or observing is not None:
+                observer = deadline if observing is None else both(observing(seed), deadline)
+                context = _context(*shared, k, observer)
             with context:
                 if compare and k == 0 and pipeline.device.type != "cpu":
                     pipeline.set_progress_bar_config(disable=True)
@@ -120,24 +124,36 @@ def _context(
     pipeline: Any,
     method: Method,
     max_rows: int | None,
-    deadline: Deadline | None,
     ranks: Ranks | None,
     devices: Sequence[torch.device] | None,
     begin: Trajectory | None,
     keep: bool,
     place: int,
+    observer: Observer | None,
 ) -> Run:
     """The pipeline made parallel, for all seeds, or for the one whose trajectory stands at a place."""
     return parallelize(
         pipeline,
         method,
         max_rows=max_rows,
-        observer=deadline,
+        observer=observer,
         mesh=ranks,
         devices=devices,
         start=None if begin is None else begin.only(place),
         keep_trajectory=keep,
     )
+
+
+def both(one: Observer, other: Observer | None) -> Observer:
+    """An observer that shows each round to two, and asks the run to stop where one of them does."""
+    if other is None:
+        return one
+
+    def observer(round: Round, /) -> bool | None:
+        found = [one(round), other(round)]
+        return any(found)
+
+    return observer
 
 
 def _plain(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Plain:

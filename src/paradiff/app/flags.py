@@ -112,7 +112,7 @@ Previews = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER",
-        help="Write a picture of the samples after every round, and print its estimated error; for pixel models.",
+        help="Write a picture of the samples after every round, and print its estimated error.",
         rich_help_panel=OUTPUT,
     ),
 ]

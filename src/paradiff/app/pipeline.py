@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from paradiff.app.calls import Call, call_each
 from paradiff.app.environment import environment
 from paradiff.app.options import MOST_STEPS, effective_options, parse_argument, parse_size
 from paradiff.app.outcome import CutShort, Outcome, Writer
+from paradiff.app.previews import preview_folder, previews_into
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, pipeline_report
 from paradiff.errors import require_real, shown
 from paradiff.models.pipeline import load_pipeline, set_sampler
+from paradiff.pipelines.pictures import pictures_of
 from paradiff.solver.machine import Machine
+from paradiff.solver.protocol import Observer
 from paradiff.solver.trajectory import joined
 
 PIXELS_ONLY = ("grid", "form")
@@ -52,11 +55,6 @@ def refuse_pixel_options(request: Request) -> None:
                 f"{option(name)} was given, but {request.model!r} is called through its own pipeline, which has none; it is "
                 "for unconditional pixel models, such as digits"
             )
-    if request.previews is not None:
-        raise ValueError(
-            f"--previews was given, but {request.model!r} is called through its own pipeline, whose states are no pictures "
-            "yet; it is for unconditional pixel models, such as digits; in Python give an observer, paradiff.solver.Previews"
-        )
     if request.noise == "keyed":
         raise ValueError(
             f"noise is 'keyed', but {request.model!r} is called through its own pipeline, which draws its noise itself; leave "
@@ -78,6 +76,22 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
         set_sampler(pipeline, request.sampler)
     given = call_arguments(pipeline, request)
     calls: list[Call] = []
+    observing: Callable[[int], Observer] | None = None
+    if request.previews is not None:
+        if job.ranks is not None:
+            raise ValueError("--previews was given on several ranks, of which none has all states at once; leave it out")
+        folder = preview_folder(Path(request.previews))
+        estimates = f"estimated errors are of the {type(pipeline).__name__}'s states, in their units"
+        console.print(estimates, soft_wrap=True, markup=False)
+
+        def decoded(sample: Tensor) -> Tensor | None:
+            return pictures_of(pipeline, sample.flatten(0, 1))
+
+        def previews_of(seed: int) -> Observer:
+            return previews_into(folder, console, name=f"seed-{seed}-", pictures=decoded)
+
+        observing = previews_of
+
     try:
         call_each(
             pipeline,
@@ -92,6 +106,7 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
             devices=job.devices,
             begin=job.begin,
             keep=request.save_trajectory is not None,
+            observing=observing,
         )
     except (Exception, KeyboardInterrupt) as cause:
         if not calls:

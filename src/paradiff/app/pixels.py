@@ -21,6 +21,7 @@ from paradiff.app import plots
 from paradiff.app.environment import environment
 from paradiff.app.options import effective_options
 from paradiff.app.outcome import Outcome, Writer
+from paradiff.app.previews import preview_folder, previews_into
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, report
 from paradiff.chain.noise import Keyed, Noise, Recorded
@@ -33,7 +34,6 @@ from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample
 from paradiff.solver.machine import Machine
-from paradiff.solver.previews import Preview, Previews
 from paradiff.solver.protocol import Batch, Chooses, Method, Observer, Round
 from paradiff.solver.solution import Solution
 from paradiff.solver.trajectory import require_model
@@ -201,7 +201,7 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
     batched.warm_up(chosen.width(table))
     if job.notice:
         console.print(job.notice, soft_wrap=True, markup=False)
-    previews = None if request.previews is None else previews_into(Path(request.previews), console)
+    previews = None if request.previews is None else previews_into(preview_folder(Path(request.previews)), console)
     if job.begin is not None:
         require_model(job.begin, named(model))
     solution, seconds = batched.run(request.method, method, job.deadline, previews, warm=True)
@@ -225,32 +225,6 @@ def named(model: Model) -> str:
     """What a model is called in stored trajectories."""
     network = model.unet
     return f"{type(network).__name__} of {sum(p.numel() for p in network.parameters())} weights"
-
-
-def previews_into(folder: Path, console: Console) -> Previews:
-    """What writes the samples after each round into a folder, which is made.
-
-    Raises:
-        ValueError: If the folder is not empty, or cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        full = any(folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"the folder of previews {str(folder)!r} cannot be made: {error.strerror}") from error
-    if full:
-        raise ValueError(f"the folder of previews {str(folder)!r} is not empty; give another one")
-
-    def show(preview: Preview) -> None:
-        path = folder / f"round-{preview.round:03}.png"
-        plots.grid(preview.sample).save(path, format="PNG")
-        console.print(
-            f"round {preview.round}: estimated error {preview.estimated_error:.2g}, {preview.seconds:.2g} s; {path}",
-            soft_wrap=True,
-            markup=False,
-        )
-
-    return Previews(show)
 
 
 def _save(sample: Tensor, name: str, folder: Path) -> None:

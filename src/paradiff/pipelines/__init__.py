@@ -8,6 +8,7 @@ from paradiff.lazy import lazily
 if TYPE_CHECKING:
     from paradiff.pipelines.blocks import parallel_block, parallel_blocks
     from paradiff.pipelines.explanation import Explanation, explain
+    from paradiff.pipelines.pictures import pictures_of
     from paradiff.pipelines.report import Report
     from paradiff.pipelines.run import Run, parallelize
 else:
@@ -21,6 +22,7 @@ else:
             "parallel_block": "paradiff.pipelines.blocks",
             "parallel_blocks": "paradiff.pipelines.blocks",
             "parallelize": "paradiff.pipelines.run",
+            "pictures_of": "paradiff.pipelines.pictures",
         },
     )
 
@@ -32,4 +34,5 @@ __all__ = [
     "parallel_block",
     "parallel_blocks",
     "parallelize",
+    "pictures_of",
 ]

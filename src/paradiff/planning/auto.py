@@ -192,7 +192,7 @@ class AutoMethod(ChainMethod, Wish, Face):
             known = self.look_up(table) if self.look_up is not None and asks else self.known
             kept[samples] = pick(self, known, table, samples)
         picked = kept[samples]
-        if picked.warning is not None and not vars(self).get("_warned", False):  # once a run, each of which has a method of its own
+        if picked.warning is not None and not vars(self).get("_warned", False):  # each run has a method of its own
             object.__setattr__(self, "_warned", True)
             warnings.warn(picked.warning, UserWarning, stacklevel=3)
         return picked

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of `--previews`: the samples as they are known after each round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paradiff.app import plots
+from paradiff.solver.previews import Preview, Previews
+
+
+def preview_folder(folder: Path) -> Path:
+    """The folder of previews, which is made.
+
+    Raises:
+        ValueError: If it is not empty, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        full = any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"the folder of previews {str(folder)!r} cannot be made: {error.strerror}") from error
+    if full:
+        raise ValueError(f"the folder of previews {str(folder)!r} is not empty; give another one")
+    return folder
+
+
+def previews_into(
+    folder: Path, console: Console, *, name: str = "", pictures: Callable[[Tensor], Tensor | None] | None = None
+) -> Previews:
+    """What writes the samples after each round into a folder.
+
+    Args:
+        folder: The folder.
+        console: Where each preview is told.
+        name: What files' names begin with.
+        pictures: The pictures of a preview's samples, None where they are none; by default the samples are pictures. What are
+            none are written as tensors, and said to be the states of the loop.
+    """
+
+    def show(preview: Preview) -> None:
+        found = preview.sample if pictures is None else pictures(preview.sample)
+        path = folder / f"{name}round-{preview.round:03}.{'safetensors' if found is None else 'png'}"
+        if found is None:
+            save_file({"states": preview.sample.contiguous().cpu()}, path)
+        else:
+            plots.grid(found).save(path, format="PNG")
+        what = " (the loop's states, which are no pictures yet)" if found is None else ""
+        estimate = f"estimated error {preview.estimated_error:.2g}, {preview.seconds:.2g} s"
+        console.print(
+            f"{name}round {preview.round}: {estimate}; {path}{what}",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    return Previews(show)
