@@ -4,7 +4,8 @@
 For each model and chain the plain chain is timed; deadlines are shares of its seconds. A run that ends within a tenth of its
 deadline kept it; one that was said beforehand to be out of reach is counted by itself. The clock is the whole one, so the
 machine has to be quiet; on one with other work, `--only processor` takes the processor's time on one thread for the clock, and
-adds the stated seconds of calls without a sleep. A first preview is the round and the estimate of the first one that an observer was shown.
+adds the stated seconds of calls without a sleep. A first preview is the round and the estimate of the first one that an
+observer was shown.
 
     python benchmarks/deadline.py --threads 1 --json benchmarks/results/deadline.json
 """
@@ -149,7 +150,7 @@ def main() -> None:
                 f"{' '.join(map(str, cell))}: first preview in round {first['round']}, error {first['error']:.2g}, estimated "
                 f"{first['estimated_error']:.2g}; {summary(rows)}"
             )
-    results.save(summary=summary(results.rows))
+    results.save(summary=summary(results.rows), clock=clock)
     console.print(results.contents["summary"])
 
 

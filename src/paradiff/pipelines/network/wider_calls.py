@@ -26,7 +26,6 @@ from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.origin import is_users
 from paradiff.pipelines.tensor.windowed import Windowed
-from paradiff.solver.accelerator import empty_cache
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,8 +111,6 @@ class WiderCalls:
             try:
                 self._call(name, network, args, kwargs)
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    empty_cache(next(network.parameters()).device)
                 self.failed = error
             finally:
                 self._inside = False
