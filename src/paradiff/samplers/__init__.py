@@ -10,6 +10,7 @@ from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
 from paradiff.samplers.schedule import Schedule
 from paradiff.samplers.scheduler.probe import from_scheduler
+from paradiff.samplers.temperature import with_noise_scale
 
 __all__ = [
     "Grid",
@@ -33,4 +34,5 @@ __all__ = [
     "uniform_grid",
     "variance_exploding",
     "variance_preserving",
+    "with_noise_scale",
 ]

@@ -11,6 +11,7 @@ method over all nodes, from its first round on, where
   left to interpolate;
 - the chain adds more noise on its way than the control's `most_volatility` (chain/volatility.py): states between two nodes tell
   little of each other;
+- states hold less noise than their levels say, by more than the control's `most_shortfall` (chain/shortfall.py);
 - the model's outputs vary from node to node (`Problem.smooth`);
 - the coefficients would multiply the network's rounding by more than the control's `most_gain`: neither sample nor estimate
   could be trusted.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paradiff.chain.shortfall import shortfall
 from paradiff.chain.table import Table
 from paradiff.chain.volatility import volatility
 from paradiff.methods.collocation.interval import Recurrence, finite_log_snr
@@ -65,6 +67,19 @@ def too_rough(table: Table, most: float) -> str | None:
         f"the chain adds {found:.3g} times as much noise on its way as an ancestral sampler, and a few nodes tell of {most:g} "
         "times at most"
     )
+
+
+def too_cold(table: Table, most: float) -> str | None:
+    """Why the states of a chain hold too little noise for its levels; None where they do not.
+
+    Args:
+        table: The chain.
+        most: The largest shortfall.
+    """
+    found = shortfall(table)
+    if found <= most:
+        return None
+    return f"its states hold {100 * found:.0f} % less noise than their levels say"
 
 
 def too_few_steps(table: Table, nodes: int, share: float) -> str | None:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
-from paradiff.methods.collocation.conditions import too_few_steps, too_rough, unfit_levels
+from paradiff.methods.collocation.conditions import too_cold, too_few_steps, too_rough, unfit_levels
 from paradiff.methods.collocation.control import DIFFERENCES, HIGHER_ORDER, ORDER_ZERO, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
@@ -188,7 +188,8 @@ class CollocationOptions(Face):
             table: The chain that is solved.
             stored: The mesh store's entry of it.
         """
-        found = levels_of(table) or too_rough(table, self.control_on(table).most_volatility)
+        control = self.control_on(table)
+        found = levels_of(table) or too_rough(table, control.most_volatility) or too_cold(table, control.most_shortfall)
         if found is None and isinstance(self.nodes, str) and self.max_nodes is None and self.target == "chain":
             found = too_few_steps(table, self.count(table, stored), self.control_on(table).handover_share)
         return found
