@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paradiff import Evaluator, Keyed, Recorded, Schedule, Solution, Table, collocation, sample, solve
 from paradiff.chain import Clip
-from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, CollocationControl
+from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, SHORT, CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.error import told
 from paradiff.methods.collocation.method import CollocationMethod
@@ -379,7 +379,7 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)
-    control = replace(collocation().control_on(table), resolved_share=0.0)
+    control = replace(collocation(12).control_on(table), resolved_share=0.0)
     found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4, control=control), noise)
     assert found.message.startswith("converged: the estimated error of every sample is at most 0.0002; the window method took ")
     assert found.message.endswith("of 4 samples over, since they would need most of the chain's nodes")
@@ -596,6 +596,10 @@ def test_the_methods_own_order_is_that_of_its_chain() -> None:
 def test_the_tuned_numbers_are_those_of_the_order_or_the_callers() -> None:
     assert collocation().control_on(TABLES["ddpm"](40)) is ORDER_ZERO
     assert collocation().control_on(TABLES["ddim"](40)) is HIGHER_ORDER
+    assert collocation().control_on(TABLES["ddim"](50)) is SHORT
+    assert collocation().control_on(TABLES["ddim"](64)) is HIGHER_ORDER
+    assert collocation(exact=True).control_on(TABLES["ddim"](50)) is HIGHER_ORDER
+    assert collocation(max_nodes=20).control_on(TABLES["ddim"](50)) is HIGHER_ORDER
     assert collocation(order=1).control_on(TABLES["ddpm"](40)) is HIGHER_ORDER
     assert collocation(order=0).control_on(TABLES["ddim"](40)) is ORDER_ZERO
     fewer = replace(HIGHER_ORDER, nodes=8)

@@ -62,7 +62,8 @@ LEFT_TO_THE_WINDOW: dict[str, tuple[Callable[[], Table], str]] = {
     ),
     "flow, 1 step": (lambda: flow_euler(1), "a chain of 1 step from pure noise has no levels to interpolate along"),
     "ddim, 1 step": (lambda: ddim(LINEAR, 1), "a chain of 1 step leaves little to interpolate between 56 nodes"),
-    "ddim, 50 steps": (lambda: ddim(LINEAR, 50), "a chain of 50 steps leaves little to interpolate between 32 nodes"),
+    "ddim, 40 steps": (lambda: ddim(LINEAR, 40), "a chain of 40 steps leaves little to interpolate between 32 nodes"),
+    "flow, 50 steps": (lambda: flow_euler(50), "a chain of 50 steps leaves little to interpolate between 32 nodes"),
     "ddpm, 25 steps": (lambda: ddpm(LINEAR, 25), "a chain of 25 steps leaves little to interpolate between 56 nodes"),
     "dpmpp_2m, 7 steps": (lambda: dpmpp_2m(LINEAR, 7), "a chain of 7 steps leaves little to interpolate between 32 nodes"),
 }

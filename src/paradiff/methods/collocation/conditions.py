@@ -7,8 +7,7 @@ method over all nodes, from its first round on, where
 - a level has no signal or no noise at an inner node, or levels do not rise in order;
 - steps have several stages: a second stage is evaluated at a predicted state, which is no state of the trajectory, and its
   defects tell nothing of the trajectory's;
-- the first mesh would hold as large a part of the chain's nodes as makes a sample be handed over (`handover_share`): little is
-  left to interpolate;
+- the first mesh would hold a large part of the chain's nodes (`first_share`): little is left to interpolate;
 - the chain adds more noise on its way than the control's `most_volatility` (chain/volatility.py): states between two nodes tell
   little of each other;
 - states hold less noise than their levels say, by more than the control's `most_shortfall` (chain/shortfall.py);

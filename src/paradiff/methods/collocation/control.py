@@ -2,7 +2,8 @@
 """The tuned numbers of collocation, as frozen objects that a benchmark can scan and a test can replace.
 
 `ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for
-interpolation of order 1 and above, which deterministic chains use. Every field says what it means, its unit and range, what
+interpolation of order 1 and above, which deterministic chains use; `SHORT` is for those of them that are too short for its
+first mesh. Every field says what it means, its unit and range, what
 raising it does, and how it was measured. "The digits network" is the bundled network of 0.7 million parameters, on chains of
 1000 steps. One network is the evidence for most numbers: see docs/methods/collocation.md for the others that were tried
 afterwards.
@@ -11,7 +12,7 @@ afterwards.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.errors import require_between, require_kind, require_real, require_whole
@@ -277,8 +278,16 @@ class CollocationControl:
             so that another refinement is likelier.
         refined_exponent: The target is divided by (error / tolerance)^`refined_exponent`. Raising it adds more nodes where the
             error is far above the tolerance.
+        first_share: Fraction of the chain's nodes, 0 to 1: a chain of which the first mesh would hold more is left to the
+            window method from the first round on. Raising it interpolates shorter chains.
         handover_share: Fraction of the chain's nodes, 0 to 1: a sample that would need more is handed over to the window method
             over all nodes. Raising it keeps more samples in collocation.
+        head_share: Fraction of the tolerance: where the defects of the nodes that have settled come to more before later nodes
+            were evaluated at all, the mesh between them is refined at once (head.py); 0 never does that. The text network,
+            guidance 4, DDIM 50, 6 seeds: 25.5 rounds at window 3 with 0, 23.3 with 0.5; the digits network's
+            samples have up to 0.3. Raising it refines fewer samples early.
+        head_wanted: Target of that refinement, positive, as a fraction of the tolerance. 0.15 and 0.3 take as many rounds.
+        most_heads: Most times that it is done for one sample, 0 or more. Not scanned on its own.
         handover_error: Multiple of the tolerance that the estimated error may be for the window method to start from the sample
             found; farther off, it misleads. Raising it starts from worse samples.
         most_parts: Most parts into which an interval is subdivided at once. Raising it needs fewer refinements; estimates from
@@ -295,6 +304,11 @@ class CollocationControl:
             fewer. Bounds memory and time, which grow with its square and cube.
         pair_uncertainty: Share of a change, 0 to 1, that stays uncertain along directions that secant pairs cover: the forcing
             is not linear. Raising it evaluates nodes again sooner.
+        spread: Places, 0 or more, up to which the newest secant pairs of neighbours count for a node where the interpolation
+            error is estimated (estimator.py). In a small window nodes are evaluated too rarely for their own pairs to show what
+            grows. The digits network, DDIM 50, 128 samples at each of windows 3 and 4: 7 of 256 erred by more than twice their
+            estimate with 0, 3 with 1, 1 with 2 and 1 with 3; window 3 took 14.7, 15.9, 17.5 and 21.0 rounds. Raising it costs
+            memory for 4 states a node and place.
         trusted_move: How far a node's state may have moved since it was evaluated for the sample to count as found, as a
             multiple of the node's noise level, root mean square. The staleness knows the slopes that were observed; on the
             wrong side of a decision a network answers to nothing, so that nodes which moved farther are evaluated again.
@@ -342,7 +356,11 @@ class CollocationControl:
     node_share: float = 1.4
     refined_share: float
     refined_exponent: float
+    first_share: float
     handover_share: float
+    head_share: float = 0.0
+    head_wanted: float = 0.3
+    most_heads: int = 2
     handover_error: float = 4.0
     most_parts: int
     most_sweeps: int = 20
@@ -351,6 +369,7 @@ class CollocationControl:
     pair_rounding: float = 64
     most_pairs: int = 600
     pair_uncertainty: float = 0.25
+    spread: int = 0
     trusted_move: float = 0.1
     most_gain: float = 1e3
     most_volatility: float = 4.0
@@ -368,11 +387,12 @@ class CollocationControl:
     def __post_init__(self) -> None:
         require_between("order", self.order, 0, 8)
         wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
-        wholes |= {"handover_secants": 0, "handover_window": 1, "all_nodes": 1}
+        wholes |= {"most_heads": 0, "spread": 0, "handover_secants": 0, "handover_window": 1, "all_nodes": 1}
         for name, least in wholes.items():
             require_whole(name, getattr(self, name), least)
         for name in (
             "near",
+            "head_wanted",
             "reference_tolerance",
             "variance",
             "iteration_share",
@@ -384,11 +404,11 @@ class CollocationControl:
             require_real(name, getattr(self, name), positive=True)
         for name in ("node_exponent", "least_nodes", "early_factor", "node_share", "refined_exponent", "handover_error"):
             require_real(name, getattr(self, name))
-        for name in ("rounding_share", "pair_rounding", "trusted_move", "extrapolation"):
+        for name in ("rounding_share", "pair_rounding", "trusted_move", "extrapolation", "head_share"):
             require_real(name, getattr(self, name))
         require_between("unseen_amplification", self.unseen_amplification, 1, math.inf)
         require_between("variance_margin", self.variance_margin, 1, math.inf)
-        for name in ("handover_share", "pair_uncertainty", "resolved_share", "most_shortfall"):
+        for name in ("first_share", "handover_share", "pair_uncertainty", "resolved_share", "most_shortfall"):
             require_between(name, getattr(self, name), 0, 1)
         kinds = {"mesh": MeshControl, "store": StoreControl, "defect": DefectControl, "error": ErrorControl}
         for name, kind in kinds.items():
@@ -402,6 +422,7 @@ ORDER_ZERO = CollocationControl(
     iteration_share=0.25,
     refined_share=0.75,
     refined_exponent=0.15,
+    first_share=0.35,
     handover_share=0.35,
     resolved_share=0.75,
     most_parts=16,
@@ -416,12 +437,14 @@ HIGHER_ORDER = CollocationControl(
     iteration_share=0.3,
     refined_share=0.5,
     refined_exponent=0.0,
+    first_share=0.5,
     handover_share=0.5,
     resolved_share=0.5,
     most_parts=4,
     store=StoreControl(target=0.4),
     error=ErrorControl(safety=1.5),
 )
+SHORT = replace(HIGHER_ORDER, nodes=24, refined_share=0.8, resolved_share=2 / 3, handover_share=1.0, head_share=0.5, spread=2)
 
 DIFFERENCES = CollocationControl(
     order=3,
@@ -431,6 +454,7 @@ DIFFERENCES = CollocationControl(
     iteration_share=0.3,
     refined_share=0.5,
     refined_exponent=0.0,
+    first_share=1.0,
     handover_share=1.0,
     resolved_share=0.75,
     most_parts=4,

@@ -11,6 +11,7 @@ from torch import Tensor
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.error import Calibration, InterpolationError, Propagation, interpolation_error
 from paradiff.methods.collocation.linearization import Linearization
+from paradiff.methods.collocation.pairs import PairStore
 from paradiff.methods.collocation.sample_system import SampleSystem
 from paradiff.methods.collocation.setup import CollocationSetup
 
@@ -53,6 +54,7 @@ class Estimator:
         probed: tuple[DoubledIntervals, Tensor] | None,
         moved: float,
         tolerance: float,
+        pairs: PairStore | None = None,
     ) -> tuple[InterpolationError, float]:
         """The calibrated estimate, and its calibration factor; the amplification that it shows is kept. Waits for the device.
 
@@ -64,8 +66,11 @@ class Estimator:
             probed: Order 0: the doubled intervals and their defects (`Probes.defects`).
             moved: Root mean square distance of the sample from `sample`; 0 where that is None.
             tolerance: Root mean square error that the sample may have.
+            pairs: The secant pairs, for those of neighbours to count too.
         """
         control = self._setup.control
+        if control.spread and not at.system.averaged and pairs is not None:
+            linearization = self._spread(at, pairs)
         propagation = Propagation(system=at.system, influence=at.influence, now=linearization, first=self._first)
         error = interpolation_error(
             propagation, states, forcings, probed, amplification=self.amplification, control=control, move=self._setup.move
@@ -77,6 +82,17 @@ class Estimator:
             self._undecided, self.amplification = True, max(self.amplification, control.unseen_amplification)
         error, factor = self._calibration.apply(error, moved, averaged=at.system.averaged, control=control)
         return error.cautious(tolerance), factor
+
+    def _spread(self, at: SampleSystem, pairs: PairStore) -> Linearization:
+        """The linearized system whose nodes answer as their neighbours do, too.
+
+        In a small window a node is evaluated again once or twice, and its pairs cover few directions; what grows may lie in
+        those that only its neighbours saw.
+        """
+        nodes, control = at.system.nodes, self._setup.control
+        store = pairs.spread(control.spread, at.system.recurrence.evidence[nodes].tolist())
+        reach = -at.influence[:-1].repeat_interleave(store.most, 0).repeat_interleave(store.most, 1)
+        return Linearization(at.influence, reach, nodes, store.newest(), control.pair_uncertainty, causal=False)
 
     def accept(
         self,

@@ -132,7 +132,7 @@ class Evaluations:
     def remesh(self, old: CollocationSystem, new: CollocationSystem, pairs: int, move: Callable[[Tensor], Tensor]) -> None:
         """Goes over to a refined mesh, with so many pairs a node. Nodes of both keep all; a new node takes the pairs of the
         nearest old one, its state and quotient scaled to the new level, and at order 0 its forcing, from order 1 the
-        interpolated one."""
+        interpolated one. An old one without a forcing stays without."""
         recurrence = old.recurrence
         if new.averaged:
             nearest = [bisect_right(old.points, interval.left) - 1 for interval in new.intervals]
@@ -153,7 +153,8 @@ class Evaluations:
             self.forcings = self.forcings[at]
         else:
             self.forcings = weighted(move(old.interpolation[new.nodes]), self.forcings)
-        self.evaluated, self.assigned = kept, [True] * len(kept)
+        assigned = [not of_both or self.assigned[k] for of_both, k in zip(same, nearest, strict=True)]
+        self.evaluated, self.assigned = kept, assigned
 
     def rescale(self, nodes: Tensor, before: Recurrence, after: Recurrence, move: Callable[[Tensor], Tensor]) -> None:
         """Goes over to the forcing of another data variance, at M fine nodes; pairs and quotients are dropped."""

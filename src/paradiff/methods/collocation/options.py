@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.collocation.conditions import too_cold, too_few_steps, too_rough, unfit_levels
-from paradiff.methods.collocation.control import DIFFERENCES, HIGHER_ORDER, ORDER_ZERO, CollocationControl
+from paradiff.methods.collocation.control import DIFFERENCES, HIGHER_ORDER, ORDER_ZERO, SHORT, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 from paradiff.methods.face import Face, settle
@@ -42,7 +42,8 @@ class CollocationOptions(Face):
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
         warm_start: File of a mesh store (mesh_store.py): where samples of this model needed their nodes, for later ones to
             start from; None for no file.
-        control: The tuned numbers; None for `ORDER_ZERO` or `HIGHER_ORDER`, by the order of the interpolation.
+        control: The tuned numbers; None for `ORDER_ZERO`, `HIGHER_ORDER` or `SHORT`, by the interpolation's order and the
+            chain's length.
 
     Raises:
         ValueError: If a value is of the wrong kind or out of its range, or two of them contradict each other.
@@ -138,12 +139,32 @@ class CollocationOptions(Face):
 
     def control_on(self, table: Table) -> CollocationControl:
         """The tuned numbers for a chain."""
-        return self.control or (ORDER_ZERO if self.degree(table) == 0 else HIGHER_ORDER)
+        if self.control is not None:
+            return self.control
+        if self.degree(table) == 0:
+            return ORDER_ZERO
+        return SHORT if self._is_short(table) else HIGHER_ORDER
+
+    def _is_short(self, table: Table) -> bool:
+        """Whether a chain is too short for the first mesh of `HIGHER_ORDER`, and not for that of `SHORT`. At a first node of
+        pure noise there is no level to begin from (interval.py), which counts on a short chain."""
+        given = not isinstance(self.nodes, str) or self.max_nodes is not None or self.target != "chain" or self.exact
+        if given or table.stochastic or float(table.alpha[0]) <= 0:
+            return False
+        fits = [self._fewest(control) <= control.first_share * table.steps for control in (HIGHER_ORDER, SHORT)]
+        return fits == [False, True]
+
+    def _relative(self, control: CollocationControl) -> float:
+        """Ratio of node counts: at this tolerance over at the reference tolerance."""
+        return (control.reference_tolerance / self.tolerance) ** control.node_exponent
+
+    def _fewest(self, control: CollocationControl) -> int:
+        """Nodes of the first mesh by some tuned numbers."""
+        return round(control.nodes * max(self._relative(control), control.least_nodes))
 
     def relative(self, table: Table) -> float:
         """Ratio of node counts: at this tolerance over at the reference tolerance."""
-        control = self.control_on(table)
-        return (control.reference_tolerance / self.tolerance) ** control.node_exponent
+        return self._relative(self.control_on(table))
 
     def usual(self, table: Table) -> int:
         """Nodes of the default mesh at the reference tolerance."""
@@ -191,7 +212,7 @@ class CollocationOptions(Face):
         control = self.control_on(table)
         found = levels_of(table) or too_rough(table, control.most_volatility) or too_cold(table, control.most_shortfall)
         if found is None and isinstance(self.nodes, str) and self.max_nodes is None and self.target == "chain":
-            found = too_few_steps(table, self.count(table, stored), self.control_on(table).handover_share)
+            found = too_few_steps(table, self.count(table, stored), control.first_share)
         return found
 
     def stored(self, table: Table) -> StoredMesh | None:

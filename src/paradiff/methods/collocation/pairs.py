@@ -149,6 +149,32 @@ class PairStore:
         """A store for the same nodes, without pairs."""
         return PairStore(len(self._rows), self.most, self._like, self._own.dtype)
 
+    def spread(self, reach: int, levels: Sequence[float]) -> PairStore:
+        """A store in which every node has the newest pair of each node up to `reach` places away, its own last, with states'
+        changes scaled by the ratios of their `levels` `[M]`, alpha/sigma^2."""
+        count, newest = len(self._rows), list[int]()
+        for rows, turn in zip(self._rows, self._turn, strict=True):
+            newest.append(rows[turn - 1] if rows else -1)
+        nodes, source, ratios = list[int](), list[int](), list[float]()
+        for k in range(count):
+            for j in sorted(range(max(k - reach, 0), min(k + reach + 1, count)), key=lambda j, k=k: (-abs(j - k), j)):
+                ratio = levels[j] / levels[k] if levels[k] else 1.0
+                if newest[j] >= 0 and 0 < ratio < float("inf"):
+                    nodes.append(k)
+                    source.append(newest[j])
+                    ratios.append(ratio)
+        new = PairStore(count, 2 * reach + 1, self._like, self._own.dtype)
+        if not source:
+            return new
+        turns = [nodes[:n].count(k) for n, k in enumerate(nodes)]
+        scale = torch.tensor(ratios).to(self._like, non_blocking=True)[:, None, None]
+        for turn in range(max(turns) + 1):
+            chosen = [n for n, t in enumerate(turns) if t == turn]
+            at, rows = uploaded([[source[n] for n in chosen], chosen], self._dx.device)
+            dx, du = self._dx[at] * scale[rows].to(self._dx), self._du[at]
+            new.observe([nodes[n] for n in chosen], dx, du, dx.flatten(2).any(2))
+        return new
+
     def remesh(self, nearest: Sequence[int], ratios: Tensor, most: int) -> PairStore:
         """A store for other nodes. Each takes the pairs of the node `nearest` to it, the newest if fewer are kept, and its
         states' changes are scaled by `ratios` `[M']`."""

@@ -35,6 +35,7 @@ from paradiff.methods.collocation.error import told
 from paradiff.methods.collocation.estimator import Estimator
 from paradiff.methods.collocation.evaluations import Evaluations
 from paradiff.methods.collocation.handover import Handover
+from paradiff.methods.collocation.head import head_error
 from paradiff.methods.collocation.linearization import Linearization, Moves
 from paradiff.methods.collocation.probes import Probes
 from paradiff.methods.collocation.refine import (
@@ -114,7 +115,7 @@ class CollocationSolver:
         x0 = setup.move(noise.start(sample)) * setup.table.start_scale if start is None else setup.move(start)
         self.shape = tuple(x0.shape)
         self._x0 = x0.reshape(x0.shape[0], -1) if setup.shared_window and x0.ndim > 1 else x0.reshape(1, -1)
-        self.rounds = self.evaluations = self._sweeps = 0
+        self.rounds = self.evaluations = self._sweeps = self._heads = 0
         self.done = False
         self.iteration_error = self.residual = math.inf
         method = setup.method
@@ -404,6 +405,8 @@ class CollocationSolver:
             return Probe()
         early = near and not self._bounds.exact and self._probes.complete
         if not progress.converged and not early:
+            if (refined := self._refined_head()) is not None:
+                return refined
             return decide(progress, None, self.system.points, self.setup.mesh, self._bounds)
         error, factor = self.estimator.estimate(
             self._at,
@@ -413,6 +416,7 @@ class CollocationSolver:
             self._probes.defects(),
             moved,
             self._bounds.tolerance,
+            self._nodes.pairs,
         )
         decision = decide(progress, error, self.system.points, self.setup.mesh, self._bounds)
         if not isinstance(decision, Sweep | GiveUp):
@@ -428,6 +432,26 @@ class CollocationSolver:
         if isinstance(decision, Converged):
             self.setup.record(self.system.points, error, self._recurrence.variance)
         return decision
+
+    def _refined_head(self) -> Refine | None:
+        """A finer mesh between the nodes that have settled while later ones were not evaluated yet (head.py); None where theirs
+        is fine enough. Waits for the device."""
+        control, tolerance = self.control, self._bounds.tolerance
+        if self._bounds.exact or not self._nodes.missing or not control.head_share or self._heads >= control.most_heads:
+            return None
+        error = head_error(self.system, self._at.influence, self._nodes.forcings, min(self.active), control)
+        if error is None or error.total <= control.head_share * tolerance:
+            return None
+        points, mesh = self.system.points, self.setup.mesh
+        most = min(self._bounds.most_nodes, math.floor(control.handover_share * len(mesh.candidates)))
+        wanted = control.head_wanted * tolerance
+        refined = mesh.refine(
+            points, shares=error.shares, groups=error.groups, wanted=wanted, most=most, most_parts=control.most_parts
+        )
+        if refined == points:
+            return None
+        self._heads += 1
+        return Refine(refined)
 
     def _follow(self, decision: Decision) -> None:
         """Does what was decided."""
@@ -453,7 +477,8 @@ class CollocationSolver:
         """Goes over to a finer mesh."""
         old, new = self.system, self.setup.system(self._recurrence, points)
         parts = [bisect_left(points, right) - bisect_left(points, left) for left, right in pairwise(old.points)]
-        self.estimator.refined(parts)
+        if self.estimator.seen:
+            self.estimator.refined(parts)
         self._nodes.remesh(old, new, self.setup.pairs_of(new), self.setup.move)
         self._go_over(new)
         self.active = self._nodes.missing

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short deterministic chains: the head of a mesh is refined before the rest is evaluated, and neighbours' pairs count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from paradiff import Keyed, Recorded, Schedule, collocation, quasi_newton, sample, sequential
+from paradiff.methods.collocation.control import SHORT
+from paradiff.methods.collocation.head import head_error
+from paradiff.methods.collocation.interval import Recurrence
+from paradiff.methods.collocation.options import mesh_on
+from paradiff.methods.collocation.pairs import PairStore
+from paradiff.methods.collocation.system import CollocationSystem
+from paradiff.models import load
+from paradiff.samplers import ddim
+from paradiff.solver import CollocationRecord
+
+TABLE = ddim(Schedule.linear(), 50)
+
+
+def test_a_short_chain_takes_fewer_rounds_and_evaluations_than_the_window_method() -> None:
+    model = load("digits")
+    table, seeds = model.table("ddim", 50), range(4)
+
+    def noise() -> Recorded:
+        return Recorded(model.shape, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    exact = sample(model, table, noise(), sequential()).sample
+    sparse, whole = (sample(model, table, noise(), method) for method in (collocation(window=3), quasi_newton(3)))
+    assert (sparse.sample - exact).flatten(1).square().mean(1).sqrt().max() < 4e-3
+    few, many = ([e.evaluations for e in found.error_estimates] for found in (sparse, whole))
+    assert sum(few) < 0.85 * sum(many)
+    assert max(e.estimated_error for e in sparse.error_estimates) <= 4e-3
+
+
+def bent(x: Tensor, t: Tensor) -> Tensor:
+    """A network whose answer turns fast in time while all is noise."""
+    return 0.2 * x + (t[:, None] / 1000) ** 4 * torch.sin(t[:, None] / 15) * torch.ones_like(x) * 4
+
+
+def test_the_head_of_a_mesh_is_refined_before_later_nodes_are_evaluated() -> None:
+    noise = Keyed((2,), 0, 1)
+    found, late = (
+        sample(bent, TABLE, noise, collocation(window=3, control=replace(SHORT, head_share=share))) for share in (0.5, 0.0)
+    )
+    records = [r for r in found.history if isinstance(r, CollocationRecord)]
+    first = next(n for n, r in enumerate(records) if r.of > records[0].of)
+    assert max(max(r.nodes) for r in records[:first]) < 40
+    assert found.rounds < late.rounds
+    exact = sample(bent, TABLE, noise, sequential()).sample
+    assert (found.sample - exact).abs().max() < 4e-3
+
+
+def test_the_error_of_a_head_is_that_of_its_nodes_alone() -> None:
+    system = CollocationSystem(Recurrence(TABLE, 0.25), mesh_on(TABLE, SHORT).points(20), 3)
+    count = len(system.intervals)
+    forcings = torch.randn(count, 1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert head_error(system, system.influence, forcings, 4, SHORT) is None
+    found = head_error(system, system.influence, forcings, 9, SHORT)
+    assert found is not None
+    other = torch.cat([forcings[:9], torch.full_like(forcings[9:], 1e6)])
+    assert head_error(system, system.influence, other, 9, SHORT) == found
+    (group, share), nodes = (found.groups[0], found.shares[0]), system.recurrence.log_snr[system.nodes]
+    left_out = group[1]
+    kept = [n for n in range(0, 8, 2)]
+    place, wanted = nodes[kept], torch.zeros(5, dtype=torch.float64)
+    for k, n in enumerate(kept):  # Lagrange's polynomial through every second node
+        others = [j for j in range(4) if j != k]
+        wanted += forcings[n, 0] * ((nodes[left_out] - place[others]) / (place[k] - place[others])).prod()
+    defect = (forcings[left_out, 0] - wanted).square().mean().sqrt()
+    assert abs(share - 0.5 * float(system.influence[-1, left_out].abs() * defect)) < 1e-9 * share
+
+
+def test_neighbours_newest_pairs_are_scaled_to_a_nodes_level() -> None:
+    store = PairStore(4, 2, torch.zeros(1, 3, dtype=torch.float64), torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    given = {}
+    for node in (0, 2, 2):
+        dx, du = torch.randn(2, 1, 1, 3, generator=generator, dtype=torch.float64)
+        store.observe([node], dx, du, torch.ones(1, 1, dtype=torch.bool))
+        given[node] = dx[0, 0], du[0, 0]
+    spread = store.spread(1, [1.0, 2.0, 4.0, 8.0])
+    found = spread.padded([0, 1, 2, 3])
+    assert found is not None
+    dx, du = found
+    assert torch.equal(dx[0, -1, 0], given[0][0])
+    assert torch.equal(dx[1, -2, 0], given[0][0] * 0.5)
+    assert torch.equal(dx[1, -1, 0], given[2][0] * 2)
+    assert torch.equal(du[1, -1, 0], given[2][1])
+    assert torch.equal(dx[3, -1, 0], given[2][0] * 0.5)
+    assert not dx[0, :-1].any()
