@@ -17,7 +17,7 @@ import paradiff.methods.window.update
 from paradiff import Evaluator, Keyed, Schedule, Table, parasolver, quasi_newton, sample, solve
 from paradiff.chain.slope import resolve, shifted
 from paradiff.methods import WindowMethod
-from paradiff.methods.secant import DAMPING, Secants
+from paradiff.methods.secant import DAMPING, Secants, Symmetry
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.methods.window.update import SecantUpdate
@@ -345,9 +345,9 @@ def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.
     told: list[float] = []
 
     class Spy(Secants):
-        def __init__(self, pairs: int, resolution: float, shared_window: bool) -> None:
+        def __init__(self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None) -> None:
             told.append(resolution)
-            super().__init__(pairs, resolution, shared_window)
+            super().__init__(pairs, resolution, shared_window, symmetry)
 
     monkeypatch.setattr(paradiff.methods.window.update, "Secants", Spy)
     sample(network, table, noise, quasi_newton())

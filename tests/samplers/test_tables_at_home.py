@@ -63,6 +63,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "heun": lambda: heun(S(), 10, spacing="leading"),
     "edm": lambda: samplers.edm(6, s_churn=3.0, preconditioned=True),
     "alphafold3": lambda: samplers.alphafold3(10),
+    "with_noise_scale": lambda: samplers.with_noise_scale(ddpm(S(), 10), 0.6),
     "flow_euler": lambda: flow_euler(10, shift=3.0),
     "Grid": lambda: samplers.Grid([3.0, 2.0, 1.0], [0, 2]).u,  # pyright: ignore[reportArgumentType]
     "uniform_grid": lambda: uniform_grid(5.0, 0.1, 2, 3).u,

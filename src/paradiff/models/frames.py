@@ -55,6 +55,7 @@ class Frames:
         ValueError: If the table reads several steps back, shapes disagree, a rotation is none, or a sample has no atom.
     """
 
+    @made_at_home
     def __init__(
         self, table: Table, noise: Noise, rotations: Tensor, shifts: Tensor | None = None, *, mask: Tensor | None = None
     ) -> None:
@@ -123,6 +124,7 @@ class Frames:
         drawn = torch.stack(found)
         return cls(table, noise, _rotations(drawn[..., :4]), deviation * drawn[..., 4:], mask=mask)
 
+    @made_at_home
     def model(self, denoiser: Callable[..., Tensor], *, equivariant: bool = False) -> ByRow:
         """The model of (2), for `sample` beside `frames.moving()`.
 

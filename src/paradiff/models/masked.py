@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.noise import Noise, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import require_truth, shown
@@ -46,6 +47,7 @@ class Masked:
         ValueError: If a shape or a kind is another, the mask of a sample has no element, or `noised` is given without values.
     """
 
+    @made_at_home
     def __init__(self, table: Table, noise: Noise, mask: Tensor, values: Tensor | None = None, *, noised: bool = False) -> None:
         if not isinstance(table, Table) or table.clip is not None:
             raise ValueError(f"the table is {shown(table)}; give one without a limit on the clean data (clip=None)")
@@ -74,6 +76,7 @@ class Masked:
     def __repr__(self) -> str:
         return f"Masked({int(self.mask.sum())} of {self.mask.numel()} elements of {self.noise.samples} samples)"
 
+    @made_at_home
     def model(self, denoiser: Callable[..., Tensor]) -> ByRow:
         """The model for `sample` beside `masked.kept()`.
 

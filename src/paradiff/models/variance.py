@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.noise import Noise
 from paradiff.chain.table import Table
 from paradiff.errors import shown
@@ -26,6 +27,7 @@ from paradiff.solver.by_row import ByRow, Rows, by_row
 from paradiff.solver.evaluator import Denoiser
 
 
+@made_at_home
 def learned_variance(denoiser: Denoiser, table: Table, noise: Noise, *, seed: int | None = None) -> ByRow:
     """A model for `sample` of a network that predicts its steps' variances, on `samplers.ddpm(..., variance="fixed_small")`.
 

@@ -3,7 +3,7 @@
 
 `ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for
 interpolation of order 1 and above, which deterministic chains use; `SHORT` is for those of them that are too short for its
-first mesh. Every field says what it means, its unit and range, what
+first mesh, and for narrow windows on chains up to 256 steps. Every field says what it means, its unit and range, what
 raising it does, and how it was measured. "The digits network" is the bundled network of 0.7 million parameters, on chains of
 1000 steps. One network is the evidence for most numbers: see docs/methods/collocation.md for the others that were tried
 afterwards.
@@ -309,6 +309,12 @@ class CollocationControl:
             grows. The digits network, DDIM 50, 128 samples at each of windows 3 and 4: 7 of 256 erred by more than twice their
             estimate with 0, 3 with 1, 1 with 2 and 1 with 3; window 3 took 14.7, 15.9, 17.5 and 21.0 rounds. Raising it costs
             memory for 4 states a node and place.
+        narrow: Windows below are narrow, in rows, 1 or more. On chains of up to `narrow_steps` the numbers are then those of
+            `SHORT`: by `HIGHER_ORDER`'s, digits network, 48 samples of DDIM 100, 10, 8, 5 and 3 erred by more than their
+            estimates at windows 3, 4, 8 and 16, 5 of them by more than twice; by `SHORT`'s 1, 3, 1 and 3, one by more than
+            twice. It costs rounds: 21.4, 20.2 and 15.0 become 29.0, 23.7 and 15.8. Raising it makes wider windows careful.
+        narrow_steps: See `narrow`; steps of a chain, 1 or more. Of 12 samples of DDIM 1000 one erred by more than twice its
+            estimate at window 4 by either.
         trusted_move: How far a node's state may have moved since it was evaluated for the sample to count as found, as a
             multiple of the node's noise level, root mean square. The staleness knows the slopes that were observed; on the
             wrong side of a decision a network answers to nothing, so that nodes which moved farther are evaluated again.
@@ -370,6 +376,8 @@ class CollocationControl:
     most_pairs: int = 600
     pair_uncertainty: float = 0.25
     spread: int = 0
+    narrow: int = 16
+    narrow_steps: int = 256
     trusted_move: float = 0.1
     most_gain: float = 1e3
     most_volatility: float = 4.0
@@ -388,6 +396,7 @@ class CollocationControl:
         require_between("order", self.order, 0, 8)
         wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
         wholes |= {"most_heads": 0, "spread": 0, "handover_secants": 0, "handover_window": 1, "all_nodes": 1}
+        wholes |= {"narrow": 1, "narrow_steps": 1}
         for name, least in wholes.items():
             require_whole(name, getattr(self, name), least)
         for name in (

@@ -146,13 +146,15 @@ class CollocationOptions(Face):
         return SHORT if self._is_short(table) else HIGHER_ORDER
 
     def _is_short(self, table: Table) -> bool:
-        """Whether a chain is too short for the first mesh of `HIGHER_ORDER`, and not for that of `SHORT`. At a first node of
-        pure noise there is no level to begin from (interval.py), which counts on a short chain."""
+        """Whether a chain is too short for the first mesh of `HIGHER_ORDER`, and not for that of `SHORT`; or so short that the
+        estimates of `HIGHER_ORDER` do not hold at a narrow window. At a first node of pure noise there is no level to begin
+        from (interval.py), which counts on a short chain."""
         given = not isinstance(self.nodes, str) or self.max_nodes is not None or self.target != "chain" or self.exact
         if given or table.stochastic or float(table.alpha[0]) <= 0:
             return False
         fits = [self._fewest(control) <= control.first_share * table.steps for control in (HIGHER_ORDER, SHORT)]
-        return fits == [False, True]
+        narrow = self.window is not None and self.window < SHORT.narrow and table.steps <= SHORT.narrow_steps
+        return fits[1] and (narrow or not fits[0])
 
     def _relative(self, control: CollocationControl) -> float:
         """Ratio of node counts: at this tolerance over at the reference tolerance."""
