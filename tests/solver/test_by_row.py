@@ -11,9 +11,9 @@ from problems import SHAPE, TABLES
 from torch import Tensor
 
 import paradiff
-from paradiff import Evaluator, Keyed, Method, Table, collocation, parasolver, quasi_newton, sample, sequential, srds
+from paradiff import Evaluator, Keyed, Method, Schedule, Table, collocation, parasolver, quasi_newton, sample, sequential, srds
 from paradiff.models import Mixture
-from paradiff.samplers import edm
+from paradiff.samplers import ddpm, edm
 from paradiff.solver import Batch, Rows
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -177,3 +177,16 @@ def test_rows_are_known_on_closed_form_data() -> None:
     two = sample(paradiff.by_row(lambda x, t, rows: denoiser(x, t), table), table, noise, parasolver())
     assert torch.equal(one.sample, two.sample)
     assert one.rounds == two.rounds
+
+
+def test_a_model_with_noise_of_its_own_is_planned_compared_and_begun_from_a_trajectory() -> None:
+    table, noise = ddpm(Schedule.linear(), 40), Keyed(SHAPE, samples=2)
+    model = paradiff.by_row(lambda x, t, rows: net(x, t) + 0.01 * rows.randn(), table, noise)
+    assert paradiff.plan(model, table, noise, pilots=1).best.method is not None
+    compared = paradiff.compare(model, table, noise, [parasolver()])
+    assert [row.samples[0].error < 4e-3 for row in compared.rows] == [True, True]
+    first = sample(model, table, noise, collocation(), keep_trajectory=True)
+    again = sample(model, table, noise, collocation(), start=first)
+    assert float((first.sample - again.sample).abs().max()) < 4e-3
+    with pytest.raises(ValueError, match="knows the rows of table"):
+        sample(model, table[10:], noise, parasolver())

@@ -15,6 +15,7 @@ from paradiff.methods.presets import sequential
 from paradiff.planning.choice import CHECKED
 from paradiff.planning.cost import Trace
 from paradiff.planning.latency import LatencyCurve
+from paradiff.solver.by_row import ByRow
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample, solve
 from paradiff.solver.protocol import Batch, Method, Round
@@ -47,8 +48,10 @@ class Kept(Evaluator):
         return outputs
 
 
-def pilot_noise(noise: Noise, number: int) -> Noise:
-    """The noise of a pilot: of the shape and number of samples of another one."""
+def pilot_noise(evaluator: Evaluator, noise: Noise, number: int) -> Noise:
+    """The noise of a pilot: of the shape and number of samples of another one; that one, for a model that knows it."""
+    if isinstance(evaluator.denoiser, ByRow) and evaluator.denoiser.noise is not None:
+        return noise
     return Keyed(noise.shape, SEED + number, noise.samples)
 
 

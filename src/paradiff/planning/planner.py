@@ -98,8 +98,10 @@ def plan_of(
         begin = time.perf_counter()
         trials.make(
             pilots,
-            lambda: sequential_pilot(evaluator, table, pilot_noise(noise, 0), curve, own=own),
-            lambda one, number, plain: _pilot(evaluator, table, pilot_noise(noise, number), one, curve, PATIENCE * plain, own),
+            lambda: sequential_pilot(evaluator, table, pilot_noise(evaluator, noise, 0), curve, own=own),
+            lambda one, number, plain: _pilot(
+                evaluator, table, pilot_noise(evaluator, noise, number), one, curve, PATIENCE * plain, own
+            ),
         )
         if trials.tried:
             notes.append(f"pilot runs of {'; '.join(trials.tried)} took {time.perf_counter() - begin:.2g} s")

@@ -262,7 +262,8 @@ def by_row(
     smooth: bool | None = None,
     symmetry: Callable[[Tensor], Tensor] | None = None,
 ) -> ByRow:
-    """A model whose function knows the rows that it is called for.
+    """A model whose function knows the rows that it is called for, for `sample`; to `solve`, whose batches an `Evaluator` of it
+    answers, say yourself whether it is smooth, and its symmetry.
 
     Args:
         function: `function(x, t, rows, **conditioning) -> m`: states `[R, ...]`, times `[R]` and their `Rows`; m like x. It may
