@@ -38,7 +38,8 @@ def head_error(
     if not known:
         return None
     places = [omitted[j] for j in known]
-    defects = weighted(weights[known].to(forcings), forcings)
+    own = weights[known].to(forcings.dtype).to(forcings.device, non_blocking=True)
+    defects = weighted(own, forcings)
     reach = influence[-1, uploaded(places, forcings.device)]
     squares = (reach[:, None] * defects.square().mean(2).sqrt()).square().amax(1)
     factor = control.error.safety / control.defect.most_ratio

@@ -12,7 +12,7 @@ products are kept, too, each pair's in a **slot** of its node, and only those wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,43 +155,38 @@ class PairStore:
         count, newest = len(self._rows), list[int]()
         for rows, turn in zip(self._rows, self._turn, strict=True):
             newest.append(rows[turn - 1] if rows else -1)
-        nodes, source, ratios = list[int](), list[int](), list[float]()
+        sources, ratios = list[list[int]](), list[float]()
         for k in range(count):
+            sources.append([])
             for j in sorted(range(max(k - reach, 0), min(k + reach + 1, count)), key=lambda j, k=k: (-abs(j - k), j)):
                 ratio = levels[j] / levels[k] if levels[k] else 1.0
                 if newest[j] >= 0 and 0 < ratio < float("inf"):
-                    nodes.append(k)
-                    source.append(newest[j])
+                    sources[-1].append(newest[j])
                     ratios.append(ratio)
-        new = PairStore(count, 2 * reach + 1, self._like, self._own.dtype)
-        if not source:
-            return new
-        turns = [nodes[:n].count(k) for n, k in enumerate(nodes)]
-        scale = torch.tensor(ratios).to(self._like, non_blocking=True)[:, None, None]
-        for turn in range(max(turns) + 1):
-            chosen = [n for n, t in enumerate(turns) if t == turn]
-            at, rows = uploaded([[source[n] for n in chosen], chosen], self._dx.device)
-            dx, du = self._dx[at] * scale[rows].to(self._dx), self._du[at]
-            new.observe([nodes[n] for n in chosen], dx, du, dx.flatten(2).any(2))
-        return new
+        return self._filled(sources, 2 * reach + 1, lambda slots: torch.tensor(ratios).to(slots.device, non_blocking=True))
 
     def remesh(self, nearest: Sequence[int], ratios: Tensor, most: int) -> PairStore:
         """A store for other nodes. Each takes the pairs of the node `nearest` to it, the newest if fewer are kept, and its
         states' changes are scaled by `ratios` `[M']`."""
-        new = PairStore(len(nearest), most, self._like, self._own.dtype)
-        source, slots = list[int](), list[int]()
-        for n, k in enumerate(nearest):
+        sources = list[list[int]]()
+        for k in nearest:
             rows = self._rows[k][self._turn[k] :] + self._rows[k][: self._turn[k]]  # the newest last
-            rows = rows[max(len(rows) - most, 0) :]
-            source += rows
+            sources.append(rows[max(len(rows) - most, 0) :])
+        return self._filled(sources, most, lambda slots: ratios[slots // most])
+
+    def _filled(self, sources: Sequence[Sequence[int]], most: int, scales: Callable[[Tensor], Tensor]) -> PairStore:
+        """A store for other nodes, each with the pairs of some rows of this one, states' changes scaled by `scales(slots)`."""
+        new = PairStore(len(sources), most, self._like, self._own.dtype)
+        taken, slots = list[int](), list[int]()
+        for n, rows in enumerate(sources):
+            begin = n * most if new._in_slots is None else len(taken) + 1
+            taken += rows
             slots += range(n * most, n * most + len(rows))
-            begin = n * most if new._in_slots is None else len(source) + 1 - len(rows)
             new._rows[n] = [*range(begin, begin + len(rows))]
-        if not source:
+        if not taken:
             return new
-        at, places = uploaded([source, slots], self._dx.device)  # in one copy
-        dx = self._dx[at] * ratios.to(self._like)[places // most][:, None, None]
-        du = self._du[at]
+        at, places = uploaded([taken, slots], self._dx.device)  # in one copy
+        dx, du = self._dx[at] * scales(places).to(self._like)[:, None, None], self._du[at]
         if new._in_slots is None:
             new._dx[places], new._du[places] = dx, du
         else:

@@ -175,7 +175,8 @@ class CollocationSolver:
             return self._handover.part()
         nodes, rec, at = self.system.nodes, self._recurrence, self._at
         known = [k for k, evaluated in enumerate(self._nodes.evaluated) if evaluated]
-        states, forcings = self._nodes.states[known], self._nodes.forcings[known]
+        places = uploaded(known, self._nodes.states.device)
+        states, forcings = self._nodes.states[places], self._nodes.forcings[places]
         if at.carried is not None:
             forcings = forcings + at.carried.forcings[nodes[known]]
         nu, g = (self.setup.move(v[nodes[known]])[:, None, None] for v in (rec.nu, rec.g))
