@@ -329,6 +329,43 @@ class RecordedAlong:
         return torch.stack(found)
 
 
+class Maker(Protocol):
+    """What makes other draws of a source's."""
+
+    def start(self, sample: int) -> Tensor: ...
+
+    def draw(self, sample: int, nodes: range) -> Tensor: ...
+
+
+class Seen:
+    """A source of noise as something sees it that turns, masks or scales its draws.
+
+    Args:
+        by: What makes the draws, as `Noise` has them.
+        noise: The source, whose shape and samples they have.
+    """
+
+    def __init__(self, by: Maker, noise: Noise) -> None:
+        self._by, self.shape, self.samples = by, tuple(noise.shape), noise.samples
+
+    def __repr__(self) -> str:
+        return f"Noise of {self._by!r}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seen) and self._by is other._by
+
+    def __hash__(self) -> int:
+        return hash(id(self._by))
+
+    def start(self, sample: int) -> Tensor:
+        """The draw behind x[0], of shape `shape`."""
+        return self._by.start(sample)
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        """z at consecutive nodes, `[len(nodes), *shape]`."""
+        return self._by.draw(sample, nodes)
+
+
 class Later:
     """The noise of a chain from one of its nodes on.
 

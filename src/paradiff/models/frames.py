@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.home import made_at_home
-from paradiff.chain.noise import Keyed, Noise, Recorded, noise_along
+from paradiff.chain.noise import Keyed, Noise, Recorded, Seen, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import require_real, require_truth, require_whole, shown
 from paradiff.solver.by_row import ByRow, Rows, by_row
@@ -150,7 +150,7 @@ class Frames:
 
     def moving(self) -> Noise:
         """The noise of (2)."""
-        return _Moving(self)
+        return Seen(self, self.noise)
 
     def placed(self, sample: Tensor) -> Tensor:
         """`[B, A, 3]` the structures of (1), free of their means, from samples of (2).
@@ -164,19 +164,16 @@ class Frames:
         return sample / self.stretch[:, None, None].to(sample) @ self.turned[:, -1].to(sample).mT
 
     def start(self, sample: int) -> Tensor:
-        """The draw behind y[0]."""
-        draws, atoms = self.table.draws, self.mask[sample]
-        if draws is None or draws.start is None or not isinstance(self.noise, Recorded):
-            return _centred(self._along.start(sample).double(), atoms)
-        weight, _ = draws.start
-        added = self._along.start(sample).double() - weight * self.noise.start(sample).double()
-        return _centred(weight * self.noise.start(sample).double() + added @ self.turned[sample, 0], atoms)
+        """The draw behind y[0], at the size at which the sample is solved."""
+        added = self._added(sample)
+        own = self._along.start(sample).double() - added
+        return self.stretch[sample] * _centred(own + added @ self.turned[sample, 0], self.mask[sample])
 
     def draw(self, sample: int, nodes: range) -> Tensor:
-        """P C^T z at consecutive nodes."""
+        """P C^T z at consecutive nodes, at the size at which the sample is solved."""
         z = self._along.draw(sample, nodes).double()
         after = [min(n + 1, self.table.steps - 1) for n in nodes]
-        return _centred(z @ self.turned[sample, after], self.mask[sample])
+        return self.stretch[sample] * _centred(z @ self.turned[sample, after], self.mask[sample])
 
     def _offsets(self) -> Tensor:
         """`[B, N, 3]` o of (2)."""
@@ -186,41 +183,15 @@ class Frames:
             atoms = self.mask[k]
             means = (self._along.draw(k, range(steps - 1)).double() * atoms).sum(1) / atoms.sum() if steps > 1 else 0.0
             found[k, 1:] += self.table.c[: steps - 1, None] * means
-            found[k, 0] += self.table.start_scale * self._added(k)
+            found[k, 0] += self.table.start_scale * (self._added(k) * atoms).sum(0) / atoms.sum()
         return found
 
     def _added(self, sample: int) -> Tensor:
-        """`[3]` the mean of the noise that node 0 adds, beside the start's scale; 0 where it is one draw with the start."""
-        draws, atoms = self.table.draws, self.mask[sample]
+        """`[A, 3]` the noise that node 0 adds, beside the start's scale; zeros where it is one draw with the start."""
+        draws, drawn = self.table.draws, self._along.start(sample).double()
         if draws is None or draws.start is None or not isinstance(self.noise, Recorded):
-            return torch.zeros(3, dtype=torch.float64)
-        added = self._along.start(sample).double() - draws.start[0] * self.noise.start(sample).double()
-        return (added * atoms).sum(0) / atoms.sum()
-
-
-class _Moving:
-    """The noise of (2), as `Noise` has it."""
-
-    def __init__(self, frames: Frames) -> None:
-        self._frames = frames
-        self.shape, self.samples = tuple(frames.noise.shape), frames.noise.samples
-
-    def __repr__(self) -> str:
-        return f"Noise in the axes of {self._frames!r}"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Moving) and self._frames is other._frames
-
-    def __hash__(self) -> int:
-        return hash(id(self._frames))
-
-    def start(self, sample: int) -> Tensor:
-        """The draw behind y[0]."""
-        return self._frames.stretch[sample] * self._frames.start(sample)
-
-    def draw(self, sample: int, nodes: range) -> Tensor:
-        """z at consecutive nodes, `[len(nodes), A, 3]`."""
-        return self._frames.stretch[sample] * self._frames.draw(sample, nodes)
+            return torch.zeros_like(drawn)
+        return drawn - draws.start[0] * self.noise.start(sample).double()
 
 
 DRAWN = 2**40

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.home import made_at_home
-from paradiff.chain.noise import Noise, noise_along
+from paradiff.chain.noise import Noise, Seen, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import require_truth, shown
 from paradiff.solver.by_row import ByRow, Rows, by_row
@@ -41,7 +41,6 @@ class Masked:
         noise: As given.
         mask: `[B, *shape]` as given.
         stretch: `[B]` sqrt(d/n), float64.
-        along: The noise as the table draws it.
 
     Raises:
         ValueError: If a shape or a kind is another, the mask of a sample has no element, or `noised` is given without values.
@@ -71,7 +70,7 @@ class Masked:
             raise ValueError("a given value is not finite; give numbers wherever the mask is False")
         self._given = torch.where(self.mask, 0.0, given.double())
         self.stretch = (self.mask[0].numel() / counts.double()).sqrt()
-        self.along = noise_along(noise, table.draws, table.first)
+        self._along = noise_along(noise, table.draws, table.first)
 
     def __repr__(self) -> str:
         return f"Masked({int(self.mask.sum())} of {self.mask.numel()} elements of {self.noise.samples} samples)"
@@ -99,7 +98,7 @@ class Masked:
 
     def kept(self) -> Noise:
         """The noise of the elements that are sought."""
-        return _Kept(self)
+        return Seen(self, self.noise)
 
     def placed(self, sample: Tensor) -> Tensor:
         """`[B, *shape]` the samples of a run, with what is given in its places.
@@ -112,34 +111,16 @@ class Masked:
         factor = self.stretch.view(-1, *[1] * len(self.noise.shape)).to(sample)
         return torch.where(self.mask.to(sample.device), sample / factor, self._given.to(sample))
 
-    def at(self, sample: int, drawn: Tensor) -> Tensor:
-        """Draws `[..., *shape]` of a sample, of the elements that are sought, at the size at which it is solved."""
-        return torch.where(self.mask[sample].to(drawn.device), drawn.double() * self.stretch[sample].to(drawn.device), 0.0)
-
-
-class _Kept:
-    """The noise of the elements that are sought, as `Noise` has it."""
-
-    def __init__(self, masked: Masked) -> None:
-        self._masked = masked
-        self.shape, self.samples = tuple(masked.noise.shape), masked.noise.samples
-
-    def __repr__(self) -> str:
-        return f"Noise of {self._masked!r}"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kept) and self._masked is other._masked
-
-    def __hash__(self) -> int:
-        return hash(id(self._masked))
-
     def start(self, sample: int) -> Tensor:
-        """The draw behind x[0]."""
-        return self._masked.at(sample, self._masked.along.start(sample))
+        """The draw behind x[0], of the elements that are sought, at the size at which the sample is solved."""
+        return self._at(sample, self._along.start(sample))
 
     def draw(self, sample: int, nodes: range) -> Tensor:
-        """z at consecutive nodes, `[len(nodes), *shape]`."""
-        return self._masked.at(sample, self._masked.along.draw(sample, nodes))
+        """The same of z at consecutive nodes, `[len(nodes), *shape]`."""
+        return self._at(sample, self._along.draw(sample, nodes))
+
+    def _at(self, sample: int, drawn: Tensor) -> Tensor:
+        return torch.where(self.mask[sample].to(drawn.device), drawn.double() * self.stretch[sample].to(drawn.device), 0.0)
 
 
 def _fits(value: Tensor, wanted: tuple[int, ...]) -> bool:

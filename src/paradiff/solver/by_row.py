@@ -179,6 +179,7 @@ class ByRow:
     ) -> None:
         self.function, self.table, self.noise, self.smooth, self.symmetry = function, table, noise, smooth, symmetry
         self._seed = seed
+        self._along: Noise | None = None
         first = torch.zeros(table.steps + 1, dtype=torch.int64, device="cpu")
         first[table.restarts] = 1
         self.step_of = first.cumsum(0) - 1
@@ -242,7 +243,9 @@ class ByRow:
                 f"the row function asked for {what}, which nobody gave; make it with "
                 "paradiff.by_row(function, table, noise=noise)"
             )
-        return noise_along(self.noise, self.table.draws, self.table.first)
+        if self._along is None:
+            self._along = noise_along(self.noise, self.table.draws, self.table.first)
+        return self._along
 
     def keys(self, what: str) -> list[tuple[int, int]]:
         """What the random numbers of each sample's rows are keyed by."""
