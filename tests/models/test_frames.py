@@ -219,3 +219,15 @@ def test_epsilon_chains_turn_too(table: Table) -> None:
             x = x + table.c[i - 1].float() * noise.draw(0, range(i - 1, i))[0]
         x = table.a[i, 0].float() * x + table.b[i, 0].float() * torch.sin(x * table.scale[i].float())
     torch.testing.assert_close(frames.placed(plain.sample)[0], x - x.mean(0), rtol=0, atol=1e-4)
+
+
+def test_the_noise_that_the_first_node_adds_is_turned_and_the_start_is_not() -> None:
+    table, generator = alphafold3(20), torch.Generator().manual_seed(9)
+    noise = Recorded((ATOMS, 3), torch.Generator().manual_seed(9), samples=1, dtype=torch.float64)
+    frames = Frames.drawn(table, noise, seed=2)
+    own, added = (torch.randn(1, ATOMS, 3, generator=generator, dtype=torch.float64)[0] for _ in range(2))
+    assert table.draws is not None
+    assert table.draws.start is not None
+    weight, ((_, share),) = table.draws.start
+    expected = weight * own + share * added @ frames.turned[0, 0]
+    torch.testing.assert_close(frames.moving().start(0), expected - expected.mean(0), rtol=0, atol=1e-9)
