@@ -22,6 +22,7 @@ from tiny.policies import Denoiser, MaskedPolicy, QueuedPolicy
 from torch import Tensor, nn
 
 import paradiff
+import paradiff.samplers.scheduler.probe as probe_module
 from paradiff import Evaluator, Keyed, Solution, Table
 from paradiff.models import load
 from paradiff.pipelines.loop.audit import granted
@@ -212,8 +213,6 @@ def test_runs_in_threads_do_not_disturb_each_other() -> None:
         own = paradiff.sample(net, TABLES["ddpm"], NOISE, FINE).sample.cpu()
         found.append(("vector", gap(own, wanted[1]) < ROUNDING))
 
-    call(pipes[0])  # what a process sets up once, generators among it, is set up
-    found.clear()
     threads = [threading.Thread(target=call, args=(pipe,)) for pipe in pipes] + [threading.Thread(target=sample) for _ in "ab"]
     for thread in threads:
         thread.start()
@@ -344,3 +343,16 @@ def test_embeddings_and_latents_on_the_device() -> None:
         assert run.report.executor == executor
         assert gap(found, wanted) < CLOSE
     assert paradiff.explain(pipe, FINE, call={**call, "num_inference_steps": 8}).executor == "vector"
+
+
+def test_the_devices_own_generator_is_drawn_from_as_in_the_plain_call() -> None:
+    """In a process that has probed no scheduler yet."""
+    pipe, found = CASES["ddpm"].make().to("pseudo"), list[Tensor]()
+    parallel = paradiff.parallelize(pipe, paradiff.quasi_newton(window=3, tolerance=0.0))
+    for call in (pipe, parallel):
+        probe_module._probe.cache_clear()
+        torch.manual_seed(7)
+        found += [torch.as_tensor(call(num_inference_steps=8, output_type="np").images), torch.randn(4, device="pseudo").cpu()]
+    assert parallel.report.executor == "vector"
+    assert gap(found[2], found[0]) < CLOSE
+    assert torch.equal(found[3], found[1])

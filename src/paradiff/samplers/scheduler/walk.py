@@ -213,7 +213,7 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
     mode = _Draws(draws or 0, generator, len(inputs(0)[0]))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loop itself will give them
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not those of the devices, which are not put back
         for i, t in enumerate(request.timesteps):
             x, m = (v.reshape(1, 1, 1, -1).clone() for v in inputs(i))
             try:
