@@ -57,6 +57,7 @@ from paradiff.pipelines.tensor.windowed import Windowed, first_line
 from paradiff.pipelines.tries import Beginning, Watched, hooks_memory, is_refusal, users_error
 from paradiff.pipelines.watched_call import WatchedCall
 from paradiff.planning.auto import AutoMethod
+from paradiff.solver.accelerator import random_states
 from paradiff.solver.agreement import described, versions, weights_of
 from paradiff.solver.protocol import Chooses, Method
 from paradiff.solver.sharded import Sharded
@@ -356,7 +357,7 @@ class Call:
             return None
         ranks.carries(self._host.device)
         leaves = _pytree.tree_leaves(self._arguments)
-        random = {} if any(isinstance(leaf, torch.Generator) for leaf in leaves) else {"random state": torch.get_rng_state()}
+        random = {} if any(isinstance(leaf, torch.Generator) for leaf in leaves) else {"random state": random_states()[0]}
         arguments = {name: value for name, value in self._arguments.items() if not callable(value)}
         facts = {"pipeline": self._host.name, "method": settings.method, "settings": settings.compared(), **random}
         ranks.agree(

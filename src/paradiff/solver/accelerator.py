@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiff.chain.generators import HELD, borrowed
+
 
 def empty_cache(device: torch.device) -> None:
     """Gives memory that torch keeps for later back to the device; nothing on the CPU."""
@@ -32,22 +34,25 @@ def read(numbers: Sequence[Tensor]) -> list[float]:
 
 
 def random_states() -> list[Tensor]:
-    """The states of torch's own generators of all accelerators that are in use, on the CPU. Does not wait for them."""
+    """The states of torch's own generators, that of the CPU first and then those of all accelerators that are in use, on the
+    CPU. Does not wait for the accelerators."""
     module = _in_use()
-    return [] if module is None else module.get_rng_state_all()
+    with HELD:
+        return [torch.get_rng_state(), *([] if module is None else module.get_rng_state_all())]
 
 
 def set_random_states(states: list[Tensor]) -> None:
-    """Sets torch's own generators of the accelerators to what `random_states` returned."""
+    """Sets torch's own generators to what `random_states` returned."""
     module = _in_use()
-    if states and module is not None:
-        module.set_rng_state_all(states)
+    with HELD:
+        torch.set_rng_state(states[0])
+        if states[1:] and module is not None:
+            module.set_rng_state_all(states[1:])
 
 
 def forked_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Restores torch's own generators of the CPU and of a device at the end of a `with` block."""
-    known = hasattr(_module(device.type), "get_rng_state_all")
-    return torch.random.fork_rng([device], device_type=device.type) if known else torch.random.fork_rng([])
+    return borrowed(device if hasattr(_module(device.type), "get_rng_state_all") else None)
 
 
 def kind() -> str | None:

@@ -105,9 +105,9 @@ class RowCheck:
             self._witnesses.told(witness, outputs_only(answer))
             return answer
         self._seen, self._part = variety | self._seen, max(part, self._part)
-        x, before = batch.x.clone(), [torch.get_rng_state(), *random_states()]
+        x, before = batch.x.clone(), random_states()
         answer = self._answer(batch)
-        self._judge.draws = not all(map(torch.equal, before, [torch.get_rng_state(), *random_states()]))
+        self._judge.draws = not all(map(torch.equal, before, random_states()))
         given, outputs = Batch(x, batch.t, batch.nodes, batch.samples, batch.chain), outputs_only(answer)
         self._witnesses.told(witness, outputs)
         if self._judge.draws:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +25,7 @@ class Snapshot:
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         found = [g for value in arguments.values() for g in (value if isinstance(value, list | tuple) else [value])]
         self._states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-        self._host = torch.get_rng_state()
-        self._devices = random_states()
+        self._torch = random_states()
         self._others = np.random.get_state(legacy=False), random.getstate()
 
     @property
@@ -35,8 +35,7 @@ class Snapshot:
         pairs = zip([state for _, state in self._states], now, strict=True)
         return (
             all(torch.equal(a, b) for a, b in pairs)
-            and torch.equal(self._host, torch.get_rng_state())
-            and all(torch.equal(a, b) for a, b in zip(self._devices, random_states() if self._devices else [], strict=True))
+            and all(torch.equal(a, b) for a, b in zip(self._torch, random_states(), strict=False))
             and self._others[1] == random.getstate()
             and _same_state(self._others[0], np.random.get_state(legacy=False))
         )
@@ -48,15 +47,14 @@ class Snapshot:
     @property
     def states(self) -> tuple[Any, ...]:
         """The states, as another process can take them."""
-        return [state for _, state in self._states], self._host, self._devices, *self._others
+        return [state for _, state in self._states], self._torch, *self._others
 
     def take(self, states: tuple[Any, ...]) -> None:
         """Sets all generators to states of another snapshot of such arguments."""
-        own, host, devices, numpy, python = states
+        own, torchs, numpy, python = states
         for (generator, _), state in zip(self._states, own, strict=True):
             generator.set_state(state)
-        torch.set_rng_state(host)
-        set_random_states(devices)
+        set_random_states(torchs)
         np.random.set_state(numpy)
         random.setstate(python)
 
@@ -66,6 +64,11 @@ def _same_state(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same_state(a[name], b[name]) for name in a)
     return bool(np.array_equal(a, b))
+
+
+def by_others() -> str:
+    """What else may have advanced a generator that all threads share, as the end of a sentence; empty where there is none."""
+    return "" if threading.active_count() == 1 else ", or another thread of this process draws meanwhile"
 
 
 def clone(generator: torch.Generator, state: Tensor | None = None) -> torch.Generator:

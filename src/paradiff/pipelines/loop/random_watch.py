@@ -9,7 +9,6 @@ Python's global ones, and those among the call's arguments.
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from paradiff.errors import Unsupported
+from paradiff.pipelines.loop.random_state import by_others
 from paradiff.solver.accelerator import random_states
 
 State = list[tuple[str, Any]]
@@ -47,17 +47,18 @@ class RandomWatch:
         for (name, before), (_, now) in zip(self._seen, self._now(), strict=False):
             same = torch.equal(before, now) if isinstance(now, torch.Tensor) else before == now
             if not same:
-                others = "" if threading.active_count() == 1 else ", or another thread of this process draws from it meanwhile"
                 raise Unsupported(
-                    f"its loop draws random numbers besides its scheduler's, from {name}, in the order of its steps{others}"
+                    f"its loop draws random numbers besides its scheduler's, from {name}, in the order of its steps"
+                    f"{by_others()}"
                 )
 
     def _now(self) -> State:
         kind, keys, *rest = np.random.get_state()
+        host, *devices = random_states()
         return [
-            ("torch's generator", torch.get_rng_state()),
+            ("torch's generator", host),
             ("numpy's generator", (kind, keys.tobytes() if isinstance(keys, np.ndarray) else keys, *rest)),
             ("Python's generator", random.getstate()),
             *[("a generator among the call's arguments", g.get_state()) for g in self._generators],
-            *[("torch's generator of a device", state) for state in random_states()],
+            *[("torch's generator of a device", state) for state in devices],
         ]

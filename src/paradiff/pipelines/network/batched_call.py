@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import NeedsOrder, RanksFailed, Unsupported
-from paradiff.pipelines.loop.random_state import Snapshot
+from paradiff.pipelines.loop.random_state import Snapshot, by_others
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
@@ -163,7 +163,7 @@ class _WindowCall:
         windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
         if before is not None and self._any_rank(not before.same):
             raise NeedsOrder(
-                f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode"
+                f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode{by_others()}"
             )
         eps = self._eps(windows)
         self.batching.eps = max(self.batching.eps, eps)

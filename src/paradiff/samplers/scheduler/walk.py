@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from paradiff.chain.draws import Source
+from paradiff.chain.generators import borrowed
 from paradiff.errors import Unsupported
 
 UNUSED = ("generator", "return_dict")  # options of step that do not change the table
@@ -211,7 +212,7 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
     generator = torch.Generator().manual_seed(0)
     states, scales, places, counts = [], [], [], [0]
     mode = _Draws(draws or 0, generator, len(inputs(0)[0]))
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with borrowed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loop itself will give them
         torch.default_generator.manual_seed(0)  # not those of the devices, which are not put back
         for i, t in enumerate(request.timesteps):
@@ -273,7 +274,7 @@ def _takes_rows(kind: type, sampled: Sampled) -> bool:
     x = torch.zeros(1, 1, 1, 1)
 
     def fails(time: Tensor) -> bool:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with borrowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             scheduler = on_cpu(sampled.scheduler)
             try:
