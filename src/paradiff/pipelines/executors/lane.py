@@ -243,7 +243,7 @@ class Lane(greenlet.greenlet):
         shared.loop, watch, scope = self._marks[id(timesteps)]
         if scope is not None:
             raise Elsewhere(scope)
-        watch.check()
+        watch.check(shared.batching.log.drawing)
         refuse_changes(self.scheduler, self._settings)
         shared.batching.log.divide(timesteps)
         self._inside = True

@@ -191,7 +191,7 @@ class Vector:
         if solver.done:
             raise Unsupported(SECOND_LOOP)
         timesteps = solver.first.timesteps if solver.started else self._iterations.begin()
-        self._watch.check()
+        self._watch.check(self._batching.log.drawing)
         refuse_changes(self.scheduler, self._settings)
         if solver.started:
             self._count()

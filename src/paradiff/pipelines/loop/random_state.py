@@ -68,7 +68,13 @@ def _same_state(a: Any, b: Any) -> bool:
 
 def by_others() -> str:
     """What else may have advanced a generator that all threads share, as the end of a sentence; empty where there is none."""
-    return "" if threading.active_count() == 1 else ", or another thread of this process draws meanwhile"
+    threads = [thread for thread in threading.enumerate() if type(thread).__module__.partition(".")[0] != "tqdm"]
+    return "" if len(threads) == 1 else ", or another thread of this process draws meanwhile"
+
+
+def drawn_by(network: str) -> str:
+    """Why a network of this class that draws random numbers cannot be called in parallel."""
+    return f"{network} draws random numbers in its call, whose order is the loop's; put it into eval() mode{by_others()}"
 
 
 def clone(generator: torch.Generator, state: Tensor | None = None) -> torch.Generator:

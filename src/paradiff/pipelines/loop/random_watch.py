@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from paradiff.errors import Unsupported
-from paradiff.pipelines.loop.random_state import by_others
+from paradiff.pipelines.loop.random_state import by_others, drawn_by
 from paradiff.solver.accelerator import random_states
 
 State = list[tuple[str, Any]]
@@ -38,8 +38,11 @@ class RandomWatch:
         """Takes the present states: draws until here are not the loop's."""
         self._seen = self._now()
 
-    def check(self) -> None:
+    def check(self, network: str | None = None) -> None:
         """Checks that nothing was drawn since `mark`.
+
+        Args:
+            network: The class of a network that was seen to draw meanwhile.
 
         Raises:
             Unsupported: If a generator has advanced.
@@ -47,6 +50,8 @@ class RandomWatch:
         for (name, before), (_, now) in zip(self._seen, self._now(), strict=False):
             same = torch.equal(before, now) if isinstance(now, torch.Tensor) else before == now
             if not same:
+                if network is not None:
+                    raise Unsupported(drawn_by(network))
                 raise Unsupported(
                     f"its loop draws random numbers besides its scheduler's, from {name}, in the order of its steps"
                     f"{by_others()}"

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import NeedsOrder, RanksFailed, Unsupported
-from paradiff.pipelines.loop.random_state import Snapshot, by_others
+from paradiff.pipelines.loop.random_state import Snapshot, drawn_by
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
@@ -162,9 +162,7 @@ class _WindowCall:
         pieces = [[found[n] for _, found in parts] for n in range(len(parts[0][1]))]
         windows = [torch.cat(piece)[:states] if len(piece) > 1 else piece[0][:states] for piece in pieces]
         if before is not None and self._any_rank(not before.same):
-            raise NeedsOrder(
-                f"{self.name} draws random numbers in its call, whose order is the loop's; put it into eval() mode{by_others()}"
-            )
+            raise NeedsOrder(drawn_by(self.name))
         eps = self._eps(windows)
         self.batching.eps = max(self.batching.eps, eps)
         self._compare(suspects, windows, earlier, eps)

@@ -74,6 +74,7 @@ class CallLog:
         open: Whether calls are recorded.
         before: The calls before the loop; known when the loop is (`divide`).
         first: Those of the loop's first pass.
+        drawing: The class of the network that drew random numbers in the pass that is recorded; None for none.
     """
 
     def __init__(self, known: Iterable[Entry] = ()) -> None:
@@ -81,6 +82,7 @@ class CallLog:
         self._known = deque(known)
         self.before: list[Entry] = []
         self.first: list[Entry] = []
+        self.drawing: str | None = None
         self._entries: list[Entry] = []
         self._marks: dict[int, tuple[Tensor, int]] = {}
 
@@ -88,6 +90,7 @@ class CallLog:
         """An iteration over these times begins, which may be the loop."""
         if self.open:
             self._marks[id(timesteps)] = timesteps, len(self._entries)
+            self.drawing = None
 
     def made(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """Makes a call and records it.
@@ -112,8 +115,10 @@ class CallLog:
         writes = not all(isinstance(leaf, (Tensor, torch.Generator, *PLAIN)) for leaf in leaves)
         writes |= versions != [_version(tensor) for tensor in tensors]
         kept = _kept(output)
-        anew = writes or kept is None
-        if anew or before.same:
+        anew, same = writes or kept is None, before.same
+        if not same:
+            self.drawing = type(getattr(method, "__self__", method)).__name__
+        if anew or same:
             self._entries.append(Entry(called, kept, anew))
         else:
             self._entries.append(Entry(called, kept, anew, [g.get_state() for g in generators], Snapshot({})))
@@ -130,7 +135,7 @@ class CallLog:
         Args:
             keep: Whether the calls before the loop are kept, to be played again.
         """
-        self.open = False
+        self.open, self.drawing = False, None
         self._known.clear()
         self.before, self.first, self._entries = self.before if keep else [], [], []
         self._marks.clear()
