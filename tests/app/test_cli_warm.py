@@ -36,6 +36,7 @@ def test_a_run_begins_from_a_file(cli: Cli, tmp_path: Path) -> None:
         (("--start", tmp_path / "b"), "is not there; give its file"),
         (("--start", one / "run.json"), "cannot be read as safetensors, since it was cut short or is another kind of file"),
         (("--save-trajectory", tmp_path / "no" / "c"), "whose folder does not exist; make it first"),
+        (("--save-trajectory", tmp_path), "which is a folder; give the path of a file"),
         (("--method", "srds", "--save-trajectory", tmp_path / "c"), "srds"),
     ):
         method = () if "--method" in more else ("--method", "collocation")
@@ -43,6 +44,22 @@ def test_a_run_begins_from_a_file(cli: Cli, tmp_path: Path) -> None:
         assert refused.code == 2
         assert text in refused.err
     assert not (tmp_path / "three").exists()
+
+
+def test_a_trajectory_that_cannot_be_written_leaves_the_run_whole(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("paradiff.solver.trajectory.tempfile.mkstemp", full)
+    out = tmp_path / "out"
+    refused = cli(*DIGITS, "--method", "quasi_newton", "--out", out, "--save-trajectory", tmp_path / "a")
+    assert refused.code == 2
+    assert "the trajectory cannot be written to" in refused.err
+    assert f"No space left on device; the run itself is whole and is written to {out}" in " ".join(refused.err.split())
+    assert (out / "run.json").exists()
+    assert not (tmp_path / "a").exists()
 
 
 def test_each_seed_of_a_pipeline_begins_from_its_own(cli: Cli, tmp_path: Path) -> None:

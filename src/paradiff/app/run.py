@@ -50,8 +50,8 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
         refuse_pixel_options(request)
     begin = None if request.start is None else Trajectory.load(request.start)
     require_warm(solver, begin, request.save_trajectory is not None)
-    if request.save_trajectory is not None and not Path(request.save_trajectory).absolute().parent.is_dir():
-        raise ValueError(f"--save-trajectory is {request.save_trajectory!r}, whose folder does not exist; make it first")
+    if request.save_trajectory is not None:
+        refuse_unfit(request.save_trajectory)
     with team(request.to_json(), device) as ranks:
         own = getattr(solver, "deadline", None) is not None
         deadline = None if request.deadline is None or own else Deadline(request.deadline, clock=clock_of(ranks))
@@ -79,13 +79,29 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
                 with finishing(place):
                     folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
             if request.save_trajectory is not None and outcome.trajectory is not None and rank() == 0:
-                outcome.trajectory.save(request.save_trajectory)
+                try:
+                    outcome.trajectory.save(request.save_trajectory)
+                except ValueError as error:
+                    raise ValueError(f"{error}; the run itself is whole and is written to {place}") from error
     show(console, outcome.contents, request.method, outcome.title)
     console.print(f"{outcome.contents['status']}; written to {place}", soft_wrap=True)
     ended = outcome.contents["status_code"] == Status.STOPPED.code and (own or (deadline is not None and deadline.stopped))
     if ended:
         console.print(f"the deadline of {solver.deadline if own else request.deadline:g} s ended it", soft_wrap=True)
         raise typer.Exit(LATE)
+
+
+def refuse_unfit(trajectory: str) -> None:
+    """Refuses the path of a file that could not be written.
+
+    Raises:
+        ValueError: If it is a folder, or its folder does not exist.
+    """
+    path = Path(trajectory).absolute()
+    if path.is_dir():
+        raise ValueError(f"--save-trajectory is {trajectory!r}, which is a folder; give the path of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--save-trajectory is {trajectory!r}, whose folder does not exist; make it first")
 
 
 def claimed(request: Request) -> AbstractContextManager[Folder | None]:
