@@ -112,9 +112,9 @@ class FirstStep:
             for time in self.timesteps[:2]:
                 kwargs = {name: value for name, value in self.kwargs.items() if name != "generator"}
                 if hasattr(scheduler, "scale_model_input"):
-                    scheduler.scale_model_input(self.sample, time)
+                    scheduler.scale_model_input(self.sample.clone(), time)
                 options = resolved(kwargs, time)
-                scheduler.step(self.output, time_of(scheduler, time, self.sample), self.sample, **options)
+                scheduler.step(self.output.clone(), time_of(scheduler, time, self.sample), self.sample.clone(), **options)
         after = vars(scheduler)
         return {name for name in {*before, *after} - {"_step_index"} if not _alike(before.get(name), after.get(name))}
 
@@ -129,8 +129,8 @@ class FirstStep:
         with forked_random_state(sample.device):
             scale_model_input = getattr(scheduler, "scale_model_input", None)
             if scale_model_input is not None:
-                scale_model_input(sample, self.timesteps[index])
-            return scheduler.step(output, time_of(scheduler, self.timesteps[index], sample), sample, **kwargs)
+                scale_model_input(sample.clone(), self.timesteps[index])
+            return scheduler.step(output.clone(), time_of(scheduler, self.timesteps[index], sample), sample.clone(), **kwargs)
 
 
 def is_time(given: Any, wanted: Tensor) -> bool:

@@ -121,6 +121,11 @@ class Weights:
 
     def _record(self, path: str, module: nn.Module, moves: bool) -> None:
         """Records a module's parts and parameters."""
+        if isinstance(module, torch.jit.ScriptModule):  # whose parts nobody exchanges, and whose dicts are none
+            held = dict(module._parameters.items())
+            for name in held:
+                self._record_one(f"{path}.{name}", held, name, moves)
+            return
         for held in (module._modules, *([] if moves else [module._parameters])):
             self._parts.append((path, held, dict(held)))
         for name in module._parameters:

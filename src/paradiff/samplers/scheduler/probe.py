@@ -202,6 +202,7 @@ def _probe(request: Request) -> Probed:
             f"{name}.step is not linear in the state and the network's output: superposition fails by {error:.1g} (rounding "
             f"would explain {LINEAR:g}){', its limit ' + repr(limit) + ' included' if limit is not None else ''}"
         )
+    _refuse_mixing(request, table, factors, own[:, 0])
     clip = None if table.clip is None else Merged(table.clip)
     return Probed(table, dataclasses.replace(table, start_scale=1.0, clip=clip), main.draws, mixing, error)
 
@@ -307,6 +308,35 @@ def _superposition_error(request: Request, table: Table, factors: Tensor, noise:
     size = (factors.abs() @ inputs.abs() + idle.abs()).amax(1)
     error = ((found - idle - factors @ inputs).abs().amax(1) / size.clamp(min=1e-30)).amax()
     return float(error.nan_to_num(torch.inf))
+
+
+def _refuse_mixing(request: Request, table: Table, factors: Tensor, own: Tensor) -> None:
+    """Refuses a step that gives a sample another state beside another sample, or whose elements know of each other.
+
+    Args:
+        request: The question.
+        table: The table.
+        factors: `[N, 2 N]` those of states and outputs.
+        own: `[N]` what each step adds by itself.
+
+    Raises:
+        Unsupported: Then.
+    """
+    x, m = _limit_size(request) * _random(table.steps, 3)
+
+    def beside(i: int) -> tuple[Tensor, Tensor]:
+        first, second = (torch.stack([part[i], -0.5 * part[i].flip(0)]).reshape(2, 2, 2, -1) for part in (x, m))
+        return first, second
+
+    found = walk(request, beside, 0).states[:, :CHANNELS]
+    inputs = torch.cat([x, table.convert(slice(0, table.steps), x, m)])
+    size = (factors.abs() @ inputs.abs() + own.abs()[:, None]).amax(1)
+    error = ((found - own[:, None] - factors @ inputs).abs().amax(1) / size.clamp(min=1e-30)).amax()
+    if not error <= LINEAR:
+        raise Unsupported(
+            f"{table.name}.step mixes the samples of a batch, or the elements of a sample: beside another one, a state is off "
+            f"by {error:.1g} of what the sample alone leads to, and a table has a step for each by itself"
+        )
 
 
 def _limit_size(request: Request) -> float:
@@ -444,8 +474,8 @@ class Increments:
             t = self._timesteps[i]
             if hasattr(self._scheduler, "scale_model_input"):
                 self._scheduler.scale_model_input(zero, t)
-            found = step_of(self._scheduler, zero, t, zero, self._kwargs, self._generator, None)
-            found = found.float()
+            found = step_of(self._scheduler, zero.clone(), t, zero.clone(), self._kwargs, self._generator, None)
+            found = found.float().clone()
             if self._mixing is not None:
                 self._raw.append(found)
                 found = torch.stack([row * float(k) for k, row in zip(self._mixing[i], self._raw, strict=False) if k]).sum(0)

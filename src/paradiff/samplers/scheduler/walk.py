@@ -201,7 +201,8 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
 
     Args:
         request: Scheduler, times and options.
-        inputs: State and output, `[L]`, for step i.
+        inputs: State and output for step i: `[L]`, which are a sample of L channels, or `[B, C, H, W]`, whose L numbers the
+            walk returns one after the other.
         draws: Number of basis vectors in place of random draws; None for real draws, the same in each walk.
         config: Options of the scheduler to be changed.
     """
@@ -211,12 +212,12 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
         scheduler.register_to_config(**config)
     generator = torch.Generator().manual_seed(0)
     states, scales, places, counts = [], [], [], [0]
-    mode = _Draws(draws or 0, generator, len(inputs(0)[0]))
+    mode = _Draws(draws or 0, generator, inputs(0)[0].numel())
     with borrowed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loop itself will give them
         torch.default_generator.manual_seed(0)  # not those of the devices, which are not put back
         for i, t in enumerate(request.timesteps):
-            x, m = (v.reshape(1, 1, 1, -1).clone() for v in inputs(i))
+            x, m = (v.clone() if v.ndim == 4 else v.reshape(1, 1, 1, -1).clone() for v in inputs(i))
             try:
                 scales.append(_scale(scheduler, t))
                 found = step_of(scheduler, m, t, x, request.kwargs, generator, mode if draws is not None else None)
@@ -233,7 +234,7 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
             if not isinstance(found, Tensor) or found.shape != x.shape:
                 raise Unsupported(f"{name}.step returns no state of the shape of its input, so it has no table")
             counts.append(mode.calls)
-            states.append(found.reshape(-1).double())
+            states.append(found.reshape(-1).double().clone())  # a step may return the same memory each time
             places.append(getattr(scheduler, "step_index", None))
     known = None if None in places else [int(p) - 1 for p in places]
     per_step = [after - before for before, after in itertools.pairwise(counts)]
