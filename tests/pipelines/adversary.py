@@ -26,6 +26,7 @@ import textwrap
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -485,7 +486,7 @@ HEAD = """
 _numbers = itertools.count()
 
 
-def _class(loop: str) -> Any:
+def _class(loop: str, given: Mapping[str, Any]) -> Any:
     """The class of `Adversary.of`."""
     text = (
         "import os\nimport sys\nfrom collections import deque\nfrom itertools import count\nfrom queue import Queue\n"
@@ -497,7 +498,7 @@ def _class(loop: str) -> Any:
     name = f"<adversary {next(_numbers)}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     scope: dict[str, Any] = {name: value for name, value in globals().items() if not name.startswith("_")}
-    scope["__name__"] = __name__
+    scope.update(given, __name__=__name__)
     exec(compile(text, name, "exec"), scope)
     return scope["Adversary"]
 
@@ -567,9 +568,9 @@ class Adversary:
     """Makes pipeline classes."""
 
     @staticmethod
-    def of(loop: str) -> Any:
-        """A pipeline class with a method `loop` of this text, whose source can be read."""
-        return _class(loop)
+    def of(loop: str, **scope: Any) -> Any:
+        """A pipeline class with a method `loop` of this text, whose source can be read and which knows further names."""
+        return _class(loop, scope)
 
 
 @dataclasses.dataclass(frozen=True)

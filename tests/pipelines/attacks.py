@@ -16,7 +16,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -869,9 +869,9 @@ class Averaging:
         return self.mean
 
 
-def source(name: str) -> str:
-    """The text of a loop."""
-    parts = {"head": "for i, t in enumerate(s.timesteps):", "step": "x = s.step(v, t, x)[0]"} | ATTACKS.get(name, {})
+def written(given: Mapping[str, str]) -> str:
+    """The text of a loop with these parts."""
+    parts = {"head": "for i, t in enumerate(s.timesteps):", "step": "x = s.step(v, t, x)[0]"} | dict(given)
     if "picture" in parts:
         parts["head"] = "for i, t in enumerate(ts):"
         parts["setup"] = PICTURE.strip() + "\n" + NOISED[parts["picture"]] + "\n" + parts.get("setup", "pass")
@@ -887,7 +887,7 @@ def source(name: str) -> str:
 def judged(name: str, method: Any, executor: Any) -> Verdict:
     """The plain call and the parallel one of an attack, or of a plain loop with one of NETWORKS, compared."""
     parts = ATTACKS.get(name, {})
-    kind = Adversary.of(source(name))
+    kind = Adversary.of(written(parts))
 
     def made() -> Any:
         torch.manual_seed(0)

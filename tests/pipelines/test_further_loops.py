@@ -76,7 +76,10 @@ REFUSED = {
         "    return x + 0.02 * total\n",
         "yields the states of its passes",
     ),
-    "network's setting": (written(before="self.net.gain = 0.6 if 5 <= i < 9 else 1.0"), "Gained.gain of a network"),
+    "network's setting": (
+        written(before="self.net.gain = 0.6 if 5 <= i < 9 else 1.0"),
+        "the loop changes Gained.gain, which a network reads",
+    ),
     "shared setting": (
         written(before="STORE['w'] = 0.7 if 5 <= i < 9 else 1.0", within="v = v * STORE['w']"),
         "STORE.'w'. is set",

@@ -282,7 +282,7 @@ class Call:
         assert interrupt is not None
         if self._settings.check != "off":
             batching.readers = users_methods(self._kind)
-            batching.hooks = hooks_memory(self._networks, batching.readers)
+            batching.hooks = hooks_memory(host, batching.readers)
         modules = self._networks.values()
         with boundary.install(modules, batching, called_names(self._kind)) as installed:
             batching.replaced = installed.replaced

@@ -8,6 +8,7 @@ How one call is made is in call.py; the run is the pipeline with its settings, o
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
@@ -238,7 +239,7 @@ class Run:
     @property
     def enabled(self) -> bool:
         """Whether calls of the pipeline object are parallel calls of this run."""
-        return type(self.host.owner) is self._parallel_class
+        return self._parallel_class in type(self.host.owner).__mro__  # lanes put a class of theirs before it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the pipeline in parallel, also where it is not enabled, and returns what it returns.
@@ -318,7 +319,9 @@ class Run:
     def _plain_class(self) -> Any:
         """The pipeline's own class, whether or not it is enabled."""
         kind = type(self.host.owner)
-        return kind.__bases__[1] if issubclass(kind, _Parallel) else kind
+        while issubclass(kind, _Parallel):
+            kind = kind.__bases__[-1]
+        return kind
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the pipeline. Calls of several threads wait for each other, since they share the scheduler."""
@@ -332,7 +335,9 @@ class Run:
             try:
                 arguments = host.bound(args, kwargs)
                 turn.call = call = Call(host.of(arguments), self.settings, arguments)
-                result, report = call.made()
+                switched = self.enabled or isinstance(host.owner, Function)
+                with contextlib.nullcontext() if switched else turn.taken(host.owner, host.entry):
+                    result, report = call.made()
                 self.reports.append(report)
                 return result
             finally:

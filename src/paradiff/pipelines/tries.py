@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.random_state import Snapshot
@@ -110,11 +108,12 @@ class PlainBeginning:
         self._surroundings.restore()
 
 
-def hooks_memory(networks: Mapping[str, nn.Module], readers: list[types.FunctionType]) -> Memory | None:
+def hooks_memory(host: Host, readers: list[types.FunctionType]) -> Memory | None:
     """The memory of the functions that torch calls before and after the networks; None if there are none."""
+    networks = host.networks
     hooks = [(f"a hook of the {name}", hook) for name, network in networks.items() for hook in call_hooks(network)]
     inside = [module for network in networks.values() for module in network.modules()]
-    return Memory(hooks, leave=inside, readers=readers) if hooks else None
+    return Memory(hooks, leave=[*inside, host.scheduler], readers=readers) if hooks else None
 
 
 @dataclass

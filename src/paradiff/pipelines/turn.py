@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -21,6 +24,36 @@ class Turn:
         self.lock = threading.Lock()
         self.caller: int | None = None
         self.call: Any = None
+
+    @contextlib.contextmanager
+    def taken(self, owner: Any, entry: str) -> Iterator[None]:
+        """Lets plain calls of the object from other threads wait, until the end of the block.
+
+        Args:
+            owner: The object, of which the present thread has the turn.
+            entry: The name of the method by which it is called.
+        """
+        kind = type(owner)
+        plain, here = getattr(kind, entry), threading.get_ident()
+
+        @functools.wraps(plain)
+        def call(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == here:
+                return plain(owner, *args, **kwargs)
+            with self.lock:
+                return plain(owner, *args, **kwargs)
+
+        try:
+            waiting = type(kind)(kind.__name__, (kind,), {entry: call, "__module__": kind.__module__})
+            object.__setattr__(owner, "__class__", waiting)
+        except TypeError:  # a class that takes no other
+            yield
+            return
+        try:
+            yield
+        finally:
+            if type(owner) is waiting:
+                object.__setattr__(owner, "__class__", kind)
 
 
 class Turns:

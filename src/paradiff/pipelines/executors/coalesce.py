@@ -148,12 +148,14 @@ class Coalescer:
         self.refuse_writes()
         first = calls[0]
         columns = [list(column) for column in zip(*[call.leaves for call in calls], strict=True)]
-        leaves: list[Any] = self._leaves(calls, columns) if len(calls) > 1 else self._single(first)
+        leaves: list[Any] = self._leaves(calls, columns) if len(calls) > 1 else []
+        if not any(isinstance(leaf, Windowed) for leaf in leaves):  # one lane, or several with the same state
+            leaves = self._single(first)
         args, kwargs = _pytree.tree_unflatten(leaves, first.spec)
         output = batched_call(self.batching, type(first.module).__name__, first.forward, args, kwargs)
         result, spec = _pytree.tree_flatten(output)
         return [
-            _pytree.tree_unflatten([leaf.window[w] if isinstance(leaf, Windowed) else leaf for leaf in result], spec)
+            _pytree.tree_unflatten([_of(leaf, w) if isinstance(leaf, Windowed) else leaf for leaf in result], spec)
             for w in range(len(calls))
         ]
 
@@ -220,6 +222,11 @@ class Coalescer:
                         leaf.set_(shared.lent)  # pyright: ignore[reportArgumentType] - a tensor is a source, too
                 self.watched[id(leaf)] = weakref.ref(leaf), _version(leaf)
         call.known[key] = leaf, _version(leaf), shared
+
+
+def _of(leaf: Windowed, place: int) -> Tensor:
+    """The output of the call at this place; a single one is that of all."""
+    return leaf.window[place if leaf.width > 1 else 0]
 
 
 def _alike(a: Any, b: Any) -> bool:

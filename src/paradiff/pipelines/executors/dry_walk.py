@@ -39,6 +39,7 @@ from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, place, real_scheduler, seal
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
+from paradiff.pipelines.loop.waiting import refuse_waiting
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.network.call_log import Player, signature
 from paradiff.pipelines.tensor.windowed import first_line
@@ -89,9 +90,11 @@ def refuse_memory(start: Start, solver: LoopSolver, batching: Batching) -> None:
 
     Raises:
         Carried: If a pass depends on the passes before it.
+        Unsupported: If the loop may wait for another thread.
     """
     if solver.done or solver.width == 1 or solver.table.steps < 3:
         return
+    refuse_waiting()
     walk = DryWalk(start, solver, batching)
     now = Snapshot({})
     start.random.restore()
@@ -122,6 +125,7 @@ class DryWalk(greenlet.greenlet):
         super().__init__(self._walk)
         self.gr_context = contextvars.copy_context()
         self._start, self._solver, self._batching = start, solver, batching
+        self.owner: Any = None  # what answers for the object in the walk (owner.py)
         self.scheduler = make_proxy(start.host.scheduler, self)
         self._steps = solver.table.steps
         self._node, self._visit = 0, ""
@@ -173,9 +177,9 @@ class DryWalk(greenlet.greenlet):
 
     def _walk(self) -> None:
         host = self._start.host
-        owner = host.copied(self.scheduler)
+        self.owner = host.copied(self.scheduler)
         try:
-            host.call(owner, **self._start.keywords())
+            host.call(self.owner, **self._start.keywords())
             self._broken = "it ends"
         except (_Ended, Unsupported):
             pass

@@ -22,6 +22,7 @@ from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.dry_walk import refuse_memory
+from paradiff.pipelines.executors.owner import same
 from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
 from paradiff.pipelines.loop import interrupt
 from paradiff.pipelines.loop.audit import KEEPS
@@ -254,16 +255,19 @@ class Lane(greenlet.greenlet):
         shared.first_results = list(self.results)
         if shared.solver.calls_back:
             shared.keep(self.owner, left=interrupt.NAMES)  # for the callback
-        with Modes.exact().entered():
-            shared.solver.begin(first, own=shared.own)
+        owner, self.owner = self.owner, None  # A callback sees the user's object, not the lane's copy (owner.py).
+        try:
+            with Modes.exact().entered():
+                shared.solver.begin(first, own=shared.own)
+        finally:
+            self.owner = owner
         shared.index = first_index(self.scheduler, timesteps[0])
         shared.running = first.running
         seal(self.scheduler, shared.running)
         self._settings = settings(self.scheduler)
         if shared.batching.check != "off":
             refuse_memory(shared.start, shared.solver, shared.batching)
-            if shared.attributes is not None:
-                shared.attributes.mark()
+            shared.mark()
         shared.batching.log.close(keep=True)
         self._turn(0, False)
 
@@ -276,8 +280,8 @@ class Lane(greenlet.greenlet):
             return shared.batching.ordinary(forward, args, kwargs)
         if self._inside and self._stepped:
             raise Unsupported(AFTER_THE_STEP)
-        if self._inside and shared.attributes is not None and (changed := shared.attributes.changed()) is not None:
-            raise Unsupported(f"the loop changes {changed} of a network, which the states of a window share")
+        if self._inside:
+            shared.refuse_settings()
         call = NetworkCall.of(module, forward, args, kwargs, len(self._calls), self._known, users=self.number == 0)
         for earlier in self._calls:
             shared.order.add((id(earlier), id(module)))
@@ -288,8 +292,7 @@ class Lane(greenlet.greenlet):
         if not self._inside or (self.dry and call.signature not in shared.shapes):
             output = self._alone(self._shared.batching.ordinary, (forward, args, kwargs), {})
             shared.learn(call, output)
-            if shared.attributes is not None:
-                shared.attributes.mark()
+            shared.mark()
             if not self._inside:
                 self.results.append((call.signature, output))
             return output
@@ -318,6 +321,16 @@ class Lane(greenlet.greenlet):
                 return make()
             return self._alone(make, (), {}) if entry.anew else entry.play(args, kwargs)
         return make() if batching.looping else self._alone(make, (), {})
+
+    def surrounded_as(self, other: Lane) -> bool:
+        """Whether torch's modes and the context variables are those of another lane, while both wait."""
+        one, two = self.gr_context, other.gr_context
+        assert one is not None
+        assert two is not None
+        alike = len(one) == len(two) and all(
+            key in two and (two[key] is value or same(two[key], value)) for key, value in one.items()
+        )
+        return alike and self.modes == other.modes
 
     def _alone(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call within which networks are called as they are."""

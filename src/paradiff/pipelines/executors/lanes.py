@@ -38,6 +38,7 @@ from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import counting
 from paradiff.pipelines.executors.coalesce import Coalescer
 from paradiff.pipelines.executors.lane import Elsewhere, Lane
+from paradiff.pipelines.executors.owner import Reads, answering
 from paradiff.pipelines.executors.shared_call import SharedCall
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.audit import KEEPS, granted, judge, relative_difference
@@ -73,12 +74,14 @@ def run_lanes(host: Host, arguments: Mapping[str, Any], solver: LoopSolver, batc
     Raises:
         Unsupported: If lanes cannot run the loop.
     """
-    snapshot = Snapshot(arguments)
+    snapshot, reads = Snapshot(arguments), Reads()
     scopes = host.scopes()
+    if host.switch is not None:
+        host.switch.noted = reads.note_of_scheduler
     while True:
         try:
-            with counting(scopes):
-                return Lockstep(host, arguments, solver, batching).run()
+            with counting(scopes), answering(host.owner, reads):
+                return Lockstep(host, arguments, solver, batching, reads).run()
         except Elsewhere as elsewhere:
             scopes.append(elsewhere.scope)
             snapshot.restore()
@@ -115,7 +118,8 @@ class Lockstep:
         round: The number of the pass, counted without lane 0's first one.
     """
 
-    def __init__(self, host: Host, arguments: Mapping[str, Any], solver: LoopSolver, batching: Batching) -> None:
+    def __init__(self, host: Host, arguments: Mapping[str, Any], solver: LoopSolver, batching: Batching, reads: Reads) -> None:
+        self._reads, batching.noted = reads, reads.noted
         self.shared, self.solver = SharedCall(host, arguments, solver, batching), solver
         self.shared.own = 1 if batching.check == "off" else 2
         self.coalescer = Coalescer(batching, self.shared.flags)
@@ -210,10 +214,10 @@ class Lockstep:
                 calls = [lane.call for lane in group if lane.call is not None]
                 group[0].task = functools.partial(self.coalescer, calls)
                 self._resume(group[0])
+                self._reads.refuse_differing(group)
                 results = group[0].result
                 self.shared.learn(calls[0], results[0])
-                if self.shared.attributes is not None:
-                    self.shared.attributes.mark()
+                self.shared.mark()
                 for lane, result in zip(group, results, strict=True):
                     lane.result = result
                 going += group
@@ -404,7 +408,7 @@ class Lockstep:
         groups: list[list[Lane]] = []
         for lane in waiting:
             group = next(
-                (g for g in groups if g[0].call is not None and lane.call is not None and g[0].call.joins(lane.call)), None
+                (g for g in groups if g[0].call and lane.call and g[0].call.joins(lane.call) and g[0].surrounded_as(lane)), None
             )
             if group is None:
                 groups.append([lane])

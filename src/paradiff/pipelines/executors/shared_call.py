@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from paradiff.errors import Unsupported
 from paradiff.pipelines.executors.coalesce import NetworkCall
 from paradiff.pipelines.executors.dry_walk import Start
-from paradiff.pipelines.host.host import Host
+from paradiff.pipelines.host.host import Host, attributes_of
 from paradiff.pipelines.loop.driver import LoopSolver
 from paradiff.pipelines.loop.scheduler_proxy import Flags, TimesLog
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.outside import Outside
 
 NOTHING = object()
 """In place of an attribute that is not there."""
@@ -42,6 +44,7 @@ class SharedCall:
         index: The scheduler's step index at the loop's start; None for a scheduler that counts no steps.
         own: How many passes lane 0 makes before another lane starts.
         attributes: The networks' settings, as they were after the last network call; None where nothing is checked.
+        outside: What the networks read outside of themselves, as it was then; None where nothing is checked.
         running: The scheduler's attributes that its own step changes.
         generators: The generators among the call's arguments.
         flags: What a lane took to be so in this pass, and is read with the pass's numbers.
@@ -60,27 +63,44 @@ class SharedCall:
         self.index: int | None = None
         self.own = 1
         self.attributes = None if batching.check == "off" else Attributes(host.networks.values())
+        self.outside = None if batching.check == "off" else Outside(host.networks)
         self.running: set[str] = set()
         self.flags: Flags = []
         self.times = TimesLog()
         self.shown: dict[str, Any] = {}
         self.generators = [g for g in _pytree.tree_leaves(arguments) if isinstance(g, torch.Generator)]
 
+    def mark(self) -> None:
+        """Takes the present settings of the networks, and what they read outside of themselves, for those of all lanes."""
+        for settings in (self.attributes, self.outside):
+            if settings is not None:
+                settings.mark()
+
+    def refuse_settings(self) -> None:
+        """Refuses a loop that sets something, in a pass, that its networks read.
+
+        Raises:
+            Unsupported: Then.
+        """
+        for settings in (self.attributes, self.outside):
+            if settings is not None and (changed := settings.changed()) is not None:
+                raise Unsupported(f"the loop changes {changed}, which a network reads, and which the states of a window share")
+
     def keep(self, owner: Any, *, left: Collection[str] = ()) -> None:
         """Copies to the user's object the attributes that the call set on a lane's copy, but for some that are left."""
-        mine = vars(self.host.owner)
-        for name, value in vars(owner).items():
-            own = name == "scheduler" or name in left or hasattr(value, "prepare_inputs")
-            if not own and mine.get(name, self) is not value:
+        mine = attributes_of(self.host.owner)
+        for name, value in attributes_of(owner).items():
+            lanes_own = name == "scheduler" or name in left or hasattr(value, "prepare_inputs")
+            if not lanes_own and mine.get(name, self) is not value:
                 self.shown.setdefault(name, mine.get(name, NOTHING))
                 mine[name] = value
 
     def hide(self, owner: Any) -> None:
         """Takes back in a copy of the user's object what `keep` copied to it."""
         for name, value in self.shown.items():
-            vars(owner).pop(name, None)
+            attributes_of(owner).pop(name, None)
             if value is not NOTHING:
-                vars(owner)[name] = value
+                attributes_of(owner)[name] = value
 
     def generator_states(self) -> list[Tensor]:
         """The states of the generators among the arguments."""

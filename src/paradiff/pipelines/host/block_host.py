@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paradiff.pipelines.host.host import Host
-from paradiff.pipelines.host.modular_host import ModularHost
+from paradiff.pipelines.host.modular_host import ModularHost, quiet
+from paradiff.pipelines.loop.switch import Switch
 
 TIMES = "timesteps"
 """The name of a loop's times in the state of its pipeline."""
@@ -53,6 +55,10 @@ class BlockHost(ModularHost):
         return self.pipeline.scheduler
 
     @property
+    def switch(self) -> Switch | None:
+        return self.pipeline.switch
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
         return self.pipeline.networks
 
@@ -62,6 +68,11 @@ class BlockHost(ModularHost):
 
     def loops(self) -> list[Any]:
         return [self.owner]
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        with quiet(), self.pipeline.trying():
+            yield
 
     def present(self, owner: Any, proxy: Any) -> Any:
         return proxy

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from paradiff.pipelines.loop.source import kept, obstacles, reads_index
+from paradiff.pipelines.loop.switch import Switch
 from paradiff.pipelines.signature import bound, plain_call
+
+
+def attributes_of(owner: Any) -> dict[str, Any]:
+    """The attributes of this very object, which may answer for another one (executors/owner.py)."""
+    return object.__getattribute__(owner, "__dict__")
 
 
 class Host:
@@ -35,7 +41,7 @@ class Host:
     def __init__(self, owner: Any, kind: Any) -> None:
         self.owner, self.kind = owner, kind
         self.call = plain_call(kind)
-        self._real: Any = None  # the scheduler, while a proxy stands for it
+        self._switch: Switch | None = None  # while proxies stand for the scheduler
 
     @property
     def name(self) -> str:
@@ -45,7 +51,12 @@ class Host:
     @property
     def scheduler(self) -> Any:
         """The scheduler whose times the method walks over."""
-        return self.owner.scheduler if self._real is None else self._real
+        return attributes_of(self.owner)["scheduler"] if self._switch is None else self._switch.real
+
+    @property
+    def switch(self) -> Switch | None:
+        """What answers for the scheduler object in a try; None outside of one."""
+        return self._switch
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -87,19 +98,29 @@ class Host:
 
     @contextlib.contextmanager
     def trying(self) -> Iterator[None]:
-        """A try, in which proxies stand for the scheduler."""
-        yield
+        """A try, in which proxies stand for the scheduler, whoever holds it.
+
+        Raises:
+            Unsupported: If those of another call do, in another thread.
+        """
+        switch = Switch(attributes_of(self.owner)["scheduler"])
+        with switch.on():
+            self._switch = switch
+            try:
+                yield
+            finally:
+                self._switch = None
 
     @contextlib.contextmanager
     def standing(self, proxy: Any) -> Iterator[None]:
-        """Lets a proxy stand for the scheduler, in the object itself."""
-        self._real = scheduler = self.owner.scheduler
+        """Lets a proxy stand for the scheduler, in the object itself and wherever else it is held."""
+        scheduler = self.owner.scheduler
         object.__setattr__(self.owner, "scheduler", proxy)
         try:
-            yield
+            with contextlib.nullcontext() if self._switch is None else self._switch.to(proxy):
+                yield
         finally:
             object.__setattr__(self.owner, "scheduler", scheduler)
-            self._real = None
 
     def present(self, owner: Any, proxy: Any) -> Any:
         """The scheduler that the object, or a copy of it, has at present, while a proxy stands for it."""

@@ -54,6 +54,10 @@ class LoopHost(Host):
         return self._found[0].real
 
     @property
+    def switch(self) -> Switch:
+        return self._found[0]
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
         return dict(self._found[1])
 

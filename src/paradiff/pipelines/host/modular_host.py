@@ -43,17 +43,24 @@ class ModularHost(Host):
 
     @contextlib.contextmanager
     def trying(self) -> Iterator[None]:
-        logger = logging.getLogger(LOGGER)
-        logger.addFilter(_is_no_refusal)
-        try:
+        with quiet(), super().trying():
             yield
-        finally:
-            logger.removeFilter(_is_no_refusal)
 
     def copied(self, proxy: Any) -> Any:
         owner = super().copied(proxy)
         vars(owner)["_blocks"] = _copied(owner._blocks)
         return owner
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Lets blocks report no refusal of paradiff's as an error of theirs."""
+    logger = logging.getLogger(LOGGER)
+    logger.addFilter(_is_no_refusal)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_refusal)
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from paradiff.pipelines.loop.interrupt import NAMES, flag
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.methods import called_names
+from paradiff.pipelines.network.outside import Outside
 
 CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback"
 DEPTH, ITEMS = 3, 64
@@ -46,7 +47,8 @@ class Callback:
         self._read = called_names(kind)
         self._left = NAMES - (self._read if flag(kind) is None else set())  # flags that are followed, or that no function asks
         self.error: BaseException | None = None
-        self._networks = Attributes(part for part in vars(pipeline).values() if isinstance(part, nn.Module))
+        networks = {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
+        self._networks, self._outside = Attributes(networks.values()), Outside(networks)
         self._own: frozenset[str] | None = None  # the pipeline's attributes before the callback could add any
 
     @classmethod
@@ -90,6 +92,7 @@ class Callback:
             latents = state.to(self.dtype, copy=True)
             given, before = latents.clone(), self._settings()
             self._networks.mark()
+            self._outside.mark()
             step = first - 1 + k
             try:
                 returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
@@ -101,7 +104,7 @@ class Callback:
             after = self._settings()
             changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
             what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
-            what = what or self._networks.changed()
+            what = what or self._networks.changed() or self._outside.changed()
             if what:
                 raise ValueError(
                     f"{CALLBACK} changed {what} after step {step}; a parallel run has swept later steps already and cannot "

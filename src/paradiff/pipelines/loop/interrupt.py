@@ -33,25 +33,25 @@ class Interrupt:
     """
 
     def __init__(self, pipeline: Any, plain: type) -> None:
-        self._pipeline = pipeline
+        self._attributes: dict[str, Any] = vars(pipeline)
         name = flag(plain)
-        self._name = name if name is None or name[0] == "_" or name in vars(pipeline) else f"_{name}"
+        self._name = name if name is None or name[0] == "_" or name in self._attributes else f"_{name}"
         self.node, self.state = 0, None
         self._held = False
 
     def __bool__(self) -> bool:
         """Whether the pipeline is interrupted and its loop heeds that."""
-        return self._name is not None and (self._held or bool(vars(self._pipeline).get(self._name, False)))
+        return self._name is not None and (self._held or bool(self._attributes.get(self._name, False)))
 
     def clear(self) -> None:
         """Takes the flag back, as a call of the pipeline does when it begins."""
-        if self._name is not None and self._name in vars(self._pipeline):
-            vars(self._pipeline)[self._name] = False
+        if self._name is not None and self._name in self._attributes:
+            self._attributes[self._name] = False
 
     def set(self) -> None:
         """Sets the flag."""
         if self._name is not None:
-            vars(self._pipeline)[self._name] = True
+            self._attributes[self._name] = True
 
     def hold(self) -> None:
         """Hides the flag from the loop for a pass, until `release`."""

@@ -64,8 +64,8 @@ def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False
     seen: set[int] = set()
     for frame in frames():
         for name, value in list(frame.f_locals.items()):
-            entries.tensors = tensors is not None and (_is_host(value) or id(value) in tensors)
-            if _is_host(value):
+            entries.tensors = tensors is not None and (is_host(value) or id(value) in tensors)
+            if is_host(value):
                 if id(value) not in seen:
                     seen.add(id(value))
                     for attribute, part in list(vars(value).items()):
@@ -93,7 +93,8 @@ def entered(kind: type) -> Iterator[None]:
             del HOSTS[kind]
 
 
-def _is_host(value: Any) -> bool:
+def is_host(value: Any) -> bool:
+    """Whether a value is a pipeline, or another object whose loop a run walks."""
     return isinstance(value, tuple(HOSTS))
 
 

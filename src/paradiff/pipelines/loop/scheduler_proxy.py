@@ -56,6 +56,8 @@ def make_proxy(scheduler: Any, handler: LoopHandler, log: TimesLog | None = None
     names = tuple(inspect.signature(real.step).parameters)[1:4] if hasattr(real, "step") else ()
     if names != STEP:
         raise Unsupported(f"{real.__name__}.step takes {', '.join(names) or 'nothing'} first and not {', '.join(STEP)}")
+    if not hasattr(real, "set_timesteps"):
+        raise Unsupported(f"{real.__name__} has no set_timesteps in its class, which a parallel run puts its own in place of")
     for name in REPLACED:
         if name in vars(scheduler):
             raise Unsupported(f"the {name} of this {real.__name__} object is not that of its class: somebody has replaced it")
@@ -293,7 +295,8 @@ def _methods(proxy: Any, handler: LoopHandler, log: TimesLog) -> dict[str, Calla
             "the pipeline copies its scheduler within its call, so that further states, or other steps, may belong to its loop"
         )
 
-    methods: dict[str, Callable[..., Any]] = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": copied}
+    methods: dict[str, Callable[..., Any]] = {"step": step, "set_timesteps": set_timesteps}
+    methods |= {"__deepcopy__": copied, "__reduce_ex__": copied}
     if hasattr(real, "scale_model_input"):
 
         def scale_model_input(sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import greenlet
@@ -34,12 +34,14 @@ class Switch:
     Attributes:
         scheduler: The scheduler.
         proxy: What answers outside of lanes; None for the scheduler itself.
+        noted: Told the name of each attribute that is read.
         real: A shallow copy of the scheduler, of its own class, for the length of a run; the scheduler itself outside of one.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = self.real = scheduler
         self.proxy: Any = None
+        self.noted: Callable[[str], None] = lambda name: None
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -93,6 +95,7 @@ def _answering(kind: Any, switch: Switch) -> type:
     def get(scheduler: Any, name: str) -> Any:
         if threading.get_ident() != here:
             return kind.__getattribute__(scheduler, name)
+        switch.noted(name)
         return getattr(switch.answering(), name)
 
     def put(scheduler: Any, name: str, value: Any) -> None:

@@ -65,6 +65,7 @@ class Batching:
         looping: Whether the loop runs; network calls before and after it are not counted.
         over: Whether it has ended.
         replaced: Tells a network whose boundary is no longer in place; None if all are.
+        noted: Makes the context of a network call with states of a window.
         met: Told of a module that a network's method returned, which the pipeline may call by itself.
         lost: What that told at the loop's end. After it networks may be hooked anew, as diffusers' offloading does.
         readers: The pipeline's own methods, which may read what a network keeps; without those of diffusers.
@@ -102,6 +103,7 @@ class Batching:
         self.alone = {id(module): module for module in alone}
         self.replaced: Callable[[], str | None] = lambda: None
         self.met: Callable[[nn.Module], None] = lambda module: None
+        self.noted: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.lost: str | None = None
         self.refused: Exception | None = None
         self.log = CallLog()
@@ -175,7 +177,8 @@ class Batching:
     def here(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A network call with states of a window, on the device of this thread."""
         crew = self.bound.crew
-        return crew.called(forward, args, kwargs) if isinstance(crew, Devices) else forward(*args, **kwargs)
+        with self.noted():
+            return crew.called(forward, args, kwargs) if isinstance(crew, Devices) else forward(*args, **kwargs)
 
     def for_all(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call without a window, which on several ranks one of them makes (methods.py).
@@ -272,7 +275,7 @@ class Batching:
         if self.check == "off" or states == 1 or signature in self._checked:
             return []
         self._checked.add(signature)
-        return [states // 2]
+        return [states - 1]  # the farthest from the first one, whose time or condition a network may use for all rows
 
     def repeated(self, leaf: Tensor, key: Any, repeat: Callable[[], Tensor]) -> Tensor:
         """`repeat()`, cached for an input that is repeated again with the same `key`.

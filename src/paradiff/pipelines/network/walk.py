@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from paradiff.models.absent import Absent
+from paradiff.pipelines.loop.switch import SWITCH
 from paradiff.pipelines.network.holder import STRUCTURE, Holder, contents
 from paradiff.pipelines.network.offloaded import in_files
 from paradiff.pipelines.network.origin import MODELS, function_of, is_users
@@ -181,7 +182,7 @@ class Walk:
         given = dict(zip(positional[len(positional) - len(defaults) :], defaults, strict=True))
         for name, value in [*given.items(), *(function.__kwdefaults__ or {}).items()]:
             self._visit(value, name, name)
-        if vars(function):
+        if vars(function) or is_users(scope.get("__name__")):
             self.holders.append(Holder(vars(function), path, named=True))
             for name, value in vars(function).items():
                 self._visit(value, f"{path}.{name}", name)
@@ -209,6 +210,8 @@ class Walk:
     def _visit_object(self, value: Any, path: str, name: str) -> None:
         origin = type(value).__module__
         if hasattr(value, "components"):  # A pipeline's attributes are its loop's affair.
+            return
+        if SWITCH in vars(type(value)):  # So are those of a scheduler whose times are walked over.
             return
         if isinstance(value, types.SimpleNamespace) or origin.partition(".")[0] in MODELS:
             holder = Holder(value, path, named=True)

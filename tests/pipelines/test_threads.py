@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pipeline that is called in one thread while a parallel call of it runs in another."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from adversary import Adversary, Net
+from test_further_loops import written
+
+from paradiff import parallelize, parasolver
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
+
+
+class Gated(Net):
+    """A network that lets another thread go on at its first call, and waits until that has called the pipeline."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["gates"] = None
+
+    def forward(self, x: torch.Tensor, t: Any) -> torch.Tensor:
+        gates, self.__dict__["gates"] = self.__dict__["gates"], None
+        if gates is not None:
+            gates[0].set()
+            gates[1].wait(0.2)
+        return super().forward(x, t)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_a_call_from_another_thread_waits_and_is_right(executor: Any, enabled: bool) -> None:
+    pipe = Adversary.of(written())(Gated(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    wanted = [pipe(generator=seeded(seed)) for seed in (1, 2)]
+    pipe.net.__dict__["gates"] = gates = threading.Event(), threading.Event()
+    found: dict[int, Any] = {}
+
+    def other() -> None:
+        gates[0].wait()
+        try:
+            found[1] = pipe(generator=seeded(2))
+        except Exception as error:
+            found[1] = error
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    run = parallelize(pipe, parasolver(tolerance=1e-5), executor=executor)
+    if enabled:
+        run.enable()
+    found[0] = run(generator=seeded(1))
+    thread.join()
+    assert all(report.executor == executor for report in run.reports)
+    assert len(run.reports) == 1 + enabled
+    for place in (0, 1):
+        assert isinstance(found[place], torch.Tensor), found[place]
+        assert float((found[place] - wanted[place]).abs().max()) < 1e-4
+    if enabled:
+        run.disable()
+    assert type(pipe).__mro__[1] is diffusers.DiffusionPipeline
