@@ -9,7 +9,8 @@ about (J - G) delta at the next node, and these errors add up along the window:
 with h of chain/sensitivity.py, equation (3). theta is observed: a node that stays in the window is swept again, and the change
 it then sees is the error it had. A node that becomes final carries its error to the sample with the factor k s: s of
 chain/sensitivity.py, equation (2), and k the caution of control.py. So the sum of k s e over the nodes at which a sample's
-window came to begin is an estimate of its error, not a bound.
+window came to begin is an estimate of its error, not a bound. Where the network was seen to answer to errors of a node by more
+than k s (path_answer.py), that counts in its place.
 
 With the rule `error` a sample may use its tolerance along the chain in proportion to the sum of h s^(1/2) passed.
 """
@@ -47,13 +48,15 @@ class ErrorBudget:
         self._predicted: list[float] = []  # e/theta of the nodes that stayed in the window
         self._errors: list[float] = []  # e/theta of the window's nodes after the last sweep
         self._change: list[float] = []  # |delta| of the same
+        self._answers: Sequence[float] = ()  # factors of the leading ones, as they were seen
         self._first = 0  # the window's first node in the last sweep
         self.theta = max(control.first_theta, self._least_theta)
         self.used = self.excess = 0.0
         self.residual = 0.0
 
-    def observe(self, first: int, change: list[float]) -> None:
-        """Takes the root mean square changes of the nodes after `first`; updates theta from those predicted before."""
+    def observe(self, first: int, change: list[float], answers: Sequence[float] = ()) -> None:
+        """Takes the root mean square changes of the nodes after `first`, and the factors by which the leading ones were seen to
+        answer; updates theta from those predicted before."""
         seen = list(zip(self._predicted, change, strict=False))
         predicted = math.sqrt(sum(e * e for e, _ in seen))
         if predicted > 0:
@@ -63,11 +66,14 @@ class ErrorBudget:
         for k, d in enumerate(change[:-1]):
             total += self._error[first + 1 + k] * d
             self._errors.append(total)
-        self._first, self._change = first, change
+        self._first, self._change, self._answers = first, change, answers
 
     def cost_of(self, passed: int) -> float:
         """The error that accepting `passed` nodes uses: k s e at the last of them."""
-        return self._factor[self._first + passed] * self.theta * self._errors[passed - 1]
+        factor = self._factor[self._first + passed]
+        if passed <= len(self._answers) and math.isfinite(self._answers[passed - 1]):
+            factor = max(factor, self._answers[passed - 1])
+        return factor * self.theta * self._errors[passed - 1]
 
     def accept(self, passed: int) -> None:
         """Uses the error of `passed` nodes, which become final."""

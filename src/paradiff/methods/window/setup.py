@@ -19,6 +19,7 @@ from paradiff.methods.secant import Symmetry
 from paradiff.methods.window.fill import Recurrence, RememberedRecurrence
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.passing import PassByBound, PassByError, PassBySweeps, PassingRule
+from paradiff.methods.window.path_answer import PathAnswer, on_a_path
 
 
 class WindowSetup:
@@ -48,6 +49,7 @@ class WindowSetup:
         residual_bound: `[M]` the bound of every node's residual, with the rule `residual` or an Anderson mixing; else None.
         decides: Factor on carried errors where it is judged whether they keep to the tolerance (budget.py).
         recurrence: The predictor's coefficients.
+        path: How nodes are seen to answer, in narrow windows; None where that is not looked at.
     """
 
     def __init__(
@@ -93,6 +95,9 @@ class WindowSetup:
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
         self.recurrence = Recurrence(self.step, method.predictor, self.width)
+        narrow = self.width <= min(method.control.narrow, self.intervals - 1)
+        looks = self.by_error and self.single and narrow and on_a_path(table)
+        self.path = PathAnswer(self.step, method.control.answer_bound) if looks else None
 
     @cached_property
     def remembered(self) -> RememberedRecurrence:

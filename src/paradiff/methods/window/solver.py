@@ -104,6 +104,7 @@ class WindowSolver:
         self._seen = 1.0  # the same by the last sweep alone
         self._furthest = 0  # the last node of the last sweep, and the mean square of the clean-data estimate there
         self._clean_square = x0.new_empty(0)
+        self._answers = x0.new_empty(0)  # [W] of its nodes, where they are looked at
         factor, self._passes = setup.scaled(self._size)
         self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
         self.update: Update = update_of(setup)
@@ -171,8 +172,9 @@ class WindowSolver:
         Returns:
             `[W]` mean square change of each node after the first, where that ended a sweep; with the rule `residual`, followed
             by `[W]` mean squares of the residuals; with a tolerance of the estimated error, followed by the mean square of the
-            clean-data estimate at the last node; where that is the chain's end, by that of its state, and of what errors of
-            nodes that passed become there (carried_error.py), once there are some.
+            clean-data estimate at the last node, and in narrow windows by how the nodes answer (path_answer.py); where that
+            is the chain's end, by that of its state, and of what errors of nodes that passed become there (carried_error.py),
+            once there are some.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -190,6 +192,8 @@ class WindowSolver:
             self._edit(asked, states)
             self.x[places[0]] = asked = states
         m = table.convert(query.nodes, asked, outputs)
+        if setup.path is not None:
+            self._answers = setup.path(self.lo, asked, m)
         if self._keeper is not None:
             self._keeper.take(query.nodes, asked, m)
         if query.running[-1] == self.hi - 1:
@@ -242,7 +246,7 @@ class WindowSolver:
         if self.hi == self.setup.intervals:
             carried = None if self._carried is None else self._carried.look(self.lo, self.hi)
             ending = [mean_square(new[-1:]), *([] if carried is None else [carried])]
-        return torch.cat([mean_square(distance), *judged, self._clean_square, *ending])
+        return torch.cat([mean_square(distance), *judged, self._clean_square, self._answers, *ending])
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Accepts the leading nodes (at least one) and slides the window: new nodes get an initial guess, or, at a block's
@@ -263,11 +267,12 @@ class WindowSolver:
         squares = squares[len(judged) :]
         if setup.by_error:
             self._see(squares[0])
+        looked = len(self._answers)
+        answers, ending = squares[setup.by_error :][:looked], squares[setup.by_error :][looked:]
         if all(map(math.isfinite, norms)):
-            ending = squares[setup.by_error :]
             self._final_square = ending[0] if ending else None
             rms = [math.sqrt(v) for v in norms]
-            self.budget.observe(first, rms)
+            self.budget.observe(first, rms, answers)
             residuals = [math.sqrt(v) for v in judged] if setup.by_residual else rms
             passed = self._passes(first, residuals, self.ages, self.budget)
             self.budget.accept(passed)
