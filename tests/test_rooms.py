@@ -20,7 +20,7 @@ ORDER = [
     {"samplers", "solver"},
     {"methods", "models"},
     {"planning"},
-    {"pipelines"},
+    {"pipelines", "serving"},
     {"app"},
     {"__main__"},
 ]

@@ -350,6 +350,48 @@ class Kept(Protocol):
         ...
 
 
+@runtime_checkable
+class Resizes(Protocol):
+    """A solver whose rows in a round can be bounded anew between two sweeps; what it has found stays."""
+
+    @property
+    def resizable(self) -> bool:
+        """Whether it can: not where the parts of its chain are given."""
+        ...
+
+    def resize(self, rows: int) -> None:
+        """Bounds the rows of the rounds to come, at least one each; without effect where it is not resizable."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a walk of the plain chain has come to, and what its next step reads. Places are compared by identity.
+
+    Attributes:
+        node: The node i whose state is known.
+        states: x[i], x[i-1], ..., each `[...]`: at least as many as a step reads, as far as the chain has them.
+        outputs: m[i-1], m[i-2], ..., each `[...]`, one fewer.
+    """
+
+    node: int
+    states: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+
+@runtime_checkable
+class Walks(Resizes, Protocol):
+    """A resizable solver of the plain chain, whose first states are final: others may take single steps in its place."""
+
+    def place(self) -> Place:
+        """Up to where its states are final."""
+        ...
+
+    def resume(self, place: Place) -> None:
+        """Goes on from a place that single steps came to from its own."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Rows to be evaluated in one round. Batches are compared by identity.

@@ -55,6 +55,15 @@ class Handover(Windowed):
             evaluations=self._evaluations + verified.evaluations,
         )
 
+    @property
+    def resizable(self) -> bool:
+        """Whether the window's width is free."""
+        return self._window.resizable
+
+    def resize(self, rows: int) -> None:
+        """Bounds the window's nodes."""
+        self._window.resize(rows)
+
     def ask(self) -> Query:
         """The rows wanted now."""
         return self._window.ask()

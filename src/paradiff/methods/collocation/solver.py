@@ -134,6 +134,7 @@ class CollocationSolver:
         self._probes = Probes(setup, self._at)
         self.estimator = Estimator(setup)
         self._handover: Handover | None = None
+        self._window = method.window  # most rows of a round; None for no bound
         self._visited: list[int] = []  # fine nodes of the last round
         self._nodes = Evaluations(len(system.intervals), setup.pairs_of(system), self._x0, setup.dtype)
         self.active = list(range(len(system.intervals)))
@@ -224,6 +225,17 @@ class CollocationSolver:
         return None if self._handover is None else self._handover.reason
 
     @property
+    def resizable(self) -> bool:
+        """Whether rows can be bounded anew: of any mesh they can."""
+        return True
+
+    def resize(self, rows: int) -> None:
+        """Bounds the rows of the rounds to come; the method's own window is kept to as well."""
+        self._window = rows if self.setup.method.window is None else min(rows, self.setup.method.window)
+        if self._handover is not None:
+            self._handover.resize(rows)
+
+    @property
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self._handover is not None:
@@ -239,7 +251,7 @@ class CollocationSolver:
         if self._handover is not None:
             return self._handover.ask()
         setup = self.setup
-        window = setup.method.window or len(self.system.intervals) * 2
+        window = self._window or len(self.system.intervals) * 2
         chosen = self.active[:window]
         pairs = self._unprobed()[: window - len(chosen)]
         nodes, states = self.system.nodes[chosen], self._states[uploaded(chosen, self._states.device)]
@@ -364,7 +376,7 @@ class CollocationSolver:
             away: Mean square distances of the nodes' states from those of their evaluations.
             together: That of all nodes together.
         """
-        count, window = len(each), self.setup.method.window
+        count, window = len(each), self._window
         rest = self.control.iteration_share * self._bounds.tolerance
         limit = (self.control.node_share * rest / count) ** 2
         self._sweeps += 1
@@ -522,6 +534,8 @@ class CollocationSolver:
             evaluations=self.evaluations,
             keep=self._keep,
         )
+        if self._window is not None:
+            self._handover.resize(self._window)
 
 
 def mean_square(change: Tensor) -> Tensor:

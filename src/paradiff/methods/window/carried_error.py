@@ -47,6 +47,11 @@ class CarriedError:
         self._last: Tensor | None = None  # [n, ...] their last changes
         self._ways: tuple[Carried, Carried] | None = None  # [n, 2, ...] both v of equation (1), and what T makes of them
 
+    @property
+    def size(self) -> float:
+        """Root mean square of the errors at the window's first node; waits for the device."""
+        return 0.0 if self._errors is None else float(self._norm(self._errors.change[-1]))
+
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
         if self._own is not None:

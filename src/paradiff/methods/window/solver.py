@@ -43,7 +43,7 @@ from paradiff.methods.window.salvage import finite_nodes
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.substeps import Rounds, SingleSteps, Substeps, WindowQuery
 from paradiff.methods.window.update import NewtonUpdate, SecantUpdate, Update
-from paradiff.solver.protocol import OnFinal, Problem, Query
+from paradiff.solver.protocol import OnFinal, Place, Problem, Query
 from paradiff.solver.records import WindowRecord
 from paradiff.solver.solution import ErrorEstimate
 from paradiff.solver.trajectory import Part
@@ -121,6 +121,7 @@ class WindowSolver:
         self._held = setup.method.predictor == "held" and begin is None  # whether the window's end is no known state
         self._on_final = _unheard if on_final is None else on_final
         self._block = 1  # the window may reach to this block edge
+        self._most = setup.intervals  # sub-intervals of the window at most, by whoever resizes it
         self._open()
 
     @property
@@ -360,6 +361,62 @@ class WindowSolver:
         if setup.history:
             self.m = self.m[: setup.history + keep]
 
+    @property
+    def resizable(self) -> bool:
+        """Whether the window's width is free: its sub-intervals are single steps, in no blocks, and are not swept by number."""
+        method = self.setup.method
+        return self.setup.single and method.blocks is None and method.sweeps is None and method.predictor != "held"
+
+    def resize(self, rows: int) -> None:
+        """Bounds the window's nodes, between two sweeps. Those beyond are dropped, and filled afresh when the window comes to
+        them.
+
+        Args:
+            rows: Nodes at most, one at least; the method's own window is kept to as well.
+        """
+        if not self.resizable or self.done or rows == self._most:
+            return
+        self._most = rows
+        if self.hi - self.lo > rows:
+            self.narrow(rows)
+        else:
+            self._open()
+
+    def place(self) -> Place:
+        """The window's first node, and what its step reads."""
+        at = self.setup.history
+        return Place(self.lo, [self.x[at - j] for j in range(at + 1)], [self.m[at - 1 - j] for j in range(at)])
+
+    def resume(self, place: Place) -> None:
+        """Goes on from a place that single steps came to from the window's first node. They add no error; those of nodes before
+        are carried along by the slope, as in a window of one node.
+
+        Waits for the device where that is the chain's end.
+        """
+        assert self.resizable, "whoever walks asks whether the solver is resizable"
+        setup, passed = self.setup, place.node - self.lo
+        self.narrow(1)
+        self.budget.forget()
+        self._final_square = None
+        if self._carried is not None:
+            for first in range(self.lo, place.node, FILL):
+                steps = min(FILL, place.node - first)
+                self._carried.advance(first, self.x.new_zeros(steps, *self.x.shape[1:]), 0.0, self.edits)
+            if place.node == setup.intervals and passed:
+                self.budget.carry(self._carried.size, setup.method.tolerance, setup.decides)
+        past = setup.history - min(place.node, setup.history)
+        zero = torch.zeros_like(place.states[0])
+        self.x = torch.stack([*[zero] * past, *reversed(place.states[: setup.history - past + 1])])
+        if setup.history:
+            self.m = torch.stack([*[zero] * past, *reversed(place.outputs[: setup.history - past])])
+        if place.node and place.outputs:
+            self._fill.observe(place.node - 1, place.states[1], place.outputs[0])
+        self.z, self.ages = self.z[:0], []
+        self.rounds += passed
+        self.evaluations += passed
+        self.lo = self.hi = place.node
+        self._open()
+
     def heard(self, node: int, states: Tensor) -> None:
         """Hands on states `[n, ...]` from a node on that became final elsewhere."""
         self._on_final(node, states)
@@ -367,7 +424,7 @@ class WindowSolver:
     def _open(self) -> None:
         """Widens the window to its full width and fills the nodes that enter it."""
         setup = self.setup
-        width = 1 if self.lo < setup.method.warmup else setup.width
+        width = 1 if self.lo < setup.method.warmup else min(setup.width, self._most)
         hi = min(self.lo + width, self._reach())
         if self._held and self.hi > self.lo:
             self.x[-1] = self.x[-2]
