@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `paradiff plan`, `sample`, `generate`, `explain`, `bench`, `methods` and `doctor`.
+"""The command line: `paradiff plan`, `sample`, `generate`, `serve`, `explain`, `bench`, `methods` and `doctor`.
 
 Importing this module loads no torch: help, and refusals of options that are mistyped, need none of it. What a command computes
 with is imported when its options were found to be well-formed.
@@ -15,7 +15,19 @@ import typer
 from paradiff.app import flags
 from paradiff.app.bulk import SHARD, Bulk
 from paradiff.app.ends import EXIT_CODES, ended
-from paradiff.app.flags import BULK, CHAIN, DEVICE, METHOD, OF_A_PIPELINE, OF_A_PLAN, OF_A_SAMPLE, OUTPUT, Command
+from paradiff.app.flags import (
+    BULK,
+    CHAIN,
+    DEVICE,
+    METHOD,
+    OF_A_PIPELINE,
+    OF_A_PLAN,
+    OF_A_SAMPLE,
+    OTHERS_THAN_SERVED,
+    OUTPUT,
+    SERVED,
+    Command,
+)
 from paradiff.app.launched import leave, size
 from paradiff.app.method_page import described, summary
 from paradiff.app.options import PRESETS, make_method, preset
@@ -108,6 +120,25 @@ def generate(
     from paradiff.app.generate import generate as generate_bulk
 
     generate_bulk(bulk, solver, called)
+
+
+@app.command(cls=Command)
+@taking(Request, without=OTHERS_THAN_SERVED, otherwise=SERVED)
+def serve(
+    request: Request,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine reach another one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for a free one.")] = 8765,
+    active: Annotated[int, typer.Option(help="Requests that are solved at once.")] = 64,
+    queue: Annotated[int, typer.Option(help="Requests that wait, at most; further ones are refused.")] = 1024,
+    keep: Annotated[int, typer.Option(help="Ended requests that are kept in memory, at most.")] = 4096,
+    drain: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time that what was accepted has after Ctrl-C or SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Serve a pixel model on this machine: requests share network calls, each with as many nodes at once as the load allows."""
+    from paradiff.app.serve import serve as serve_it
+
+    serve_it(request, host=host, port=port, active=active, queue=queue, keep=keep, drain=drain)
 
 
 @app.command(cls=Command)

@@ -257,6 +257,35 @@ OF_A_SAMPLE = ("grid", "form", "seeds", "noise", "out", "compare", "trace", "ove
 OF_A_SAMPLE += ("start", "save_trajectory")
 """Options that only commands have that sample."""
 
+OTHERS_THAN_SERVED = tuple(name for name in OF_A_SAMPLE if name not in ("grid", "form", "out"))
+OTHERS_THAN_SERVED += ("method", "method_option", "window", "tolerance", "objective", "prompt", "negative_prompt", "guidance")
+OTHERS_THAN_SERVED += ("size", "argument", "trust_remote_code")
+"""Options that `paradiff serve` has not: they are its requests', or pipelines'."""
+
+SERVED: dict[str, Option] = {
+    "sampler": (
+        Annotated[str | None, typer.Option(help="That of requests that name none; ddpm by default.", rich_help_panel=CHAIN)],
+        None,
+    ),
+    "steps": (
+        Annotated[int | None, typer.Option(help="Steps of requests that name none; 1000 by default.", rich_help_panel=CHAIN)],
+        None,
+    ),
+    "device": (Device, "auto"),
+    "out": (
+        Annotated[
+            str | None,
+            typer.Option(
+                metavar="FOLDER",
+                help="Write requests and samples there; what a killed server left, the next one solves. Memory by default.",
+                rich_help_panel=OUTPUT,
+            ),
+        ],
+        None,
+    ),
+}
+"""Of `paradiff serve`."""
+
 OF_A_PIPELINE: dict[str, Option] = {
     "model": (Model, ...),
     "sampler": (Annotated[str | None, typer.Option(help="As of `paradiff sample`.", rich_help_panel=CHAIN)], None),

@@ -74,7 +74,7 @@ def _in_finalizer(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def _noted(came: list[int]) -> Iterator[None]:
+def noting(came: list[int]) -> Iterator[None]:
     """Notes signals in a list in place of heeding them; a second one is heeded at once."""
 
     def note(number: int, _: object) -> None:
@@ -101,7 +101,7 @@ def held() -> Iterator[None]:
     """Lets a short block come to its end before a signal is heeded; a second one ends it at once."""
     came: list[int] = []
     try:
-        with _noted(came):
+        with noting(came):
             yield
     finally:
         if came:
@@ -119,7 +119,7 @@ def finishing(where: str) -> Iterator[None]:
         EndedLate: At the end of the block, if a signal came.
     """
     came: list[int] = []
-    with _noted(came):
+    with noting(came):
         yield
     if came:
         raise EndedLate(came[0], where)

@@ -11,6 +11,7 @@ What was accepted has an end: `done`, `failed`, `cancelled`, `late`, or, where t
 from __future__ import annotations
 
 import dataclasses
+import math
 import secrets
 import threading
 import time
@@ -85,7 +86,8 @@ class Job:
             estimate = self.finished.estimate
             found |= {
                 "status": self.finished.status.code,
-                "estimated_error": estimate.estimated_error,
+                "method": self.finished.family if self.finished.widest > 1 else "sequential",
+                "estimated_error": estimate.estimated_error if math.isfinite(estimate.estimated_error) else None,
                 "rounds": estimate.rounds,
                 "evaluations": estimate.evaluations,
                 "widest": self.finished.widest,
@@ -168,12 +170,13 @@ class Engine:
 
     # -- what any thread may call ------------------------------------------------------------------------------------------
 
-    def submit(self, request: SampleRequest, id: str | None = None) -> Job:
+    def submit(self, request: SampleRequest, id: str | None = None, *, anew: bool = False) -> Job:
         """Accepts a request.
 
         Args:
             request: The request.
             id: Its name; None for a fresh one.
+            anew: Whether it was accepted before, by an engine that ended: it waits however many do.
 
         Raises:
             ValueError: If it does not fit the model.
@@ -181,21 +184,21 @@ class Engine:
         """
         job = Job(id=secrets.token_hex(8) if id is None else id, request=request)
         with self._changed:
-            self._refuse_where_full()
+            self._refuse_where_full(anew)
         self.stepwise.method(request)
         with self._changed:
-            self._refuse_where_full()
+            self._refuse_where_full(anew)
             self._queue.append(job)
             self._jobs[job.id] = job
             self.metrics.count("accepted_total")
             self._changed.notify_all()
         return job
 
-    def _refuse_where_full(self) -> None:
+    def _refuse_where_full(self, anew: bool) -> None:
         if self._closed or self._fault is not None:
             self.metrics.count("refused_total")
             raise Full("the server is about to end, and accepts nothing; send the request to another one")
-        if len(self._queue) >= self._most + max(0, self._active - len(self._running)):
+        if not anew and len(self._queue) >= self._most + max(0, self._active - len(self._running)):
             self.metrics.count("refused_total")
             raise Full(f"{len(self._queue)} requests wait, the most that may; send the request again later")
 
@@ -231,6 +234,11 @@ class Engine:
     def ready(self) -> bool:
         """Whether requests are accepted."""
         return not self._closed and self._fault is None
+
+    @property
+    def fault(self) -> str | None:
+        """Why the engine ended by itself; None where it did not."""
+        return self._fault
 
     def text(self) -> str:
         """What it counts, in the text format of Prometheus."""

@@ -85,6 +85,7 @@ class Finished:
         status: How the run ended.
         message: The same as a sentence.
         estimate: How far to trust the sample, with its rounds and evaluations.
+        family: The name of the method that solved it.
         widest: The most rows of one of its rounds.
     """
 
@@ -92,6 +93,7 @@ class Finished:
     status: Status
     message: str
     estimate: ErrorEstimate
+    family: str
     widest: int
 
 
@@ -330,7 +332,9 @@ class Stepwise:
             x = state.sample.detach().clone()
         with torch.inference_mode(False), torch.no_grad():
             sample = self.model.decode(x.clone()).detach().cpu()
-        return Finished(sample=sample, status=status, message=message, estimate=estimate, widest=state.widest)
+        return Finished(
+            sample=sample, status=status, message=message, estimate=estimate, family=state.family, widest=state.widest
+        )
 
     def release(self, state: RequestState) -> None:
         """Gives a request's slot to others; of one that is not done, what it has found is dropped."""
