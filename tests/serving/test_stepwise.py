@@ -10,6 +10,7 @@ import pytest
 import torch
 from served import alone, chain, model, network, rms
 
+from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.methods.presets import quasi_newton
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.serving import Finished, SampleRequest, Stepwise
@@ -98,6 +99,18 @@ def test_what_is_solved_stays_when_the_window_changes() -> None:
         assert merged.count <= rows
         stepwise.scheduler_step(merged, stepwise.denoise_step(merged))
     assert all(after > before for before, after in zip(nodes, nodes[1:], strict=False))  # each round makes one final at least
+
+
+def test_collocation_keeps_to_the_rows_of_each_round() -> None:
+    request, choice = SampleRequest(seed=1, sampler="ddpm", steps=200, method="collocation"), random.Random(0)
+    stepwise = Stepwise(model(), 1)
+    state = stepwise.prepare(request)
+    (found,) = run(stepwise, [state], lambda state: choice.choice([1, 3, 16, 40])).values()
+    assert isinstance(found, Finished)
+    assert isinstance(state.solver, CollocationSolver)
+    assert state.solver.handed_over is None
+    assert found.estimate.rounds < 50
+    assert rms(found.sample, alone(request)) < 2 * found.estimate.estimated_error
 
 
 @pytest.mark.parametrize("method", ["srds", "chords", "parataa", "quasi_deer", "paradigms"])

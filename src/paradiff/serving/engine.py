@@ -58,6 +58,9 @@ class Job:
         message: A sentence on how it ended; empty before.
         finished: Its sample, once it is done and as long as it is kept.
         accepted: When it was accepted, in seconds of the monotonic clock; `begun` and `ended` likewise, None before.
+        cancelled: Whether its end was asked for.
+        leaving: Whether how it ends is settled.
+        running: Its state between rounds, while it runs.
     """
 
     id: str
@@ -69,6 +72,7 @@ class Job:
     begun: float | None = None
     ended: float | None = None
     cancelled: bool = False
+    leaving: bool = False
     running: RequestState | None = field(default=None, repr=False)
 
     @property
@@ -156,7 +160,7 @@ class Engine:
         self._running: list[Job] = []
         self._jobs: dict[str, Job] = {}
         self._ended: deque[Job] = deque()
-        self._bytes = self._keeping = 0
+        self._bytes = self._open = 0  # bytes of samples that are kept, and requests that have not ended
         self._closed = self._stop = False
         self._window, self._looked = 0.0, 0.0
         self._fault: str | None = None
@@ -190,6 +194,7 @@ class Engine:
             self._refuse_where_full(anew)
             self._queue.append(job)
             self._jobs[job.id] = job
+            self._open += 1
             self.metrics.count("accepted_total")
             self._changed.notify_all()
         return job
@@ -263,7 +268,7 @@ class Engine:
         end = time.monotonic() + drain
         with self._changed:
             self._closed = True
-            while (self._queue or self._running or self._keeping) and self._fault is None:
+            while self._open and self._fault is None:
                 left = end - time.monotonic()
                 if left <= 0 or hurry():
                     break
@@ -287,8 +292,8 @@ class Engine:
             raise
         finally:
             with self._changed:
-                rest = [*self._running, *self._queue]
                 self._running, self._queue = [], deque()
+                rest = [job for job in self._jobs.values() if not job.leaving]
             for job in rest:
                 self._end(job, "lost", self._fault or "the server ended before it was solved")
 
@@ -393,11 +398,8 @@ class Engine:
         if job.running is not None:
             self.stepwise.release(job.running)
             job.running = None
-        job.message = message
-        ended = Ended(job, state)
-        with self._changed:
-            self._keeping += 1
-        self._ends.put(ended)
+        job.message, job.leaving = message, True
+        self._ends.put(Ended(job, state))
 
     # -- the keeper's thread -----------------------------------------------------------------------------------------------
 
@@ -414,7 +416,7 @@ class Engine:
                 job.state, job.ended = state, now
                 self._ended.append(job)
                 self._bytes += _bytes(job)
-                self._keeping -= 1
+                self._open -= 1
                 while len(self._ended) > 1 and (len(self._ended) > self._keep or self._bytes > self._keep_bytes):
                     old = self._ended.popleft()
                     self._bytes -= _bytes(old)
