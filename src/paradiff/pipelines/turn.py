@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +45,8 @@ class Turn:
                 return plain(owner, *args, **kwargs)
 
         try:
-            waiting = type(kind)(kind.__name__, (kind,), {entry: call, "__module__": kind.__module__})
+            members = {entry: call, "__module__": kind.__module__}
+            waiting = types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(members))
             object.__setattr__(owner, "__class__", waiting)
         except TypeError:  # a class that takes no other
             yield
