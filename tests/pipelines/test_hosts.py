@@ -427,7 +427,7 @@ def test_a_parallel_call_on_a_scheduler_that_another_threads_walks_over_is_the_p
     def call() -> None:
         with (
             torch.no_grad(),
-            pytest.warns(RuntimeWarning, match="another thread's parallel call walks over the same DDIMScheduler"),
+            pytest.warns(RuntimeWarning, match="another parallel call walks over the same DDIMScheduler"),
         ):
             found.append(inner(UNET, SCHEDULER, START))
 

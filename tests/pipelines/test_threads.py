@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline that is called in one thread while a parallel call of it runs in another."""
+"""Calls while a parallel call runs: of the same pipeline in another thread, of one with the same scheduler in a callback."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import diffusers
@@ -66,3 +67,34 @@ def test_a_call_from_another_thread_waits_and_is_right(executor: Any, enabled: b
     if enabled:
         run.disable()
     assert type(pipe).__mro__[1] is diffusers.DiffusionPipeline
+
+
+@pytest.mark.parametrize("within", ["plain", "parallel"])
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_a_callback_may_call_another_pipeline_of_the_same_scheduler(executor: Any, within: str) -> None:
+    kind = Adversary.of(written())
+
+    class Called(kind):
+        def __call__(self, generator: Any = None, callback_on_step_end: Any = None) -> Any:
+            return kind.__call__(self, generator)
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe, other = Called(Net(), scheduler), kind(Net(), scheduler)
+    wanted = [call(generator=seeded(seed)) for seed, call in ((1, pipe), (2, other))]
+    inner = other if within == "plain" else parallelize(other, parasolver(tolerance=1e-5))
+    found: list[Any] = []
+
+    def callback(_: Any, step: int, time: Any, tensors: Any) -> Any:
+        if step in (3, 17):
+            found.append(inner(generator=seeded(2)))
+        return tensors
+
+    run = parallelize(pipe, parasolver(tolerance=1e-5), executor=executor)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sample = run(generator=seeded(1), callback_on_step_end=callback)
+    assert run.report.executor == executor
+    assert float((sample - wanted[0]).abs().max()) < 1e-4
+    assert [float((state - wanted[1]).abs().max()) for state in found] == [0, 0]
+    said = [warning for warning in told if "another parallel call walks over the same" in str(warning.message)]
+    assert bool(said) == (within == "parallel")

@@ -294,12 +294,13 @@ class Call:
                     interrupt.set()
             else:
                 generators = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
-                loop = Vector(host.scheduler, solver, batching, Start(host, arguments), generators)
-                try:
-                    with host.trying(), host.standing(loop.scheduler), loop.mixing(), making(), one_bar():
-                        result = host.call(host.owner, **arguments)
-                finally:
-                    vars(loop).clear()  # Its scheduler is in a cycle, which would keep the call's states until it is collected.
+                with host.trying():
+                    loop = Vector(host.scheduler, solver, batching, Start(host, arguments), generators)
+                    try:
+                        with host.standing(loop.scheduler), loop.mixing(), making(), one_bar():
+                            result = host.call(host.owner, **arguments)
+                    finally:
+                        vars(loop).clear()  # Its scheduler is in a cycle, which would keep the call's states until collected.
             lost = installed.replaced() if batching.looping else batching.lost
             if lost is not None:
                 raise NeedsOrder(f"the forward of {lost} is replaced in the call")

@@ -181,6 +181,11 @@ class Vector:
         scaled = window * column(factor, window.to(torch.promote_types(window.dtype, torch.float32)))
         return Windowed.wrap(scaled.to(window.dtype), self._round)
 
+    def _aside(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the scheduler itself answer, where somebody else than the loop has it."""
+        switch = None if self._start is None else self._start.host.switch
+        return contextlib.nullcontext() if switch is None else switch.aside()
+
     def step(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Any:
         """Ends a round with its outputs; returns the next window of states, or the sample."""
         solver = self._solver
@@ -205,7 +210,7 @@ class Vector:
                 kwargs=kwargs,
             )
             check = self._batching.check
-            with Modes.exact().entered():
+            with Modes.exact().entered(), self._aside():
                 solver.begin(first, repeat={"off": 0, "first": 1}.get(check, sys.maxsize))
             self._batching.widest = solver.widest
             self._index = first_index(self.scheduler, first.timesteps[0])
@@ -225,7 +230,7 @@ class Vector:
                 refuse_other_time(given, self._times.window)
             solver.first.check_options(kwargs)
             refuse_other_generator(kwargs.get("generator"), solver.first.generator)
-            with Modes.exact().entered():
+            with Modes.exact().entered(), self._aside():
                 solver.tell(output.window, sample.window, self._batching.eps)
         self._round.open = False
         self._round = Round(self._batching)

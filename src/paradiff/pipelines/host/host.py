@@ -101,7 +101,7 @@ class Host:
         """A try, in which proxies stand for the scheduler, whoever holds it.
 
         Raises:
-            Unsupported: If those of another call do, in another thread.
+            Unsupported: If those of another call do.
         """
         switch = Switch(attributes_of(self.owner)["scheduler"])
         with switch.on():

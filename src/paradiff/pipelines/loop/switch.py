@@ -48,14 +48,14 @@ class Switch:
         """Lets proxies answer, until the end of the block.
 
         Raises:
-            Unsupported: If those of another call do, in another thread.
+            Unsupported: If those of another call do.
         """
         scheduler = self.scheduler
         with TURN:
             kind = type(scheduler)
             if SWITCH in vars(kind):
                 raise Unsupported(
-                    f"another thread's parallel call walks over the same {kind.__name__} object at this time; give each call a "
+                    f"another parallel call walks over the same {kind.__name__} object at this time; give each call a "
                     "scheduler of its own, a copy.deepcopy of it"
                 )
             real = object.__new__(kind)
@@ -77,6 +77,15 @@ class Switch:
             yield
         finally:
             self.proxy = None
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Lets the scheduler itself answer outside of lanes, until the end of the block: for what a user's callback calls."""
+        proxy, self.proxy = self.proxy, None
+        try:
+            yield
+        finally:
+            self.proxy = proxy
 
     def answering(self) -> Any:
         """What answers now."""
