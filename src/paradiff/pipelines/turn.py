@@ -34,7 +34,7 @@ class Turn:
             owner: The object, of which the present thread has the turn.
             entry: The name of the method by which it is called.
         """
-        kind = type(owner)
+        kind: Any = type(owner)
         plain, here = getattr(kind, entry), threading.get_ident()
 
         @functools.wraps(plain)
