@@ -5,8 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
+import torch
+from adversary import Adversary
+from attacks import Conditioned, written
+from stranger_parts import ReadsNumber, put
 from strangers import METHODS, PARTS, judged
+from torch import Tensor, nn
+
+from paradiff import parallelize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers' schedulers call numpy
@@ -72,3 +80,55 @@ def test_it_gives_the_plain_sample_or_the_plain_call(name: str, method: Any) -> 
     executor, make = METHODS[method]
     verdict = judged(name, executor, make())
     assert verdict.kind in ("parallel", "refused", "same error"), verdict.text
+
+
+def test_a_callback_that_changes_what_a_network_reads_elsewhere_is_refused() -> None:
+    kind = Adversary.of(written({"setup": "pass"}))
+
+    class Called(kind):
+        def __call__(self, generator: Any = None, callback_on_step_end: Any = None) -> Any:
+            return kind.__call__(self, generator)
+
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        put(0.5)
+        return tensors
+
+    pipe = Called(ReadsNumber(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    try:
+        with pytest.raises(ValueError, match="callback_on_step_end changed NUMBER after step 0"):
+            parallelize(pipe, METHODS["fine"][1]())(callback_on_step_end=callback)
+    finally:
+        put(1.0)
+
+
+class Whole(nn.Module):
+    """An object whose velocity is computed by a part that holds it, and whose loop sets what the part reads."""
+
+    def __init__(self, within: bool) -> None:
+        super().__init__()
+        self.net, self.scheduler, self.k = Conditioned(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 0
+        self.velocity = lambda x, t: self.net(x, t) * (1.0 if within else 1 - 0.02 * self.k)
+        if within:
+            self.net.a.register_forward_hook(lambda module, args, output: output * (1 - 0.02 * self.k))
+
+    @torch.no_grad()
+    def walk(self, generator: torch.Generator) -> Tensor:
+        self.scheduler.set_timesteps(24)
+        x = torch.randn(2, 8, generator=generator)
+        for i, t in enumerate(self.scheduler.timesteps):
+            self.k = i
+            x = self.scheduler.step(self.velocity(x, t), t, x, return_dict=False)[0]
+        return x
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_part_that_holds_an_object_sees_what_its_loop_sets_or_the_call_is_plain(within: bool) -> None:
+    wanted = Whole(within).walk(torch.Generator().manual_seed(1))
+    run = parallelize(Whole(within), METHODS["coarse"][1](), entry="walk")
+    if within:
+        with pytest.warns(RuntimeWarning, match="changes self.k, which a network reads"):
+            assert torch.equal(run(generator=torch.Generator().manual_seed(1)), wanted)
+    else:
+        found = run(generator=torch.Generator().manual_seed(1))
+        assert run.report.executor == "lanes"
+        assert float((found - wanted).square().mean().sqrt()) < 1e-3
