@@ -126,6 +126,8 @@ class WindowSetup:
         if size not in self._scaled:
             caution = self.method.control.caution(self.table, self.method.learns)
             known = torch.maximum(sensitivity(self.table), sensitivity(self.table, size))
+            if self.path is not None:
+                known = known.clamp(min=self.method.control.narrow_sensitivity)
             factor = caution * known[self.edges]
             self._scaled[size] = factor.tolist(), self._rule(factor, size)
         return self._scaled[size]
