@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import paradiff
 from paradiff import Keyed, Recorded, collocation, parasolver, piadm_ode, quasi_newton, sample, sequential, srds
-from paradiff.samplers import alphafold3, edm, from_scheduler
+from paradiff.samplers import alphafold3, dpmpp_2s, edm, from_scheduler
 from paradiff.samplers.schedule import karras_ratios
 
 SHAPE = (3, 8)
@@ -92,7 +93,10 @@ def test_alphafold3_is_the_loop_of_its_supplement() -> None:
     assert torch.allclose(found.sample, af3(40), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("table", [edm(20, s_churn=15.0), edm(40, solver="euler", s_churn=30.0, s_noise=0.7), alphafold3(60)])
+TWO_STAGE = [edm(20, s_churn=15.0), edm(20, solver="midpoint", s_churn=15.0), dpmpp_2s(20), dpmpp_2s(20, eta=1.0)]
+
+
+@pytest.mark.parametrize("table", [*TWO_STAGE, edm(40, solver="euler", s_churn=30.0, s_noise=0.7), alphafold3(60)])
 @pytest.mark.parametrize(
     "method", [parasolver(window=12), quasi_newton(), collocation(), srds(), parasolver(window=4, tolerance=1e-4)], ids=str
 )
@@ -133,8 +137,67 @@ def test_own_ratios_may_be_given() -> None:
     assert torch.allclose(table.sigma[1:-1:2], ratios[1:])
 
 
+def midpoint(steps: int, churn: float, low: float, high: float, noise: float) -> Tensor:
+    """k-diffusion's `sample_dpm_2`, written out in float64, with noise drawn in every step as algorithm 2 draws it."""
+    draw = generator()
+    t = [*karras_ratios(0.002, 80.0, steps, 7.0).tolist(), 0.0]
+    x = torch.randn(1, *SHAPE, generator=draw).double() * t[0]
+    for i in range(steps):
+        gamma = min(churn / steps, math.sqrt(2) - 1) if low <= t[i] <= high else 0.0
+        raised, added = t[i] * (gamma + 1), torch.randn(1, *SHAPE, generator=draw).double() * noise
+        x = x + added * math.sqrt(max(raised**2 - t[i] ** 2, 0.0))
+        d = (x - denoiser(x, raised)) / raised
+        if t[i + 1] == 0:
+            x = x - d * raised
+            continue
+        middle = math.exp(0.5 * (math.log(raised) + math.log(t[i + 1])))
+        half = x + d * (middle - raised)
+        x = x + (half - denoiser(half, middle)) / middle * (t[i + 1] - raised)
+    return x
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_midpoint_steps_are_the_loop_of_dpm_solver_2(name: str) -> None:
+    churn, low, high, noise = SETTINGS[name]
+    table = edm(18, solver="midpoint", s_churn=churn, s_min=low, s_max=high, s_noise=noise)
+    found = sample(denoiser, table, Recorded(SHAPE, generator()), sequential(), dtype=torch.float64)
+    assert torch.allclose(found.sample, midpoint(18, churn, low, high, noise), rtol=1e-5, atol=1e-5)
+
+
+def ancestral(steps: int, eta: float, noise: float) -> Tensor:
+    """k-diffusion's `sample_dpmpp_2s_ancestral`, written out in float64."""
+    draw = generator()
+    sigmas = [*karras_ratios(0.002, 80.0, steps, 7.0).tolist(), 0.0]
+    x = torch.randn(1, *SHAPE, generator=draw).double() * sigmas[0]
+    for s, after in itertools.pairwise(sigmas):
+        denoised = denoiser(x, s)
+        up = min(after, eta * math.sqrt(after**2 * (s**2 - after**2) / s**2))
+        down = math.sqrt(after**2 - up**2)
+        if down == 0:
+            x = x + (x - denoised) / s * (down - s)
+        else:
+            t, to = -math.log(s), -math.log(down)
+            h, u = to - t, t + 0.5 * (to - t)
+            half = math.exp(t - u) * x - math.expm1(-0.5 * h) * denoised
+            x = math.exp(t - to) * x - math.expm1(-h) * denoiser(half, math.exp(-u))
+        if after > 0:
+            x = x + torch.randn(1, *SHAPE, generator=draw).double() * noise * up
+    return x
+
+
+@pytest.mark.parametrize(("eta", "noise"), [(0.0, 1.0), (1.0, 1.0), (0.5, 1.003), (1.0, 0.6)])
+def test_dpmpp_2s_is_the_published_loop(eta: float, noise: float) -> None:
+    table = dpmpp_2s(18, eta=eta, s_noise=noise)
+    assert table.steps == 35
+    drawn = Recorded(SHAPE, generator())
+    if eta == 0:  # the loop draws what it then multiplies by 0
+        assert not table.stochastic
+    found = sample(denoiser, table, drawn, sequential(), dtype=torch.float64)
+    assert torch.allclose(found.sample, ancestral(18, eta, noise), rtol=1e-5, atol=1e-5)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"solver": "heunn"}, "solver is 'heunn'; it must be one of heun, euler; did you mean 'heun'"),
+    ({"solver": "heunn"}, "solver is 'heunn'; it must be one of heun, euler, midpoint; did you mean 'heun'"),
     ({"s_churn": -1}, "s_churn is -1; it must be a finite number of at least 0"),
     ({"s_noise": math.nan}, "s_noise is nan"),
     ({"s_max": "x"}, "s_max is 'x'"),
@@ -158,6 +221,14 @@ def test_a_bad_number_of_steps_is_refused(steps: Any) -> None:
         alphafold3(steps)
     with pytest.raises(ValueError, match="steps"):
         edm(steps)
+    with pytest.raises(ValueError, match="steps"):
+        dpmpp_2s(steps)
+
+
+def test_an_eta_that_adds_more_noise_than_there_is_is_refused() -> None:
+    for eta, complaint in ((1.5, "eta is 1.5; it must be between 0"), (-1, "eta is -1"), ("x", "eta is 'x'")):
+        with pytest.raises(ValueError, match=complaint):
+            dpmpp_2s(10, eta=eta)  # type: ignore[arg-type]
 
 
 def test_piadm_has_its_own_grids() -> None:

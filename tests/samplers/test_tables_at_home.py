@@ -62,6 +62,8 @@ MADE: dict[str, Callable[[], Any]] = {
     "euler_ancestral": lambda: euler_ancestral(S(), 10),
     "heun": lambda: heun(S(), 10, spacing="leading"),
     "edm": lambda: samplers.edm(6, s_churn=3.0, preconditioned=True),
+    "edm, midpoint": lambda: samplers.edm(6, solver="midpoint", s_churn=3.0),
+    "dpmpp_2s": lambda: samplers.dpmpp_2s(6, eta=1.0),
     "alphafold3": lambda: samplers.alphafold3(10),
     "with_noise_scale": lambda: samplers.with_noise_scale(ddpm(S(), 10), 0.6),
     "flow_euler": lambda: flow_euler(10, shift=3.0),

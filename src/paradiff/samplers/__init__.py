@@ -11,6 +11,7 @@ from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flo
 from paradiff.samplers.schedule import Schedule
 from paradiff.samplers.scheduler.probe import from_scheduler
 from paradiff.samplers.temperature import with_noise_scale
+from paradiff.samplers.two_stage import dpmpp_2s
 
 __all__ = [
     "Grid",
@@ -20,6 +21,7 @@ __all__ = [
     "ddim",
     "ddpm",
     "dpmpp_2m",
+    "dpmpp_2s",
     "edm",
     "euler",
     "euler_ancestral",

@@ -11,6 +11,11 @@ heun the step is corrected by a second call at x', a node of its own:
 
     x'' = y + (s' - h)/2 [ (y - D(y))/h + (x' - D(x'))/s' ],                                  but for the last step, to s' = 0.
 
+With `midpoint` the first call leads to the geometric mean u of h and s' alone, and the second call there takes the step, as
+DPM-Solver-2 (arXiv 2206.00927) and k-diffusion's `sample_dpm_2` do,
+
+    v = y + (u - h) (y - D(y, h))/h,      x' = y + (s' - h) (v - D(v, u))/u.
+
 Node 0 is noised, too: its level is h of the first step. `Recorded` noise draws as the published loops do: once for the latents,
 and once in every step, before the network's call, whether or not gamma is 0.
 """
@@ -31,7 +36,7 @@ from paradiff.errors import is_whole, number_of, refuse_unknown, require_truth, 
 from paradiff.samplers.forms import with_end
 from paradiff.samplers.schedule import karras_ratios
 
-Solver = Literal["heun", "euler"]
+Solver = Literal["heun", "euler", "midpoint"]
 GAMMA = math.sqrt(2) - 1
 """The most that algorithm 2 raises a ratio by, relative to it."""
 
@@ -52,10 +57,10 @@ def edm(
     preconditioned: bool = False,
     ratios: Tensor | None = None,
 ) -> Table:
-    """The stochastic sampler of Karras et al. (arXiv 2206.00364, algorithm 2), with Heun's or Euler's steps.
+    """The stochastic sampler of Karras et al. (arXiv 2206.00364, algorithm 2), with Heun's, Euler's or midpoint steps.
 
     Args:
-        steps: N, at least 1. With Heun's steps the network is called 2N - 1 times.
+        steps: N, at least 1. With Heun's and midpoint steps the network is called 2N - 1 times.
         solver: The step; the paper's is `heun`.
         s_churn: How much noise is added: gamma = min(s_churn/N, sqrt(2) - 1). 0 for the probability-flow ODE.
         s_min: The smallest ratio at which noise is added.
@@ -72,9 +77,9 @@ def edm(
     Raises:
         ValueError: If an argument is out of range.
     """
-    refuse_unknown("solver", solver, ("heun", "euler"))
+    refuse_unknown("solver", solver, ("heun", "euler", "midpoint"))
     require_truth("preconditioned", preconditioned)
-    levels = _levels(karras_ratios(sigma_min, sigma_max, steps, rho) if ratios is None else ratios, steps)
+    levels = descending_to_zero(karras_ratios(sigma_min, sigma_max, steps, rho) if ratios is None else ratios, steps)
     churn, low, noise = (
         _at_least(name, value, 0.0) for name, value in (("s_churn", s_churn), ("s_min", s_min), ("s_noise", s_noise))
     )
@@ -89,7 +94,7 @@ def edm(
         gamma=gamma,
         noise=noise,
         eta=1.0,
-        heun=solver == "heun",
+        solver=solver,
         data=data if preconditioned else None,
         publication="EDM",
     )
@@ -137,14 +142,14 @@ def alphafold3(
         gamma=raised,
         noise=_at_least("noise_scale", noise_scale, 0.0),
         eta=_at_least("step_scale", step_scale, 0.0),
-        heun=False,
+        solver="euler",
         data=None,
         publication="AlphaFold 3",
     )
 
 
 def _table(
-    *, name: str, levels: Tensor, gamma: Tensor, noise: float, eta: float, heun: bool, data: float | None, publication: str
+    *, name: str, levels: Tensor, gamma: Tensor, noise: float, eta: float, solver: Solver, data: float | None, publication: str
 ) -> Table:
     """A table in noised nodes, from the `[N+1]` ratios and the `[N]` raises."""
     steps = len(gamma)
@@ -152,17 +157,21 @@ def _table(
     added = noise * (raised**2 - levels[:-1] ** 2).clamp(min=0).sqrt()  # [N], before each step
     after = torch.cat([added[1:], added.new_zeros(1)])  # the noise of the step after
     shrink = 1 + eta * (levels[1:] - raised) / raised
-    calls = 2 * steps - 1 if heun else steps
-    state, clean = torch.zeros(2, calls, 2 if heun else 1, dtype=torch.float64)
+    staged = solver != "euler"
+    calls = 2 * steps - 1 if staged else steps
+    state, clean = torch.zeros(2, calls, 2 if staged else 1, dtype=torch.float64)
     c = torch.zeros(calls, dtype=torch.float64)
-    if heun:
+    if staged:
+        between = levels[1:-1] if solver == "heun" else (raised[:-1] * levels[1:-1]).sqrt()
         sigma = torch.zeros(calls + 1, dtype=torch.float64)
-        sigma[0::2], sigma[1:-1:2], sigma[-1] = raised, levels[1:-1], levels[-1]
+        sigma[0::2], sigma[1:-1:2], sigma[-1] = raised, between, levels[-1]
+        shrink[:-1] = 1 + eta * (between - raised[:-1]) / raised[:-1]
         state[0::2, 0], clean[0::2, 0] = shrink, 1 - shrink
-        half_first = (levels[1:-1] - raised[:-1]) / (2 * raised[:-1])
-        half_second = (levels[1:-1] - raised[:-1]) / (2 * levels[1:-1])
-        state[1::2] = torch.stack([half_second, 1 + half_first], dim=1)
-        clean[1::2] = torch.stack([-half_second, -half_first], dim=1)
+        share = 0.5 if solver == "heun" else 0.0  # of the first slope in the step
+        first = share * (levels[1:-1] - raised[:-1]) / raised[:-1]
+        second = (1 - share) * (levels[1:-1] - raised[:-1]) / between
+        state[1::2] = torch.stack([second, 1 + first], dim=1)
+        clean[1::2] = torch.stack([-second, -first], dim=1)
         c[1::2] = added[1:]
     else:
         sigma = torch.cat([raised, levels[-1:]])
@@ -178,10 +187,10 @@ def _table(
     start = math.sqrt(float(levels[0]) ** 2 + float(added[0]) ** 2)
     terms = [((k + 1, 1.0),) if float(value) > 0 else () for k, value in enumerate(after.tolist())]
     counts = [1] * (steps - 1) + [0]
-    if heun:
+    if staged:
         terms = [one for own in terms[:-1] for one in ((), own)] + [()]
         counts = [one for _ in range(steps - 1) for one in (0, 1)] + [0]
-    first = ((0, float(added[0]) / start),) if float(added[0]) > 0 else ()
+    begun = ((0, float(added[0]) / start),) if float(added[0]) > 0 else ()
     return Table(
         name=name,
         prediction=prediction,
@@ -195,11 +204,11 @@ def _table(
         start_scale=start,
         exact_variance=noise == 1 and eta == 1,
         clean=None if data is None else torch.stack([p, q], dim=1),
-        draws=Draws(publication, tuple(counts), tuple(terms), before=1, start=(float(levels[0]) / start, first)),
+        draws=Draws(publication, tuple(counts), tuple(terms), before=1, start=(float(levels[0]) / start, begun)),
     )
 
 
-def _levels(ratios: Tensor, steps: int) -> Tensor:
+def descending_to_zero(ratios: Tensor, steps: int) -> Tensor:
     """`[N+1]` the ratios and the sample's, 0."""
     if not isinstance(ratios, Tensor) or ratios.shape != (steps,) or not bool((ratios > 0).all()):
         raise ValueError(f"the ratios are {shown(ratios)}; they must be a tensor of {shown(steps)} numbers above 0")
