@@ -17,7 +17,7 @@ import paradiff.methods.window.update
 from paradiff import Evaluator, Keyed, Schedule, Table, parasolver, quasi_newton, sample, solve
 from paradiff.chain.slope import resolve, shifted
 from paradiff.methods import WindowMethod
-from paradiff.methods.secant import DAMPING, Secants, Symmetry
+from paradiff.methods.secant import DAMPING, Reach, Secants, Symmetry
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.methods.window.update import SecantUpdate
@@ -89,9 +89,9 @@ def test_the_correction_is_that_of_a_plain_loop_over_nodes(band: int, k: int, me
             state[n, n - j] -= a[n, j] + b[n, j] * s[n - j]
     carry = torch.linalg.inv(torch.eye(width, dtype=torch.float64) - slope)
     change = (carry @ r.flatten(1)).view_as(r)
-    found = change + secants.correction(change if members > 1 else change[:, 0], carry @ state, carry @ output)[0].view_as(
-        change
-    )
+    found = change + secants.correction(change if members > 1 else change[:, 0], [Reach(carry @ state, carry @ output)])[
+        0
+    ].view_as(change)
 
     dx, dm = (v.diff(dim=0).flip(0) for v in (states, outputs))  # the newest first, [k, W, b, d]
     for i in range(members):
@@ -290,15 +290,15 @@ def test_iterates_that_repeat_exactly_leave_the_pairs_and_everything_finite() ->
     still = Secants(2, FINE, False)
     for _ in range(4):
         still.observe(first[0], first[1])
-    assert torch.equal(still.correction(change, lower, lower)[0], torch.zeros_like(change))
+    assert torch.equal(still.correction(change, [Reach(lower, lower)])[0], torch.zeros_like(change))
     moved = Secants(2, FINE, False)
     moved.observe(first[0], first[1])
     moved.observe(second[0], second[1])
-    before = moved.correction(change, lower, lower)[0]
+    before = moved.correction(change, [Reach(lower, lower)])[0]
     assert before.abs().max() > 0.1
     for _ in range(3):
         moved.observe(second[0], second[1])
-        assert torch.equal(moved.correction(change, lower, lower)[0], before)
+        assert torch.equal(moved.correction(change, [Reach(lower, lower)])[0], before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -320,7 +320,7 @@ def test_a_change_below_the_resolution_is_no_pair() -> None:
         secants = Secants(1, resolution, False)
         secants.observe(states, states)
         secants.observe((1 + moved) * states, (1 + 3 * moved) * states)
-        return bool(secants.correction(change, lower, lower)[0].any())
+        return bool(secants.correction(change, [Reach(lower, lower)])[0].any())
 
     for resolution in (FINE, torch.finfo(torch.float16).eps):  # a change has to be 64 times the resolution
         assert not corrects(60 * resolution, resolution)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, by_row, parasolver, sample
-from paradiff.models import Frames, Masked, learned_variance
+from paradiff.models import Frames, Masked, SelfConditioned, learned_variance
 from paradiff.samplers import alphafold3, ddpm
 
 SHAPE = (4, 3)
@@ -49,7 +49,13 @@ def filling() -> Tensor:
     return masked.placed(sample(masked.model(net), table, masked.kept(), parasolver()).sample)
 
 
-@pytest.mark.parametrize("run", [knowing, learning, turning, masking, filling])
+def remembering() -> Tensor:
+    table, noise = ddpm(Schedule.linear(), 10), Keyed(SHAPE)
+    pairs = SelfConditioned(table, noise)
+    return pairs.placed(sample(pairs.model(lambda x, t, e: net(x + e, t)), table, pairs.pairs(), parasolver()).sample)
+
+
+@pytest.mark.parametrize("run", [knowing, learning, turning, masking, filling, remembering])
 def test_another_default_device_changes_nothing(run: Callable[[], Tensor]) -> None:
     expected = run()
     with torch.device("meta"):

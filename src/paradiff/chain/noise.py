@@ -342,11 +342,12 @@ class Seen:
 
     Args:
         by: What makes the draws, as `Noise` has them.
-        noise: The source, whose shape and samples they have.
+        noise: The source, whose samples they have.
+        shape: Theirs; that of the source by default.
     """
 
-    def __init__(self, by: Maker, noise: Noise) -> None:
-        self._by, self.shape, self.samples = by, tuple(noise.shape), noise.samples
+    def __init__(self, by: Maker, noise: Noise, shape: Sequence[int] | None = None) -> None:
+        self._by, self.shape, self.samples = by, tuple(noise.shape if shape is None else shape), noise.samples
 
     def __repr__(self) -> str:
         return f"Noise of {self._by!r}"

@@ -32,6 +32,7 @@ dx = E x and dm = E m (`Symmetry`), which cost as much memory as others. They ne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,20 @@ MOST_PAIRS = 1000  # that a method may ask for: states have no more directions i
 
 Symmetry = Callable[[Tensor], Tensor]
 """`symmetry(values) -> changes`: what the g generators of a group make of states, or outputs, `[W, ...]`: `[W, g, ...]`."""
+
+
+class Reach(NamedTuple):
+    """How changes of a node of a stretch reach the nodes after its first.
+
+    Attributes:
+        states: `[W, W]` L (a - G), for a change of the state beyond what the slope says.
+        outputs: `[W, W]` L b, for one of the output.
+        elements: `[d]` 1 for the elements of a state of which this is so, else 0; None for all.
+    """
+
+    states: Tensor
+    outputs: Tensor
+    elements: Tensor | None = None
 
 
 class Secants:
@@ -99,41 +114,36 @@ class Secants:
         self._seen, self._dx, self._dm = seen, dx, dm
 
     def correction(
-        self, change: Tensor, state_part: Tensor, output_part: Tensor, *, begin: int = 0, first: Tensor | None = None
+        self, change: Tensor, reach: Sequence[Reach], *, begin: int = 0, first: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the pairs add to the changes of the nodes after the first of a stretch of the window, `[W, ...]`; and the
         states DX y and outputs DM y of its nodes from the first on that do so, `[W, ...]` each.
 
         Args:
             change: `[W, ...]` their changes by the slope alone, L r.
-            state_part: `[W, W]` L (a - G): how a change of the state at a node of the stretch, beyond what the slope says,
-                reaches the nodes after the first.
-            output_part: `[W, W]` L b: the same for its output.
+            reach: How changes at a node of the stretch reach the nodes after the first, for each kind of elements.
             begin: Number of the stretch's first node in the window.
             first: `[...]` change of that node; None for none.
         """
         d, (dx, dm) = self._split(change), self._pairs_of(begin, len(change))
         known = torch.zeros_like(d[:1]) if first is None else self._split(first[None])
         before = torch.cat([known, d[:-1]])  # [W, b, d] changes of the nodes from the first
-        to_states, to_outputs = (  # from node q to node n, both counted from the first: a row of zeros above
-            torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part)
-        )
-        y = SecantJacobian(dx, [(to_states, dx), (to_outputs, dm)])(before)
+        y = SecantJacobian(dx, _terms(reach, dx, dm))(before)
         of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (dx, dm))  # [W, b d]
-        added = state_part @ of_states + output_part @ of_outputs
+        added = _added(reach, of_states, of_outputs)
         return added.view_as(change), of_states.view_as(change), of_outputs.view_as(change)
 
     def corrections(
-        self, change: Tensor, state_part: Tensor, output_part: Tensor, *, begin: int, first: Tensor
+        self, change: Tensor, reach: Sequence[Reach], *, begin: int, first: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same for several changes at once, `[W, w, ...]`; `first` is `[w, ...]`."""
         count = len(change)
         d = self._ways(change)
         dx, dm = self._pairs_of(begin, count)
-        to_states, to_outputs = (torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in (state_part, output_part))
-        y = SecantJacobian(dx, [(to_states, dx), (to_outputs, dm)])(torch.cat([self._ways(first[None]), d[:-1]]))
+        y = SecantJacobian(dx, _terms(reach, dx, dm))(torch.cat([self._ways(first[None]), d[:-1]]))
         of_states, of_outputs = (v.permute(0, 2, 3, 1) @ y.transpose(1, 2) for v in (dx, dm))  # [W, b, d, w]
-        added = state_part @ of_states.flatten(1) + output_part @ of_outputs.flatten(1)
+        ways = change.shape[1]
+        added = _added(reach, of_states.flatten(1), of_outputs.flatten(1), ways)
         found = (added.view_as(d), of_states, of_outputs)
         one, two, three = (v.permute(0, 3, 1, 2).reshape(change.shape) for v in found)
         return one, two, three
@@ -154,6 +164,28 @@ class Secants:
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""
         return values.flatten(2) if self._shared and values.ndim > 2 else values.flatten(1)[:, None]
+
+
+def _terms(reach: Sequence[Reach], dx: Tensor, dm: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What a change of a node reaches, for `SecantJacobian`: from node q to node n, both counted from the first."""
+    found = []
+    for kind in reach:
+        for part, values in ((kind.states, dx), (kind.outputs, dm)):
+            below = torch.cat([torch.zeros_like(part[:1]), part[:-1]])
+            found.append((below, values if kind.elements is None else values * kind.elements))
+    return found
+
+
+def _added(reach: Sequence[Reach], states: Tensor, outputs: Tensor, ways: int = 1) -> Tensor:
+    """`[W, d w]` what changes of states and outputs `[W, d w]` make of the nodes after, w at once."""
+    added = [kind.states @ states + kind.outputs @ outputs for kind in reach]
+    if len(reach) == 1:
+        return added[0]
+    parts = [
+        one if kind.elements is None else one * kind.elements.repeat_interleave(ways)
+        for kind, one in zip(reach, added, strict=True)
+    ]
+    return torch.stack(parts).sum(0)
 
 
 class LastPair(Secants):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from paradiff.models.masked import Masked
     from paradiff.models.pipeline import load_pipeline
     from paradiff.models.pixel import Model, load
+    from paradiff.models.self_conditioned import SelfConditioned
     from paradiff.models.variance import learned_variance
 else:
     __getattr__, __dir__ = lazily(
@@ -22,6 +23,7 @@ else:
             "Masked": "paradiff.models.masked",
             "Mixture": "paradiff.models.exact",
             "Model": "paradiff.models.pixel",
+            "SelfConditioned": "paradiff.models.self_conditioned",
             "learned_variance": "paradiff.models.variance",
             "load": "paradiff.models.pixel",
             "load_pipeline": "paradiff.models.pipeline",
@@ -35,6 +37,7 @@ __all__ = [
     "Masked",
     "Mixture",
     "Model",
+    "SelfConditioned",
     "learned_variance",
     "load",
     "load_pipeline",

@@ -165,6 +165,7 @@ class ByRow:
         noise: Likewise.
         smooth: Likewise.
         symmetry: Likewise.
+        renewed: Likewise.
         step_of: `[N+1]` the sampler's step of each node.
     """
 
@@ -176,7 +177,9 @@ class ByRow:
         seed: int | None,
         smooth: bool,
         symmetry: Callable[[Tensor], Tensor] | None,
+        renewed: Tensor | None,
     ) -> None:
+        self.renewed = renewed
         self.function, self.table, self.noise, self.smooth, self.symmetry = function, table, noise, smooth, symmetry
         self._seed = seed
         self._along: Noise | None = None
@@ -264,6 +267,7 @@ def by_row(
     seed: int | None = None,
     smooth: bool | None = None,
     symmetry: Callable[[Tensor], Tensor] | None = None,
+    renewed: Tensor | None = None,
 ) -> ByRow:
     """A model whose function knows the rows that it is called for, for `sample`; to `solve`, whose batches an `Evaluator` of it
     answers, say yourself whether it is smooth, and its symmetry.
@@ -280,6 +284,8 @@ def by_row(
         symmetry: `symmetry(values)` of states or outputs `[W, ...]`: their changes `[W, g, ...]` by the g generators of a group
             under which the function answers alike, exactly or nearly, such as rotations: `quasi_newton` then knows its
             derivative in these directions. It changes the number of rounds alone.
+        renewed: True, `[*shape]`, for elements of a state that each step makes of its output alone, whatever they were before:
+            methods that carry changes from step to step do not carry theirs. It changes the number of rounds alone.
 
     Raises:
         ValueError: If an argument is of another kind.
@@ -292,4 +298,6 @@ def by_row(
     if smooth is not None:
         require_truth("smooth", smooth)
     require_callable("the symmetry", symmetry, "a function of states")
-    return ByRow(function, table, noise, seed, noise is None if smooth is None else smooth, symmetry)
+    if renewed is not None and (not isinstance(renewed, Tensor) or renewed.dtype != torch.bool):
+        raise ValueError(f"renewed is {shown(renewed)}; give a tensor of truth values of one state's shape, or None")
+    return ByRow(function, table, noise, seed, noise is None if smooth is None else smooth, symmetry, renewed)

@@ -86,6 +86,7 @@ def solve(
     resolution: float | None = None,
     smooth: bool = True,
     symmetry: Callable[[Tensor], Tensor] | None = None,
+    renewed: Tensor | None = None,
     trajectory: Trajectory | None = None,
     keep_trajectory: bool = False,
 ) -> Rounds:
@@ -108,6 +109,7 @@ def solve(
             chain to the window method if not.
         symmetry: What the generators of a group, under which the network answers alike, make of states or outputs
             (`Problem.symmetry`): `quasi_newton` then knows the network's derivative in these directions.
+        renewed: Which elements of a state each step makes anew (`Problem.renewed`): their changes are not carried along.
         trajectory: A trajectory to begin from, beside a `start` of states at node 0.
         keep_trajectory: Whether `Solution.trajectory` is kept: the state of every node that the method evaluates.
 
@@ -147,6 +149,7 @@ def solve(
         resolution=resolution,
         smooth=smooth,
         symmetry=symmetry,
+        renewed=renewed,
         on_final=on_final,
         trajectory=trajectory,
         keep=keep_trajectory,
@@ -393,6 +396,7 @@ def sample(
         resolution=resolution,
         smooth=by_row is None or by_row.smooth,
         symmetry=None if by_row is None else by_row.symmetry,
+        renewed=None if by_row is None else by_row.renewed,
         trajectory=trajectory,
         keep_trajectory=keep_trajectory,
     )

@@ -51,6 +51,8 @@ class Problem:
         smooth: Whether outputs vary little from node to node for like states.
         symmetry: `symmetry(values)` of states or outputs `[W, ...]`: their changes `[W, g, ...]` by the g generators of a group
             under which the network answers alike; None for none.
+        renewed: True, `[*shape]`, for elements of a state that each step makes from the network's output alone, whatever they
+            were before, such as an estimate that is handed from step to step; None for none.
         on_final: Called with every stretch of nodes that became final, in order; for one sample, and methods that keep the
             states of all nodes.
         trajectory: That of an earlier run on the table, from which the samples begin; None for none.
@@ -70,6 +72,7 @@ class Problem:
     resolution: float | None = None
     smooth: bool = True
     symmetry: Callable[[Tensor], Tensor] | None = None
+    renewed: Tensor | None = None
     on_final: OnFinal | None = None
     trajectory: Trajectory | None = None
     keep: bool = False

@@ -92,6 +92,7 @@ class WindowLoop:
         shared_window: Whether a state is a batch of members that share a window.
         resolution: Relative precision of the network's outputs.
         symmetry: A group under which the network answers alike (methods/secant.py); None for none.
+        renewed: Elements that each step makes anew (solver/protocol.py); None for none.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class WindowLoop:
         shared_window: bool,
         resolution: float | None,
         symmetry: Symmetry | None = None,
+        renewed: Tensor | None = None,
     ) -> None:
         self._table, self._method, self._control, self._variance = table, method, control, variance
-        self._arithmetic = (device, dtype, shared_window, resolution, symmetry)
+        self._arithmetic = (device, dtype, shared_window, resolution, symmetry, renewed)
         self._setups: dict[float, WindowSetup] = {}
 
     @staticmethod

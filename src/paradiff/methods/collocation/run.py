@@ -41,6 +41,7 @@ class CollocationRun:
             "shared_window": problem.shared_window,
             "resolution": problem.resolution,
             "symmetry": problem.symmetry,
+            "renewed": problem.renewed,
         }
         if self._unfit is None:
             self._setup = CollocationSetup(self._table, options, **arithmetic)

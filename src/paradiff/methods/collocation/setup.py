@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
@@ -32,6 +33,7 @@ class CollocationSetup:
         shared_window: Whether a state is a batch of members (solver/protocol.py).
         resolution: Relative precision of the network's outputs; that of `dtype` by default.
         symmetry: Of the window method that takes samples over; see `WindowLoop`.
+        renewed: Likewise.
 
     Attributes:
         table: The chain that is solved.
@@ -59,6 +61,7 @@ class CollocationSetup:
         shared_window: bool = False,
         resolution: float | None = None,
         symmetry: Symmetry | None = None,
+        renewed: Tensor | None = None,
     ) -> None:
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
         self.shared_window = shared_window
@@ -86,6 +89,7 @@ class CollocationSetup:
             shared_window=shared_window,
             resolution=self.resolution,
             symmetry=symmetry,
+            renewed=renewed,
         )
 
     def record(self, points: Sequence[int], error: InterpolationError, variance: float) -> None:

@@ -166,9 +166,11 @@ class Recurrence:
         step: The table on the device.
         predictor: The predictor.
         width: Nodes of the window.
+        renewed: `[*shape]` elements of a state that each step makes anew, on the device; None for none.
 
     Attributes:
         step: As given.
+        renewed: As given.
         frozen: Whether the recurrence contains a clean-data estimate.
         noisy: Whether it contains the steps' noises.
         slope: `[N, P]` A.
@@ -177,9 +179,9 @@ class Recurrence:
         clean_slope: `[N]` derivative of the clean-data estimate with respect to the state, for Gaussian data.
     """
 
-    def __init__(self, step: Step, predictor: Predictor, width: int) -> None:
+    def __init__(self, step: Step, predictor: Predictor, width: int, renewed: Tensor | None = None) -> None:
         table = step.table
-        self.step, self.frozen = step, predictor == "clean"
+        self.step, self.renewed, self.frozen = step, renewed, predictor == "clean"
         self.noisy = table.stochastic and predictor not in ("copy", "held")
         self.slope, self.clean = torch.zeros_like(table.a), torch.zeros_like(table.c)
         if predictor == "clean":
@@ -195,7 +197,7 @@ class Recurrence:
 
 
 class PredictedFill:
-    """The predictor of one sample.
+    """The predictor of one sample; what steps make anew is as the last step that was observed made it.
 
     Args:
         recurrence: The coefficients.
@@ -205,12 +207,16 @@ class PredictedFill:
     def __init__(self, recurrence: Recurrence, x0: Tensor) -> None:
         self._of = recurrence
         self._clean = torch.zeros_like(x0)  # D
+        self._made = torch.zeros_like(x0)  # what the last step that was observed makes anew
 
     def observe(self, node: int, state: Tensor, output: Tensor) -> None:
         """Makes the clean-data estimate."""
         if self._of.frozen:
             table = self._of.step.table
             self._clean = table.p[node].item() * state + table.q[node].item() * output
+        if self._of.renewed is not None:
+            table = self._of.step.table
+            self._made = table.a[node, 0].item() * state + table.b[node, 0].item() * output
 
     def follow(self, node: int, change: Tensor) -> None:
         """Moves the clean-data estimate as that of Gaussian data moves with its state."""
@@ -219,7 +225,7 @@ class PredictedFill:
 
     def forget(self) -> None:
         """The clean-data estimate becomes zero, the centre of the data."""
-        self._clean = torch.zeros_like(self._clean)
+        self._clean, self._made = torch.zeros_like(self._clean), torch.zeros_like(self._made)
 
     def __call__(self, steps: slice, x: Tensor, noises: Tensor) -> tuple[Tensor, Tensor]:
         """Equation (1)."""
@@ -233,6 +239,8 @@ class PredictedFill:
                 if factor:
                     forcing[i].add_(x[known + i - j], alpha=factor)
         new = (of.inverses.moved(steps.start, steps.stop) @ forcing.flatten(1)).view_as(forcing)
+        if of.renewed is not None:
+            new = torch.where(of.renewed, self._made, new)
         if table.band == 1:
             return new, new[:0]
         return new, self._outputs(steps, torch.cat([x[-1:], new[:-1]]))

@@ -38,6 +38,7 @@ class WindowRun:
             problem.shared_window,
             problem.resolution,
             problem.symmetry,
+            problem.renewed,
         )
         self._mixing: list[tuple[int, AndersonUpdate]] = []  # the samples that mix sweeps
 

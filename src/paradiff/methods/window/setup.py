@@ -33,6 +33,7 @@ class WindowSetup:
         shared_window: Whether a state is a batch of members that share a window.
         resolution: Relative precision of the network's outputs; that of the states by default.
         symmetry: A group under which the network answers alike (methods/secant.py); None for none.
+        renewed: Elements of a state that each step makes anew, `[*shape]` (solver/protocol.py); None for none.
 
     Attributes:
         edges: `[M+1]` fine nodes between sub-intervals.
@@ -50,6 +51,7 @@ class WindowSetup:
         decides: Factor on carried errors where it is judged whether they keep to the tolerance (budget.py).
         recurrence: The predictor's coefficients.
         path: How nodes are seen to answer, in narrow windows; None where that is not looked at.
+        renewed: `[*shape]` whether each step makes an element anew, so that G is 0 there, on the device; None for none.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class WindowSetup:
         shared_window: bool = False,
         resolution: float | None = None,
         symmetry: Symmetry | None = None,
+        renewed: Tensor | None = None,
     ) -> None:
         self.symmetry = symmetry
+        self.renewed = None if renewed is None else renewed.to(device)
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
         self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
         self.edges = method.edges(table)
@@ -94,7 +98,7 @@ class WindowSetup:
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
-        self.recurrence = Recurrence(self.step, method.predictor, self.width)
+        self.recurrence = Recurrence(self.step, method.predictor, self.width, self.renewed)
         narrow = self.width <= min(method.control.narrow, self.intervals - 1)
         looks = self.by_error and self.single and narrow and on_a_path(table)
         self.path = PathAnswer(self.step, method.control.answer_bound) if looks else None

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from paradiff.methods.secant import LastPair, Secants
+from paradiff.methods.secant import LastPair, Reach, Secants
 from paradiff.methods.window.setup import WindowSetup
 
 STRETCH = 64  # nodes updated by one matrix product
@@ -76,6 +76,9 @@ class NewtonUpdate:
         """Phi plus the changes carried from the nodes before, `[W, d]`: stretch by stretch, so that a wide window needs no
         matrix of its width squared."""
         setup, parts = self._setup, []
+        if setup.renewed is not None:
+            several = residual.view(len(residual), -1, setup.renewed.numel())
+            residual = several.masked_fill(setup.renewed.flatten(), 0.0).view_as(residual)
         for begin in range(0, len(phi), STRETCH):
             rows = slice(lo + begin, min(lo + begin + STRETCH, hi))
             steps = setup.slope[rows]
@@ -147,7 +150,7 @@ class SecantUpdate:
             if entering is not None:
                 steps, residual = (torch.cat([v[: len(entering)] + entering, v[len(entering) :]]) for v in (steps, residual))
             new = self._newton.carried(*rows, steps.flatten(1), residual.flatten(1)).view_as(steps)
-            added, *followed = self.secants.correction(new - old[part], *self._reach_of_pairs(*rows), begin=begin, first=first)
+            added, *followed = self.secants.correction(new - old[part], self._reach_of_pairs(*rows), begin=begin, first=first)
             found.append(new + added)
             change = found[-1] - old[part]
             first = change[-1]
@@ -180,7 +183,7 @@ class SecantUpdate:
         change = self._newton.carried(lo, hi, steps.flatten(1), steps.flatten(1)).view_as(steps)
         if self.secants is None:
             return Carried(change, torch.zeros_like(change), torch.zeros_like(change))
-        added, *followed = self.secants.corrections(change, *self._reach_of_pairs(lo, hi), begin=begin, first=first)
+        added, *followed = self.secants.corrections(change, self._reach_of_pairs(lo, hi), begin=begin, first=first)
         return Carried(change + added, *followed)
 
     def _entering(self, node: int, count: int, change: Tensor, states: Tensor, outputs: Tensor) -> Tensor:
@@ -196,6 +199,8 @@ class SecantUpdate:
         slope, table = self._setup.slope[node : node + count], self._setup.table
         beyond = (table.a[node : node + count] - slope, table.b[node : node + count])
         entering = torch.zeros_like(change[:count])
+        if self._setup.renewed is not None:  # where G is 0, so that of a node's change only what the pairs say goes on
+            change = torch.where(self._setup.renewed, torch.cat([states[1:], torch.zeros_like(states[:1])]), change)
         for i in range(len(entering)):
             for j in range(i, min(table.band, i + len(change))):
                 entering[i].add_(change[i - j - 1], alpha=slope[i, j].item())
@@ -217,17 +222,26 @@ class SecantUpdate:
         """Drops all pairs."""
         self.secants = None
 
-    def _reach_of_pairs(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """L (a - G) and L b of equation (2) of methods/secant.py, `[W, W]`, on the device."""
-        setup, rows, width = self._setup, slice(lo, hi), hi - lo
+    def _reach_of_pairs(self, lo: int, hi: int) -> list[Reach]:
+        """L (a - G) and L b of equation (2) of methods/secant.py; L = I and G = 0 for elements that steps make anew."""
+        setup, rows = self._setup, slice(lo, hi)
         slope, table = setup.slope[rows], setup.table
-        parts = [torch.zeros(width, width, dtype=torch.float64) for _ in range(2)]
-        for part, values in zip(parts, (table.a[rows] - slope, table.b[rows]), strict=True):
-            for j in range(min(table.band, width)):
-                part.diagonal(-j).copy_(values[j:, j])
-        carry = setup.carry(lo, hi)
-        first, second = (setup.move(carry @ part) for part in parts)
-        return first, second
+        carry, outputs = setup.carry(lo, hi), _banded(table.b[rows])
+        along = Reach(setup.move(carry @ _banded(table.a[rows] - slope)), setup.move(carry @ outputs))
+        if setup.renewed is None:
+            return [along]
+        renewed = setup.renewed.flatten().to(setup.dtype)
+        alone = Reach(setup.move(_banded(table.a[rows])), setup.move(outputs), renewed)
+        return [along._replace(elements=1 - renewed), alone]
+
+
+def _banded(values: Tensor) -> Tensor:
+    """`[W, W]` the lower band whose diagonals are the columns of `[W, P]`."""
+    width = len(values)
+    found = torch.zeros(width, width, dtype=torch.float64)
+    for j in range(min(values.shape[1], width)):
+        found.diagonal(-j).copy_(values[j:, j])
+    return found
 
 
 class PairUpdate(SecantUpdate):
