@@ -379,7 +379,7 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)
-    control = replace(collocation(12).control_on(table), resolved_share=0.0)
+    control = replace(collocation(12).control_on(table), resolved_share=0.0, handover_least=0)
     found = run(table, PLANE, collocation(12, window=8, tolerance=2e-4, control=control), noise)
     assert found.message.startswith("converged: the estimated error of every sample is at most 0.0002; the window method took ")
     assert found.message.endswith("of 4 samples over, since they would need most of the chain's nodes")

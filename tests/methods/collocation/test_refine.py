@@ -83,10 +83,17 @@ def test_an_interpolation_error_above_the_tolerance_refines_the_mesh_at_once(con
 
 
 def test_a_sample_that_needs_most_nodes_is_handed_over_once_its_sweeps_have_converged() -> None:
-    few = replace(HIGHER_ORDER, handover_share=0.05)
+    few = replace(HIGHER_ORDER, handover_share=0.05, handover_least=0)
     assert decided(error(4 * TOLERANCE), control=few) == HandOver("they would need most of the chain's nodes")
     assert decided(error(4 * TOLERANCE), control=few, converged=False) == Sweep()
     assert isinstance(decided(error(4 * TOLERANCE), control=few, may_hand_over=False), Refine)
+
+
+def test_what_is_solved_is_kept_where_the_whole_chain_is_short() -> None:
+    few = replace(HIGHER_ORDER, handover_share=0.05)
+    assert isinstance(decided(error(4 * TOLERANCE), control=few), Refine)
+    assert few.most_kept(100) == 100
+    assert few.most_kept(10_000) == 500
 
 
 def test_a_sample_without_a_node_to_spare_stops() -> None:
@@ -102,7 +109,7 @@ def test_a_mesh_too_coarse_to_tell_its_own_error_is_refined_handed_over_or_distr
     assert decided(small, resolving=POINTS) == Converged(verify=False)
     assert decided(small, resolving=finer) == Refine(sorted({*POINTS, *finer}))
     assert decided(small, resolving=finer, exact=True) == Converged(verify=True)
-    few = replace(HIGHER_ORDER, handover_share=0.05)
+    few = replace(HIGHER_ORDER, handover_share=0.05, handover_least=0)
     assert decided(small, resolving=finer, control=few) == HandOver("a mesh of so few nodes does not tell its own error")
     bounded = {"resolving": finer, "may_hand_over": False, "most_nodes": len(POINTS)}
     assert decided(small, **bounded) == Stop(unresolved=True)

@@ -158,7 +158,7 @@ def _judge(
         most=bounds.most_nodes,
         most_parts=control.most_parts,
     )
-    too_many = bounds.may_hand_over and len(refined) - 1 > control.handover_share * len(mesh.candidates)
+    too_many = bounds.may_hand_over and len(refined) - 1 > control.most_kept(len(mesh.candidates))
     if refined != points and not too_many:
         return Refine(refined)
     if not progress.converged:
@@ -171,7 +171,7 @@ def _judge(
 def _resolve(progress: Progress, points: list[int], mesh: Mesh, bounds: Bounds) -> Refine | HandOver | Stop | None:
     """What follows on a mesh that is too coarse to tell its own error."""
     refined = sorted({*points, *bounds.resolving})
-    if bounds.may_hand_over and len(refined) - 1 > bounds.control.handover_share * len(mesh.candidates):
+    if bounds.may_hand_over and len(refined) - 1 > bounds.control.most_kept(len(mesh.candidates)):
         return HandOver("a mesh of so few nodes does not tell its own error")
     if len(refined) - 1 <= bounds.most_nodes:
         return Refine(refined)

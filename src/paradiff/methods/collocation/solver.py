@@ -456,7 +456,7 @@ class CollocationSolver:
         if error is None or error.total <= control.head_share * tolerance:
             return None
         points, mesh = self.system.points, self.setup.mesh
-        most = min(self._bounds.most_nodes, math.floor(control.handover_share * len(mesh.candidates)))
+        most = min(self._bounds.most_nodes, control.most_kept(len(mesh.candidates)))
         wanted = control.head_wanted * tolerance
         refined = mesh.refine(
             points, shares=error.shares, groups=error.groups, wanted=wanted, most=most, most_parts=control.most_parts
