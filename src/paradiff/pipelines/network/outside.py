@@ -40,12 +40,11 @@ class Outside:
         found = [holder for holder in walk.holders if not holder.hooks and id(holder.owner) not in own]
         self._holders = found[:OBJECTS] if walk.functions else []
         self._asks = any(names(function.__code__) & ENVIRONMENT for function in walk.functions)
-        self.mark()
+        self._marked, self._environment = self._now()
 
     def mark(self) -> None:
         """Takes the present values."""
-        self._marked = [_plain(holder) for holder in self._holders]
-        self._environment = dict(os.environ) if self._asks else {}
+        self._marked, self._environment = self._now()
 
     def changed(self) -> str | None:
         """The path of a value that is another one since `mark`; None if there is none, or no function reads it."""
@@ -56,6 +55,10 @@ class Outside:
                     if (key not in before or key not in now or before[key] != now[key]) and self._is_read(holder.reached(key)):
                         return holder.label(key)
         return "the environment" if self._asks and self._environment != dict(os.environ) else None
+
+    def _now(self) -> tuple[list[dict[Any, Any]], dict[str, str]]:
+        """The holders' values, and the environment where it is asked."""
+        return [_plain(holder) for holder in self._holders], dict(os.environ) if self._asks else {}
 
     def _is_read(self, name: str) -> bool:
         return not name or any(is_read(name, function) for function in self._functions)
