@@ -39,6 +39,7 @@ FOLLOWED = [
 """What lanes follow."""
 
 REFUSED = {
+    "a network that answers by the first row's time": "gave a state other values among",
     "a network that reads the pipeline": "reads _gain of the Adversary, which is another one in each pass",
     "a network that holds the pipeline, switched": "reads _gain of the Adversary",
     "a part that holds the scheduler": "reads (_?step_index) of the FlowMatchEulerDiscreteScheduler",

@@ -275,7 +275,8 @@ class Batching:
         if self.check == "off" or states == 1 or signature in self._checked:
             return []
         self._checked.add(signature)
-        return [states - 1]  # the farthest from the first one, whose time or condition a network may use for all rows
+        # Far from the first one, whose time a network may use for all rows; the last one has its place in any order of rows.
+        return [max(states - 2, states // 2)]
 
     def repeated(self, leaf: Tensor, key: Any, repeat: Callable[[], Tensor]) -> Tensor:
         """`repeat()`, cached for an input that is repeated again with the same `key`.
