@@ -64,7 +64,7 @@ test-oldest: .venv-oldest/.ready
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
 		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain hosts pipelines same_image scheduler_proxy windowed))
 
-BENCHES := audit cluster conditioning conditions corrector front memory pipelines plan polylog published ranks rounds shapes shift small_windows sparse srds tolerance
+BENCHES := audit cluster conditioning conditions corrector front memory pipelines plan polylog published ranks rounds serving shapes shift small_windows sparse srds tolerance
 bench: .venv/.ready
 	for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(paradiff.__file__).parent
-ROOMS = ["chain", "samplers", "solver", "methods", "models", "planning", "pipelines"]
+ROOMS = ["chain", "samplers", "solver", "methods", "models", "planning", "pipelines", "serving"]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -38,7 +38,7 @@ ROOT = {
     *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Trajectory", "Method", "__version__"],
     *PRESETS,
     *["parallel", "ParallelInTimeConfig", "enable_parallel_in_time", "disable_parallel_in_time", "is_parallel_in_time_enabled"],
-    *["chain", "samplers", "solver", "methods", "slopes", "noise", "models", "planning", "pipelines"],
+    *["chain", "samplers", "solver", "methods", "slopes", "noise", "models", "planning", "pipelines", "serving"],
 }
 LAZY = [SOURCE / "__init__.py", *(SOURCE / room / "__init__.py" for room in ("models", "pipelines"))]
 HEAVY = ("diffusers", "transformers", "matplotlib", "typer", "rich", "PIL", "greenlet")

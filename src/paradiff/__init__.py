@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from paradiff.lazy import lazily
 
 if TYPE_CHECKING:
-    from paradiff import chain, methods, models, pipelines, planning, samplers, solver
+    from paradiff import chain, methods, models, pipelines, planning, samplers, serving, solver
     from paradiff.chain import noise
     from paradiff.chain import slope as slopes
     from paradiff.chain.noise import Keyed, Recorded
@@ -93,6 +93,7 @@ else:
             "sample": "paradiff.planning.sampling",
             "samplers": "paradiff.samplers:",
             "sequential": "paradiff.methods.presets",
+            "serving": "paradiff.serving:",
             "slopes": "paradiff.chain.slope:",
             "solve": "paradiff.solver.loop",
             "solver": "paradiff.solver:",
@@ -141,6 +142,7 @@ __all__ = [
     "sample",
     "samplers",
     "sequential",
+    "serving",
     "slopes",
     "solve",
     "solver",

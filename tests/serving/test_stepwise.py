@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -117,8 +118,9 @@ def test_collocation_keeps_to_the_rows_of_each_round() -> None:
 @pytest.mark.parametrize("method", ["srds", "chords", "parataa", "quasi_deer", "paradigms"])
 def test_methods_with_rows_of_their_own_share_the_calls_too(method: str) -> None:
     stepwise = Stepwise(model(), 2)
-    tight = {} if method == "chords" else {"tolerance": 1e-3}
-    states = [stepwise.prepare(SampleRequest(seed=s, sampler="ddim", steps=20, method=method, **tight)) for s in (1, 2)]
+    tight = None if method == "chords" else 1e-3
+    asked = [SampleRequest(seed=s, sampler="ddim", steps=20, method=method, tolerance=tight) for s in (1, 2)]
+    states = [stepwise.prepare(request) for request in asked]
     for state, finished in run(stepwise, states, lambda state: 2).items():
         assert isinstance(finished, Finished)
         assert rms(finished.sample, alone(state.request)) < 5e-3
@@ -192,9 +194,8 @@ def test_slots_are_given_back() -> None:
 )
 def test_a_request_that_cannot_be_is_refused_by_a_sentence(given: object, sentence: str) -> None:
     stepwise = Stepwise(model(), 1)
-    with pytest.raises(ValueError, match=r".") as refused:
+    with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
         stepwise.method(SampleRequest.of_json(given))
-    assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

@@ -203,9 +203,9 @@ class Engine:
         if self._closed or self._fault is not None:
             self.metrics.count("refused_total")
             raise Full("the server is about to end, and accepts nothing; send the request to another one")
-        if not anew and len(self._queue) >= self._most + max(0, self._active - len(self._running)):
+        if not anew and self._open >= self._most + self._active:
             self.metrics.count("refused_total")
-            raise Full(f"{len(self._queue)} requests wait, the most that may; send the request again later")
+            raise Full(f"{self._open} requests run or wait, the most that may; send the request again later")
 
     def job(self, id: str) -> Job | None:
         """A request by its name; None where there is none, or it is no longer kept."""
