@@ -268,6 +268,7 @@ def test_the_command_serves_the_bundled_digits_on_this_machine_alone_and_ends_cl
     connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
     connection.request("POST", "/samples", json.dumps({"seed": 3}), JSON)
     id = json.loads(connection.getresponse().read())["id"]
+    connection.close()
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert error.splitlines()[-1] == "terminated: 1 sample was made; nothing that was accepted is lost"
