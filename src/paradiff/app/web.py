@@ -18,6 +18,7 @@ import io
 import json
 import re
 import secrets
+import socket
 import socketserver
 import threading
 from collections.abc import Mapping
@@ -93,13 +94,14 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     engine: Engine
+    server_name: str
+    server_port: int
+    address_family: int = socket.AF_INET
 
     def __init__(self, host: str, port: int, shelf: Shelf | None = None) -> None:
         self.shelf, self.loopback = shelf, is_loopback(host)
         self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
         if ":" in host:
-            import socket
-
             self.address_family = socket.AF_INET6
         try:
             super().__init__((host.strip("[]"), port), Handler)
@@ -141,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "paradiff", ""
+    close_connection: bool
     timeout = PATIENCE
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
