@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,32 @@ def test_warm_runs_need_fewer_rounds_and_their_estimates_hold(table: str, old: s
             assert mean_rounds(warm) < mean_rounds(cold)
         assert mean_rounds(warm) < 2.5 * mean_rounds(cold)  # nor is a useless trajectory ruinous
     assert above <= 0.2 * total  # 13 of 1800 samples of other seeds in all, 5 of 120 at most of one row
+
+
+def test_from_all_states_a_narrow_window_evaluates_some_nodes_and_a_wide_one_all() -> None:
+    table = ddim(Schedule.linear(), 100)
+    _, narrow, plain = runs(table, quasi_newton(), collocation(window=8), 0.003, 0.999)
+    _, wide, _ = runs(table, quasi_newton(), collocation(), 0.003, 0.999)
+    assert narrow.evaluations < 0.6 * 100 * SAMPLES
+    assert wide.evaluations >= 100 * SAMPLES
+    assert errors(narrow, plain).max() < 4e-3
+
+
+def test_a_sample_begins_alike_whatever_the_others_begin_from() -> None:
+    table = TABLES["ddim 200"]
+    model, noise = changed(0.03).denoiser(table), Moved(0.999)
+    whole, mesh = (
+        paradiff.sample(mixture().denoiser(table), table, Moved(1.0), method, keep_trajectory=True).trajectory
+        for method in (quasi_newton(), collocation(nodes=24))
+    )
+    assert whole is not None
+    assert mesh is not None
+    mixed = replace(whole, parts=(*whole.parts[:3], *mesh.parts[3:]))
+    found = [
+        paradiff.sample(model, table, noise, collocation(window=8), start=start).error_estimates
+        for start in (whole, mesh, mixed)
+    ]
+    assert [e.evaluations for e in found[2]] == [e.evaluations for e in (*found[0][:3], *found[1][3:])]
 
 
 def test_the_same_problem_again_takes_few_rounds() -> None:

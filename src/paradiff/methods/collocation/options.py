@@ -192,17 +192,21 @@ class CollocationOptions(Face):
 
     def of_differences(self, table: Table) -> CollocationOptions:
         """The method for samples that begin from an earlier run's states at all nodes, and whose forcings' difference to it is
-        interpolated (warm.py): by the nodes of `DIFFERENCES`, all of a short chain, unless the caller chose."""
+        interpolated (warm.py): by the nodes of `DIFFERENCES`, as many as fill a round, or all of a short chain, unless the
+        caller chose."""
         found = DIFFERENCES
         if self.control is not None or levels_of(table) is not None or not isinstance(self.nodes, str):
             return self
         candidates = mesh_on(table, found).candidates
         every = table.restarts[:-1]
-        if candidates == every and len(every) <= (self.max_nodes or found.all_nodes) and len(every) <= found.all_nodes:
+        at_once = table.stochastic or self.window is None or self.window >= len(every)
+        most = min(self.max_nodes or found.all_nodes, found.all_nodes if at_once else found.few_nodes)
+        if candidates == every and len(every) <= most:
             return replace(self, nodes=every, order=min(self.order or 1, len(every) - 1), warm_start=None, control=found)
         if table.stochastic or self.order == 0:
             return self
-        return replace(self, warm_start=None, control=found)
+        nodes = min(max(self.window or found.round_nodes, found.nodes), found.round_nodes)
+        return replace(self, warm_start=None, control=replace(found, nodes=nodes))
 
     def unfit(self, table: Table, stored: StoredMesh | None = None) -> str | None:
         """Why a chain is left to the window method from the first round on (conditions.py); None where it is not.
