@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from paradiff.solver.evaluator import Evaluator
 
 TABLE = ddpm(Schedule.linear(), 24)
 NOISE = Keyed((2, 3), 5, samples=2)
+NOISE_STARTS = torch.stack([NOISE.start(0), NOISE.start(1)])
 
 
 def kept(method: Method) -> Solution:
@@ -180,3 +182,35 @@ def test_auto_begins_from_a_trajectory_and_keeps_its_own(monkeypatch: pytest.Mon
         assert kept.trajectory is not None
         assert float((found.sample - exact.sample).square().mean().sqrt()) < 4e-3
         assert (found.rounds < 30) is flat
+
+
+def test_what_changes_evenly_is_extrapolated() -> None:
+    runs = [
+        paradiff.sample(network, TABLE, NOISE, sequential(), start=scale * NOISE_STARTS, keep_trajectory=True)
+        for scale in (1.0, 1.01, 1.02)
+    ]
+    first, second, third = (run.trajectory for run in runs)
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    foretold = second.extrapolated(first)
+    for found, part, last in zip(foretold.parts, third.parts, second.parts, strict=True):
+        for name in ("states", "clean"):
+            wanted = getattr(part, name)
+            assert (getattr(found, name) - wanted).abs().max() < 0.2 * (getattr(last, name) - wanted).abs().max()
+    assert torch.allclose(second.extrapolated(first, 0.0).parts[0].states, second.parts[0].states)
+
+
+def test_what_does_not_go_on_is_refused(trajectory: Trajectory) -> None:
+    with pytest.raises(ValueError, match="1 x"):
+        trajectory.extrapolated(trajectory.only(0))
+    with pytest.raises(ValueError, match="share"):
+        trajectory.extrapolated(trajectory, float("nan"))
+    fewer = dataclasses.replace(
+        trajectory,
+        parts=tuple(
+            dataclasses.replace(p, nodes=p.nodes[1:], states=p.states[1:], clean=p.clean[1:]) for p in trajectory.parts
+        ),
+    )
+    with pytest.raises(ValueError, match="23 nodes before and at 24 others"):
+        trajectory.extrapolated(fewer)

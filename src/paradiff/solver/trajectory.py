@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.errors import shown
+from paradiff.errors import require_real, shown
 from paradiff.lazy import naming_the_extra
 
 FORMAT = "paradiff trajectory 1"
@@ -65,6 +65,14 @@ class Part:
             return found
         dx, dclean = (change(v.flatten(0, 1)).view_as(v) for v in (self.dx, self.dclean))
         return dataclasses.replace(found, dx=dx, dclean=dclean)
+
+    def gone_on(self, before: Part, share: float) -> Part:
+        """With states and estimates changed on by a share of their change since another part of the same nodes."""
+        states, clean = (
+            torch.lerp(other.to(own), own, 1 + share)
+            for own, other in ((self.states, before.states), (self.clean, before.clean))
+        )
+        return dataclasses.replace(self, states=states, clean=clean)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -117,6 +125,32 @@ class Trajectory:
                     f"{part.states.dtype}"
                 )
         return dataclasses.replace(self, parts=tuple(part.changed(change) for part in self.parts))
+
+    def extrapolated(self, before: Trajectory, share: float = 1.0) -> Trajectory:
+        """The trajectory of the run after this one, if it changes on as this one did from that before: states and clean-data
+        estimates are x + share (x - x before). For a value that is moved step by step, such as a guidance scale or the place
+        of a control loop; of noise that is drawn anew nothing can be foretold.
+
+        Args:
+            before: The trajectory of the run before.
+            share: How far the next step goes, as a multiple of the last one.
+
+        Raises:
+            ValueError: If that is of another table, shape or number of samples, or was evaluated at other nodes; or the share
+                is no number of at least 0.
+        """
+        require_real("the share", share)
+        mine, theirs = (self.digest, self.steps, self.shape), (before.digest, before.steps, before.shape)
+        if mine != theirs or self.samples != before.samples:
+            raise ValueError(f"{before} was given to go on from, and this is {self}; give two of one chain, shape and batch")
+        for k, (part, other) in enumerate(zip(self.parts, before.parts, strict=True)):
+            if not torch.equal(part.nodes, other.nodes):
+                raise ValueError(
+                    f"sample {k} was evaluated at {len(other.nodes)} nodes before and at {len(part.nodes)} others then; keep "
+                    "the trajectories of runs at the same nodes, such as quasi_newton's, which are all"
+                )
+        pairs = zip(self.parts, before.parts, strict=True)
+        return dataclasses.replace(self, parts=tuple(part.gone_on(other, share) for part, other in pairs))
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all.
