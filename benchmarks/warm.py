@@ -13,6 +13,9 @@ for a control loop's next step. The rows say where that holds. Kinds:
   by a point, and the last run's trajectory is shifted by a point. With a smaller number the place moves by that share of the
   way to the second point, and the noise stays.
 
+Guidance and control also begin from the last two runs, extrapolated (`Trajectory.extrapolated`): guidance 3, 4 and then 5, and
+two control steps.
+
 `rounds` are means over seeds; `ratio` is the fewer rounds of quasi_newton and collocation, cold at the same window,
 over those of the warm run; `own_ratio` the same method's, cold.
 Parts are seeds: `tuning` 2000 to 2015, by which numbers were chosen, and `held-out` 5000 to 5063.
@@ -31,7 +34,7 @@ import torch
 from harness import Results, Row, options, show
 from torch import Tensor
 
-from paradiff import Keyed, Schedule, Solution, Table, sample
+from paradiff import Keyed, Schedule, Solution, Table, Trajectory, sample
 from paradiff.chain.noise import Noise
 from paradiff.methods.presets import collocation, quasi_newton, sequential
 from paradiff.models.pipeline import load_pipeline
@@ -133,11 +136,12 @@ def rms(found: Tensor, wanted: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is run: a model on a chain, before and after the change."""
+    """What is run: a model on a chain, before and after the change, and one change earlier where changes go on."""
 
     table: Table
     before: tuple[Evaluator, Noise]
     after: tuple[Evaluator, Noise]
+    earlier: tuple[Evaluator, Noise] | None = None
 
 
 def evaluator(
@@ -167,7 +171,8 @@ def problem(kind: str, name: str, chain: str, steps: int, seeds: Sequence[int]) 
     if kind == "prompt":
         return Problem(table, before, (evaluator(name, table, seeds, EDITS), own))
     if kind == "guidance":
-        return Problem(table, before, (evaluator(name, table, seeds, guidance=5.0), own))
+        after, earlier = (evaluator(name, table, seeds, guidance=scale) for scale in (5.0, 3.0))
+        return Problem(table, before, (after, own), (earlier, own))
     starts = torch.stack([own.start(k) for k in range(len(seeds))])
     other = torch.stack([torch.randn(own.shape, generator=torch.Generator().manual_seed(seed + 10**6)) for seed in seeds])
     return Problem(table, before, (before[0], Given(own, math.sqrt(1 - FRAME) * starts + math.sqrt(FRAME) * other)))
@@ -218,7 +223,26 @@ def measure(kind: str, name: str, chain: str, steps: int, window: int | None, se
         change = float((rms(before[old].sample, plain) / unit).mean())
         row = {**heading, "start": f"warm, from {old}", "method": label, **figures(warm, plain, unit), "change": change}
         rows.append(row)
+    if task.earlier is not None:
+        earlier = sample(
+            task.earlier[0],
+            task.table,
+            task.earlier[1],
+            METHODS["quasi_newton"](window, LEVEL),
+            check="off",
+            keep_trajectory=True,
+        )
+        begin = trajectory_of(before["quasi_newton"]).extrapolated(trajectory_of(earlier))
+        for label, make in METHODS.items():
+            warm = sample(task.after[0], task.table, task.after[1], make(window, LEVEL), check="off", start=begin)
+            rows.append({**heading, "start": "warm, from the last two", "method": label, **figures(warm, plain, unit)})
     return compared(rows)
+
+
+def trajectory_of(found: Solution) -> Trajectory:
+    """The trajectory of a run that kept it."""
+    assert found.trajectory is not None
+    return found.trajectory
 
 
 def compared(rows: list[Row]) -> list[Row]:
@@ -276,6 +300,7 @@ def control(window: int | None, seeds: Sequence[int], points: float) -> list[Row
     place = torch.tensor([[-1.0, 0.0]]).repeat(len(seeds), 1)
     rows: dict[tuple[str, str], list[Row]] = {}
     last: dict[str, Solution] = {}
+    earlier: dict[str, Solution] = {}
     for step in range(CONTROLS):
         noise = Strip(strip, step if points == 1 else 0)
         model = Evaluator(network, conditioning={"place": place, "progress": torch.full((len(seeds),), step * points)})
@@ -285,15 +310,23 @@ def control(window: int | None, seeds: Sequence[int], points: float) -> list[Row
             if step:
                 rows.setdefault(("cold", label), []).append(figures(found, plain, 1.0))
             if label in last:
-                begin = last[label].trajectory
-                assert begin is not None
-                begin = begin.map(shifted) if points == 1 else begin
+                begin = moved(trajectory_of(last[label]), points)
                 found = sample(model, table, noise, make(window, LEVEL), check="off", start=begin, keep_trajectory=True)
                 rows.setdefault(("warm, from its last step", label), []).append(figures(found, plain, 1.0))
+                if label in earlier:
+                    begin = begin.extrapolated(moved(moved(trajectory_of(earlier[label]), points), points))
+                    ahead = sample(model, table, noise, make(window, LEVEL), check="off", start=begin, keep_trajectory=True)
+                    rows.setdefault(("warm, from its last two", label), []).append(figures(ahead, plain, 1.0))
+                earlier[label] = last[label]
             last[label] = found
         place = place + points * (plain[:, :, 1] - place)
     heading = {"kind": "control", "data": "plans", "chain": "ddpm 100", "window": window, "points": points}
     return compared([{**heading, "start": start, "method": label, **merged(own)} for (start, label), own in rows.items()])
+
+
+def moved(found: Trajectory, points: float) -> Trajectory:
+    """The trajectory of a plan for the next control step."""
+    return found.map(shifted) if points == 1 else found
 
 
 def merged(rows: Sequence[Mapping[str, Any]]) -> Row:
