@@ -20,6 +20,8 @@ from paradiff import Schedule, Table, samplers
 from paradiff.chain.table import equal
 from paradiff.models.exact import Gaussian
 from paradiff.models.pixel import load
+from paradiff.models.plane import Plane
+from paradiff.models.policy import load_policy
 from paradiff.planning import Theory
 from paradiff.samplers import (
     ddim,
@@ -83,6 +85,8 @@ MADE: dict[str, Callable[[], Any]] = {
     "Theory": lambda: Theory("sde", 64, 0.1).grid().u,
     "of a bundled model": lambda: load("digits", device="cpu").table("ddim", 10),
     "of a bundled model, exponential": lambda: load("digits", device="cpu").exponential("exponential_ode", 10),
+    "of the bundled policy": lambda: load_policy("points-policy", device="cpu").table("ddpm", 10),
+    "Plane.drawn": lambda: Plane.drawn(0, 3).after(torch.zeros(3, 2, device="cpu")).observation,
 }
 
 

@@ -124,8 +124,17 @@ def _models() -> Iterator[str]:
 
 
 def _run(name: str) -> None:
-    from paradiff.models.files import is_pixel, read_index
+    from paradiff.models.files import is_pixel, is_policy, read_index
 
+    if is_policy(read_index(name)):
+        from paradiff.models.policy import load_policy
+        from paradiff.planning.choice import sequential
+        from paradiff.solver.loop import sample
+
+        policy = load_policy(name)
+        evaluator = Evaluator(policy, conditioning={"observation": torch.zeros(1, policy.observed)})
+        sample(evaluator, policy.table("ddpm", 2), Keyed(policy.shape, 0), sequential())
+        return
     if is_pixel(read_index(name)):
         from paradiff.models.pixel import load
         from paradiff.planning.choice import sequential

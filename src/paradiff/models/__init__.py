@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from paradiff.models.masked import Masked
     from paradiff.models.pipeline import load_pipeline
     from paradiff.models.pixel import Model, load
+    from paradiff.models.plane import Plane
+    from paradiff.models.policy import PolicyModel, load_policy
     from paradiff.models.self_conditioned import SelfConditioned
     from paradiff.models.variance import learned_variance
 else:
@@ -23,10 +25,13 @@ else:
             "Masked": "paradiff.models.masked",
             "Mixture": "paradiff.models.exact",
             "Model": "paradiff.models.pixel",
+            "Plane": "paradiff.models.plane",
+            "PolicyModel": "paradiff.models.policy",
             "SelfConditioned": "paradiff.models.self_conditioned",
             "learned_variance": "paradiff.models.variance",
             "load": "paradiff.models.pixel",
             "load_pipeline": "paradiff.models.pipeline",
+            "load_policy": "paradiff.models.policy",
         },
     )
 
@@ -37,8 +42,11 @@ __all__ = [
     "Masked",
     "Mixture",
     "Model",
+    "Plane",
+    "PolicyModel",
     "SelfConditioned",
     "learned_variance",
     "load",
     "load_pipeline",
+    "load_policy",
 ]

@@ -22,6 +22,9 @@ from paradiff.errors import shown
 
 BUNDLED = Path(__file__).parent / "bundled"
 INDEX = "model_index.json"
+POLICY = "DiffusionPolicy"
+"""What the index of a diffusion policy (policy.py) names as its class."""
+
 LINES, LONGEST = 2, 300
 """Of a loader's error: lines, and characters of them."""
 
@@ -128,6 +131,12 @@ def is_pixel(index: Mapping[str, Any]) -> bool:
     """Whether an index is that of an unconditional pixel pipeline, made of a `UNet2DModel` and a scheduler."""
     parts = components(index)
     return set(parts) == {"unet", "scheduler"} and parts["unet"][1] == "UNet2DModel"
+
+
+def is_policy(index: Mapping[str, Any]) -> bool:
+    """Whether an index is that of a policy, made of a `PolicyUNet` and a scheduler."""
+    parts = components(index)
+    return index["_class_name"] == POLICY and set(parts) == {"unet", "scheduler"} and parts["unet"][1] == "PolicyUNet"
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:

@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from paradiff.errors import refuse_unknown
-from paradiff.models.files import components, folder_of, loading, read_index, weight_files
+from paradiff.models.files import components, folder_of, is_policy, loading, read_index, weight_files
 from paradiff.models.network import check_values, load_network
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS
 from paradiff.models.shared import shared_network
@@ -51,6 +51,8 @@ def load_pipeline(
             needs is not installed, or it cannot be read.
     """
     index = read_index(model)
+    if is_policy(index):
+        raise ValueError(f"{model!r} is a policy, which needs observations; load it by paradiff.models.load_policy")
     with _quiet():
         if not trust_remote_code:
             _check_code(model, index)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import diffusers
@@ -206,6 +207,34 @@ def table_of(config: Mapping[str, Any], sampler: str, steps: int, *, eta: float 
     return make(karras=karras, final=final) if sampler == "euler" else make()
 
 
+def scheduler_config(model: str, folder: Path, parts: Mapping[str, tuple[str, str]]) -> Mapping[str, Any]:
+    """The config of a model's scheduler.
+
+    Args:
+        model: As the user gave it.
+        folder: Its folder.
+        parts: Its components.
+
+    Raises:
+        ValueError: If it cannot be read, or is that of a scheduler without betas.
+    """
+    with loading(model):
+        config = DDPMScheduler.load_config(folder, subfolder="scheduler")
+    kind = getattr(diffusers, parts["scheduler"][1], None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ValueError(
+            f"model_index.json of {model!r} names {parts['scheduler'][1]!r} as its scheduler, which is none of diffusers; save "
+            "the pipeline again"
+        )
+    if not isinstance(config, dict) or not {"beta_schedule", "trained_betas"} & set(config):
+        raise ValueError(
+            f"{model!r} has a {parts['scheduler'][1]}, whose config has no betas; this command needs a scheduler on a "
+            "schedule of betas, such as DDPMScheduler or DDIMScheduler"
+        )
+    check_values(DDPMScheduler, config, f"scheduler/scheduler_config.json of {model!r}")
+    return config
+
+
 def _schedule_of(scheduler: Any) -> Schedule:
     alpha_bar = scheduler.alphas_cumprod.double()  # the scheduler's own rounding: a chain is sensitive to it
     if scheduler.config.get("rescale_betas_zero_snr"):
@@ -256,20 +285,7 @@ def load(
             f"{model!r} holds a {index['_class_name']}; this command samples unconditional pixel pipelines, made of a "
             "UNet2DModel and a scheduler (DDPMPipeline, DDIMPipeline)"
         )
-    with loading(model):
-        config = DDPMScheduler.load_config(folder, subfolder="scheduler")
-    kind = getattr(diffusers, parts["scheduler"][1], None)
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-        raise ValueError(
-            f"model_index.json of {model!r} names {parts['scheduler'][1]!r} as its scheduler, which is none of diffusers; save "
-            "the pipeline again"
-        )
-    if not isinstance(config, dict) or not {"beta_schedule", "trained_betas"} & set(config):
-        raise ValueError(
-            f"{model!r} has a {parts['scheduler'][1]}, whose config has no betas; this command needs a scheduler on a "
-            "schedule of betas, such as DDPMScheduler or DDIMScheduler"
-        )
-    check_values(DDPMScheduler, config, f"scheduler/scheduler_config.json of {model!r}")
+    config = scheduler_config(model, folder, parts)
     read = partial(load_network, model, UNet2DModel, folder, "unet", dtype)
     unet = cast(UNet2DModel, read() if machine is None else shared_network(read, UNet2DModel, folder / "unet", device, machine))
     size = unet.config["sample_size"]
