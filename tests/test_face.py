@@ -35,7 +35,7 @@ PRESETS = [
 ]
 ROOT = {
     *["sample", "solve", "parallelize", "explain", "compare", "plan", "auto", "by_row", "from_scheduler"],
-    *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Trajectory", "Method", "__version__"],
+    *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Trajectory", "Method", "Policy", "__version__"],
     *PRESETS,
     *["parallel", "ParallelInTimeConfig", "enable_parallel_in_time", "disable_parallel_in_time", "is_parallel_in_time_enabled"],
     *["chain", "samplers", "solver", "methods", "slopes", "noise", "models", "planning", "pipelines", "serving"],

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from paradiff.pipelines.plan import plan
     from paradiff.pipelines.run import parallelize
     from paradiff.planning.auto import auto
+    from paradiff.planning.policy import Policy
     from paradiff.planning.sampling import sample
     from paradiff.planning.side_by_side import compare
     from paradiff.samplers.schedule import Schedule
@@ -57,6 +58,7 @@ else:
             "Keyed": "paradiff.chain.noise",
             "Method": "paradiff.solver.protocol",
             "ParallelInTimeConfig": "paradiff.pipelines.native",
+            "Policy": "paradiff.planning.policy",
             "Recorded": "paradiff.chain.noise",
             "Schedule": "paradiff.samplers.schedule",
             "Solution": "paradiff.solver.solution",
@@ -106,6 +108,7 @@ __all__ = [
     "Keyed",
     "Method",
     "ParallelInTimeConfig",
+    "Policy",
     "Recorded",
     "Schedule",
     "Solution",
