@@ -147,6 +147,25 @@ def acted(*observations: Any, **options: Any) -> Policy:
     return policy
 
 
+def test_a_call_that_failed_leaves_all_as_it_was() -> None:
+    fails = [False]
+
+    def model(x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
+        if fails[0]:
+            raise RuntimeError("no power")
+        return network(x, t, observation)
+
+    one, other = (Policy(made, TABLE, SHAPE, noise="shifted") for made in (model, network))
+    seen = torch.tensor([[0.1, 0.2]])
+    for policy in (one, other):
+        policy.act(seen)
+    fails[0] = True
+    with pytest.raises(RuntimeError, match="no power"):
+        one.act(moved(seen))
+    fails[0] = False
+    torch.testing.assert_close(one.act(moved(seen)), other.act(moved(seen)), atol=1e-5, rtol=0)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "model": (lambda: Policy(None, TABLE, SHAPE), r"the model is None; give a function \(x, t, observation\)"),  # pyright: ignore[reportArgumentType]
     "table": (lambda: Policy(network, "ddpm", SHAPE), r"the table is 'ddpm'"),  # pyright: ignore[reportArgumentType]

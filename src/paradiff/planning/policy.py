@@ -25,10 +25,12 @@ from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, r
 from paradiff.methods.presets import collocation, quasi_newton
 from paradiff.planning.plan_noise import PlanNoise
 from paradiff.solver import loop
+from paradiff.solver.arguments import device_of
 from paradiff.solver.evaluator import Denoiser, Evaluator
+from paradiff.solver.location import location_of
 from paradiff.solver.protocol import Method
 from paradiff.solver.row_check import Check
-from paradiff.solver.solution import Solution
+from paradiff.solver.solution import ErrorEstimate, Solution
 from paradiff.solver.trajectory import Trajectory, joined
 
 VARIANCE = 0.003
@@ -127,7 +129,7 @@ class Policy:
         """
         if self.report is None:
             raise ValueError("there is no plan, and so no noise of one; call act() first")
-        return self._noises()
+        return self._noises(self._firsts)
 
     def reset(self, environments: Sequence[int] | None = None) -> None:
         """Begins another episode, with noise of its own.
@@ -167,39 +169,37 @@ class Policy:
         given = self._given(observation)
         moved = self._executed if executed is None else executed
         require_whole("executed", moved, 0, f", one of the plan's {self._shape[0]} steps", most=self._shape[0])
-        if self._noise == "shifted":
-            for k, last in enumerate(self._last):
-                self._firsts[k] += moved if last is not None else 0
         warm = [last is not None for last in self._last]
-        plans: list[Tensor | None] = [None] * len(warm)
-        rounds, errors, evaluations = [0] * len(warm), [0.0] * len(warm), 0
+        steps = moved if self._noise == "shifted" else 0
+        firsts = [first + steps * known for first, known in zip(self._firsts, warm, strict=True)]
+        found: dict[int, tuple[Tensor, Trajectory, ErrorEstimate]] = {}
+        evaluations = 0
         for kind in (True, False):
-            chosen = [k for k, found in enumerate(warm) if found == kind]
-            if not chosen:
-                continue
-            found = self._solved(given, chosen, moved)
-            evaluations += found.evaluations
-            assert found.trajectory is not None
-            for place, k in enumerate(chosen):
-                plans[k], self._before[k] = found.sample[place], self._last[k]
-                self._last[k] = found.trajectory.only(place)
-                estimate = found.error_estimates[place]
-                rounds[k], errors[k] = estimate.rounds, estimate.estimated_error
-        self._moved = moved
+            chosen = [k for k, known in enumerate(warm) if known == kind]
+            if chosen:
+                run = self._solved(given, chosen, moved, self._noises(firsts))
+                evaluations += run.evaluations
+                assert run.trajectory is not None
+                for place, k in enumerate(chosen):
+                    found[k] = run.sample[place], run.trajectory.only(place), run.error_estimates[place]
+        plans, lasts, estimates = zip(*(found[k] for k in range(len(warm))), strict=True)
+        # Nothing is kept of a call that failed.
+        self._before, self._last, self._firsts, self._moved = self._last, list(lasts), firsts, moved
+        rounds, errors = [e.rounds for e in estimates], [e.estimated_error for e in estimates]
         seconds = time.perf_counter() - begin
         self.report = ControlStep(tuple(warm), tuple(rounds), evaluations, tuple(errors), seconds)
-        return torch.stack([plan for plan in plans if plan is not None])
+        return torch.stack(plans)
 
-    def _solved(self, given: Mapping[str, Tensor], chosen: Sequence[int], moved: int) -> Solution:
+    def _solved(self, given: Mapping[str, Tensor], chosen: Sequence[int], moved: int, noise: PlanNoise) -> Solution:
         """A run of some environments, all of which have a last plan, or none."""
-        whole = len(chosen) == len(self._last)
-        noise = self._noises() if whole else self._noises().only(chosen)
-        rows = dict(given) if whole else {name: value[list(chosen)] for name, value in given.items()}
+        every = len(chosen) == len(self._last)
+        device = device_of(location_of(self._model))
+        rows = {name: (value if every else value[list(chosen)]).to(device) for name, value in given.items()}
         lasts = [last for last in (self._begun(k, moved) for k in chosen) if last is not None]
         return loop.sample(
             Evaluator(self._model, conditioning=rows),
             self._table,
-            noise,
+            noise if every else noise.only(chosen),
             self._method if lasts else self._first,
             check=self._check,
             trajectory=joined(lasts) if lasts else None,
@@ -215,8 +215,8 @@ class Policy:
             return last.map(lambda x: later(x, moved)) if moved else last
         return last if before is None or moved != self._moved else extrapolated(before, last)
 
-    def _noises(self) -> PlanNoise:
-        return PlanNoise(self._keyed, self._table.steps, tuple(self._episodes), tuple(self._firsts))
+    def _noises(self, firsts: Sequence[int]) -> PlanNoise:
+        return PlanNoise(self._keyed, self._table.steps, tuple(self._episodes), tuple(firsts))
 
     def _given(self, observation: Any) -> dict[str, Tensor]:
         """The observation's parts by name.
