@@ -200,7 +200,14 @@ FACES: dict[str, Face] = {
     "quasi_newton": Face(
         paradiff.quasi_newton,
         {},
-        {"window": WINDOW, "tolerance": POSITIVE, "secants": SMALL, "slope": SLOPE, "warmup": st.sampled_from([0, 1])},
+        {
+            "window": WINDOW,
+            "tolerance": POSITIVE,
+            "secants": SMALL,
+            "neighbours": SMALL,
+            "slope": SLOPE,
+            "warmup": st.sampled_from([0, 1]),
+        },
     ),
     "chords": Face(
         paradiff.chords,

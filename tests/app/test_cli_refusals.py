@@ -25,7 +25,7 @@ from paradiff.app.flags import DTYPES
 from paradiff.app.options import PRESETS, SLOPES, known_parameters, parameters, parse_seeds, preset, read_value, words
 from paradiff.app.signals import INTERRUPTED, TERMINATED
 from paradiff.chain import slope
-from paradiff.models.files import BUNDLED
+from paradiff.models.files import BUNDLED, INDEX
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, load
 from paradiff.version import __version__
 
@@ -429,7 +429,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(cli: Cli, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("model", ["digit", "./nowhere", "/nowhere/at/all", "~/model", "a/b/c"])
 def test_a_model_that_is_not_there_is_refused(model: str, cli: Cli, tmp_path: Path) -> None:
-    bundled = ", ".join(sorted(folder.name for folder in BUNDLED.iterdir()))
+    bundled = ", ".join(sorted(file.parent.name for file in BUNDLED.glob(f"*/{INDEX}")))
     assert "digits" in bundled
     assert f"{model!r} is no model: give a bundled one ({bundled}), a folder" in refused(cli, model, tmp_path)
 

@@ -33,6 +33,28 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("name", ["ddpm", "ddim clipped", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("neighbours", [1, 3, 64])
+def test_pairs_of_neighbours_cost_no_exactness(name: str, neighbours: int) -> None:
+    table, noise = TABLES[name], Keyed(SHAPE, seed=2)
+    found = sample(network, table, noise, quasi_newton(window=6, tolerance=0.0, neighbours=neighbours), dtype=torch.float64)
+    assert gap(found.sample[0], chain(network, table, noise)[-1]) < EXACT
+
+
+def test_pairs_of_neighbours_are_those_of_the_nodes_before() -> None:
+    states = [random(5, 6, seed=k) for k in range(2)]
+    outputs = [random(5, 6, seed=10 + k) for k in range(2)]
+    secants = Secants(1, FINE, False, neighbours=2)
+    for x, m in zip(states, outputs, strict=True):
+        secants.observe(x, m)
+    dx, dm = secants._pairs_of(1, 3)
+    for kept, values in ((dx, states[1] - states[0]), (dm, outputs[1] - outputs[0])):
+        assert torch.equal(kept[:, 0, 0], values[1:4])
+        assert torch.equal(kept[:, 1, 0], values[0:3])
+        assert torch.equal(kept[1:, 2, 0], values[0:2])
+        assert not kept[0, 2].any()
+
+
 def modelled(dx: list[Tensor], dm: list[Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
     """DX y and DM y of methods/secant.py at one node, flat states `[d]`, from its pairs that are not zero."""
     pairs = [(x, m) for x, m in zip(dx, dm, strict=True) if bool(x.any())]
@@ -345,9 +367,11 @@ def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.
     told: list[float] = []
 
     class Spy(Secants):
-        def __init__(self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None) -> None:
+        def __init__(
+            self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None, neighbours: int
+        ) -> None:
             told.append(resolution)
-            super().__init__(pairs, resolution, shared_window, symmetry)
+            super().__init__(pairs, resolution, shared_window, symmetry, neighbours)
 
     monkeypatch.setattr(paradiff.methods.window.update, "Secants", Spy)
     sample(network, table, noise, quasi_newton())

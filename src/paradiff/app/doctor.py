@@ -16,7 +16,7 @@ from paradiff.app.environment import choose_device, environment, use_threads
 from paradiff.chain.noise import Keyed
 from paradiff.errors import MissingPackage
 from paradiff.lazy import EXTRAS
-from paradiff.models.files import BUNDLED
+from paradiff.models.files import BUNDLED, INDEX
 from paradiff.planning.curves import curve_of
 from paradiff.planning.store import FOLDER, cache_folder
 from paradiff.solver.evaluator import Evaluator
@@ -111,7 +111,7 @@ def _packages() -> Iterator[str]:
 
 def _models() -> Iterator[str]:
     """Which bundled models run: each is called once, on two steps of its chain."""
-    for path in sorted(p for p in BUNDLED.iterdir() if p.is_dir()):
+    for path in sorted(p.parent for p in BUNDLED.glob(f"*/{INDEX}")):
         try:
             _run(path.name)
         except MissingPackage as missing:

@@ -26,7 +26,8 @@ their own. Memory: 2 k + 2 states a node of the window.
 
 Of a network that answers alike under a known group of transformations, as one of molecules does that are turned, the derivative
 is known in the group's directions without another sweep: with generators E, J E x = E m. These make further pairs of each node,
-dx = E x and dm = E m (`Symmetry`), which cost as much memory as others. They need not hold exactly, as no pair has to.
+dx = E x and dm = E m (`Symmetry`), which cost as much memory as others. They need not hold exactly, as no pair has to. Nor do
+those of the nodes before, which a node may use as if they were its own (`neighbours`): near each other, outputs answer alike.
 """
 
 from __future__ import annotations
@@ -67,10 +68,13 @@ class Secants:
         resolution: Relative precision of the network's outputs; a pair is kept if its state changed by 64 times that or more.
         shared_window: Whether a state is a batch `[b, ...]` of members with pairs of their own.
         symmetry: A group under which the network answers alike; None for none.
+        neighbours: From how many nodes before it a node has the pairs, too.
     """
 
-    def __init__(self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None = None) -> None:
-        self._symmetry = symmetry
+    def __init__(
+        self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None = None, neighbours: int = 0
+    ) -> None:
+        self._symmetry, self._neighbours = symmetry, neighbours
         self._pairs, self._least, self._shared = pairs, 64 * resolution, shared_window
         self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
         self._dx = self._dm = torch.empty(0)  # [n, k, b, d] differences of states and of outputs, the newest first
@@ -103,10 +107,14 @@ class Secants:
 
     def _pairs_of(self, begin: int, count: int) -> tuple[Tensor, Tensor]:
         """All pairs of some nodes of the window, `[count, k, b, d]` each."""
-        part = slice(begin, begin + count)
-        if self._known is None:
+        part, found = slice(begin, begin + count), [(self._dx, self._dm)]
+        if self._known is not None:
+            found.insert(0, self._known)
+        for back in range(1, self._neighbours + 1):
+            found.append((_after(self._dx, back), _after(self._dm, back)))
+        if len(found) == 1:
             return self._dx[part], self._dm[part]
-        dx, dm = (torch.cat([known[part], own[part]], 1) for known, own in zip(self._known, (self._dx, self._dm), strict=True))
+        dx, dm = (torch.cat([values[part] for values in kind], 1) for kind in zip(*found, strict=True))
         return dx, dm
 
     def _keep(self, seen: tuple[Tensor, Tensor], dx: Tensor, dm: Tensor) -> None:
@@ -164,6 +172,12 @@ class Secants:
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""
         return values.flatten(2) if self._shared and values.ndim > 2 else values.flatten(1)[:, None]
+
+
+def _after(values: Tensor, back: int) -> Tensor:
+    """`[n, ...]` the values of the nodes `back` before each, zeros where there are none."""
+    back = min(back, len(values))
+    return torch.cat([torch.zeros_like(values[:back]), values[: len(values) - back]])
 
 
 def _terms(reach: Sequence[Reach], dx: Tensor, dm: Tensor) -> list[tuple[Tensor, Tensor]]:

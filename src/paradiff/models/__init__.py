@@ -7,6 +7,7 @@ from paradiff.lazy import lazily
 
 if TYPE_CHECKING:
     from paradiff.models.exact import Empirical, Gaussian, Mixture
+    from paradiff.models.folding import Folding
     from paradiff.models.frames import Frames
     from paradiff.models.masked import Masked
     from paradiff.models.pipeline import load_pipeline
@@ -20,6 +21,7 @@ else:
         __name__,
         {
             "Empirical": "paradiff.models.exact",
+            "Folding": "paradiff.models.folding",
             "Frames": "paradiff.models.frames",
             "Gaussian": "paradiff.models.exact",
             "Masked": "paradiff.models.masked",
@@ -37,6 +39,7 @@ else:
 
 __all__ = [
     "Empirical",
+    "Folding",
     "Frames",
     "Gaussian",
     "Masked",

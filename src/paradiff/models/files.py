@@ -59,7 +59,7 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, bool]:
             )
         return str(folder), True
     if folder.exists() or model.count("/") != 1 or model.startswith((".", "~", "/")):
-        bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
+        bundled = ", ".join(sorted(p.parent.name for p in BUNDLED.glob(f"*/{INDEX}"))) if BUNDLED.is_dir() else "none"
         raise ValueError(
             f"{model!r} is no model: give a bundled one ({bundled}), a folder in diffusers' pipeline format, or a hub id "
             "such as google/ddpm-church-256"

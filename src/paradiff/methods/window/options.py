@@ -19,6 +19,8 @@ from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import Corrector
 from paradiff.methods.window.mixing import Anderson
 
+MOST_NEIGHBOURS = 64  # whose pairs a node may take: those further off say nothing of it
+
 Predictor = Literal["copy", "held", "linear", "clean"]
 Rule = Literal["error", "change", "residual", "sweeps"]
 Chains = Literal["any", "stochastic", "deterministic"]
@@ -51,6 +53,7 @@ class WindowOptions(Face):
         chains: Which chains the method is for.
         secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone, 1000
             at most.
+        neighbours: From how many nodes before it a node takes the pairs, too; 64 at most.
         anderson: Triangular Anderson acceleration (anderson.py), or None.
         noise_tolerance: The second tolerance of the rule `residual`.
         control: The tuned numbers of the error budget.
@@ -72,6 +75,7 @@ class WindowOptions(Face):
     corrector: Corrector | None = None
     chains: Chains = "any"
     secants: int = 0
+    neighbours: int = 0
     anderson: Anderson | None = None
     noise_tolerance: float = 0.0
     control: WindowControl = field(default=WindowControl(), kw_only=True)
@@ -160,11 +164,12 @@ class WindowOptions(Face):
         if self.sweeps is not None:
             require_whole("sweeps", self.sweeps, 1)
         require_whole("secants", self.secants, 0, most=MOST_PAIRS)
+        require_whole("neighbours", self.neighbours, 0, most=MOST_NEIGHBOURS)
         for name, kind in (("blocks", Blocks), ("corrector", Corrector), ("anderson", Anderson)):
             if getattr(self, name) is not None:
                 require_kind(name, getattr(self, name), kind, ", or None")
         require_kind("control", self.control, WindowControl)
-        settle(self, "window", "stride", "warmup", "sweeps", "secants", numbers=["tolerance", "noise_tolerance"])
+        settle(self, "window", "stride", "warmup", "sweeps", "secants", "neighbours", numbers=["tolerance", "noise_tolerance"])
 
     @property
     def learns(self) -> bool:

@@ -133,7 +133,9 @@ class SecantUpdate:
 
     def _begin(self) -> Secants:
         setup = self._setup
-        return Secants(setup.method.secants, setup.resolution, setup.step.shared_window, setup.symmetry)
+        return Secants(
+            setup.method.secants, setup.resolution, setup.step.shared_window, setup.symmetry, setup.method.neighbours
+        )
 
     def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
         """Equation (2) of methods/secant.py, stretch by stretch; a single node takes its step."""

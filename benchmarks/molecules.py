@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Molecules: AlphaFold 3's sampler and EDM's on the bundled denoiser of chains, in rounds and errors.
+
+- alphafold3: 200 steps at window 16, 64 atoms, the whole augmentation on; with the known turns and without.
+- churn: two-stage steps, 18 and 40 of them, with churn and ancestral, on chains of 32 atoms.
+
+Tolerances are parts of the deviation of 16. Errors are root mean squares over coordinates; `per_atom` is the
+largest distance of an atom to where the sequential loop puts it, beside the structure's own deviation.
+
+    python benchmarks/molecules.py --json benchmarks/results/molecules.json
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from harness import Results, options, show
+from torch import Tensor
+
+from paradiff import Evaluator, Keyed, Method, Solution, Table, collocation, quasi_newton, sample, sequential, slopes
+from paradiff.models import Folding, Frames
+from paradiff.samplers import alphafold3, dpmpp_2s, edm
+
+DEVIATION = 16.0
+SEEDS = {"alphafold3": range(400, 404), "churn": range(400, 412)}
+HELIX, STRAND = "HHHHHHHHHHTTT", "SSSSSSSTTT"
+LEVELS: dict[str, Any] = {"sigma_min": 4e-4 * DEVIATION, "sigma_max": 160 * DEVIATION}
+COLUMNS = (
+    "part",
+    "table",
+    "method",
+    "tolerance",
+    "seeds",
+    "rounds",
+    "rounds_max",
+    "evaluations",
+    "error_max",
+    "per_atom",
+    "held",
+)
+
+
+def chain(seed: int, atoms: int) -> str:
+    """A chain of helices and strands, another for each seed."""
+    bits = [(seed >> k) & 1 for k in range(12)]
+    return "".join((HELIX if (bit + k) % 2 else STRAND) for k, bit in enumerate(bits))[:atoms]
+
+
+def row(part: str, table: Table, name: str, method: Method, found: Solution, plain: Solution) -> dict[str, Any]:
+    """What a run is held to."""
+    off = found.sample - plain.sample
+    errors = off.square().mean((1, 2)).sqrt()
+    told = torch.tensor([e.estimated_error for e in found.error_estimates])
+    rounds = [e.rounds for e in found.error_estimates]
+    spread = plain.sample.square().mean((1, 2)).sqrt()
+    return {
+        "part": part,
+        "table": f"{table.name} {table.steps}",
+        "method": name,
+        "tolerance": getattr(method, "tolerance", 0.0),
+        "seeds": len(rounds),
+        "rounds": sum(rounds) / len(rounds),
+        "rounds_max": max(rounds),
+        "evaluations": found.evaluations / len(rounds),
+        "error_median": float(errors.median()),
+        "error_max": float(errors.max()),
+        "estimated": float(told.max()),
+        "per_atom": float((off.square().sum(2).sqrt().amax(1) / spread).max()),
+        "held": int((errors <= told).sum()),
+    }
+
+
+def turned(results: Results, seeds: list[int]) -> None:
+    """AlphaFold 3's sampler."""
+    network, table, noise = Folding.bundled(), alphafold3(200), Keyed((64, 3), seed=seeds)
+    frames, kinds = Frames.drawn(table, noise), Folding.kinds_of([chain(seed, 64) for seed in seeds])
+
+    def solved(method: Method, turns: bool = True) -> Solution:
+        model = frames.model(network)
+        model.symmetry = model.symmetry if turns else None
+        return sample(Evaluator(model, conditioning={"kinds": kinds}), table, frames.moving(), method, check="off")
+
+    plain = solved(sequential())
+    for tolerance in (1e-2 * DEVIATION,):
+        for name, turns, neighbours, slope in (
+            ("quasi_newton", False, 0, None),
+            ("quasi_newton, turns", True, 0, None),
+            ("quasi_newton, turns, neighbours", True, 2, slopes.shifted(DEVIATION)),
+        ):
+            method = quasi_newton(window=16, tolerance=tolerance, neighbours=neighbours, slope=slope)
+            results.add(row("alphafold3", table, name, method, solved(method, turns), plain))
+
+
+def churned(results: Results, seeds: list[int]) -> None:
+    """Two-stage steps, of structures that are brought to the middle."""
+    network, noise = Folding.bundled(), Keyed((32, 3), seed=seeds)
+
+    def centred(x: Tensor, t: Tensor, kinds: Tensor) -> Tensor:
+        found = network(x, t, kinds)
+        return found - found.mean(1, keepdim=True)
+
+    kinds = Folding.kinds_of([chain(seed, 32) for seed in seeds])
+    tables = [edm(steps, s_churn=steps / 2, solver=solver, **LEVELS) for steps in (18, 40) for solver in ("heun", "midpoint")]
+    tables += [dpmpp_2s(steps, eta=1.0, **LEVELS) for steps in (18, 40)]
+    for table in tables:
+        evaluator = Evaluator(centred, conditioning={"kinds": kinds})
+        plain = sample(evaluator, table, noise, sequential(), check="off")
+        for method in (quasi_newton(window=16, tolerance=4e-3 * DEVIATION), collocation(tolerance=4e-3 * DEVIATION)):
+            found = sample(evaluator, table, noise, method, check="off")
+            results.add(row("churn", table, method.name, method, found, plain))
+
+
+def main() -> None:
+    given = options(__doc__, tuple(SEEDS))
+    results = Results(given.json, given.keep)
+    for part in given.only:
+        results.drop(row for row in results.rows if row["part"] != part)
+        seeds = list(SEEDS[part])[: given.seeds]
+        (turned if part == "alphafold3" else churned)(results, seeds)
+    results.save()
+    show(results.rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
