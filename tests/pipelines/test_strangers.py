@@ -105,20 +105,24 @@ def test_a_callback_that_changes_what_a_network_reads_elsewhere_is_refused() -> 
 class Whole(nn.Module):
     """An object whose velocity is computed by a part that holds it, and whose loop sets what the part reads."""
 
+    k: Any
+
     def __init__(self, within: bool) -> None:
         super().__init__()
-        self.net, self.scheduler, self.k = Conditioned(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 0
-        self.velocity = lambda x, t: self.net(x, t) * (1.0 if within else 1 - 0.02 * self.k)
+        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        self.net, self.scheduler, self.k = Conditioned(), scheduler, 0
+        self.velocity: Any = lambda x, t: self.net(x, t) * (1.0 if within else 1 - 0.02 * self.k)
         if within:
             self.net.a.register_forward_hook(lambda module, args, output: output * (1 - 0.02 * self.k))
 
     @torch.no_grad()
     def walk(self, generator: torch.Generator) -> Tensor:
-        self.scheduler.set_timesteps(24)
+        scheduler: Any = self.scheduler
+        scheduler.set_timesteps(24)
         x = torch.randn(2, 8, generator=generator)
-        for i, t in enumerate(self.scheduler.timesteps):
+        for i, t in enumerate(scheduler.timesteps):
             self.k = i
-            x = self.scheduler.step(self.velocity(x, t), t, x, return_dict=False)[0]
+            x = scheduler.step(self.velocity(x, t), t, x, return_dict=False)[0]
         return x
 
 
