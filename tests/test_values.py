@@ -354,6 +354,7 @@ def examples() -> list[Any]:
         Batch(zeros, torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)),
         models.Masked(table, Keyed(SHAPE), torch.ones(SHAPE).bool()),
         models.SelfConditioned(table, Keyed(SHAPE)),
+        models.Folding(3, 8, 8, 2, 2, 1),
         models.Frames(table, Keyed((2, 3)), torch.eye(3).expand(1, 6, 3, 3)),
         *(models.Gaussian(torch.zeros(3), torch.ones(3)), models.Empirical(torch.eye(3))),
         models.Mixture(torch.ones(2) / 2, torch.eye(2), torch.ones(2)),
