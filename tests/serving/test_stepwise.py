@@ -12,8 +12,10 @@ import pytest
 import torch
 from served import alone, chain, model, network, rms
 
+from paradiff.methods.collocation.control import SHORT
+from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.solver import CollocationSolver
-from paradiff.methods.presets import quasi_newton
+from paradiff.methods.presets import collocation, quasi_newton
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.serving import Finished, SampleRequest, Stepwise
 from paradiff.serving.state import RequestState
@@ -197,6 +199,13 @@ def test_a_request_that_cannot_be_is_refused_by_a_sentence(given: object, senten
     with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
         stepwise.method(SampleRequest.of_json(given))
     assert "\n" not in str(refused.value)
+
+
+def test_collocation_takes_the_numbers_of_the_narrowest_window_that_it_may_be_given() -> None:
+    chain = Stepwise(model(), 1).chains.of(SampleRequest(steps=100))
+    method, _ = chain.method("collocation", None, None)
+    assert isinstance(method, CollocationMethod)
+    assert method.control_on(chain.table) == collocation(window=3).control_on(chain.table) == SHORT
 
 
 def test_a_request_is_its_json() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from paradiff.chain.noise import Keyed
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
+from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.serving.model import ServedModel
 from paradiff.serving.request import SampleRequest, method_of
 from paradiff.solver.protocol import Method, Problem, Walks
@@ -79,6 +81,8 @@ class Chain:
         return self._methods.get((name, window, tolerance), lambda: self._tried(method_of(name, window, tolerance)))
 
     def _tried(self, method: Method) -> tuple[Method, bool]:
+        if isinstance(method, CollocationMethod):
+            method = replace(method, control=method.control_at_any_window(self.table))
         method.edges(self.table)
         if method.width(self.table) == 1:
             return method, method.solves_chain

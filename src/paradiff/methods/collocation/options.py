@@ -145,6 +145,10 @@ class CollocationOptions(Face):
             return ORDER_ZERO
         return SHORT if self._is_short(table) else HIGHER_ORDER
 
+    def control_at_any_window(self, table: Table) -> CollocationControl:
+        """The tuned numbers of narrow windows, which hold at wide ones too: for runs whose rows change from round to round."""
+        return replace(self, window=1).control_on(table)
+
     def _is_short(self, table: Table) -> bool:
         """Whether a chain is too short for the first mesh of `HIGHER_ORDER`, and not for that of `SHORT`; or so short that the
         estimates of `HIGHER_ORDER` do not hold at a narrow window. At a first node of pure noise there is no level to begin
