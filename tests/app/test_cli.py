@@ -822,6 +822,15 @@ def test_a_signal_while_the_files_are_written_loses_no_run(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_signal_after_the_files_were_written_says_where_they_are(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paradiff.app.run.show", lambda *_: signal.raise_signal(signal.SIGTERM))
+    found = cli("sample", tiny, *SHORT, "--out", tmp_path / "out")
+    assert (found.code, found.err) == (143, f"terminated: the run was whole and is written to {tmp_path / 'out'}\n")
+    assert names(tmp_path / "out") == {"samples.png", "seed-0.png", "run.json"}
+
+
 class Finalized:
     """An object that is signalled while it goes, where Python drops exceptions."""
 

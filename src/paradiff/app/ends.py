@@ -88,7 +88,8 @@ def ended(command: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             code = INTERRUPTED
         except EndedLate as late:
-            code, end = late.code, str(late)
+            number = late.number or (came[0] if came else SIGINT)
+            code, end = 128 + number, f"{WORDS[number]}: {late}"
         except CutShort as cut:
             cause = cast(Exception | KeyboardInterrupt, cut.__cause__)
             if isinstance(cause, KeyboardInterrupt):

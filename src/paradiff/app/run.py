@@ -22,7 +22,7 @@ from paradiff.app.launched import clock_of, rank, team
 from paradiff.app.options import parse_seeds
 from paradiff.app.outcome import CutShort
 from paradiff.app.request import Job, Request
-from paradiff.app.signals import finishing
+from paradiff.app.signals import finishing, whole_from
 from paradiff.app.stream import Stream
 from paradiff.models.files import is_pixel, read_index
 from paradiff.solver.arguments import require_warm
@@ -33,6 +33,13 @@ from paradiff.solver.trajectory import Trajectory
 
 def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
     """Runs a well-formed request, writes its files and shows its figures."""
+    written: list[str] = []
+    with whole_from(written):
+        _run(request, solver, called, written)
+
+
+def _run(request: Request, solver: Any, called: dict[str, Any], written: list[str]) -> None:
+    """Does so; notes where the files are, once they are."""
     console = Console(highlight=False, file=cast(Any, Stream(sys.stdout)), quiet=rank() > 0)
     environment.use_threads(request.threads)
     devices = environment.choose_devices(request.device)
@@ -76,7 +83,7 @@ def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
                 cut.saved = "" if folder is None else rescued(cut.writers, "what they gave")
                 raise
             if folder is not None:
-                with finishing(place):
+                with finishing(written, place):
                     folder.fill([*outcome.writers, lambda place: run_json.write_json(outcome.contents, place / LAST)])
             if request.save_trajectory is not None and outcome.trajectory is not None and rank() == 0:
                 try:

@@ -21,15 +21,20 @@ SOON = 0.02
 
 
 class EndedLate(Exception):
-    """A signal that came while a run was written, which is whole all the same. The text is a sentence for the user.
+    """A signal that came when a run was written, or while it was, which is whole all the same. The text is the end of a
+    sentence for the user.
+
+    Args:
+        where: The folder that was written to.
+        number: The signal; None where `termination` alone knows it.
 
     Attributes:
-        code: The exit code.
+        number: As given.
     """
 
-    def __init__(self, number: int, where: str) -> None:
-        super().__init__(f"{WORDS[number]}: the run was whole and is written to {where}")
-        self.code = 128 + number
+    def __init__(self, where: str, number: int | None = None) -> None:
+        super().__init__(f"the run was whole and is written to {where}")
+        self.number = number
 
 
 def _in_main_thread() -> bool:
@@ -109,10 +114,11 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def finishing(where: str) -> Iterator[None]:
+def finishing(written: list[str], where: str) -> Iterator[None]:
     """Lets a block that writes a run come to its end before a signal is heeded; a second one ends it at once.
 
     Args:
+        written: Where it is noted that the block came to its end.
         where: The folder that is written to.
 
     Raises:
@@ -121,5 +127,24 @@ def finishing(where: str) -> Iterator[None]:
     came: list[int] = []
     with noting(came):
         yield
+        written.append(where)
     if came:
-        raise EndedLate(came[0], where)
+        raise EndedLate(where, came[0])
+
+
+@contextmanager
+def whole_from(written: list[str]) -> Iterator[None]:
+    """A block of which a signal ends nothing that is lost, once its run is written.
+
+    Args:
+        written: The folder that was written to, once it was (`finishing`).
+
+    Raises:
+        EndedLate: If a signal came then.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if written:
+            raise EndedLate(written[0]) from interrupt
+        raise
