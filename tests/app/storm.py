@@ -198,7 +198,9 @@ def samples(kills: int, seed: int, place: Path) -> Counter[str]:
                 assert runs == {steps}, case
             else:
                 # An earlier run that was killed when it was whole, this one may have moved on.
-                told = [{name: whose({name: data}, whole) for name, data in files.items()} for files in (before, waiting, found)]
+                told = [
+                    {name: whose({name: data}, whole) for name, data in files.items()} for files in (before, waiting, found)
+                ]
                 assert found in (before, before | waiting), f"{case}: {told}"
         counts[f"{sent.name} {when}: {'ended by it' if code < 0 else f'exit code {code}'}"] += 1
         if draw.random() < 0.3 or kill == kills - 1:

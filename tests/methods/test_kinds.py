@@ -86,6 +86,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "starts": SEVERAL,
     "answers": WHOLE,
     "history": WHOLE,
+    "neighbours": WHOLE,
     "noise_tolerance": NUMBER,
     "ridge": NUMBER,
     "shift": ("own", True, math.nan, [0.1], np.ones(3), torch.ones(3)),

@@ -20,7 +20,7 @@ from paradiff.app.calls import Call, call_each
 from paradiff.app.environment import environment
 from paradiff.app.options import MOST_STEPS, effective_options, parse_argument, parse_size
 from paradiff.app.outcome import CutShort, Outcome, Writer
-from paradiff.app.previews import preview_folder, previews_into
+from paradiff.app.previews import previews_into
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, pipeline_report
 from paradiff.errors import require_real, shown
@@ -80,7 +80,7 @@ def sample_pipeline(job: Job, console: Console) -> Outcome:
     if request.previews is not None:
         if job.ranks is not None:
             raise ValueError("--previews was given on several ranks, of which none has all states at once; leave it out")
-        folder = preview_folder(Path(request.previews))
+        folder = Path(request.previews)
         estimates = f"estimated errors are of the {type(pipeline).__name__}'s states, in their units"
         console.print(estimates, soft_wrap=True, markup=False)
 

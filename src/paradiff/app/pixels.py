@@ -21,7 +21,7 @@ from paradiff.app import plots
 from paradiff.app.environment import environment
 from paradiff.app.options import effective_options
 from paradiff.app.outcome import Outcome, Writer
-from paradiff.app.previews import preview_folder, previews_into
+from paradiff.app.previews import previews_into
 from paradiff.app.request import Job, Request
 from paradiff.app.run_json import Heading, report
 from paradiff.chain.noise import Keyed, Noise, Recorded
@@ -201,7 +201,7 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
     batched.warm_up(chosen.width(table))
     if job.notice:
         console.print(job.notice, soft_wrap=True, markup=False)
-    previews = None if request.previews is None else previews_into(preview_folder(Path(request.previews)), console)
+    previews = None if request.previews is None else previews_into(Path(request.previews), console)
     if job.begin is not None:
         require_model(job.begin, named(model))
     solution, seconds = batched.run(request.method, method, job.deadline, previews, warm=True)

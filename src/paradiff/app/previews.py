@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -11,23 +12,36 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paradiff.app import plots
+from paradiff.app.folder import make_folders
 from paradiff.solver.previews import Preview, Previews
 
 
-def preview_folder(folder: Path) -> Path:
-    """The folder of previews, which is made.
+@contextmanager
+def preview_folder(folder: str | None) -> Iterator[None]:
+    """The folder of previews, made if it does not exist, for as long as the block lasts. One that was made goes again where
+    nothing was written into it.
+
+    Args:
+        folder: Its path; None for no previews.
 
     Raises:
         ValueError: If it is not empty, or cannot be made.
     """
+    made: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        full = any(folder.iterdir())
-    except OSError as error:
-        raise ValueError(f"the folder of previews {str(folder)!r} cannot be made: {error.strerror}") from error
-    if full:
-        raise ValueError(f"the folder of previews {str(folder)!r} is not empty; give another one")
-    return folder
+        if folder is not None:
+            try:
+                make_folders(Path(folder), made)
+                full = any(Path(folder).iterdir())
+            except OSError as error:
+                raise ValueError(f"the folder of previews {folder!r} cannot be made: {error.strerror}") from error
+            if full:
+                raise ValueError(f"the folder of previews {folder!r} is not empty; give another one")
+        yield
+    finally:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
 
 
 def previews_into(

@@ -21,6 +21,7 @@ from paradiff.app.folder import LAST, Folder, next_folder, output_folder, rescue
 from paradiff.app.launched import clock_of, rank, team
 from paradiff.app.options import parse_seeds
 from paradiff.app.outcome import CutShort
+from paradiff.app.previews import preview_folder
 from paradiff.app.request import Job, Request
 from paradiff.app.signals import finishing, whole_from
 from paradiff.app.stream import Stream
@@ -62,7 +63,7 @@ def _run(request: Request, solver: Any, called: dict[str, Any], written: list[st
     with team(request.to_json(), device) as ranks:
         own = getattr(solver, "deadline", None) is not None
         deadline = None if request.deadline is None or own else Deadline(request.deadline, clock=clock_of(ranks))
-        with claimed(request) as folder:
+        with claimed(request) as folder, preview_folder(request.previews):
             place = "" if folder is None else str(folder.path)
             job = Job(
                 request=dataclasses.replace(request, out=place),

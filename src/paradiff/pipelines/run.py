@@ -32,7 +32,7 @@ from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.hooks import caches
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
-from paradiff.pipelines.turn import TURNS
+from paradiff.pipelines.turn import GATES, TURNS
 from paradiff.planning.auto import auto
 from paradiff.solver.arguments import begun
 from paradiff.solver.protocol import Method, Observer
@@ -336,7 +336,7 @@ class Run:
                 arguments = host.bound(args, kwargs)
                 turn.call = call = Call(host.of(arguments), self.settings, arguments)
                 switched = self.enabled or isinstance(host.owner, Function)
-                with contextlib.nullcontext() if switched else turn.taken(host.owner, host.entry):
+                with contextlib.nullcontext() if switched else GATES.at(type(host.owner), host.entry):
                     result, report = call.made()
                 self.reports.append(report)
                 return result

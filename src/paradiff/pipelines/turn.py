@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -26,36 +25,64 @@ class Turn:
         self.caller: int | None = None
         self.call: Any = None
 
+
+class Gates:
+    """Methods of classes at which plain calls wait for the turn of their object, while one of the class runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[tuple[type, str], int] = {}
+
     @contextlib.contextmanager
-    def taken(self, owner: Any, entry: str) -> Iterator[None]:
-        """Lets plain calls of the object from other threads wait, until the end of the block.
+    def at(self, kind: type, entry: str) -> Iterator[None]:
+        """Lets calls of a method wait, until the end of the block, where another thread has the turn of their object.
 
         Args:
-            owner: The object, of which the present thread has the turn.
-            entry: The name of the method by which it is called.
+            kind: The class of the object whose turn it is.
+            entry: The name of the method.
         """
-        kind: Any = type(owner)
-        plain, here = getattr(kind, entry), threading.get_ident()
-
-        @functools.wraps(plain)
-        def call(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == here:
-                return plain(owner, *args, **kwargs)
-            with self.lock:
-                return plain(owner, *args, **kwargs)
-
-        try:
-            members = {entry: call, "__module__": kind.__module__}
-            waiting = types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(members))
-            object.__setattr__(owner, "__class__", waiting)
-        except TypeError:  # a class that takes no other
-            yield
-            return
+        with self._lock:
+            self._open[kind, entry] = self._open.get((kind, entry), 0) + 1
+            if self._open[kind, entry] == 1:
+                own = vars(kind).get(entry)
+                with contextlib.suppress(TypeError):  # a class that takes no other
+                    setattr(kind, entry, _waiting(getattr(kind, entry), own))
         try:
             yield
         finally:
-            if type(owner) is waiting:
-                object.__setattr__(owner, "__class__", kind)
+            with self._lock:
+                self._open[kind, entry] -= 1
+                if not self._open[kind, entry]:
+                    del self._open[kind, entry]
+                    _put_back(kind, entry)
+
+
+def _waiting(plain: Callable[..., Any], own: Any) -> Callable[..., Any]:
+    """A method that waits for the turn of its object; `own` is what the class itself had under its name, None for nothing."""
+
+    @functools.wraps(plain)
+    def call(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        turn = TURNS.of(owner)
+        if turn.caller in (None, threading.get_ident()):
+            return plain(owner, *args, **kwargs)
+        with turn.lock:
+            return plain(owner, *args, **kwargs)
+
+    call.__dict__[_OWN] = own
+    return call
+
+
+def _put_back(kind: type, entry: str) -> None:
+    """Gives a class back what it had under a name, unless somebody else has put something there."""
+    found = vars(kind).get(entry)
+    if _OWN in getattr(found, "__dict__", {}):
+        if found.__dict__[_OWN] is None:
+            delattr(kind, entry)
+        else:
+            setattr(kind, entry, found.__dict__[_OWN])
+
+
+_OWN = "_paradiff_own"
 
 
 class Turns:
@@ -84,4 +111,7 @@ class Turns:
 
 
 TURNS = Turns()
+"""Those of this process."""
+
+GATES = Gates()
 """Those of this process."""
