@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,27 @@ def test_collocation_with_a_small_window_can_need_more_rounds() -> None:
 def test_srds_and_collocation_refuse_tolerance_zero(build: Callable[..., Method]) -> None:
     with pytest.raises(ValueError, match="the tolerance is 0"):
         build(tolerance=0.0)
+
+
+def test_the_page_of_policies_has_the_figures_of_its_file() -> None:
+    root = Path(__file__).parents[1]
+    found = json.loads((root / "benchmarks/results/policy.json").read_text())
+    lines = (root / "docs/policies.md").read_text().splitlines()
+    cells = {row[0]: row[1:] for row in ([c.strip() for c in line.strip("|").split("|")] for line in lines if "|" in line)}
+    for row in found["summary"]:
+        wanted = [str(row["executed"]), f"{row['succeeded']} of {row['episodes']}"]
+        wanted += [f"{row['rounds_mean']:.1f}"] if "rounds_mean" in row else ["-"]
+        wanted += [f"{100 * row[name]:.0f} %" if name in row else "-" for name in ("within_4", "within_8")]
+        named = ("error_rms_median", "error_rms_max")
+        wanted += [", ".join(f"{row[name]:.1e}".replace("e-0", "e-") for name in named) if named[0] in row else "-"]
+        assert cells[row["way"]] == wanted
+    for row in found["tried"]:
+        wanted = [row["begins_from"], f"{row['rounds_mean']:.1f}", str(row["rounds_max"])]
+        assert cells[row["method"]] == wanted
+    for row in found["clock"]:
+        curves = [name for name in row if name not in ("way", "seconds", "beside", "calls")]
+        wanted = [f"{1e3 * row[name]:.0f}" for name in ("seconds", *curves)]
+        assert cells[f"{row['way']}, ms"] == wanted
 
 
 def test_the_changelogs_new_names_are_there() -> None:

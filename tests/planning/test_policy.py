@@ -128,6 +128,9 @@ def test_shifted_noise_moves_along_with_the_actions_executed(executed: int) -> N
 
 def test_held_noise_stays_and_every_draw_is_another() -> None:
     keyed = Keyed(SHAPE, 0, 2)
+    own = PlanNoise(keyed, 40, [0, 0], [0, 0])
+    assert torch.equal(own.start(1), keyed.start(1))
+    assert torch.equal(own.draw(1, range(3, 9)), keyed.draw(1, range(3, 9)))
     kinds = [(0, 0), (0, 3), (1, 0)]
     drawn = {kind: PlanNoise(keyed, 40, [kind[0]] * 2, [kind[1]] * 2).draw(1, range(-1, 40)) for kind in kinds}
     assert len(drawn[0, 0].unique()) > 0.99 * drawn[0, 0].numel()

@@ -21,6 +21,7 @@ class PlanNoise:
 
     A number belongs to a seed, an episode, a node of the chain and a step of the episode. Two plans of one episode have the
     same numbers for the steps that both cover, so that the noise moves along where `firsts` does, and is held where it stays.
+    That of a first plan is the keyed noise itself.
 
     Attributes:
         keyed: Draws of the shape of a plan `[H, ...]`, one sample an environment.
@@ -64,5 +65,5 @@ class PlanNoise:
 
     def _chunk(self, sample: int, chunk: int, nodes: range) -> Tensor:
         """The draws of as many steps of an episode as a plan has."""
-        begin = self.episodes[sample] * EPISODE + chunk * (self.nodes + 1) + 1
+        begin = self.episodes[sample] * EPISODE + chunk * (self.nodes + 1)
         return self.keyed.draw(sample, range(nodes.start + begin, nodes.stop + begin))

@@ -9,7 +9,6 @@ held noise two trajectories are known after two steps, and a run begins from whe
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -213,7 +212,7 @@ class Policy:
             return None
         if self._noise == "shifted":
             return last.map(lambda x: later(x, moved)) if moved else last
-        return last if before is None or moved != self._moved else extrapolated(before, last)
+        return last if before is None or moved != self._moved else foretold(before, last)
 
     def _noises(self, firsts: Sequence[int]) -> PlanNoise:
         return PlanNoise(self._keyed, self._table.steps, tuple(self._episodes), tuple(firsts))
@@ -264,13 +263,11 @@ class Policy:
         self._before = [None] * count
 
 
-def extrapolated(before: Trajectory, last: Trajectory) -> Trajectory:
+def foretold(before: Trajectory, last: Trajectory) -> Trajectory:
     """The trajectory after two of one sample, on a straight line; the last one, unless both have all nodes."""
     (old,), (new,) = before.parts, last.parts
-    if old.points is not None or new.points is not None or not torch.equal(old.nodes, new.nodes):
-        return last
-    states, clean = (2 * one - other for one, other in ((new.states, old.states), (new.clean, old.clean)))
-    return dataclasses.replace(last, parts=(dataclasses.replace(new, states=states, clean=clean, base=None),))
+    whole = all(part.points is None and part.base is None for part in (old, new)) and torch.equal(old.nodes, new.nodes)
+    return last.extrapolated(before) if whole else last
 
 
 def later(plans: Tensor, moved: int) -> Tensor:
