@@ -23,6 +23,7 @@ from paradiff import (
     Evaluator,
     Keyed,
     Method,
+    Policy,
     Recorded,
     Schedule,
     Table,
@@ -53,6 +54,7 @@ from paradiff.methods import Blocks, ForwardProbes
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import underdamped_langevin
 from paradiff.methods.window.method import WindowMethod
+from paradiff.models.policy_unet import PolicyUNet
 from paradiff.planning import LatencyCurve, Theory, compare
 from paradiff.samplers import Grid, ddim
 from paradiff.samplers.process import variance_preserving
@@ -359,6 +361,8 @@ def examples() -> list[Any]:
         *(models.Gaussian(torch.zeros(3), torch.ones(3)), models.Empirical(torch.eye(3))),
         models.Mixture(torch.ones(2) / 2, torch.eye(2), torch.ones(2)),
         models.Model("tiny", unet, dict(diffusers.DDPMScheduler().config)),
+        models.PolicyModel("tiny", PolicyUNet(8, 2, 3, (8, 8)), dict(diffusers.DDPMScheduler().config)),
+        *(models.Plane.drawn(0, 3), Policy(seen, table, SHAPE)),
         variance_preserving(Schedule.linear()),
         Theory("sde", 64, 0.1),
         *(comparison, comparison.rows[1], comparison.rows[1].samples[0], LatencyCurve({1: 1.0, 4: 1.4})),

@@ -54,6 +54,9 @@ class Plane:
     goal: Tensor
     hit: Tensor
 
+    def __repr__(self) -> str:
+        return f"Plane({len(self.place)} masses, {int(self.reached.sum())} at their goals, {int(self.hit.sum())} hit a disc)"
+
     @classmethod
     @made_at_home
     def drawn(cls, seed: int, samples: int = 1) -> Plane:

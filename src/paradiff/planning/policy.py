@@ -56,7 +56,7 @@ class ControlStep:
 
 
 class Policy:
-    """Plans of a diffusion policy for B environments, one after the other.
+    """Plans of a diffusion policy for B environments, one after the other. Policies are compared by identity.
 
     Args:
         model: The network as a function `(x, t, observation) -> m` of rows, or with the names of the observation's parts.
