@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random calls of the command line, each with a verdict.
 
-    python tests/app/fuzz.py --calls 2000 --seed 0
-    python tests/app/fuzz.py --calls 600 --seed 0 --pipelines
-    python tests/app/fuzz.py --calls 500 --seed 0 --bench
+    PYTHONPATH=tests python tests/app/fuzz.py --calls 2000 --seed 0
+    PYTHONPATH=tests python tests/app/fuzz.py --calls 600 --seed 0 --pipelines
+    PYTHONPATH=tests python tests/app/fuzz.py --calls 500 --seed 0 --bench
 
 The second is of pipelines with a loop of their own, whole and broken ones, in folders, the third of `bench` alone.
 
