@@ -14,6 +14,7 @@ from adversary import Adversary, Net
 from test_further_loops import written
 
 from paradiff import parallelize, parasolver
+from paradiff.pipelines.turn import GATES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
 
@@ -98,3 +99,21 @@ def test_a_callback_may_call_another_pipeline_of_the_same_scheduler(executor: An
     assert [float((state - wanted[1]).abs().max()) for state in found] == [0, 0]
     said = [warning for warning in told if "another parallel call walks over the same" in str(warning.message)]
     assert bool(said) == (within == "parallel")
+
+
+def test_a_class_has_its_own_method_again_after_the_last_call_of_it() -> None:
+    class Host:
+        def walk(self) -> int:
+            return 1
+
+    class Heir(Host):
+        pass
+
+    for kind in (Host, Heir):
+        before = dict(vars(kind))
+        with GATES.at(kind, "walk"):
+            with GATES.at(kind, "walk"):
+                assert kind().walk() == 1
+            assert vars(kind)["walk"] is not before.get("walk")
+        assert vars(kind).get("walk") is before.get("walk")
+        assert vars(kind).keys() == before.keys()
