@@ -19,6 +19,7 @@ from paradiff.methods.secant import Symmetry
 from paradiff.methods.window.fill import Recurrence, RememberedRecurrence
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.passing import PassByBound, PassByError, PassBySweeps, PassingRule
+from paradiff.methods.window.past_outputs import PastOutputs
 from paradiff.methods.window.path_answer import PathAnswer, on_a_path
 
 
@@ -49,6 +50,7 @@ class WindowSetup:
         by_residual: Whether they pass by their residuals.
         residual_bound: `[M]` the bound of every node's residual, with the rule `residual` or an Anderson mixing; else None.
         decides: Factor on carried errors where it is judged whether they keep to the tolerance (budget.py).
+        past_outputs: How outputs of nodes that passed follow their states; None where no step reads them.
         recurrence: The predictor's coefficients.
         path: How nodes are seen to answer, in narrow windows; None where that is not looked at.
         renewed: `[*shape]` whether each step makes an element anew, so that G is 0 there, on the device; None for none.
@@ -98,6 +100,7 @@ class WindowSetup:
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
+        self.past_outputs = PastOutputs(self.step) if self.single and self.history else None
         self.recurrence = Recurrence(self.step, method.predictor, self.width, self.renewed)
         narrow = self.width <= min(method.control.narrow, self.intervals - 1)
         looks = self.by_error and self.single and narrow and on_a_path(table)

@@ -18,7 +18,8 @@ state overflowed keeps its finite nodes (salvage.py).
 
 Fine nodes are those of the table; sub-interval n runs from fine node edges[n] to edges[n+1]. The window holds the fine states
 from P - 1 nodes before its first edge (the history that a multistep sampler reads; zeros at the chain's start) to its last
-edge, the outputs at all of them but the last where the table reads earlier outputs, and the noises from its first edge on.
+edge, the outputs at all of them but the last where the table reads earlier outputs (past_outputs.py), and the noises from its
+first edge on.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class WindowSolver:
         self.update: Update = update_of(setup)
         self._carried = CarriedError(setup, self.update) if setup.by_error and setup.single else None
         self._changes = x0.new_empty(0)  # [W, ...] those that nodes saw in the last sweep, where errors are carried
+        self._moved = x0.new_empty(0)  # [W, ...] changes of their states, where later steps read outputs of nodes that passed
         self.edits = Edits()
         self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
@@ -241,6 +243,8 @@ class WindowSolver:
                 self._fill.follow(self.hi - 1, new[-2] - old[-2])
         if self._carried is not None:
             self._changes = distance
+        if self.setup.past_outputs is not None:
+            self._moved = self.edits.spare(new - old, 0.0)
         self.x[ends] = new
         self.ages = [age + 1 for age in self.ages]
         mean_square, ending = self.setup.step.mean_square, list[Tensor]()
@@ -283,11 +287,15 @@ class WindowSolver:
         else:
             self._final_square = None
             rms, error = [math.inf] * self._salvage(), 0.0
-            self._changes = torch.zeros_like(self._changes)
+            self._changes, self._moved = (torch.zeros_like(v) for v in (self._changes, self._moved))
             self.budget.forget()
         if self._carried is not None:
             self._carried.advance(first, self._changes[:passed], error, self.edits)
             self._changes = self._changes[:0]
+        if setup.past_outputs is not None:
+            outputs = self.m[setup.history + 1 : setup.history + passed]
+            setup.past_outputs.follow(first + 1, outputs, self._moved[: len(outputs)])
+            self._moved = self._moved[:0]
         self._slide(passed)
         if setup.method.corrector is not None and self.lo in setup.blocks and setup.table.sigma[self.lo] > 0:
             place = setup.blocks.index(self.lo) - 1
