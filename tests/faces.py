@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import paradiff
 from paradiff import samplers
 from paradiff.chain.clipping import Clip, DynamicThreshold
+from paradiff.chain.correlated import Correlated
 from paradiff.errors import shown
 from paradiff.methods.window.corrector import underdamped_langevin
 from paradiff.planning.latency import LatencyCurve
@@ -184,6 +185,24 @@ FACES: dict[str, Face] = {
         paradiff.Recorded,
         {"shape": st.sampled_from([SHAPE, (1,)]), "generator": st.builds(lambda: torch.Generator().manual_seed(3))},
         {"samples": SMALL, "dtype": st.sampled_from([torch.float32, torch.float64])},
+    ),
+    "Correlated.autoregressive": Face(
+        Correlated.autoregressive,
+        {"noise": st.just(paradiff.Keyed(SHAPE)), "correlation": st.sampled_from([0, 0.5, -0.5])},
+        {"axis": st.sampled_from([0, 1])},
+    ),
+    "Correlated.power_law": Face(
+        Correlated.power_law,
+        {"noise": st.just(paradiff.Keyed(SHAPE)), "exponent": st.sampled_from([0, 1, -1.5])},
+        {"axes": st.sampled_from([(0,), [1], (0, 1)])},
+    ),
+    "Correlated.scaled": Face(
+        Correlated.scaled,
+        {"noise": st.just(paradiff.Keyed(SHAPE)), "deviations": st.sampled_from([torch.ones(3), torch.ones(2, 1)])},
+    ),
+    "Correlated": Face(
+        Correlated,
+        {"noise": st.just(paradiff.Keyed(SHAPE)), "covariance": st.sampled_from([torch.eye(6), lambda z: 2 * z])},
     ),
     "shifted": Face(paradiff.slopes.shifted, {"variance": POSITIVE}),
     "Clip": Face(Clip, {"limit": POSITIVE}),

@@ -48,7 +48,7 @@ from paradiff import (
     slopes,
     srds,
 )
-from paradiff.chain import Clip, DynamicThreshold
+from paradiff.chain import Clip, Correlated, DynamicThreshold
 from paradiff.chain.slope import Slope, resolve
 from paradiff.methods import Blocks, ForwardProbes
 from paradiff.methods.window.control import WindowControl
@@ -73,6 +73,7 @@ VALUES: dict[str, Any] = {
     "keyed": Keyed(SHAPE, 3, samples=2),
     "keyed by seeds": Keyed(SHAPE, [3, 1]),
     "recorded": recorded(samples=2),
+    "correlated": Correlated.autoregressive(Keyed(SHAPE, 3), 0.5),
     "recorded from two": Recorded(SHAPE, [torch.Generator().manual_seed(s) for s in (0, 1)], dtype=torch.float64),
 }
 DIFFERENT: list[Any] = [
@@ -348,7 +349,14 @@ def examples() -> list[Any]:
             Blocks(2),
             underdamped_langevin(1, 2),
         ),
-        *(Keyed(SHAPE), recorded(), table, Schedule.linear(), Grid(torch.tensor([2.0, 1.0, 0.0]), [0, 2])),
+        *(
+            Keyed(SHAPE),
+            recorded(),
+            Correlated.power_law(Keyed(SHAPE), 1.0),
+            table,
+            Schedule.linear(),
+            Grid(torch.tensor([2.0, 1.0, 0.0]), [0, 2]),
+        ),
         *(Clip(1.0), DynamicThreshold(0.9, 2.0), Status.EXACT, rounds[0], Deadline(5)),
         *(Previews(print), Preview(1, torch.zeros(1, 3), [0.1], 3, 0.5)),
         *(by_row(seen, table), Rows(torch.arange(1), torch.arange(1), zeros, by_row(seen, table))),

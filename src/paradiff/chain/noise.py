@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -344,10 +344,14 @@ class Seen:
         by: What makes the draws, as `Noise` has them.
         noise: The source, whose samples they have.
         shape: Theirs; that of the source by default.
+
+    Attributes:
+        source: The noise as given.
     """
 
     def __init__(self, by: Maker, noise: Noise, shape: Sequence[int] | None = None) -> None:
         self._by, self.shape, self.samples = by, tuple(noise.shape if shape is None else shape), noise.samples
+        self.source = noise
 
     def __repr__(self) -> str:
         return f"Noise of {self._by!r}"
@@ -388,6 +392,21 @@ class Later:
         return self._noise.draw(sample, range(nodes.start + self._first, nodes.stop + self._first))
 
 
+@runtime_checkable
+class Mapped(Protocol):
+    """Noise whose draws are those of a source, each mapped by itself and linearly (correlated.py).
+
+    Attributes:
+        source: The source.
+    """
+
+    source: Noise
+
+    def over(self, noise: Noise) -> Noise:
+        """The same map of another source's draws."""
+        ...
+
+
 def noise_along(noise: Noise, draws: Draws | None, first: int) -> Noise:
     """The noises of a chain's steps, from a node on.
 
@@ -401,4 +420,26 @@ def noise_along(noise: Noise, draws: Draws | None, first: int) -> Noise:
     """
     if isinstance(noise, Recorded) and draws is not None:
         return noise.along(draws)  # which know their own places
+    if isinstance(noise, Mapped):
+        return noise.over(noise_along(noise.source, draws, first))
     return Later(noise, first) if first else noise
+
+
+def origin(noise: Noise) -> Noise:
+    """The source of the draws of noise that turns, masks, scales or maps them; the noise itself, where it is none of these."""
+    while isinstance(noise, Seen | Mapped):
+        noise = noise.source
+    return noise
+
+
+def keys_of(noise: Noise, seed: int | None) -> list[tuple[int, int]]:
+    """`[B]` seed and sample that random numbers of each sample are keyed by, beside the chain's noise.
+
+    Args:
+        noise: The chain's.
+        seed: One for all samples; by default that of each sample's keyed noise, and 0 for other noise.
+    """
+    source = origin(noise)
+    if seed is None and isinstance(source, Keyed):
+        return source.keys
+    return [(seed or 0, k) for k in range(noise.samples)]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.home import made_at_home
-from paradiff.chain.noise import Keyed, Noise, Recorded, Seen, noise_along
+from paradiff.chain.noise import Keyed, Noise, Recorded, Seen, keys_of, noise_along, origin
 from paradiff.chain.table import Table
 from paradiff.errors import require_real, require_truth, require_whole, shown
 from paradiff.solver.by_row import ByRow, Rows, by_row
@@ -115,7 +115,7 @@ class Frames:
         require_real("the deviation of the shifts", deviation)
         if seed is not None:
             require_whole("the seed", seed, 0, most=2**64 - 1)
-        keys = noise.keys if seed is None and isinstance(noise, Keyed) else [(seed or 0, k) for k in range(noise.samples)]
+        keys = keys_of(noise, seed)
         found = []
         for key, sample in keys:
             own = Keyed((table.steps, 7), seed=key, samples=sample + 1)
@@ -189,7 +189,7 @@ class Frames:
     def _added(self, sample: int) -> Tensor:
         """`[A, 3]` the noise that node 0 adds, beside the start's scale; zeros where it is one draw with the start."""
         draws, drawn = self.table.draws, self._along.start(sample).double()
-        if draws is None or draws.start is None or not isinstance(self.noise, Recorded):
+        if draws is None or draws.start is None or not isinstance(origin(self.noise), Recorded):
             return torch.zeros_like(drawn)
         return drawn - draws.start[0] * self.noise.start(sample).double()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paradiff.chain.correlated import Correlated
 from paradiff.chain.noise import Keyed, Noise
 from paradiff.chain.table import Table
 from paradiff.methods.presets import sequential
@@ -49,10 +50,11 @@ class Kept(Evaluator):
 
 
 def pilot_noise(evaluator: Evaluator, noise: Noise, number: int) -> Noise:
-    """The noise of a pilot: of the shape and number of samples of another one; that one, for a model that knows it."""
+    """The noise of a pilot: of the shape, number of samples and covariance of another; that one, for a model that knows it."""
     if isinstance(evaluator.denoiser, ByRow) and evaluator.denoiser.noise is not None:
         return noise
-    return Keyed(noise.shape, SEED + number, noise.samples)
+    keyed = Keyed(noise.shape, SEED + number, noise.samples)
+    return noise.over(keyed) if isinstance(noise, Correlated) else keyed
 
 
 def pilot(

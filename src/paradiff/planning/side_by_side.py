@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from paradiff.chain.noise import Noise, Recorded
+from paradiff.chain.noise import Noise, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import require_kind, require_real, require_truth, shown
 from paradiff.methods.presets import sequential
@@ -183,7 +183,7 @@ def _run(chain: _Chain, noise: Noise, only: int | None) -> _Sampled:
     """One run: of one sample, or of all."""
     evaluate, table, method = chain.evaluate, chain.table, chain.method
     counting = _Counting(evaluate, only or 0)
-    own = noise.along(table.draws) if isinstance(noise, Recorded) else noise
+    own = noise_along(noise, table.draws, 0)
     begin = time.perf_counter()
     solution = sample(
         counting,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paradiff.chain.noise import Keyed, Noise, noise_along
+from paradiff.chain.noise import Noise, keys_of, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, require_truth, require_whole, shown
 from paradiff.solver.arguments import require_callable, require_model
@@ -254,9 +254,7 @@ class ByRow:
         """What the random numbers of each sample's rows are keyed by."""
         self.chain_noise(what)
         assert self.noise is not None
-        if self._seed is None and isinstance(self.noise, Keyed):
-            return self.noise.keys
-        return [(self._seed or 0, sample) for sample in range(self.noise.samples)]
+        return keys_of(self.noise, self._seed)
 
 
 def by_row(

@@ -57,7 +57,7 @@ class MeshNoises:
         steps = system.recurrence.table.steps
         if steps * like.numel() <= NUMBERS:
             drawn = None if before is None else before.drawn
-            drawn = noise.draw(sample, range(steps)).to(like).view(-1, *like.shape) if drawn is None else drawn
+            drawn = noise.draw(sample, range(steps)).to(like).reshape(-1, *like.shape) if drawn is None else drawn
             return MeshNoises._of_all(system, doubled, drawn)
         count, band = len(system.intervals), system.recurrence.table.band
         spans = [] if doubled is None else doubled.spans
