@@ -167,6 +167,16 @@ FACES: dict[str, Face] = {
     "euler_ancestral": Face(samplers.euler_ancestral, STEP, SHARED),
     "heun": Face(samplers.heun, STEP, SHARED | {"karras": BOOL, "clip": CLIP}),
     "flow_euler": Face(samplers.flow_euler, {"steps": SOME}, {"shift": POSITIVE, "train_steps": st.just(50)}),
+    "with_jumps": Face(
+        samplers.with_jumps,
+        {"table": st.sampled_from([TABLE, STOCHASTIC]), "jump_length": st.sampled_from([1, 3, 5])},
+        {"jump_n_sample": SMALL},
+    ),
+    "repaint": Face(
+        samplers.repaint,
+        {"schedule": st.just(SCHEDULE), "steps": st.sampled_from([6, 7]), "jump_length": st.sampled_from([1, 3, 5])},
+        {"jump_n_sample": SMALL, "eta": st.sampled_from([0, 0.5, 1]), "clip": CLIP},
+    ),
     "exponential_integrator": Face(
         samplers.exponential_integrator,
         {"process": st.just(variance_preserving(SCHEDULE)), "grid": st.just(samplers.uniform_grid(0.4, 0.01, 2, 3))},

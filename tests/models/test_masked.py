@@ -125,6 +125,24 @@ def test_samples_of_several_sizes_in_one_batch_are_their_own() -> None:
         assert rms <= estimate.estimated_error
 
 
+@pytest.mark.parametrize(
+    "table", [ddpm(SCHEDULE, 30, clip=Clip(0.4)), ddim(SCHEDULE, 30, clip=Clip(0.4))], ids=["ddpm", "ddim"]
+)
+def test_a_limit_on_the_clean_data_is_that_of_the_loop(table: Table) -> None:
+    """Also where the sample is solved at another size, and the limit has a weight of its own."""
+    noise, mask = Keyed((SIZE,), seed=[3, 4]), torch.arange(SIZE) < 4
+    masked = Masked(table, noise, mask)
+    found = sample(masked.model(net), masked.table, masked.kept(), quasi_newton(tolerance=0.0), dtype=torch.float64)
+    x = torch.where(mask, torch.stack([noise.start(k) for k in range(2)]), 0.0).double()
+    for i in range(table.steps):
+        m = table.convert(torch.tensor([i, i]), x, net(x, table.t[i : i + 1].expand(2)))
+        z = torch.stack([noise.draw(k, range(i, i + 1))[0] for k in range(2)]).double()
+        x = torch.where(mask, table.a[i, 0] * x + table.b[i, 0] * m + table.c[i] * z, 0.0)
+    torch.testing.assert_close(masked.placed(found.sample), x, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="the model knows the rows of table"):
+        sample(masked.model(net), table, masked.kept(), sequential())
+
+
 def test_masks_that_fit_nothing_are_refused() -> None:
     table, noise = ddim(SCHEDULE, 10), Keyed((4,), samples=2)
     ones = torch.ones(4, dtype=torch.bool)
@@ -137,7 +155,7 @@ def test_masks_that_fit_nothing_are_refused() -> None:
         (lambda: Masked(table, noise, ones & False | (torch.arange(4) > 0), torch.full((4,), math.nan)), "is not finite"),
         (lambda: Masked(table, noise, ones, noised=True), "noised=True was given without values"),
         (lambda: Masked(table, noise, ones, noised=1), "noised is 1"),  # type: ignore[arg-type]
-        (lambda: Masked(ddim(SCHEDULE, 10, clip=Clip(1.0)), noise, ones), "without a limit on the clean data"),
+        (lambda: Masked(None, noise, ones), "the table is None; give a Table"),  # type: ignore[arg-type]
         (lambda: Masked(table, noise, ones).placed(torch.zeros(4)), "give those of the run, of shape"),
     ):
         with pytest.raises(ValueError, match=what):

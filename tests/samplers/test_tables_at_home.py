@@ -68,6 +68,8 @@ MADE: dict[str, Callable[[], Any]] = {
     "dpmpp_2s": lambda: samplers.dpmpp_2s(6, eta=1.0),
     "alphafold3": lambda: samplers.alphafold3(10),
     "with_noise_scale": lambda: samplers.with_noise_scale(ddpm(S(), 10), 0.6),
+    "with_jumps": lambda: samplers.with_jumps(ddpm(S(), 10), jump_length=3, jump_n_sample=2),
+    "repaint": lambda: samplers.repaint(S(), 10, jump_length=3, jump_n_sample=2, eta=0.5),
     "flow_euler": lambda: flow_euler(10, shift=3.0),
     "Grid": lambda: samplers.Grid([3.0, 2.0, 1.0], [0, 2]).u,  # pyright: ignore[reportArgumentType]
     "uniform_grid": lambda: uniform_grid(5.0, 0.1, 2, 3).u,

@@ -164,11 +164,11 @@ class Correlated:
 
     def start(self, sample: int) -> Tensor:
         """The draw behind x[0], of shape `shape`, in float64."""
-        return self._mapped(self.source.start(sample)[None])[0]
+        return self.mapped(self.source.start(sample)[None])[0]
 
     def draw(self, sample: int, nodes: range) -> Tensor:
         """L z at consecutive nodes, `[len(nodes), *shape]`, in float64."""
-        return self._mapped(self.source.draw(sample, nodes))
+        return self.mapped(self.source.draw(sample, nodes))
 
     def over(self, noise: Noise) -> Correlated:
         """The same map of the draws of another source, of the same shape."""
@@ -176,7 +176,8 @@ class Correlated:
         found.source, found._map, found.shape, found.samples = noise, self._map, self.shape, noise.samples
         return found
 
-    def _mapped(self, drawn: Tensor) -> Tensor:
+    def mapped(self, drawn: Tensor) -> Tensor:
+        """L of draws `[n, *shape]`, in float64."""
         return self._map(drawn.double()).double()
 
 

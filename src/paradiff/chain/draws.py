@@ -10,6 +10,12 @@ with d[0], d[1] ... all draws of the run after that of its start, in order. A ch
     x[0]/start_scale = w e + sum_k w[k] d[k],                                                              (2)
 
 with e the draw of the run's own start.
+
+Loops that put known data v back into a state at every step draw the noise for them, too. At node i they have
+
+    signal[i] v + sum_k w[i,k] d[k],                                                                        (3)
+
+with d[-1] = e.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ class Draws:
             with generators that the scheduler makes, such as those of a Brownian tree.
         before: Draws that the chain makes before these steps, of which they are a part.
         start: The weight w and the pairs of k and w[k] of equation (2); None where the chain begins at the run's own start.
+        given: `[N+1]` for each node the signal and the pairs of k and w of equation (3); None where no loop says.
     """
 
     scheduler: str
@@ -40,12 +47,22 @@ class Draws:
     source: Source = "given"
     before: int = 0
     start: tuple[float, tuple[tuple[int, float], ...]] | None = None
+    given: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
 
     def part(self, begin: int, end: int) -> Draws:
         """Those of the steps from one node to another."""
         before = self.before + sum(self.counts[:begin])
         start = self.start if begin == 0 else None
-        return replace(self, counts=self.counts[begin:end], terms=self.terms[begin:end], before=before, start=start)
+        given = None if self.given is None else self.given[begin : end + 1]
+        return replace(
+            self, counts=self.counts[begin:end], terms=self.terms[begin:end], before=before, start=start, given=given
+        )
+
+    @property
+    def of_given(self) -> Draws:
+        """Those whose noise at node i is that of equation (3)."""
+        assert self.given is not None
+        return replace(self, terms=tuple(terms for _, terms in self.given), start=None, given=None)
 
     @property
     def one_a_step(self) -> bool:

@@ -315,7 +315,11 @@ class RecordedAlong:
         if self._draws.start is None:
             return own
         weight, terms = self._draws.start
-        return weight * own + sum(part * self._recorded.draw(sample, range(k, k + 1))[0] for k, part in terms)
+        return weight * own + sum(part * self._drawn(sample, k) for k, part in terms)
+
+    def _drawn(self, sample: int, k: int) -> Tensor:
+        """d[k] of draws.py."""
+        return self._recorded.start(sample) if k < 0 else self._recorded.draw(sample, range(k, k + 1))[0]
 
     def draw(self, sample: int, nodes: range) -> Tensor:
         """z at consecutive nodes, `[len(nodes), *shape]`; 0 where a step adds no noise, and after the last step the draws that
@@ -324,7 +328,7 @@ class RecordedAlong:
         for node in nodes:
             after = node - len(self._draws.terms)
             terms = self._draws.terms[node] if after < 0 else ((self._after + after, 1.0),)
-            drawn = [weight * self._recorded.draw(sample, range(k, k + 1))[0] for k, weight in terms]
+            drawn = [weight * self._drawn(sample, k) for k, weight in terms]
             found.append(torch.stack(drawn).sum(0) if drawn else torch.zeros_like(self.start(sample)))
         return torch.stack(found)
 
@@ -419,7 +423,9 @@ def noise_along(noise: Noise, draws: Draws | None, first: int) -> Noise:
         ValueError: If a scheduler draws with another generator than a recorded one.
     """
     if isinstance(noise, Recorded) and draws is not None:
-        return noise.along(draws)  # which know their own places
+        return noise.along(draws)
+    if isinstance(noise, Seen | RecordedAlong):
+        return noise  # made for these steps
     if isinstance(noise, Mapped):
         return noise.over(noise_along(noise.source, draws, first))
     return Later(noise, first) if first else noise

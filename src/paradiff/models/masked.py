@@ -3,7 +3,8 @@
 
 The solvers hold zeros there: neither noise nor outputs reach these places. The network is shown what the loop would have there:
 zeros; the given values, as planners clamp the ends of a plan after every step (Janner et al. 2022); or the given values at the
-node's level of noise, v·alpha[i] + sigma[i]·e, as RePaint does (Lugmayr et al. 2022, eq. 8a), with e the row's own.
+node's level of noise, v·alpha[i] + sigma[i]·e, as RePaint does (Lugmayr et al. 2022, eq. 8a). The noise e is the row's own; or,
+of a table that says what its published loop draws there (`samplers.repaint`, `with_jumps`), made of the recorded draws.
 
 Errors are those of the elements that are sought. A sample with n of them among d is solved at sqrt(d/n) times its size, so that
 every mean over all elements, in whatever method, is that over these n. (`srds` is more cautious for
@@ -12,14 +13,17 @@ samples of few elements, and counts all places.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paradiff.chain.correlated import Correlated
 from paradiff.chain.home import made_at_home
-from paradiff.chain.noise import Noise, Seen, noise_along
+from paradiff.chain.noise import Noise, Recorded, Seen, noise_along, origin
 from paradiff.chain.table import Table
 from paradiff.errors import require_truth, shown
 from paradiff.solver.by_row import ByRow, Rows, by_row
@@ -29,7 +33,7 @@ class Masked:
     """What is sought of each sample, and what is shown elsewhere. They are compared by identity.
 
     Args:
-        table: The chain, without a limit on the clean data.
+        table: The chain. A limit on its clean data is applied by the model, to samples at their own size.
         noise: Its noise.
         mask: `[*shape]` or `[B, *shape]` True for the elements that are sought; it may have ones in place of axes along which
             it is the same, as `[B, A, 1]`.
@@ -37,7 +41,7 @@ class Masked:
         noised: Whether the network is shown given values at the node's level of noise.
 
     Attributes:
-        table: As given.
+        table: As given, without a limit: the one that a run is of.
         noise: As given.
         mask: `[B, *shape]` as given.
         stretch: `[B]` sqrt(d/n), float64.
@@ -48,15 +52,16 @@ class Masked:
 
     @made_at_home
     def __init__(self, table: Table, noise: Noise, mask: Tensor, values: Tensor | None = None, *, noised: bool = False) -> None:
-        if not isinstance(table, Table) or table.clip is not None:
-            raise ValueError(f"the table is {shown(table)}; give one without a limit on the clean data (clip=None)")
+        if not isinstance(table, Table):
+            raise ValueError(f"the table is {shown(table)}; give a Table, such as paradiff.samplers.ddpm(schedule, 1000)")
         require_truth("noised", noised)
         if noised and values is None:
             raise ValueError("noised=True was given without values; give what is known of the elements that are not sought")
         wanted = (noise.samples, *noise.shape)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not _fits(mask, wanted):
             raise ValueError(f"the mask is {shown(mask)}; give a tensor of truth values of shape {wanted}, or {wanted[1:]}")
-        self.table, self.noise, self._noised = table, noise, noised
+        self.table, self.noise, self._noised = replace(table, clip=None, clip_weight=None), noise, noised
+        self._limit = None if table.clip is None or table.clip_weight is None else (table.clip, table.clip_weight)
         self.mask = mask.detach().cpu().expand(wanted)
         counts = self.mask.flatten(1).sum(1)
         if not bool((counts > 0).all()):
@@ -71,6 +76,13 @@ class Masked:
         self._given = torch.where(self.mask, 0.0, given.double())
         self.stretch = (self.mask[0].numel() / counts.double()).sqrt()
         self._along = noise_along(noise, table.draws, table.first)
+        told = None if table.draws is None else table.draws.given
+        self._signal, self._level, self._drawn = table.alpha, table.sigma, None
+        if table.draws is not None and told is not None:
+            self._signal = torch.tensor([signal for signal, _ in told], dtype=torch.float64)
+            self._level = torch.tensor([math.hypot(*(w for _, w in terms)) for _, terms in told], dtype=torch.float64)
+            if noised and isinstance(origin(noise), Recorded):
+                self._drawn = noise_along(noise, table.draws.of_given, table.first)
 
     def __repr__(self) -> str:
         return f"Masked({int(self.mask.sum())} of {self.mask.numel()} elements of {self.noise.samples} samples)"
@@ -90,11 +102,25 @@ class Masked:
         def kept(x: Tensor, t: Tensor, rows: Rows, **conditioning: Any) -> Tensor:
             sought, factor, elsewhere = rows.pick(mask) > 0, rows.pick(stretch), rows.pick(given)
             if self._noised:
-                elsewhere = rows.of(table.alpha) * elsewhere + rows.of(table.sigma) * rows.randn()
-            shown = torch.where(sought, x / factor, rows.of(table.scale) * elsewhere)
-            return torch.where(sought, factor * denoiser(shown, t, **conditioning), 0.0)
+                elsewhere = rows.of(self._signal) * elsewhere + self._noise_of(rows)
+            scale = rows.of(table.scale)
+            shown = torch.where(sought, x / factor, scale * elsewhere)
+            found = denoiser(shown, t, **conditioning)
+            if self._limit is not None:  # chain/clipping.py
+                limit, weight = self._limit
+                clean = rows.of(table.p) / scale * shown + rows.of(table.q) * found
+                found = found + rows.of(weight) * (limit(clean) - clean)
+            return torch.where(sought, factor * found, 0.0)
 
         return by_row(kept, table, self.kept(), smooth=not self._noised)
+
+    def _noise_of(self, rows: Rows) -> Tensor:
+        """`[R, ...]` the noise of given values at the rows' nodes."""
+        if self._drawn is not None:
+            return rows.drawn(self._drawn)
+        own = rows.randn()
+        mapped = self.noise.mapped(own).to(own) if isinstance(self.noise, Correlated) else own
+        return rows.of(self._level) * mapped
 
     def kept(self) -> Noise:
         """The noise of the elements that are sought."""

@@ -8,6 +8,7 @@ from paradiff.samplers.flow import flow_euler
 from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
 from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
+from paradiff.samplers.repaint import repaint, with_jumps
 from paradiff.samplers.schedule import Schedule
 from paradiff.samplers.scheduler.probe import from_scheduler
 from paradiff.samplers.temperature import with_noise_scale
@@ -33,8 +34,10 @@ __all__ = [
     "ornstein_uhlenbeck",
     "paper_grid",
     "rectified_flow",
+    "repaint",
     "uniform_grid",
     "variance_exploding",
     "variance_preserving",
+    "with_jumps",
     "with_noise_scale",
 ]

@@ -41,13 +41,20 @@ def continuum(table: Table, target: Literal["ode", "sde"], steps: int | None = N
 
     Raises:
         ValueError: If an argument is of another kind, the levels are of no kind whose coordinates are known, or the network's
-            inputs are scaled otherwise.
+            inputs are scaled otherwise, or the chain goes back up.
     """
     require_kind("the table", table, Table)
     require_one_of("the target", target, tuple(STEPS))
     if steps is not None:
         require_whole("the number of fine steps", steps, 2, f", or None for {STEPS[target]}", most=MOST_STEPS)
     count = STEPS[target] if steps is None else steps
+    afresh = table.restarts[:-1]
+    risen = ((table.sigma / table.alpha)[afresh].diff() > 0).nonzero()
+    if len(risen):
+        node = afresh[int(risen[0]) + 1]
+        raise ValueError(
+            f"table {table.name!r} goes back up to more noise at node {node}, which no equation does; use target='chain'"
+        )
     first = 1 if table.alpha[0] == 0 else 0
     coordinate, nodes = _coordinate(table), _nodes(table, first)
     known = (table.alpha[nodes] / table.sigma[nodes]).log()

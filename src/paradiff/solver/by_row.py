@@ -105,7 +105,10 @@ class Rows:
         Raises:
             ValueError: If the model was made without noise.
         """
-        noise = self._model.chain_noise("the noise of its rows")
+        return self.drawn(self._model.chain_noise("the noise of its rows"))
+
+    def drawn(self, noise: Noise) -> Tensor:
+        """`[R, ...]` a source's draws at the rows' nodes."""
         drawn = [noise.draw(s, range(n, n + 1))[0] for s, n in self._places()]
         return self._moved(torch.stack(drawn)).to(self._like.dtype)
 
