@@ -26,6 +26,8 @@ def test_rows_are_measured_once_and_gone_on_with(cli: Cli, tmp_path: Path) -> No
     assert (row["method"], row["window"], row["steps"], row["rival"]) == ("parasolver", 4, 28, False)
     assert row["equal"] is (row["error_max"] < 4e-3)
     assert row["tolerance"] in LADDER
+    (one,) = row["samples"]
+    assert row["effectivity"]["median"] == pytest.approx(one["estimated_error"] / max(one["error"], 2e-6))
     assert 28 / (2 * row["rounds"]) <= row["gain"] <= 28 / row["rounds"]
     found = cli("bench", "--out", str(tmp_path), *SMALL, "--method", "parasolver", "--method", "s*", "--curve", "1:1,4:2")
     assert found.code == 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import paradiff
-from paradiff.planning import Comparison, LatencyCurve, compare
+from paradiff.planning import Compared, Comparison, Effectivity, LatencyCurve, SampleCost, compare
 from paradiff.samplers import ddim, ddpm
 
 MODEL = paradiff.models.Mixture(
@@ -51,6 +51,17 @@ def test_a_row_is_what_runs_by_hand_give(alone: Comparison, label: str) -> None:
     estimates = [e.estimated_error / unit for e in wanted.error_estimates]
     assert [s.estimated_error for s in found.samples] == pytest.approx(estimates, rel=1e-3, abs=1e-5)
     assert all(sum(s.widths) == s.evaluations and len(s.widths) == s.rounds for s in found.samples)
+
+
+def test_the_effectivity_of_a_row_is_that_of_its_samples() -> None:
+    pairs = [(4e-3, 1e-3), (4e-3, 2e-4), (1e-3, 2e-3), (0.0, 1e-7), (3e-3, 0.0)]  # indices 4, 20, 0.5, 1 and 1500
+    found = Effectivity.of(pairs)
+    assert (found.median, found.within, found.below) == (pytest.approx(4), pytest.approx(2 / 5), pytest.approx(1 / 5))
+    samples = [SampleCost(1, 1, error, estimate, (1,), 1.0) for estimate, error in pairs]
+    row = Compared("", "", samples, "converged")
+    assert row.effectivity == found
+    assert row.held == pytest.approx(1 - found.below)
+    assert Effectivity.of([(math.inf, 1.0)]).to_json() == {"median": None, "within": 0, "below": 0}
 
 
 def test_a_gain_is_that_of_the_curve(alone: Comparison) -> None:
@@ -137,6 +148,11 @@ def test_table_json_and_picture(alone: Comparison, tmp_path: Path) -> None:
     assert [row["label"] for row in stored["rows"]] == [row.label for row in alone.rows]
     assert stored["rows"][1]["gain"] == pytest.approx(alone.gain(alone.rows[1]))
     assert stored["rows"][0]["decibels"] is None
+    effectivity = alone.rows[1].effectivity
+    assert effectivity is not None
+    assert stored["rows"][1]["effectivity"] == effectivity.to_json()
+    assert f"{effectivity.median:.1f}" in lines[2]
+    assert stored["rows"][-1]["effectivity"] is None
     pytest.importorskip("matplotlib")
     alone.plot(tmp_path / "found.png")
     assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"

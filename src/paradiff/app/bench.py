@@ -266,6 +266,7 @@ def _numbers(row: Compared, comparison: Comparison) -> dict[str, Any]:
         "decibels": None if row.error_max == 0 else comparison.decibels(row.error_max),
         "gain": comparison.gain(row),
         "seconds": row.seconds,
+        "effectivity": None if row.effectivity is None else row.effectivity.to_json(),
         "samples": [
             {
                 "rounds": s.rounds,

@@ -5,6 +5,7 @@ side."""
 from paradiff.planning import gaussian_law
 from paradiff.planning.comparison import Compared, Comparison, SampleCost
 from paradiff.planning.curves import curve_of
+from paradiff.planning.effectivity import Effectivity
 from paradiff.planning.latency import LatencyCurve, measure_latency
 from paradiff.planning.plan import Plan
 from paradiff.planning.side_by_side import compare
@@ -13,6 +14,7 @@ from paradiff.planning.theory import Theory
 __all__ = [
     "Compared",
     "Comparison",
+    "Effectivity",
     "LatencyCurve",
     "Plan",
     "SampleCost",

@@ -13,13 +13,12 @@ from typing import Any
 
 from paradiff.errors import require_real, shown
 from paradiff.lazy import naming_the_extra
+from paradiff.planning.effectivity import Effectivity, index_of
 from paradiff.planning.latency import LatencyCurve
+from paradiff.solver.solution import ROUNDING
 
 EQUAL = 4e-3
 """Root mean square error below which a sample counts as the sequential one: half a grey level of data in -1 ... 1."""
-
-ROUNDING = 2e-6
-"""Errors of this size are rounding of float32, which no estimate tells."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class SampleCost:
 
     @property
     def effectivity(self) -> float:
-        """The estimate over the error (the effectivity index of error control)."""
-        return self.estimated_error / max(self.error, ROUNDING)
+        """The estimate over the error (the effectivity index of error control), each at least the rounding of float32."""
+        return index_of(self.estimated_error, self.error)
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,9 @@ class Compared:
         return None if self.rival else statistics.mean(s.held for s in self.samples)
 
     @property
-    def effectivity(self) -> float | None:
-        """The median of estimate over error; None for a rival."""
-        return None if self.rival else statistics.median(s.effectivity for s in self.samples)
+    def effectivity(self) -> Effectivity | None:
+        """The samples' estimates over their errors; None for a rival."""
+        return None if self.rival else Effectivity.of((s.estimated_error, s.error) for s in self.samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +204,7 @@ class Comparison:
                     "error_max": row.error_max,
                     "decibels": None if row.error_max == 0 else self.decibels(row.error_max),
                     "held": row.held,
-                    "effectivity": row.effectivity,
+                    "effectivity": None if row.effectivity is None else row.effectivity.to_json(),
                     "samples": [
                         {
                             "rounds": s.rounds,
@@ -248,7 +247,7 @@ class Comparison:
         figure.savefig(path, dpi=150, format="png")
 
     def __str__(self) -> str:
-        head = ("", "rounds", "most", "evaluations", "error, worst", "dB", "held", "estimate/error", "gain")
+        head = ("", "rounds", "most", "evaluations", "error, worst", "dB", "held", "estimate/error", "1 to 10", "gain")
         cells = [head, *(self._cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
@@ -262,7 +261,7 @@ class Comparison:
         return "\n".join(line.rstrip() for line in lines)
 
     def _cells(self, row: Compared) -> tuple[str, ...]:
-        decibels = self.decibels(row.error_max)
+        decibels, found = self.decibels(row.error_max), row.effectivity
         return (
             row.label,
             f"{row.rounds:.1f}",
@@ -271,7 +270,7 @@ class Comparison:
             f"{row.error_max:.1e}",
             "-" if math.isinf(decibels) else f"{decibels:.0f}",
             "-" if row.held is None else f"{row.held:.0%}",
-            "-" if row.effectivity is None else f"{row.effectivity:.1f}",
+            *(("-", "-") if found is None else (f"{found.median:.1f}", f"{found.within:.0%}")),
             f"{self.gain(row):.2f}x",
         )
 

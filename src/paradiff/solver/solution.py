@@ -13,6 +13,9 @@ from torch import Tensor
 from paradiff.solver.records import Record
 from paradiff.solver.trajectory import Trajectory
 
+ROUNDING = 2e-6
+"""Errors of this size are rounding of float32, which no estimate tells."""
+
 
 class Status(Enum):
     """How a run ended. The value is the general sentence; `Solution.message` is the same with the run's own numbers.
