@@ -34,7 +34,7 @@ PRESETS = [
     "quasi_deer",
 ]
 ROOT = {
-    *["sample", "solve", "parallelize", "explain", "compare", "plan", "auto", "by_row", "from_scheduler"],
+    *["sample", "solve", "parallelize", "explain", "calibrate", "compare", "plan", "auto", "by_row", "from_scheduler"],
     *["Table", "Schedule", "Keyed", "Recorded", "Evaluator", "Solution", "Trajectory", "Method", "Policy", "__version__"],
     *PRESETS,
     *["parallel", "ParallelInTimeConfig", "enable_parallel_in_time", "disable_parallel_in_time", "is_parallel_in_time_enabled"],

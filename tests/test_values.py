@@ -55,10 +55,23 @@ from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.corrector import underdamped_langevin
 from paradiff.methods.window.method import WindowMethod
 from paradiff.models.policy_unet import PolicyUNet
-from paradiff.planning import Effectivity, LatencyCurve, Theory, compare
+from paradiff.planning import Calibration, Effectivity, LatencyCurve, Theory, compare
 from paradiff.samplers import Grid, ddim
 from paradiff.samplers.process import variance_preserving
-from paradiff.solver import Batch, Deadline, EditedOutputs, Preview, Previews, Problem, Query, Ranks, Round, Rows, Status
+from paradiff.solver import (
+    Batch,
+    Deadline,
+    EditedOutputs,
+    ErrorBound,
+    Preview,
+    Previews,
+    Problem,
+    Query,
+    Ranks,
+    Round,
+    Rows,
+    Status,
+)
 
 SHAPE = (2, 3)
 
@@ -374,7 +387,7 @@ def examples() -> list[Any]:
         variance_preserving(Schedule.linear()),
         Theory("sde", 64, 0.1),
         *(comparison, comparison.rows[1], comparison.rows[1].samples[0], LatencyCurve({1: 1.0, 4: 1.4})),
-        Effectivity(2.0, 1.0, 0.0),
+        *(Calibration("ddim", "srds()", (0.1,) * 19, (0.2,) * 19), ErrorBound(0.5, 0.95, 19), Effectivity(2.0, 1.0, 0.0)),
         plan(seen, table, Keyed(SHAPE), curve=LatencyCurve({1: 1.0, 4: 1.4}), pilots=0),
         *(run, run.report, explain(run.pipeline, num_inference_steps=4), paradiff.ParallelInTimeConfig(executor="lanes")),
     ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         sequential,
         srds,
     )
+    from paradiff.pipelines.calibrate import calibrate
     from paradiff.pipelines.explanation import explain
     from paradiff.pipelines.native import (
         ParallelInTimeConfig,
@@ -67,6 +68,7 @@ else:
             "__version__": "paradiff.version",
             "auto": "paradiff.planning.auto",
             "by_row": "paradiff.solver.by_row",
+            "calibrate": "paradiff.pipelines.calibrate",
             "chain": "paradiff.chain:",
             "chords": "paradiff.methods.chords.method",
             "collocation": "paradiff.methods.presets",
@@ -117,6 +119,7 @@ __all__ = [
     "__version__",
     "auto",
     "by_row",
+    "calibrate",
     "chain",
     "chords",
     "collocation",

@@ -30,6 +30,7 @@ from paradiff.errors import (
 )
 from paradiff.models.absent import is_absent
 from paradiff.pipelines.account import Account
+from paradiff.pipelines.calibrated import bounded
 from paradiff.pipelines.executors.bars import one_bar
 from paradiff.pipelines.executors.dry_walk import Start
 from paradiff.pipelines.executors.lanes import run_lanes
@@ -156,7 +157,8 @@ class Call:
                         self._known.keep_parallel(settings.method)
                     if self._crew is not None:
                         self._crew.warn_of_idle(solver.width)
-                    return result, account.parallel(executor, solver, batching)
+                    report = account.parallel(executor, solver, batching)
+                    return result, bounded(report, self._host, self._arguments, settings)
                 account.notes.append("the call was interrupted before its first step")
                 return result, account.sequential()
             assert beginning is not None

@@ -29,6 +29,9 @@ from paradiff.planning.traces import Traces
 STEPS = ("num_inference_steps", "timesteps", "sigmas")
 """Arguments that a pass does not depend on, since the chain is known by itself."""
 
+OWN = ("generator", "callback", "callback_on_step_end", "callback_steps")
+"""Arguments of a call that pilots and calibrations leave out."""
+
 
 def call_key(host: Host, given: Mapping[str, Any]) -> str:
     """The key of a call's curve.

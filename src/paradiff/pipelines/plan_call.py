@@ -20,7 +20,7 @@ from paradiff.methods.presets import parasolver
 from paradiff.pipelines.explanation import default_steps, executor_of, set_timesteps, timed
 from paradiff.pipelines.host.find import host_of
 from paradiff.pipelines.host.host import Host
-from paradiff.pipelines.known import CallKnown
+from paradiff.pipelines.known import OWN, CallKnown
 from paradiff.pipelines.run import Run
 from paradiff.pipelines.settings import Settings
 from paradiff.pipelines.timing import Timing
@@ -43,9 +43,6 @@ WIDEST = 16
 
 PATIENCE = 1.5
 """Times as long as the plain call that a pilot's networks may take before it is cut."""
-
-OWN = ("generator", "callback", "callback_on_step_end", "callback_steps")
-"""Arguments of a call that pilots leave out."""
 
 
 def plan_call(
@@ -83,7 +80,7 @@ def plan_call(
     known = CallKnown(host, host.bound((), call))
     traces = Traces(digest(known.key, table_key(table)), host.device)
     notes += traces.notes
-    with _quiet(host.owner):
+    with quiet(host.owner):
         if curve is None:
             found = timed(host, steps, call, executor, min(steps, WIDEST), notes)
             if not found:
@@ -125,7 +122,7 @@ def _curve(found: list[Timing]) -> LatencyCurve:
 
 
 @contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
+def quiet(pipeline: Any) -> Iterator[None]:
     """No progress bars and no warnings of pilots."""
     before = vars(pipeline).get("_progress_bar_config")
     if hasattr(pipeline, "set_progress_bar_config"):

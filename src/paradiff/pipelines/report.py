@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paradiff.solver.records import Record
-from paradiff.solver.solution import ErrorEstimate, Status
+from paradiff.solver.solution import ErrorBound, ErrorEstimate, Status
 from paradiff.solver.trajectory import Trajectory
 
 
@@ -46,6 +46,8 @@ class Report:
         history: One record a sweep; empty for a sequential call.
         trajectory: The states of the call and what the network said of them, where it was asked to keep them; None for a
             sequential call.
+        calibrated: What a calibration of the method on this call says of the error of its state; None where there is none
+            (`paradiff.calibrate`), for a call that was stopped and for a sequential one.
     """
 
     pipeline: str
@@ -74,6 +76,14 @@ class Report:
     warnings: list[str]
     history: list[Record]
     trajectory: Trajectory | None = None
+    calibrated: ErrorBound | None = None
+
+    @property
+    def error_bound(self) -> float | None:
+        """The calibrated bound of the error; None where none is known."""
+        if self.calibrated is None or self.error_estimate is None:
+            return None
+        return self.calibrated.of(self.error_estimate.estimated_error)
 
     @property
     def passes(self) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import functools
 import hashlib
@@ -13,12 +14,13 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from paradiff.chain.table import Table
 from paradiff.planning.store import digest
-from paradiff.solver.agreement import reach, versions
+from paradiff.solver.agreement import described, reach, versions, weights_of
 from paradiff.solver.evaluator import Evaluator
-from paradiff.solver.protocol import Evaluate
+from paradiff.solver.protocol import Evaluate, Method
 
 PLAIN = (bool, int, float, str)
 
@@ -67,12 +69,24 @@ def _content(cell: Any) -> Any:
 
 def evaluator_key(evaluate: Evaluate) -> str:
     """The key of a model with its conditioning, dtype and kind of device."""
-    if isinstance(evaluate, Evaluator):
-        given = sorted((name, [*value.shape[1:]]) for name, value in evaluate.conditioning.items())
-        model = [model_facts(evaluate.denoiser), given, sorted(evaluate.shared)]
-    else:
-        model = [model_facts(evaluate)]
-    return digest(model, str(evaluate.dtype), evaluate.device.type)
+    return digest(_conditioned(evaluate), str(evaluate.dtype), evaluate.device.type)
+
+
+def network_key(evaluate: Evaluate, dtype: torch.dtype) -> str:
+    """The same where the network has the dtype of the states, unless it has its own.
+
+    Args:
+        evaluate: The model.
+        dtype: Dtype of the states.
+    """
+    return digest(_conditioned(evaluate), str(evaluate.dtype or dtype), evaluate.device.type)
+
+
+def _conditioned(evaluate: Evaluate) -> list[Any]:
+    if not isinstance(evaluate, Evaluator):
+        return [model_facts(evaluate)]
+    given = sorted((name, [*value.shape[1:]]) for name, value in evaluate.conditioning.items())
+    return [model_facts(evaluate.denoiser), given, sorted(evaluate.shared)]
 
 
 def curve_key(evaluate: Evaluate, shape: Sequence[int], key: str | None = None) -> str:
@@ -92,6 +106,38 @@ def table_key(table: Table) -> str:
     for values in (table.t, table.alpha, table.sigma, table.a, table.b, table.c, table.scale):
         found.update(values.to(torch.float32).contiguous().numpy().tobytes())
     return found.hexdigest()[:20]
+
+
+def method_key(method: Method) -> str:
+    """A digest of a method's hyper-parameters."""
+    return digest(_setting(method))
+
+
+def _setting(value: Any) -> Any:
+    """A hyper-parameter by what it is made of: tensors and tables by their numbers, functions by their code."""
+    if isinstance(value, Table | Tensor):
+        return described(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [_named(value), [[one.name, _setting(getattr(value, one.name))] for one in dataclasses.fields(value)]]
+    if isinstance(value, list | tuple):
+        return [_setting(one) for one in value]
+    return _named(value) if callable(value) else repr(value)
+
+
+def weights_key(model: Any) -> str:
+    """A digest of a model's weights. Reads them all, and waits for their devices."""
+    sums = weights_of(model)
+    return digest({name: of for name, of in sums.items() if not DERIVED.search(name.removeprefix("weights "))})
+
+
+def conditioning_keys(evaluate: Evaluate) -> list[str]:
+    """A digest of each sample's conditioning, with that which all samples share; none where there is no conditioning."""
+    if not isinstance(evaluate, Evaluator) or not (evaluate.conditioning or evaluate.shared):
+        return []
+    shared = digest(described(evaluate.shared))
+    count = min((len(value) for value in evaluate.conditioning.values()), default=1)
+    names = sorted(evaluate.conditioning)
+    return [digest(shared, [described(evaluate.conditioning[name][k]) for name in names]) for k in range(count)]
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.table import Table
 from paradiff.methods.presets import collocation
 from paradiff.planning.auto import auto
+from paradiff.planning.calibrations import bounded
 from paradiff.solver import loop
-from paradiff.solver.arguments import Start, begun
-from paradiff.solver.evaluator import Denoiser
+from paradiff.solver.arguments import Start, begun, evaluates
+from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.protocol import Evaluate, Method, Observer
 from paradiff.solver.row_check import Check
 from paradiff.solver.solution import Solution
@@ -39,7 +42,8 @@ def sample(
         table: The sampler.
         noise: x[0] and the noises of every sample.
         method: The method (`paradiff.methods`); `auto()` by default, which chooses one and says so in the solution's message,
-            and `collocation()` where there is a trajectory to begin from, or to keep.
+            and `collocation()` where there is a trajectory to begin from, or to keep. Where it was calibrated on this model and
+            chain (`paradiff.calibrate`), the solution has the calibrated bound of its errors beside the estimate.
         start: `[B, ...]` states at node 0 to use instead of the noise's; or what to begin from: a solution of a run on this
             table that kept its trajectory, the trajectory, or the path of its file (docs/warm_starts.md).
         dtype: Dtype of states, float32 or float64.
@@ -57,8 +61,9 @@ def sample(
     chosen = method
     if chosen is None:
         chosen = auto() if begin is None and not keep_trajectory else collocation()
-    return loop.sample(
-        denoiser,
+    evaluate = denoiser if evaluates(denoiser) else Evaluator(cast(Denoiser, denoiser))
+    found = loop.sample(
+        evaluate,
         table,
         noise,
         chosen,
@@ -69,3 +74,4 @@ def sample(
         trajectory=begin,
         keep_trajectory=keep_trajectory,
     )
+    return found if start is not None or begin is not None else bounded(found, evaluate, table, noise, chosen, dtype)

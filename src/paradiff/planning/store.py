@@ -48,15 +48,21 @@ class Store:
     Args:
         kind: The kind, a word such as `curve`.
         folder: The folder; None for that of the user.
+        renewed_by: What writes an entry anew, as the sentence on one that was left out says it.
     """
 
-    def __init__(self, kind: str, folder: Path | None = None) -> None:
-        self._kind = kind
+    def __init__(self, kind: str, folder: Path | None = None, *, renewed_by: str = "a run") -> None:
+        self._kind, self._renewed_by = kind, renewed_by
         self._folder = cache_folder() if folder is None else folder
 
     def path(self, key: str) -> Path | None:
         """The file of an entry; None where there is no folder."""
         return None if self._folder is None else self._folder / f"{self._kind}-{key}.json"
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no entry of this kind."""
+        return self._folder is None or next(self._folder.glob(f"{self._kind}-*.json"), None) is None
 
     def read(self, key: str, facts: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
         """An entry, and a sentence where a file was there and was left out.
@@ -101,7 +107,7 @@ class Store:
         return None
 
     def _ignored(self, path: Path, why: str) -> str:
-        return f"the stored {self._kind} {str(path)!r} was left out, since {why}; a run replaces it"
+        return f"the stored {self._kind} {str(path)!r} was left out, since {why}; {self._renewed_by} replaces it"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from paradiff.solver.protocol import (
 )
 from paradiff.solver.ranks import Ranks
 from paradiff.solver.records import ChordsRecord, CollocationRecord, PararealRecord, Record, WindowRecord
-from paradiff.solver.solution import ErrorEstimate, Solution, Status
+from paradiff.solver.solution import ErrorBound, ErrorEstimate, Solution, Status
 from paradiff.solver.trajectory import Trajectory
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Deadline",
     "Denoiser",
     "EditedOutputs",
+    "ErrorBound",
     "ErrorEstimate",
     "Evaluate",
     "Evaluator",

@@ -76,6 +76,40 @@ class ErrorEstimate:
         return math.sqrt(max(self.estimated_error**2 - self.interpolation_error**2, 0.0))
 
 
+@dataclass(frozen=True)
+class ErrorBound:
+    """What a calibration says of the errors of samples (planning/calibration.py): a share of them is at most the bound.
+
+    Attributes:
+        factor: What estimates, of `ROUNDING` at least, are multiplied by.
+        coverage: The share of samples that err by at most the bound, over the seeds of calibrations and of runs.
+        seeds: The seeds that it was calibrated on.
+    """
+
+    factor: float
+    coverage: float
+    seeds: int
+
+    def of(self, estimated_error: float) -> float:
+        """The bound of a sample, in the data's units.
+
+        Args:
+            estimated_error: Its estimated error.
+        """
+        return self.factor * max(estimated_error, ROUNDING)
+
+    def said(self, estimated_error: float) -> str:
+        """The bound of a run as a clause.
+
+        Args:
+            estimated_error: The largest estimate of its samples.
+        """
+        return (
+            f"by calibration on {self.seeds} seeds, {100 * self.coverage:g} of 100 samples err by at most {self.factor:.2g} "
+            f"times their estimate, {self.of(estimated_error):.2g} here"
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """The result of a run.
@@ -93,6 +127,8 @@ class Solution:
             and in the seconds.
         cut: Whether an observer ended the run.
         trajectory: The states of all samples and what the network said of them, where the run was asked to keep them.
+        calibrated: What a calibration of the method on this model and chain says of the samples' errors; None where there is
+            none (`paradiff.calibrate`), and for a run that was stopped.
     """
 
     sample: Tensor
@@ -106,6 +142,7 @@ class Solution:
     checked_rows: int = 0
     cut: bool = False
     trajectory: Trajectory | None = None
+    calibrated: ErrorBound | None = None
 
     @property
     def residual(self) -> float:
@@ -116,6 +153,11 @@ class Solution:
     def estimated_error(self) -> float:
         """The largest estimated error of any sample."""
         return max(e.estimated_error for e in self.error_estimates)
+
+    @property
+    def error_bound(self) -> float | None:
+        """The largest calibrated bound of any sample's error; None where none is known."""
+        return None if self.calibrated is None else self.calibrated.of(self.estimated_error)
 
     @property
     def stats(self) -> dict[str, str | int | float]:
@@ -130,6 +172,7 @@ class Solution:
             "estimated_error": self.estimated_error,
             "interpolation_error": max(e.interpolation_error for e in self.error_estimates),
             "residual": self.residual,
+            **({} if self.calibrated is None else {"error_bound": self.calibrated.of(self.estimated_error)}),
         }
 
     def __repr__(self) -> str:
