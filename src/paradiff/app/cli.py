@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `paradiff plan`, `sample`, `generate`, `serve`, `explain`, `bench`, `methods` and `doctor`.
+"""The command line: `paradiff plan`, `sample`, `generate`, `serve`, `calibrate`, `explain`, `bench`, `methods` and `doctor`.
 
 Importing this module loads no torch: help, and refusals of options that are mistyped, need none of it. What a command computes
 with is imported when its options were found to be well-formed.
@@ -17,12 +17,14 @@ from paradiff.app.bulk import SHARD, Bulk
 from paradiff.app.ends import EXIT_CODES, ended
 from paradiff.app.flags import (
     BULK,
+    CALIBRATED,
     CHAIN,
     DEVICE,
     METHOD,
     OF_A_PIPELINE,
     OF_A_PLAN,
     OF_A_SAMPLE,
+    OTHERS_THAN_CALIBRATED,
     OTHERS_THAN_SERVED,
     OUTPUT,
     SERVED,
@@ -204,6 +206,27 @@ def plan(
         plot=None if plot is None else Path(plot),
         json=None if json is None else Path(json),
     )
+
+
+@app.command(cls=Command)
+@taking(Request, without=OTHERS_THAN_CALIBRATED, otherwise=CALIBRATED)
+def calibrate(
+    request: Request,
+    coverage: Annotated[
+        float, typer.Option(help="Share of samples that the bound is to hold for.", rich_help_panel=METHOD)
+    ] = 0.95,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write the calibration, a JSON file.", rich_help_panel=OUTPUT)
+    ] = None,
+) -> None:
+    """Measure how far a method's samples err beside their estimates, so that later runs state a bound of their errors."""
+    from pathlib import Path
+
+    solver, _ = _method_of(request)
+
+    from paradiff.app.calibrate import calibrate as calibrate_it
+
+    calibrate_it(request, solver, coverage=coverage, file=None if json is None else Path(json))
 
 
 @app.command(cls=Command)

@@ -331,3 +331,32 @@ OF_A_PLAN: dict[str, Option] = {
     "device": (Device, "auto"),
 }
 """Of `paradiff plan`."""
+
+OTHERS_THAN_CALIBRATED = ("objective", *(name for name in OF_A_SAMPLE if name not in ("grid", "form", "seeds")))
+"""Options that `paradiff calibrate` has not."""
+
+CALIBRATED: dict[str, Option] = {
+    "model": (Model, ...),
+    "seeds": (
+        Annotated[
+            str,
+            typer.Option(
+                help="Seeds to measure on, such as 1000-1098: at least 19 for a coverage of 0.95, 99 for 0.99.",
+                rich_help_panel=CHAIN,
+            ),
+        ],
+        "1000000-1000038",
+    ),
+    "method": (
+        Annotated[
+            str,
+            typer.Option(
+                help="As of `paradiff sample`; not auto, which chooses anew for each run.",
+                rich_help_panel=METHOD,
+            ),
+        ],
+        ...,
+    ),
+    "device": (Device, "auto"),
+}
+"""Of `paradiff calibrate`."""

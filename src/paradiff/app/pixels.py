@@ -29,6 +29,7 @@ from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown
 from paradiff.methods.presets import sequential
 from paradiff.models.pixel import EXPONENTIAL, SCHEDULERS, Model, load
+from paradiff.planning.calibrations import bounded
 from paradiff.samplers.exponential import Form
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.evaluator import Evaluator
@@ -205,6 +206,8 @@ def sample_pixels(job: Job, console: Console) -> Outcome:
     if job.begin is not None:
         require_model(job.begin, named(model))
     solution, seconds = batched.run(request.method, method, job.deadline, previews, warm=True)
+    if job.begin is None:
+        solution = bounded(solution, evaluator, table, noise_of(request.noise, job.seeds, model, evaluator), method)
     plain = batched.run("sequential", method.reference()) if request.compare else None
     heading = Heading(arguments=request.to_json(), effective=effective(job, chosen, table), environment=environment(job.device))
     result = report(heading, solution, seconds, job.seeds, plain)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from paradiff.app.calls import Call
+from paradiff.planning.effectivity import Effectivity
 from paradiff.solver.records import Record
-from paradiff.solver.solution import Solution
+from paradiff.solver.solution import ErrorBound, Solution
 
 SCHEMA_VERSION = 1
 
@@ -62,7 +64,7 @@ def report(
         seeds: The seed of every sample.
         sequential: The sequential run and its whole clock, or None.
     """
-    samples = []
+    samples, bound = [], solution.calibrated
     for k, (seed, error_estimate) in enumerate(zip(seeds, solution.error_estimates, strict=True)):
         error = None
         if sequential is not None:
@@ -76,6 +78,7 @@ def report(
                 "residual": error_estimate.residual,
                 "estimated_error": error_estimate.estimated_error,
                 "interpolation_error": error_estimate.interpolation_error,
+                "error_bound": None if bound is None else bound.of(error_estimate.estimated_error),
                 "error": error,
             }
         )
@@ -87,6 +90,8 @@ def report(
         "status": solution.message,
         "status_code": solution.status.code,
         "samples": samples,
+        "calibrated": _calibrated(bound),
+        "effectivity": None,
         "sequential": None,
         "speedup": None,
         "history": [_record(entry, seeds) for entry in solution.history],
@@ -96,6 +101,8 @@ def report(
         reference, clock = sequential
         result["sequential"] = {"rounds": reference.rounds, "evaluations": reference.evaluations, "seconds": clock}
         result["speedup"] = {"rounds": reference.rounds / solution.rounds, "seconds": clock / seconds}
+        pairs = ((one["estimated_error"], one["error"]["rms"]) for one in samples)
+        result["effectivity"] = Effectivity.of(pairs).to_json()
     return result
 
 
@@ -123,6 +130,7 @@ def pipeline_report(heading: Heading, pipeline: str, calls: Sequence[Call], give
                 "residual": 0.0 if error_estimate is None else error_estimate.residual,
                 "estimated_error": 0.0 if error_estimate is None else error_estimate.estimated_error,
                 "interpolation_error": 0.0 if error_estimate is None else error_estimate.interpolation_error,
+                "error_bound": call.report.error_bound,
                 "error": error,
             }
         )
@@ -136,6 +144,8 @@ def pipeline_report(heading: Heading, pipeline: str, calls: Sequence[Call], give
         "status": worst.message,
         "status_code": worst.status.code,
         "samples": samples,
+        "calibrated": _calibrated(next((call.report.calibrated for call in calls if call.report.calibrated), None)),
+        "effectivity": None,
         "sequential": None,
         "speedup": None,
         "history": [_record(entry, [call.seed]) for call in calls for entry in call.report.history],
@@ -169,6 +179,11 @@ def pipeline_report(heading: Heading, pipeline: str, calls: Sequence[Call], give
         gain = steps / result["rounds"] if steps and result["rounds"] else None
         result["speedup"] = {"rounds": gain, "seconds": clock / seconds}
     return result
+
+
+def _calibrated(bound: ErrorBound | None) -> dict[str, Any] | None:
+    """What a calibration says, if there was one."""
+    return None if bound is None else dataclasses.asdict(bound)
 
 
 def _total(samples: Sequence[Mapping[str, Any]], name: str) -> int | None:
