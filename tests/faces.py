@@ -327,6 +327,15 @@ FACES: dict[str, Face] = {
         }
         | {"alone": BOOL, "unit": st.sampled_from([None, 1.0, 2])},
     ),
+    "calibrate": Face(
+        paradiff.calibrate,
+        {"model": st.sampled_from([model, model, wrong, Evaluator(model, max_rows=3)]), "chain": TABLES}
+        | {
+            "method": st.sampled_from([paradiff.parasolver(), paradiff.srds(), paradiff.collocation(), paradiff.auto()]),
+            "shape": st.just(SHAPE),
+        },
+        {"seeds": st.sampled_from([range(3), [5, 2, 9, 4]]), "coverage": st.sampled_from([0.5, 0.7])},
+    ),
     "LatencyCurve": Face(LatencyCurve, {"points": st.sampled_from([{1: 1.0, 4: 1.5}, {1: 2}])}),
     "LatencyCurve.of_text": Face(LatencyCurve.of_text, {"text": st.sampled_from(["1:1,2:1.1", "1:0.5"])}),
     "solve": Face(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import jsonschema
 import pytest
 from pipelines import Cli
 
+import paradiff
+from paradiff.app.cli import calibrate
+from paradiff.app.flags import CALIBRATED
+from paradiff.app.options import parse_seeds
 from paradiff.planning import Calibration
 from paradiff.planning.store import FOLDER
 
@@ -102,6 +107,12 @@ def test_what_cannot_be_calibrated_is_refused(
 ) -> None:
     assert sentence in cli("calibrate", tiny, *CHAIN, *given).sentence
     assert not folder.exists()
+
+
+def test_the_defaults_are_those_of_the_function() -> None:
+    default = inspect.signature(paradiff.calibrate).parameters
+    assert parse_seeds(CALIBRATED["seeds"][1]) == [*default["seeds"].default]
+    assert default["coverage"].default == inspect.signature(calibrate).parameters["coverage"].default
 
 
 def test_a_method_has_to_be_named(cli: Cli, tiny: Path) -> None:

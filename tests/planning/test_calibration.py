@@ -353,6 +353,7 @@ def test_samples_of_a_stopped_batch_that_were_not_stopped_themselves_are_measure
         ({"method": paradiff.auto()}, "whose choices depend on the clock; calibrate the one that it chooses"),
         ({"method": "srds"}, "the method is 'srds'; give one of paradiff's"),
         ({"method": paradiff.collocation(target="ode")}, "collocation was given another target than the chain"),
+        ({"method": paradiff.collocation(warm_start="mesh.json")}, "collocation was given a warm_start, whose file changes"),
         ({"method": paradiff.piadm_sde(3)}, "stochastic chains"),
         ({"chain": 3}, "the chain is 3; it must be a Table"),
         ({"chain": {"prompt": ""}}, "the chain is .*; it must be a Table"),

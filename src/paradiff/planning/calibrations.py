@@ -248,7 +248,7 @@ def require_calibrated(method: Any, seeds: Any, coverage: Any) -> None:
 
     Raises:
         ValueError: If an argument is of another kind, a seed was given twice, there are too few, or the method is chosen anew
-            for each run.
+            for each run, or learns from it.
     """
     require_coverage(coverage)
     if isinstance(method, Chooses):
@@ -270,6 +270,8 @@ def require_calibrated(method: Any, seeds: Any, coverage: Any) -> None:
             f"{method.name} was given another target than the chain, and errors are measured against the chain's own sample; "
             "leave the target at 'chain'"
         )
+    if getattr(method, "warm_start", None) is not None:
+        raise ValueError(f"{method.name} was given a warm_start, whose file changes with every run; leave it out")
     require_enough(len(seeds), coverage)
 
 
