@@ -23,11 +23,12 @@ import torch
 from PIL import Image
 from pipelines import Cli
 from safetensors.torch import load, load_file
-from served import alone, engine, model, network, rms
+from served import FLAT, alone, engine, model, network, rms
 
 from paradiff.app.shelf import Shelf
 from paradiff.app.web import MOST_BODY, Server, is_loopback
-from paradiff.serving import Engine, SampleRequest
+from paradiff.models import load_pipeline
+from paradiff.serving import Engine, SampleRequest, served_pipeline
 
 TESTS = Path(__file__).parents[1]
 JSON = {"Content-Type": "application/json"}
@@ -278,10 +279,37 @@ def test_the_command_serves_the_bundled_digits_on_this_machine_alone_and_ends_cl
     assert load_file(tmp_path / "out" / f"{id}.safetensors")["sample"].shape == (1, 8, 8)
 
 
+def test_a_pipeline_is_served_whose_pictures_are_those_of_its_own_calls() -> None:
+    pipeline = load_pipeline("shapes")
+    pipeline.set_progress_bar_config(disable=True)
+    with running(Engine(served_pipeline(pipeline, steps=10), curve=FLAT)) as server:
+        requests = [
+            {"prompt": "a red circle", "guidance": 4, "seed": 3, "method": "sequential"},
+            {"prompt": "a blue square", "negative_prompt": "a circle", "seed": 4, "steps": 12, "method": "sequential"},
+        ]
+        urls = [told(server, "POST", "/samples", request)[1]["url"] for request in requests]
+        reports = [told(server, "GET", f"{url}?wait=60")[1] for url in urls]
+        pictures = [Image.open(io.BytesIO(asked(server, "GET", f"{url}?format=png")[1])) for url in urls]
+        code, refused = told(server, "POST", "/samples", {"seed": 1})
+    assert [report["state"] for report in reports] == ["done", "done"]
+    assert reports[0]["request"]["prompt"] == "a red circle"
+    assert (code, refused["error"][:25]) == (400, "the request has no prompt")
+    calls = [
+        ({"prompt": "a red circle", "guidance_scale": 4.0, "num_inference_steps": 10}, 3),
+        ({"prompt": "a blue square", "negative_prompt": "a circle", "num_inference_steps": 12}, 4),
+    ]
+    for (given, seed), picture in zip(calls, pictures, strict=True):
+        expected = pipeline(**given, generator=torch.Generator().manual_seed(seed)).images[0]
+        difference = np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int))
+        assert difference.max() <= 1  # grey levels: rounding, on one side of a half or the other
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["shapes"], "'shapes' is a pipeline; paradiff serve takes unconditional pixel models"),
+        (["points-policy"], "'points-policy' is a policy"),
+        (["shapes", "--grid", "uniform"], "--grid was given, but 'shapes' is called through its own pipeline"),
+        (["shapes", "--sampler", "ddmi"], "sampler is 'ddmi'; it must be one of"),
         (["digits", "--port", "70000"], "--port is 70000"),
         (["digits", "--active", "0"], "--active is 0"),
         (["digits", "--drain", "-1"], "--drain, in seconds, is -1"),

@@ -137,7 +137,7 @@ def serve(
         float, typer.Option(metavar="SECONDS", help="Time that what was accepted has after Ctrl-C or SIGTERM.")
     ] = 30.0,
 ) -> None:
-    """Serve a pixel model on this machine: requests share network calls, each with as many nodes at once as the load allows."""
+    """Serve a model on this machine: requests share network calls, each with as many nodes at once as the load allows."""
     from paradiff.app.serve import serve as serve_it
 
     serve_it(request, host=host, port=port, active=active, queue=queue, keep=keep, drain=drain)

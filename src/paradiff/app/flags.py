@@ -260,15 +260,19 @@ OF_A_SAMPLE += ("start", "save_trajectory")
 OTHERS_THAN_SERVED = tuple(name for name in OF_A_SAMPLE if name not in ("grid", "form", "out"))
 OTHERS_THAN_SERVED += ("method", "method_option", "window", "tolerance", "objective", "prompt", "negative_prompt", "guidance")
 OTHERS_THAN_SERVED += ("size", "argument", "trust_remote_code")
-"""Options that `paradiff serve` has not: they are its requests', or pipelines'."""
+"""Options that `paradiff serve` has not: they are its requests', or of calls that it does not make."""
 
 SERVED: dict[str, Option] = {
     "sampler": (
-        Annotated[str | None, typer.Option(help="That of requests that name none; ddpm by default.", rich_help_panel=CHAIN)],
+        Annotated[
+            str | None, typer.Option(help="That of requests that name none; ddpm, or a pipeline's own.", rich_help_panel=CHAIN)
+        ],
         None,
     ),
     "steps": (
-        Annotated[int | None, typer.Option(help="Steps of requests that name none; 1000 by default.", rich_help_panel=CHAIN)],
+        Annotated[
+            int | None, typer.Option(help="Steps of requests that name none; 1000, or a pipeline's own.", rich_help_panel=CHAIN)
+        ],
         None,
     ),
     "device": (Device, "auto"),

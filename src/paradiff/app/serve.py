@@ -15,6 +15,7 @@ from rich.console import Console
 
 from paradiff.app.environment import choose_device, use_threads
 from paradiff.app.outcome import CutShort
+from paradiff.app.pipeline import refuse_pixel_options
 from paradiff.app.pixels import make_table, with_defaults
 from paradiff.app.request import Request
 from paradiff.app.shelf import Shelf
@@ -23,9 +24,11 @@ from paradiff.app.stream import Stream
 from paradiff.app.web import Server
 from paradiff.chain.table import Table
 from paradiff.errors import require_real, require_whole
-from paradiff.models.files import is_pixel, read_index
+from paradiff.models.files import is_pixel, is_policy, read_index
+from paradiff.models.pipeline import load_pipeline
 from paradiff.models.pixel import Model, load
 from paradiff.serving import Engine, SampleRequest, ServedModel
+from paradiff.serving.pipeline import refuse_class, served_pipeline
 
 LOOKS = 0.25
 """Seconds between looks whether the engine is well."""
@@ -53,8 +56,17 @@ def served(model: Model, request: Request) -> ServedModel:
     )
 
 
+def _loaded(request: Request, *, pixel: bool) -> ServedModel:
+    """The model or the pipeline of the options."""
+    device, dtype = choose_device(request.device), getattr(torch, request.dtype)
+    if pixel:
+        return served(load(request.model, device=device, dtype=dtype), request)
+    pipeline = load_pipeline(request.model, device=device, dtype=dtype)
+    return served_pipeline(pipeline, sampler=request.sampler, steps=request.steps, eta=request.eta, max_rows=request.max_rows)
+
+
 def serve(request: Request, *, host: str, port: int, active: int, queue: int, keep: int, drain: float) -> None:
-    """Serves a model until SIGINT or SIGTERM.
+    """Serves a model, or a pipeline that follows a text, until SIGINT or SIGTERM.
 
     Args:
         request: The options of the model and its chain.
@@ -79,19 +91,18 @@ def serve(request: Request, *, host: str, port: int, active: int, queue: int, ke
         console.print(text, soft_wrap=True, markup=False)
 
     use_threads(request.threads)
-    if not is_pixel(read_index(request.model)):
-        raise ValueError(
-            f"{request.model!r} is a pipeline; paradiff serve takes unconditional pixel models, whose requests share network "
-            "calls: call a pipeline by paradiff sample, or from Python"
-        )
-    request = with_defaults(request)
+    index = read_index(request.model)
+    if is_pixel(index):
+        request = with_defaults(request)
+    elif not is_policy(index):  # of which the loader says what it is
+        refuse_class(str(index["_class_name"]))
+        refuse_pixel_options(request)
     shelf = None if request.out is None else Shelf(Path(request.out))
     with nullcontext() if shelf is None else shelf.claimed():
         left = [] if shelf is None else shelf.left()
         with Server(host, port, shelf) as server:
-            model = load(request.model, device=choose_device(request.device), dtype=getattr(torch, request.dtype))
             engine = Engine(
-                served(model, request),
+                _loaded(request, pixel=is_pixel(index)),
                 active=active,
                 queue=queue,
                 keep=keep,

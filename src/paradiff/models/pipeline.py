@@ -72,7 +72,12 @@ def load_pipeline(
 
 
 def set_sampler(pipeline: Any, name: str) -> None:
-    """Gives a pipeline another scheduler, made of the config of its own.
+    """Gives a pipeline another scheduler (`scheduler_named`)."""
+    pipeline.scheduler = scheduler_named(pipeline, name)
+
+
+def scheduler_named(pipeline: Any, name: str) -> Any:
+    """Another scheduler for a pipeline, made of the config of its own.
 
     Args:
         pipeline: The pipeline.
@@ -92,7 +97,7 @@ def set_sampler(pipeline: Any, name: str) -> None:
     kind = SCHEDULERS.get(name) or (getattr(diffusers, name, None) if name.endswith("Scheduler") else None)
     if kind is None:
         refuse_unknown("sampler", name, [*SCHEDULERS, *fitting])
-        return
+    assert kind is not None
     if hasattr(kind, "_backends"):
         raise ValueError(f"sampler {name!r} needs {' and '.join(kind._backends)}; install what is missing, or give another")
     if BETAS in inspect.signature(kind).parameters and BETAS not in own.config:
@@ -103,7 +108,7 @@ def set_sampler(pipeline: Any, name: str) -> None:
     if kind.__name__ not in fitting:
         raise ValueError(f"sampler {name!r} does not fit the {type(own).__name__} of {title}; give one of {', '.join(fitting)}")
     with _quiet():
-        pipeline.scheduler = kind.from_config(own.config)
+        return kind.from_config(own.config)
 
 
 def _check_code(model: str, index: Mapping[str, Any]) -> None:

@@ -20,26 +20,40 @@ from paradiff.serving.request import SampleRequest, method_of
 from paradiff.solver.protocol import Method, Problem, Walks
 
 MOST = 64
-"""Chains that are kept."""
+"""Chains that are kept, methods of each, and encoded texts."""
 
 Kept = TypeVar("Kept")
 
 
 class Store(Generic[Kept]):
-    """What is made once under a key and kept; of many, what was asked for longest ago goes. Any thread may ask."""
+    """What is made once under a key and kept; of many, what was asked for longest ago goes. Any thread may ask; it waits only
+    for one that is making the same."""
 
     def __init__(self) -> None:
-        self._lock, self._found = threading.RLock(), OrderedDict[Hashable, Kept]()
+        self._lock, self._found = threading.Lock(), OrderedDict[Hashable, Kept]()
+        self._making: dict[Hashable, threading.Lock] = {}
 
     def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """What is kept under a key, or is made now."""
         with self._lock:
-            if key not in self._found:
-                self._found[key] = make()
-                if len(self._found) > MOST:
-                    self._found.popitem(last=False)
-            self._found.move_to_end(key)
-            return self._found[key]
+            if key in self._found:
+                self._found.move_to_end(key)
+                return self._found[key]
+            making = self._making.setdefault(key, threading.Lock())
+        try:
+            with making:
+                with self._lock:
+                    if key in self._found:
+                        return self._found[key]
+                found = make()
+                with self._lock:
+                    self._found[key] = found
+                    if len(self._found) > MOST:
+                        self._found.popitem(last=False)
+                return found
+        finally:
+            with self._lock:
+                self._making.pop(key, None)
 
 
 class Chain:

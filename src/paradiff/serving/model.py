@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paradiff.chain.noise import Keyed, Noise, Recorded
+from paradiff.chain.noise import Keyed, Noise, Recorded, noise_along
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown, shown
 from paradiff.methods.presets import parasolver
@@ -19,6 +19,9 @@ from paradiff.solver.arguments import require_callable
 from paradiff.solver.by_row import ByRow
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.loop import sample
+
+TEXTS = ("prompt", "negative_prompt", "guidance")
+"""Fields of requests to models that follow a text."""
 
 
 def unchanged(sample: Tensor) -> Tensor:
@@ -37,6 +40,9 @@ class ServedModel:
         decode: What a finished sample `[...]` is made into.
         conditioning: One row `[...]` of each tensor that the network is given beside, by name: what a request that names none
             has.
+        encode: What the text of a request becomes, rows of the conditioning by name, once a request; None where the model
+            follows no text.
+        drawn_on: Where recorded noises are drawn; None for where the network lives.
         max_rows: Most rows of one network call; None for no bound.
         device: Where the network lives; None for where its weights are.
         dtype: Its dtype; None for that of the states.
@@ -47,6 +53,8 @@ class ServedModel:
     chain: Callable[[SampleRequest], Table]
     decode: Callable[[Tensor], Tensor] = unchanged
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
+    encode: Callable[[SampleRequest], Mapping[str, Tensor]] | None = None
+    drawn_on: torch.device | str | None = None
     max_rows: int | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
@@ -65,26 +73,53 @@ class ServedModel:
         rows = {name: row.expand(slots, *row.shape).clone() for name, row in self.conditioning.items()}
         return Evaluator(self.denoiser, conditioning=rows, max_rows=self.max_rows, device=self.device, dtype=self.dtype)
 
+    def given_rows(self, request: SampleRequest) -> dict[str, Tensor]:
+        """A request's conditioning, `[...]` by name, without what its text becomes.
+
+        Raises:
+            ValueError: If a name is unknown, a value is not of its shape, or there is a text too many or too few.
+        """
+        if self.encode is None:
+            given = next((name for name in TEXTS if getattr(request, name) is not None), None)
+            if given is not None:
+                raise ValueError(f"the {given} was given, but the model follows no text; leave it out")
+        elif request.prompt is None:
+            raise ValueError('the request has no prompt; give one, such as {"prompt": "a red circle"}')
+        taken = {} if self.encode is not None else dict(self.conditioning)
+        if not taken and request.conditioning:
+            other = "none" if self.encode is None else "a prompt"
+            raise ValueError(f"conditioning was given, but the model takes {other}; leave it out")
+        for name, value in request.conditioning.items():
+            refuse_unknown("a name of the conditioning", name, [*taken])
+            taken[name] = _like(name, value, taken[name])
+        return taken
+
     def rows_of(self, request: SampleRequest) -> dict[str, Tensor]:
         """A request's conditioning, `[...]` by name.
 
         Raises:
-            ValueError: If a name is unknown, or a value is not of its shape.
+            ValueError: As `given_rows` does, and whatever `encode` raises.
         """
-        if not self.conditioning and request.conditioning:
-            raise ValueError("conditioning was given, but the model takes none; leave it out")
-        found = dict(self.conditioning)
-        for name, value in request.conditioning.items():
-            refuse_unknown("a name of the conditioning", name, [*self.conditioning])
-            found[name] = _like(name, value, self.conditioning[name])
-        return found
+        given = self.given_rows(request)
+        return given if self.encode is None else {**given, **self.encode(request)}
 
-    def noise(self, request: SampleRequest, device: torch.device) -> Noise:
-        """x[0] and the noises of a request; those of diffusers are drawn on the network's device."""
+    def noise(self, request: SampleRequest, device: torch.device, table: Table | None = None) -> Noise:
+        """x[0] and the noises of a request; those of diffusers are drawn on the network's device, or on `drawn_on`.
+
+        Args:
+            request: The request.
+            device: The network's.
+            table: Its chain; None for one that draws once a step.
+
+        Raises:
+            ValueError: If the chain's scheduler draws with another generator than the one it is given.
+        """
         if request.noise == "keyed":
-            return Keyed(self.shape, [request.seed])
-        generator = torch.Generator(device).manual_seed(request.seed)
-        return Recorded(self.shape, [generator], dtype=self.dtype or torch.float32)
+            noise: Noise = Keyed(self.shape, [request.seed])
+        else:
+            generator = torch.Generator(self.drawn_on or device).manual_seed(request.seed)
+            noise = Recorded(self.shape, [generator], dtype=self.dtype or torch.float32)
+        return noise if table is None else noise_along(noise, table.draws, table.first)
 
     def check(self, table: Table, rows: int) -> None:
         """Looks, on one chain, whether the model's output for a row depends on that row alone (solver/row_check.py).

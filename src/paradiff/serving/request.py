@@ -52,6 +52,8 @@ class SampleRequest:
         window: Most rows of a round; None for the method's own number.
         tolerance: Root mean square error that the sample may have by estimate.
         deadline: Seconds from the request to its end; None for no bound.
+        prompt: What the sample follows, of a model that follows a text; `negative_prompt` what it keeps away from.
+        guidance: How strongly, the pipeline's `guidance_scale`; None for the pipeline's own.
         conditioning: What the network is given beside the state and the time, by name: numbers, or nested lists of them.
 
     Raises:
@@ -67,6 +69,9 @@ class SampleRequest:
     window: int | None = None
     tolerance: float | None = None
     deadline: float | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    guidance: float | None = None
     conditioning: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,6 +90,11 @@ class SampleRequest:
             require_real("the tolerance", self.tolerance, positive=True)
         if self.deadline is not None:
             require_real("the deadline, in seconds,", self.deadline, positive=True)
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ValueError(f"the {name} is {shown(getattr(self, name))}; give one text, or leave it out")
+        if self.guidance is not None:
+            require_real("the guidance", self.guidance)
         if not isinstance(self.conditioning, Mapping) or not all(isinstance(name, str) for name in self.conditioning):
             raise ValueError(f'the conditioning is {shown(self.conditioning)}; give values by name, such as {{"y": 3}}')
 

@@ -137,7 +137,9 @@ class Stepwise:
         """
         with at_home():
             chain = self.chains.of(request)
-            self.model.rows_of(request)
+            self.model.given_rows(request)
+            if chain.table.draws is not None:
+                self.model.noise(request, self.evaluator.device, chain.table)
             name = (family or WALKED) if request.method == AUTO else request.method
             chain.method(name, self._window(request, chain), request.tolerance)
         return chain, name
@@ -162,7 +164,7 @@ class Stepwise:
             raise RuntimeError("all slots are taken; release a request first")
         with at_home():
             method, walks = chain.method(name, self._window(request, chain), request.tolerance)
-            noise = self.model.noise(request, self.evaluator.device)
+            noise = self.model.noise(request, self.evaluator.device, chain.table)
             rows = self.model.rows_of(request)
             most = method.width(chain.table)
 
