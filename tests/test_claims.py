@@ -15,6 +15,7 @@ import paradiff
 from paradiff import Keyed, Solution
 from paradiff.methods.presets import collocation, jacobi, paradigms, parasolver, quasi_newton, sequential, srds
 from paradiff.models import Mixture
+from paradiff.planning import Calibration
 from paradiff.samplers import ddim, ddpm
 from paradiff.samplers.schedule import Schedule
 from paradiff.solver.loop import sample
@@ -107,6 +108,24 @@ def test_the_page_of_policies_has_the_figures_of_its_file() -> None:
         curves = [name for name in row if name not in ("way", "seconds", "beside", "calls")]
         wanted = [f"{1e3 * row[name]:.0f}" for name in ("seconds", *curves)]
         assert cells[f"{row['way']}, ms"] == wanted
+
+
+def test_the_page_of_estimates_has_the_figures_of_its_calibrations() -> None:
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "benchmarks/results/calibration.json").read_text())["rows"]
+    page = (root / "docs/error_estimate.md").read_text()
+    for row in rows:
+        pairs = [(e, s) for e, s in zip(*(row["samples"][name] for name in ("errors", "estimates")), strict=True)]
+        bound = Calibration("", "", row["calibration"]["errors"], row["calibration"]["estimates"]).bound
+        assert bound.factor == pytest.approx(row["factor"])
+        assert sum(error <= bound.of(estimate) for error, estimate in pairs) == row["covered"]
+        name, windows = row["method"].partition("(")[0], re.findall(r"window=(\d+)", row["method"])
+        cells = [f"{row['problem']}, {row['chain'].upper()} {row['steps']}", f"`{name}`", windows[0] if windows else "-"]
+        cells += [f"{row['factor']:.2g}", f"{row['covered']} of {row['fresh']}", f"{row['held']} of {row['fresh']}"]
+        cells += [f"{row[way]['median']:.1f} ({row[way]['within']:.0%})" for way in ("raw", "calibrated")]
+        assert f"| {' | '.join(cells)} |" in page
+    covered, fresh = (sum(row[name] for row in rows) for name in ("covered", "fresh"))
+    assert f"{covered} of {fresh} samples" in page
 
 
 def test_the_changelogs_new_names_are_there() -> None:
