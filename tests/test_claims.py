@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,23 @@ def test_the_page_of_estimates_has_the_figures_of_its_calibrations() -> None:
         assert f"| {' | '.join(cells)} |" in page
     covered, fresh = (sum(row[name] for row in rows) for name in ("covered", "fresh"))
     assert f"{covered} of {fresh} samples" in page
+
+
+def test_the_page_of_estimates_has_the_powers_of_its_file() -> None:
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "benchmarks/results/tolerance.json").read_text())["rows"]
+    rows = [row for row in rows if row["part"].startswith("proportion")]
+    page = (root / "docs/error_estimate.md").read_text()
+    for title in {row["title"] for row in rows}:
+        cells = [title]
+        for name in ("parasolver", "quasi_newton", "srds", "collocation"):
+            own = [row for row in rows if (row["title"], row["method"]) == (title, name)]
+            power = np.polyfit(*(np.log([row[key] for row in own]) for key in ("tolerance", "error_median")), 1)[0]
+            cells.append(f"{power:.1f}")
+        assert f"| {' | '.join(cells)} |" in page
+    seeds = sum(row["seeds"] for row in rows)
+    within = sum(round(row["within"] * row["seeds"]) for row in rows)
+    assert f"{within} of {seeds} samples" in page
 
 
 def test_the_changelogs_new_names_are_there() -> None:
