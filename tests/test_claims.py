@@ -138,7 +138,8 @@ def test_the_page_of_estimates_has_the_powers_of_its_file() -> None:
         cells = [title]
         for name in ("parasolver", "quasi_newton", "srds", "collocation"):
             own = [row for row in rows if (row["title"], row["method"]) == (title, name)]
-            power = np.polyfit(*(np.log([row[key] for row in own]) for key in ("tolerance", "error_median")), 1)[0]
+            tolerances, errors = (np.log([row[key] for row in own]) for key in ("tolerance", "error_median"))
+            power = np.polyfit(tolerances, errors, 1)[0]
             cells.append(f"{power:.1f}")
         assert f"| {' | '.join(cells)} |" in page
     seeds = sum(row["seeds"] for row in rows)

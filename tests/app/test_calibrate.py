@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -31,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def read(place: Path) -> dict:
+def read(place: Path) -> dict[str, Any]:
     """run.json, checked."""
     contents = json.loads((place / "run.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     jsonschema.Draft202012Validator(SCHEMA).validate(contents)

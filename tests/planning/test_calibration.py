@@ -169,7 +169,7 @@ def test_a_later_run_states_the_bound() -> None:
     for same in (Evaluator(model), Evaluator(model, dtype=torch.float32), Network()):
         assert run(same).calibrated == bound
     assert run(model, noise=Recorded((3,), torch.Generator().manual_seed(0))).calibrated == bound
-    assert run(model, paradiff.parasolver(np.int64(4))).calibrated == bound
+    assert run(model, paradiff.parasolver(np.int64(4))).calibrated == bound  # pyright: ignore[reportArgumentType]
 
 
 def another_model() -> Any:
