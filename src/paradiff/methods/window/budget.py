@@ -92,9 +92,20 @@ class ErrorBudget:
         self._factor = factor
         self.excess = max(self.excess, self.used - allowed)
 
-    def recount(self, factor: Sequence[float]) -> None:
-        """Counts the accepted nodes anew, with k s `[M+1]` of the data as the sample shows them; no estimate falls by it."""
-        self.used = max(self.used, sum(factor[node] * error for node, error in self._accepted))
+    def recount(self, factor: Sequence[float], tolerance: float, decides: float) -> None:
+        """Counts the accepted nodes anew, with the data as the sample shows them; no estimate falls by it.
+
+        Args:
+            factor: `[M+1]` k s for such data.
+            tolerance: That of the method. No more than it is told of an error that keeps to it.
+            decides: Factor on the sum where that is judged, up to 1.
+        """
+        told = sum(factor[node] * error for node, error in self._accepted)
+        self._tell(told, decides * told, tolerance)
+
+    def _tell(self, told: float, judged: float, tolerance: float) -> None:
+        """The estimate is at least `told`; at least the tolerance where `judged` keeps to it and `told` does not."""
+        self.used = max(self.used, min(told, tolerance) if judged <= tolerance else told)
 
     @property
     def last_error(self) -> float:
@@ -110,8 +121,7 @@ class ErrorBudget:
             decides: Factor on `size` where that is judged.
         """
         if math.isfinite(size):
-            told = self._control.carried_caution * size
-            self.used = max(self.used, min(told, tolerance) if decides * size <= tolerance else told)
+            self._tell(self._control.carried_caution * size, decides * size, tolerance)
 
     def forget(self) -> None:
         """A sweep overflowed: its one node that became final is exact, and nothing was observed."""

@@ -50,6 +50,8 @@ class WindowSetup:
         by_residual: Whether they pass by their residuals.
         residual_bound: `[M]` the bound of every node's residual, with the rule `residual` or an Anderson mixing; else None.
         decides: Factor on carried errors where it is judged whether they keep to the tolerance (budget.py).
+        recounts: The same on errors counted anew, of which the caution k is a part; 1 in narrow windows, whose nodes pass
+            before the network was seen to answer.
         past_outputs: How outputs of nodes that passed follow their states; None where no step reads them.
         recurrence: The predictor's coefficients.
         path: How nodes are seen to answer, in narrow windows; None where that is not looked at.
@@ -96,13 +98,15 @@ class WindowSetup:
         if self.by_residual or method.anderson is not None:
             noise = method.noise_tolerance * noise_units(table, self.edges)
             self.residual_bound = noise.clamp(min=method.tolerance).tolist()
-        self.decides = min(method.control.carried_decides, method.control.caution(table, method.learns))
+        self._caution = method.control.caution(table, method.learns)
+        self.decides = min(method.control.carried_decides, self._caution)
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
         self.past_outputs = PastOutputs(self.step) if self.single and self.history else None
         self.recurrence = Recurrence(self.step, method.predictor, self.width, self.renewed)
         narrow = self.width <= min(method.control.narrow, self.intervals - 1)
+        self.recounts = 1.0 if narrow else self.decides / self._caution
         looks = self.by_error and self.single and narrow and on_a_path(table)
         self.path = PathAnswer(self.step, method.control.answer_bound) if looks else None
 
@@ -131,11 +135,10 @@ class WindowSetup:
         """k s `[M+1]` of budget.py, and the rule by which nodes pass, for data of mean square `size`; no factor is below that
         for data of mean square 1."""
         if size not in self._scaled:
-            caution = self.method.control.caution(self.table, self.method.learns)
             known = torch.maximum(sensitivity(self.table), sensitivity(self.table, size))
             if self.path is not None:
                 known = known.clamp(min=self.method.control.narrow_sensitivity)
-            factor = caution * known[self.edges]
+            factor = self._caution * known[self.edges]
             self._scaled[size] = factor.tolist(), self._rule(factor, size)
         return self._scaled[size]
 

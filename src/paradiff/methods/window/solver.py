@@ -156,7 +156,7 @@ class WindowSolver:
             square = float(self.setup.step.mean_square(self.final[None])) if square is None else square
             self._counted, size = True, unusual(square)
             if size != 1:
-                self.budget.recount(self.setup.scaled(size)[0])
+                self.budget.recount(self.setup.scaled(size)[0], self.setup.method.tolerance, self.setup.recounts)
         return ErrorEstimate(self.budget.residual, self.budget.estimated_error, self.rounds, self.evaluations)
 
     def ask(self) -> Query:
