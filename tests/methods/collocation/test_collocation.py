@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paradiff import Evaluator, Keyed, Recorded, Schedule, Solution, Table, collocation, sample, solve
 from paradiff.chain import Clip
-from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, SHORT, CollocationControl
+from paradiff.methods.collocation.control import HIGHER_ORDER, ORDER_ZERO, SHORT, SHORT_WIDE, CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals
 from paradiff.methods.collocation.error import told
 from paradiff.methods.collocation.method import CollocationMethod
@@ -596,7 +596,10 @@ def test_the_methods_own_order_is_that_of_its_chain() -> None:
 def test_the_tuned_numbers_are_those_of_the_order_or_the_callers() -> None:
     assert collocation().control_on(TABLES["ddpm"](40)) is ORDER_ZERO
     assert collocation().control_on(TABLES["ddim"](40)) is HIGHER_ORDER
-    assert collocation().control_on(TABLES["ddim"](50)) is SHORT
+    assert collocation().control_on(TABLES["ddim"](50)) is SHORT_WIDE
+    assert collocation(window=8).control_on(TABLES["ddim"](50)) is SHORT_WIDE
+    assert collocation(window=7).control_on(TABLES["ddim"](50)) is SHORT
+    assert collocation(window=16).control_at_any_window(TABLES["ddim"](50)) is SHORT
     assert collocation().control_on(TABLES["ddim"](64)) is HIGHER_ORDER
     assert collocation(exact=True).control_on(TABLES["ddim"](50)) is HIGHER_ORDER
     assert collocation(max_nodes=20).control_on(TABLES["ddim"](50)) is HIGHER_ORDER

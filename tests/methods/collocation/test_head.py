@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paradiff import Keyed, Recorded, Schedule, collocation, quasi_newton, sample, sequential
+from paradiff import Keyed, Recorded, Schedule, Solution, collocation, quasi_newton, sample, sequential
 from paradiff.methods.collocation.control import SHORT
 from paradiff.methods.collocation.head import head_error
 from paradiff.methods.collocation.interval import Recurrence
@@ -35,6 +35,24 @@ def test_a_short_chain_takes_fewer_rounds_and_evaluations_than_the_window_method
     few, many = ([e.evaluations for e in found.error_estimates] for found in (sparse, whole))
     assert sum(few) < 0.85 * sum(many)
     assert max(e.estimated_error for e in sparse.error_estimates) <= 4e-3
+
+
+def test_a_mesh_is_not_refined_for_what_only_neighbours_saw_of_nodes_with_pairs_of_their_own() -> None:
+    model = load("digits")
+    table = model.table("ddim", 50)
+
+    def found(enough: int) -> Solution:
+        noise = Recorded(model.shape, [torch.Generator().manual_seed(seed) for seed in (307, 331)])
+        return sample(model, table, noise, collocation(window=8, control=replace(SHORT, enough_pairs=enough)))
+
+    few, many = found(2), found(0)
+    exact = sample(model, table, Recorded(model.shape, [torch.Generator().manual_seed(s) for s in (307, 331)]), sequential())
+    assert {r.of for r in few.history if isinstance(r, CollocationRecord)} == {21}  # the first mesh
+    for own, theirs in zip(few.error_estimates, many.error_estimates, strict=True):
+        assert own.rounds <= 10 < theirs.rounds
+        assert own.evaluations < 0.7 * theirs.evaluations
+    errors = (few.sample - exact.sample).flatten(1).square().mean(1).sqrt()
+    assert all(error < e.estimated_error <= 4e-3 for error, e in zip(errors.tolist(), few.error_estimates, strict=True))
 
 
 def bent(x: Tensor, t: Tensor) -> Tensor:
@@ -83,7 +101,7 @@ def test_neighbours_newest_pairs_are_scaled_to_a_nodes_level() -> None:
         dx, du = torch.randn(2, 1, 1, 3, generator=generator, dtype=torch.float64)
         store.observe([node], dx, du, torch.ones(1, 1, dtype=torch.bool))
         given[node] = dx[0, 0], du[0, 0]
-    spread = store.spread(1, [1.0, 2.0, 4.0, 8.0])
+    spread = store.spread(1, [1.0, 2.0, 4.0, 8.0], 3)
     found = spread.padded([0, 1, 2, 3])
     assert found is not None
     dx, du = found
@@ -93,3 +111,26 @@ def test_neighbours_newest_pairs_are_scaled_to_a_nodes_level() -> None:
     assert torch.equal(du[1, -1, 0], given[2][1])
     assert torch.equal(dx[3, -1, 0], given[2][0] * 0.5)
     assert not dx[0, :-1].any()
+
+
+def test_a_node_with_pairs_enough_takes_none_of_its_neighbours() -> None:
+    store, given = PairStore(3, 2, torch.zeros(1, 3, dtype=torch.float64), torch.float64), []
+    generator = torch.Generator().manual_seed(0)
+    for node in (0, 1, 1, 1):  # the third pair of node 1 takes the place of its first
+        dx, du = torch.randn(2, 1, 1, 3, generator=generator, dtype=torch.float64)
+        store.observe([node], dx, du, torch.ones(1, 1, dtype=torch.bool))
+        given.append((dx[0, 0], du[0, 0]))
+    found = store.spread(1, [1.0, 2.0, 4.0], 2).padded([0, 1, 2])
+    assert found is not None
+    dx, du = found
+    assert torch.equal(dx[1, -1, 0], given[3][0])
+    assert torch.equal(dx[1, -2, 0], given[2][0])
+    assert torch.equal(du[1, -1, 0], given[3][1])
+    assert torch.equal(du[1, -2, 0], given[2][1])
+    assert torch.equal(dx[0, -2, 0], given[3][0] * 2)
+    assert torch.equal(dx[0, -1, 0], given[0][0])
+    assert torch.equal(dx[2, -1, 0], given[3][0] * 0.5)
+    assert not dx[2, -2].any()
+    found = store.spread(1, [1.0, 1.0, 1.0]).padded([1])
+    assert found is not None
+    assert torch.equal(found[0][0, -2:, 0], torch.stack([given[0][0], given[3][0]]))

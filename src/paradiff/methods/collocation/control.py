@@ -3,10 +3,10 @@
 
 `ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for
 interpolation of order 1 and above, which deterministic chains use; `SHORT` is for those of them that are too short for its
-first mesh, and for narrow windows on chains up to 256 steps. Every field says what it means, its unit and range, what
-raising it does, and how it was measured. "The digits network" is the bundled network of 0.7 million parameters, on chains of
-1000 steps. One network is the evidence for most numbers: see docs/methods/collocation.md for the others that were tried
-afterwards.
+first mesh, and for narrow windows on chains up to 256 steps; from windows of 8 rows on `SHORT_WIDE` takes its place. Every
+field says what it means, its unit and range, what raising it does, and how it was measured. "The digits network" is the bundled
+network of 0.7 million parameters, on chains of 1000 steps. One network is the evidence for most numbers: see
+docs/methods/collocation.md for the others that were tried afterwards.
 """
 
 from __future__ import annotations
@@ -313,6 +313,12 @@ class CollocationControl:
             grows. The digits network, DDIM 50, 128 samples at each of windows 3 and 4: 7 of 256 erred by more than twice their
             estimate with 0, 3 with 1, 1 with 2 and 1 with 3; window 3 took 14.7, 15.9, 17.5 and 21.0 rounds. Raising it costs
             memory for 4 states a node and place.
+        enough_pairs: Secant pairs from which on a node takes none of its neighbours', 0 or more; 0 lets neighbours count
+            always. The digits network, 96 samples of DDIM 50 at windows 8 and 16 and of DDIM 100 at window 8: of these 288 six
+            erred by more than their estimate with 2, none by more than twice. Of 144 of DDIM 100 at windows 3 and 4 three did,
+            after their meshes had been refined. Raising it refines more samples.
+        wide: Window, in rows, 1 or more, from which on the numbers of `SHORT_WIDE` take the place of `SHORT`'s. Raising it
+            keeps more windows careful.
         narrow: Windows below are narrow, in rows, 1 or more. On chains of up to `narrow_steps` the numbers are then those of
             `SHORT`: by `HIGHER_ORDER`'s, digits network, 48 samples of DDIM 100, 10, 8, 5 and 3 erred by more than their
             estimates at windows 3, 4, 8 and 16, 5 of them by more than twice; by `SHORT`'s 1, 3, 1 and 3, one by more than
@@ -388,6 +394,8 @@ class CollocationControl:
     most_pairs: int = 600
     pair_uncertainty: float = 0.25
     spread: int = 0
+    enough_pairs: int = 0
+    wide: int = 8
     narrow: int = 16
     narrow_steps: int = 256
     trusted_move: float = 0.1
@@ -409,9 +417,9 @@ class CollocationControl:
     def __post_init__(self) -> None:
         require_between("order", self.order, 0, 8)
         wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
-        wholes |= {"most_heads": 0, "spread": 0, "handover_secants": 0, "handover_window": 1, "all_nodes": 1}
-        wholes |= {"few_nodes": 1, "round_nodes": 2}
-        wholes |= {"narrow": 1, "narrow_steps": 1, "handover_least": 0}
+        wholes |= {"most_heads": 0, "spread": 0, "enough_pairs": 0, "handover_secants": 0, "handover_window": 1}
+        wholes |= {"all_nodes": 1, "few_nodes": 1, "round_nodes": 2}
+        wholes |= {"narrow": 1, "wide": 1, "narrow_steps": 1, "handover_least": 0}
         for name, least in wholes.items():
             require_whole(name, getattr(self, name), least)
         for name in (
@@ -474,6 +482,7 @@ HIGHER_ORDER = CollocationControl(
     error=ErrorControl(safety=1.5),
 )
 SHORT = replace(HIGHER_ORDER, nodes=24, refined_share=0.8, resolved_share=2 / 3, handover_share=1.0, head_share=0.5, spread=2)
+SHORT_WIDE = replace(SHORT, enough_pairs=2)
 
 DIFFERENCES = CollocationControl(
     order=3,

@@ -84,13 +84,14 @@ class Estimator:
         return error.cautious(tolerance), factor
 
     def _spread(self, at: SampleSystem, pairs: PairStore) -> Linearization:
-        """The linearized system whose nodes answer as their neighbours do, too.
+        """The linearized system in which nodes with few pairs of their own answer as their neighbours do, too.
 
         In a small window a node is evaluated again once or twice, and its pairs cover few directions; what grows may lie in
-        those that only its neighbours saw.
+        those that only its neighbours saw. In a wider one most nodes have pairs enough, and nearly parallel pairs of different
+        nodes would pass for growth that is not there.
         """
         nodes, control = at.system.nodes, self._setup.control
-        store = pairs.spread(control.spread, at.system.recurrence.evidence[nodes].tolist())
+        store = pairs.spread(control.spread, at.system.recurrence.evidence[nodes].tolist(), control.enough_pairs)
         reach = -at.influence[:-1].repeat_interleave(store.most, 0).repeat_interleave(store.most, 1)
         return Linearization(at.influence, reach, nodes, store.newest(), control.pair_uncertainty, causal=False)
 

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.collocation.conditions import too_cold, too_few_steps, too_rough, unfit_levels
-from paradiff.methods.collocation.control import DIFFERENCES, HIGHER_ORDER, ORDER_ZERO, SHORT, CollocationControl
+from paradiff.methods.collocation.control import DIFFERENCES, HIGHER_ORDER, ORDER_ZERO, SHORT, SHORT_WIDE, CollocationControl
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 from paradiff.methods.face import Face, settle
@@ -42,8 +42,8 @@ class CollocationOptions(Face):
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
         warm_start: File of a mesh store (mesh_store.py): where samples of this model needed their nodes, for later ones to
             start from; None for no file.
-        control: The tuned numbers; None for `ORDER_ZERO`, `HIGHER_ORDER` or `SHORT`, by the interpolation's order and the
-            chain's length.
+        control: The tuned numbers; None for `ORDER_ZERO`, `HIGHER_ORDER`, `SHORT` or `SHORT_WIDE`, by the interpolation's
+            order, the chain's length and the window.
 
     Raises:
         ValueError: If a value is of the wrong kind or out of its range, or two of them contradict each other.
@@ -143,7 +143,9 @@ class CollocationOptions(Face):
             return self.control
         if self.degree(table) == 0:
             return ORDER_ZERO
-        return SHORT if self._is_short(table) else HIGHER_ORDER
+        if not self._is_short(table):
+            return HIGHER_ORDER
+        return SHORT if self.window is not None and self.window < SHORT.wide else SHORT_WIDE
 
     def control_at_any_window(self, table: Table) -> CollocationControl:
         """The tuned numbers of narrow windows, which hold at wide ones too: for runs whose rows change from round to round."""

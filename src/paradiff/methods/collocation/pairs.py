@@ -135,7 +135,7 @@ class PairStore:
     def padded(self, nodes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """`[R, k, b, d]` the changes of states and forcings of R nodes, the newest last, zero where there are fewer; None where
         there are none."""
-        rows = [self._rows[n][self._turn[n] :] + self._rows[n][: self._turn[n]] for n in nodes]
+        rows = [self._in_order(n) for n in nodes]
         if not any(rows):
             return None
         most = max(map(len, rows))
@@ -149,28 +149,33 @@ class PairStore:
         """A store for the same nodes, without pairs."""
         return PairStore(len(self._rows), self.most, self._like, self._own.dtype)
 
-    def spread(self, reach: int, levels: Sequence[float]) -> PairStore:
-        """A store in which every node has the newest pair of each node up to `reach` places away, its own last, with states'
-        changes scaled by the ratios of their `levels` `[M]`, alpha/sigma^2."""
-        count, newest = len(self._rows), list[int]()
+    def spread(self, reach: int, levels: Sequence[float], enough: int = 0) -> PairStore:
+        """A store in which every node with `enough` pairs has its own, the newest 2 `reach` + 1 of them, and any other the
+        newest pair of each node up to `reach` places away, its own last, with states' changes scaled by the ratios of their
+        `levels` `[M]`, alpha/sigma^2. 0 is never enough."""
+        count, most, newest = len(self._rows), 2 * reach + 1, list[int]()
         for rows, turn in zip(self._rows, self._turn, strict=True):
             newest.append(rows[turn - 1] if rows else -1)
         sources, ratios = list[list[int]](), list[float]()
         for k in range(count):
+            if 0 < enough <= len(self._rows[k]):
+                sources.append(self._in_order(k)[-most:])
+                ratios += [1.0] * len(sources[-1])
+                continue
             sources.append([])
             for j in sorted(range(max(k - reach, 0), min(k + reach + 1, count)), key=lambda j, k=k: (-abs(j - k), j)):
                 ratio = levels[j] / levels[k] if levels[k] else 1.0
                 if newest[j] >= 0 and 0 < ratio < float("inf"):
                     sources[-1].append(newest[j])
                     ratios.append(ratio)
-        return self._filled(sources, 2 * reach + 1, lambda slots: torch.tensor(ratios).to(slots.device, non_blocking=True))
+        return self._filled(sources, most, lambda slots: torch.tensor(ratios).to(slots.device, non_blocking=True))
 
     def remesh(self, nearest: Sequence[int], ratios: Tensor, most: int) -> PairStore:
         """A store for other nodes. Each takes the pairs of the node `nearest` to it, the newest if fewer are kept, and its
         states' changes are scaled by `ratios` `[M']`."""
         sources = list[list[int]]()
         for k in nearest:
-            rows = self._rows[k][self._turn[k] :] + self._rows[k][: self._turn[k]]  # the newest last
+            rows = self._in_order(k)
             sources.append(rows[max(len(rows) - most, 0) :])
         return self._filled(sources, most, lambda slots: ratios[slots // most])
 
@@ -194,6 +199,10 @@ class PairStore:
             new._in_slots[places] = torch.arange(1, len(at) + 1, device=at.device)
         new._multiply_all()
         return new
+
+    def _in_order(self, node: int) -> list[int]:
+        """The rows of a node's pairs, the newest last."""
+        return self._rows[node][self._turn[node] :] + self._rows[node][: self._turn[node]]
 
     @property
     def _reached(self) -> int:
