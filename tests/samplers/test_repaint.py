@@ -116,7 +116,7 @@ def scheduled(scheduler: diffusers.RePaintScheduler, steps: int, length: int, ti
     for t in scheduler.timesteps.tolist():
         if t < last:
             output = net(x, torch.tensor([t])).float()
-            x = scheduler.step(output, t, x, KNOWN[None], (~MASK)[None].double(), own).prev_sample
+            x = scheduler.step(output, t, x, KNOWN[None], (~MASK)[None].double(), own)[0]
         else:
             x = scheduler.undo_step(x.float(), last, own).double()
         last = t
@@ -139,15 +139,15 @@ def test_a_repaint_chain_is_that_of_diffusers_scheduler(case: tuple[int, int, in
 def test_diffusers_pipeline_is_called_plainly_with_its_reason_and_its_picture_is_found_in_parallel() -> None:
     scheduler = diffusers.RePaintScheduler(clip_sample=False)
     unet = tiny_unet()
-    size = unet.config.sample_size
-    shape = (unet.config.in_channels, size, size)
+    size = unet.config["sample_size"]
+    shape = (unet.config["in_channels"], size, size)
     pipe = diffusers.RePaintPipeline(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand((1, *shape), generator=generator(7)) * 2 - 1
     hidden = torch.zeros(1, *shape, dtype=torch.bool)
     hidden[..., size // 2 :] = True
     call = {"image": image, "mask_image": (~hidden).float(), "num_inference_steps": 8, "jump_length": 2, "jump_n_sample": 2}
-    plain = pipe(**call, generator=generator(), output_type="np").images
+    plain = pipe(**call, generator=generator(), output_type="np", return_dict=False)[0]
     run = parallelize(pipe, quasi_newton())
     with pytest.warns(RuntimeWarning, match="its passes leave t_last to the next one"):
         found = run(**call, generator=generator(), output_type="np").images
