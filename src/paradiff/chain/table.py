@@ -265,7 +265,7 @@ class Table:
     @property
     def steps(self) -> int:
         """N, the number of steps; nodes are 0 ... N."""
-        return len(self.t) - 1
+        return self.t.shape[0] - 1  # len() of a tensor takes ten times as long, and this is asked for in every round
 
     @property
     def band(self) -> int:

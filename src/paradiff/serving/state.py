@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ class RequestState:
         evaluations: Its rows in these.
         widest: The most rows of one of them.
         error: Why it ended without a sample; None where it did not.
+        kind: What decides on its rows beside the load: the chain, the method, the tolerance and most rows.
     """
 
     request: SampleRequest
@@ -72,7 +73,8 @@ class RequestState:
     evaluations: int = 0
     widest: int = 0
     error: str | None = None
-    _drawn: tuple[int, Tensor] | None = field(default=None, repr=False)
+    kind: Hashable = None
+    _drawn: tuple[int, Sequence[Tensor]] = field(default=(0, ()), repr=False)
 
     @property
     def node(self) -> int | None:
@@ -139,10 +141,11 @@ class RequestState:
 
     def noise_at(self, node: int) -> Tensor:
         """z of a node, `[...]` on the device."""
-        if self._drawn is None or not self._drawn[0] <= node < self._drawn[0] + len(self._drawn[1]):
+        first, drawn = self._drawn
+        if not first <= node < first + len(drawn):
             ahead = range(node, min(node + AHEAD, self.chain.table.steps))
-            self._drawn = node, self.chain.step.move(self.noise.draw(0, ahead))
-        return self._drawn[1][node - self._drawn[0]]
+            first, drawn = self._drawn = node, self.chain.step.move(self.noise.draw(0, ahead)).unbind()
+        return drawn[node - first]
 
     @property
     def sample(self) -> Tensor:

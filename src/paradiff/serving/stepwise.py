@@ -181,6 +181,7 @@ class Stepwise:
                 most=most,
                 make=None if most == 1 and walks else make,
                 walks=walks,
+                kind=(chain, name, request.allowed, most),
             )
             if walks:
                 x = chain.step.move(noise.start(0)) * chain.table.start_scale
@@ -215,11 +216,9 @@ class Stepwise:
                 del self._walkers[chain]
             for chain, members in walking.items():
                 walkers = self._walkers.setdefault(chain, Walkers(chain))
-                nodes, x = walkers.rows(members)
-                members = walkers.members
-                slots = torch.tensor([one.slot for one in members])
-                times = chain.step.t[nodes]
-                found.setdefault(times.dtype, []).append((Part(members, len(members)), x, times, slots))
+                x, times, slots = walkers.rows(members)
+                part = Part(walkers.members, len(slots))
+                found.setdefault(times.dtype, []).append((part, x, times, slots))
             asked = time.perf_counter()
             failed: list[RequestState] = []
             for state in asking:

@@ -29,11 +29,12 @@ class Walkers:
         self._members: list[RequestState] = []
         self._rows: dict[RequestState, int] = {}  # of each
         self._nodes: list[int] = []
+        self._at = self._here = self._slots = torch.zeros(0, dtype=torch.int64)  # the nodes, here and on the device; the slots
         self._states: list[Tensor] = []  # x[i], x[i-1], ..., each [R, ...]
         self._outputs: list[Tensor] = []  # m[i-1], ..., each [R, ...]
 
-    def rows(self, members: Sequence[RequestState]) -> tuple[list[int], Tensor]:
-        """The nodes of these requests, and their states `[R, ...]` there as the network sees them.
+    def rows(self, members: Sequence[RequestState]) -> tuple[Tensor, Tensor, Tensor]:
+        """The states `[R, ...]` of these requests as the network sees them, their times `[R]`, and slots of the conditioning.
 
         Args:
             members: Requests at a place.
@@ -41,8 +42,9 @@ class Walkers:
         if len(members) != len(self._members) or any(one.walk is not self for one in members):
             self._join(members)
         step = self._chain.step
-        at = uploaded(self._nodes, step.device) if step.scaled else slice(0, 0)
-        return self._nodes, step.seen(at, self._states[0])
+        self._at = torch.tensor(self._nodes)
+        self._here = uploaded(self._nodes, step.device)
+        return step.seen(self._here if step.scaled else slice(0, 0), self._states[0]), step.t[self._at], self._slots
 
     @property
     def members(self) -> Sequence[RequestState]:
@@ -76,6 +78,7 @@ class Walkers:
         states, outputs = [column("states", j) for j in range(past + 1)], [column("outputs", j) for j in range(past)]
         self._members, self._nodes = [*members], [place.node for place in places if place is not None]
         self._rows = {one: k for k, one in enumerate(members)}
+        self._slots = torch.tensor([one.slot for one in members])
         self._states, self._outputs = states, outputs
         for one in members:
             one.walk = self
@@ -83,12 +86,14 @@ class Walkers:
     def step(self, outputs: Tensor) -> list[RequestState]:
         """Takes the step of every request by the network's outputs `[R, ...]`; those that this brought to the chain's end."""
         table, step = self._chain.table, self._chain.step
-        m = table.convert(torch.tensor(self._nodes), self._states[0], outputs)
+        m = table.convert(self._at, self._states[0], outputs)
         noise = None
         if table.stochastic:
             noise = torch.stack([one.noise_at(node) for one, node in zip(self._members, self._nodes, strict=True)])
         read, past = [m, *self._outputs], self._chain.past
-        new = step(uploaded(self._nodes, step.device), self._states, read, noise)
+        new = step(self._here, self._states, read, noise)
         self._states, self._outputs = [new, *self._states][: past + 1], read[:past]
-        self._nodes = [node + 1 for node in self._nodes]
-        return [one for one, node in zip(self._members, self._nodes, strict=True) if node == table.steps]
+        self._nodes, last = [node + 1 for node in self._nodes], table.steps
+        if last not in self._nodes:
+            return []
+        return [one for one, node in zip(self._members, self._nodes, strict=True) if node == last]

@@ -108,7 +108,7 @@ class Widths:
         """
         if state.most == 1:
             return 1
-        key = state.chain, state.family, state.request.allowed, state.most, state.rows, load
+        key = state.kind, state.rows, load
         self._asked += 1
         if self._asked % STANDS == 0:
             self._decided.clear()
