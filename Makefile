@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: help demo test test-oldest lint bench docs clean
+.PHONY: help demo test test-oldest lint bench docs notebooks clean
 
 help:
 	@echo "make demo         digits and a picture that follows a text, in parallel and step by step, into demo/"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint         format, lint and types alone"
 	@echo "make bench        the benchmarks' figures in benchmarks/results, afresh; hours"
 	@echo "make docs         the API reference, into docs/api/"
+	@echo "make notebooks    the notebooks of examples/, from its scripts"
 	@echo "make clean        removes what these have made, but for benchmarks/results"
 
 # What the command needs.
@@ -72,6 +73,10 @@ bench: .venv/.ready
 docs: .venv/.docs
 	$(BIN)/python -m pdoc -d google -o docs/api paradiff paradiff.chain.slope paradiff.chain.noise
 	@echo "Look at docs/api/index.html"
+
+# The notebooks have no outputs: tests/test_examples.py compares them with the scripts.
+notebooks: .venv/.ready
+	$(BIN)/jupytext --to ipynb examples/*.py
 
 clean:
 	rm -rf .venv .venv-oldest demo docs/api
