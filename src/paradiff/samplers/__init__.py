@@ -6,9 +6,9 @@ from paradiff.samplers.exploding import euler, euler_ancestral, heun
 from paradiff.samplers.exponential import exponential_integrator
 from paradiff.samplers.flow import flow_euler
 from paradiff.samplers.grid import Grid, log_snr_grid, paper_grid, uniform_grid
+from paradiff.samplers.jumps import repaint, with_jumps
 from paradiff.samplers.preserving import ddim, ddpm, dpmpp_2m
 from paradiff.samplers.process import Process, ornstein_uhlenbeck, rectified_flow, variance_exploding, variance_preserving
-from paradiff.samplers.repaint import repaint, with_jumps
 from paradiff.samplers.schedule import Schedule
 from paradiff.samplers.scheduler.probe import from_scheduler
 from paradiff.samplers.temperature import with_noise_scale
