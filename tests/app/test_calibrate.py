@@ -10,12 +10,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from pipelines import Cli
 
 import paradiff
 from paradiff.app.cli import calibrate
 from paradiff.app.flags import CALIBRATED
 from paradiff.app.options import parse_seeds
+from paradiff.models import load_pipeline
 from paradiff.planning import Calibration
 from paradiff.planning.store import FOLDER
 
@@ -84,6 +86,25 @@ def test_a_pipelines_call_is_calibrated_and_states_its_bound(cli: Cli, tmp_path:
     assert contents["effectivity"] is None
     other = [*call[:2], "a blue square", *call[3:]]
     assert "by calibration" not in cli("sample", *other, "--seeds", 7, "--out", tmp_path / "other").out
+
+
+def test_a_hook_on_a_network_of_a_pipeline_is_told() -> None:
+    pipe, method = load_pipeline("shapes"), paradiff.parasolver(window=3)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red circle", "num_inference_steps": 4, "output_type": "latent"}
+    paradiff.calibrate(pipe, call, method, range(4), coverage=0.8)
+    run = paradiff.parallelize(pipe, method)
+
+    def made() -> paradiff.Report:
+        run(**call, generator=torch.Generator().manual_seed(9))
+        return run.report
+
+    assert made().error_bound is not None
+    hook = pipe.unet.register_forward_hook(lambda module, given, found: tuple(one / 2 for one in found))
+    assert made().error_bound is None
+    assert "was left out, since its code with its settings is" in made().message
+    hook.remove()
+    assert made().error_bound is not None
 
 
 @pytest.mark.parametrize(

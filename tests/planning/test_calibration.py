@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -238,6 +238,119 @@ def test_other_weights_are_told_in_a_sentence() -> None:
     assert found.error_bound is None
     assert "was left out, since its weights is" in found.message
     assert "paradiff calibrate replaces it" in found.message
+
+
+class Holder:
+    """An object that holds a network and a number, as a user writes one."""
+
+    def __init__(self, held: Any, scale: float = 1.0) -> None:
+        self._held, self.scale = held, scale
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.scale * self._held(x, t)
+
+
+class Listed(nn.Module):
+    """A network that is not registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = [Network()]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.networks[0](x, t)
+
+
+FACTOR, HELD = 1.0, Holder(Network())
+
+
+def of_globals(x: Tensor, t: Tensor) -> Tensor:
+    return FACTOR * HELD(x, t)
+
+
+def written(model: Any, text: str) -> Any:
+    """A function of its own code, as a cell of a notebook makes it; all of them have one name."""
+    names: dict[str, Any] = {"__name__": "notebook", "model": model, "torch": torch}
+    exec(f"def function(x, t, half=0.5): return {text}\n", names)
+    return names["function"]
+
+
+def class_written(text: str) -> Any:
+    names: dict[str, Any] = {"__name__": "notebook", "Network": Network, "torch": torch}
+    exec(f"class Mine(Network):\n  factor = 0.5\n  def forward(self, x, t):\n    return {text}\n", names)
+    return names["Mine"]()
+
+
+def halved(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, given, found: 0.5 * cast(Tensor, found))
+
+
+def patched(model: nn.Module) -> None:
+    forward = model.forward
+    model.forward = lambda x, t: forward(x, t) / 2
+
+
+def set_of(name: str, value: Any) -> Callable[[Any], None]:
+    return lambda model: setattr(model, name, value)
+
+
+def less_gain(of: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        of(model).gain.data *= 0.5
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("made", "change", "told"),
+    [
+        pytest.param(Network, halved, "code with its settings", id="a hook"),
+        pytest.param(Network, patched, "code with its settings", id="another forward"),
+        pytest.param(Network, set_of("scale", 0.5), "code with its settings", id="an attribute of a module"),
+        pytest.param(Network, nn.Module.eval, "code with its settings", id="the mode"),
+        pytest.param(lambda: Holder(Network()), set_of("scale", 0.5), "code with its settings", id="an attribute"),
+        pytest.param(lambda: Holder(Network()), less_gain(lambda model: model._held), "weights", id="a private network"),
+        pytest.param(Listed, less_gain(lambda model: model.networks[0]), "weights", id="a network in a list"),
+    ],
+)
+def test_what_changed_within_reach_of_a_model_is_told(
+    made: Callable[[], Any], change: Callable[[Any], None], told: str
+) -> None:
+    model = made()
+    calibrate(model, TABLE, METHOD, SEEDS, shape=(3,))
+    assert run(model).error_bound is not None
+    assert run(made()).error_bound is not None
+    change(model)
+    found = run(model)
+    assert found.error_bound is None
+    assert f"was left out, since its {told} is" in found.message
+
+
+@pytest.mark.parametrize("name", ["FACTOR", "HELD"])
+def test_globals_that_a_function_names_are_within_reach(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrate(of_globals, TABLE, METHOD, SEEDS, shape=(3,))
+    assert run(of_globals).error_bound is not None
+    monkeypatch.setitem(globals(), name, 0.5 if name == "FACTOR" else Holder(Network(), 0.5))
+    assert run(of_globals).error_bound is None
+
+
+@pytest.mark.parametrize("make", [lambda text: written(Network(), text), class_written], ids=["function", "class"])
+def test_code_that_was_written_anew_is_another_model(make: Callable[[str], Any]) -> None:
+    call = "model(x, t)" if make is not class_written else "super().forward(x, t)"
+    calibrate(make(f"1.5 * {call}"), TABLE, METHOD, SEEDS, shape=(3,))
+    assert run(make(f"1.5 * {call}")).error_bound is not None
+    for other in (f"0.5 * {call}", f"torch.sin({call})", f"torch.cos({call})"):
+        assert run(make(other)).error_bound is None, other
+
+
+def test_a_limit_by_a_function_is_known_by_its_code() -> None:
+    def made(most: float) -> paradiff.Table:
+        return ddim(SCHEDULE, 12, clip=lambda clean: clean.clamp(-most, most))
+
+    model = Network()
+    calibrate(model, made(1.0), METHOD, SEEDS)
+    assert run(model, table=made(1.0)).error_bound is not None
+    assert run(model, table=made(0.5)).error_bound is None
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,8 @@ from paradiff.pipelines.known import OWN, STEPS, call_key
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Settings
 from paradiff.planning.calibrations import Subject, bound_of, clauses, store
-from paradiff.planning.identity import method_key
+from paradiff.planning.fingerprint import fingerprint
 from paradiff.planning.store import digest
-from paradiff.solver.agreement import described
 from paradiff.solver.protocol import Chooses, Method
 from paradiff.solver.solution import Status
 
@@ -32,10 +31,11 @@ def call_subject(host: Host, given: Mapping[str, Any], method: Method, dtype: to
     """
     scheduler = host.scheduler
     config = sorted((str(name), str(value)) for name, value in dict(getattr(scheduler, "config", {})).items())
-    chain = [type(scheduler).__qualname__, config, {name: repr(given[name]) for name in STEPS if name in given}]
+    code = fingerprint([type(scheduler), getattr(scheduler, "alphas_cumprod", None)])
+    chain = [type(scheduler).__qualname__, code, config, {name: repr(given[name]) for name in STEPS if name in given}]
     kinds = [str(dtype), host.device.type, sorted(str(network_dtype(one)) for one in host.networks.values())]
-    said = {name: described(value) for name, value in sorted(given.items()) if name not in OWN}
-    key = digest(call_key(host, given), chain, method_key(method), kinds, said)
+    said = {name: fingerprint(value) for name, value in sorted(given.items()) if name not in OWN}
+    key = digest(call_key(host, given), chain, fingerprint(method), kinds, said)
     return Subject(host.name, type(scheduler).__name__, method, key, [*host.networks.values()], ())
 
 

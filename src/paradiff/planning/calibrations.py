@@ -18,9 +18,10 @@ from paradiff.chain.noise import Keyed, Noise, Recorded
 from paradiff.chain.table import Table
 from paradiff.errors import is_whole, shown
 from paradiff.planning.calibration import COVERAGE, Calibration, require_coverage, require_enough
-from paradiff.planning.identity import conditioning_keys, method_key, network_key, weights_key
+from paradiff.planning.fingerprint import PACKAGES, fingerprint
+from paradiff.planning.identity import conditioning_keys, network_key
 from paradiff.planning.store import Store, digest
-from paradiff.solver.agreement import described, versions
+from paradiff.solver.agreement import versions
 from paradiff.solver.arguments import evaluates
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.loop import sample
@@ -63,9 +64,9 @@ class Subject:
     @property
     def facts(self) -> Mapping[str, Any]:
         """What has to be as it was. Reads the weights."""
-        weights = digest([weights_key(network) for network in self.networks])
-        own = {"model": self.model, "chain": self.chain, "method": repr(self.method), "weights": weights, "key": self.key}
-        return {**own, **versions()}
+        found = fingerprint([*self.networks])
+        own = {"model": self.model, "chain": self.chain, "method": repr(self.method), "key": self.key}
+        return {**own, "weights": found.weights, "code with its settings": found.settings, **versions(*PACKAGES)}
 
 
 def subject_of(evaluate: Evaluate, table: Table, shape: Sequence[int], method: Method, dtype: torch.dtype) -> Subject:
@@ -83,7 +84,7 @@ def subject_of(evaluate: Evaluate, table: Table, shape: Sequence[int], method: M
         getattr(model, "__qualname__", type(model).__qualname__),
         f"{table.name} of {table.steps} steps",
         method,
-        digest(network_key(evaluate, dtype), [*shape], described(table), method_key(method), dtype),
+        digest(network_key(evaluate, dtype), [*shape], fingerprint(table), fingerprint(method), dtype),
         [model],
         conditioning_keys(evaluate),
     )

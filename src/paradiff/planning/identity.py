@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import dis
 import functools
 import hashlib
@@ -14,13 +13,12 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from paradiff.chain.table import Table
 from paradiff.planning.store import digest
-from paradiff.solver.agreement import described, reach, versions, weights_of
+from paradiff.solver.agreement import described, reach, versions
 from paradiff.solver.evaluator import Evaluator
-from paradiff.solver.protocol import Evaluate, Method
+from paradiff.solver.protocol import Evaluate
 
 PLAIN = (bool, int, float, str)
 
@@ -106,28 +104,6 @@ def table_key(table: Table) -> str:
     for values in (table.t, table.alpha, table.sigma, table.a, table.b, table.c, table.scale):
         found.update(values.to(torch.float32).contiguous().numpy().tobytes())
     return found.hexdigest()[:20]
-
-
-def method_key(method: Method) -> str:
-    """A digest of a method's hyper-parameters."""
-    return digest(_setting(method))
-
-
-def _setting(value: Any) -> Any:
-    """A hyper-parameter by what it is made of: tensors and tables by their numbers, functions by their code."""
-    if isinstance(value, Table | Tensor):
-        return described(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [_named(value), [[one.name, _setting(getattr(value, one.name))] for one in dataclasses.fields(value)]]
-    if isinstance(value, list | tuple):
-        return [_setting(one) for one in value]
-    return _named(value) if callable(value) else repr(value)
-
-
-def weights_key(model: Any) -> str:
-    """A digest of a model's weights. Reads them all, and waits for their devices."""
-    sums = weights_of(model)
-    return digest({name: of for name, of in sums.items() if not DERIVED.search(name.removeprefix("weights "))})
 
 
 def conditioning_keys(evaluate: Evaluate) -> list[str]:

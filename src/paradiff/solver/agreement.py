@@ -37,17 +37,21 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def weights_of(model: Any) -> dict[str, str]:
-    """Sums over the bits of a model's weights, by name; one wait for each device.
+    """Sums over the bits of a model's weights, by name.
 
     Weights are those of a module, and the tensors within reach of a function, a partial, a method or an object,
     the module's names that a function uses among them.
     """
-    found = reach(model)
+    return {f"weights {name}".strip(): of for name, of in sums_of(reach(model)).items()}
+
+
+def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Sums over the bits of tensors, by name; one wait for each device."""
     sums: dict[torch.device, list[Tensor]] = {}
-    for tensor in found.values():
+    for tensor in tensors.values():
         sums.setdefault(tensor.device, []).append(_sum(tensor))
     numbers = {device: iter(torch.stack(of).tolist()) for device, of in sums.items()}
-    return {f"weights {name}".strip(): f"{next(numbers[tensor.device]):x}" for name, tensor in found.items()}
+    return {name: f"{next(numbers[tensor.device]):x}" for name, tensor in tensors.items()}
 
 
 def reach(model: Any) -> dict[str, Tensor]:
