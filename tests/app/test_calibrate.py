@@ -18,6 +18,7 @@ from paradiff.app.cli import calibrate
 from paradiff.app.flags import CALIBRATED
 from paradiff.app.options import parse_seeds
 from paradiff.models import load_pipeline
+from paradiff.pipelines import Report
 from paradiff.planning import Calibration
 from paradiff.planning.store import FOLDER
 
@@ -95,7 +96,7 @@ def test_a_hook_on_a_network_of_a_pipeline_is_told() -> None:
     paradiff.calibrate(pipe, call, method, range(4), coverage=0.8)
     run = paradiff.parallelize(pipe, method)
 
-    def made() -> paradiff.Report:
+    def made() -> Report:
         run(**call, generator=torch.Generator().manual_seed(9))
         return run.report
 
