@@ -20,7 +20,7 @@ from paradiff.serving.request import SampleRequest, method_of
 from paradiff.solver.protocol import Method, Problem, Walks
 
 MOST = 64
-"""Chains that are kept, methods of each, and encoded texts."""
+"""Chains that are kept, and methods of each."""
 
 Kept = TypeVar("Kept")
 

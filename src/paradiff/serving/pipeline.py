@@ -30,7 +30,6 @@ from paradiff.chain.table import Table
 from paradiff.methods.presets import sequential
 from paradiff.models.pipeline import scheduler_named
 from paradiff.samplers.scheduler.probe import from_scheduler
-from paradiff.serving.chains import Store
 from paradiff.serving.model import ServedModel
 from paradiff.serving.request import SampleRequest
 from paradiff.solver.arguments import require_rows
@@ -157,16 +156,15 @@ def served_pipeline(
         eta=eta,
         guidance=defaults["guidance_scale"].default,
     )
-    encodings, chains = Store[tuple[Rows, Rows]](), _Chains(pipeline, own)
+    chains = _Chains(pipeline, own)
 
     def encode(request: SampleRequest) -> dict[str, Tensor]:
         assert request.prompt is not None
         guidance = own.guidance if request.guidance is None else request.guidance
         assert guidance is not None
         guided = guidance > 1
-        key = request.prompt, request.negative_prompt if guided else None, guided
         with torch.no_grad():
-            text, other = encodings.get(key, lambda: kind.encode(pipeline, *key))
+            text, other = kind.encode(pipeline, request.prompt, request.negative_prompt if guided else None, guided)
         found = {"guidance": torch.tensor(float(guidance) if guided else 1.0, device=pipeline.device)}
         for name, row in text.items():
             found |= {name: row[0], f"negative_{name}": other[name][0] if guided else torch.zeros_like(row[0])}
