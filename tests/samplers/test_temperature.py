@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import pytest
 import torch
 from problems import SHAPE, TABLES, network
 
-from paradiff import Keyed, Schedule, collocation, models, parasolver, quasi_newton, sample, sequential
-from paradiff.chain.shortfall import shortfall
+from paradiff import Keyed, Schedule, Table, collocation, models, parasolver, quasi_newton, sample, sequential
+from paradiff.chain.shortfall import coldness, shortfall
+from paradiff.methods.collocation.control import ORDER_ZERO
+from paradiff.methods.collocation.interval import Recurrence
 from paradiff.samplers import alphafold3, ddim, ddpm, with_noise_scale
 
 
@@ -48,9 +51,25 @@ def test_the_shortfall_is_what_levels_say_too_much() -> None:
     assert 0.5 < shortfall(alphafold3(50)) < 1
 
 
-def test_collocation_leaves_cold_chains_to_the_window_method_and_errors_stay_below_their_estimates() -> None:
+def lumps(count: int) -> models.Mixture:
+    """So many Gaussians in a box of 16 dimensions."""
+    means = 2 * torch.rand(count, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    return models.Mixture(torch.full((count,), 1 / count), means, torch.full((count,), 0.01))
+
+
+def test_collocation_interpolates_cold_chains_and_errors_stay_below_their_estimates() -> None:
+    table, noise = with_noise_scale(ddpm(Schedule.linear(), 400), 0.6), Keyed((16,), seed=list(range(12)))
+    model = lumps(64).denoiser(table)
+    plain = sample(model, table, noise, sequential(), check="off").sample
+    found = sample(model, table, noise, collocation(), check="off")
+    errors = (found.sample - plain).square().mean(1).sqrt().tolist()
+    assert all(error <= e.estimated_error for error, e in zip(errors, found.error_estimates, strict=True))
+    assert all(0 < e.interpolation_error < 4e-3 for e in found.error_estimates)
+
+
+def test_errors_of_a_network_on_a_cold_chain_stay_below_their_estimates() -> None:
     digits = models.load("digits")
-    table, noise = with_noise_scale(ddpm(Schedule.linear(), 200), 0.8), Keyed(digits.shape, seed=[500, 501])
+    table, noise = with_noise_scale(ddpm(Schedule.linear(), 200), 0.8), Keyed(digits.shape, seed=500)
 
     def epsilon(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return digits.unet(x, t).sample
@@ -60,8 +79,58 @@ def test_collocation_leaves_cold_chains_to_the_window_method_and_errors_stay_bel
         found = sample(epsilon, table, noise, method, check="off")
         errors = (found.sample - plain).square().mean((1, 2, 3)).sqrt().tolist()
         assert all(error <= e.estimated_error for error, e in zip(errors, found.error_estimates, strict=True))
-        if method.name == "collocation":
-            assert "its states hold 20 % less noise than their levels say" in found.message
+
+
+@pytest.mark.parametrize(
+    ("table", "order", "said"),
+    [
+        (with_noise_scale(ddpm(Schedule.linear(), 200), 0.3), None, "its states hold 70 % less noise than their levels say"),
+        (with_noise_scale(ddim(Schedule.linear(), 200, eta=0.5), 0.6), None, "less noise than their levels say"),
+        (with_noise_scale(ddpm(Schedule.linear(), 200), 0.6), 1, "its states hold 40 % less noise than their levels say"),
+    ],
+    ids=["colder", "not ancestral", "not averaged"],
+)
+def test_collocation_leaves_cold_chains_that_it_does_not_know_to_the_window_method(
+    table: Table, order: int | None, said: str
+) -> None:
+    assert said in sample(lumps(2).denoiser(table), table, Keyed((16,)), collocation(order=order)).message
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.6, 0.9])
+def test_a_cold_interval_is_evaluated_where_its_states_average_leaves_no_error_of_first_order(scale: float) -> None:
+    """A forcing that is a quadratic of the evidence s, and a martingale at full noise, s^2 - tau, averaged over drawn paths."""
+    table = with_noise_scale(ddpm(Schedule.linear(), 1000), scale)
+    recurrence = Recurrence(table, 0.25)
+    interval = recurrence.interval(500, 560)
+    inside = slice(interval.left, interval.right)
+    weights = interval.forcing[0] * recurrence.nu[inside]
+    weights /= weights.sum()
+    added = (recurrence.evidence[interval.left + 1 : interval.right] * table.c[interval.left : interval.right - 1])[:, None]
+    draws = torch.randn(len(added), 20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    paths = torch.cat([torch.zeros(1, 20000, dtype=torch.float64), (added * draws).cumsum(0)])
+    average = weights @ (paths**2 - recurrence.snr[inside][:, None])
+    at = (weights @ paths) ** 2 - recurrence.snr[interval.node]
+    spread = float(recurrence.snr[interval.right - 1] - recurrence.snr[interval.left])
+    assert float((average - at).mean()) == pytest.approx(0, abs=0.03 * spread)
+
+
+def test_estimates_of_cold_chains_are_larger_by_their_shortfall() -> None:
+    table, noise = with_noise_scale(ddpm(Schedule.linear(), 400), 0.6), Keyed((16,), seed=0)
+    told = []
+    for safety in (ORDER_ZERO.error.cold_safety, 0.0):
+        control = dataclasses.replace(ORDER_ZERO, error=dataclasses.replace(ORDER_ZERO.error, cold_safety=safety))
+        method = collocation(nodes=60, max_nodes=60, tolerance=0.1, control=control)
+        told += sample(lumps(8).denoiser(table), table, noise, method).error_estimates
+    first, second = (e.interpolation_error for e in told)
+    assert first / second == pytest.approx(1 + 0.4 * ORDER_ZERO.error.cold_safety, rel=0.02)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_chains_with_all_their_noise_are_not_cold(variance: Literal["fixed_small", "fixed_large"]) -> None:
+    table = ddpm(Schedule.linear(), 100, variance=variance)
+    assert coldness(dataclasses.replace(table, exact_variance=False)) == 0
+    assert coldness(with_noise_scale(ddpm(Schedule.linear(), 100), 0.9)) == pytest.approx(0.1, abs=1e-3)
+    assert coldness(with_noise_scale(ddim(Schedule.linear(), 100, eta=0.5), 0.6)) == 0
 
 
 @pytest.mark.parametrize("scale", [-0.1, float("nan"), "warm"])

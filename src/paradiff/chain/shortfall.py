@@ -11,7 +11,15 @@ noise is scaled down (samplers/temperature.py) hold less, and the network is sho
 
 from __future__ import annotations
 
+import torch
+
 from paradiff.chain.table import Table
+
+KEPT = 1e-6
+"""How far a step may be from one that keeps the evidence, as a share of the noise's variance."""
+
+ROUNDING = 1e-6
+"""Shortfalls up to this are rounding, and count as none."""
 
 
 def shortfall(table: Table) -> float:
@@ -28,4 +36,21 @@ def _shortfall(table: Table) -> float:
         noise = ((gain * noise) ** 2 + added**2) ** 0.5
         if level > 0:
             least = min(least, noise / level)
-    return 1 - least
+    return 1 - least if 1 - least > ROUNDING else 0.0
+
+
+def steps_of_ancestral(table: Table) -> bool:
+    """Whether a one-step chain's steps are those of ancestral sampling but for the noise that they add: with the clean datum
+    known, they keep the evidence alpha x/sigma^2 of a state's noise, as DDPM's do."""
+    if table.band != 1:
+        return False
+    kept = (table.a - table.b * (table.p / table.q)[:, None])[:, 0] * table.alpha[1:] / table.alpha[:-1]
+    wanted = (table.sigma[1:] / table.sigma[:-1]) ** 2
+    counted = torch.isfinite(kept) & (table.alpha[:-1] > 0)
+    return bool(((kept - wanted)[counted].abs() <= KEPT).all())
+
+
+def coldness(table: Table) -> float:
+    """The shortfall of a chain of ancestral steps, and 0 for others."""
+    found = shortfall(table)
+    return found if found and steps_of_ancestral(table) else 0.0

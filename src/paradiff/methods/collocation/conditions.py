@@ -10,7 +10,8 @@ method over all nodes, from its first round on, where
 - the first mesh would hold a large part of the chain's nodes (`first_share`): little is left to interpolate;
 - the chain adds more noise on its way than the control's `most_volatility` (chain/volatility.py): states between two nodes tell
   little of each other;
-- states hold less noise than their levels say, by more than the control's `most_shortfall` (chain/shortfall.py);
+- states hold less noise than their levels say, by more than the control's `most_shortfall`, or `most_other_shortfall` where
+  steps are not those of ancestral sampling (chain/shortfall.py) or states are not averaged;
 - the model's outputs vary from node to node (`Problem.smooth`);
 - the coefficients would multiply the network's rounding by more than the control's `most_gain`: neither sample nor estimate
   could be trusted.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paradiff.chain.shortfall import shortfall
+from paradiff.chain.shortfall import shortfall, steps_of_ancestral
 from paradiff.chain.table import Table
 from paradiff.chain.volatility import volatility
 from paradiff.methods.collocation.interval import Recurrence, finite_log_snr
@@ -68,15 +69,18 @@ def too_rough(table: Table, most: float) -> str | None:
     )
 
 
-def too_cold(table: Table, most: float) -> str | None:
+def too_cold(table: Table, most: float, most_otherwise: float, *, averaged: bool) -> str | None:
     """Why the states of a chain hold too little noise for its levels; None where they do not.
 
     Args:
         table: The chain.
-        most: The largest shortfall.
+        most: The largest shortfall of a chain of ancestral steps at averaged states, which know how much noise it adds
+            (interval.py).
+        most_otherwise: The largest one of other chains, and at states that are not averaged.
+        averaged: Whether states are averaged.
     """
     found = shortfall(table)
-    if found <= most:
+    if found <= (most if averaged and steps_of_ancestral(table) else most_otherwise):
         return None
     return f"its states hold {100 * found:.0f} % less noise than their levels say"
 

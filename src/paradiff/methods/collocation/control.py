@@ -181,6 +181,10 @@ class ErrorControl:
             its own.
         chance_safety: Order 0: relative increase of the safety factor, 0 or more, for samples of few numbers, whose defects are
             small by chance; in proportion to n^-1/2 - `many_numbers`^-1/2 of n numbers. Raising it refines small samples more.
+        cold_safety: Order 0: relative increase of the safety factor, 0 or more, times the shortfall of the chain's noise
+            (chain/shortfall.py). Digits network, DDPM 1000 with noise times 0.6, window 32, seeds 1000 to 1011: with 0, 1.25
+            and 2.5 3, 1 and none of 12 samples erred by more than their estimates, in 27.7, 34.2 and 34.8 rounds on average.
+            Raising it refines such samples more.
         many_numbers: Numbers in a sample, positive, from which on there is none. That of the digits, on which `safety` was
             measured.
         benign_amplification: Orders from 1: amplification, 1 or more, below which a move at a refinement that is smaller than
@@ -213,6 +217,7 @@ class ErrorControl:
     tail_safety: float = 0.8
     tail_exponent: float = 2
     chance_safety: float = 3.5
+    cold_safety: float = 2.5
     many_numbers: int = 64
     benign_amplification: float = 1.5
     least_relaxation: float = 0.4
@@ -229,6 +234,7 @@ class ErrorControl:
         require_real("safety", self.safety)
         require_real("tail_safety", self.tail_safety)
         require_real("chance_safety", self.chance_safety)
+        require_real("cold_safety", self.cold_safety)
         require_whole("many_numbers", self.many_numbers, 1)
         for name in ("tail_exponent", "decided_error", "growth_bound"):
             require_real(name, getattr(self, name), positive=True)
@@ -337,9 +343,11 @@ class CollocationControl:
             ancestral samplers. Measured on EDM's chains with churn, mixtures of five points, window 16: of 320 samples at
             volatilities of 0.5 to 3.6 none erred by more than its estimate, of 64 at 6.5 two fell on another point, and of 192
             of AlphaFold 3's chains, 12 to 22, 18 erred by more. Raising it interpolates rougher chains.
-        most_shortfall: Largest shortfall of noise of a chain (chain/shortfall.py), 0 to 1, that is interpolated. On the digits
-            network, DDPM 1000 with its noise times 0.9, 0.8, 0.6 and 0.4: 3, 8, 7 and 4 of 12 samples erred by more than their
-            estimates, by up to 2.2 times. Raising it interpolates colder chains.
+        most_shortfall: Largest shortfall of noise of a chain of ancestral steps (chain/shortfall.py), 0 to 1, that is
+            interpolated: that of noise times 0.6, the coldest that was measured (`cold_safety`). Raising it interpolates colder
+            chains.
+        most_other_shortfall: The same of other chains, whose states do not move as the averaged state takes them to
+            (interval.py, equation (5)), and at states that are not averaged. Raising it interpolates such chains.
         unseen_amplification: Amplification of early errors, 1 or more, that is assumed of a sample on a stochastic chain which
             the window method solves from its first round. With 1, one of 8 samples of the digits network, DDPM 100, erred by
             0.06 at tolerance 4e-3. Raising it sweeps more.
@@ -401,7 +409,8 @@ class CollocationControl:
     trusted_move: float = 0.1
     most_gain: float = 1e3
     most_volatility: float = 4.0
-    most_shortfall: float = 0.03
+    most_shortfall: float = 0.41
+    most_other_shortfall: float = 0.03
     unseen_amplification: float = 8.0
     handover_secants: int = 1
     all_nodes: int = 128
@@ -440,7 +449,15 @@ class CollocationControl:
             require_real(name, getattr(self, name))
         require_between("unseen_amplification", self.unseen_amplification, 1, math.inf)
         require_between("variance_margin", self.variance_margin, 1, math.inf)
-        for name in ("first_share", "handover_share", "pair_uncertainty", "resolved_share", "most_shortfall"):
+        shares = (
+            "first_share",
+            "handover_share",
+            "pair_uncertainty",
+            "resolved_share",
+            "most_shortfall",
+            "most_other_shortfall",
+        )
+        for name in shares:
             require_between(name, getattr(self, name), 0, 1)
         kinds = {"mesh": MeshControl, "store": StoreControl, "defect": DefectControl, "error": ErrorControl}
         for name, kind in kinds.items():

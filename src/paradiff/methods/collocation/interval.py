@@ -29,6 +29,14 @@ network is evaluated at the node k whose variance is nearest to N, and s is scal
 removes both errors of first order: averaging removes the fluctuation's, and the node's level removes the mean curvature's,
 since the time derivative of a martingale forcing is minus half its Laplacian. The remainder is of second order in the noise.
 
+States of an ancestral chain whose noise is scaled down scatter less than the network's own time derivative answers for. The
+node that removes both errors is then the one whose variance is nearest to
+
+    N = tau - F,      F = sum_i w[i] var(s[i]) - var(s),      tau = sum_i w[i] alpha[i]^2/sigma[i]^2,                     (5)
+
+with the variances of what the interval's noises add: F is how much the states scatter about their average. Where they scatter
+as the levels say, that is the variance of the averaged state's noise; without noise it is the average level.
+
 Source: our own. Near it: schemes of strong order 1.5 that use the integral of the Brownian path over a step (Kloeden and
 Platen 1992, section 10.4; Foster, dos Reis and Strange, arXiv 2210.17543).
 """
@@ -41,6 +49,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paradiff.chain.shortfall import coldness
 from paradiff.chain.slope import gaussian_gain
 from paradiff.chain.table import Table
 
@@ -106,6 +115,7 @@ class Recurrence:
         self.forced = (in_forcing / self.nu[source]).tolist()
         self._clean = in_forcing.tolist()
         self._c = table.c.tolist()
+        self._cold = coldness(table) > 0
         self._intervals: dict[tuple[int, int], Interval] = {}
 
     def interval(self, left: int, right: int) -> Interval:
@@ -179,6 +189,8 @@ class Recurrence:
         variance = sum(w * float(self.table.sigma[n]) for w, n in zip(on_states, past, strict=False)) ** 2
         variance += sum(w * w for w in on_noise)
         signal = sum(w * float(self.table.alpha[n]) for w, n in zip(on_states, past, strict=False)) + on_clean
+        if self._cold:
+            variance = signal - self._scatter(left, wanted, on_noise)
         away = (self.snr[left:right].clamp(min=1e-300).log() - math.log(variance)).abs()
         if left == 0:
             away[0] = math.inf  # at node 0 the only state is x[0]
@@ -190,6 +202,14 @@ class Recurrence:
         factor = scale * to_state / implicit
         own = on_clean * to_state / float(self.nu[node]) / implicit
         return node, [w * factor for w in on_states], own, [w * factor for w in on_noise]
+
+    def _scatter(self, left: int, wanted: dict[int, float], on_noise: list[float]) -> float:
+        """F of equation (5), of a chain that reads one step back, from the weights of its states and of its noises."""
+        state, spread = 0.0, 0.0
+        for i in range(left, left + len(wanted)):
+            spread += wanted[i] * float(self.evidence[i]) * state
+            state = self._plain[i][0] ** 2 * state + self._c[i] ** 2
+        return spread - sum(w * w for w in on_noise)
 
 
 def finite_log_snr(table: Table) -> Tensor:

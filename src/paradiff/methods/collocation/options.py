@@ -221,8 +221,12 @@ class CollocationOptions(Face):
             table: The chain that is solved.
             stored: The mesh store's entry of it.
         """
-        control = self.control_on(table)
-        found = levels_of(table) or too_rough(table, control.most_volatility) or too_cold(table, control.most_shortfall)
+        control, averaged = self.control_on(table), self.degree(table) == 0
+        found = (
+            levels_of(table)
+            or too_rough(table, control.most_volatility)
+            or too_cold(table, control.most_shortfall, control.most_other_shortfall, averaged=averaged)
+        )
         if found is None and isinstance(self.nodes, str) and self.max_nodes is None and self.target == "chain":
             found = too_few_steps(table, self.count(table, stored), control.first_share)
         return found
