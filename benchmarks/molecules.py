@@ -3,27 +3,42 @@
 
 - alphafold3: 200 steps at window 16, 64 atoms, the whole augmentation on; with the known turns and without.
 - churn: two-stage steps, 18 and 40 of them, with churn and ancestral, on chains of 32 atoms.
+- cold: 1000 steps of DDPM with less noise, as Genie samples, at window 32, on the digits network.
 
-Tolerances are parts of the deviation of 16. Errors are root mean squares over coordinates; `per_atom` is the
-largest distance of an atom to where the sequential loop puts it, beside the structure's own deviation.
+Tolerances are parts of the deviation of 16, on digits in their units. Errors are root mean squares over coordinates or pixels;
+`per_atom` is the largest distance of an atom, or of a pixel, to where the sequential loop puts it, beside the structure's own
+deviation.
 
     python benchmarks/molecules.py --json benchmarks/results/molecules.json
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from harness import Results, options, show
 from torch import Tensor
 
-from paradiff import Evaluator, Keyed, Method, Solution, Table, collocation, quasi_newton, sample, sequential, slopes
-from paradiff.models import Folding, Frames
-from paradiff.samplers import alphafold3, dpmpp_2s, edm
+from paradiff import (
+    Evaluator,
+    Keyed,
+    Method,
+    Recorded,
+    Solution,
+    Table,
+    collocation,
+    quasi_newton,
+    sample,
+    sequential,
+    slopes,
+)
+from paradiff.models import Folding, Frames, load
+from paradiff.samplers import alphafold3, dpmpp_2s, edm, with_noise_scale
 
 DEVIATION = 16.0
-SEEDS = {"alphafold3": range(400, 404), "churn": range(400, 412)}
+SEEDS = {"alphafold3": range(400, 404), "churn": range(400, 412), "cold": range(7024, 7036)}
 HELIX, STRAND = "HHHHHHHHHHTTT", "SSSSSSSTTT"
 LEVELS: dict[str, Any] = {"sigma_min": 4e-4 * DEVIATION, "sigma_max": 160 * DEVIATION}
 COLUMNS = (
@@ -111,16 +126,36 @@ def churned(results: Results, seeds: list[int]) -> None:
             results.add(row("churn", table, method.name, method, found, plain))
 
 
+def cold(results: Results, seeds: list[int]) -> None:
+    """Chains with less noise."""
+    digits = load("digits")
+    noise = Recorded(digits.shape, [torch.Generator().manual_seed(seed) for seed in seeds])
+    for scale in (0.9, 0.8, 0.6):
+        table = with_noise_scale(digits.table("ddpm", 1000), scale)
+        plain = sample(digits, table, noise, sequential(), check="off")
+        for method in (collocation(window=32), quasi_newton(window=32)):
+            results.add(
+                row("cold", table, method.name, method, *(_flat(sample(digits, table, noise, method, check="off"), plain)))
+            )
+
+
+def _flat(*solutions: Solution) -> list[Solution]:
+    """Pictures as rows of pixels."""
+    return [replace(found, sample=found.sample.flatten(1)[..., None]) for found in solutions]
+
+
 def main() -> None:
     given = options(__doc__, tuple(SEEDS))
     results = Results(given.json, given.keep)
     for part in given.only:
         results.drop(row for row in results.rows if row["part"] != part)
         seeds = list(SEEDS[part])[: given.seeds]
-        (turned if part == "alphafold3" else churned)(results, seeds)
+        PARTS[part](results, seeds)
     results.save()
     show(results.rows, COLUMNS)
 
+
+PARTS = {"alphafold3": turned, "churn": churned, "cold": cold}
 
 if __name__ == "__main__":
     main()
