@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 FLOOR = 1e-6
 """Smaller errors are drawn here: rounding."""
@@ -36,6 +37,9 @@ def draw(
                 [value], [max(error, FLOOR)], label=label, marker="s" if rival else "o", edgecolors=colour, facecolors=filled
             )
         place.set(xlabel=below, xscale="log", yscale="log")
+        place.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        place.xaxis.set_minor_formatter(NullFormatter())
         place.grid(color="0.9", linewidth=0.8)
         place.set_axisbelow(True)
     axes[0].set_ylabel("error of the worst sample")
