@@ -33,7 +33,6 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import unusual
 from paradiff.chain.sensitivity import decision
-from paradiff.chain.shortfall import coldness
 from paradiff.chain.step import uploaded
 from paradiff.methods.collocation.control import CollocationControl
 from paradiff.methods.collocation.defect import DoubledIntervals, convergence_ratio, interpolation_defects
@@ -162,7 +161,7 @@ def interpolation_error(
         tail = 1 + control.error.tail_safety * (1 - amplification**-control.error.tail_exponent)
         few = max(defects[0].numel() ** -0.5 - control.error.many_numbers**-0.5, 0.0)
         chance = 1 + control.error.chance_safety * few
-        cold = 1 + control.error.cold_safety * coldness(system.recurrence.table)
+        cold = 1 + control.error.cold_safety * system.recurrence.coldness
         factors = safety * tail * chance * cold / control.defect.halving_ratio * doubled.sensitivity
         groups: list[tuple[int, ...]] = [(n, n + 1) for n in doubled.first]
         nearer = caution(float(host[-1]), control.error.free_growth) / control.defect.halving_ratio

@@ -98,6 +98,7 @@ class Recurrence:
         shifted: `[N][P]` G of equation (2).
         forced: `[N][P]` weights of the forcings in equation (2).
         log_snr: `[N]` log(alpha^2/sigma^2), finite and increasing where the table starts from pure noise too.
+        coldness: The shortfall of the noise of ancestral steps (chain/shortfall.py); 0 where equation (5) is not needed.
     """
 
     def __init__(self, table: Table, variance: float) -> None:
@@ -115,7 +116,7 @@ class Recurrence:
         self.forced = (in_forcing / self.nu[source]).tolist()
         self._clean = in_forcing.tolist()
         self._c = table.c.tolist()
-        self._cold = coldness(table) > 0
+        self.coldness = coldness(table)
         self._intervals: dict[tuple[int, int], Interval] = {}
 
     def interval(self, left: int, right: int) -> Interval:
@@ -189,7 +190,7 @@ class Recurrence:
         variance = sum(w * float(self.table.sigma[n]) for w, n in zip(on_states, past, strict=False)) ** 2
         variance += sum(w * w for w in on_noise)
         signal = sum(w * float(self.table.alpha[n]) for w, n in zip(on_states, past, strict=False)) + on_clean
-        if self._cold:
+        if self.coldness > 0:
             variance = signal - self._scatter(left, wanted, on_noise)
         away = (self.snr[left:right].clamp(min=1e-300).log() - math.log(variance)).abs()
         if left == 0:
