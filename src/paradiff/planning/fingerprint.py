@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from paradiff.planning.identity import content_of
 from paradiff.planning.store import digest
 from paradiff.solver.agreement import described, sums_of
 
@@ -132,7 +133,7 @@ class _Walk:
     def _function(self, function: FunctionType, depth: int) -> Any:
         code, known = function.__code__, function.__globals__
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-        held = {name: _content(cell) for name, cell in cells if name not in _used(code, "STORE_DEREF")}  # no counters
+        held = {name: content_of(cell) for name, cell in cells if name not in _used(code, "STORE_DEREF")}  # no counters
         held |= {"defaults": function.__defaults__, "keyword defaults": function.__kwdefaults__}
         own = not _of_package(function.__module__)
         if own:
@@ -186,13 +187,6 @@ def _of_package(module: str | None) -> bool:
 def _of_python(module: str | None) -> bool:
     root = (module or "").partition(".")[0]
     return root in sys.stdlib_module_names and root != "__main__"
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
 
 
 def _codes(code: CodeType) -> list[CodeType]:

@@ -46,7 +46,7 @@ def _named(value: Any) -> Any:
         code = value.__code__
         written = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"}
         cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
-        cells = [_held(_content(cell)) for name, cell in cells if name not in written]  # a counter is no property
+        cells = [_held(content_of(cell)) for name, cell in cells if name not in written]  # a counter is no property
         return [value.__module__, value.__qualname__, hashlib.sha256(code.co_code).hexdigest()[:16], cells]
     kind = type(value)
     return [kind.__module__, kind.__qualname__]
@@ -58,10 +58,11 @@ def _held(value: Any) -> Any:
     return _named(value) if callable(value) else type(value).__qualname__
 
 
-def _content(cell: Any) -> Any:
+def content_of(cell: Any) -> Any:
+    """What a function holds in a cell; None where it was not filled yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:
         return None
 
 
