@@ -787,7 +787,7 @@ def work():
 threading.Thread(target=work, daemon=True).start()""",
         "within": """
 go.set()
-done.wait()
+assert done.wait(30)
 done.clear()
 v = v * box[0]""",
     },
@@ -817,7 +817,7 @@ def meet():
     for _ in range(steps):
         b.wait()
 threading.Thread(target=meet, daemon=True).start()""",
-        "within": "b.wait()",
+        "within": "b.wait(30)",
     },
     "a torch function mode": {
         "setup": """

@@ -322,7 +322,7 @@ def holding(change: str) -> Callable[[Any], None]:
         elif change == "helper":
             pipe.gain, pipe.put = lambda: pipe._gain, lambda value: setattr(pipe, "_gain", value)
         elif change == "queue":
-            pipe.next_value = lambda: pipe.q.get()
+            pipe.next_value = lambda: pipe.q.get(timeout=30)  # a run that is not refused ends, too
         elif "scheduler" in change:
             scheduler = pipe.scheduler
             pipe.gain = lambda: 1 - 0.01 * (scheduler.step_index or 0)

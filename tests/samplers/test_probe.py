@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.schedulers import deprecated
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from problems import chain
 from scheduler_loops import SHAPE, gap, start_of, walk_scheduler, walk_table
 from torch import Tensor
@@ -42,6 +43,24 @@ def ready(kind: str, steps: int = 10, **config: Any) -> Any:
 
 def ddim_of(steps: int = 10, **config: Any) -> Any:
     return ready("DDIM", steps, **{"clip_sample": False, **config})
+
+
+class OneMemory(diffusers.DDIMScheduler):
+    """Returns the same memory at every step, of the dtype of the states."""
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
+        state = super().step(model_output, timestep, sample).prev_sample
+        self._memory = getattr(self, "_memory", {})
+        kept = self._memory.setdefault((state.shape, state.dtype), torch.empty_like(state)).copy_(state)
+        return DDIMSchedulerOutput(prev_sample=kept) if return_dict else (kept,)
+
+
+def test_a_scheduler_that_returns_one_memory_has_its_own_table() -> None:
+    scheduler = OneMemory(clip_sample=False)
+    scheduler.set_timesteps(10)
+    found, plain = from_scheduler(scheduler), from_scheduler(ddim_of())
+    for name in ("a", "b", "c", "t"):
+        assert torch.equal(getattr(found, name), getattr(plain, name)), name
 
 
 # -- closed forms ------------------------------------------------------------------------------------------------------
