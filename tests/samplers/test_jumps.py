@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from packaging.version import Version
 from pipelines import tiny_unet
 from torch import Tensor
 
@@ -123,6 +124,10 @@ def scheduled(scheduler: diffusers.RePaintScheduler, steps: int, length: int, ti
     return x[0]
 
 
+@pytest.mark.skipif(
+    Version(diffusers.__version__).release[:2] == (0, 32),
+    reason="diffusers 0.32 alone scales the noise of known elements by its variance",
+)
 @pytest.mark.parametrize("clip", [None, Clip(1.0)], ids=["free", "clipped"])
 @pytest.mark.parametrize("case", [(10, 3, 3, 0.0), (12, 5, 2, 1.0), (50, 10, 2, 0.5), (1000, 600, 1, 1.0)])
 def test_a_repaint_chain_is_that_of_diffusers_scheduler(case: tuple[int, int, int, float], clip: Clip | None) -> None:

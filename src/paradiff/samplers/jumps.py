@@ -94,7 +94,8 @@ def repaint(
 
     It differs from the paper, and from `with_jumps`, in two things. A jump begins one level later, the last one at the clean
     datum. And with N below T, the draws of a jump are those of the T//N training times above the ones that it undoes, so that a
-    state has a little more noise after a jump than its level says.
+    state has a little more noise after a jump than its level says. (diffusers 0.32, and no other version, also scales the
+    noise of known elements by its variance in place of its deviation.)
 
     Args:
         schedule: The schedule.
