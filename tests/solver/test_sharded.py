@@ -148,6 +148,56 @@ def test_ranks_share_the_last_rows_of_a_check_and_decide_alike_on_what_was_seen(
     assert [rows > 10 for rows in first.value] == [True, False, True]
 
 
+def first_check(mesh: DeviceMesh | None, fault: str) -> tuple[list[int], int, str]:
+    """The rows of this rank's calls between its first and its second part of a round, all rows that are checked, and what a
+    run ends with."""
+    ranks, calls = None if mesh is None else Ranks(mesh), list[int]()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        if fault == "one time":
+            return network(x, t[:1].expand(len(x)))
+        return network(x, t) + (x.mean(0, keepdim=True) if fault == "the mean of three rows" and len(x) == 3 else 0)
+
+    begins = []
+
+    class Begun(Evaluator):
+        def __call__(self, batch: Batch) -> Tensor:
+            outputs = super().__call__(batch)
+            begins.append((len(calls), -(-len(batch.x) // (ranks.size if ranks else 1))))
+            return outputs
+
+    noise, method = Keyed(SHAPE, range(4)), jacobi(window=6, tolerance=0.0)
+    try:
+        found = sample(Begun(model, mesh=ranks), ddim(Schedule.linear(), 40), noise, method, dtype=torch.float64)
+    except ValueError as error:
+        return [], 0, str(error)
+    (first, _), (second, rows) = begins[:2]
+    assert calls[second - 1] == rows
+    return calls[first : second - 1], found.checked_rows, ""
+
+
+@pytest.mark.parametrize(("size", "most", "rows"), [(2, 4, 7), (4, 3, 7), (8, 3, 14)])
+def test_ranks_share_the_check_of_a_first_round(size: int, most: int, rows: int) -> None:
+    """Seven rows, of which three have to be evaluated together and two after each other; by eight ranks each of them twice."""
+    alone = first_check(None, "")
+    assert sum(alone[0]) == 7
+    ended = on_ranks(size, first_check, "")
+    assert [one.error for one in ended] == [""] * size
+    assert {one.value[1] for one in ended} == {alone[1]}
+    assert sum(sum(one.value[0]) for one in ended) == rows
+    assert max(sum(one.value[0]) for one in ended) == most
+
+
+@pytest.mark.parametrize("fault", ["one time", "the mean of three rows"])
+def test_what_one_rank_sees_in_the_check_of_a_first_round_ends_the_run_on_all(fault: str) -> None:
+    wanted = "Its rows influence each other"
+    assert wanted in first_check(None, fault)[2]
+    for one in on_ranks(4, first_check, fault):
+        assert one.error == ""
+        assert wanted in one.value[2]
+
+
 def counted(mesh: DeviceMesh, steps: int) -> tuple[set[int], int, int]:
     """Exchanges of each round but the first, which begins the run, and the bytes that they moved to this rank and had to."""
     ranks, exchanges, moved, needed = Ranks(mesh), set(), [0], [0]

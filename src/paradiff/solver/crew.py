@@ -38,10 +38,14 @@ class Crew(Protocol):
 
     Attributes:
         shares: Stretches that the items are cut into, at least.
+        members: How many they are.
         even: Stretches of equal length that the items of a round are cut into; 1 where their lengths differ.
     """
 
     shares: int
+
+    @property
+    def members(self) -> int: ...
 
     @property
     def even(self) -> int: ...

@@ -336,6 +336,59 @@ class Evaluator:
         outputs, failed = (torch.cat(column) for column in zip(*parts, strict=True))
         return None if bool(failed.any()) else outputs
 
+    def evaluate_apart(self, sequences: Sequence[Sequence[Batch]]) -> list[Tensor] | None:
+        """As `evaluate_again`, for sequences of calls that ranks, or devices, share, each whole on one of them; the outputs of
+        the last call of each. Where there are more members than sequences, each is made on as many as there are for it. None
+        where there are no members, and where the model fails in a call. All ranks have to make the call.
+
+        Raises:
+            RanksFailed: If a rank ends, or comes to other states.
+        """
+        crew = self.bound.crew
+        if crew is None:
+            return None
+        times = max(1, crew.members // len(sequences))
+        every, lasts = [*sequences] * times, [sequence[-1] for sequence in sequences] * times
+        widest = max(len(last.x) for last in lasts)
+
+        def call(part: slice) -> tuple[Tensor, Tensor]:
+            """Outputs `[sequences, rows, ...]` of the last calls, and for each whether the model failed."""
+            outputs, failed = [], []
+            for sequence, last in zip(every[part], lasts[part], strict=True):
+                found = self._followed(sequence)
+                outputs.append(_filled(torch.zeros_like(last.x) if found is None else found, widest - len(last.x)))
+                failed.append(torch.full((1,), found is None, dtype=torch.uint8, device=last.x.device))
+            return torch.stack(outputs), torch.cat(failed)
+
+        filled = self.filled + sum(self._filling(len(batch.x)) for sequence in every for batch in sequence)
+        first, seconds = torch.cat([last.x[:1] for last in lasts]), [*crew.seconds] if isinstance(crew, Sharded) else []
+        parts = self.bound.parts(
+            len(every), call, self.device, inputs=[first], key=("apart", widest, first.shape[1:], first.dtype)
+        )
+        self.filled = filled  # on every rank that of all of them
+        if isinstance(crew, Sharded):
+            crew.seconds = seconds  # of rows, of which a sequence has several
+        outputs, failed = (torch.cat(column) for column in zip(*parts, strict=True))
+        if bool(failed.any()):
+            return None
+        return [outputs[k, : len(sequence[-1].x)] for k, sequence in enumerate(sequences)]
+
+    def _filling(self, count: int) -> int:
+        """Rows that the calls for so many rows are filled with."""
+        widths = self.bound.widths(self._widest) if self.pad else None
+        filling = 0
+        while count:
+            width, own = self.bound.next_call(count, 1, widths)
+            filling, count = filling + width - own, count - own
+        return filling
+
+    def _followed(self, sequence: Sequence[Batch]) -> Tensor | None:
+        """The outputs of the last of some calls that one member makes; None where the model fails in one."""
+        try:
+            return [self._evaluate(batch, alone=True) for batch in sequence][-1]
+        except Exception:
+            return None
+
     def look(self, run: str) -> Look:
         """Looks whether the model was seen to be right in a run of a kind (seen.py).
 

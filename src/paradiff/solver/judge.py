@@ -11,7 +11,7 @@ times has to show at several places of the chain, at the one of three close time
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class Judge:
         again: A function of a batch that returns its outputs.
         dtype: The network's dtype; None for that of the states.
         dealt: The same function, where several devices share the rows; it returns None where a call fails. `again` by default.
+        apart: A function of sequences of batches, which several devices share, each whole on one of them. It returns the
+            outputs of the last batch of each, or None where a call fails. `again` of each batch by default.
 
     Attributes:
         rows: Rows that were evaluated.
@@ -80,8 +82,9 @@ class Judge:
         again: Callable[[Batch], Answer],
         dtype: torch.dtype | None,
         dealt: Callable[[Batch], Answer | None] | None = None,
+        apart: Callable[[Sequence[Sequence[Batch]]], list[Tensor] | None] | None = None,
     ) -> None:
-        self._again, self._dtype, self._dealt = again, dtype, dealt
+        self._again, self._dtype, self._dealt, self._apart = again, dtype, dealt, apart
         self.rows = 0
         self.draws = False
 
@@ -120,16 +123,36 @@ class Judge:
         self.rows += len(batch.x)
         return outputs_only(copied(found, batch.x))
 
-    def alone(self, batch: Batch, outputs: Tensor, k: int) -> Tensor:
-        """Evaluates a row by itself and compares it with `outputs`; its answer.
+    def apart(self, sequences: Sequence[Sequence[Batch]]) -> Iterator[Tensor]:
+        """Outputs of the last batch of each of some sequences, which several devices share. Where there is one, or that fails,
+        each sequence is evaluated when its outputs are asked for.
+
+        Raises:
+            ValueError: If the model fails for them.
+        """
+        found = None if self._apart is None else self._apart(sequences)
+        if found is None:
+            yield from ([self.evaluated(batch) for batch in sequence][-1] for sequence in sequences)
+            return
+        self.rows += sum(len(batch.x) for sequence in sequences for batch in sequence)
+        yield from found
+
+    def alone(self, batch: Batch, outputs: Tensor, k: int) -> None:
+        """Evaluates a row by itself and compares it with `outputs`.
 
         Raises:
             ValueError: If they differ by more than rounding.
         """
-        alone, limit = self.evaluated(taken(batch, [k]))[0], self.limit(batch.x)
-        if (off := difference(alone, outputs[k])) > limit:
-            self.settle(batch, outputs, alone, k, off)
-        return alone
+        self.compared(batch, outputs, k, self.evaluated(taken(batch, [k]))[0])
+
+    def compared(self, batch: Batch, outputs: Tensor, k: int, other: Tensor) -> None:
+        """Compares a row's output among `outputs` with another answer, `[...]`, by itself.
+
+        Raises:
+            ValueError: If they differ by more than rounding.
+        """
+        if (off := difference(other, outputs[k])) > self.limit(batch.x):
+            self.settle(batch, outputs, other, k, off)
 
     def all(self, batch: Batch, outputs: Tensor) -> None:
         """Evaluates all rows once more, where random numbers were drawn, which may spare a few rows by chance.

@@ -310,8 +310,8 @@ def _driven(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs],
     """As `drive`, with what is known of the model."""
     if not hasattr(rounds, "send"):
         raise ValueError(f"drive was given {shown(rounds)}; give what paradiff.solve returns")
-    again, dealt = (getattr(evaluate, name, None) for name in ("evaluate_again", "evaluate_dealt"))
-    checked = RowCheck(evaluate, check, again=again, dealt=dealt, look=look, owned=type(evaluate) is Evaluator)
+    again, dealt, apart = (getattr(evaluate, f"evaluate_{name}", None) for name in ("again", "dealt", "apart"))
+    checked = RowCheck(evaluate, check, again=again, dealt=dealt, apart=apart, look=look, owned=type(evaluate) is Evaluator)
     batch = next(rounds)
     while True:
         try:

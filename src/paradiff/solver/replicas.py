@@ -47,6 +47,11 @@ class Replicas:
         self._local = threading.local()
 
     @property
+    def members(self) -> int:
+        """How many devices there are."""
+        return len(self.devices)
+
+    @property
     def even(self) -> int:
         """Stretches of equal length that the items of a round are cut into."""
         return self.shares

@@ -20,7 +20,7 @@ again, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -30,7 +30,6 @@ from paradiff.errors import require_one_of
 from paradiff.solver.accelerator import random_states
 from paradiff.solver.judge import MADE, Answer, Judge, copied, outputs_only, taken
 from paradiff.solver.protocol import Batch
-from paradiff.solver.rounding import difference
 from paradiff.solver.seen import Look
 from paradiff.solver.witnesses import Witnesses
 
@@ -55,6 +54,7 @@ class RowCheck:
         check: See `Check`.
         again: The same function, for evaluations of the check; `evaluate` by default.
         dealt: The same function, for those that several devices share (judge.py).
+        apart: The same, for sequences of batches (judge.py).
         look: What is known of the model, for `first`; None if nothing is.
         owned: Whether the answers are copies already.
 
@@ -69,12 +69,13 @@ class RowCheck:
         *,
         again: Callable[[Batch], Answer] | None = None,
         dealt: Callable[[Batch], Answer | None] | None = None,
+        apart: Callable[[Sequence[Sequence[Batch]]], list[Tensor] | None] | None = None,
         look: Look | None = None,
         owned: bool = False,
     ) -> None:
         require_one_of("check", check, CHECKS)
         self._evaluate, self._check, self._owned = evaluate, check, owned
-        self._judge = Judge(evaluate if again is None else again, getattr(evaluate, "dtype", None), dealt)
+        self._judge = Judge(evaluate if again is None else again, getattr(evaluate, "dtype", None), dealt, apart)
         self._look = look
         self._few = look is not None and look.runs > 0  # whether few rows are evaluated again, since the model was seen
         self._witnesses = Witnesses(0 if look is None else look.runs)
@@ -171,16 +172,21 @@ class RowCheck:
         if known and self._check == "first":
             self._judge.alone(batch, outputs, (inner + last + 1) // 2)
             return
-        self._judge.evaluated(taken(batch, [inner], MADE * batch.x[inner : inner + 1]))
-        answers = [self._judge.alone(batch, outputs, k) for k in rows]
-        if known:
-            return
-        if not self._among_others and (others := self._others(batch, rows)) is not None:
+        made = taken(batch, [inner], MADE * batch.x[inner : inner + 1])
+        calls = [[made] * (k == inner) + [taken(batch, [k])] for k in rows]
+        others = None if known or self._among_others else self._others(batch, rows)
+        if others is not None:
             self._among_others = True
-            found = self._judge.evaluated(others)
-            if (off := difference(found[1], answers[0])) > self._judge.limit(batch.x):
-                self._judge.settle(others, found, answers[0], 1, off)
-            self._judge.alone(others, found, 2)
+            calls += [[others], [taken(others, [2])]]
+        answers = self._judge.apart(calls)
+        alone = []
+        for k, answer in zip(rows, answers, strict=False):
+            alone.append(answer[0])
+            self._judge.compared(batch, outputs, k, answer[0])
+        if others is not None:
+            found, answer = answers
+            self._judge.compared(others, found, 1, alone[0])
+            self._judge.compared(others, found, 2, answer[0])
 
     def _others(self, batch: Batch, rows: list[int]) -> Batch | None:
         """The first row between two that are made up, of the middle and of the end of the chain; None where the rows' own call

@@ -141,6 +141,11 @@ class Sharded:
         self._layouts: dict[Hashable, Layout] = {}
 
     @property
+    def members(self) -> int:
+        """How many ranks there are."""
+        return self.ranks.size
+
+    @property
     def even(self) -> int:
         """Stretches of equal length that the items of a round are cut into; 1 where they are dealt out by speed."""
         return 1 if self.ranks.balance == "speed" else self.shares
