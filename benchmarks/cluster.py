@@ -5,8 +5,9 @@ What is simulated, and what is measured, is said of every row: `part` is `measur
 
 A run is a list of rounds, and a round has R rows. Rank g of G evaluates ceil(R / G) of them or what is left, as
 `paradiff.solver.sharded` deals them out, and is done when its clock has gone on by t(rows), the latency curve. When the last
-one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Calls in which the
-solver evaluates rows again to check the network are made by every rank, those at the run's end are dealt out like a round's.
+one is done, the outputs are gathered and every rank decides on the next round: the overhead of a round. Of the calls in which
+the solver evaluates rows again to check the network, those of the first round are shared, each sequence whole on one rank;
+those at the run's end are dealt out like a round's, and the others are made by every rank.
 `speedup` is of a network that was seen to be right in a run before, `speedup_first` of that first run, and `speedup_unchecked`
 is without the check.
 
@@ -94,37 +95,43 @@ STATED = {
 }
 
 
+Apart = tuple[tuple[int, ...], ...]
+"""The rows of the calls of each of some sequences."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """What a run asked of its network.
 
     Attributes:
-        rows: For each round its number of rows; below 0 for a call of rows that every rank evaluated again.
+        rows: For each round its number of rows; below 0 for a call of rows that every rank evaluated again; for sequences of
+            such calls that ranks share, the rows of each sequence's calls.
         dealt: Rows of each call of the check that ranks share.
     """
 
-    rows: tuple[int, ...]
+    rows: tuple[int | Apart, ...]
     dealt: tuple[int, ...] = ()
 
     @property
     def rounds(self) -> int:
         """Rounds, without rows that are evaluated again."""
-        return sum(rows > 0 for rows in self.rows)
+        return len(self.unchecked.rows)
 
     @property
     def calls(self) -> tuple[int, ...]:
         """Rows of each network call of one device."""
-        return (*map(abs, self.rows), *self.dealt)
+        made = [[abs(rows)] if isinstance(rows, int) else [count for one in rows for count in one] for rows in self.rows]
+        return (*(count for call in made for count in call), *self.dealt)
 
     @property
     def unchecked(self) -> Trace:
         """The same run with `check="off"`."""
-        return Trace(tuple(rows for rows in self.rows if rows > 0))
+        return Trace(tuple(rows for rows in self.rows if isinstance(rows, int) and rows > 0))
 
     @property
     def evaluations(self) -> int:
         """Their rows."""
-        return sum(self.unchecked.rows)
+        return sum(self.unchecked.calls)
 
 
 def simulated(trace: Trace, devices: int, curve: LatencyCurve, overhead: tuple[float, float] = OVERHEAD) -> float:
@@ -138,6 +145,11 @@ def simulated(trace: Trace, devices: int, curve: LatencyCurve, overhead: tuple[f
     """
     clocks = [curve(1) if devices > 1 else 0.0] * devices  # each evaluates the first row, so that networks can be compared
     for rows in (*trace.rows, *trace.dealt):
+        if not isinstance(rows, int):
+            each = [sum(map(curve, calls)) for calls in rows]
+            shares = [sum(each[k] for k in share) for share in shares_of(len(rows), devices)]
+            clocks = [max(clocks) + max(shares) + overhead[0]] * devices
+            continue
         if rows < 0:
             clocks = [clock + curve(-rows) for clock in clocks]
             continue
@@ -156,7 +168,7 @@ class Record:
         dealt: As of `Trace`.
     """
 
-    rows: list[int] = field(default_factory=list)
+    rows: list[int | Apart] = field(default_factory=list)
     dealt: list[int] = field(default_factory=list)
 
     def taken(self) -> Trace:
@@ -170,7 +182,8 @@ class Record:
 def recording() -> Iterator[Record]:
     """Records the network calls of all evaluators."""
     record = Record()
-    call, again, dealt = Evaluator.__call__, Evaluator.evaluate_again, Evaluator.evaluate_dealt
+    call, again = Evaluator.__call__, Evaluator.evaluate_again
+    dealt, apart = Evaluator.evaluate_dealt, Evaluator.evaluate_apart
 
     def of_a_round(evaluator: Evaluator, batch: Batch) -> Tensor:
         record.rows.append(len(batch.x))
@@ -185,7 +198,14 @@ def recording() -> Iterator[Record]:
         found = dealt(evaluator, batch)
         return again(evaluator, batch) if found is None else found
 
-    with mock.patch.multiple(Evaluator, __call__=of_a_round, evaluate_again=by_each, evaluate_dealt=by_all):
+    def by_one(evaluator: Evaluator, sequences: Sequence[Sequence[Batch]]) -> list[Tensor]:
+        record.rows.append(tuple(tuple(len(batch.x) for batch in sequence) for sequence in sequences))
+        found = apart(evaluator, sequences)
+        return [[again(evaluator, batch) for batch in sequence][-1] for sequence in sequences] if found is None else found
+
+    with mock.patch.multiple(
+        Evaluator, __call__=of_a_round, evaluate_again=by_each, evaluate_dealt=by_all, evaluate_apart=by_one
+    ):
         yield record
 
 

@@ -622,7 +622,7 @@ def replay_of(day: Day, shape: Shape, traces: dict[str, tuple[int, Trace]]) -> N
             calls[rows]()
             day.wait()
         seconds = time.perf_counter() - begin
-        nearest = min(outside, key=lambda window: abs(window - max(trace.rows)), default=None)
+        nearest = min(outside, key=lambda window: abs(window - max(trace.unchecked.calls)), default=None)
         rest = 0.0 if nearest is None else outside[nearest] * trace.rounds
         day.add(
             "replay",
