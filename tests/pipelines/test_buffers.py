@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +252,25 @@ def graphs() -> Iterator[list[int]]:
     torch.compiler.reset()
     yield []
     torch.compiler.reset()
+
+
+def in_an_empty_context(executor: Any, compiled: bool) -> tuple[int, int]:
+    """Network calls and graphs of a call where no compiler was at work before: in a context without variables."""
+    pipe, graphs = pipe_of(Net()), list[int]()
+    if compiled:
+        pipe.net = torch.compile(pipe.net, backend=counting(graphs), dynamic=False)
+    run = parallelize(pipe, quasi_newton(tolerance=1e-4, window=10), executor=executor, pad=True)
+    contextvars.Context().run(run, "calls", seeded())
+    assert run.report.executor == executor
+    return run.report.network_calls, len(graphs)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_network_that_is_compiled_in_a_round_is_called_no_more_often(graphs: list[int], executor: Any) -> None:
+    """The compiler leaves context variables where it ran."""
+    (plain, _), (compiled, made) = (in_an_empty_context(executor, compiled) for compiled in (False, True))
+    assert compiled == plain
+    assert 2 <= made <= 4
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "compile"])

@@ -24,6 +24,7 @@ from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.dry_walk import refuse_memory
 from paradiff.pipelines.executors.owner import same
 from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
+from paradiff.pipelines.executors.torch_variables import is_torchs
 from paradiff.pipelines.loop import interrupt
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, SECOND_LOOP
@@ -52,6 +53,10 @@ OTHER_START_OR_EDIT = f"{OTHER_START}, or it edits its state before its networks
 
 ELSEWHERE = "the loop takes its scheduler's step in another thread, where a lane cannot wait for the others"
 """The reason against a loop whose step does not return to the lane."""
+
+
+UNSET = object()
+"""Stands for the value of a context variable that has none."""
 
 
 class Elsewhere(BaseException):
@@ -323,14 +328,14 @@ class Lane(greenlet.greenlet):
         return make() if batching.looping else self._alone(make, (), {})
 
     def surrounded_as(self, other: Lane) -> bool:
-        """Whether torch's modes and the context variables are those of another lane, while both wait."""
+        """Whether torch's modes and the context variables, but for torch's own, are those of another lane, while both wait."""
         one, two = self.gr_context, other.gr_context
         assert one is not None
         assert two is not None
-        alike = len(one) == len(two) and all(
-            key in two and (two[key] is value or same(two[key], value)) for key, value in one.items()
+        differing = (key for key in {*one, *two} if one.get(key, UNSET) is not two.get(key, UNSET))
+        return self.modes == other.modes and all(
+            is_torchs(key) or (key in one and key in two and same(one[key], two[key])) for key in differing
         )
-        return alike and self.modes == other.modes
 
     def _alone(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call within which networks are called as they are."""
