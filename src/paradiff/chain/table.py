@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.draws import Draws
-from paradiff.chain.home import made_at_home
+from paradiff.chain.home import at_home, made_at_home
 from paradiff.chain.prediction import Prediction, clean_coefficients
 from paradiff.errors import is_whole, shown
 
@@ -293,7 +293,8 @@ class Table:
         """What `make` returns, made at the first call with a key and kept as long as the table."""
         kept = self.__dict__.setdefault("_derived", {})
         if key not in kept:
-            kept[key] = make()
+            with at_home():  # also where torch's default device is another when it is first asked for
+                kept[key] = make()
         return kept[key]
 
     @cached_property

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from paradiff.chain.home import made_at_home
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.collocation.conditions import too_cold, too_few_steps, too_rough, unfit_levels
@@ -247,6 +248,7 @@ class CollocationOptions(Face):
         stored = self.stored(table)
         return self.control_on(table).variance if stored is None else stored.variance
 
+    @made_at_home
     def edges(self, table: Table, stored: StoredMesh | None = None) -> list[int]:
         """The points of the first mesh, 0 and N included; all nodes of a chain that is left to the window method.
 
