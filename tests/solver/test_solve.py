@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +27,26 @@ from problems import (
 )
 from torch import Tensor
 
-from paradiff import Evaluator, Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential, solve
+from paradiff import (
+    Evaluator,
+    Keyed,
+    Schedule,
+    Table,
+    auto,
+    collocation,
+    jacobi,
+    paradigms,
+    parasolver,
+    sample,
+    sequential,
+    solve,
+)
 from paradiff.chain import Clip
 from paradiff.chain.slope import freeze_clean_data
 from paradiff.methods import WindowMethod
 from paradiff.models.exact import digits
 from paradiff.samplers import ddim, ddpm, dpmpp_2m, heun
-from paradiff.solver import drive
+from paradiff.solver import Method, drive
 from paradiff.solver.protocol import Round
 
 each_table = pytest.mark.parametrize("name", TABLES)
@@ -234,6 +250,35 @@ def test_the_status_is_a_sentence(method: WindowMethod, status: str) -> None:
 def test_states_in_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=rf"states were asked for in {dtype}; they are kept in float32 or float64"):
         run(TABLES["ddim"], parasolver(), dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own, within jvp
+@pytest.mark.parametrize("check", ["first", "off"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+@pytest.mark.parametrize("method", [sequential, parasolver, collocation, auto])
+def test_transforms_of_torch_around_a_run_are_refused(method: Callable[[], Method], transform: str, check: Any) -> None:
+    """The plain loop within `grad` would have a derivative; samples have none, and a derivative of 0 would look like one."""
+
+    def summed(weight: Tensor) -> Tensor:
+        return sample(lambda x, t: weight * network(x, t), TABLES["ddpm"], Keyed(SHAPE), method(), check=check).sample.sum()
+
+    given = {"grad": (torch.ones(()),), "vmap": (torch.ones(2),), "jvp": ((torch.ones(()),), (torch.ones(()),))}[transform]
+    call = functools.partial(torch.func.jvp, summed) if transform == "jvp" else getattr(torch.func, transform)(summed)
+    with pytest.raises(ValueError, match=r"within a transform of torch\.func .* sample outside of it"):
+        call(*given)
+
+
+def test_a_model_may_be_a_transform_of_torch() -> None:
+    def alone(x: Tensor, t: Tensor) -> Tensor:
+        return 0.8 * torch.tanh(x) + 0.3 * torch.cos(t / 200) * torch.sin(x)
+
+    def batched(x: Tensor, t: Tensor) -> Tensor:
+        return 0.8 * torch.tanh(x) + 0.3 * torch.cos(t / 200).view(-1, *[1] * (x.ndim - 1)) * torch.sin(x)
+
+    wanted = sample(batched, TABLES["ddpm"], Keyed(SHAPE), parasolver())
+    found = sample(torch.vmap(alone), TABLES["ddpm"], Keyed(SHAPE), parasolver())
+    torch.testing.assert_close(found.sample, wanted.sample)
+    assert found.rounds == wanted.rounds
 
 
 def test_a_start_of_another_shape_is_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from paradiff.chain.table import Table
 from paradiff.errors import require_whole, shown
@@ -54,11 +55,18 @@ def require_model(given: Any) -> None:
 
 
 def require_problem(table: Any, noise: Any, method: Any) -> None:
-    """Refuses a table, a noise or a method of another kind.
+    """Refuses a table, a noise or a method of another kind, and any of them within a transform of `torch.func`, which would
+    take the samples, made without derivatives, for constants.
 
     Raises:
         ValueError: If there is one.
     """
+    if peek_interpreter_stack() is not None:
+        raise ValueError(
+            "samples are asked for within a transform of torch.func (grad, vmap, jvp, ...), which no solver follows: they have "
+            "no derivatives, and each is stopped by its own values; sample outside of it (noises have samples=), and transform "
+            "within the model, if at all"
+        )
     if not isinstance(table, Table):
         raise ValueError(
             f"the table is {shown(table)}; give a Table, such as paradiff.samplers.ddpm(schedule, 1000), or "
