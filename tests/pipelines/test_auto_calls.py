@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from adversary import Adversary, Net
 from tiny import CASES
 from torch import Tensor
 
@@ -49,6 +51,31 @@ def test_a_loop_that_edits_its_states_gets_a_method_that_follows(monkeypatch: py
     assert run.report.executor in ("vector", "lanes")
     assert "; chosen: quasi_newton(), next" in run.report.message
     assert run.report.refused_calls > 0
+
+
+def test_a_pipeline_whose_networks_know_no_device_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers asks a pipeline's first module for its device, which a module of torch has not."""
+    kind = Adversary.of(
+        """
+def loop(self, x, generator):
+    for t in self.scheduler.timesteps:
+        x = self.scheduler.step(self.net(x, t), t, x)[0]
+    return x
+"""
+    )
+    pipe = kind(Net(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    with pytest.raises(AttributeError):
+        _ = pipe.device
+    plain = pipe(generator=torch.Generator().manual_seed(0))
+    assert host_of(pipe).device == torch.device("cpu")
+    run = paradiff.parallelize(pipe)
+    torch.testing.assert_close(run(generator=torch.Generator().manual_seed(0)), plain)
+    monkeypatch.setattr("paradiff.planning.auto.pick", sparse_first)
+    monkeypatch.setattr("paradiff.pipelines.call.WatchedCall.fits", lambda host: False)
+    forget_calls()
+    found = run(generator=torch.Generator().manual_seed(0))
+    assert run.report.executor == "vector"
+    assert float((found - plain).square().mean().sqrt()) < 1e-3
 
 
 def test_a_callback_gets_the_states_of_all_steps_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ from paradiff.pipelines.signature import bound, plain_call
 def attributes_of(owner: Any) -> dict[str, Any]:
     """The attributes of this very object, which may answer for another one (executors/owner.py)."""
     return object.__getattribute__(owner, "__dict__")
+
+
+def device_of(networks: Iterable[nn.Module]) -> torch.device:
+    """Where the first of some networks' weights are; the CPU where they have none."""
+    tensors = (tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 class Host:
@@ -65,8 +71,9 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where the states are."""
-        return self.owner.device
+        """Where the states are: where the owner says, or, where it cannot say, as a pipeline of plain modules, its networks."""
+        found = getattr(self.owner, "device", None)  # diffusers' own property fails where a module has none
+        return found if isinstance(found, torch.device) else device_of(self.networks.values())
 
     def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name.

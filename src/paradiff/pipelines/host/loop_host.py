@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paradiff.pipelines.host.host import Host
+from paradiff.pipelines.host.host import Host, device_of
 from paradiff.pipelines.loop.ledger import entered
 from paradiff.pipelines.loop.switch import Switch
 
@@ -63,8 +63,7 @@ class LoopHost(Host):
 
     @property
     def device(self) -> torch.device:
-        tensors = (tensor for network in self._found[1].values() for tensor in (*network.parameters(), *network.buffers()))
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return device_of(self._found[1].values())
 
     @contextlib.contextmanager
     def trying(self) -> Iterator[None]:
