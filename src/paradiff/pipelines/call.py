@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree
 
 from paradiff.errors import (
@@ -238,6 +239,11 @@ class Call:
     def _executors(self) -> list[str]:
         """The executors to try, in order; if there is none, the reason is noted."""
         if self._settings.executor == "sequential":
+            return []
+        if peek_interpreter_stack() is not None:
+            self._account.notes.append(
+                "it is called within a transform of torch.func (grad, vmap, jvp, ...), which no solver follows"
+            )
             return []
         cached = caches(self._networks)
         if cached:

@@ -40,8 +40,8 @@ class FirstStep:
         kwargs: The further arguments of the step, by name.
 
     Raises:
-        Unsupported: If the output and the sample are no tensors of floats of one shape, the time is not the loop's, or the loop
-            gives the step's noise.
+        Unsupported: If the output and the sample are no tensors of floats of one shape, or have derivatives, the time is not
+            the loop's, or the loop gives the step's noise.
         ValueError: If the output is not finite.
     """
 
@@ -62,6 +62,11 @@ class FirstStep:
             raise Unsupported(
                 f"the network's output has shape {tuple(output.shape)} and its state {tuple(sample.shape)}: the network also "
                 "predicts a variance, or the scheduler keeps a state of another kind"
+            )
+        if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
+            raise Unsupported(
+                "its sample would have derivatives, which a parallel call does not keep: call it within torch.no_grad(), if "
+                "none are wanted"
             )
         if self.kwargs.get(GIVEN_NOISE) is not None:
             raise Unsupported("the loop gives the step's noise itself")
