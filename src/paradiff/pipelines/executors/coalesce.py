@@ -162,11 +162,13 @@ class Coalescer:
     def _single(self, call: NetworkCall) -> list[Any]:
         """The arguments of a single lane, with its first tensor that has rows as a window of width 1."""
         leaves = list(call.leaves)
-        main = next(
-            path
-            for path, leaf in sorted(enumerate(leaves), key=lambda item: getattr(item[1], "ndim", 0) < 2)
-            if isinstance(leaf, Tensor)
-        )
+        places = sorted(enumerate(leaves), key=lambda item: getattr(item[1], "ndim", 0) < 2)
+        main = next((path for path, leaf in places if isinstance(leaf, Tensor)), None)
+        if main is None:
+            raise Unsupported(
+                f"{type(call.module).__name__} was called without a tensor, a list, a tuple or a dict of tensors, so that the "
+                "rows of its call are not known"
+            )
         leaves[main] = Windowed.wrap(leaves[main][None], self)
         return leaves
 

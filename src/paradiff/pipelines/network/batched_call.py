@@ -34,6 +34,7 @@ from torch.utils import _pytree
 from paradiff.errors import NeedsOrder, RanksFailed, Unsupported
 from paradiff.pipelines.loop.random_state import Snapshot, drawn_by
 from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.holder import holds_tensors
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
 from paradiff.pipelines.tensor.windowed import HERE, Windowed, beside, common_run, copied, first_line
@@ -335,6 +336,11 @@ class _WindowCall:
 
         def tensor(leaf: Any, name: str) -> Any:
             if not isinstance(leaf, Tensor):
+                if holds_tensors(leaf):
+                    raise Unsupported(
+                        f"{self.name} returns tensors within an object of class {type(leaf).__name__}, whose rows are not "
+                        "seen: have it return a tensor, or tensors in lists, tuples, dicts or diffusers' outputs"
+                    )
                 return leaf
             if isinstance(leaf, Windowed):
                 raise Unsupported(f"{self.name} was given states of a window within an argument that is no list, tuple or dict")

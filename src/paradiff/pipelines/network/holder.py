@@ -9,11 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from paradiff.pipelines.network.plain import PLAIN
 
 CONTAINERS = (list, deque, set, types.CellType)
 STRUCTURE = {"_parameters", "_modules", "_buffers"}
 """Attributes of modules that have holders of their own, or none."""
+DEEP = 4
+"""How many objects within each other are looked into for tensors: a network's output within lists of an object of an object."""
 
 
 @dataclass(eq=False)
@@ -89,6 +93,20 @@ class Holder:
     def reached(self, key: Any) -> str:
         """The name under which functions reach a value; empty if there is none."""
         return str(key) if self.named else self.name
+
+
+def holds_tensors(value: Any, deep: int = DEEP) -> bool:
+    """Whether a value is a tensor, or holds one in its items, attributes or, of a function, variables."""
+    if isinstance(value, Tensor):
+        return True
+    if not deep or isinstance(value, (*PLAIN, type, types.ModuleType, nn.Module)):
+        return False
+    if isinstance(value, types.MethodType):
+        return holds_tensors(value.__self__, deep)
+    parts: Iterable[Any] = value if isinstance(value, tuple | frozenset) else Holder(value, "").read().values()
+    if isinstance(value, types.FunctionType):
+        parts = [part for cell in value.__closure__ or () for part in contents(cell).values()]
+    return any(holds_tensors(part, deep - 1) for part in parts)
 
 
 def contents(cell: types.CellType) -> dict[str, Any]:
