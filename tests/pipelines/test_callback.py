@@ -226,3 +226,57 @@ def test_a_flag_that_is_asked_for_by_its_name_interrupts() -> None:
     found, report = called(callback, "lanes")
     assert report.executor == "lanes"
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_callback_is_shown_the_scheduler_of_the_plain_call_at_its_step(scheduler: str, executor: Any) -> None:
+    seen: list[Any] = []
+
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        now = pipe.scheduler
+        assert now.timesteps[step] == time
+        levels = now.sigmas.tolist() if hasattr(now, "sigmas") else None
+        seen.append((now.num_inference_steps, now.timesteps.tolist(), levels, getattr(now, "step_index", None)))
+        return tensors
+
+    def made(executor: Any) -> list[Any]:
+        pipe = Adversary.of(READS)(Net(), getattr(diffusers, scheduler)())
+        own = pipe.scheduler
+        call: Any = pipe if executor is None else parallelize(pipe, parasolver(tolerance=1e-5), executor=executor)
+        call(generator=torch.Generator().manual_seed(3), callback_on_step_end=callback)
+        assert executor is None or call.report.executor == executor
+        assert pipe.scheduler is own
+        found = seen.copy()
+        seen.clear()
+        return found
+
+    assert made(executor) == made(None)
+
+
+READS = SETS.replace(" * (1 - 0.01 * i) * self._scale + 0.01 * self.prompt", "").replace("self.told", "callback_on_step_end")
+READS = READS.replace("x, generator):", "x, generator, callback_on_step_end=None):").replace(
+    "generator), generator)", "generator), generator, callback_on_step_end)"
+)
+"""The same without step numbers, for both executors."""
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "sigmas": lambda scheduler: scheduler.sigmas[20].mul_(0.9),
+    "timesteps": lambda scheduler: setattr(scheduler, "timesteps", 0.5 * scheduler.timesteps),
+    "config": lambda scheduler: scheduler.register_to_config(shift=1.0),
+}
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("change", SCHEDULERS)
+def test_a_callback_that_changes_the_scheduler_is_refused(change: str, executor: Any) -> None:
+    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+        if step == 18:
+            SCHEDULERS[change](pipe.scheduler)
+        return tensors
+
+    pipe = Adversary.of(READS)(Net(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    call = parallelize(pipe, parasolver(tolerance=1e-5), executor=executor)
+    with pytest.raises(ValueError, match=rf"changed pipe\.scheduler\.{change} after step 18; a parallel run"):
+        call(generator=torch.Generator().manual_seed(3), callback_on_step_end=callback)

@@ -260,6 +260,7 @@ class Lane(greenlet.greenlet):
         shared.first_results = list(self.results)
         if shared.solver.calls_back:
             shared.keep(self.owner, left=interrupt.NAMES)  # for the callback
+            shared.solver.show(self.scheduler)
         owner, self.owner = self.owner, None  # A callback sees the user's object, not the lane's copy (owner.py).
         try:
             with Modes.exact().entered():

@@ -8,14 +8,16 @@ call (interrupt.py).
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paradiff.pipelines.loop.interrupt import NAMES, flag
+from paradiff.pipelines.loop.scheduler_proxy import first_index, is_proxy, other_setting, place, settings
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.methods import called_names
 from paradiff.pipelines.network.outside import Outside
@@ -36,6 +38,7 @@ class Callback:
     Attributes:
         timesteps: `[N]` the loop's times; set at the loop's first step.
         dtype: Dtype of the loop's states; set at the loop's first step.
+        scheduler: The scheduler that the callback is shown as the pipeline's; None for that which the pipeline has.
         error: What the function raised, or None.
     """
 
@@ -46,6 +49,7 @@ class Callback:
         self._pipeline, self._function = pipeline, function
         self._read = called_names(kind)
         self._left = NAMES - (self._read if flag(kind) is None else set())  # flags that are followed, or that no function asks
+        self.scheduler: Any = None
         self.error: BaseException | None = None
         networks = {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
         self._networks, self._outside = Attributes(networks.values()), Outside(networks)
@@ -84,7 +88,7 @@ class Callback:
         """Calls the callback with the final states `[n, ...]` of the nodes from `first` on, in order.
 
         Raises:
-            ValueError: If the callback changes the latents, the pipeline or a setting of its networks.
+            ValueError: If the callback changes the latents, the pipeline, its scheduler or a setting of its networks.
         """
         if self._own is None:
             self._own = frozenset(vars(self._pipeline))
@@ -94,22 +98,49 @@ class Callback:
             self._networks.mark()
             self._outside.mark()
             step = first - 1 + k
-            try:
-                returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
-            except BaseException as error:
-                self.error = error
-                raise
+            with self._shown(step) as scheduler:
+                levels = {} if scheduler is None else settings(scheduler)
+                try:
+                    returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
+                except BaseException as error:
+                    self.error = error
+                    raise
             back = returned.get("latents", latents) if isinstance(returned, Mapping) else latents
             extra = [k for k in returned if k != "latents"] if isinstance(returned, Mapping) else []
             after = self._settings()
             changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
             what = "the latents" if not torch.equal(back, given) else ", ".join([*extra, *(f"pipe.{n}" for n in changed)])
             what = what or self._networks.changed() or self._outside.changed()
+            if not what and levels and (name := other_setting(scheduler, levels)) is not None:
+                what = f"pipe.scheduler.{'config' if name == '_internal_dict' else name}"
             if what:
                 raise ValueError(
                     f"{CALLBACK} changed {what} after step {step}; a parallel run has swept later steps already and cannot "
                     "follow that: leave the change out, or call the pipeline outside of parallelize"
                 )
+
+    @contextlib.contextmanager
+    def _shown(self, step: int) -> Iterator[Any]:
+        """Lets the pipeline have the scheduler that it has after a step of the plain call, and yields it; None where the
+        pipeline has none."""
+        attributes = vars(self._pipeline)
+        own = attributes.get("scheduler")
+        scheduler = own if self.scheduler is None else self.scheduler
+        if scheduler is None:
+            yield None
+            return
+        index = first_index(scheduler, self.timesteps[0]) if is_proxy(scheduler) else None
+        counted = vars(scheduler).get("_step_index")
+        try:
+            attributes["scheduler"] = scheduler
+            if index is not None:
+                place(scheduler, index + step + 1)
+            yield scheduler
+        finally:
+            if index is not None:
+                place(scheduler, counted)
+            if attributes.get("scheduler") is scheduler:
+                attributes["scheduler"] = own
 
     def _settings(self) -> dict[str, Any]:
         """What the loop may read of the pipeline: its numbers and texts, and all attributes that its class's functions name."""

@@ -166,6 +166,11 @@ class LoopSolver:
         self.shortened: list[str] = []
         self.raised_tolerance: float | None = None
 
+    def show(self, scheduler: Any) -> None:
+        """Takes the scheduler that a callback is shown as the pipeline's (loop/callback.py)."""
+        if self._callback is not None:
+            self._callback.scheduler = scheduler
+
     @property
     def calls_back(self) -> bool:
         """Whether there is a user's callback."""

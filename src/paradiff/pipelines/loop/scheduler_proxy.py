@@ -69,6 +69,11 @@ def make_proxy(scheduler: Any, handler: LoopHandler, log: TimesLog | None = None
     return proxy
 
 
+def is_proxy(scheduler: Any) -> bool:
+    """Whether a scheduler is a proxy."""
+    return OWN in vars(scheduler)
+
+
 def real_scheduler(proxy: Any) -> Any:
     """A deep copy of a proxy's scheduler: with the methods of its class, in the proxy's present state."""
     real = object.__new__(type(proxy))
@@ -117,10 +122,22 @@ def passed_over(present: Any, proxy: Any) -> Unsupported:
     return Unsupported("the loop passes over a time without a step: leave that time out of scheduler.timesteps")
 
 
-def settings(proxy: Any) -> dict[str, Any]:
-    """A proxy's attributes, its configuration among them, as `refuse_changes` compares them; without its step index."""
-    own = {OWN, "_step_index", *vars(proxy)[OWN]}
-    return {name: _setting(value) for name, value in vars(proxy).items() if name not in own}
+def settings(scheduler: Any) -> dict[str, Any]:
+    """The attributes of a proxy, or of a scheduler, its configuration among them, as `refuse_changes` and `other_setting`
+    compare them; without its step index."""
+    own = {OWN, "_step_index", *vars(scheduler).get(OWN, ())}
+    return {name: _setting(value) for name, value in vars(scheduler).items() if name not in own}
+
+
+def other_setting(scheduler: Any, before: dict[str, Any]) -> str | None:
+    """The name of a setting that a scheduler had, and that is another one now; None if there is none.
+
+    Args:
+        scheduler: A proxy, or a scheduler.
+        before: Its `settings`.
+    """
+    now = settings(scheduler)
+    return next((name for name, value in before.items() if name not in now or not _alike(value, now[name])), None)
 
 
 def refuse_changes(proxy: Any, before: dict[str, Any], flags: Flags | None = None) -> None:
