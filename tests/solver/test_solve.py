@@ -40,6 +40,7 @@ from paradiff import (
     sample,
     sequential,
     solve,
+    srds,
 )
 from paradiff.chain import Clip
 from paradiff.chain.slope import freeze_clean_data
@@ -293,3 +294,27 @@ def table_of(steps: int) -> Table:
 def test_a_chain_of_one_step_has_one_round() -> None:
     for method in (sequential(), jacobi(), paradigms(), parasolver(), parasolver(warmup=0)):
         assert run(table_of(1), method).rounds == 1
+
+
+class OneMemory:
+    """Noise that returns the same memory at every call."""
+
+    samples, shape = 3, SHAPE
+
+    def __init__(self) -> None:
+        self.source = Keyed(SHAPE, 3, 3)
+        self.first, self.drawn = torch.zeros(SHAPE, dtype=torch.float64), torch.zeros(2 * STEPS, *SHAPE, dtype=torch.float64)
+
+    def start(self, sample: int) -> Tensor:
+        return self.first.copy_(self.source.start(sample))
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        return self.drawn[: len(nodes)].copy_(self.source.draw(sample, nodes))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", [sequential, parasolver, collocation, srds])
+def test_noise_may_return_the_same_memory_at_every_call(method: Callable[[], Method], name: str) -> None:
+    wanted = sample(network, TABLES[name], Keyed(SHAPE, 3, 3), method(), dtype=torch.float64)
+    found = sample(network, TABLES[name], OneMemory(), method(), dtype=torch.float64)
+    assert torch.equal(found.sample, wanted.sample)

@@ -428,7 +428,32 @@ def noise_along(noise: Noise, draws: Draws | None, first: int) -> Noise:
         return noise  # made for these steps
     if isinstance(noise, Mapped):
         return noise.over(noise_along(noise.source, draws, first))
+    noise = noise if isinstance(noise, Keyed | Recorded) else Copies(noise)
     return Later(noise, first) if first else noise
+
+
+class Copies:
+    """The draws of a source of noise of one's own, copied: it may return the same memory at every call.
+
+    Args:
+        noise: The source.
+
+    Attributes:
+        source: As given.
+        shape: Shape of one sample.
+        samples: Number of samples.
+    """
+
+    def __init__(self, noise: Noise) -> None:
+        self.source, self.shape, self.samples = noise, noise.shape, noise.samples
+
+    def start(self, sample: int) -> Tensor:
+        """As `Noise.start`."""
+        return self.source.start(sample).clone()
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        """As `Noise.draw`."""
+        return self.source.draw(sample, nodes).clone()
 
 
 def origin(noise: Noise) -> Noise:
