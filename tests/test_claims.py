@@ -156,3 +156,26 @@ def test_the_changelogs_new_names_are_there() -> None:
         found: object = paradiff
         for part in name.split(".")[1:]:
             found = getattr(found, part)
+
+
+def test_the_page_of_molecules_has_the_figures_of_its_file() -> None:
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "benchmarks/results/molecules.json").read_text())["rows"]
+    page = (root / "docs/molecules.md").read_text()
+    tables = {line for line in page.splitlines() if line.startswith("|") and re.search(r" of \d", line)}
+    for row in rows:
+        chain, _, calls = row["table"].rpartition(" ")
+        method, _, more = row["method"].partition(", ")
+        rounds = f"{row['rounds']:.1f} ({row['rounds_max']})"
+        held = f"{row['held']} of {row['seeds']}"
+        named = f"`{method}`{', ' + more if more else ''}"
+        if row["part"] == "cold":
+            error = f"{row['error_max']:.1e}".replace("e-0", "e-")
+            ends = [f"`{method}`", rounds, f"{row['evaluations']:.0f}", error, held]
+            found = [line for line in tables if line.endswith(f"| {' | '.join(ends)} |")]
+        else:
+            atom = f"{100 * row['per_atom']:.2f} %"
+            found = [f"| {' | '.join([chain, named, calls, rounds, atom, held])} |"]
+        assert [line for line in found if line in tables] == found[:1] == found, row
+        tables.remove(found[0])
+    assert not tables
