@@ -15,7 +15,7 @@ import torch
 from adversary import Adversary, Loop, Net, judged
 from torch import Tensor
 
-from paradiff import parallelize, parasolver, quasi_newton, sequential
+from paradiff import parallelize, parasolver, sequential
 from paradiff.pipelines import Report
 from paradiff.pipelines.executors import lane, lanes, vector
 from paradiff.pipelines.loop import audit
@@ -212,6 +212,6 @@ def test_the_whole_sample_is_compared_where_every_call_is_checked(
     loop = made("keep", "made at", "object", begin=5, executor="lanes")
     plain = loop.make()(generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(audit, "granted", lambda eps: float("inf"))
-    found, report = run_of(loop.make(), method=quasi_newton(tolerance=0.05), executor="lanes", check="every")
+    found, report = run_of(loop.make(), method=parasolver(tolerance=0.05), executor="lanes", check="every")
     assert torch.equal(found, plain)
     assert any("its sample differs from the plain call's by" in warning for warning in report.warnings)
