@@ -222,6 +222,7 @@ def test_what_does_not_fit_is_refused_by_a_sentence(sentence: str) -> None:
 
 def test_at_equal_tolerance_it_takes_no_more_rounds_than_quasi_newton_but_more_rows() -> None:
     model, table = load("digits"), load("digits").table("ddim", 50)
-    ours, theirs = (sample(model, table, recorded(range(500, 504)), method) for method in (quasi_newton(), quasi_deer()))
-    assert theirs.rounds <= ours.rounds + 1
+    ours, theirs = (sample(model, table, recorded(range(500, 516)), method) for method in (quasi_newton(), quasi_deer()))
+    mean, other = (sum(one.rounds for one in found.error_estimates) / 16 for found in (ours, theirs))
+    assert other <= mean + 0.25  # 8.2 for both
     assert theirs.evaluations > 1.4 * ours.evaluations
