@@ -265,7 +265,7 @@ def test_images_that_share_a_window_get_what_each_gets_alone(name: str) -> None:
 
 
 def test_images_that_share_a_window_need_as_many_rounds_as_the_slower_alone() -> None:
-    table, method, noise = ddim(Schedule.linear(), 40), quasi_newton(tolerance=1e-4), Keyed(SHAPE, 0, 2)
+    table, method, noise = ddim(Schedule.linear(), 40), quasi_newton(tolerance=1e-4), Keyed(SHAPE, 3, 2)
 
     def stiff(x: Tensor, t: Tensor) -> Tensor:
         return 2 * network(3 * x, t)
@@ -274,9 +274,9 @@ def test_images_that_share_a_window_need_as_many_rounds_as_the_slower_alone() ->
     solver = solve(table, Stacked(noise), method, dtype=torch.float64, shared_window=True)
     together = drive(solver, lambda batch: torch.stack([stiff(batch.x[:, k], batch.t) for k in range(2)], dim=1))
     rounds = [c.rounds for c in alone.error_estimates]
-    # The errors spent are the worst image's, so the shared window may pass a node one sweep later; its contraction is that of
-    # the changes of whichever is worst at a node, so it may pass one a sweep earlier.
-    assert abs(together.rounds - max(rounds)) <= 1
+    assert min(rounds) < max(rounds)  # one is slower
+    # The errors spent are the worst image's, so the shared window may pass a node one sweep later.
+    assert max(rounds) <= together.rounds <= max(rounds) + 1
     # Both are within the tolerance of the chain; the largest of six entries may hold all of the mean square.
     assert gap(together.sample[0], alone.sample) < 2 * 1e-4 * 6**0.5
 
