@@ -115,14 +115,7 @@ def collected(pipeline: type) -> list[str]:
         if source is None:
             continue
         names += [other for other in source.called() if other not in seen and other not in names]
-        for node in ast.walk(source.tree):
-            if isinstance(node, COMPREHENSIONS) and any(syntax.steps(node)):
-                found.append(f"its loop is a comprehension, which keeps the states of all passes: {source.line(node)}")
-        functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-        yields = (node for node in ast.walk(source.tree) if isinstance(node, ast.Yield | ast.YieldFrom))
-        own = (next(above for above in source.around(node) if isinstance(above, functions)) for node in yields)
-        if source.loops() and any(function is source.tree for function in own):
-            found.append(f"its loop yields the states of its passes to another function: {name}")
+        found += source.handed_on(name)
     return found
 
 
@@ -148,7 +141,7 @@ def other_form(pipeline: type) -> str | None:
     return None
 
 
-_PARSER = threading.Lock()  # CPython builds one syntax tree at a time (gh-106905)
+_PARSER = threading.RLock()  # CPython builds one syntax tree at a time (gh-106905), and trees are changed while they are read
 READ = 64  # sources of methods that are kept
 
 
@@ -177,14 +170,16 @@ class MethodSource:
         except (TypeError, OSError, SyntaxError, IndexError, ValueError):
             return None
 
+    @functools.lru_cache(maxsize=READ)  # noqa: B019  (sources are few, and kept anyway)
     def read(self, loop: ast.For, step: ast.Call) -> LoopSource:
         """A loop whose step is in this call, whatever its name."""
-        own = ast.parse("scheduler.step", mode="eval").body
-        named, step.func = step.func, own
-        try:
-            return self._loop(loop)
-        finally:
-            step.func = named
+        with _PARSER:
+            own = ast.parse("scheduler.step", mode="eval").body
+            named, step.func = step.func, own
+            try:
+                return self._loop(loop)
+            finally:
+                step.func = named
 
     def around(self, node: ast.AST) -> Iterator[ast.AST]:
         """The nodes around a node, the innermost first."""
@@ -195,7 +190,7 @@ class MethodSource:
     def line(self, node: Any) -> str:
         return self.lines[node.lineno - 1].strip()
 
-    @functools.lru_cache(maxsize=READ)  # noqa: B019  (sources are few, and kept anyway)
+    @functools.lru_cache(maxsize=READ)  # noqa: B019
     def called(self) -> list[str]:
         """The methods of the pipeline that are called, in order."""
         return [
@@ -216,6 +211,21 @@ class MethodSource:
         calling = [node for node in fors if not isinstance(node.iter, ast.Call) or not syntax.is_named(node.iter.func, "range")]
         calling = [node for node in calling if any(syntax.is_helper_call(part) for part in syntax.body(node))]
         return [self._loop(node) for node in sorted(inner or calling, key=lambda node: node.lineno)]
+
+    @functools.lru_cache(maxsize=READ)  # noqa: B019
+    def handed_on(self, name: str) -> list[str]:
+        """Clauses against its loops that hand on what each pass makes; `name` is the method's."""
+        found = [
+            f"its loop is a comprehension, which keeps the states of all passes: {self.line(node)}"
+            for node in ast.walk(self.tree)
+            if isinstance(node, COMPREHENSIONS) and any(syntax.steps(node))
+        ]
+        functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        yields = (node for node in ast.walk(self.tree) if isinstance(node, ast.Yield | ast.YieldFrom))
+        own = (next(above for above in self.around(node) if isinstance(above, functions)) for node in yields)
+        if self.loops() and any(function is self.tree for function in own):
+            found.append(f"its loop yields the states of its passes to another function: {name}")
+        return found
 
     def _loop(self, loop: ast.For) -> LoopSource:
         around: list[str] = []

@@ -47,6 +47,8 @@ def called_names(pipeline: type) -> frozenset[str]:
 def other_methods(module: nn.Module, called: Iterable[str]) -> Iterator[str]:
     """Those of some names that are methods of a network's class or object, other than `forward` and those of every model."""
     for name in called:
+        if not (name in vars(module) or hasattr(type(module), name)):
+            continue
         if name == "forward" or name.startswith("__") or hasattr(ModelMixin, name):
             continue
         own, known = vars(module).get(name), inspect.getattr_static(type(module), name, None)

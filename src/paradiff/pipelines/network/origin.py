@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import types
@@ -13,6 +14,7 @@ MODELS = {"diffusers", "transformers", "accelerate", "peft"}
 OTHERS = {"torch", "torchvision", "numpy", "PIL", "tokenizers", "safetensors", "tqdm", "greenlet", "paradiff"}
 
 
+@functools.lru_cache(maxsize=4096)
 def is_users(module: str | None) -> bool:
     """Whether a module is neither of Python's own nor of a library that is known."""
     top = (module or "builtins").partition(".")[0]
