@@ -224,12 +224,11 @@ def _draws_of(name: str, main: Walk, noise: Tensor, c: Tensor) -> Draws | None:
     if not c.any():
         return None
     source: Source = main.sources.pop() if len(main.sources) == 1 and sum(main.draws) == main.different else "own"
-    terms = []
-    for row, deviation in zip(noise, c.tolist(), strict=True):
-        weights = (row / deviation if deviation > 0 else row * 0).tolist()
-        weights = [float(round(w)) if abs(w - round(w)) <= FLOAT32 else w for w in weights]
-        terms.append(tuple((k, w) for k, w in enumerate(weights) if w))
-    found = Draws(name, tuple(main.draws), tuple(terms) if source != "own" else ((),) * len(noise), source)
+    weights = torch.where(c[:, None] > 0, noise / c[:, None], 0.0)
+    whole = weights.round()
+    weights = torch.where((weights - whole).abs() <= FLOAT32, whole, weights)
+    terms = tuple(tuple((k, float(row[k])) for k in row.nonzero()[:, 0].tolist()) for row in weights)
+    found = Draws(name, tuple(main.draws), terms if source != "own" else ((),) * len(noise), source)
     return None if found.one_a_step else found
 
 
