@@ -77,6 +77,21 @@ TABLES: dict[str, Table] = {
 }
 
 
+class Stacked:
+    """The noises of some samples as those of one sample with members."""
+
+    samples = 1
+
+    def __init__(self, noise: Keyed) -> None:
+        self.noise, self.shape = noise, (noise.samples, *noise.shape)
+
+    def start(self, sample: int) -> Tensor:
+        return torch.stack([self.noise.start(k) for k in range(self.noise.samples)])
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        return torch.stack([self.noise.draw(k, nodes) for k in range(self.noise.samples)], dim=1)
+
+
 def arbitrary(table: Table) -> Tensor:
     """A slope that knows nothing of the table: numbers in -1 ... 1."""
     generator = torch.Generator().manual_seed(3)

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import window_of
 from torch import Tensor
 
 from paradiff import Keyed, Schedule, Table, collocation, parasolver, quasi_newton, sample, sequential, srds
@@ -25,6 +24,8 @@ from paradiff.methods.parareal.solver import PararealSolver
 from paradiff.methods.parareal.stopping import BlockRun
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.control import WindowControl
+from paradiff.methods.window.members import Member
+from paradiff.methods.window.setup import WindowSetup
 from paradiff.models.exact import Mixture
 from paradiff.samplers import ddim, ddpm
 from paradiff.solver.protocol import Method, Round
@@ -72,7 +73,7 @@ def test_errors_are_within_twice_the_estimate_at_every_scale(method: Method, var
 
 
 def test_a_run_whose_estimate_is_above_its_tolerance_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paradiff.methods.window.solver.seen", lambda *_: 1.0)  # only the sample shows what the data are
+    monkeypatch.setattr("paradiff.methods.window.members.seen", lambda *_: 1.0)  # only the sample shows what the data are
     found = sample(network(1e4), TABLE, Keyed((16,), 0), parasolver(tolerance=1e-2), dtype=torch.float64)
     assert found.estimated_error > 1e-2
     assert found.message == (
@@ -140,12 +141,11 @@ def test_srds_estimates_by_the_size_of_the_sample_that_it_found() -> None:
 
 
 def test_a_window_takes_the_data_for_what_two_sweeps_in_turn_show() -> None:
-    solver = window_of(TABLE, parasolver())
-    solver._furthest = TABLE.steps
+    member = Member(WindowSetup(TABLE, parasolver(), torch.device("cpu"), torch.float64))
     sizes = []
     for square in (1e4, 1.0, 1e4, 1e3, 1.0, 1.0, 1e-4, 1e4, 1e-4, 1e-4):
-        solver._see(square)
-        sizes.append(solver._size)
+        member.see(square, TABLE.steps, 0)
+        sizes.append(member.size)
     assert sizes == [1, 1, 1, 2.0**10, 1, 1, 1, 1, 1, 2.0**-13]
 
 

@@ -17,8 +17,6 @@ from problems import EXACT, SHAPE, SLOPES, TABLES, chain, chains, gap, network, 
 from textbook import betas_of, dpm_nodes, landings, start_and_noise, textbook_ddim, textbook_dpmpp_2m, times_of, walk
 from torch import Tensor
 
-import paradiff.methods.window.solver
-import paradiff.methods.window.update
 from paradiff import Evaluator, Keyed, Schedule, Table, jacobi, paradigms, parasolver, sample, sequential
 from paradiff.chain.slope import Inverses
 from paradiff.methods import WindowMethod
@@ -206,7 +204,7 @@ def test_conditioning_indexed_over_the_whole_batch_in_every_chunk_is_seen(monkey
 
 def test_a_tolerance_that_lets_everything_pass_is_seen_by_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) < EXACT
-    monkeypatch.setattr(paradiff.methods.window.solver.ErrorBudget, "cost_of", lambda self, passed: 0.0)
+    monkeypatch.setattr(ErrorBudget, "cost_of", lambda self, passed: 0.0)
     assert to_chain(jacobi(5, 0.0), TABLES["ddpm"]) > SEEN
     assert run(TABLES["ddpm"], jacobi(5, 0.0)).estimated_error > 0  # And by the errors that nodes were seen to carry on.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import EXACT, SHAPE, SLOPES, TABLES, arbitrary, chain, gap, network, run, sweep, window_of
+from problems import EXACT, SHAPE, SLOPES, TABLES, Stacked, arbitrary, chain, gap, network, run, sweep, window_of
 from torch import Tensor
 
 import paradiff.methods.window.solver
@@ -224,21 +224,6 @@ def test_the_sample_is_the_sequential_one_at_tolerance_0(name: str, width: int |
     assert found.rounds <= table.steps
 
 
-class Stacked:
-    """The noises of some samples as those of one sample with members."""
-
-    samples = 1
-
-    def __init__(self, noise: Keyed) -> None:
-        self.noise, self.shape = noise, (noise.samples, *noise.shape)
-
-    def start(self, sample: int) -> Tensor:
-        return torch.stack([self.noise.start(k) for k in range(self.noise.samples)])
-
-    def draw(self, sample: int, nodes: range) -> Tensor:
-        return torch.stack([self.noise.draw(k, nodes) for k in range(self.noise.samples)], dim=1)
-
-
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m", "flow_euler"])
 def test_images_that_share_a_window_get_what_each_gets_alone(name: str) -> None:
     table, method = TABLES[name], quasi_newton(tolerance=0.0, slope=arbitrary)
@@ -262,23 +247,6 @@ def test_images_that_share_a_window_get_what_each_gets_alone(name: str) -> None:
             # Products of other sizes are summed in other orders; five sweeps enlarge 1e-16 by the condition of the pairs.
             assert gap(states[:, k], alone.x) < 1e-9
     assert gap(mixed[4], together[4]) > 1e-6  # one set of pairs for both would have given something else
-
-
-def test_images_that_share_a_window_need_as_many_rounds_as_the_slower_alone() -> None:
-    table, method, noise = ddim(Schedule.linear(), 40), quasi_newton(tolerance=1e-4), Keyed(SHAPE, 3, 2)
-
-    def stiff(x: Tensor, t: Tensor) -> Tensor:
-        return 2 * network(3 * x, t)
-
-    alone = sample(stiff, table, noise, method, dtype=torch.float64)
-    solver = solve(table, Stacked(noise), method, dtype=torch.float64, shared_window=True)
-    together = drive(solver, lambda batch: torch.stack([stiff(batch.x[:, k], batch.t) for k in range(2)], dim=1))
-    rounds = [c.rounds for c in alone.error_estimates]
-    assert min(rounds) < max(rounds)  # one is slower
-    # The errors spent are the worst image's, so the shared window may pass a node one sweep later.
-    assert max(rounds) <= together.rounds <= max(rounds) + 1
-    # Both are within the tolerance of the chain; the largest of six entries may hold all of the mean square.
-    assert gap(together.sample[0], alone.sample) < 2 * 1e-4 * 6**0.5
 
 
 @pytest.mark.parametrize(("strength", "tolerance"), [(2.0, 4e-4), (5.0, 3e-4), (10.0, 1.5e-4)])

@@ -45,11 +45,17 @@ class Step:
         """Values on the device, in the dtype of the states; from the host without waiting for the device's work."""
         return values.to(device=self.device, dtype=self.dtype, non_blocking=values.device.type == "cpu")
 
+    def members(self, values: Tensor) -> Tensor:
+        """`[R, b, d]` values `[R, ...]` of states, by their members; a state without any is one."""
+        return values.flatten(2) if self.shared_window and values.ndim > 2 else values.flatten(1)[:, None]
+
+    def mean_squares(self, change: Tensor) -> Tensor:
+        """`[R, b]` mean square of changes `[R, ...]` of states, for each member."""
+        return self.members(change).square().mean(2)
+
     def mean_square(self, change: Tensor) -> Tensor:
         """`[R]` mean square of changes `[R, ...]` of states; with members, that of the member which changed most."""
-        if self.shared_window and change.ndim > 2:
-            return change.flatten(2).square().mean(2).amax(1)
-        return change.flatten(1).square().mean(1)
+        return self.mean_squares(change).amax(1)
 
     def seen(self, at: slice | Tensor, x: Tensor) -> Tensor:
         """`[R, ...]` states as the network expects them, from states `x` at the nodes `at` (on the device)."""

@@ -67,7 +67,7 @@ class AdaptiveSolver:
         if self._walk is None:
             return window.error_estimate
         rounds, evaluations = window.rounds + self._rounds, window.evaluations + self._evaluations
-        return ErrorEstimate(window.budget.residual, window.budget.estimated_error, rounds, evaluations)
+        return ErrorEstimate(window.members.residual, window.members.estimated_error, rounds, evaluations)
 
     def ask(self) -> Query:
         """The rows wanted now."""

@@ -67,14 +67,14 @@ class AndersonUpdate:
         plain = self._plain(lo, hi, phi, residual)
         if self._pairs == 0:
             return plain
-        x, r, change = (self._split(v) for v in (old, residual, plain - old))
+        x, r, change = (self._setup.step.members(v) for v in (old, residual, plain - old))
         self._watch(residual)
         self._remember(x, change)
-        mixed = self._split(plain) - (self._coefficients(change)[..., None] * (self._dx + self._dr)).sum(1)
+        mixed = self._setup.step.members(plain) - (self._coefficients(change)[..., None] * (self._dx + self._dr)).sum(1)
         settled = (r.square().mean(2) <= self._bound[lo:hi, None]).to(torch.int64).cumprod(0)  # 1 up to the first that is not
         before = torch.cat([torch.ones_like(settled[:1]), settled[:-1]])
         takes = (before == 0) & self._mixes & torch.isfinite(mixed).all(2)
-        return torch.where(takes[..., None], mixed, self._split(plain)).view_as(phi)
+        return torch.where(takes[..., None], mixed, self._setup.step.members(plain)).view_as(phi)
 
     def distance(self, new: Tensor, phi: Tensor, old: Tensor) -> Tensor:
         """The residuals carried along the whole window, whatever the order: what lies beyond k nodes is an error, too."""
@@ -131,7 +131,3 @@ class AndersonUpdate:
         )
         found = torch.linalg.solve_ex(gram, right * known[..., None]).result
         return found[..., 0].permute(0, 2, 1) * known.permute(0, 2, 1)
-
-    def _split(self, values: Tensor) -> Tensor:
-        """`[W, b, d]`, b members that are mixed each by themselves."""
-        return values.flatten(2) if self._setup.step.shared_window and values.ndim > 2 else values.flatten(1)[:, None]

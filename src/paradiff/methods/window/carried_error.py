@@ -19,6 +19,8 @@ those of the budget alone. Memory: 2 states a node of the window for methods tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class CarriedError:
     """
 
     def __init__(self, setup: WindowSetup, update: Update) -> None:
-        self._band, self._mean_square = setup.table.band, setup.step.mean_square
+        self._band, self._step = setup.table.band, setup.step
         self._turned = setup.method.control.turned if setup.table.stochastic else 1.0
         self._own: PairUpdate | None = None
         if isinstance(update, SecantUpdate):
@@ -48,9 +50,10 @@ class CarriedError:
         self._ways: tuple[Carried, Carried] | None = None  # [n, 2, ...] both v of equation (1), and what T makes of them
 
     @property
-    def size(self) -> float:
-        """Root mean square of the errors at the window's first node; waits for the device."""
-        return 0.0 if self._errors is None else float(self._norm(self._errors.change[-1]))
+    def squares(self) -> list[float] | None:
+        """Mean squares of the errors of the members at the window's first node; None before any node passed with an error.
+        Waits for the device."""
+        return None if self._errors is None else self._step.mean_squares(self._errors.change[-1])[0].tolist()
 
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
@@ -67,24 +70,24 @@ class CarriedError:
         """Carries the errors to the nodes after `lo`, up to `hi`, for `advance`.
 
         Returns:
-            `[1]` mean square of T v at node `hi`; None before any node passed with an error.
+            `[b]` mean squares of T v at node `hi`, for each member; None before any node passed with an error.
         """
         if self._errors is None or self._last is None:
             return None
-        turned = self._unit(self._last) * (self._turned * self._norm(self._errors.change[:, 0]))
+        turned = self._unit(self._last) * self._beside(self._turned * self._norm(self._errors.change[:, 0]), self._last)
         change, states, outputs = self._errors
         nothing = torch.zeros_like(states)
         start = Carried(torch.cat([change, turned[:, None]], 1), *(torch.cat([v, nothing], 1) for v in (states, outputs)))
         self._ways = start, self._pairs.tangent(lo, hi, start)
-        return self._mean_square(self._ways[1].change[-1]).amax()[None]
+        return self._step.mean_squares(self._ways[1].change[-1]).amax(0)
 
-    def advance(self, lo: int, changes: Tensor, error: float, edits: Edits) -> None:
+    def advance(self, lo: int, changes: Tensor, errors: Sequence[float], edits: Edits) -> None:
         """Equation (1), before the window slides.
 
         Args:
             lo: The window's first sub-interval.
             changes: `[p, ...]` last changes of the p nodes that pass.
-            error: e of the last of them.
+            errors: e of the last of them, for each member; none for none.
             edits: What the caller did to the states; an element that is overwritten carries no error.
         """
         passed = len(changes)
@@ -93,14 +96,15 @@ class CarriedError:
         if self._ways is not None:
             before, after = self._ways
             both = [torch.cat([a, b[:passed]])[-self._band :] for a, b in zip(before, after, strict=True)]
-            place = torch.stack([self._norm(way) for way in both[0].unbind(1)]).argmax()[None]
-            change, *followed = (v.index_select(1, place) for v in both)
-            self._errors = Carried(edits.spare(change[:, 0], 0.0)[:, None], *followed)
+            straight, turned = (self._norm(way) for way in both[0].unbind(1))
+            change, *followed = (torch.where(self._beside(straight >= turned, v[:, 0]), v[:, 0], v[:, 1]) for v in both)
+            self._errors = Carried(edits.spare(change, 0.0)[:, None], *(v[:, None] for v in followed))
         self._ways = None
         last = changes if self._last is None or passed >= self._band else torch.cat([self._last, changes])
         self._last = last[-self._band :].clone()
-        if error > 0:
-            self._add(error * self._unit(self._last)[:, None])
+        if any(error > 0 for error in errors):
+            sizes = self._beside(self._step.move(torch.tensor(errors, dtype=torch.float64)), self._last)
+            self._add((sizes * self._unit(self._last))[:, None])
         if self._own is not None:
             self._own.advance(passed)
 
@@ -110,7 +114,8 @@ class CarriedError:
             self._errors = Carried(errors, torch.zeros_like(errors), torch.zeros_like(errors))
             return
         change, states, outputs = self._errors
-        sign = torch.where((change[-1] * errors[-1]).sum() < 0, -1.0, 1.0)
+        product = self._step.members(change[-1] * errors[-1]).sum(2)[0]
+        sign = self._beside(torch.where(product < 0, -1.0, 1.0), errors[:, 0])[:, None]
         known = min(len(change), len(errors))
         self._errors = Carried(
             torch.cat([change[: len(change) - known], change[len(change) - known :] + sign * errors[len(errors) - known :]]),
@@ -119,9 +124,14 @@ class CarriedError:
         )
 
     def _norm(self, states: Tensor) -> Tensor:
-        """The largest root mean square of states `[n, ...]`; with members, that of the largest member."""
-        return self._mean_square(states).amax().sqrt()
+        """`[b]` the largest root mean square of states `[n, ...]`, for each member."""
+        return self._step.mean_squares(states).amax(0).sqrt()
 
     def _unit(self, states: Tensor) -> Tensor:
         """States `[n, ...]` over the largest root mean square of them; zeros stay."""
-        return states / self._norm(states).clamp(min=torch.finfo(states.dtype).tiny)
+        return states / self._beside(self._norm(states).clamp(min=torch.finfo(states.dtype).tiny), states)
+
+    @staticmethod
+    def _beside(values: Tensor, states: Tensor) -> Tensor:
+        """Values `[b]` of the members, to be combined with states `[n, ...]`."""
+        return values.view(1, -1, *[1] * (states.ndim - 2)) if states.ndim > 1 else values

@@ -51,10 +51,10 @@ class PathAnswer:
         evidence, snr = table.alpha[:-1] / table.sigma[:-1] ** 2, (table.alpha[:-1] / table.sigma[:-1]) ** 2
         passed = torch.cat([snr.diff(), snr.new_ones(1)])
         self._columns = step.move(torch.stack([evidence, table.p, table.q, passed]))
-        self._bound, self._shared = bound, step.shared_window
+        self._bound, self._members = bound, step.members
 
     def __call__(self, lo: int, states: Tensor, outputs: Tensor) -> Tensor:
-        """The factors of the nodes after `lo`, the last one that of the node before it; of several members the largest.
+        """The factors of the nodes after `lo`, the last one that of the node before it.
 
         Args:
             lo: The window's first node.
@@ -62,11 +62,11 @@ class PathAnswer:
             outputs: `[W, ...]` its outputs there.
 
         Returns:
-            `[W]` factors, 0 or more; zero for a single node.
+            `[W, b]` factors of each member, 0 or more; zero for a single node.
         """
-        if len(states) == 1:
-            return states.new_zeros(1)
         x, m = self._members(states), self._members(outputs)
+        if len(x) == 1:
+            return x.new_zeros(x.shape[:2])
         evidence, p, q, passed = self._columns[:, lo : lo + len(x), None, None]
         clean = torch.addcmul(p * x, q, m)
         moved = clean.diff(dim=0)
@@ -76,9 +76,5 @@ class PathAnswer:
         tiny = torch.finfo(states.dtype).tiny
         most = self._bound * (x.shape[2] * squares / noises.clamp(min=tiny)).sqrt()
         found = torch.where(products > 0, torch.minimum(squares / products.clamp(min=tiny), most), 0.0)
-        factors = (found * evidence[1:, 0, 0]).amax(0)
+        factors = (found * evidence[1:, 0, 0]).T
         return torch.cat([factors, factors[-1:]])
-
-    def _members(self, values: Tensor) -> Tensor:
-        """`[W, b, d]`."""
-        return values.flatten(2) if self._shared and values.ndim > 2 else values.flatten(1)[:, None]

@@ -25,21 +25,21 @@ first edge on.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from paradiff.chain.data_scale import seen, unusual
 from paradiff.chain.noise import Noise
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.methods.remembered import remembered
 from paradiff.methods.window.anderson import AndersonUpdate
-from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.carried_error import CarriedError
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
 from paradiff.methods.window.fill import Fill, Guide, GuidedFill, PredictedFill, RememberedFill
 from paradiff.methods.window.keeper import Keeper
+from paradiff.methods.window.members import Members
 from paradiff.methods.window.salvage import finite_nodes
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.substeps import Rounds, SingleSteps, Substeps, WindowQuery
@@ -68,7 +68,7 @@ class WindowSolver:
 
     Attributes:
         sample: The sample.
-        budget: The error that its accepted nodes have used.
+        members: What the errors of its accepted nodes have used of its members' budgets.
         rounds: Rounds in which the sample took part.
         evaluations: Its rows.
         lo: The window's first sub-interval.
@@ -101,13 +101,12 @@ class WindowSolver:
         self.lo = self.hi = 0
         self.ages: list[int] = []
         self.phi = x0.new_empty(0)
-        self._size = 1.0  # the data's mean square as far as it is seen
-        self._seen = 1.0  # the same by the last sweep alone
-        self._furthest = 0  # the last node of the last sweep, and the mean square of the clean-data estimate there
-        self._clean_square = x0.new_empty(0)
-        self._answers = x0.new_empty(0)  # [W] of its nodes, where they are looked at
-        factor, self._passes = setup.scaled(self._size)
-        self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
+        self._furthest = 0  # the last node of the last sweep, and the mean squares of the clean-data estimate there
+        self._count = len(setup.step.members(x0[None])[0])
+        nothing = x0.new_empty(0, self._count)
+        self._clean_square = nothing  # [1, b] in each sweep with a tolerance of the estimated error
+        self._answers = nothing  # [W, b] of its nodes, where they are looked at
+        self.members = Members(setup, self._count)
         self.update: Update = update_of(setup)
         self._carried = CarriedError(setup, self.update) if setup.by_error and setup.single else None
         self._changes = x0.new_empty(0)  # [W, ...] those that nodes saw in the last sweep, where errors are carried
@@ -115,8 +114,8 @@ class WindowSolver:
         self.edits = Edits()
         self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
-        self._final_square: float | None = None  # that of the sample, where the last sweep made it
-        self._counted = False  # whether the budget was counted for the sample's own size
+        self._final_squares: list[float] | None = None  # those of the sample, where the last sweep made it
+        self._counted = False  # whether the budgets were counted for the sample's own size
         self._rounds: Rounds = SingleSteps(setup) if setup.single else Substeps(setup)
         self._fill = fill_of(setup, x0, guide, begin)
         self._keeper = Keeper(setup.table, x0, KEPT) if keep else None
@@ -152,12 +151,10 @@ class WindowSolver:
     def error_estimate(self) -> ErrorEstimate:
         """How far to trust the sample."""
         if self.done and not self._counted:
-            square = self._final_square
-            square = float(self.setup.step.mean_square(self.final[None])) if square is None else square
-            self._counted, size = True, unusual(square)
-            if size != 1:
-                self.budget.recount(self.setup.scaled(size)[0], self.setup.method.tolerance, self.setup.recounts)
-        return ErrorEstimate(self.budget.residual, self.budget.estimated_error, self.rounds, self.evaluations)
+            squares = self._final_squares
+            self.members.recount(self.setup.step.mean_squares(self.final[None])[0].tolist() if squares is None else squares)
+            self._counted = True
+        return ErrorEstimate(self.members.residual, self.members.estimated_error, self.rounds, self.evaluations)
 
     def ask(self) -> Query:
         """The rows wanted now; those of the correction, while one is made."""
@@ -173,11 +170,12 @@ class WindowSolver:
                 left them alone.
 
         Returns:
-            `[W]` mean square change of each node after the first, where that ended a sweep; with the rule `residual`, followed
-            by `[W]` mean squares of the residuals; with a tolerance of the estimated error, followed by the mean square of the
-            clean-data estimate at the last node, and in narrow windows by how the nodes answer (path_answer.py); where that
-            is the chain's end, by that of its state, and of what errors of nodes that passed become there (carried_error.py),
-            once there are some.
+            For each of b members, one after the other in each row, mean square change of each of W nodes after the first,
+            where that ended a sweep; with the rule `residual`, followed by W mean squares of the residuals; with a tolerance of
+            the estimated error, followed by the mean square of the clean-data estimate at the last node, and in narrow windows
+            by how the W nodes answer (path_answer.py); where that is the chain's end, by that of its state, and of what errors
+            of nodes that passed become there (carried_error.py), once there are some. `[K b]`; the corrector's own, where one
+            runs.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -205,7 +203,7 @@ class WindowSolver:
             if setup.by_error:
                 self._furthest = node
                 clean = table.p[self._furthest].item() * asked[-1:] + table.q[self._furthest].item() * m[-1:]
-                self._clean_square = setup.step.mean_square(clean)
+                self._clean_square = setup.step.mean_squares(clean)
         if setup.history:
             self.m[places[0]] = m
         self.update.observe(asked, m)
@@ -236,7 +234,7 @@ class WindowSolver:
         old = self.edits.handed_out(self.x[ends])
         new = self.edits.spare(self.update(self.lo, self.hi, phi, old), phi)
         distance = self.update.distance(new, phi, old)
-        judged = [self.setup.step.mean_square(self.edits.spare(phi - old, 0.0))] if self.setup.by_residual else []
+        judged = [self.setup.step.mean_squares(self.edits.spare(phi - old, 0.0))] if self.setup.by_residual else []
         if len(phi) > 1:
             distance = self.edits.spare(distance, 0.0)
             if self.setup.single:
@@ -247,11 +245,11 @@ class WindowSolver:
             self._moved = self.edits.spare(new - old, 0.0)
         self.x[ends] = new
         self.ages = [age + 1 for age in self.ages]
-        mean_square, ending = self.setup.step.mean_square, list[Tensor]()
+        mean_squares, ending = self.setup.step.mean_squares, list[Tensor]()
         if self.hi == self.setup.intervals:
             carried = None if self._carried is None else self._carried.look(self.lo, self.hi)
-            ending = [mean_square(new[-1:]), *([] if carried is None else [carried])]
-        return torch.cat([mean_square(distance), *judged, self._clean_square, self._answers, *ending])
+            ending = [mean_squares(new[-1:]), *([] if carried is None else [carried[None]])]
+        return torch.cat([mean_squares(distance), *judged, self._clean_square, self._answers, *ending]).flatten()
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Accepts the leading nodes (at least one) and slides the window: new nodes get an initial guess, or, at a block's
@@ -267,30 +265,28 @@ class WindowSolver:
         if self.correction is not None:
             return self._corrected(norms, round)
         setup, first, passed = self.setup, self.lo, 1
-        width = self.hi - first
-        norms, judged, squares = norms[:width], norms[width : width * (1 + setup.by_residual)], norms[width:]
-        squares = squares[len(judged) :]
+        width, count = self.hi - first, self._count
+        rows = [norms[begin : begin + count] for begin in range(0, len(norms), count)]
+        changes, rest = rows[:width], rows[width:]
+        judged, rest = (rest[:width], rest[width:]) if setup.by_residual else (changes, rest)
         if setup.by_error:
-            self._see(squares[0])
-        looked = len(self._answers)
-        answers, ending = squares[setup.by_error :][:looked], squares[setup.by_error :][looked:]
-        if all(map(math.isfinite, norms)):
-            self._final_square = ending[0] if ending else None
-            rms = [math.sqrt(v) for v in norms]
-            self.budget.observe(first, rms, answers)
-            residuals = [math.sqrt(v) for v in judged] if setup.by_residual else rms
-            passed = self._passes(first, residuals, self.ages, self.budget)
-            self.budget.accept(passed)
-            error = self.budget.last_error
+            self.members.see(rest.pop(0), self._furthest, first)
+        answers, ending = rest[: len(self._answers)], rest[len(self._answers) :]
+        if all(map(math.isfinite, norms[: width * count])):
+            self._final_squares = ending[0] if ending else None
+            rms = [math.sqrt(max(row)) for row in changes]
+            each, of_rule = (_columns([[math.sqrt(v) for v in row] for row in part], count) for part in (changes, judged))
+            passed = self.members.judge(first, each, of_rule, _columns(answers, count), self.ages)
+            errors = self.members.last_errors
             if ending and first + passed == self.hi:
-                self.budget.carry(math.sqrt(sum(ending[1:])) + error, setup.method.tolerance, setup.decides)
+                self.members.carry(ending[1] if ending[1:] else [0.0] * count, errors)
         else:
-            self._final_square = None
-            rms, error = [math.inf] * self._salvage(), 0.0
+            self._final_squares = None
+            rms, errors = [math.inf] * self._salvage(), list[float]()
             self._changes, self._moved = (torch.zeros_like(v) for v in (self._changes, self._moved))
-            self.budget.forget()
+            self.members.forget()
         if self._carried is not None:
-            self._carried.advance(first, self._changes[:passed], error, self.edits)
+            self._carried.advance(first, self._changes[:passed], errors, self.edits)
             self._changes = self._changes[:0]
         if setup.past_outputs is not None:
             outputs = self.m[setup.history + 1 : setup.history + passed]
@@ -305,16 +301,6 @@ class WindowSolver:
             self._open()
         return WindowRecord(round, self.sample, first, rms, passed)
 
-    def _see(self, square: float) -> None:
-        """Takes the mean square of the clean-data estimate at the last node; the data are what two sweeps in turn show."""
-        table, node = self.setup.table, self._furthest
-        before, self._seen = self._seen, seen(square, float(table.alpha[node]), float(table.sigma[node]))
-        size = sorted([1.0, before, self._seen])[1]
-        if size != self._size:
-            self._size = size
-            factor, self._passes = self.setup.scaled(size)
-            self.budget.weigh(factor, self._passes.allowed(self.lo))
-
     def _corrected(self, change: list[float], round: int) -> WindowRecord:
         """Takes over the corrected state of a block's end."""
         assert self.correction is not None
@@ -325,7 +311,7 @@ class WindowSolver:
                 "long for it; give its Lipschitz constant, or no corrector"
             )
         self.x[self.setup.history] = self.correction.state
-        self.correction, self._final_square = None, None
+        self.correction, self._final_squares = None, None
         self._open()
         return WindowRecord(round, self.sample, self.lo, [math.sqrt(change[0])], 0)
 
@@ -404,14 +390,15 @@ class WindowSolver:
         assert self.resizable, "whoever walks asks whether the solver is resizable"
         setup, passed = self.setup, place.node - self.lo
         self.narrow(1)
-        self.budget.forget()
-        self._final_square = None
+        self.members.forget()
+        self._final_squares = None
         if self._carried is not None:
             for first in range(self.lo, place.node, FILL):
                 steps = min(FILL, place.node - first)
-                self._carried.advance(first, self.x.new_zeros(steps, *self.x.shape[1:]), 0.0, self.edits)
-            if place.node == setup.intervals and passed:
-                self.budget.carry(self._carried.size, setup.method.tolerance, setup.decides)
+                self._carried.advance(first, self.x.new_zeros(steps, *self.x.shape[1:]), [], self.edits)
+            squares = self._carried.squares
+            if place.node == setup.intervals and passed and squares is not None:
+                self.members.carry(squares, [0.0] * self._count)
         past = setup.history - min(place.node, setup.history)
         zero = torch.zeros_like(place.states[0])
         self.x = torch.stack([*[zero] * past, *reversed(place.states[: setup.history - past + 1])])
@@ -491,6 +478,11 @@ def update_of(setup: WindowSetup) -> Update:
     if setup.method.anderson is not None:
         return AndersonUpdate(setup)
     return SecantUpdate(setup) if setup.method.secants else NewtonUpdate(setup)
+
+
+def _columns(rows: Sequence[Sequence[float]], count: int) -> list[list[float]]:
+    """The numbers of each of `count` members, of rows that have one for each."""
+    return [[row[k] for row in rows] for k in range(count)]
 
 
 def _unheard(first: int, states: Tensor) -> None:
