@@ -3,6 +3,7 @@
 
 - alphafold3: 200 steps at window 16, 64 atoms, the whole augmentation on; with the known turns and without.
 - churn: two-stage steps, 18 and 40 of them, with churn and ancestral, on chains of 32 atoms.
+- churn-mixture: the same on a closed-form mixture of eight Gaussians in 64 dimensions.
 - cold: 1000 steps of DDPM with less noise, as Genie samples, at window 32, on the digits network.
 
 Tolerances are parts of the deviation of 16, on digits in their units. Errors are root mean squares over coordinates or pixels;
@@ -34,11 +35,16 @@ from paradiff import (
     sequential,
     slopes,
 )
-from paradiff.models import Folding, Frames, load
+from paradiff.models import Folding, Frames, Mixture, load
 from paradiff.samplers import alphafold3, dpmpp_2s, edm, with_noise_scale
 
 DEVIATION = 16.0
-SEEDS = {"alphafold3": range(400, 404), "churn": range(400, 412), "cold": range(7024, 7036)}
+SEEDS = {
+    "alphafold3": range(400, 404),
+    "churn": range(400, 412),
+    "churn-mixture": range(400, 448),
+    "cold": range(7024, 7036),
+}
 HELIX, STRAND = "HHHHHHHHHHTTT", "SSSSSSSTTT"
 LEVELS: dict[str, Any] = {"sigma_min": 4e-4 * DEVIATION, "sigma_max": 160 * DEVIATION}
 COLUMNS = (
@@ -86,7 +92,7 @@ def row(part: str, table: Table, name: str, method: Method, found: Solution, pla
     }
 
 
-def turned(results: Results, seeds: list[int]) -> None:
+def turned(results: Results, part: str, seeds: list[int]) -> None:
     """AlphaFold 3's sampler."""
     network, table, noise = Folding.bundled(), alphafold3(200), Keyed((64, 3), seed=seeds)
     frames, kinds = Frames.drawn(table, noise), Folding.kinds_of([chain(seed, 64) for seed in seeds])
@@ -104,10 +110,25 @@ def turned(results: Results, seeds: list[int]) -> None:
             ("quasi_newton, turns, neighbours", True, 2, slopes.shifted(DEVIATION)),
         ):
             method = quasi_newton(window=16, tolerance=tolerance, neighbours=neighbours, slope=slope)
-            results.add(row("alphafold3", table, name, method, solved(method, turns), plain))
+            results.add(row(part, table, name, method, solved(method, turns), plain))
 
 
-def churned(results: Results, seeds: list[int]) -> None:
+def two_stage() -> list[Table]:
+    """Chains with churn, and ancestral ones."""
+    tables = [edm(steps, s_churn=steps / 2, solver=solver, **LEVELS) for steps in (18, 40) for solver in ("heun", "midpoint")]
+    return tables + [dpmpp_2s(steps, eta=1.0, **LEVELS) for steps in (18, 40)]
+
+
+def compared(results: Results, part: str, table: Table, model: Any, noise: Keyed, kind: str = "") -> None:
+    """One chain by both methods, at a tolerance of 4e-3 of the deviation."""
+    plain = sample(model, table, noise, sequential(), check="off")
+    for method in (quasi_newton(window=16, tolerance=4e-3 * DEVIATION), collocation(tolerance=4e-3 * DEVIATION)):
+        found = sample(model, table, noise, method, check="off")
+        flat = (found, plain) if plain.sample.ndim == 3 else _flat(found, plain)
+        results.add(row(part, table, method.name + kind, method, *flat))
+
+
+def churned(results: Results, part: str, seeds: list[int]) -> None:
     """Two-stage steps, of structures that are brought to the middle."""
     network, noise = Folding.bundled(), Keyed((32, 3), seed=seeds)
 
@@ -116,17 +137,23 @@ def churned(results: Results, seeds: list[int]) -> None:
         return found - found.mean(1, keepdim=True)
 
     kinds = Folding.kinds_of([chain(seed, 32) for seed in seeds])
-    tables = [edm(steps, s_churn=steps / 2, solver=solver, **LEVELS) for steps in (18, 40) for solver in ("heun", "midpoint")]
-    tables += [dpmpp_2s(steps, eta=1.0, **LEVELS) for steps in (18, 40)]
-    for table in tables:
-        evaluator = Evaluator(centred, conditioning={"kinds": kinds})
-        plain = sample(evaluator, table, noise, sequential(), check="off")
-        for method in (quasi_newton(window=16, tolerance=4e-3 * DEVIATION), collocation(tolerance=4e-3 * DEVIATION)):
-            found = sample(evaluator, table, noise, method, check="off")
-            results.add(row("churn", table, method.name, method, found, plain))
+    for table in two_stage():
+        compared(results, part, table, Evaluator(centred, conditioning={"kinds": kinds}), noise)
 
 
-def cold(results: Results, seeds: list[int]) -> None:
+def churned_mixture(results: Results, part: str, seeds: list[int]) -> None:
+    """The same on a mixture whose denoiser is known, at the noise levels that are its times."""
+    means = DEVIATION * torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
+    mixture = Mixture(torch.full((8,), 1 / 8), means, torch.full((8,), (0.2 * DEVIATION) ** 2))
+
+    def posterior_mean(x: Tensor, t: Tensor) -> Tensor:
+        return mixture.clean(x, torch.ones_like(t), t)
+
+    for table in two_stage():
+        compared(results, part, table, posterior_mean, Keyed((64,), seed=seeds), ", mixture")
+
+
+def cold(results: Results, part: str, seeds: list[int]) -> None:
     """Chains with less noise."""
     digits = load("digits")
     noise = Recorded(digits.shape, [torch.Generator().manual_seed(seed) for seed in seeds])
@@ -135,7 +162,7 @@ def cold(results: Results, seeds: list[int]) -> None:
         plain = sample(digits, table, noise, sequential(), check="off")
         for method in (collocation(window=32), quasi_newton(window=32)):
             results.add(
-                row("cold", table, method.name, method, *(_flat(sample(digits, table, noise, method, check="off"), plain)))
+                row(part, table, method.name, method, *(_flat(sample(digits, table, noise, method, check="off"), plain)))
             )
 
 
@@ -150,12 +177,12 @@ def main() -> None:
     for part in given.only:
         results.drop(row for row in results.rows if row["part"] != part)
         seeds = list(SEEDS[part])[: given.seeds]
-        PARTS[part](results, seeds)
+        PARTS[part](results, part, seeds)
     results.save()
     show(results.rows, COLUMNS)
 
 
-PARTS = {"alphafold3": turned, "churn": churned, "cold": cold}
+PARTS = {"alphafold3": turned, "churn": churned, "churn-mixture": churned_mixture, "cold": cold}
 
 if __name__ == "__main__":
     main()
