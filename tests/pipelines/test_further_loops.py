@@ -49,6 +49,7 @@ FOLLOWED = {
     "last output": written(result="- 0.1 * v"),
     "last output in an object": written(setup="box = SimpleNamespace(v=None)", within="box.v = v", result="- 0.1 * box.v"),
     "last state": written(before="old = x", result="+ 0.3 * (x - old)"),
+    "last state of a loop that edits": written(before="old = x", after="x = x + 0.05 * (i % 5)", result="+ 0.3 * (x - old)"),
     "state before the step by the network": written(before="x = x + 0.1 * self.net(x, t)", within="v = v * (1 - 0.01 * i)"),
 }
 REFUSED = {
@@ -175,14 +176,15 @@ class Listing(Gained):
         return v
 
 
-def both(text: str, executor: Any, scheduler: Any, network: Any = Gained) -> tuple[Any, Any, Any]:
+def both(text: str, executor: Any, scheduler: Any, network: Any = Gained, window: int | None = None) -> tuple[Any, Any, Any]:
     """The plain sample, the parallel one, and the report."""
+    method = parasolver(tolerance=1e-4) if window is None else parasolver(window=window, tolerance=1e-4)
     kind = Adversary.of(text)
     calls: list[Any] = []
     call: Any = None
     for parallel in (False, True):
         pipe = kind(network(), scheduler())
-        call = parallelize(pipe, parasolver(tolerance=1e-4), executor=executor) if parallel else pipe
+        call = parallelize(pipe, method, executor=executor) if parallel else pipe
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             calls.append(call(generator=torch.Generator().manual_seed(3)))
@@ -197,9 +199,11 @@ def test_a_step_in_a_helper_is_followed(name: str, executor: Any) -> None:
     assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
 
 
+@pytest.mark.parametrize("window", [None, 2, 3, 6, 8, 12])
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_what_the_last_pass_leaves_is_that_of_the_plain_call(name: str) -> None:
-    plain, found, report = both(FOLLOWED[name], "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+def test_what_the_last_pass_leaves_is_that_of_the_plain_call(name: str, window: int | None) -> None:
+    scheduler = lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)  # noqa: E731
+    plain, found, report = both(FOLLOWED[name], "lanes", scheduler, window=window)
     assert report.executor == "lanes", report.warnings
     assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
 

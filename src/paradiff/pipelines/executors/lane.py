@@ -11,6 +11,7 @@ import contextvars
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import greenlet
@@ -59,6 +60,19 @@ UNSET = object()
 """Stands for the value of a context variable that has none."""
 
 
+@dataclass(frozen=True, eq=False)
+class Ending:
+    """The chain's last pass, as a lane makes it once more.
+
+    Attributes:
+        final: `[B, ...]` the sample, which its step returns.
+        results: What its network calls return.
+    """
+
+    final: Tensor
+    results: list[Result]
+
+
 class Elsewhere(BaseException):
     """The loop is in another module, whose `enumerate` must be replaced too."""
 
@@ -91,7 +105,7 @@ class Lane(greenlet.greenlet):
         ledger: What the loop counts and collects (ledger.py), at the step of an audited pass.
         results: What the network calls of the present pass returned, each with its signature.
         replayed: What those of a dry pass return, in place of zeros.
-        ending: The sample, which the step of the last dry pass returns; None before it.
+        ending: What its last dry pass has, at the end of the loop; None before.
         modes: torch's modes within the lane.
     """
 
@@ -115,7 +129,7 @@ class Lane(greenlet.greenlet):
         self.audited, self.ledger = False, Ledger()
         self.results: list[Result] = []
         self.replayed = deque[Result]()
-        self.ending: Tensor | None = None
+        self.ending: Ending | None = None
         self._inside = self._over = self._leading = False
         self._iterations = Iterations()
         self._begun = 0
@@ -191,6 +205,8 @@ class Lane(greenlet.greenlet):
             self.results = []
         if dry and self._handed is None:
             self.replayed = deque(self._shared.first_results)
+        if self.ending is not None:
+            self.replayed = deque(() if self.turns else self.ending.results)
 
     def place_of(self, position: int, value: Any) -> int:
         """The number of a time in its iteration: that of its node where it is the time of the pass, else its position."""
@@ -233,8 +249,8 @@ class Lane(greenlet.greenlet):
             self.output, self.sample = output, sample
             self.ledger = ledger(tensors=self._variables) if self.audited else {}
             self._wait()
-        elif self.ending is not None:
-            self.state = self.ending
+        elif self.ending is not None and not self.turns:
+            self.state = self.ending.final
         assert self.state is not None
         if shared.index is not None:
             place(self.scheduler, shared.index + self.node + 1)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +36,9 @@ from torch.utils import _pytree
 from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import counting
 from paradiff.pipelines.executors.coalesce import Coalescer
-from paradiff.pipelines.executors.lane import Elsewhere, Lane
+from paradiff.pipelines.executors.lane import Elsewhere, Ending, Lane
 from paradiff.pipelines.executors.owner import Reads, answering
-from paradiff.pipelines.executors.shared_call import SharedCall
+from paradiff.pipelines.executors.shared_call import Result, SharedCall
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.audit import KEEPS, granted, judge, relative_difference
 from paradiff.pipelines.loop.driver import ENDED_EARLY, Beside, LoopSolver
@@ -109,12 +108,26 @@ class Row:
     ledger: Ledger
 
 
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What a pass of a node had: it is made once more where it is the chain's last one and lane 0 is elsewhere.
+
+    Attributes:
+        handed: `[B, ...]` the state that its lane was handed, or None before it was handed any.
+        results: What its network calls returned.
+    """
+
+    handed: Tensor | None
+    results: list[Result]
+
+
 class Lockstep:
     """Resumes the lanes of one pipeline call, pass by pass.
 
     Attributes:
         audited: Nodes of passes that a double left out, one at least before the present, without a difference.
         rows: The rows of the last pass that are evaluated again in the next.
+        made: The newest passes of nodes that the solver still moves, by their nodes; those of doubles left out.
         round: The number of the pass, counted without lane 0's first one.
     """
 
@@ -126,6 +139,7 @@ class Lockstep:
         self.lanes: list[Lane] = []
         self.audited: set[int] = set()
         self.rows: list[Row] = []
+        self.made: dict[int, Pass] = {}
         self.round = 0
         self._start = self.shared.generator_states(), Snapshot({})
         self._result: Any = None
@@ -142,18 +156,11 @@ class Lockstep:
             self.coalescer.batching.widest = width + (max(SECOND, width // SHARE) if audited else 0)
             while not self.solver.done:
                 self._round()
-            last = self.solver.ended - 1
-            made = next((lane for lane in self.lanes if lane.node == last and not lane.dry), None)
-            ending = None if made is None else (made.state, list(made.results))
             if self.coalescer.batching.check != "off" and self.solver.width > 1 and not self.solver.interrupted:
                 self._close()
             self.coalescer.refuse_writes()
             self.coalescer.batching.end_loop()
-            first.state = self.solver.final
-            if first.node != last:
-                first.turns.append((last, True))
-                if ending is not None:  # What the loop leaves behind is that of its last pass.
-                    first.state, first.ending, first.replayed = ending[0], self.solver.final, deque(ending[1])
+            self._end(first)
             self._resume(first)
             assert first.dead
             self.shared.keep(first.owner)
@@ -163,6 +170,19 @@ class Lockstep:
                 for lane in self.lanes:
                     ends.callback(lane.end)
                 self.lanes.clear()
+
+    def _end(self, first: Lane) -> None:
+        """Sends lane 0 to the end of its loop, by a dry pass that leaves behind what the chain's last pass left."""
+        last, final = self.solver.ended - 1, self.solver.final
+        made = self.made.get(last)
+        first.state = final
+        if first.node == last and not first.dry and (made is None or made.results is first.results):
+            return
+        if last > 0 and first.node != last - 1:
+            first.turns.append((last - 1, True))
+        first.turns.append((last, True))
+        if made is not None:
+            first.state, first.ending = made.handed, Ending(final, made.results)
 
     def _round(self) -> None:
         """One pass of all wanted nodes."""
@@ -199,6 +219,8 @@ class Lockstep:
                 )
                 for place in chosen
             ]
+            passes = {node: Pass(lane.state, lane.results) for node, lane in zip(nodes, wanted, strict=True)}
+            self.made = {node: made for node, made in self.made.items() if node >= min(nodes)} | passes
             for lane in lanes:
                 lane.output = lane.sample = None
                 lane.audited = False
