@@ -208,6 +208,28 @@ def test_what_the_last_pass_leaves_is_that_of_the_plain_call(name: str, window: 
     assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
 
 
+LEAVES = {
+    "pipeline": (written(within="self.last = v"), lambda pipe: pipe.last),
+    "network": (written(within="self.net.last = v"), lambda pipe: pipe.net.last),
+    "list in the pipeline": (written(setup="self.last = [0, 0]", within="self.last[1] = v"), lambda pipe: pipe.last[1]),
+}
+
+
+@pytest.mark.parametrize("where", LEAVES)
+def test_what_a_pass_leaves_in_an_object_is_one_states(where: str) -> None:
+    text, left = LEAVES[where]
+    found = []
+    for parallel in (False, True):
+        pipe = Adversary.of(text)(Gained(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+        call = parallelize(pipe, parasolver(tolerance=1e-4)) if parallel else pipe
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call(generator=torch.Generator().manual_seed(3))
+        found.append(left(pipe))
+    assert type(found[1]) is torch.Tensor
+    assert float((found[1] - found[0]).square().mean().sqrt()) <= 1e-3  # Ten times the tolerance.
+
+
 AGAIN = """
 def loop(self, x, generator):
     for _ in AROUND:

@@ -8,8 +8,10 @@ call, with a warning, where there is no parallel form. What a try changed is put
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -286,7 +288,7 @@ class Call:
             batching.log = CallLog()  # The batching is in a cycle, which would keep the log's outputs until it is collected.
 
     def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
-        host, interrupt = self._host, solver.interrupt
+        host, interrupt, rounds = self._host, solver.interrupt, list[weakref.ref[Any]]()
         assert interrupt is not None
         if self._settings.check != "off":
             batching.readers = users_methods(self._kind)
@@ -304,6 +306,7 @@ class Call:
                 generators = [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, torch.Generator)]
                 with host.trying():
                     loop = Vector(host.scheduler, solver, batching, Start(host, arguments), generators)
+                    rounds = loop.made
                     try:
                         with host.standing(loop.scheduler), loop.mixing(), making(), one_bar():
                             result = host.call(host.owner, **arguments)
@@ -316,6 +319,8 @@ class Call:
             return result  # The loop passed over all its steps, as that of the plain call does.
         if _holds_windows(result):
             raise NeedsLanes("the loop edits its last state, or returns tensors, with the states of a window")
+        if _lives(rounds):
+            raise NeedsLanes("the loop leaves tensors of the states of a window in an object that outlives the call")
         if not solver.done:
             raise Unsupported("its loop took no step" if not solver.started else ENDED_EARLY)
         return result
@@ -391,6 +396,14 @@ def _met(error: Exception) -> str:
     """The clause for an error that a try met."""
     text = first_line(error)
     return f"the parallel run met {type(error).__name__}{f': {text}' if text else ''}"
+
+
+def _lives(rounds: list[weakref.ref[Any]]) -> bool:
+    """Whether a tensor of the states of one of these rounds is referred to still."""
+    if all(found() is None for found in rounds):
+        return False
+    gc.collect()  # They may be in a cycle, which nobody refers to.
+    return any(found() is not None for found in rounds)
 
 
 def _holds_windows(result: Any) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,6 +88,7 @@ class Vector:
 
     Attributes:
         scheduler: The proxy that replaces the pipeline's scheduler during the call.
+        made: The rounds, which live as long as a tensor of their states.
     """
 
     _times: Windowed  # those of the present pass; set when the first windowed one begins
@@ -102,7 +104,8 @@ class Vector:
     ) -> None:
         self._start = start
         self._solver, self._batching = solver, batching
-        self._round = Round(batching)
+        self.made: list[weakref.ref[Round]] = []
+        self._round = self._opened()
         self._watch = RandomWatch(generators)
         self._ledgers = deque[Ledger](maxlen=3)
         self._iterations = Iterations()
@@ -138,6 +141,12 @@ class Vector:
                 # The flag was set in the midst of a round: the loop makes this pass once more, and ends with its step.
                 interrupt.hold()
                 hidden += 1
+
+    def _opened(self) -> Round:
+        """A new round."""
+        opened = Round(self._batching)
+        self.made.append(weakref.ref(opened))
+        return opened
 
     def _present(self) -> Any:
         """The scheduler that the loop's host has at present."""
@@ -233,7 +242,7 @@ class Vector:
             with Modes.exact().entered(), self._aside():
                 solver.tell(output.window, sample.window, self._batching.eps)
         self._round.open = False
-        self._round = Round(self._batching)
+        self._round = self._opened()
         self._watch.mark()
         if solver.done:
             self._batching.end_loop()
