@@ -55,6 +55,8 @@ OTHER_START_OR_EDIT = f"{OTHER_START}, or it edits its state before its networks
 ELSEWHERE = "the loop takes its scheduler's step in another thread, where a lane cannot wait for the others"
 """The reason against a loop whose step does not return to the lane."""
 
+SWITCHES = "the call switches to another greenlet, to which a lane comes back only when it waits for the others"
+"""The reason against a call that leaves its lane by itself."""
 
 UNSET = object()
 """Stands for the value of a context variable that has none."""
@@ -98,6 +100,7 @@ class Lane(greenlet.greenlet):
         state: The state that the step before the next pass that is not dry returns.
         call: The network call for which the lane waits, or None.
         result: The call's result.
+        waits: Whether the lane waits for the others.
         task: A function to run within the lane, in its modes and context, when it is resumed; or None.
         output: The model output that the loop gave its step in the present pass.
         sample: The sample that the loop gave its step.
@@ -123,6 +126,7 @@ class Lane(greenlet.greenlet):
         self.state: Tensor | None = None
         self.call: NetworkCall | None = None
         self.result: Any = None
+        self.waits = False
         self.task: Callable[[], Any] | None = None
         self.output: Any = None
         self.sample: Any = None
@@ -374,8 +378,9 @@ class Lane(greenlet.greenlet):
         if not self._stepped:
             self._watch.check()
         while True:
-            self.modes = Modes.now()
+            self.modes, self.waits = Modes.now(), True
             self._shared.greenlet.switch()
+            self.waits = False
             if self.task is None:
                 self._watch.mark()
                 return

@@ -36,7 +36,7 @@ from torch.utils import _pytree
 from paradiff.errors import Carried, Unsupported
 from paradiff.pipelines.executors.builtins import counting
 from paradiff.pipelines.executors.coalesce import Coalescer
-from paradiff.pipelines.executors.lane import Elsewhere, Ending, Lane
+from paradiff.pipelines.executors.lane import SWITCHES, Elsewhere, Ending, Lane
 from paradiff.pipelines.executors.owner import Reads, answering
 from paradiff.pipelines.executors.shared_call import Result, SharedCall
 from paradiff.pipelines.host.host import Host
@@ -162,7 +162,7 @@ class Lockstep:
             self.coalescer.batching.end_loop()
             self._end(first)
             self._resume(first)
-            assert first.dead
+            assert first.dead  # Its turns were dry, and after its loop a lane waits for nothing: a step is refused there.
             self.shared.keep(first.owner)
             return self._result
         finally:
@@ -424,6 +424,8 @@ class Lockstep:
             if not self.solver.done and self.solver.started:
                 raise Unsupported(ENDED_EARLY)
             self._result = result
+        elif not lane.waits:
+            raise Unsupported(SWITCHES)
 
     def _due(self, waiting: list[Lane]) -> list[list[Lane]]:
         """Groups of lanes that share one network call each, without those whose network is called later in the loop's body."""
