@@ -310,6 +310,7 @@ class Call:
                     try:
                         with host.standing(loop.scheduler), loop.mixing(), making(), one_bar():
                             result = host.call(host.owner, **arguments)
+                        loop.settle(host.owner)
                     finally:
                         vars(loop).clear()  # Its scheduler is in a cycle, which would keep the call's states until collected.
             lost = installed.replaced() if batching.looping else batching.lost

@@ -148,6 +148,14 @@ class Vector:
         self.made.append(weakref.ref(opened))
         return opened
 
+    def settle(self, owner: Any) -> None:
+        """Puts the last time in place of the times of the last pass, where the loop left them in an attribute of its owner."""
+        if not self._solver.started or "_times" not in vars(self):
+            return
+        for name, value in list(vars(owner).items()):
+            if value is self._times:
+                vars(owner)[name] = self._solver.first.timesteps[self._solver.ended - 1]
+
     def _present(self) -> Any:
         """The scheduler that the loop's host has at present."""
         return self.scheduler if self._start is None else self._start.host.present(self._start.host.owner, self.scheduler)
