@@ -139,7 +139,9 @@ def test_what_took_effect_in_a_pipelines_calls_is_written(dtype: str, cli: Cli, 
         assert (effective["tolerance"], warnings) == (1e-5, [])
     else:
         assert effective["tolerance"] > 1e-3
-        assert warnings == [f"the tolerance was raised to {effective['tolerance']:g}, which the networks' dtype resolves"]
+        assert warnings == [
+            f"the tolerance was raised to {effective['tolerance']:g}, which the dtypes of networks and states resolve"
+        ]
 
 
 def test_a_deadline_ends_each_call_and_says_so(cli: Cli, saved: Saved, tmp_path: Path) -> None:

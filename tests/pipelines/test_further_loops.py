@@ -230,6 +230,62 @@ def test_what_a_pass_leaves_in_an_object_is_one_states(where: str) -> None:
     assert float((found[1] - found[0]).square().mean().sqrt()) <= 1e-3  # Ten times the tolerance.
 
 
+def test_the_last_time_is_left_in_the_pipeline() -> None:
+    pipe = Adversary.of(written(within="self.now = t"))(Gained(), FLOW())
+    pipe(generator=torch.Generator().manual_seed(3))
+    last = pipe.now
+    call = parallelize(pipe, parasolver(tolerance=1e-4), executor="vector")
+    call(generator=torch.Generator().manual_seed(3))
+    assert call.report.executor == "vector"
+    assert type(pipe.now) is torch.Tensor
+    assert torch.equal(pipe.now, last)
+
+
+PROMOTED = """
+def loop(self, x, generator):
+    x = x.half()
+    for t in self.scheduler.timesteps:
+        scaled = self.scheduler.scale_model_input(x, t)
+        x = self.scheduler.step(self.net(scaled.float(), t), t, x, generator=generator)[0]
+    return x
+"""
+FLOW = lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)  # noqa: E731
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+@pytest.mark.parametrize("kind", ["FlowMatchEuler", "EulerAncestral", "LCM"])
+def test_states_have_the_dtype_that_the_step_gives_them(kind: str, executor: Any) -> None:
+    text = PROMOTED if kind != "FlowMatchEuler" else PROMOTED.replace("self.scheduler.scale_model_input(x, t)", "x")
+    kinds = {"EulerAncestral": diffusers.EulerAncestralDiscreteScheduler, "LCM": diffusers.LCMScheduler}
+    plain, found, report = both(text, executor, kinds.get(kind, FLOW))
+    assert report.executor == executor, report.warnings
+    assert plain.dtype == found.dtype == torch.float32
+    assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+    assert report.error_estimate.estimated_error <= 1e-4  # The tolerance, below what a state of 16 bits resolves.
+
+
+def test_the_tolerance_is_one_that_states_of_16_bits_resolve() -> None:
+    *_, report = both(
+        PROMOTED.replace(", generator=generator", ""), "vector", diffusers.UniPCMultistepScheduler
+    )  # Its step gives the state the dtype it had.
+    assert "the tolerance was raised to 0.00976562" in report.warnings[0]
+
+
+AWAY = "greenlet.getcurrent().parent and greenlet.getcurrent().parent.switch()"
+SWITCHES = {
+    "in a pass": written(setup="import greenlet", within=AWAY),
+    "in its last pass": written(setup="import greenlet", after=f"\n        if i == 29: {AWAY}"),
+    "after the loop": written(setup="import greenlet", result=f"+ 0 * int(bool({AWAY}))"),
+}
+
+
+@pytest.mark.parametrize("where", SWITCHES)
+def test_a_call_that_leaves_its_greenlet_is_refused(where: str) -> None:
+    plain, found, report = both(SWITCHES[where], "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert torch.equal(found, plain)
+    assert "switches to another greenlet" in report.warnings[0]
+
+
 AGAIN = """
 def loop(self, x, generator):
     for _ in AROUND:

@@ -50,7 +50,10 @@ class Account:
         assert solution is not None
         notes = [*self.notes, *solver.shortened]
         if solver.raised_tolerance is not None:
-            notes = [*notes, f"the tolerance was raised to {solver.raised_tolerance:g}, which the networks' dtype resolves"]
+            notes = [
+                *notes,
+                f"the tolerance was raised to {solver.raised_tolerance:g}, which the dtypes of networks and states resolve",
+            ]
         status, message = solution.status, solution.message
         if isinstance(solver.method, Chooses):
             message = f"{message}; chosen: {solver.method.reason(solver.table)}"

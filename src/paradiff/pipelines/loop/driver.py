@@ -24,7 +24,7 @@ from paradiff.methods.adaptive.method import AdaptiveMethod
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
-from paradiff.pipelines.loop.first_step import FirstStep, step_result
+from paradiff.pipelines.loop.first_step import FirstStep, new_state, step_result
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.source import refuse_what_is_handed_on
 from paradiff.pipelines.network.weights import Weights
@@ -40,8 +40,8 @@ PLAIN = "sequential"
 """The name of the method that makes the chain's own steps."""
 HALF = (torch.float16, torch.bfloat16)
 STOCHASTIC_ROUNDING, DETERMINISTIC_ROUNDING = 3.0, 10.0
-"""Smallest tolerance, in units of the relative precision of a network of these dtypes, on either kind of chain: rounding moves
-outputs by the precision, and estimates count that with a caution (methods/window/control.py)."""
+"""Smallest tolerance, in units of the relative precision of outputs or states of these dtypes, on either kind of chain:
+rounding moves them by the precision, and estimates count that with a caution (methods/window/control.py)."""
 AFTER_THE_STEP = "the loop calls a network after its scheduler's step, for which a parallel run has no place"
 """The reason against a loop whose pass goes on after its step."""
 ENDED_EARLY = (
@@ -120,6 +120,7 @@ class LoopSolver:
 
     # All that follows is set by `begin`.
     first: FirstStep
+    _state_dtype: torch.dtype
     width: int
     _repeat: int
     _first_output: Tensor
@@ -194,11 +195,21 @@ class LoopSolver:
         output, sample = first.output, first.sample
         self.first, self._template = first, first.real_step(0, output, sample)
         self.table = probe(first.scheduler, first.timesteps, first.options)
-        self._noise = Increments(first.scheduler, self.table, first.timesteps, sample, first.generator, first.options)
+        self._state_dtype = new_state(self._template).dtype
+        self._noise = Increments(
+            first.scheduler,
+            self.table,
+            first.timesteps,
+            sample,
+            first.generator,
+            first.options,
+            output_dtype=output.dtype,
+            state_dtype=self._state_dtype,
+        )
         self._first_output = output.to(self._dtype)
         if self._callback is not None:
-            self._callback.timesteps, self._callback.dtype = first.timesteps, sample.dtype
-        self.fitted = self._fitted(output.dtype)
+            self._callback.timesteps, self._callback.dtype = first.timesteps, self._state_dtype
+        self.fitted = self._fitted([output.dtype, self._state_dtype])
         plain = dataclasses.replace(self.table, scale=torch.ones_like(self.table.scale))
         if isinstance(self.fitted, WindowMethod) and self.fitted.warmup and self.fitted.stride == 1:
             self.fitted = dataclasses.replace(self.fitted, warmup=min(max(self.fitted.warmup, own), self.table.steps))
@@ -226,7 +237,8 @@ class LoopSolver:
         self.started = True
         self.passes = self.rows = 1
         self._last = torch.zeros(1, dtype=torch.int64), output[None], sample[None]
-        self._repeats = Repeats(self._last[0], sample[None], output[None], sample[None]) if self._repeat else None
+        repeats = self._repeat and sample.dtype == self._state_dtype  # The first pass has a state of another dtype else.
+        self._repeats = Repeats(self._last[0], sample[None], output[None], sample[None]) if repeats else None
         self._take(next(self._solver))
 
     def tell(self, outputs: Tensor, states: Tensor, eps: float, beside: Beside | None = None) -> None:
@@ -378,11 +390,10 @@ class LoopSolver:
                 real = self.first.real_step(self.table.steps - 1, outputs[place], states[place])
         return step_result(self._template, sample, real)
 
-    def _fitted(self, dtype: torch.dtype) -> Method:
-        """The method for this call, with a tolerance that a network of that dtype resolves."""
-        least = 0.0
-        if dtype in HALF:
-            least = (STOCHASTIC_ROUNDING if self.table.stochastic else DETERMINISTIC_ROUNDING) * torch.finfo(dtype).eps
+    def _fitted(self, dtypes: list[torch.dtype]) -> Method:
+        """The method for this call, with a tolerance that outputs and states of these dtypes resolve."""
+        eps = max([torch.finfo(dtype).eps for dtype in dtypes if dtype in HALF], default=0.0)
+        least = (STOCHASTIC_ROUNDING if self.table.stochastic else DETERMINISTIC_ROUNDING) * eps
         method = self.method.chosen(self.table) if isinstance(self.method, Chooses) else self.method
         self.chosen, fitted = method, method.in_loop(self.table, least)
         self.raised_tolerance = None if fitted.tolerance == method.tolerance else fitted.tolerance
@@ -403,7 +414,7 @@ class LoopSolver:
             self._send(self._first_output[None][:0], None)
             return
         self.nodes = batch.nodes[self._places]
-        self.states = batch.x[self._places.to(batch.x.device, non_blocking=True)].to(self.first.sample.dtype)
+        self.states = batch.x[self._places.to(batch.x.device, non_blocking=True)].to(self._state_dtype)
         if self._repeats is not None:
             self.nodes = torch.cat([self.nodes, self._repeats.nodes])
             self.states = torch.cat([self.states, self._repeats.handed])
@@ -419,10 +430,10 @@ class LoopSolver:
             batch = self._solver.send(outputs if edited is None else EditedOutputs(outputs, edited))
         except StopIteration as end:
             self.solution, self.done = end.value, True
-            self.final, self.ended = end.value.sample[0].to(self.first.sample.dtype), self.table.steps
+            self.final, self.ended = end.value.sample[0].to(self._state_dtype), self.table.steps
             self.interrupted = bool(self.interrupt)
             if self.interrupt and self.interrupt.state is not None:
-                self.final, self.ended = self.interrupt.state.to(self.first.sample.dtype), self.interrupt.node
+                self.final, self.ended = self.interrupt.state.to(self._state_dtype), self.interrupt.node
             else:
                 self._noise.finish()
             self.final = self.final.clone()  # in the modes of the loop, not the solver's

@@ -182,6 +182,11 @@ def refuse_other_generator(given: Any, wanted: Any) -> None:
         raise Unsupported("the loop gives its scheduler's step another generator from pass to pass")
 
 
+def new_state(result: Any) -> Tensor:
+    """`[B, ...]` the new state in the result of a scheduler's step, whose dtype need not be that of the state before."""
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
 def step_result(template: Any, sample: Tensor, real: Any = None) -> Any:
     """A step's result with `sample` as its new state.
 

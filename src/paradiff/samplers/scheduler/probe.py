@@ -410,6 +410,8 @@ class Increments:
         start: The loop's first state `[B, ...]`, in the loop's own dtype and on its device.
         generator: The run's: one, a list of one for each of the B samples, or None for torch's own.
         step_kwargs: As for `probe`.
+        output_dtype: Dtype of the network's outputs, in which most steps draw their noise; that of the first state by default.
+        state_dtype: Dtype of the states after the first; that of the first by default.
 
     Raises:
         Unsupported: As `probe` does.
@@ -425,7 +427,11 @@ class Increments:
         start: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         step_kwargs: Mapping[str, Any] | None = None,
+        *,
+        output_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
+        self._output_dtype, self._state_dtype = output_dtype or start.dtype, state_dtype or start.dtype
         self.shape = tuple(start.shape)
         self._start, self._table, self._generator = start, table, generator
         self._kwargs = {k: v for k, v in (step_kwargs or {}).items() if k not in UNUSED}
@@ -467,13 +473,14 @@ class Increments:
         steps = range(len(self._drawn), min(stop, self._last))
         if not steps:
             return
-        zero = torch.zeros_like(self._start, device="cpu" if self._host else None)
+        first = torch.zeros_like(self._start, device="cpu" if self._host else None)
+        output, later = first.to(self._output_dtype), first.to(self._state_dtype)
         made: list[Tensor] = []
         for i in steps:
-            t = self._timesteps[i]
+            t, state = self._timesteps[i], later if i else first
             if hasattr(self._scheduler, "scale_model_input"):
-                self._scheduler.scale_model_input(zero, t)
-            found = step_of(self._scheduler, zero.clone(), t, zero.clone(), self._kwargs, self._generator, None)
+                self._scheduler.scale_model_input(state, t)
+            found = step_of(self._scheduler, output.clone(), t, state.clone(), self._kwargs, self._generator, None)
             found = found.float().clone()
             if self._mixing is not None:
                 self._raw.append(found)
