@@ -176,6 +176,19 @@ def test_a_model_that_raises_stop_iteration_is_named() -> None:
         sample(lambda x, t: next(iter([])), TABLE, Keyed(SHAPE), parasolver())
 
 
+@pytest.mark.parametrize("call", range(1, 15))
+def test_a_model_that_raises_stop_iteration_in_a_later_call_is_named(call: int) -> None:
+    """Some of the calls are those of the check, which asks for outputs within generators."""
+    left = [call]
+
+    def stopping(x: Tensor, t: Tensor) -> Tensor:
+        left[0] -= 1
+        return network(x, t) if left[0] else next(iter([]))
+
+    with pytest.raises(RuntimeError, match="the model raised StopIteration; catch it in the model"):
+        sample(stopping, TABLE, Keyed(SHAPE), srds())
+
+
 WRONG = {
     "method as a name": ({"method": "parasolver"}, "the method is 'parasolver'; give one of the presets"),
     "method not called": ({"method": parasolver}, "the method is the function parasolver, which has to be called; give one"),

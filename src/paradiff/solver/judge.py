@@ -57,6 +57,8 @@ OTHERS = (-0.5, 1.0, -2.0)
 MADE = -2.0
 """Factor on a row's state that makes up another one."""
 
+STOPPED = "the model raised StopIteration; catch it in the model"
+"""The reason against a model that raises it."""
 ADVICE = "call model.eval(), and compute a row's output from its own state, time and conditioning alone; check='off' goes on"
 
 Answer = Tensor | EditedOutputs
@@ -97,12 +99,15 @@ class Judge:
 
         Raises:
             ValueError: If the model fails for them.
+            RuntimeError: If it raises StopIteration, which would end a generator that asks for them.
         """
         self.rows += len(batch.x)
         x = batch.x.clone()
         try:
             return outputs_only(copied(self._again(batch), x))
-        except (torch.OutOfMemoryError, StopIteration, RanksFailed):
+        except StopIteration as error:
+            raise RuntimeError(STOPPED) from error
+        except (torch.OutOfMemoryError, RanksFailed):
             raise
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]

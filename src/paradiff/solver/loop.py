@@ -40,7 +40,7 @@ from paradiff.solver.arguments import (
 )
 from paradiff.solver.by_row import ByRow
 from paradiff.solver.evaluator import Denoiser, Evaluator
-from paradiff.solver.judge import Judge
+from paradiff.solver.judge import STOPPED, Judge
 from paradiff.solver.plain_loop import PlainOutputs, compare
 from paradiff.solver.protocol import (
     Batch,
@@ -317,7 +317,7 @@ def _driven(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs],
         try:
             answer = checked(batch)
         except StopIteration as error:
-            raise RuntimeError("the model raised StopIteration; catch it in the model") from error
+            raise RuntimeError(STOPPED) from error
         try:
             batch = rounds.send(answer)
         except StopIteration as end:
