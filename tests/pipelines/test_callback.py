@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from adversary import Adversary, Net
 from diffusers.callbacks import SDCFGCutoffCallback
+from tiny import CASES
 from torch import Tensor
 
 from paradiff import parallelize, parasolver
@@ -215,6 +217,24 @@ def test_a_callback_that_changes_what_the_call_has_set_is_refused(change: str) -
     name = change.partition(",")[0]
     with pytest.raises(ValueError, match=rf"changed pipe\.{name} after step 8; a parallel run"):
         called(callback, "lanes")
+
+
+def test_a_callback_that_scales_an_adapter_is_refused_with_the_name_of_the_setting() -> None:
+    from peft import LoraConfig
+
+    pipe = CASES["sd"].make()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    name, layer = next((name, part) for name, part in pipe.unet.named_modules() if hasattr(part, "scaling"))
+
+    def scale(*_: Any) -> dict[str, Any]:
+        layer.scaling["default"] = 0.5
+        return {}
+
+    with (
+        parallelize(pipe, parasolver(window=4)),
+        pytest.raises(ValueError, match=re.escape(f"changed {type(pipe.unet).__name__}.{name}.scaling after step")),
+    ):
+        CASES["sd"].run(pipe, callback_on_step_end=scale)
 
 
 def test_a_flag_that_is_asked_for_by_its_name_interrupts() -> None:

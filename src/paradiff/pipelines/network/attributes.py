@@ -29,7 +29,7 @@ class Attributes:
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._owners: list[tuple[str, dict[str, Any]]] = []
-        self._containers: list[list[Any] | dict[Any, Any]] = []
+        self._containers: list[tuple[str, list[Any] | dict[Any, Any]]] = []
         for network in networks:
             for name, module in network.named_modules():
                 path = ".".join([type(network).__name__, *([name] if name else [])])
@@ -38,7 +38,7 @@ class Attributes:
                     if key in STRUCTURE or key.endswith("_hooks") or key.startswith("_"):
                         continue
                     if isinstance(value, list | dict):
-                        self._containers.append(value)
+                        self._containers.append((f"{path}.{key}", value))
                     elif not isinstance(value, nn.Module | Tensor | type) and _has_attributes(value):
                         self._owners.append((f"{path}.{key}", vars(value)))
         self._marked = self._read()
@@ -61,7 +61,7 @@ class Attributes:
 
     def _read(self) -> list[Any]:
         values = chain.from_iterable(held.values() for _, held in self._owners)
-        parts = [tuple(part.items()) if isinstance(part, dict) else tuple(part) for part in self._containers]
+        parts = [tuple(part.items()) if isinstance(part, dict) else tuple(part) for _, part in self._containers]
         return [*values, *parts]
 
     def _search(self, now: list[Any]) -> str | None:
@@ -73,10 +73,10 @@ class Attributes:
                 both = isinstance(value, PLAIN) + isinstance(was, PLAIN)
                 if both == 1 or (both == 2 and was != value):
                     return f"{path}.{key}"
-        for part, was in zip(now[len(now) - len(self._containers) :], before, strict=True):
+        for (path, _), part, was in zip(self._containers, now[len(now) - len(self._containers) :], before, strict=True):
             numbers = [value for value in chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in part)]
             if all(isinstance(value, PLAIN) for value in numbers) and part != was:
-                return "a setting"
+                return path
         return None
 
 
