@@ -37,6 +37,7 @@ from paradiff import (
     jacobi,
     paradigms,
     parasolver,
+    quasi_newton,
     sample,
     sequential,
     solve,
@@ -82,6 +83,30 @@ def test_every_method_on_every_table_reaches_the_chain_in_no_more_sweeps_than_st
         found = run(table, now)
         assert gap(found.sample[0], wanted) < EXACT, f"window {window}"
         assert found.rounds <= table.steps if longest(now) == 1 else found.rounds <= len(now.edges(table)) * longest(now)
+
+
+class From(Keyed):
+    """Keyed noise that begins at given states."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__(tuple(states.shape[1:]), 0, len(states))
+        self.states = states
+
+    def start(self, sample: int) -> Tensor:
+        return self.states[sample]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", [sequential(), parasolver(4), quasi_newton(), collocation(), srds()], ids=str)
+def test_a_start_that_is_not_finite_is_named_and_not_the_model(method: Method, value: float) -> None:
+    noise, table = Keyed(SHAPE, 0, 2), TABLES["ddim"]
+    states = torch.stack([noise.start(k) for k in range(2)])
+    states[1].view(-1)[0] = value
+    sentence = "sample 1 begins at a state that holds NaN or infinity, which no method follows: give "
+    with pytest.raises(ValueError, match=f"{sentence}a finite start"):
+        sample(network, table, noise, method, start=states, check="off")
+    with pytest.raises(ValueError, match=f"{sentence}noise that begins at a finite state"):
+        sample(network, table, From(states), method, check="off")
 
 
 def test_a_sub_interval_that_splits_a_two_stage_step_still_waits_for_the_state_before_it() -> None:

@@ -154,24 +154,38 @@ def solve(
         trajectory=trajectory,
         keep=keep_trajectory,
     )
-    return _undisturbed(_rounds(problem, method, observer, begin), problem.device.type)
+    return _undisturbed(_rounds(problem, method, observer, begin), problem)
 
 
-def _undisturbed(rounds: Rounds, device: str) -> Rounds:
+def _undisturbed(rounds: Rounds, problem: Problem) -> Rounds:
     """The rounds of a solver that is resumed with the CPU as torch's default device, and without autocast, which would make its
-    products in half precision."""
+    products in half precision. What fails since a sample begins at NaN or infinity is told so."""
     answer: Tensor | EditedOutputs | None = None
     while True:
         try:
             with contextlib.ExitStack() as modes:
                 modes.enter_context(at_home())
-                for kind in {device, "cpu"}:
+                for kind in {problem.device.type, "cpu"}:
                     if torch.is_autocast_enabled(kind):
                         modes.enter_context(torch.autocast(kind, enabled=False))
                 batch = next(rounds) if answer is None else rounds.send(answer)
         except StopIteration as end:
             return end.value
+        except ValueError as error:
+            _require_finite_start(problem, error)
+            raise
         answer = yield batch
+
+
+def _require_finite_start(problem: Problem, met: ValueError) -> None:
+    """Raises ValueError if a sample of a run that met an error begins at NaN or infinity."""
+    for k in range(problem.noise.samples):
+        start = problem.noise.start(k) if problem.start is None else problem.start[k]
+        if not torch.isfinite(start).all():
+            raise ValueError(
+                f"sample {k} begins at a state that holds NaN or infinity, which no method follows: give "
+                f"{'noise that begins at a finite state' if problem.start is None else 'a finite start'}"
+            ) from met
 
 
 @torch.inference_mode()
