@@ -67,10 +67,10 @@ def checked_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTS: dict[str, tuple[Plant, str]] = {
     "a table left on the CPU": (left_on_the_cpu, "Expected all tensors to be on the same device"),
-    "an item() in the loop": (changed("mean_square", lambda _, x: x.sum().item()), "wait: item at chain/step|wait: item"),
+    "an item() in the loop": (changed("mean_squares", lambda _, x: x.sum().item()), "wait: item at chain/step|wait: item"),
     "a generator of the wrong device": (drawn_on_the_cpu, "Expected a 'cpu' device type for generator"),
-    "a mask on the host": (changed("mean_square", lambda _, x: x[(x == x).flatten(1).all(1).cpu()]), "wait: to the host"),
-    "a mask of the device": (changed("mean_square", lambda _, x: x[(x == x).flatten(1).all(1)]), "wait: a mask as an index"),
+    "a mask on the host": (changed("mean_squares", lambda _, x: x[(x == x).flatten(1).all(1).cpu()]), "wait: to the host"),
+    "a mask of the device": (changed("mean_squares", lambda _, x: x[(x == x).flatten(1).all(1)]), "wait: a mask as an index"),
     "a list as an index": (changed("seen", lambda _, x: x[[*range(len(x))]]), "wait: blocking upload"),
     "a copy to the device that waits": (changed("seen", lambda s, x: torch.ones(1).to(x.device)), "wait: blocking upload"),
     "an inverse that looks whether it exists": (checked_inverse, "wait: item"),

@@ -143,9 +143,10 @@ class RowBound:
             width, own = self.next_call(items.stop - first, rows, widths)
             try:
                 done.append((call(slice(first, first + width)), own))
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if width == 1:
                     raise
+                error.__traceback__ = None  # Whoever keeps the error would keep the tensors of the failed call.
                 self.max_rows = rows * ((width + 1) // 2 if widths is None else max(w for w in widths if w < width))
             else:
                 if made is not None:

@@ -115,7 +115,7 @@ class CarriedError:
             return
         change, states, outputs = self._errors
         product = self._step.members(change[-1] * errors[-1]).sum(2)[0]
-        sign = self._beside(torch.where(product < 0, -1.0, 1.0), errors[:, 0])[:, None]
+        sign = self._beside(1 - 2 * (product < 0).to(product.dtype), errors[:, 0])[:, None]
         known = min(len(change), len(errors))
         self._errors = Carried(
             torch.cat([change[: len(change) - known], change[len(change) - known :] + sign * errors[len(errors) - known :]]),
