@@ -16,7 +16,7 @@ from torch import Tensor
 
 import paradiff
 from paradiff.pipelines.host.find import host_of
-from paradiff.pipelines.known import CallKnown, call_key, curve_of_passes, forget_calls
+from paradiff.pipelines.known import CallKnown, call_key, curve_of_passes, forget_calls, pace_of
 from paradiff.planning import LatencyCurve
 from paradiff.planning.picking import Known, Picked
 from paradiff.planning.store import FOLDER
@@ -120,6 +120,12 @@ def test_a_curve_is_made_of_passes_of_several_widths() -> None:
     assert found.points == {1: 1.0, 4: 1.5}  # the first pass, and a single one, are no measure
     assert curve_of_passes(times[:3]) is None
     assert curve_of_passes([(2, 1.0), (4, 1.0), (4, 1.0), (2, 1.0), (2, 1.0)]) is None
+
+
+def test_a_busy_machine_is_seen_by_passes_of_one_row() -> None:
+    curve = LatencyCurve({1: 1.0, 8: 1.5})
+    assert pace_of([(1, 90.0), (1, 9.0), (1, 3.0), (8, 4.5)], curve) == 3.0
+    assert pace_of([(1, 90.0), (1, 0.5), (8, 12.0)], curve) == pace_of([(1, 90.0), (8, 12.0)], curve) == 1.0
 
 
 @pytest.mark.usefixtures("unwatched")

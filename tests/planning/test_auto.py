@@ -237,6 +237,30 @@ def test_a_chosen_window_that_does_not_pay_is_narrowed_and_the_rest_is_walked(
     assert seconds[0] - begin < 1.9 * 200
 
 
+@pytest.mark.parametrize("steep", [False, True])
+def test_a_run_on_a_busy_machine_does_not_decide_for_later_ones_and_one_of_dear_rows_does(
+    steep: bool, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, seconds, times = DDPM(SCHEDULE, 400), [0.0], [1.0]
+    monkeypatch.setattr("time.perf_counter", lambda: seconds[0])
+    exact = DATA.denoiser(table)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seconds[0] += (FLAT(len(x)) if len(x) == 1 or not steep else 4 * len(x)) * times[0]
+        return exact(x, t)
+
+    evaluator = paradiff.Evaluator(model)
+    keep(evaluator, NOISE, FLAT)
+    paradiff.sample(model, table, NOISE, paradiff.sequential())  # the whole check is made
+    runs = []
+    for times[0] in (1.0, 1.0) if steep else (40.0, 40.0, 1.0):
+        begin = seconds[0]
+        runs.append((paradiff.sample(evaluator, table, NOISE, paradiff.auto()), seconds[0] - begin))
+    assert "chosen: collocation(" in runs[0][0].message
+    assert runs[0][1] > 400  # seconds, of which the plain chain on the curve takes 400
+    assert [run.rounds == 400 for run, _ in runs[1:]] == ([True] if steep else [False, False])
+
+
 def test_a_bound_on_rows_that_memory_sets_bounds_the_choice(kept: Path) -> None:
     table = DDIM(SCHEDULE, 50)
     limited = LatencyCurve({1: 1.0, 2: 1.01, 3: 1.02}, {1: 0.0}, 3, None, "OutOfMemoryError: at 4 rows")

@@ -167,7 +167,7 @@ class CallKnown:
         if isinstance(method, AdaptiveMethod) or len(known.traces.of(label, 1)) >= ENOUGH:
             return
         rows = statistics.mean(rows for rows, _ in solver.times)
-        rounds, seconds = len(solver.times), sum(seconds for _, seconds in solver.times)
+        rounds, seconds = len(solver.times), sum(seconds for _, seconds in solver.times) / pace_of(solver.times, known.curve)
         beside = max(seconds - known.curve.within(rows) * rounds, 0.0)
         known.traces.add({label: [Trace(((rows, rounds),), 1, beside)]})
 
@@ -187,6 +187,13 @@ def curve_of_passes(times: Sequence[tuple[int, float]]) -> LatencyCurve | None:
         seconds.setdefault(rows, []).append(taken)
     points = {rows: statistics.median_low(of) for rows, of in seconds.items() if taken_twice(of)}
     return LatencyCurve(points) if len(points) > 1 and min(points) == 1 and min(points.values()) > 0 else None
+
+
+def pace_of(times: Sequence[tuple[int, float]], curve: LatencyCurve) -> float:
+    """How many times as long as on a curve passes of one row took, 1 at least: the machine may have been busy. It is by the
+    fastest of those after the first pass, which sets things up."""
+    single = [seconds for rows, seconds in times[1:] if rows == 1]
+    return max(1.0, min(single) / curve(1)) if single else 1.0
 
 
 def taken_twice(seconds: Sequence[float]) -> bool:

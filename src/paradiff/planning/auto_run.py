@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -104,5 +105,18 @@ class AutoRun:
         else:
             estimates = [solver.error_estimate for solver in self._solvers]
             rounds, rows = max(e.rounds for e in estimates), sum(e.evaluations for e in estimates)
+        seconds /= self._pace(known, curve, seconds)
         beside = max(seconds - curve.within(rows / rounds) * rounds, 0.0)
         known.traces.add({label: [Trace(((rows / rounds, rounds),), samples, beside)]})
+
+    def _pace(self, known: Known, curve: LatencyCurve, seconds: float) -> float:
+        """How many times as long as on the curve the model's calls take now. It is measured, by two calls, where a run took so
+        long that it would not be made again: the machine may have been busy."""
+        table, noise = self._problem.table, self._problem.noise
+        plain = curve.within(noise.samples)
+        if self._calls:
+            return max(1.0, statistics.median(self._calls) / plain)
+        if known.evaluator is None or seconds < plain * table.steps:
+            return 1.0
+        (now,) = quick_latency(known.evaluator, table, noise, 2).points.values()
+        return max(1.0, now / plain)
