@@ -14,6 +14,7 @@ knows no method by name: a new method is a class with these functions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -92,6 +93,11 @@ class Problem:
             raise ValueError(
                 f"on_final was given with {self.noise.samples} samples, which end at rounds of their own; solve one at a time"
             )
+
+    @property
+    def elements(self) -> int:
+        """Elements of a sample; of a member, where it is a batch of them."""
+        return math.prod(self.noise.shape[int(self.shared_window) :])
 
     def start_of(self, sample: int) -> Tensor | None:
         """The given state of one sample at node 0; None for the noise's."""

@@ -58,7 +58,13 @@ class AdaptiveRun:
         self._problem = problem
         options = dataclasses.replace(method, window=max(2, method.width(problem.table)) if problem.table.steps > 1 else None)
         self._setup = WindowSetup(
-            problem.table, options, problem.device, problem.dtype, problem.shared_window, problem.resolution
+            problem.table,
+            options,
+            problem.device,
+            problem.dtype,
+            problem.shared_window,
+            problem.resolution,
+            elements=problem.elements,
         )
         self._judge = WindowRun(options, problem)
         seconds = functools.partial(_seconds, dict(method.seconds)) if method.seconds else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.noise import Noise
+from paradiff.chain.sensitivity import FITTED
 from paradiff.chain.slope import shifted
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.control import CollocationControl
@@ -93,6 +94,7 @@ class WindowLoop:
         resolution: Relative precision of the network's outputs.
         symmetry: A group under which the network answers alike (methods/secant.py); None for none.
         renewed: Elements that each step makes anew (solver/protocol.py); None for none.
+        elements: Elements of a sample, or of a member.
     """
 
     def __init__(
@@ -108,9 +110,10 @@ class WindowLoop:
         resolution: float | None,
         symmetry: Symmetry | None = None,
         renewed: Tensor | None = None,
+        elements: int = FITTED,
     ) -> None:
         self._table, self._method, self._control, self._variance = table, method, control, variance
-        self._arithmetic = (device, dtype, shared_window, resolution, symmetry, renewed)
+        self._arithmetic = (device, dtype, shared_window, resolution, symmetry, renewed, elements)
         self._setups: dict[float, WindowSetup] = {}
 
     @staticmethod

@@ -48,6 +48,7 @@ class Way:
             "resolution": problem.resolution,
             "symmetry": problem.symmetry,
             "renewed": problem.renewed,
+            "elements": problem.elements,
         }
         if self.unfit is None:
             self.setup = setup = CollocationSetup(table, options, **arithmetic)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paradiff.chain.sensitivity import FITTED
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.collocation.defect import DoubledIntervals
@@ -34,6 +35,7 @@ class CollocationSetup:
         resolution: Relative precision of the network's outputs; that of `dtype` by default.
         symmetry: Of the window method that takes samples over; see `WindowLoop`.
         renewed: Likewise.
+        elements: Likewise.
 
     Attributes:
         table: The chain that is solved.
@@ -62,6 +64,7 @@ class CollocationSetup:
         resolution: float | None = None,
         symmetry: Symmetry | None = None,
         renewed: Tensor | None = None,
+        elements: int = FITTED,
     ) -> None:
         self.table, self.method, self.device, self.dtype = table, method, device, dtype
         self.shared_window = shared_window
@@ -90,6 +93,7 @@ class CollocationSetup:
             resolution=self.resolution,
             symmetry=symmetry,
             renewed=renewed,
+            elements=elements,
         )
 
     def record(self, points: Sequence[int], error: InterpolationError, variance: float) -> None:

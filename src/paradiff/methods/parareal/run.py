@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -29,8 +28,9 @@ class PararealRun:
     def __init__(self, options: PararealOptions, problem: Problem) -> None:
         options.check_shape(problem.noise.shape)
         self._options, self._problem = options, problem
-        elements = math.prod(problem.noise.shape[int(problem.shared_window) :])
-        self._setup = PararealSetup(problem.table, options, problem.device, problem.dtype, problem.shared_window, elements)
+        self._setup = PararealSetup(
+            problem.table, options, problem.device, problem.dtype, problem.shared_window, problem.elements
+        )
 
     @property
     def t(self) -> Tensor:

@@ -39,6 +39,7 @@ class WindowRun:
             problem.resolution,
             problem.symmetry,
             problem.renewed,
+            problem.elements,
         )
         self._mixing: list[tuple[int, AndersonUpdate]] = []  # the samples that mix sweeps
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.data_scale import held_to
-from paradiff.chain.sensitivity import noise_units, sensitivity, slope_error
+from paradiff.chain.sensitivity import FITTED, noise_units, scatter, sensitivity, slope_error
 from paradiff.chain.slope import DATA_VARIANCE, Inverses, over_intervals, resolve, shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
@@ -35,6 +35,8 @@ class WindowSetup:
         resolution: Relative precision of the network's outputs; that of the states by default.
         symmetry: A group under which the network answers alike (methods/secant.py); None for none.
         renewed: Elements of a state that each step makes anew, `[*shape]` (solver/protocol.py); None for none.
+        elements: Elements of a sample, or of a member. On stochastic chains the errors of a sample of few elements scatter more
+            about their estimate (chain/sensitivity.py), and k is larger.
 
     Attributes:
         edges: `[M+1]` fine nodes between sub-intervals.
@@ -68,6 +70,7 @@ class WindowSetup:
         resolution: float | None = None,
         symmetry: Symmetry | None = None,
         renewed: Tensor | None = None,
+        elements: int = FITTED,
     ) -> None:
         self.symmetry = symmetry
         self.renewed = None if renewed is None else renewed.to(device)
@@ -98,7 +101,7 @@ class WindowSetup:
         if self.by_residual or method.anderson is not None:
             noise = method.noise_tolerance * noise_units(table, self.edges)
             self.residual_bound = noise.clamp(min=method.tolerance).tolist()
-        self._caution = method.control.caution(table, method.learns)
+        self._caution = method.control.caution(table, method.learns) * (scatter(elements) if table.stochastic else 1.0)
         self.decides = min(method.control.carried_decides, self._caution)
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
