@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -408,10 +409,10 @@ def test_ranks_that_begin_from_other_trajectories_are_told_apart() -> None:
 TIMEOUT = 8.0
 
 
-def faulty(mesh: DeviceMesh, fault: str, begun: Path | None = None) -> int:
-    """A run in which the rank at place 1 is at fault, from when on a file is there."""
+def faulty(mesh: DeviceMesh, fault: str, begun: Path | None = None, place: int = 1) -> int:
+    """A run in which the rank at a place is at fault, from when on a file is there."""
     ranks, calls = Ranks(mesh, timeout=TIMEOUT), [0]
-    bad = ranks.place == 1
+    bad = ranks.place == place
     if bad and fault == "paradiff":
         agreement.__version__ = "7.7"
     if bad and fault == "torch":
@@ -494,6 +495,16 @@ def test_a_fault_of_one_rank_ends_all_in_time_with_one_sentence_that_names_it(fa
         assert one.code == 1
     if fault not in ("stops",):
         assert bad.code != 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a stopped process is found in /proc")
+def test_a_rank_that_keeps_the_store_and_is_stopped_ends_all_in_time(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    ended = on_ranks(3, faulty, "stopped", begun, 0)
+    assert time.time() - begun.stat().st_mtime < TIMEOUT
+    for one in ended:
+        assert one.error.startswith("RanksFailed: rank 0, or the launcher that keeps the ranks' store, is gone"), ended
+        assert one.code == 1
 
 
 def test_without_a_fault_nothing_is_said() -> None:

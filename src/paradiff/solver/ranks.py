@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from paradiff.errors import RanksFailed, require_one_of, require_real, shown
-from paradiff.solver.watch import CALL, OWN, WAIT, Board, Watch, joined, name_of
+from paradiff.solver.watch import CALL, OWN, WAIT, Board, Process, Watch, joined, patience_of, storeless, this_process
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,13 +98,16 @@ class Ranks:
         self._told = time.monotonic()
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._backend = str(dist.get_backend(self._group))
-        board = _board(members)
-        mine = name_of(dist.get_rank(), dist.get_world_size())
-        board.post(f"name/{self.place}", mine)
-        self.names = _names(board, self.size, members, self.timeout)
+        try:
+            board = _board(members, patience_of(self.timeout))
+            board.post(f"process/{self.place}", this_process(dist.get_rank(), dist.get_world_size()))
+            processes = _processes(board, members, self.timeout)
+        except (RuntimeError, TimeoutError) as error:
+            raise RanksFailed(storeless(str(error))) from error
+        self.names = [process.name for process in processes]
         limit = datetime.timedelta(seconds=self.timeout + LONGER)
         self._control = dist.new_group(members, timeout=limit, backend="gloo", use_local_synchronization=True)
-        self._watch = Watch(board, self.place, self.names, self.timeout)
+        self._watch = Watch(board, self.place, processes, self.timeout)
         self.close = weakref.finalize(self, self._watch.stop)
 
     def __repr__(self) -> str:
@@ -392,32 +395,34 @@ def _group_of(mesh: Any, axis: str) -> Any:
     return mesh.get_group(axis)
 
 
-def _board(members: Sequence[int]) -> Board:
+def _board(members: Sequence[int], patience: float) -> Board:
     """A board that the members of a group have for themselves: that of their n-th run, which all of them count alike."""
     from torch.distributed import PrefixStore, distributed_c10d, get_rank
 
     store: Any = distributed_c10d._get_default_store()
     group = "-".join(map(str, members))
-    run = Board(PrefixStore(f"paradiff/{group}", store)).drawn(f"runs/{get_rank()}")
-    return Board(PrefixStore(f"paradiff/{group}/{run}", store))
+    run = Board(PrefixStore(f"paradiff/{group}", store), patience).drawn(f"runs/{get_rank()}")
+    return Board(PrefixStore(f"paradiff/{group}/{run}", store), patience)
 
 
-def _names(board: Board, size: int, members: Sequence[int], timeout: float) -> list[str]:
-    """The names of all ranks, once all have come.
+def _processes(board: Board, members: Sequence[int], timeout: float) -> list[Process]:
+    """The processes of all ranks, once all have come.
 
     Raises:
         RanksFailed: If one does not come.
     """
-    names: list[str | None] = [None] * size
+    found: dict[int, Process] = {}
     end, pause = time.monotonic() + timeout, 1e-3
-    while None in names:
-        names = [board.read(f"name/{place}") if name is None else name for place, name in enumerate(names)]
-        if None in names and time.monotonic() > end:
-            late = joined([f"rank {members[place]}" for place, name in enumerate(names) if name is None])
+    while len(found) < len(members):
+        for place in range(len(members)):
+            if place not in found and (told := board.read(f"process/{place}")) is not None:
+                found[place] = Process(*told)
+        if len(found) < len(members) and time.monotonic() > end:
+            late = joined([f"rank {member}" for place, member in enumerate(members) if place not in found])
             raise RanksFailed(f"{late} did not come to the start of the run within {timeout:g} s: it died, hangs or runs else")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
-    return [name for name in names if name is not None]
+    return [found[place] for place in range(len(members))]
 
 
 def aligned(size: int) -> int:

@@ -18,8 +18,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Unanswered
+from typing import Any, NamedTuple
 
 LOOK = 0.15
 """Seconds between two looks at the board."""
@@ -39,31 +41,76 @@ CALL, WAIT, OWN, SIGNALLED, ENDED = "call", "wait", "own", "signalled", "ended"
 a signal, it has ended its run."""
 
 
+class Process(NamedTuple):
+    """The process of a rank.
+
+    Attributes:
+        name: What the rank is called in sentences.
+        host: The name of its machine.
+        id: Its number there.
+        launcher: That of the process that started it.
+    """
+
+    name: str
+    host: str
+    id: int
+    launcher: int
+
+
+def this_process(rank: int, size: int) -> Process:
+    """The process of this rank."""
+    return Process(name_of(rank, size), socket.gethostname(), os.getpid(), os.getppid())
+
+
 class Board:
     """Keys and values that all ranks of a run see.
 
+    Of a process that a signal has stopped, or whose machine is cut off, a store gives no answer and no error. So each call is
+    made in a thread of its own, which is given up.
+
     Args:
         store: A store of `torch.distributed`, under a prefix of the run's own.
+        patience: Seconds in which the store has to answer.
+
+    Raises:
+        TimeoutError: By every method, if it does not.
     """
 
-    def __init__(self, store: Any) -> None:
-        self._store = store
+    def __init__(self, store: Any, patience: float) -> None:
+        self._store, self._patience = store, patience
 
-    def post(self, name: str, value: Any) -> None:
-        """Sets a key."""
-        self._store.set(name, json.dumps(value))
+    def post(self, name: str, value: Any, within: float | None = None) -> None:
+        """Sets a key, within so many seconds, or the board's own."""
+        self._answer(lambda: self._store.set(name, json.dumps(value)), within)
 
-    def first(self, name: str, value: Any) -> Any:
-        """Sets a key unless it is set; what it holds then."""
-        return json.loads(self._store.compare_set(name, "", json.dumps(value)))
+    def first(self, name: str, value: Any, within: float | None = None) -> Any:
+        """Sets a key unless it is set; what it holds then. In seconds as of `post`."""
+        return json.loads(self._answer(lambda: self._store.compare_set(name, "", json.dumps(value)), within))
 
     def read(self, name: str) -> Any:
         """The value of a key; None where it is not set."""
-        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+        found = self._answer(lambda: self._store.get(name) if self._store.check([name]) else None)
+        return None if found is None else json.loads(found)
 
     def drawn(self, name: str) -> int:
         """How many times this was called with the name, on any rank, this call included."""
-        return int(self._store.add(name, 1))
+        return int(self._answer(lambda: self._store.add(name, 1)))
+
+    def _answer(self, ask: Callable[[], Any], within: float | None = None) -> Any:
+        found: Future[Any] = Future()
+
+        def asking() -> None:
+            try:
+                found.set_result(ask())
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=asking, name="paradiff-board", daemon=True).start()
+        seconds = self._patience if within is None else within
+        try:
+            return found.result(seconds)
+        except Unanswered as error:
+            raise TimeoutError(f"no word for {seconds:.3g} s") from error
 
 
 class Watch:
@@ -72,7 +119,7 @@ class Watch:
     Args:
         board: The board.
         rank: This rank's place among the ranks of the run.
-        names: What the ranks are called, by place.
+        processes: The ranks' processes, by place.
         timeout: Seconds after which all ranks have ended since one stopped or hung.
 
     Attributes:
@@ -83,12 +130,12 @@ class Watch:
         heard: Set when the main thread has taken note of the verdict.
     """
 
-    def __init__(self, board: Board, rank: int, names: Sequence[str], timeout: float) -> None:
-        self._board, self._rank, self._names = board, rank, names
-        ending = min(ENDING, timeout / 2)
-        self.patience = timeout - ending
+    def __init__(self, board: Board, rank: int, processes: Sequence[Process], timeout: float) -> None:
+        self._board, self._rank, self._processes = board, rank, processes
+        self._names = [process.name for process in processes]
+        self.patience = patience_of(timeout)
+        ending = timeout - self.patience
         self._answers, self._grace = (min(max(share * ending, least), most) for share, least, most in (ANSWERS, GRACE))
-        board.post(f"process/{rank}", [socket.gethostname(), os.getpid(), os.getppid()])
         self.doing: tuple[str, int, float] = (OWN, 0, time.monotonic())
         self.fault: Mapping[str, Any] | None = None
         self.verdict: str | None = None
@@ -109,9 +156,9 @@ class Watch:
             text: What was met.
         """
         try:
-            self._board.first("fault", {"by": self._rank, "why": why, "text": text, "step": self.doing[1]})
-        except Exception:  # The store is gone, and with it the process that keeps it.
-            self.verdict = self.verdict or _storeless(text)
+            self._board.first("fault", {"by": self._rank, "why": why, "text": text, "step": self.doing[1]}, self._answers)
+        except Exception as error:  # The store is gone, and with it the process that keeps it.
+            self.verdict = self.verdict or storeless(text or str(error))
         return self.await_verdict()
 
     def await_verdict(self) -> str:
@@ -132,7 +179,7 @@ class Watch:
             self._thread.join(2 * LOOK)
         try:
             if self.verdict is None:
-                self._board.post(f"end/{self._rank}", self.doing[1])
+                self._board.post(f"end/{self._rank}", self.doing[1], self._answers)
         except Exception:
             return  # The store is gone: the others have ended before.
 
@@ -152,7 +199,7 @@ class Watch:
             except Exception as error:
                 if self.doing[0] == OWN:
                     return  # Between two runs, the others may end.
-                self.verdict = _storeless(str(error))
+                self.verdict = self._give_up(storeless(str(error)))
             if self.verdict is not None:
                 self._see_to_the_end()
                 return
@@ -174,15 +221,26 @@ class Watch:
         answers = self._collected(end)
         return self._board.first("verdict", verdict(fault, answers, self._names, self.patience))
 
-    def _wake(self) -> None:
+    def _give_up(self, sentence: str) -> str:
+        """The verdict where the store gives no answer, or an error. If a stopped rank kept it, that one and others are told."""
+        if self._wake():
+            with contextlib.suppress(Exception):
+                fault = {"by": self._rank, "why": "error", "text": sentence, "step": self.doing[1]}
+                self._board.first("fault", fault, self._answers)
+                return self._board.first("verdict", sentence, self._answers)
+        return sentence
+
+    def _wake(self) -> bool:
         """Has ranks that a signal has stopped go on to their end: no other signal but SIGKILL ends them, for which launchers
-        wait long. They are found among the processes that this one's launcher has started."""
-        for rank in range(len(self._names)):
-            if self._board.read(f"answer/{rank}") is None and (told := self._board.read(f"process/{rank}")) is not None:
-                host, process, parent = told
-                if (host, parent) == (socket.gethostname(), os.getppid()) and _state(process) == ("T", parent):
-                    with contextlib.suppress(OSError):
-                        os.kill(process, signal.SIGCONT)
+        wait long. They are found among the processes that this one's launcher has started. Whether there was one."""
+        found = False
+        for process in self._processes:
+            alike = (process.host, process.launcher) == (socket.gethostname(), os.getppid())
+            if alike and _state(process.id) == ("T", process.launcher):
+                with contextlib.suppress(OSError):
+                    os.kill(process.id, signal.SIGCONT)
+                    found = True
+        return found
 
     def _await_others(self) -> None:
         """Waits until all ranks that answered have the verdict: the first one often keeps the store, which ends with it."""
@@ -274,6 +332,11 @@ def verdict(fault: Mapping[str, Any], answers: Mapping[int, Mapping[str, Any]], 
     return f"the ranks lost each other at exchange {step} ({fault['text']})"
 
 
+def patience_of(timeout: float) -> float:
+    """Seconds that ranks wait for another one, of those within which all have ended."""
+    return timeout - min(ENDING, timeout / 2)
+
+
 def name_of(rank: int, size: int) -> str:
     """What a rank is called in sentences."""
     return f"rank {rank} of {size} (process {os.getpid()} on {socket.gethostname()})"
@@ -288,6 +351,7 @@ def _does(names: Sequence[str], one: str, several: str) -> str:
     return one if len(names) == 1 else several
 
 
-def _storeless(text: str) -> str:
+def storeless(text: str) -> str:
+    """The sentence on a store that gives no answer, or this error."""
     line = next(iter(text.splitlines()), "")
     return f"rank 0, or the launcher that keeps the ranks' store, is gone: it does not answer ({line[:120]})"
