@@ -19,6 +19,7 @@ from pipelines import hollow
 from processes import environment, free_port, processes
 
 SHORT = ["sample", "digits", "--sampler", "ddim", "--steps", "12", "--seeds", "0-1", "--window", "4", "--device", "cpu"]
+PARALLEL = [*SHORT, "--method", "parasolver"]
 
 
 def command(arguments: list[str], others: list[str] | None = None) -> tuple[int, str, str]:
@@ -40,14 +41,14 @@ def command(arguments: list[str], others: list[str] | None = None) -> tuple[int,
 
 
 def test_one_rank_writes_the_files_and_shows_the_figures(tmp_path: Path) -> None:
-    first, second = (one.value for one in processes(2, command, [*SHORT, "--out", str(tmp_path / "two")]))
-    alone = command([*SHORT, "--out", str(tmp_path / "one")])
+    first, second = (one.value for one in processes(2, command, [*PARALLEL, "--out", str(tmp_path / "two")]))
+    alone = command([*PARALLEL, "--out", str(tmp_path / "one")])
     assert (first[0], second[0], alone[0]) == (0, 0, 0), (first, second)
     assert second[1:] == ("", "")
     assert "written to" in first[1]
     assert sorted(os.listdir(tmp_path / "two")) == ["run.json", "samples.png", "seed-0.png", "seed-1.png"]
     contents = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
-    assert contents[0]["rounds"] == contents[1]["rounds"]
+    assert contents[0]["rounds"] == contents[1]["rounds"] < 12
     assert contents[0]["evaluations"] == contents[1]["evaluations"]
     for name in ("seed-0.png", "seed-1.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -86,6 +87,20 @@ def within(folders: list[str], line: list[str]) -> tuple[int, str, str]:
     return command(line)
 
 
+def test_previews_and_a_trajectory_are_written_by_one_rank(tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "kept").mkdir()
+    line = [*PARALLEL, "--previews", "seen", "--save-trajectory", "kept/run", "--out", "out"]
+    ended = processes(2, within, list(map(str, folders)), line)
+    assert [one.value[0] for one in ended] == [0, 0], ended
+    assert sorted(os.listdir(folders[0])) == ["kept", "out", "seen"]
+    assert os.listdir(folders[0] / "seen")
+    assert os.listdir(folders[0] / "kept")
+    assert os.listdir(folders[1]) == []
+
+
 def test_weights_are_read_by_one_rank_and_decoded_by_it(tmp_path: Path) -> None:
     from tiny import CASES
     from tiny.case import quiet
@@ -94,7 +109,7 @@ def test_weights_are_read_by_one_rank_and_decoded_by_it(tmp_path: Path) -> None:
         CASES["sd"].make().save_pretrained(tmp_path / "whole" / "sd")
     hollow(tmp_path / "whole" / "sd", tmp_path / "hollow" / "sd")
     line = ["sample", "sd", "--prompt", "a cat", "--size", "16x16", "--steps", "8", "--window", "4", "--device", "cpu"]
-    line += ["--compare", "--out"]
+    line += ["--method", "parasolver", "--compare", "--out"]
     folders = [str(tmp_path / "whole"), str(tmp_path / "hollow")]
     ended = processes(2, within, folders, [*line, str(tmp_path / "two")])
     assert [one.value[0] for one in ended] == [0, 0], ended
@@ -104,6 +119,8 @@ def test_weights_are_read_by_one_rank_and_decoded_by_it(tmp_path: Path) -> None:
     contents = [json.loads((tmp_path / count / "run.json").read_text()) for count in ("one", "two")]
     for name in ("rounds", "evaluations"):
         assert contents[0][name] == contents[1][name]
+    assert contents[0]["evaluations"] > contents[0]["rounds"]  # several rows a round
+    for name in ("rounds", "evaluations"):
         assert contents[0]["sequential"][name] == contents[1]["sequential"][name] == 8
 
 

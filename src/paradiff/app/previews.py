@@ -13,13 +13,14 @@ from torch import Tensor
 
 from paradiff.app import plots
 from paradiff.app.folder import make_folders
+from paradiff.app.launched import rank
 from paradiff.solver.previews import Preview, Previews
 
 
 @contextmanager
 def preview_folder(folder: str | None) -> Iterator[None]:
     """The folder of previews, made if it does not exist, for as long as the block lasts. One that was made goes again where
-    nothing was written into it.
+    nothing was written into it. Ranks other than the first write nothing, and make none.
 
     Args:
         folder: Its path; None for no previews.
@@ -29,7 +30,7 @@ def preview_folder(folder: str | None) -> Iterator[None]:
     """
     made: list[Path] = []
     try:
-        if folder is not None:
+        if folder is not None and rank() == 0:
             try:
                 make_folders(Path(folder), made)
                 full = any(Path(folder).iterdir())
@@ -47,7 +48,7 @@ def preview_folder(folder: str | None) -> Iterator[None]:
 def previews_into(
     folder: Path, console: Console, *, name: str = "", pictures: Callable[[Tensor], Tensor | None] | None = None
 ) -> Previews:
-    """What writes the samples after each round into a folder.
+    """What writes the samples after each round into a folder; on ranks other than the first it writes nothing.
 
     Args:
         folder: The folder.
@@ -58,6 +59,8 @@ def previews_into(
     """
 
     def show(preview: Preview) -> None:
+        if rank() > 0:
+            return
         found = preview.sample if pictures is None else pictures(preview.sample)
         path = folder / f"{name}round-{preview.round:03}.{'safetensors' if found is None else 'png'}"
         if found is None:

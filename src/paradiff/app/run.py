@@ -58,9 +58,9 @@ def _run(request: Request, solver: Any, called: dict[str, Any], written: list[st
         refuse_pixel_options(request)
     begin = None if request.start is None else Trajectory.load(request.start)
     require_warm(solver, begin, request.save_trajectory is not None)
-    if request.save_trajectory is not None:
-        refuse_unfit(request.save_trajectory)
     with team(request.to_json(), device) as ranks:
+        if request.save_trajectory is not None and rank() == 0:
+            refuse_unfit(request.save_trajectory)
         own = getattr(solver, "deadline", None) is not None
         deadline = None if request.deadline is None or own else Deadline(request.deadline, clock=clock_of(ranks))
         with claimed(request) as folder, preview_folder(request.previews):
