@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from pipelines import tiny_unet
+from tiny import CASES
 from torch import Tensor, nn
 
 from paradiff import Evaluator, Keyed, Schedule, jacobi, parallelize, parasolver, sample
@@ -80,6 +81,31 @@ def test_a_model_that_holds_tensors_out_of_reach_is_refused(device: str) -> None
     weight = torch.ones(1, device=f"{device}:0")
     with pytest.raises(ValueError, match=f"holds tensors that cannot be moved to {device}:1; give a torch.nn.Module"):
         Evaluator(lambda x, t: x * weight, devices=[f"{device}:0", f"{device}:1"])
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_networks_that_are_offloaded_are_refused(offload: str, device: str) -> None:
+    pipe = CASES["sd"].make()
+    getattr(pipe, offload)(device=f"{device}:0")
+    with pytest.raises(ValueError, match=r"hooks of another library move the pipeline's networks \(.*unet.*leave out devices"):
+        parallelize(pipe, devices=[f"{device}:0", f"{device}:1"])
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_networks_that_are_offloaded_in_groups_are_called_plainly(executor: Any, device: str) -> None:
+    pipe = CASES["sd"].make().to(f"{device}:0")
+    pipe.unet.enable_group_offload(f"{device}:0", torch.device("cpu"), offload_type="leaf_level")
+    run = parallelize(pipe, parasolver(window=4), devices=[f"{device}:0", f"{device}:1"], executor=executor)
+    with (
+        pytest.warns(
+            RuntimeWarning, match="forward is wrapped by another library .offloading.*other devices get no copy of it"
+        ),
+        run,
+    ):
+        CASES["sd"].run(pipe)
+    assert run.report.executor == "sequential"
 
 
 def test_the_pipelines_own_device_comes_first(device: str) -> None:

@@ -30,6 +30,7 @@ from paradiff.pipelines.model_name import of_model
 from paradiff.pipelines.network.batching import Check
 from paradiff.pipelines.network.devices import Devices
 from paradiff.pipelines.network.hooks import caches
+from paradiff.pipelines.network.offloaded import moves
 from paradiff.pipelines.report import Report
 from paradiff.pipelines.settings import Executor, Settings
 from paradiff.pipelines.turn import GATES, TURNS
@@ -149,10 +150,15 @@ def _with_own(host: Host, devices: list[torch.device]) -> list[torch.device]:
     """Devices, of which the first is the host's own.
 
     Raises:
-        ValueError: If the pipeline's own is another one.
+        ValueError: If the pipeline's own is another one, as far as its networks stay where they are.
     """
     own = getattr(host.owner, "device", devices[0])
     if own != devices[0] and (own.type != devices[0].type or own.index is not None):
+        if moving := [name for name, network in host.networks.items() if moves(network)]:
+            raise ValueError(
+                f"hooks of another library move the pipeline's networks ({', '.join(moving)}), of which other devices get no "
+                "copy; leave out devices, or load the pipeline without offloading"
+            )
         raise ValueError(f"the pipeline is on {own}, and the first of the devices is {devices[0]}; give its own first")
     return devices
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.network.holder import is_boundary
+from paradiff.pipelines.network.offloaded import moves
 from paradiff.solver.replicas import Replicas
 
 
@@ -50,7 +51,7 @@ class Devices(Replicas):
         if here == home:
             return forward(*args, **kwargs)
         module = getattr(forward, "__self__", None)
-        if not isinstance(module, nn.Module):
+        if not isinstance(module, nn.Module) or moves(module):
             raise Unsupported(
                 "a network's forward is wrapped by another library (offloading, compilation): other devices get no copy of it"
             )
