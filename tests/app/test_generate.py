@@ -268,6 +268,12 @@ def test_a_run_with_other_options_is_no_going_on(
     assert (bytes_of(tmp_path / "out" / ".paradiff"), (tmp_path / "out" / "manifest.json").read_bytes()) == before
 
 
+def test_a_refusal_to_go_on_leaves_a_whole_run_as_it_is(whole: Path, cli: Cli, tiny: Path) -> None:
+    before = bytes_of(whole), sorted(whole.iterdir())
+    assert "was begun with steps 8" in cli("generate", tiny, *CHAIN, *CUT, "--steps", 7, "--out", whole).sentence
+    assert (bytes_of(whole), sorted(whole.iterdir())) == before
+
+
 def test_options_that_decide_on_no_byte_may_differ(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     given = ("generate", tiny, *CHAIN, *CUT, "--out", tmp_path / "out")
     assert cli(*given, "--deadline", 1e-9).code == 3
@@ -300,6 +306,7 @@ def test_a_manifest_that_is_none_is_refused(text: str, cli: Cli, tiny: Path, tmp
     found = cli("generate", tiny, *CHAIN, *CUT, "--out", tmp_path / "out").sentence
     assert "is no manifest of a run that this version can go on with; give another folder" in found
     assert (tmp_path / "out" / "manifest.json").read_text() == text
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

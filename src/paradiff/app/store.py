@@ -95,14 +95,18 @@ class Store:
                 folder cannot be written.
         """
         self._shards = shards
-        with self._writing(), self._lock("manifest", PATIENCE):
-            found = self.begun()
-            if found is None:
-                self._put(MANIFEST, self._manifest(contents, None))
-                self._began = True
-                return
-        for part in COMPARED:
-            self._refuse_other(part, contents[part], found[part])
+        try:
+            with self._writing(), self._lock("manifest", PATIENCE):
+                found = self.begun()
+                if found is None:
+                    self._put(MANIFEST, self._manifest(contents, None))
+                    self._began = True
+                    return
+            for part in COMPARED:
+                self._refuse_other(part, contents[part], found[part])
+        except ValueError:
+            self._unmake()
+            raise
 
     def abandon(self) -> None:
         """Removes the manifest of a run that was refused after all, if this process wrote it and no shard is there."""
@@ -110,9 +114,13 @@ class Store:
             with suppress(OSError, TimeoutError), self._lock("manifest", PATIENCE):
                 (self._real / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self._scratch, ignore_errors=True)
-            for one in self._made:
-                with suppress(OSError):
-                    one.rmdir()
+            self._unmake()
+
+    def _unmake(self) -> None:
+        """Removes the folders that this process has made, as far as they are empty."""
+        for one in self._made:
+            with suppress(OSError):
+                one.rmdir()
 
     def _refuse_other(self, part: str, asked: dict[str, Any], begun: dict[str, Any]) -> None:
         """Refuses to go on with a run that differs in a part of the manifest."""
