@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import CASES
@@ -35,6 +39,59 @@ def test_a_draw_is_the_loops_or_where_there_are_others_maybe_another_threads(mon
             watch.check()
     watch.mark()
     watch.check()
+
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "torch's generator": lambda: torch.rand(()),
+    "Python's generator": random.random,
+    "numpy's generator": np.random.rand,
+}
+
+
+@pytest.fixture
+def numpys_generator() -> Iterator[None]:
+    """Leaves numpy's global generator as it was."""
+    generator, state = np.random.get_bit_generator(), np.random.get_state()
+    yield
+    np.random.set_bit_generator(generator)
+    np.random.set_state(state)
+
+
+@pytest.mark.usefixtures("numpys_generator")
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_draw_of_a_global_generator_is_seen(name: str) -> None:
+    watch = RandomWatch([])
+    for _ in range(2):
+        watch.mark()
+        watch.check()
+        DRAWS[name]()
+        with pytest.raises(Unsupported, match=f"from {name}"):
+            watch.check()
+
+
+@pytest.mark.usefixtures("numpys_generator")
+def test_numpys_draws_are_seen_whole_pairs_halves_and_blocks_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    np.random.seed(1)
+    watch = RandomWatch([])
+    for _ in range(4):  # the second and the fourth number are kept halves of pairs, which move no word
+        watch.mark()
+        np.random.randn()
+        with pytest.raises(Unsupported, match="numpy's"):
+            watch.check()
+    watch.mark()
+    np.random.bytes(4 * 624)  # the place of the next word is the same after it
+    with pytest.raises(Unsupported, match="numpy's"):
+        watch.check()
+    watch.mark()
+    monkeypatch.delattr("ctypes.string_at")  # another kind's memory is not read
+    np.random.set_bit_generator(np.random.PCG64(1))
+    with pytest.raises(Unsupported, match="numpy's"):
+        watch.check()
+    watch.mark()
+    watch.check()
+    np.random.rand()
+    with pytest.raises(Unsupported, match="numpy's"):
+        watch.check()
 
 
 def test_generators_that_the_library_borrows_in_another_thread_count_as_untouched() -> None:

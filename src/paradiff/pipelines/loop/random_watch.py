@@ -8,6 +8,7 @@ Python's global ones, and those among the call's arguments.
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from paradiff.solver.accelerator import random_states
 
 State = list[tuple[str, Any]]
 """The states of all generators, each with its name in a sentence."""
+MERSENNE_BYTES = 4 * (624 + 1)
+"""Of the state of an MT19937 in memory: 624 words, and the place of the next one."""
 
 
 class RandomWatch:
@@ -32,6 +35,7 @@ class RandomWatch:
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self._generators = list(generators)
+        self._whole: bytes | None = None
         self._seen = self._now()
 
     def mark(self) -> None:
@@ -58,12 +62,35 @@ class RandomWatch:
                 )
 
     def _now(self) -> State:
-        kind, keys, *rest = np.random.get_state()
         host, *devices = random_states()
         return [
             ("torch's generator", host),
-            ("numpy's generator", (kind, keys.tobytes() if isinstance(keys, np.ndarray) else keys, *rest)),
+            ("numpy's generator", self._numpys()),
             ("Python's generator", random.getstate()),
             *[("a generator among the call's arguments", g.get_state()) for g in self._generators],
             *[("torch's generator of a device", state) for state in devices],
         ]
+
+    def _numpys(self) -> Any:
+        """The state of numpy's global generator.
+
+        `get_state` copies the words one by one (0.1 ms), so the words are read in memory. They are the whole state unless the
+        second normal number of a pair is kept, and one that was not kept at these words cannot be without other words.
+        """
+        generator = np.random.get_bit_generator()
+        if type(generator) is not np.random.MT19937:
+            return _comparable(np.random.get_state(legacy=False))
+        words = ctypes.string_at(generator.ctypes.state_address, MERSENNE_BYTES)
+        if words != self._whole:
+            state = np.random.get_state(legacy=False)
+            if state["has_gauss"]:
+                return words, state["gauss"]
+            self._whole = words
+        return words
+
+
+def _comparable(state: Any) -> Any:
+    """A state with bytes in place of its arrays."""
+    if isinstance(state, dict):
+        return {name: _comparable(value) for name, value in state.items()}
+    return state.tobytes() if isinstance(state, np.ndarray) else state
