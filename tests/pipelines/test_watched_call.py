@@ -61,7 +61,7 @@ def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.usefixtures("folder")
 def test_no_call_takes_five_percent_longer_where_no_window_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocked = Clocked(monkeypatch, lambda states: states)
+    clocked = Clocked(monkeypatch, lambda states: states, "dit")
     plain, seconds = clocked.call()
     with paradiff.parallelize(clocked.pipe) as run:
         for number in range(8):
@@ -78,7 +78,7 @@ def test_no_call_takes_five_percent_longer_where_no_window_pays(monkeypatch: pyt
 
 @pytest.mark.usefixtures("folder")
 def test_the_first_call_and_later_ones_gain_where_a_window_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocked = Clocked(monkeypatch, lambda states: 1 + 0.02 * (states - 1))
+    clocked = Clocked(monkeypatch, lambda states: 1 + 0.02 * (states - 1), "dit")
     plain, seconds = clocked.call()
     with paradiff.parallelize(clocked.pipe) as run:
         for number in range(3):
