@@ -59,8 +59,10 @@ test: lint
 		accelerate jsonschema peft pytest pytest-xdist scikit-learn scipy torchsde
 	touch $@
 
+# The tests that call torch, numpy and diffusers, each with every value of its parameters (pipelines, schedulers, tables, methods)
+# but not with all combinations of them, which `test` runs with the newest versions alone.
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal tests/test_rooms.py tests/test_face.py \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal --each-value tests/test_rooms.py tests/test_face.py \
 		tests/test_values.py tests/test_errors.py tests/test_extending.py $(addprefix tests/app/test_,$(addsuffix .py,cli cli_pipeline cli_refusals media plots)) \
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
 		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain hosts pipelines same_image scheduler_proxy windowed))

@@ -14,6 +14,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from each_value import with_each_value
 from packaging.version import Version
 from pipelines import Cli, make_cli, save_pipeline
 
@@ -37,14 +38,34 @@ NEWER = {
 """The first diffusers in which a case's pipeline or scheduler is found, or gives numbers at all."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the cases of pipelines and schedulers that the installed diffusers does not have yet."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--each-value",
+        action="store_true",
+        help="run each value of each parameter of a test in one case at least, and not in all combinations with others",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips the cases of pipelines and schedulers that the installed diffusers does not have yet, and leaves out those that
+    `--each-value` does not ask for."""
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             for value in item.callspec.params.values():
                 first = NEWER.get(value) if isinstance(value, str) else None
                 if first is not None and Version(diffusers.__version__) < Version(first):
                     item.add_marker(pytest.mark.skip(reason=f"{value} is there from diffusers {first} on"))
+    if config.getoption("each_value"):
+        cases = [item for item in items if isinstance(item, pytest.Function) and not any(item.iter_markers("skip"))]
+        kept = with_each_value((item.nodeid.partition("[")[0], places(item)) for item in cases)
+        left_out = {item for item, stays in zip(cases, kept, strict=True) if not stays}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def places(item: pytest.Function) -> dict[str, int]:
+    """The place of each parameter's value in a test's case."""
+    return dict(item.callspec.indices) if hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(autouse=True)
