@@ -77,7 +77,7 @@ class RandomWatch:
         `get_state` copies the words one by one (0.1 ms), so the words are read in memory. They are the whole state unless the
         second normal number of a pair is kept, and one that was not kept at these words cannot be without other words.
         """
-        generator = np.random.get_bit_generator()
+        generator = np.random.get_bit_generator()  # pyright: ignore[reportAttributeAccessIssue]  (not in its stubs)
         if type(generator) is not np.random.MT19937:
             return _comparable(np.random.get_state(legacy=False))
         words = ctypes.string_at(generator.ctypes.state_address, MERSENNE_BYTES)
