@@ -45,6 +45,11 @@ class Estimator:
         """Whether the amplification was observed: an estimate was accepted."""
         return self._first is not None
 
+    @property
+    def compared(self) -> bool:
+        """Whether the mesh was refined after an estimate, by which the next ones are measured."""
+        return math.isfinite(self._calibration.predicted)
+
     def estimate(
         self,
         at: SampleSystem,

@@ -242,7 +242,8 @@ class CollocationSolver:
             return self._handover.error_estimate
         interpolation_error = self.estimator.interpolation_error
         total = math.hypot(interpolation_error, self.iteration_error)
-        cautious = told(total, self._bounds.tolerance, self.control.error.told)
+        error = self.control.error
+        cautious = told(total, self._bounds.tolerance, error.refined_told if self.estimator.compared else error.told)
         share = interpolation_error / total if 0 < total < math.inf else 1.0
         return ErrorEstimate(self.residual, cautious, self.rounds, self.evaluations, share * cautious)
 
