@@ -167,6 +167,13 @@ class Gained(Net):
         return v if shift is None else v + shift
 
 
+class NearOne(Gained):
+    """A network whose outputs are near 1."""
+
+    def forward(self, x: torch.Tensor, t: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 1 + 0.1 * super().forward(x, t)
+
+
 class Listing(Gained):
     """A network that lists what it gave, and reads none of it."""
 
@@ -438,3 +445,33 @@ def test_what_follows_the_loop_may_call_networks(executor: Any) -> None:
     plain, found, report = both(text, executor, lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     assert report.executor == executor
     assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        "if not v.abs().max() > 0: continue",
+        "if not v.any(): break",
+        "if v.std() == 0: raise RuntimeError('a constant output')",
+        "v = v / v.std() if v.std() > 0 else self.net(-x, t)",
+    ],
+)
+def test_a_branch_that_no_output_of_the_network_takes_leaves_a_loop_parallel(branch: str) -> None:
+    text = written(within=branch + "; v = v * (1 + i / 100)")
+    plain, found, report = both(text, "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), window=8)
+    assert report.executor == "lanes", report.warnings
+    assert float((found - plain).square().mean().sqrt()) <= 2 * report.error_estimate.estimated_error
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [
+        ("continue", "passes over a time without a step, where half of the first step's outputs stand in for its networks'"),
+        ("break", "by a break or a return, where half of the first step's outputs stand in for its networks'"),
+    ],
+)
+def test_a_branch_that_the_plain_call_does_not_take_is_told_as_such(taken: str, reason: str) -> None:
+    text = written(within=f"if v.norm() < 3: {taken}")  # 16 numbers near 1
+    plain, found, report = both(text, "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), NearOne, 8)
+    assert torch.equal(found, plain)
+    assert reason in report.warnings[0]

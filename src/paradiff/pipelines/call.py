@@ -323,7 +323,7 @@ class Call:
         if _lives(rounds):
             raise NeedsLanes("the loop leaves tensors of the states of a window in an object that outlives the call")
         if not solver.done:
-            raise Unsupported("its loop took no step" if not solver.started else ENDED_EARLY)
+            raise Unsupported("its loop took no step" if not solver.started else ENDED_EARLY.format(""))
         return result
 
     def _by_first(self, call: Callable[[], Any]) -> Any:

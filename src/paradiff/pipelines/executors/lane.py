@@ -24,7 +24,7 @@ from paradiff.pipelines.executors.builtins import Scope, uncounted
 from paradiff.pipelines.executors.coalesce import Key, Known, NetworkCall
 from paradiff.pipelines.executors.dry_walk import refuse_memory
 from paradiff.pipelines.executors.owner import same
-from paradiff.pipelines.executors.shared_call import Result, Shape, SharedCall
+from paradiff.pipelines.executors.shared_call import Result, SharedCall
 from paradiff.pipelines.executors.torch_variables import is_torchs
 from paradiff.pipelines.loop import interrupt
 from paradiff.pipelines.loop.audit import KEEPS
@@ -107,7 +107,7 @@ class Lane(greenlet.greenlet):
         audited: Whether the present pass is compared with that of another lane.
         ledger: What the loop counts and collects (ledger.py), at the step of an audited pass.
         results: What the network calls of the present pass returned, each with its signature.
-        replayed: What those of a dry pass return, in place of zeros.
+        replayed: What those of a dry pass return, in place of half of the first outputs.
         ending: What its last dry pass has, at the end of the loop; None before.
         modes: torch's modes within the lane.
     """
@@ -151,6 +151,13 @@ class Lane(greenlet.greenlet):
         self._known: dict[Key, Known] = {}
         self._real: Any = None
 
+    @property
+    def circumstance(self) -> str:
+        """In which the present pass is another than the plain call's, as a clause; empty where it is the same."""
+        if self.dry:
+            return ", where half of the first step's outputs stand in for its networks'"
+        return ", in a pass from a state that is not final" if self.node >= self._shared.own else ""
+
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
         """The iteration over `timesteps`. For the loop it yields the first time, then those of the lane's passes."""
         number, self._begun = self._begun, self._begun + 1
@@ -183,7 +190,7 @@ class Lane(greenlet.greenlet):
             if self.number and not self._player.over:
                 raise Unsupported("the call takes another way to its loop when it is made again")
         elif not self._stepped:
-            raise passed_over(shared.host.present(self.owner, self.scheduler), self.scheduler)
+            raise passed_over(shared.host.present(self.owner, self.scheduler), self.scheduler, self.circumstance)
         else:
             self._watch.check()
         while self.turns:
@@ -195,7 +202,7 @@ class Lane(greenlet.greenlet):
             self._watch.mark()
             yield self._time
             if not self._stepped:
-                raise passed_over(shared.host.present(self.owner, self.scheduler), self.scheduler)
+                raise passed_over(shared.host.present(self.owner, self.scheduler), self.scheduler, self.circumstance)
             self._watch.check()
         self._inside, self._over = False, True
 
@@ -298,7 +305,7 @@ class Lane(greenlet.greenlet):
         self._turn(0, False)
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Makes a network call of this lane: from the log before the loop, with other lanes in it, as zeros in a dry pass."""
+        """Makes a network call of this lane: from the log before the loop, with other lanes in it, as `stand_in` in a dry pass."""
         shared = self._shared
         if self._leading:
             return forward(*args, **kwargs)
@@ -315,7 +322,7 @@ class Lane(greenlet.greenlet):
         if not self._inside and self.number:
             entry = self._player.forward(forward, args, kwargs)
             return self._alone(forward, args, kwargs) if entry.anew else entry.play(args, kwargs)
-        if not self._inside or (self.dry and call.signature not in shared.shapes):
+        if not self._inside or (self.dry and call.signature not in shared.known):
             output = self._alone(self._shared.batching.ordinary, (forward, args, kwargs), {})
             shared.learn(call, output)
             shared.mark()
@@ -325,7 +332,7 @@ class Lane(greenlet.greenlet):
         if self.dry and self.replayed and self.replayed[0][0] == call.signature:
             return _pytree.tree_map_only(Tensor, torch.clone, self.replayed.popleft()[1])
         if self.dry:
-            return _pytree.tree_map_only(Shape, Shape.zeros, shared.shapes[call.signature])
+            return shared.stand_in(call)
         self.call = call
         before = ledger(identities=True) if shared.attributes is not None else {}
         self._wait()

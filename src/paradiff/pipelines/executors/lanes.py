@@ -12,7 +12,8 @@ come from a log, and random numbers come from copies of the generators.
 
 A pipeline may edit its latents after a step, and the edit depends on the step's number. So a lane must be at node j - 1 when
 it receives the state of node j. A lane that has just finished node j - 1 is there. Any other lane makes a dry pass first: it
-runs its loop's body as node j - 1 with zeros for the networks' outputs, and its step returns the state of node j.
+runs its loop's body as node j - 1 with half of the first pass's outputs for those of the networks, and its step returns the
+state of node j.
 
 So lanes have different pasts, and a loop that keeps something from one pass to the next gives different outputs in them. For
 the audit (audit.py), a row of each pass is evaluated again in the next one, by a lane that did not make the passes before it.
@@ -422,7 +423,7 @@ class Lockstep:
                 now.restore()
         if lane.dead:
             if not self.solver.done and self.solver.started:
-                raise Unsupported(ENDED_EARLY)
+                raise Unsupported(ENDED_EARLY.format(lane.circumstance))
             self._result = result
         elif not lane.waits:
             raise Unsupported(SWITCHES)

@@ -37,7 +37,7 @@ class SharedCall:
     Attributes:
         start: The call's beginning.
         greenlet: The greenlet that resumes the lanes.
-        shapes: The outputs of the network calls in the loop, by signature, as `Shape` in place of tensors.
+        known: What the network calls in the loop returned first, by signature.
         first_results: What the network calls of lane 0's first pass returned.
         order: Pairs of networks `(id, id)` of which a pass calls the first one earlier.
         loop: The number of the iteration over the timesteps that is the loop; -1 before its first step.
@@ -56,7 +56,7 @@ class SharedCall:
         self.host, self.arguments, self.solver, self.batching = host, arguments, solver, batching
         self.start = Start(host, arguments)
         self.greenlet = greenlet.getcurrent()
-        self.shapes: dict[tuple[Any, ...], Any] = {}
+        self.known: dict[tuple[Any, ...], Any] = {}
         self.first_results: list[Result] = []
         self.order: set[tuple[int, int]] = set()
         self.loop = -1
@@ -107,20 +107,19 @@ class SharedCall:
         return [g.get_state() for g in self.generators]
 
     def learn(self, call: NetworkCall, output: Any) -> None:
-        """Keeps the shapes of a network call's output."""
-        if call.signature not in self.shapes:
-            self.shapes[call.signature] = _pytree.tree_map_only(Tensor, Shape, output)
+        """Keeps a network call's output, if it is the first one of its signature."""
+        if call.signature not in self.known:
+            self.known[call.signature] = _pytree.tree_map_only(Tensor, torch.clone, output)
+
+    def stand_in(self, call: NetworkCall) -> Any:
+        """What a network call of a dry pass returns: half of the first output of its signature.
+
+        A loop may branch on its networks' outputs (`if v.abs().max() > 0`), so that these are of an output's kind; and what
+        it keeps of them must differ from what a pass keeps that is not dry.
+        """
+        half = lambda leaf: leaf / 2 if leaf.is_floating_point() else leaf.clone()  # noqa: E731
+        return _pytree.tree_map_only(Tensor, half, self.known[call.signature])
 
 
 Result = tuple[tuple[Any, ...], Any]
 """The signature of a network call, and what it returned."""
-
-
-class Shape:
-    """The shape, dtype and device of a network's output, from which a dry pass gets zeros."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)

@@ -110,16 +110,18 @@ def seal(proxy: Any, names: set[str]) -> None:
     vars(proxy).update({name: _Sealed(name) for name in names})
 
 
-def passed_over(present: Any, proxy: Any) -> Unsupported:
+def passed_over(present: Any, proxy: Any, circumstance: str = "") -> Unsupported:
     """The refusal of a loop that went on to its next time without a step of the proxy.
 
     Args:
         present: The scheduler that the loop's host has at present.
         proxy: The proxy.
+        circumstance: Of the pass, if it is none of the plain call's (lane.py).
     """
     if present is not proxy:
         return Unsupported(f"the loop replaces its pipeline's scheduler, by a {type(present).__name__}: make a call with each")
-    return Unsupported("the loop passes over a time without a step: leave that time out of scheduler.timesteps")
+    advice = "leave that time out of scheduler.timesteps" + ", if the plain call passes over it, too" * bool(circumstance)
+    return Unsupported(f"the loop passes over a time without a step{circumstance}: {advice}")
 
 
 def settings(scheduler: Any) -> dict[str, Any]:
