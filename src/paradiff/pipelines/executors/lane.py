@@ -305,7 +305,7 @@ class Lane(greenlet.greenlet):
         self._turn(0, False)
 
     def route(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Makes a network call of this lane: from the log before the loop, with other lanes in it, as `stand_in` in a dry pass."""
+        """Makes a network call of this lane: from the log before the loop, with other lanes in it, a stand-in in a dry pass."""
         shared = self._shared
         if self._leading:
             return forward(*args, **kwargs)

@@ -45,8 +45,8 @@ rounding moves them by the precision, and estimates count that with a caution (m
 AFTER_THE_STEP = "the loop calls a network after its scheduler's step, for which a parallel run has no place"
 """The reason against a loop whose pass goes on after its step."""
 ENDED_EARLY = (
-    "the loop ends before its last time, by a break or a return{}, and a parallel run solves all its times: set as many steps as "
-    "it takes"
+    "the loop ends before its last time, by a break or a return{}, and a parallel run solves all its times: set as many steps "
+    "as it takes"
 )
 """The reason against a loop that leaves out its last steps; in the midst the circumstance of the pass (lane.py)."""
 SECOND_LOOP = "the call has a second loop, or runs its loop a second time: make a call of each"
