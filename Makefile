@@ -47,10 +47,11 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# A worker for each core, up to eight, with one thread each. Each begins with a stretch of the tests in their order, so that a
-# file's fixtures and kept results are made once, and one that has finished takes over a part of another's stretch.
+# A worker for each core, up to eight, with one thread each; bytecode is kept, since many tests start processes. Each worker begins
+# with a stretch of the tests in their order, so that a file's fixtures and kept results are made once, and one that has finished
+# takes over a part of another's stretch.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 # The oldest versions that pyproject.toml allows. Of their wheels of torch there is only the one for CUDA: 3 GB to download.
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
@@ -62,7 +63,7 @@ test: lint
 # The tests that call torch, numpy and diffusers, each with every value of its parameters (pipelines, schedulers, tables, methods)
 # but not with all combinations of them, which `test` runs with the newest versions alone.
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal --each-value tests/test_rooms.py tests/test_face.py \
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal --each-value tests/test_rooms.py tests/test_face.py \
 		tests/test_values.py tests/test_errors.py tests/test_extending.py $(addprefix tests/app/test_,$(addsuffix .py,cli cli_pipeline cli_refusals media plots)) \
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
 		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain hosts pipelines same_image scheduler_proxy windowed))
