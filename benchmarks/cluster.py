@@ -12,7 +12,7 @@ those at the run's end are dealt out like a round's, and the others are made by 
 is without the check.
 
 - `measured`: two and four gloo ranks on this machine, whose network sleeps for t(W) = a + b W, beside the simulation of
-  the same rounds. The overhead is the mean of runs of two other windows with another seed.
+  the same rounds. A method's overhead is that of a run with another window (`srds`: another number of steps) and another seed.
 - `simulated`: up to 64 devices. Rounds are those of runs of the bundled networks; the curve is that of a GPU if `--curves`
   names a file of benchmarks/gpu.py, else one of three that are stated, no measured ones (STATED). Each method at the fastest of
   its windows.
@@ -227,8 +227,14 @@ RUNS: dict[str, tuple[str, int, Method]] = {
     "parasolver, whole chain": ("ddim", 50, parasolver()),
 }
 QUICK = ("parasolver, window 16",)
-FITTED = (parasolver(6), parasolver(24))
-"""Methods on whose runs the overhead is measured."""
+FITTED: dict[str, tuple[str, int, Method]] = {
+    "parasolver": ("ddpm", 200, parasolver(24)),
+    "quasi_newton": ("ddpm", 200, quasi_newton(24)),
+    "paradigms": ("ddpm", 200, paradigms(24, 0.1)),
+    "collocation": ("ddpm", 200, collocation(24)),
+    "srds": ("ddim", 64, srds()),
+}
+"""Of each method the run on which its overhead is measured."""
 
 
 @dataclass
@@ -277,7 +283,9 @@ def rank_runs(rank: int, devices: int, port: int, names: Sequence[str], repeats:
         dist.init_process_group("gloo")
         ranks = Ranks(init_device_mesh("cpu", (devices,), mesh_dim_names=("time",)))
     run_once("ddpm", 20, parasolver(4), 0, ranks)
-    fitted = [fastest(repeats, "ddpm", 200, method, 1000, ranks) for method in FITTED]
+    fitted = {
+        name: fastest(repeats, *FITTED[name], 1000, ranks) for name in dict.fromkeys(RUNS[name][2].name for name in names)
+    }
     runs = [fastest(repeats, *RUNS[name], 0, ranks) for name in names]
     if rank == 0:
         found.put((fitted, runs))
@@ -301,12 +309,15 @@ def measured(devices: int, names: Sequence[str], repeats: int) -> list[Row]:
     for rank in ranks:
         rank.join()
     curve = linear(*SLEEP)
-    rests = [(seconds - simulated(trace, devices, curve, (0.0, 0.0))) / trace.rounds for trace, seconds in fitted]
-    overhead = max(0.0, statistics.mean(rests))
+    overheads = {
+        method: max(0.0, seconds - simulated(trace, devices, curve, (0.0, 0.0))) / trace.rounds
+        for method, (trace, seconds) in fitted.items()
+    }
     rows = []
     for name, (trace, seconds) in zip(names, runs, strict=True):
-        expected = simulated(trace, devices, curve, (overhead, 0.0))
         sampler, steps, method = RUNS[name]
+        overhead = overheads[method.name]
+        expected = simulated(trace, devices, curve, (overhead, 0.0))
         rows.append(
             {
                 "part": "measured",
