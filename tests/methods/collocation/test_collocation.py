@@ -229,6 +229,26 @@ def test_the_window_bounds_rows_and_moves_the_sample_within_the_tolerance_only(n
         assert rms(samples[8], samples[window]).median() < 2 * tolerance
 
 
+def test_more_is_told_of_samples_whose_meshes_were_refined_in_a_narrow_window() -> None:
+    table, error = TABLES["ddim"](100), SHORT.error
+    assert error.refined_told > 1
+    data = Mixture(torch.full((8,), 1 / 8), 0.6 * random(8, 2, seed=1), torch.full((8,), 0.01))
+    found = sample(data.denoiser(table), table, Keyed((2,), 4, 12), collocation(window=3), dtype=torch.float64)
+    assert found.status == Status.CONVERGED
+    refined = 0
+    for k, error_estimate in enumerate(found.error_estimates):
+        own = [v for v in found.history if isinstance(v, CollocationRecord) and v.sample == k]
+        if error_estimate.rounds > len(own):
+            continue  # handed over
+        more = any(math.isfinite(v.interpolation_error) and v.of < own[-1].of for v in own)
+        decided = math.hypot(own[-1].interpolation_error, own[-1].iteration_error)
+        refined += more
+        assert error_estimate.estimated_error == pytest.approx(
+            told(decided, 4e-3, error.told * (error.refined_told if more else 1))
+        )
+    assert 0 < refined < 12
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_visits_add_up_to_what_was_evaluated(name: str) -> None:
     table, seen = TABLES[name](200), []

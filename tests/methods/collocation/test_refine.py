@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from paradiff import Schedule
-from paradiff.methods.collocation.control import HIGHER_ORDER
+from paradiff.methods.collocation.control import HIGHER_ORDER, SHORT, SHORT_WIDE
 from paradiff.methods.collocation.error import InterpolationError
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.refine import (
@@ -45,10 +45,11 @@ def decided(
     moved: bool = False,
     iteration_error: float = 1e-4,
     sweeps: int = 3,
+    spread: float = 1.0,
     **bounds: object,
 ) -> Decision:
     progress = Progress(converged=converged, moved=moved, iteration_error=iteration_error, sweeps=sweeps, most_sweeps=20)
-    return decide(progress, found, POINTS, MESH, replace(BOUNDS, **bounds))  # pyright: ignore[reportArgumentType]
+    return decide(progress, found, POINTS, MESH, replace(BOUNDS, **bounds), spread=spread)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("sweeps", "decision"), [(3, Sweep()), (20, Sweep()), (21, GiveUp())])
@@ -87,6 +88,15 @@ def test_a_sample_that_needs_most_nodes_is_handed_over_once_its_sweeps_have_conv
     assert decided(error(4 * TOLERANCE), control=few) == HandOver("they would need most of the chain's nodes")
     assert decided(error(4 * TOLERANCE), control=few, converged=False) == Sweep()
     assert isinstance(decided(error(4 * TOLERANCE), control=few, may_hand_over=False), Refine)
+
+
+def test_a_sample_that_is_open_in_a_narrow_window_is_handed_over_at_once() -> None:
+    for spread in (1.0, 30.0):
+        lost = decided(error(1.1 * spread), converged=False, control=SHORT, spread=spread)
+        assert lost == HandOver("their meshes leave open what they become")
+        assert isinstance(decided(error(0.9 * spread), converged=False, control=SHORT, spread=spread), Refine)
+        assert isinstance(decided(error(1.1 * spread), converged=False, control=SHORT_WIDE, spread=spread), Refine)
+        assert isinstance(decided(error(1.1 * spread), control=SHORT, spread=spread, may_hand_over=False), Refine)
 
 
 def test_what_is_solved_is_kept_where_the_whole_chain_is_short() -> None:

@@ -4,7 +4,7 @@
 `decide` is a pure function of the state after the round. The interpolation error is estimated as soon as the iteration error
 does not hide it. If both together are within the tolerance, the sample has converged. If the interpolation error alone exceeds
 it, the mesh is refined at once, since to bring the nodes of the old mesh to rest would be lost work. A sample that would need a
-large part of the chain's own nodes is handed over to the window method.
+large part of the chain's own nodes is handed over to the window method, and so is one that a narrow window leaves wholly open.
 
 The defects of a mesh of few nodes, which the caller may give, tell little: where the path decides what it becomes, all of them
 can lie on the wrong side. Such a mesh is refined before the sample is found, and where it must not be, its estimate says so.
@@ -122,7 +122,15 @@ class Bounds:
     control: CollocationControl
 
 
-def decide(progress: Progress, error: InterpolationError | None, points: list[int], mesh: Mesh, bounds: Bounds) -> Decision:
+def decide(
+    progress: Progress,
+    error: InterpolationError | None,
+    points: list[int],
+    mesh: Mesh,
+    bounds: Bounds,
+    *,
+    spread: float = 1.0,
+) -> Decision:
     """What follows a round.
 
     Args:
@@ -131,15 +139,16 @@ def decide(progress: Progress, error: InterpolationError | None, points: list[in
         points: Its mesh points.
         mesh: How they are refined.
         bounds: What it may cost, and shall reach.
+        spread: Its root mean square.
     """
-    judged = None if error is None else _judge(progress, error, points, mesh, bounds)
+    judged = None if error is None else _judge(progress, error, points, mesh, bounds, spread)
     if judged is not None:
         return judged
     return GiveUp() if progress.sweeps > progress.most_sweeps else Sweep()
 
 
 def _judge(
-    progress: Progress, error: InterpolationError, points: list[int], mesh: Mesh, bounds: Bounds
+    progress: Progress, error: InterpolationError, points: list[int], mesh: Mesh, bounds: Bounds, spread: float
 ) -> Refine | Converged | HandOver | Stop | None:
     """What follows from the estimate; None where the iteration error is too large to tell."""
     total, tolerance, control = error.total, bounds.tolerance, bounds.control
@@ -149,6 +158,8 @@ def _judge(
         return Converged(bounds.exact)
     if not progress.converged and total <= max(progress.iteration_error, tolerance):
         return None
+    if bounds.may_hand_over and total > control.lost * spread:
+        return HandOver("their meshes leave open what they become")
     far = max(total, tolerance) / tolerance
     refined = mesh.refine(
         points,

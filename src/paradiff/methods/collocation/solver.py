@@ -243,7 +243,7 @@ class CollocationSolver:
         interpolation_error = self.estimator.interpolation_error
         total = math.hypot(interpolation_error, self.iteration_error)
         error = self.control.error
-        cautious = told(total, self._bounds.tolerance, error.refined_told if self.estimator.compared else error.told)
+        cautious = told(total, self._bounds.tolerance, error.told * (error.refined_told if self.estimator.compared else 1.0))
         share = interpolation_error / total if 0 < total < math.inf else 1.0
         return ErrorEstimate(self.residual, cautious, self.rounds, self.evaluations, share * cautious)
 
@@ -432,7 +432,7 @@ class CollocationSolver:
             self._bounds.tolerance,
             self._nodes.pairs,
         )
-        decision = decide(progress, error, self.system.points, self.setup.mesh, self._bounds)
+        decision = decide(progress, error, self.system.points, self.setup.mesh, self._bounds, spread=math.sqrt(size))
         if not isinstance(decision, Sweep | GiveUp):
             self.estimator.accept(
                 error,

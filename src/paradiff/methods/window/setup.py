@@ -36,7 +36,8 @@ class WindowSetup:
         symmetry: A group under which the network answers alike (methods/secant.py); None for none.
         renewed: Elements of a state that each step makes anew, `[*shape]` (solver/protocol.py); None for none.
         elements: Elements of a sample, or of a member. On stochastic chains the errors of a sample of few elements scatter more
-            about their estimate (chain/sensitivity.py), and k is larger.
+            about their estimate (chain/sensitivity.py), and k is larger, but for narrow windows, in which it is looked at how
+            nodes answer.
 
     Attributes:
         edges: `[M+1]` fine nodes between sub-intervals.
@@ -101,14 +102,15 @@ class WindowSetup:
         if self.by_residual or method.anderson is not None:
             noise = method.noise_tolerance * noise_units(table, self.edges)
             self.residual_bound = noise.clamp(min=method.tolerance).tolist()
-        self._caution = method.control.caution(table, method.learns) * (scatter(elements) if table.stochastic else 1.0)
+        narrow = self.width <= min(method.control.narrow, self.intervals - 1)
+        few = scatter(elements) if table.stochastic and not narrow else 1.0
+        self._caution = few * method.control.caution(table, method.learns)
         self.decides = min(method.control.carried_decides, self._caution)
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
         self.step = Step(table, device, dtype, shared_window)
         self.t, self.move = self.step.t, self.step.move
         self.past_outputs = PastOutputs(self.step) if self.single and self.history else None
         self.recurrence = Recurrence(self.step, method.predictor, self.width, self.renewed)
-        narrow = self.width <= min(method.control.narrow, self.intervals - 1)
         self.recounts = 1.0 if narrow else self.decides / self._caution
         looks = self.by_error and self.single and narrow and on_a_path(table)
         self.path = PathAnswer(self.step, method.control.answer_bound) if looks else None
