@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import Keyed, Policy, Schedule, Table, sample, samplers, sequential
+from paradiff import Keyed, Policy, Schedule, Table, sample, samplers, sequential, srds
 from paradiff.chain import Clip
 from paradiff.models import Plane, load_policy
 from paradiff.planning.plan_noise import PlanNoise
@@ -169,6 +171,80 @@ def test_a_call_that_failed_leaves_all_as_it_was() -> None:
     torch.testing.assert_close(one.act(moved(seen)), other.act(moved(seen)), atol=1e-5, rtol=0)
 
 
+def test_a_first_call_that_failed_leaves_no_environments_behind() -> None:
+    fails = [True]
+
+    def model(x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
+        if fails[0]:
+            raise RuntimeError("no power")
+        return network(x, t, observation)
+
+    policy, seen = Policy(model, TABLE, SHAPE), torch.tensor([[0.1, 0.2]])
+    with pytest.raises(RuntimeError, match="no power"):
+        policy.act(seen.expand(3, 2))
+    fails[0] = False
+    assert torch.equal(policy.act(seen), Policy(network, TABLE, SHAPE).act(seen))
+
+
+def test_calls_of_several_threads_wait_for_each_other() -> None:
+    began, go = threading.Event(), threading.Event()
+
+    def model(x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
+        began.set()
+        go.wait(10)
+        return network(x, t, observation)
+
+    policy, other = (Policy(made, TABLE, SHAPE, noise="shifted") for made in (model, network))
+    seen, found = torch.tensor([[0.1, 0.2]]), list[Tensor]()
+    threads = [threading.Thread(target=lambda: found.append(policy.act(seen))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        began.wait(10)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert policy.report is not None
+    assert policy.report.warm == (True,)
+    assert all(torch.equal(one, other.act(seen)) for one in found)
+    assert torch.equal(policy.noise.start(0), other.noise.start(0))
+
+
+def test_an_environment_that_is_named_twice_is_reset_once() -> None:
+    once, twice = acted(torch.zeros(2, 2)), acted(torch.zeros(2, 2))
+    once.reset([1])
+    twice.reset([1, 1])
+    assert torch.equal(once.noise.start(1), twice.noise.start(1))
+
+
+def test_a_copy_goes_on_as_the_policy_does() -> None:
+    policy = acted(torch.zeros(1, 2), noise="shifted")
+    copied, seen = copy.deepcopy(policy), torch.full((1, 2), 0.1)
+    assert torch.equal(policy.act(seen), copied.act(seen))
+    assert torch.equal(policy.act(seen), copied.act(seen))
+
+
+def test_a_chain_of_one_step_has_plans() -> None:
+    table, seen = samplers.ddim(Schedule.cosine(), 1), torch.tensor([[0.1, 0.2]])
+
+    def model(x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
+        return 0.3 * x + observation[:, None]
+
+    policy = Policy(model, table, SHAPE)
+    for _ in range(2):
+        torch.testing.assert_close(policy.act(seen), plain(policy, seen, table, model), atol=1e-6, rtol=0)
+
+
+def within(call: Callable[[Policy], Any]) -> None:
+    """A policy whose model calls it."""
+
+    def model(x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
+        call(policy)
+        return network(x, t, observation)
+
+    policy = Policy(model, TABLE, SHAPE)
+    policy.act(torch.zeros(1, 2))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "model": (lambda: Policy(None, TABLE, SHAPE), r"the model is None; give a function \(x, t, observation\)"),  # pyright: ignore[reportArgumentType]
     "table": (lambda: Policy(network, "ddpm", SHAPE), r"the table is 'ddpm'"),  # pyright: ignore[reportArgumentType]
@@ -189,7 +265,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"environments are \[1\]; give a sequence of numbers in 0 ... 0",
     ),
     "noise of none": (lambda: acted().noise, r"call act\(\) first"),
-    "method": (lambda: acted(torch.zeros(1, 2), torch.zeros(1, 2), method=sequential()), r"sequential"),
+    "method": (lambda: Policy(network, TABLE, SHAPE, method=sequential()), r"sequential cannot begin from a trajectory"),
+    "first": (lambda: Policy(network, TABLE, SHAPE, first=srds()), r"srds keeps no trajectory"),
+    "no method": (lambda: Policy(network, TABLE, SHAPE, first="srds"), r"the method for first plans is 'srds'; give one of"),  # pyright: ignore[reportArgumentType]
+    "a name": (lambda: acted({3: torch.zeros(1, 2)}), r"has the name 3; give the name of the model's argument"),
+    "its own model": (lambda: within(lambda policy: policy.act(torch.zeros(1, 2))), r"act\(\) was called by the policy's own"),
+    "its own reset": (lambda: within(Policy.reset), r"reset\(\) was called by the policy's own model"),
 }
 
 

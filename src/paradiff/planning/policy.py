@@ -9,8 +9,10 @@ held noise two trajectories are known after two steps, and a run begins from whe
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, r
 from paradiff.methods.presets import collocation, quasi_newton
 from paradiff.planning.plan_noise import PlanNoise
 from paradiff.solver import loop
-from paradiff.solver.arguments import device_of
+from paradiff.solver.arguments import device_of, require_begins, require_method, require_warm
 from paradiff.solver.evaluator import Denoiser, Evaluator
 from paradiff.solver.location import location_of
 from paradiff.solver.protocol import Method
@@ -56,7 +58,8 @@ class ControlStep:
 
 
 class Policy:
-    """Plans of a diffusion policy for B environments, one after the other. Policies are compared by identity.
+    """Plans of a diffusion policy for B environments, one after the other. Calls from several threads wait for each other.
+    Policies are compared by identity.
 
     Args:
         model: The network as a function `(x, t, observation) -> m` of rows, or with the names of the observation's parts.
@@ -77,7 +80,7 @@ class Policy:
         report: What the last call of `act` took; None before.
 
     Raises:
-        ValueError: If an argument is of another kind or out of range.
+        ValueError: If an argument is of another kind or out of range, or a method keeps no trajectory, or begins from none.
     """
 
     def __init__(
@@ -102,6 +105,10 @@ class Policy:
         self._model, self._table, self._seed, self._executed, self._noise = model, table, seed, executed, noise
         self._first = quasi_newton(tolerance=2e-2, slope=shifted(VARIANCE)) if first is None else first
         self._method = collocation(tolerance=1e-3, shift=VARIANCE, secants=6) if method is None else method
+        for name, chosen in (("method for first plans", self._first), ("method", self._method)):
+            require_method(name, chosen)
+            require_warm(chosen, None, True)
+        require_begins(self._method)
         self._check: Check = check
         self._forms: dict[str, tuple[int, ...]] | None = None
         self._episodes: list[int] = []
@@ -110,7 +117,17 @@ class Policy:
         self._before: list[Trajectory | None] = []
         self._moved: int | None = None
         self._keyed = Keyed(shape, seed)
+        self._turn, self._caller = threading.Lock(), 0
         self.report: ControlStep | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock of its calls."""
+        return {name: value for name, value in vars(self).items() if name != "_turn"} | {"_caller": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the state of another policy, with a lock of its own."""
+        vars(self).update(state)
+        self._turn = threading.Lock()
 
     def __repr__(self) -> str:
         warm = sum(part is not None for part in self._last)
@@ -137,15 +154,19 @@ class Policy:
             environments: The numbers of those in which one begins; None for all.
 
         Raises:
-            ValueError: If there is no such environment.
+            ValueError: If there is no such environment, or the model calls it within `act`.
         """
+        with self._taken("reset"):
+            self._reset(environments)
+
+    def _reset(self, environments: Sequence[int] | None) -> None:
         count = len(self._last)
         chosen = range(count) if environments is None else environments
         if environments is not None and (not are_whole(environments) or any(not 0 <= k < count for k in environments)):
             raise ValueError(
                 f"environments are {shown(environments)}; give a sequence of numbers in 0 ... {count - 1}, or None"
             )
-        for k in chosen:
+        for k in {*chosen}:
             self._episodes[k] += 1
             self._firsts[k] = 0
             self._last[k] = self._before[k] = None
@@ -162,8 +183,29 @@ class Policy:
             `[B, H, ...]` the plans, the sequential chain's within the method's tolerance.
 
         Raises:
-            ValueError: If an observation is no tensor, not finite, or has another shape than at the call before.
+            ValueError: If an observation is no tensor, not finite, or has another shape than at the call before, or the model
+                calls it.
         """
+        with self._taken("act"):
+            return self._act(observation, executed)
+
+    @contextlib.contextmanager
+    def _taken(self, name: str) -> Iterator[None]:
+        """Makes the calls of other threads wait until the end of the block.
+
+        Raises:
+            ValueError: If this thread is within such a block.
+        """
+        if self._caller == threading.get_ident():
+            raise ValueError(f"{name}() was called by the policy's own model, within act(); call it between two calls of act()")
+        with self._turn:
+            self._caller = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._caller = 0
+
+    def _act(self, observation: Tensor | Mapping[str, Tensor], executed: int | None) -> Tensor:
         begin = time.perf_counter()
         given = self._given(observation)
         moved = self._executed if executed is None else executed
@@ -184,6 +226,7 @@ class Policy:
         plans, lasts, estimates = zip(*(found[k] for k in range(len(warm))), strict=True)
         # Nothing is kept of a call that failed.
         self._before, self._last, self._firsts, self._moved = self._last, list(lasts), firsts, moved
+        self._forms = {name: tuple(value.shape) for name, value in given.items()}
         rounds, errors = [e.rounds for e in estimates], [e.estimated_error for e in estimates]
         seconds = time.perf_counter() - begin
         self.report = ControlStep(tuple(warm), tuple(rounds), evaluations, tuple(errors), seconds)
@@ -237,10 +280,9 @@ class Policy:
         counts = {form[0] for form in forms.values()}
         if len(counts) > 1:
             raise ValueError(f"the observation's parts have {sorted(counts)} rows; give each a row for each environment")
-        if self._forms is None:
+        if self._forms is None:  # no plan was made yet
             self._begin(counts.pop())
-            self._forms = forms
-        if forms != self._forms:
+        elif forms != self._forms:
             raise ValueError(
                 f"the observation has the shapes {forms}, and had {self._forms} before; give those, or make another Policy"
             )

@@ -77,13 +77,22 @@ def require_problem(table: Any, noise: Any, method: Any) -> None:
             f"the noise is {shown(noise)}; give a Noise, such as paradiff.Keyed(shape, seed=0) for states of a shape, or "
             "paradiff.Recorded(shape, generator)"
         )
+    require_method("method", method)
+
+
+def require_method(name: str, method: Any) -> None:
+    """Refuses what is no method.
+
+    Raises:
+        ValueError: Then.
+    """
     if isinstance(method, type) or not isinstance(method, Method):
         missing = [name for name in METHOD if not hasattr(method, name)]
         if callable(method):
             why = ", which has to be called"
         else:
             why = f", which has no {', '.join(missing)}" if len(missing) < len(METHOD) else ""
-        raise ValueError(f"the method is {shown(method)}{why}; give one of the presets, such as paradiff.parasolver()")
+        raise ValueError(f"the {name} is {shown(method)}{why}; give one of the presets, such as paradiff.parasolver()")
 
 
 def require_callable(name: str, value: Any, expected: str) -> None:
@@ -158,15 +167,23 @@ def require_warm(method: Method, trajectory: Trajectory | None, keep: Any) -> No
     """
     if not isinstance(keep, bool):
         raise ValueError(f"keep_trajectory is {shown(keep)}; give True or False")
-    named, remembers = method.name, isinstance(method, Remembers)
-    if keep and not remembers:
-        raise ValueError(f"{named} keeps no trajectory; use quasi_newton, parasolver or collocation")
-    if trajectory is None:
-        return
+    if keep and not isinstance(method, Remembers):
+        raise ValueError(f"{method.name} keeps no trajectory; use quasi_newton, parasolver or collocation")
+    if trajectory is not None:
+        require_begins(method)
+
+
+def require_begins(method: Method) -> None:
+    """Refuses a method that cannot begin from a trajectory.
+
+    Raises:
+        ValueError: Then.
+    """
     why = method.cannot_begin() if isinstance(method, Remembers) else "it has no use for the states of an earlier run"
     if why is not None:
         raise ValueError(
-            f"{named} cannot begin from a trajectory: {why}; leave start out, or use quasi_newton, parasolver or collocation"
+            f"{method.name} cannot begin from a trajectory: {why}; leave start out, or use quasi_newton, parasolver or "
+            "collocation"
         )
 
 

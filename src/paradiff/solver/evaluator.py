@@ -236,6 +236,10 @@ class Evaluator:
         if conditioning is not None and not isinstance(conditioning, Mapping):
             raise ValueError(f"the conditioning is {shown(conditioning)}; give tensors by name, such as {{'y': labels}}")
         for name, value in (conditioning or {}).items():
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"a part of the conditioning has the name {shown(name)}; give the name of the model's argument"
+                )
             if not isinstance(value, Tensor) or value.ndim == 0:
                 raise ValueError(f"the conditioning {name!r} is {shown(value)}; give a tensor with a row for each sample")
         if shared is not None and not isinstance(shared, Mapping):

@@ -206,6 +206,8 @@ class CollocationOptions(Face):
             return self
         candidates = mesh_on(table, found).candidates
         every = table.restarts[:-1]
+        if len(every) < 2:
+            return self  # nothing lies between nodes
         at_once = table.stochastic or self.window is None or self.window >= len(every)
         most = min(self.max_nodes or found.all_nodes, found.all_nodes if at_once else found.few_nodes)
         if candidates == every and len(every) <= most:
