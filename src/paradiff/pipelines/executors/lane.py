@@ -291,9 +291,9 @@ class Lane(greenlet.greenlet):
         owner, self.owner = self.owner, None  # A callback sees the user's object, not the lane's copy (owner.py).
         try:
             with Modes.exact().entered():
-                shared.solver.begin(first, own=shared.own)
+                shared.solver.begin(first, own=shared.own, pulls=self._iterations.pulls)
         finally:
-            self.owner = owner
+            self.owner, self._iterations.pulls = owner, []
         shared.index = first_index(self.scheduler, timesteps[0])
         shared.running = first.running
         seal(self.scheduler, shared.running)

@@ -213,6 +213,7 @@ class Vector:
         if solver.done:
             raise Unsupported(SECOND_LOOP)
         timesteps = solver.first.timesteps if solver.started else self._iterations.begin()
+        pulls, self._iterations.pulls = self._iterations.pulls, []
         self._watch.check(self._batching.log.drawing)
         refuse_changes(self.scheduler, self._settings)
         if solver.started:
@@ -228,7 +229,8 @@ class Vector:
             )
             check = self._batching.check
             with Modes.exact().entered(), self._aside():
-                solver.begin(first, repeat={"off": 0, "first": 1}.get(check, sys.maxsize))
+                repeat = {"off": 0, "first": 1}.get(check, sys.maxsize)
+                solver.begin(first, repeat=repeat, pulls=pulls)
             self._batching.widest = solver.widest
             self._index = first_index(self.scheduler, first.timesteps[0])
             seal(self.scheduler, first.running)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from paradiff.methods.adaptive.method import AdaptiveMethod
 from paradiff.methods.window.method import WindowMethod
 from paradiff.pipelines.loop.audit import judge, relative_difference
 from paradiff.pipelines.loop.callback import Callback
+from paradiff.pipelines.loop.consumer import Pull
 from paradiff.pipelines.loop.first_step import FirstStep, new_state, step_result
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.source import refuse_what_is_handed_on
@@ -177,13 +178,14 @@ class LoopSolver:
         """Whether there is a user's callback."""
         return self._callback is not None
 
-    def begin(self, first: FirstStep, *, repeat: int = 0, own: int = 1) -> None:
+    def begin(self, first: FirstStep, *, repeat: int = 0, own: int = 1, pulls: Sequence[Pull] = ()) -> None:
         """Probes the chain and starts the solver, at the loop's first step.
 
         Args:
             first: The step.
             repeat: The largest number of rows of a pass that the next pass evaluates again, for the audit.
             own: Passes that are to be the pipeline's own, one after the other; a window opens after them.
+            pulls: The frames that asked for the loop's first time.
 
         Raises:
             ChosenPlain: If the plain loop was chosen, and nobody looks at its rounds.
@@ -191,7 +193,7 @@ class LoopSolver:
             ValueError: If the method does not fit the table.
         """
         if self._kind is not None:
-            refuse_what_is_handed_on(self._kind, self.method)
+            refuse_what_is_handed_on(self._kind, self.method, pulls)
         output, sample = first.output, first.sample
         self.first, self._template = first, first.real_step(0, output, sample)
         self.table = probe(first.scheduler, first.timesteps, first.options)

@@ -10,6 +10,7 @@ left to the reader of the source (reader.py), and tensors to the audit.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import operator
@@ -41,6 +42,8 @@ FOREIGN = (
     "threading",
     "builtins",
 )
+REPLACED = "paradiff.pipelines.executors.builtins"
+"""The module of what stands for built-in functions in the modules of loops."""
 LEFT_OUT = {"scheduler", "_internal_dict", "_progress_bar_config", "__builtins__"}
 ITERATORS = tuple({type(iter(v)) for v in ([], (), range(1), {}, set(), "", {}.values(), {}.items(), deque())})
 
@@ -149,10 +152,10 @@ def frames() -> Iterator[types.FrameType]:
     entered = False
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        own = module == "paradiff" or module.startswith("paradiff.")
+        own = module == "paradiff" or (module.startswith("paradiff.") and module != REPLACED)
         if own and entered:
             return
-        if not own and module.split(".")[0] not in ("torch", "functools", "contextlib"):
+        if not own and module != REPLACED and module.split(".")[0] not in ("torch", "functools", "contextlib"):
             entered = True
             yield frame
         frame = frame.f_back
@@ -188,6 +191,8 @@ def _enter(path: str, value: Any, depth: int, entries: _Entries, seen: set[int])
     elif type(value) is itertools.count:
         entries[path] = repr(value)
         return
+    elif isinstance(value, io.StringIO | io.BytesIO) and not value.closed:
+        entries[f"the place in {path}"] = value.tell()
     if depth < DEPTH:
         for name, part in itertools.islice(_parts(path, value), ITEMS):
             _enter(name, part, depth + 1, entries, seen)

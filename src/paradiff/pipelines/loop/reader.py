@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import textwrap
@@ -180,6 +181,17 @@ class MethodSource:
                 return self._loop(loop)
             finally:
                 step.func = named
+
+    @functools.lru_cache(maxsize=READ)  # noqa: B019
+    def loop_of(self, loop: ast.For | ast.While) -> LoopSource:
+        """A loop of this method, of any form."""
+        if isinstance(loop, ast.For):
+            return self._loop(loop)
+        with _PARSER:
+            tree = _AsFor().visit(copy.deepcopy(self.tree))
+        fors = (node for node in ast.walk(tree) if isinstance(node, ast.For))
+        found = next(node for node in fors if (node.lineno, node.col_offset) == (loop.lineno, loop.col_offset))
+        return MethodSource(self.pipeline, tree, self.lines)._loop(found)
 
     def around(self, node: ast.AST) -> Iterator[ast.AST]:
         """The nodes around a node, the innermost first."""
@@ -430,7 +442,8 @@ class MethodSource:
         made = [self._statement(node) for node in stores if node.id == name]
         calls = [node.value for node in made if isinstance(node, ast.Assign)]
         return len(calls) == len(made) and all(
-            isinstance(_inner(call), ast.Call) and any(syntax.is_named(part, name) for part in ast.walk(call)) for call in calls
+            isinstance(syntax.inner(call), ast.Call) and any(syntax.is_named(part, name) for part in ast.walk(call))
+            for call in calls
         )
 
     def _bound_inside(self, node: ast.Name, loop: ast.For) -> bool:
@@ -471,6 +484,15 @@ class MethodSource:
         return found
 
 
+class _AsFor(ast.NodeTransformer):
+    """Makes each `while` a `for` that goes through its condition."""
+
+    def visit_While(self, node: ast.While) -> ast.For:
+        self.generic_visit(node)
+        target = ast.copy_location(ast.Name("_", ast.Store()), node)
+        return ast.copy_location(ast.For(target=target, iter=node.test, body=node.body, orelse=node.orelse), node)
+
+
 @functools.lru_cache(maxsize=READ)
 def _read(pipeline: type, function: Any, code: Any) -> MethodSource | None:
     """The source of a function; `code` makes it anew where the function was given other code."""
@@ -478,10 +500,3 @@ def _read(pipeline: type, function: Any, code: Any) -> MethodSource | None:
     with _PARSER:
         tree = ast.parse(text).body[0]
     return MethodSource(pipeline, tree, text.splitlines()) if isinstance(tree, ast.FunctionDef) else None
-
-
-def _inner(node: ast.AST) -> ast.AST:
-    """A value without the indices and attributes that are taken of it, as the call in `f(x)[0]`."""
-    while isinstance(node, ast.Subscript | ast.Attribute):
-        node = node.value
-    return node

@@ -7,7 +7,10 @@ so if it uses the counter for nothing but a progress bar, a callback or a log.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from paradiff.errors import Unsupported
+from paradiff.pipelines.loop.consumer import Pull, consuming
 from paradiff.pipelines.loop.ledger import frames
 from paradiff.pipelines.loop.reader import LoopSource, collected, has_source, loop_at, read_loops
 from paradiff.solver.protocol import Method
@@ -44,13 +47,23 @@ def handing_on(loop: LoopSource) -> list[str]:
     return found
 
 
-def refuse_what_is_handed_on(pipeline: type, method: Method) -> None:
-    """Reads the loop that runs where the class's methods do not show it: another name of the scheduler, another function.
+def refuse_what_is_handed_on(pipeline: type, method: Method, pulls: Sequence[Pull] = ()) -> None:
+    """Reads the loop that runs where the class's methods do not show it: another name of the scheduler, another function; and
+    who is given what its passes make.
+
+    Args:
+        pipeline: The class.
+        method: The method.
+        pulls: The frames that asked for the loop's first time.
 
     Raises:
         Unsupported: If its passes leave something in variables that later passes, or what follows the loop, read; or if there
             is no source to read.
     """
+    for line, loop in consuming(list(frames()), pulls):
+        if loop is None:
+            raise Unsupported(f"its passes hand their states on, one by one, to what keeps them: {line}")
+        _refuse(loop, method)
     unread = ""
     known = {loop.line for loop in read_loops(pipeline)}
     for frame in frames():
@@ -60,16 +73,21 @@ def refuse_what_is_handed_on(pipeline: type, method: Method) -> None:
             continue
         if loop.line in known:
             return
-        found = handing_on(loop)
-        clause = handed_on(loop.kept, method)
-        if found or clause is not None:
-            raise Unsupported(found[0] if found else str(clause))
+        _refuse(loop, method)
         return
     if unread:
         raise Unsupported(
             f"the source of {unread}, where its loop may be, cannot be read, so that what passes leave in variables is not "
             "known: define it in a file"
         )
+
+
+def _refuse(loop: LoopSource, method: Method) -> None:
+    """Raises Unsupported if a loop's passes leave something in variables that is read later."""
+    found = handing_on(loop)
+    clause = handed_on(loop.kept, method)
+    if found or clause is not None:
+        raise Unsupported(found[0] if found else str(clause))
 
 
 def kept(pipeline: type) -> list[str]:

@@ -53,6 +53,13 @@ def last(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+def inner(node: ast.AST) -> ast.AST:
+    """A value without the indices and attributes that are taken of it, as the call in `f(x)[0]`."""
+    while isinstance(node, ast.Subscript | ast.Attribute):
+        node = node.value
+    return node
+
+
 def called_like(node: ast.AST, names: set[str]) -> bool:
     """Whether a node is an attribute with one of these names."""
     return isinstance(node, ast.Attribute) and node.attr in names

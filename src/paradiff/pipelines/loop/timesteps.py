@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from paradiff.errors import NotWalked, Unsupported
+from paradiff.pipelines.loop.consumer import Pull
+from paradiff.pipelines.loop.ledger import frames
 
 REPEATABLE = {
     Tensor.to,
@@ -96,12 +98,14 @@ class Iterations:
     Attributes:
         timesteps: `[n]` times of the iteration that was last advanced, or None.
         position: Index of the time that this iteration yielded last.
+        pulls: The frames that asked for the first time of the iteration that was last begun; empty from the first step on.
     """
 
     def __init__(self) -> None:
         self._listed = False  # whether an iteration came to its end without a step
         self.timesteps: Tensor | None = None
         self.position = -1
+        self.pulls: list[Pull] = []
         self._walked: object = None  # the iteration that was last advanced
         self._loop: object = self  # the one that is the loop
 
@@ -109,6 +113,7 @@ class Iterations:
         """Yields the times in order, until a step is taken between two of them; from there on yields from `rounds()`."""
         outer, mine = (self.timesteps, self.position, self._walked), object()
         for position, time in enumerate(timesteps.unbind()):
+            self.pulls = self.pulls if position else Pull.of(frames())
             self.timesteps, self.position, self._walked = timesteps, position, mine
             yield time
             if self._loop is mine:
@@ -117,6 +122,7 @@ class Iterations:
         else:
             self._listed = True
         self.timesteps, self.position, self._walked = outer
+        self.pulls = []
 
     def begin(self) -> Tensor:
         """The loop's times `[n]`, at its first step.
