@@ -275,6 +275,70 @@ def test_a_callback_is_shown_the_scheduler_of_the_plain_call_at_its_step(schedul
     assert made(executor) == made(None)
 
 
+DRAWING = """
+def __call__(self, generator=None, callback_on_step_end=None):
+    self.scheduler.set_timesteps(20)
+    x = torch.randn(2, 8, generator=generator)
+    for t in self.scheduler.timesteps:
+        v = self.net(self.scheduler.scale_model_input(x, t), t)
+        x = self.scheduler.step(v, t, x, generator=generator)[0]
+        if callback_on_step_end is not None:
+            callback_on_step_end(self, 0, t, {"latents": x})
+    return x
+def loop(self): ...
+"""
+
+
+def drawing(scheduler: Any, first: int, given: bool = True, own: bool = False) -> tuple[Any, Any, Any]:
+    """The plain sample and the parallel one of a call whose callback draws from a step on; and what the callback drew."""
+    drawn: list[list[Tensor]] = [[], []]
+    found: list[Any] = []
+    for parallel in (False, True):
+        torch.manual_seed(3)
+        generator = torch.Generator().manual_seed(3) if given else None
+        from_ = torch.Generator().manual_seed(5) if own else generator
+
+        def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+            if time <= pipe.scheduler.timesteps[first]:
+                drawn[parallel].append(torch.randn(3, generator=from_))  # noqa: B023
+            return tensors
+
+        pipe = Adversary.of(DRAWING)(Net(), scheduler())
+        call = parallelize(pipe, parasolver(tolerance=1e-5), executor="vector") if parallel else pipe
+        with torch.no_grad():
+            found.append(call(generator=generator, callback_on_step_end=callback))
+        found.append(torch.get_rng_state() if generator is None else generator.get_state())
+    return found[::2], found[1::2], drawn
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("first", [0, 9, 17])
+def test_a_callback_that_draws_what_later_noises_are_made_of_is_refused(first: int, given: bool) -> None:
+    with pytest.raises(ValueError, match=f"drew from the call's generator after step {first}, .*a generator of its own"):
+        drawing(diffusers.EulerAncestralDiscreteScheduler, first, given)
+
+
+CASES_OF_DRAWS: dict[str, tuple[Any, int, bool]] = {
+    "after the last noise": (diffusers.EulerAncestralDiscreteScheduler, 19, False),
+    "on a chain without noise": (lambda: diffusers.DDIMScheduler(clip_sample=False), 0, False),
+    "from a generator of its own": (diffusers.EulerAncestralDiscreteScheduler, 0, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("case", CASES_OF_DRAWS)
+def test_other_draws_of_a_callback_are_those_of_the_plain_call(case: str, given: bool) -> None:
+    scheduler, first, own = CASES_OF_DRAWS[case]
+    (plain, found), (ended, ends), (before, now) = drawing(scheduler, first, given, own)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-3)
+    assert torch.equal(ends, ended)
+    assert before
+    assert all(map(torch.equal, before, now))
+    assert len(before) == len(now)
+
+
 READS = SETS.replace(" * (1 - 0.01 * i) * self._scale + 0.01 * self.prompt", "").replace("self.told", "callback_on_step_end")
 READS = READS.replace("x, generator):", "x, generator, callback_on_step_end=None):").replace(
     "generator), generator)", "generator), generator, callback_on_step_end)"

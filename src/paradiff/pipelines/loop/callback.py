@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from paradiff.pipelines.loop.scheduler_proxy import first_index, is_proxy, other
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.methods import called_names
 from paradiff.pipelines.network.outside import Outside
+from paradiff.solver.accelerator import random_states
 
 CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback"
 DEPTH, ITEMS = 3, 64
@@ -84,17 +85,23 @@ class Callback:
         """The arguments of the call without those of the callback."""
         return {name: value for name, value in arguments.items() if name not in (CALLBACK, INPUTS)}
 
-    def on_final(self, first: int, states: Tensor) -> None:
+    def on_final(self, first: int, states: Tensor, drawn_from: Sequence[torch.Generator | None] = ()) -> None:
         """Calls the callback with the final states `[n, ...]` of the nodes from `first` on, in order.
 
+        Args:
+            first: The first of the nodes.
+            states: Their states.
+            drawn_from: The generators from which the noises of later steps come, None for torch's own.
+
         Raises:
-            ValueError: If the callback changes the latents, the pipeline, its scheduler or a setting of its networks.
+            ValueError: If the callback changes the latents, the pipeline, its scheduler or a setting of its networks, or draws
+                from one of the generators.
         """
         if self._own is None:
             self._own = frozenset(vars(self._pipeline))
         for k, state in enumerate(states):
             latents = state.to(self.dtype, copy=True)
-            given, before = latents.clone(), self._settings()
+            given, before, drawn = latents.clone(), self._settings(), _states(drawn_from)
             self._networks.mark()
             self._outside.mark()
             step = first - 1 + k
@@ -105,6 +112,12 @@ class Callback:
                 except BaseException as error:
                     self.error = error
                     raise
+            if not all(map(torch.equal, drawn, _states(drawn_from))):
+                raise ValueError(
+                    f"{CALLBACK} drew from the call's generator after step {step}, from which the noises of later steps come; "
+                    "a parallel run has drawn those already: give the callback a generator of its own, or call the pipeline "
+                    "outside of parallelize"
+                )
             back = returned.get("latents", latents) if isinstance(returned, Mapping) else latents
             extra = [k for k in returned if k != "latents"] if isinstance(returned, Mapping) else []
             after = self._settings()
@@ -150,6 +163,12 @@ class Callback:
             for name, value in vars(self._pipeline).items()
             if name not in self._left and (name in self._read or (name in own and isinstance(value, SIMPLE)))
         }
+
+
+def _states(generators: Sequence[torch.Generator | None]) -> list[Tensor]:
+    """The states of generators, with those of torch's own for None."""
+    shared = random_states() if None in generators else []
+    return [*shared, *(generator.get_state() for generator in generators if generator is not None)]
 
 
 SIMPLE = (bool, int, float, str, type(None))

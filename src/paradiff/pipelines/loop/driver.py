@@ -329,7 +329,7 @@ class LoopSolver:
             if self.interrupt is not None:
                 self.interrupt.on_final(node, state[None])
             if self._callback is not None:
-                self._callback.on_final(node, state[None])
+                self._callback.on_final(node, state[None], self._noise.drawn_from(node - 1))
 
     def _differences(self, outputs: Tensor, states: Tensor) -> Tensor:
         """`[2, R]` how far the outputs and the states of repeated rows are from those of the pass before."""

@@ -465,6 +465,18 @@ class Increments:
         nothing = torch.zeros(self.shape, dtype=torch.float32, device=self._start.device)
         return torch.stack([self._drawn[n] if n < len(self._drawn) else nothing for n in nodes])
 
+    def drawn_from(self, step: int) -> list[torch.Generator | None]:
+        """The generators that steps of the sequential run after one draw from, None for torch's own; empty where none draws.
+
+        Args:
+            step: The number of a step.
+        """
+        if step + 1 >= self._last:
+            return []
+        given = list(self._generator) if isinstance(self._generator, list | tuple) else [self._generator]
+        shared = self._table.draws is not None and self._table.draws.source == "torch"
+        return [*given, *([None] if shared else [])]
+
     def finish(self) -> None:
         """Makes the draws that nobody asked for, so that the generator ends where the sequential run leaves it."""
         self._draw_to(self._last)
