@@ -77,10 +77,8 @@ def ledger(*, tensors: Mapping[int, Any] | None = None, identities: bool = False
             elif not isinstance(value, int | float | str):
                 _enter(name, value, 0, entries, seen)
         entries.tensors = False
-        for name in frame.f_code.co_names:
-            value = frame.f_globals.get(name)
-            if not callable(value) and not isinstance(value, int | float | str):
-                _enter(name, value, 0, entries, seen)
+        for name, value in _globals(frame.f_code, frame.f_globals):
+            _enter(name, value, 0, entries, seen)
     return entries
 
 
@@ -94,6 +92,14 @@ def entered(kind: type) -> Iterator[None]:
         HOSTS[kind] -= 1
         if not HOSTS[kind]:
             del HOSTS[kind]
+
+
+def _globals(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The values of the global names of a function, but for plain numbers and texts."""
+    for name in code.co_names:
+        value = scope.get(name)
+        if (not callable(value) or isinstance(value, types.FunctionType | type)) and not isinstance(value, int | float | str):
+            yield name, value
 
 
 def is_host(value: Any) -> bool:
@@ -178,7 +184,9 @@ def _enter(path: str, value: Any, depth: int, entries: _Entries, seen: set[int])
     if entries.tensors and depth and type(value) is Tensor and value.is_floating_point() and value.numel() <= LARGE:
         entries[f"the norm of {path}"] = value.detach().norm()
         return
-    if len(entries) >= ENTRIES or isinstance(value, bytes | complex | Tensor | nn.Module | type | types.ModuleType):
+    if len(entries) >= ENTRIES or isinstance(value, bytes | complex | Tensor | nn.Module | types.ModuleType):
+        return
+    if isinstance(value, types.FunctionType | type) and value.__module__.split(".")[0] in (*FOREIGN, "diffusers"):
         return
     if value is None or id(value) in seen:
         return
@@ -213,7 +221,12 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}", cell.cell_contents
             except ValueError:
                 continue  # The cell is empty yet.
-    elif isinstance(value, types.MethodType):
+        yield from ((f"{path}.{name}", part) for name, part in list(vars(value).items()))
+        yield from _globals(value.__code__, value.__globals__)
+    elif isinstance(value, type):
+        own = ((name, part) for name, part in list(vars(value).items()) if not name.startswith("__"))
+        yield from ((f"{path}.{name}", part) for name, part in own if not callable(part))
+    elif isinstance(value, types.MethodType | types.BuiltinMethodType):
         yield path, value.__self__
     elif type(value).__module__.split(".")[0] not in FOREIGN and not hasattr(value, "set_timesteps"):
         yield from ((f"{path}.{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))

@@ -32,8 +32,11 @@ class LoopSource:
         gradients: Lines that compute gradients.
         numpy: Lines that leave torch.
         random: Lines that draw random numbers.
+        told: Names of arguments that passes call for what they do, and not for what they return.
         left: Names of values that are set in some passes only and read after the loop.
         gathered: Names of values that passes add to, or write into, and that are read after the loop.
+        outliving: Names of values that passes add to, or write into, and that outlive the function: arguments, and variables
+            that are declared `global` or `nonlocal`.
         arrays: Names of arrays that the states of all passes are written into.
         kept: Names of values that a pass sets and that are read after the loop, except the state and the time.
         carried: Names of values that one pass sets and the next one reads, except the state and values that callbacks replace.
@@ -49,6 +52,8 @@ class LoopSource:
     carried: list[str]
     left: list[str]
     gathered: list[str]
+    outliving: list[str]
+    told: list[str]
     arrays: list[str]
     kept: list[str]
 
@@ -267,6 +272,8 @@ class MethodSource:
             carried=self._carried(loop),
             left=self._left(loop),
             gathered=self._gathered(loop),
+            outliving=self._outliving(loop),
+            told=self._told_arguments(loop),
             arrays=self._arrays(loop),
             kept=self._kept(loop),
         )
@@ -366,12 +373,39 @@ class MethodSource:
 
     def _gathered(self, loop: ast.For) -> list[str]:
         """Names that a pass adds to, or writes into, and that are read after the loop."""
+        return [node.id for node in self._after(loop, self._written_into(loop))]
+
+    def _written_into(self, loop: ast.For) -> set[str]:
+        """Names that a pass adds to, or writes into, except the state."""
         found = {
             name
             for node in syntax.body(loop)
             if (name := syntax.written_into(node)) is not None and not self._uncounted(node, loop)
         }
-        return [node.id for node in self._after(loop, found - self._state(loop))]
+        return found - self._state(loop)
+
+    def _outliving(self, loop: ast.For) -> list[str]:
+        """Names that a pass adds to, or writes into, and that outlive the function."""
+        function, names = self._arguments(loop)
+        declared = (node for node in ast.walk(function) if isinstance(node, ast.Global | ast.Nonlocal))
+        return sorted(self._written_into(loop) & {*names, *(name for node in declared for name in node.names)})
+
+    def _told_arguments(self, loop: ast.For) -> list[str]:
+        """Names of arguments that are called by statements of their own, other than a bar, a callback and a log."""
+        calls = [node.value for node in syntax.body(loop) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+        called = {
+            syntax.last(call.func) for call in calls if isinstance(call.func, ast.Name) and not syntax.uncounted_call(call)
+        }
+        return sorted(called & self._arguments(loop)[1])
+
+    def _arguments(self, loop: ast.For) -> tuple[ast.AST, set[str]]:
+        """The function around a loop, and the names of its arguments, but for those that it gives another value."""
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef
+        function = next(above for above in self.around(loop) if isinstance(above, kinds))
+        given = function.args
+        names = {one.arg for one in [*given.posonlyargs, *given.args, *given.kwonlyargs]}
+        stored = (node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        return function, names - {node.id for node in stored}
 
     def _arrays(self, loop: ast.For) -> list[str]:
         """Names of what a step's result is written into at a place that changes, as in `states[i + 1] = step(...)`, or added to

@@ -43,6 +43,7 @@ def handing_on(loop: LoopSource) -> list[str]:
     found = [f"its passes leave {', '.join(coupled)} to the next one"] if coupled else []
     found += [f"its passes write their states into {', '.join(loop.arrays)}, one by one"] if loop.arrays else []
     found += [f"its passes add to {', '.join(loop.gathered)}, which is read after the loop"] if loop.gathered else []
+    found += [f"its passes add to {', '.join(loop.outliving)}, which outlives its call"] if loop.outliving else []
     found += [f"one of its passes leaves {', '.join(loop.left)} to what follows the loop"] if loop.left else []
     return found
 
@@ -71,6 +72,12 @@ def refuse_what_is_handed_on(pipeline: type, method: Method, pulls: Sequence[Pul
         if loop is None:
             unread = unread or ("" if has_source(frame.f_code) else frame.f_code.co_name)
             continue
+        told = [name for name in loop.told if callable(frame.f_locals.get(name))]
+        if told:
+            raise Unsupported(
+                f"its passes call {told[0]}, one of its arguments, for what it does, and a parallel run makes other passes, "
+                "and more of them"
+            )
         if loop.line in known:
             return
         _refuse(loop, method)
