@@ -400,8 +400,7 @@ class MethodSource:
 
     def _arguments(self, loop: ast.For) -> tuple[ast.AST, set[str]]:
         """The function around a loop, and the names of its arguments, but for those that it gives another value."""
-        kinds = ast.FunctionDef | ast.AsyncFunctionDef
-        function = next(above for above in self.around(loop) if isinstance(above, kinds))
+        function = next(above for above in self.around(loop) if isinstance(above, ast.FunctionDef | ast.AsyncFunctionDef))
         given = function.args
         names = {one.arg for one in [*given.posonlyargs, *given.args, *given.kwonlyargs]}
         stored = (node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
