@@ -331,10 +331,10 @@ def test_the_most_nodes_are_kept_and_what_was_reached_is_said(name: str) -> None
     )
 
 
-def trained(sampler: str, nodes: Any, **options: Any) -> Solution:
+def trained(sampler: str, nodes: Any, seed: int = 1, **options: Any) -> Solution:
     """A sample of a trained network and 1000 steps."""
     model = load("digits")
-    noise = Recorded(model.shape, torch.Generator().manual_seed(1))
+    noise = Recorded(model.shape, torch.Generator().manual_seed(seed))
     return sample(model, model.table(sampler, 1000), noise, collocation(nodes, **{"window": 24, **options}))
 
 
@@ -352,6 +352,14 @@ def test_intervals_that_leave_out_too_much_are_refinement_before_the_sweeps_come
     assert late.estimated_error <= 4e-3
 
 
+def test_intervals_are_compared_in_rows_that_stale_nodes_leave_idle() -> None:
+    found = trained("ddpm", 56, seed=2)
+    late = trained("ddpm", 56, seed=2, control=replace(ORDER_ZERO, early_factor=0.0))  # once all have come to rest
+    assert found.rounds < late.rounds
+    assert found.evaluations <= late.evaluations
+    assert found.estimated_error <= 4e-3
+
+
 def test_a_sample_with_no_node_worth_asking_again_is_at_rest() -> None:
     control = replace(HIGHER_ORDER, node_share=30.0, early_factor=0.0)  # no node is stale, but all of them together are
     found, exact = (trained("ddim", 40, max_nodes=40, control=control, exact=exact) for exact in (False, True))
@@ -366,13 +374,13 @@ def test_a_sample_without_a_node_to_spare_is_brought_to_rest_first() -> None:
 
 
 def test_intervals_that_a_refinement_leaves_alone_are_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = trained("ddpm", 40)
-    nodes = [v.of for v in found.history if isinstance(v, CollocationRecord)]
-    assert nodes[0] < nodes[-1] < 80  # a refinement, of some intervals
+    found = trained("ddpm", 40, seed=4)  # refined more than once, of some intervals
+    nodes = {v.of for v in found.history if isinstance(v, CollocationRecord)}
+    assert len(nodes) > 2
     fresh = itertools.count()  # no place is ever met again
     monkeypatch.setattr(DoubledIntervals, "spans", property(lambda self: [(next(fresh), 0, 0) for _ in self.first]))
-    forgetful = trained("ddpm", 40)
-    assert found.evaluations < forgetful.evaluations
+    forgetful = trained("ddpm", 40, seed=4)
+    assert found.evaluations < 0.95 * forgetful.evaluations
     assert found.estimated_error <= 4e-3
 
 

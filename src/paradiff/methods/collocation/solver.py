@@ -266,8 +266,15 @@ class CollocationSolver:
         return CollocationQuery(nodes, rows, chosen, pairs, evaluated_at)
 
     def _unprobed(self) -> list[int]:
-        """Doubled intervals to evaluate still, among the nodes before the first active one."""
-        return self._probes.missing(min(self.active, default=len(self.system.intervals)))
+        """Doubled intervals to evaluate still: among the nodes before the first active one, and all of them once the iteration
+        error is small. Active nodes are evaluated in the same round then, so that defects compare forcings of the same sweep."""
+        count = len(self.system.intervals)
+        return self._probes.missing(count if self._within else min(self.active, default=count))
+
+    @property
+    def _within(self) -> bool:
+        """Whether all nodes were evaluated, and the iteration error no longer hides the interpolation error."""
+        return not self._nodes.missing and self.iteration_error <= self.control.early_factor * self._bounds.tolerance
 
     def tell(self, query: Query, outputs: Tensor, states: Tensor | None = None) -> Tensor | None:
         """Takes the outputs of a query.
@@ -290,14 +297,15 @@ class CollocationSolver:
         assert isinstance(query, CollocationQuery)
         self._visited = query.nodes.tolist()
         before, count, sums = self._final, len(query.chosen), list[Tensor]()
-        for part, _, u in self._forcings(query, outputs, range(count, len(outputs))):
-            self._probes.observe(query.pairs[part.start - count : part.stop - count], u, self._nodes.forcings)
-            sums.append(u.sum())
         if count:
             self._nodes.reserve(query.chosen)
             for part, y, u in self._forcings(query, outputs, range(count)):
                 self._nodes.observe(query.chosen[part], y, u, self.control.pair_rounding * self.setup.resolution)
                 sums.append(u.sum())
+        for part, _, u in self._forcings(query, outputs, range(count, len(outputs))):
+            self._probes.observe(query.pairs[part.start - count : part.stop - count], u, self._nodes.forcings)
+            sums.append(u.sum())
+        if count:
             self._nodes.fill(query.chosen[0], self._states, self.system, self.control.extrapolation)
             del self._states  # before others take their room
             self._linearization, self._states, self._final = self._stepped()
@@ -405,8 +413,7 @@ class CollocationSolver:
             size: Its mean square.
             moved: Root mean square distance from what it was when an estimate was accepted last.
         """
-        within = self.iteration_error <= self.control.early_factor * self._bounds.tolerance
-        near = progress.converged or (not self._nodes.missing and within)
+        near = progress.converged or self._within
         if near and not self._settled_shift:
             self._settled_shift, far = True, self.setup.variance_margin
             if unusual(size) < 1:
