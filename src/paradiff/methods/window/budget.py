@@ -19,7 +19,8 @@ measured (digits network, `parasolver`, all nodes, seeds 501 to 504).
 A node that becomes final carries its error to the sample with the factor k s: s of chain/sensitivity.py, equation (2), and k
 the caution of control.py. So the sum of k s e over the nodes at which a sample's window came to begin is an estimate of its
 error, not a bound. Where the network was seen to answer to errors of a node by more than k s (path_answer.py), that counts in
-its place.
+its place; on chains with churn it costs k s f e, with f what the chain was seen to keep (forgetting.py), and an error of node
+n is carried to the next one by g[n] of the same file, which stands before the sum of equation (1).
 
 With the rule `error` a sample may use its tolerance along the chain in proportion to the sum of h s^(1/2) passed.
 """
@@ -31,6 +32,7 @@ import math
 from collections.abc import Sequence
 
 from paradiff.methods.window.control import WindowControl
+from paradiff.methods.window.forgetting import Kept
 
 
 class ErrorBudget:
@@ -48,26 +50,28 @@ class ErrorBudget:
         used: Sum of k s e over the nodes at which the window came to begin, in the data's units.
         excess: The part of it above what was allowed when the data were seen to be of another scale: it is spent, and does not
             hold up the nodes to come.
+        forgone: What nodes were allowed that pass at no cost, since the chain forgets them: it is not left for others.
         residual: The largest root mean square change of a node that was accepted before it stopped changing.
     """
 
     def __init__(self, error: list[float], factor: Sequence[float], control: WindowControl, *, sloped: bool = True) -> None:
         self._error, self._factor, self._control = error, factor, control
         self._least_theta = control.least_theta if sloped else 1.0
-        self._accepted: list[tuple[int, float]] = []  # the nodes at which the window came to begin, and e there
+        self._accepted: list[tuple[int, float, float]] = []  # nodes at which the window came to begin, e there, f of it
         self._contractions: list[float] = []  # of the leading nodes that stayed in the window, up to each
         self._predicted: list[float] = []  # e/theta of the nodes that stayed in the window
         self._errors: list[float] = []  # e/theta of the window's nodes after the last sweep
         self._change: list[float] = []  # |delta| of the same
         self._answers: Sequence[float] = ()  # factors of the leading ones, as they were seen
+        self._kept: Kept | None = None  # what is left of their errors, where that is looked at
         self._first = 0  # the window's first node in the last sweep
         self.theta = max(control.first_theta, self._least_theta)
-        self.used = self.excess = 0.0
+        self.used = self.excess = self.forgone = 0.0
         self.residual = 0.0
 
-    def observe(self, first: int, change: list[float], answers: Sequence[float] = ()) -> None:
+    def observe(self, first: int, change: list[float], answers: Sequence[float] = (), kept: Kept | None = None) -> None:
         """Takes the root mean square changes of the nodes after `first`, and the factors by which the leading ones were seen to
-        answer; updates theta from those predicted before."""
+        answer, or what is left of their errors; updates theta from those predicted before."""
         seen = list(zip(self._predicted, change, strict=False))
         predicted = list(itertools.accumulate(e * e for e, _ in seen))
         changed = itertools.accumulate(d * d for _, d in seen)
@@ -76,27 +80,45 @@ class ErrorBudget:
             self.theta = max(self._contractions[-1], self._control.forgetting * self.theta, self._least_theta)
         self._errors, total = [0.0], 0.0
         for k, d in enumerate(change[:-1]):
-            total += self._error[first + 1 + k] * d
+            total = (1.0 if kept is None else kept.steps[k]) * total + self._error[first + 1 + k] * d
             self._errors.append(total)
-        self._first, self._change, self._answers = first, change, answers
+        self._first, self._change, self._answers, self._kept = first, change, answers, kept
 
     def cost_of(self, passed: int) -> float:
-        """The error that accepting `passed` nodes uses: k s e at the last of them."""
+        """The error that accepting `passed` nodes uses: k s f e at the last of them."""
         factor = self._factor[self._first + passed]
         if passed <= len(self._answers) and math.isfinite(self._answers[passed - 1]):
             factor = max(factor, self._answers[passed - 1])
-        return factor * self._error_after(passed)
+        return factor * self._share_of(passed) * self._error_after(passed)
+
+    def _share_of(self, passed: int) -> float:
+        """f of the last of `passed` nodes; 1 where its error is too large for it."""
+        if self._kept is None or self._error_after(passed) > self._kept.most[passed - 1]:
+            return 1.0
+        return self._kept.share[passed - 1]
 
     def _error_after(self, passed: int) -> float:
         """e of the last of `passed` nodes, by equations (1) and (2)."""
         return max([self.theta, *self._contractions[passed - 1 : passed]]) * self._errors[passed - 1]
 
-    def accept(self, passed: int) -> None:
-        """Uses the error of `passed` nodes, which become final."""
+    def accept(self, passed: int, allowed: float = math.inf) -> None:
+        """Uses the error of `passed` nodes, which become final.
+
+        Args:
+            passed: How many.
+            allowed: What they may have used, with all before them.
+        """
         self.used += self.cost_of(passed)
-        self._accepted.append((self._first + passed, self._error_after(passed)))
+        share, spare = self._share_of(passed), allowed + self.excess - self.used - self.forgone
+        if share < 1 and 0 < spare < math.inf:
+            self.forgone += (1 - share) * spare
+        self._accepted.append((self._first + passed, self._error_after(passed), share))
         self.residual = max([self.residual, *self._change[: passed - 1]])
-        self._predicted = [e - self._errors[passed - 1] for e in self._errors[passed:]]
+        before = self._errors[passed - 1]  # the error of the first node to come, which is carried on to those after it
+        self._predicted = []
+        for k, e in enumerate(self._errors[passed:], passed - 1):
+            before *= 1.0 if self._kept is None else self._kept.steps[k]
+            self._predicted.append(e - before)
 
     def weigh(self, factor: Sequence[float], allowed: float) -> None:
         """Counts the nodes to come for data of another mean square.
@@ -107,6 +129,7 @@ class ErrorBudget:
         """
         self._factor = factor
         self.excess = max(self.excess, self.used - allowed)
+        self.forgone = min(self.forgone, allowed + self.excess - self.used)
 
     def recount(self, factor: Sequence[float], tolerance: float, decides: float) -> None:
         """Counts the accepted nodes anew, with the data as the sample shows them; no estimate falls by it.
@@ -116,7 +139,7 @@ class ErrorBudget:
             tolerance: That of the method. No more than it is told of an error that keeps to it.
             decides: Factor on the sum where that is judged, up to 1.
         """
-        told = sum(factor[node] * error for node, error in self._accepted)
+        told = sum(factor[node] * share * error for node, error, share in self._accepted)
         self._tell(told, decides * told, tolerance)
 
     def _tell(self, told: float, judged: float, tolerance: float) -> None:

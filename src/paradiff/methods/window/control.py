@@ -43,6 +43,9 @@ class WindowControl:
             decision reach some samples twenty- to sixtyfold. On Euler ancestral 50 of the digits network, seeds 23000 to 23191,
             2 samples of `quasi_newton(window=4)` err by 7e-3 and 1e-2 at estimates below the half without it.
         answer_bound: B of path_answer.py, positive. A larger one lets chance say more often that a node answers strongly.
+        volatile: Volatility (chain/volatility.py), 0 or more, above which it is looked at what the chain forgets
+            (forgetting.py); that of ancestral chains is 1, of AlphaFold 3's 200 steps 24.
+        wrong: Part of the noise of a node's state, 0 ... 1, up to which its error is taken for small (forgetting.py).
         first_theta: Contraction that is assumed before any was observed, 0 ... 1. A larger one lets the first nodes pass later.
         least_theta: The smallest contraction believed of a method with a slope, 0 ... 1: a smaller one may be chance.
         forgetting: Share of theta that survives a sweep which observed less, 0 ... 1. A larger one lets nodes pass later.
@@ -62,19 +65,21 @@ class WindowControl:
     narrow: int = 15
     narrow_sensitivity: float = 1.5
     answer_bound: float = 2.0
+    volatile: float = 2.0
+    wrong: float = 0.05
     first_theta: float = 0.5
     least_theta: float = 0.02
     forgetting: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("turned", "first_theta", "least_theta", "forgetting"):
+        for name in ("turned", "wrong", "first_theta", "least_theta", "forgetting"):
             require_between(f"the control's {name}", getattr(self, name), 0, 1)
         require_whole("the control's narrow", self.narrow, 0)
         for name in ("stochastic_caution", "deterministic_caution", "narrow_sensitivity", "answer_bound"):
             require_real(f"the control's {name}", getattr(self, name), positive=True)
         for name in ("secant_caution", "stage_caution"):
             require_between(f"the control's {name}", getattr(self, name), 1, math.inf)
-        for name in ("cold_caution", "carried_caution", "carried_decides"):
+        for name in ("cold_caution", "carried_caution", "carried_decides", "volatile"):
             require_between(f"the control's {name}", getattr(self, name), 0, math.inf)
 
     def caution(self, table: Table, learns: bool) -> float:

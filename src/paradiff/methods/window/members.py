@@ -102,15 +102,19 @@ class Members:
             first: The window's first node.
             changes: `[W]` root mean square change of each node after it, for each member.
             judged: `[W]` what the rule judges, for each: the changes, or residuals.
-            answers: `[W]` factors by which the nodes were seen to answer, for each; none where that is not looked at.
+            answers: `[W]` factors by which the nodes were seen to answer, for each, or what forgetting.py sees; none where
+                neither is looked at.
             ages: `[W]` sweeps that the nodes have seen.
         """
-        passed = len(ages)
+        passed, forgetting = len(ages), self._setup.forgetting
         for member, change, answer, of_rule in zip(self._each, changes, answers, judged, strict=True):
-            member.budget.observe(first, list(change), answer)
+            if forgetting is None:
+                member.budget.observe(first, list(change), answer)
+            else:
+                member.budget.observe(first, list(change), kept=forgetting.kept(first, answer))
             passed = min(passed, member.passes(first, of_rule, ages, member.budget))
         for member in self._each:
-            member.budget.accept(passed)
+            member.budget.accept(passed, member.passes.allowed(first + passed))
         return passed
 
     def carry(self, squares: Sequence[float], errors: Sequence[float]) -> None:

@@ -53,7 +53,7 @@ class PassByError:
         passed = 1
         while passed < len(rms):
             node, used = first + passed + 1, budget.used + budget.cost_of(passed + 1)
-            if used > self.tolerance or used - budget.excess > self.allowed(node):
+            if used > self.tolerance or used - budget.excess + budget.forgone > self.allowed(node):
                 break
             passed += 1
         return passed

@@ -15,8 +15,10 @@ from paradiff.chain.sensitivity import FITTED, noise_units, scatter, sensitivity
 from paradiff.chain.slope import DATA_VARIANCE, Inverses, over_intervals, resolve, shifted
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
+from paradiff.chain.volatility import volatility
 from paradiff.methods.secant import Symmetry
 from paradiff.methods.window.fill import Recurrence, RememberedRecurrence
+from paradiff.methods.window.forgetting import Forgetting
 from paradiff.methods.window.options import WindowOptions
 from paradiff.methods.window.passing import PassByBound, PassByError, PassBySweeps, PassingRule
 from paradiff.methods.window.past_outputs import PastOutputs
@@ -58,6 +60,7 @@ class WindowSetup:
         past_outputs: How outputs of nodes that passed follow their states; None where no step reads them.
         recurrence: The predictor's coefficients.
         path: How nodes are seen to answer, in narrow windows; None where that is not looked at.
+        forgetting: What a chain with churn forgets, in windows that are not narrow; None where that is not looked at.
         renewed: `[*shape]` whether each step makes an element anew, so that G is 0 there, on the device; None for none.
     """
 
@@ -112,8 +115,10 @@ class WindowSetup:
         self.past_outputs = PastOutputs(self.step) if self.single and self.history else None
         self.recurrence = Recurrence(self.step, method.predictor, self.width, self.renewed)
         self.recounts = 1.0 if narrow else self.decides / self._caution
-        looks = self.by_error and self.single and narrow and on_a_path(table)
-        self.path = PathAnswer(self.step, method.control.answer_bound) if looks else None
+        looks = self.by_error and self.single and on_a_path(table)
+        self.path = PathAnswer(self.step, method.control.answer_bound) if looks and narrow else None
+        forgets = looks and not narrow and self.history == 0 and volatility(table) > method.control.volatile
+        self.forgetting = Forgetting(self.step, method.control) if forgets else None
 
     @cached_property
     def remembered(self) -> RememberedRecurrence:

@@ -173,9 +173,9 @@ class WindowSolver:
             For each of b members, one after the other in each row, mean square change of each of W nodes after the first,
             where that ended a sweep; with the rule `residual`, followed by W mean squares of the residuals; with a tolerance of
             the estimated error, followed by the mean square of the clean-data estimate at the last node, and in narrow windows
-            by how the W nodes answer (path_answer.py); where that is the chain's end, by that of its state, and of what errors
-            of nodes that passed become there (carried_error.py), once there are some. `[K b]`; the corrector's own, where one
-            runs.
+            by how the W nodes answer (path_answer.py), on chains with churn by what forgetting.py sees; where that is the
+            chain's end, by that of its state, and of what errors of nodes that passed become there (carried_error.py), once
+            there are some. `[K b]`; the corrector's own, where one runs.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -195,6 +195,8 @@ class WindowSolver:
         m = table.convert(query.nodes, asked, outputs)
         if setup.path is not None:
             self._answers = setup.path(self.lo, asked, m)
+        elif setup.forgetting is not None:
+            self._answers = setup.forgetting(self.lo, asked, m)
         if self._keeper is not None:
             self._keeper.take(query.nodes, asked, m)
         if query.running[-1] == self.hi - 1:
