@@ -132,15 +132,17 @@ class ErrorBudget:
         self.forgone = min(self.forgone, allowed + self.excess - self.used)
 
     def recount(self, factor: Sequence[float], tolerance: float, decides: float) -> None:
-        """Counts the accepted nodes anew, with the data as the sample shows them; no estimate falls by it.
+        """Counts the accepted nodes anew, with the data as the sample shows them; no estimate falls by it. What is told counts
+        errors that the chain was seen to forget in full; whether the tolerance is kept to is judged without them.
 
         Args:
             factor: `[M+1]` k s for such data.
             tolerance: That of the method. No more than it is told of an error that keeps to it.
             decides: Factor on the sum where that is judged, up to 1.
         """
-        told = sum(factor[node] * share * error for node, error, share in self._accepted)
-        self._tell(told, decides * told, tolerance)
+        whole = sum(factor[node] * error for node, error, _ in self._accepted)
+        left = sum(factor[node] * share * error for node, error, share in self._accepted)
+        self._tell(whole, decides * left, tolerance)
 
     def _tell(self, told: float, judged: float, tolerance: float) -> None:
         """The estimate is at least `told`; at least the tolerance where `judged` keeps to it and `told` does not."""

@@ -52,7 +52,7 @@ class Member:
     def recount(self, square: float) -> None:
         """Counts the budget for the mean square of the member's own sample."""
         setup, size = self._setup, unusual(square)
-        if size != 1:
+        if size != 1 or setup.forgetting is not None:
             self.budget.recount(setup.scaled(size)[0], setup.method.tolerance, setup.recounts)
 
 
