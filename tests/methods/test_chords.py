@@ -145,6 +145,33 @@ def test_errors_on_the_trained_digits_stay_below_their_estimates(dtype: torch.dt
     assert all(error <= e.estimated_error for error, e in zip(errors, found.error_estimates, strict=True))
 
 
+def test_answers_that_agree_on_one_wrong_state_are_not_taken() -> None:
+    """The last core's start and end follow from one state. Cores behind it were corrected since, so it is known to be wrong."""
+    table, noise = ddim(Schedule.linear(), 40), Keyed((8,), 3, 2)
+
+    def saturated(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(0.7 * x + (t / 1500)[:, None].to(x.dtype))
+
+    def by_hand(k: int) -> Tensor:
+        x = noise.start(k)
+        for i in range(table.steps):
+            x = table.a[i, 0].item() * x + table.b[i, 0].item() * saturated(x[None], table.t[i : i + 1])[0]
+        return x
+
+    plain = torch.stack([by_hand(k) for k in range(2)])
+    for method in (chords(), chords(12), chords(12, rule="change"), chords(answers=1)):
+        found = sample(saturated, table, noise, method)
+        errors = (found.sample - plain).square().mean(1).sqrt().tolist()
+        told = [max(e.estimated_error, 1e-4) for e in found.error_estimates]  # 1e-4: rounding of states of size 75
+        assert all(error <= e for error, e in zip(errors, told, strict=True)), method
+    model = load("digits")
+    table, noise = model.table("ddim", 25), Keyed(model.shape, list(range(12)))
+    plain = sample(model, table, noise, sequential()).sample
+    found = sample(model, table, noise, chords(12))
+    errors = (found.sample - plain).square().flatten(1).mean(1).sqrt().tolist()
+    assert all(error <= max(e.estimated_error, 2e-6) for error, e in zip(errors, found.error_estimates, strict=True))
+
+
 def test_the_published_starts_are_taken_in_proportion() -> None:
     assert chords(8).starts_on(CLOSED) == EIGHT
     assert chords(4).starts_on(ddim(Schedule.linear(), 100)) == [0, 16, 32, 64]

@@ -15,6 +15,12 @@ Core c reaches the chain's end in round c + N - s[c]. The answers are, in this o
 to the end (answer 0, in round C for C cores), and the ends of core C - 1, C - 2, ..., 0. Core 0 is the sequential sampler: its
 answer, answer C, is exact. The change from the answer before, times a caution (control.py), is the estimate of an answer's
 error; it is no smaller than a share of the change before that, as two answers may agree by chance.
+
+Two answers also agree where both come from one wrong state: those that the last core makes, from its start and at its end, and
+those of cores that were corrected from one core before that was corrected itself. So each core lacks what the cores behind it
+learned since: a correction of core b by d, relative to its state, reaches core c > b when the core behind c, which no longer
+lacks it, corrects c. An estimate is no smaller than the caution times what the answer's core lacks times the answer's root mean
+square: relative errors are carried to the end as they are, as those of Gaussian data (chain/sensitivity.py).
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ class Core:
         x: Its state there.
         left: The node that its next correction starts from.
         left_x: Its state there; `left_clean` the clean-data estimate, once it was evaluated.
+        lack: The largest relative correction of a core behind it that its state does not follow from.
     """
 
     number: int
@@ -51,6 +58,7 @@ class Core:
     left: int
     left_x: Tensor
     left_clean: Tensor | None = None
+    lack: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +98,8 @@ class ChordsSolver:
         self._cores = [Core(0, 0, x0, 0, x0)]
         self._answer: Tensor | None = None
         self._asked: list[int] = []
-        self._made: list[bool] = []  # of the round's answers, whether core 0 made it
+        self._made: list[tuple[Core, bool]] = []  # the cores of the round's answers, and whether that is core 0's end
+        self._corrected: list[Core] = []  # the cores that were corrected in the round
         self.answers = 0
         self.done = self.exact = False
         self.rounds = self.evaluations = 0
@@ -125,8 +134,8 @@ class ChordsSolver:
         """Takes the outputs of a query.
 
         Returns:
-            Mean square of the state that core 0 stepped to, and for each answer of the round its mean square change from the
-            answer before and its own mean square, on the device.
+            Mean square of the state that core 0 stepped to, for each answer of the round its mean square change from the
+            answer before and its own mean square, and for each correction its mean square over that of the state, on the device.
         """
         assert states is None, "the loop refuses changed states, since follows_edits is False"
         setup, x, end = self.setup, query.states, self.setup.table.steps
@@ -135,7 +144,9 @@ class ChordsSolver:
         m = setup.table.convert(query.nodes, x, outputs)
         stepped = setup.step(query.at, [x], [m], None)
         clean = [setup.clean(node, x[k], m[k]) for k, node in enumerate(self._asked)]
-        found: list[Tensor] = []
+        found: list[tuple[Core, Tensor]] = []
+        corrections: list[Tensor] = []
+        self._corrected = []
         for k, core in enumerate(self._cores):
             if core.left == core.node:
                 core.left_clean = clean[k]
@@ -144,9 +155,9 @@ class ChordsSolver:
             to = setup.starts[len(self._cores)] if more else end
             ahead = setup.long_step(last.node, to, last.x, clean[-1])
             if more:
-                self._cores.append(Core(len(self._cores), to, ahead, to, ahead))
+                self._cores.append(Core(len(self._cores), to, ahead, to, ahead, lack=last.lack))
             else:
-                found.append(ahead)
+                found.append((last, ahead))
         for k, core in enumerate(self._cores[: len(stepped)]):
             core.node, core.x, behind = core.node + 1, stepped[k], k - 1
             if k and self._asked[behind] == core.left:
@@ -154,16 +165,24 @@ class ChordsSolver:
                 before = setup.long_step(core.left, core.node, core.left_x, core.left_clean)
                 after = setup.long_step(core.left, core.node, x[behind], clean[behind])
                 core.x = core.x - before + after
+                corrections.append(after - before)
+                self._corrected.append(core)
                 core.left, core.left_x, core.left_clean = core.node, core.x, None
         numbers = [stepped[0]]
         self._made = []
         arrived = [core for core in self._cores if core.node == end]
         self._cores = [core for core in self._cores if core.node < end]
-        for number, answer in [*((1, x) for x in found), *((core.number, core.x) for core in reversed(arrived))]:
+        for core, answer in [*found, *((core, core.x) for core in reversed(arrived))]:
             numbers += [answer if self._answer is None else answer - self._answer, answer]
             self._answer = answer
-            self._made.append(number == 0)
-        return setup.step.mean_square(torch.stack(numbers))
+            self._made.append((core, core.number == 0 and answer is core.x))
+        squares = setup.step.mean_square(torch.stack(numbers))
+        if not corrections:
+            return squares
+        changes, sizes = (
+            setup.step.mean_squares(torch.stack(states)) for states in (corrections, [core.x for core in self._corrected])
+        )
+        return torch.cat([squares, (changes / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).amax(1)])
 
     def advance(self, norms: list[float], round: int) -> ChordsRecord:
         """Judges the answers of the round.
@@ -183,11 +202,12 @@ class ChordsSolver:
                 "is that of the sequential chain: the model returned NaN or infinity, or overflowed its dtype; check its "
                 "weights, its dtype and the times it was trained on"
             )
-        for k, exact in enumerate(self._made):
+        self._learn(norms[1 + 2 * len(self._made) :])
+        for k, (core, exact) in enumerate(self._made):
             change, size = norms[1 + 2 * k : 3 + 2 * k]
             change = math.inf if self.answers == 0 or not math.isfinite(change) else math.sqrt(change)
             least = 0.0 if self.answers < 2 else method.control.least_contraction * self.residual
-            estimate = method.control.caution * max(change, least, setup.rounding * math.sqrt(size))
+            estimate = method.control.caution * max(change, least, max(core.lack, setup.rounding) * math.sqrt(size))
             self.exact = exact
             self.residual, self.estimate = (0.0, 0.0) if exact else (change, estimate)
             self.answers += 1
@@ -197,3 +217,19 @@ class ChordsSolver:
             self.done = self.done or exact or asked
         answer = self.answers - 1 if self._made else None
         return ChordsRecord(round, self.sample, self._asked, answer, self.residual, int(self.done))
+
+    def _learn(self, corrections: list[float]) -> None:
+        """Keeps what each core lacks.
+
+        Args:
+            corrections: The relative mean square correction of each core that was corrected in the round.
+        """
+        cores = {core.number: core for core in [*self._cores, *(core for core, _ in self._made)]}
+        before = {number: core.lack for number, core in cores.items()}
+        for core in self._corrected:
+            core.lack = before[core.number - 1]
+        for corrected, square in zip(self._corrected, corrections, strict=True):
+            size = math.sqrt(square) if math.isfinite(square) else math.inf
+            for core in cores.values():
+                if core.number > corrected.number:
+                    core.lack = max(core.lack, size)
