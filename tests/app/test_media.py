@@ -97,3 +97,17 @@ def test_frames_of_a_video_are_told_from_pictures(result: dict[str, Any], pipeli
     assert found.pictures is not None
     assert found.pictures.shape == (4, 3, 8, 8)
     assert found.fps == fps
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"audios": torch.zeros(1, 2, 0)}, "sound of shape (1, 2, 0)"),
+        ({"images": np.zeros((1, 0, 8, 3))}, "pictures of shape (1, 0, 8, 3)"),
+        ({"frames": np.zeros((1, 0, 8, 8, 3))}, "pictures of shape (1, 0, 8, 8, 3)"),
+    ],
+)
+def test_what_is_empty_is_refused(result: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"without an entry; ask for a larger size, or a longer piece") as met:
+        read_output(result, object())
+    assert said in str(met.value)

@@ -162,6 +162,7 @@ def test_a_sample_can_be_used_outside() -> None:
             r"the model returned dtype torch.float16 for rows of dtype torch.float32; .* dtype=torch.float16, or have",
         ),
         (lambda x, t: x.double(), "the model returned dtype torch.float64 for rows of dtype torch.float32"),
+        (lambda x, t: x.to("meta"), "the model returned a tensor on the meta device, which holds no numbers; load the model's"),
         (lambda x, t: x.long(), "the model returned dtype torch.int64 for rows of dtype torch.float32"),
     ],
 )

@@ -96,7 +96,7 @@ def read_output(result: Any, pipeline: Any) -> Output:
     """Reads what a pipeline called with `output_type="np"` returned.
 
     Raises:
-        ValueError: If it is neither pictures nor frames nor sound.
+        ValueError: If it is neither pictures nor frames nor sound, or empty.
     """
     fields = dict(result) if isinstance(result, Mapping) else {"images": result[0]}
     given = {name: _array(value) for name, value in fields.items() if value is not None}
@@ -107,6 +107,12 @@ def read_output(result: Any, pipeline: Any) -> Output:
         raise ValueError(
             f"{title} returned {', '.join(fields) or 'nothing'}, which is neither pictures nor sound; call it from Python"
         )
+    for kind, value in (("pictures", shown), ("sound", sound)):
+        if value is not None and value.numel() == 0:
+            raise ValueError(
+                f"{title} returned {kind} of shape {tuple(value.shape)}, without an entry; ask for a larger size, or a longer "
+                "piece"
+            )
     video = False
     if shown is not None:
         if shown.ndim not in (3, 4, 5) or shown.shape[-1] not in (1, 3, 4):

@@ -514,6 +514,8 @@ class Evaluator:
             )
         if m.is_nested or m.layout is not torch.strided:
             raise ValueError("the model returned a sparse or nested tensor; it must return one entry for each of its input")
+        if m.is_meta:
+            raise ValueError("the model returned a tensor on the meta device, which holds no numbers; load the model's weights")
         if m.shape != x.shape:
             raise ValueError(
                 f"the model returned shape {tuple(m.shape)} for rows of shape {tuple(x.shape)}; it must return one output "

@@ -135,7 +135,8 @@ class ChordsSolver:
 
         Returns:
             Mean square of the state that core 0 stepped to, for each answer of the round its mean square change from the
-            answer before and its own mean square, and for each correction its mean square over that of the state, on the device.
+            answer before and its own mean square, and for each correction its mean square over that of the state; on the
+            device.
         """
         assert states is None, "the loop refuses changed states, since follows_edits is False"
         setup, x, end = self.setup, query.states, self.setup.table.steps
