@@ -28,6 +28,11 @@ class PararealControl:
         forgetting: Share of theta that survives an iteration which observed less, 0 ... 1. A larger one stops later.
         early_share: Share of the tolerance that edges before the last may use to settle early, 0 ... 1, where no window has to
             slide: it saves evaluations and no rounds. 0 lets no edge settle but exactly.
+        windowed_share: The same where a window has to slide, as a share of what has come due along the chain. The edges that
+            follow are not seen yet, and a sample that decides at one of them answers to an error before it up to a
+            thousandfold. Of 960 samples of mixtures in 2, 32 and 256 dimensions (DDPM 20 and 60, DDIM 40, DPM++(2M) 15;
+            windows 2 and 4) 14 silently erred by more than the tolerance of 4e-3 at a share of 1, 5 at 0.3, and none at 0.1, at
+            8 % more rounds.
         expected_iterations: K of the planner's formula when none is forced, 1 or more: the planned number of blocks grows with
             its square root.
 
@@ -43,6 +48,7 @@ class PararealControl:
     least_theta: float = 0.5
     forgetting: float = 0.7
     early_share: float = 0.01
+    windowed_share: float = 0.1
     expected_iterations: int = 2
 
     def __post_init__(self) -> None:
@@ -50,6 +56,7 @@ class PararealControl:
             "caution": (1, math.inf),
             "forgetting": (0, 1),
             "early_share": (0, 1),
+            "windowed_share": (0, 1),
         }
         require_whole("the control's expected_iterations", self.expected_iterations, 1)
         for field in fields(self):

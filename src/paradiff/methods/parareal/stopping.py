@@ -193,15 +193,16 @@ class StoppingRule:
 
     def passes(self, run: BlockRun, size: float) -> bool:
         """Whether an edge whose predecessor is settled may be settled at this value, by the rules that judge edges one by
-        one. With a window, edges share the tolerance along the chain, as they must pass for it to slide; without one, settling
-        early saves evaluations but no rounds, and may use the control's `early_share` only."""
+        one. With a window, edges share the control's `windowed_share` of the tolerance along the chain, as they must pass for
+        it to slide; without one, settling early saves evaluations but no rounds, and may use its `early_share` only."""
         method, n = self._method, run.block
         if method.iterations is not None or method.ordering == "batched":
             return False
         if method.rule == "change":
             return run.change <= self._units[n]
         if method.rule == "error":
-            share = n / self._blocks * (method.control.early_share if method.window is None and n < self._blocks else 1)
+            early = method.control.early_share if method.window is None else method.control.windowed_share
+            share = n / self._blocks * (early if n < self._blocks else 1)
             return self.estimate(run, size) <= held_to(method.tolerance, size) * share
         return False
 
