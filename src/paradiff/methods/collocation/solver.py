@@ -266,8 +266,8 @@ class CollocationSolver:
         return CollocationQuery(nodes, rows, chosen, pairs, evaluated_at)
 
     def _unprobed(self) -> list[int]:
-        """Doubled intervals to evaluate still: among the nodes before the first active one, and all of them once the iteration
-        error is small. Active nodes are evaluated in the same round then, so that defects compare forcings of the same sweep."""
+        """Doubled intervals to evaluate still: among the nodes before the first active one, and all once the iteration error is
+        small. Active nodes are evaluated in the same round then, so that defects compare forcings of one sweep."""
         count = len(self.system.intervals)
         return self._probes.missing(count if self._within else min(self.active, default=count))
 
