@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -546,3 +548,16 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_a_default_device_holds_after_a_run_in_which_torch_first_met_one() -> None:
+    program = """
+import torch
+from paradiff.pipelines.tensor.makers import making
+with making(), torch.device("cpu"):
+    torch.ones(1)
+torch.set_default_device("meta")
+print(torch.tensor([]).device, torch.full((2,), 1.0).device)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["meta", "meta"]

@@ -30,6 +30,8 @@ def making() -> Iterator[None]:
     with LOCK:
         _runs += 1
         if _runs == 1:
+            with torch.device("cpu"):
+                torch.empty(0)  # torch keeps which functions follow a default device from the first such call on
             for name, make in (("full", _full), ("tensor", _tensor)):
                 _real[name] = getattr(torch, name)
                 setattr(torch, name, functools.wraps(_real[name])(functools.partial(make, _real[name])))
