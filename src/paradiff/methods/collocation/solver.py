@@ -266,10 +266,12 @@ class CollocationSolver:
         return CollocationQuery(nodes, rows, chosen, pairs, evaluated_at)
 
     def _unprobed(self) -> list[int]:
-        """Doubled intervals to evaluate still: among the nodes before the first active one, and all once the iteration error is
-        small. Active nodes are evaluated in the same round then, so that defects compare forcings of one sweep."""
+        """Doubled intervals to evaluate still: among the nodes before the first active one; and in a window that holds fewer
+        than all nodes, all once the iteration error is small. Active nodes are evaluated in the same round then, so that
+        defects compare forcings of one sweep."""
         count = len(self.system.intervals)
-        return self._probes.missing(count if self._within else min(self.active, default=count))
+        early = self._window is not None and self._window < count and self._within
+        return self._probes.missing(count if early else min(self.active, default=count))
 
     @property
     def _within(self) -> bool:
