@@ -113,7 +113,8 @@ class Iterations:
         """Yields the times in order, until a step is taken between two of them; from there on yields from `rounds()`."""
         outer, mine = (self.timesteps, self.position, self._walked), object()
         for position, time in enumerate(timesteps.unbind()):
-            self.pulls = self.pulls if position else Pull.of(frames())
+            if position == 0:
+                self.pulls = Pull.of(frames())
             self.timesteps, self.position, self._walked = timesteps, position, mine
             yield time
             if self._loop is mine:
