@@ -145,6 +145,25 @@ def test_a_model_that_heeds_the_number_of_rows_is_refused(model: Model, method: 
         solved(model, method, "two samples, float64")
 
 
+SATURATED: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "a sum, in calls of even size": lambda answer, rows: answer + 0.05 * (rows % 2 == 0),
+    "a factor, in calls of even size": lambda answer, rows: answer * (1 + 0.05 * (rows % 2 == 0)),
+    "a factor": lambda answer, rows: answer * (1 + 0.02 * rows),
+}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("fault", SATURATED)
+def test_a_network_that_small_changes_do_not_move_is_refused_where_it_heeds_the_number_of_rows(fault: str, seed: int) -> None:
+    weights = 50 * torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return SATURATED[fault](torch.tanh(x @ weights), len(x))
+
+    with pytest.raises(ValueError, match=r"the model answered node \d+ of sample \d"):
+        sample(model, TABLE, Keyed((8,), 2 * seed, 2), quasi_newton(8))
+
+
 def test_features_that_are_kept_for_a_time_are_found() -> None:
     kept: dict[tuple[int, float], Tensor] = {}
 

@@ -300,20 +300,20 @@ class Judge:
 
     def _heeds_count(self, row: Batch, place: int, count: int, least: float) -> bool:
         """Whether the answers to a row's state, times each of several factors, differ between one row and as many as the
-        round's by more than rounding explains, and by much the same when a small change of the state moves them. Rounding that
-        a network amplifies differs by something else then. Answers that nothing moves have to be the same for all factors."""
+        round's by more than rounding explains, and by much the same, or the same multiple of the answer, when a small change of
+        the state moves them. Rounding that a network amplifies differs by something else then. Answers that nothing moves
+        (saturated ones) have to differ by the same for all factors."""
         still, signs = [], 1 - 2 * (torch.arange(row.x[0].numel(), device="cpu") % 2).view(1, *row.x.shape[1:]).to(row.x)
         for factor in FACTORS:
             x = row.x * factor
             first, *close = (self._pair(row, place, count, x * (1 + way * signs)) for way in (0.0, NUDGE, -NUDGE))
-            gaps = [(among - alone).double() for alone, among in (first, *close)]
             if min(difference(*answers) for answers in (first, *close)) <= least:
                 return False
             if min(max(map(difference, answers, first)) for answers in close) <= MOVED:
                 still.append(first)
-            elif max(float((gap - gaps[0]).norm()) for gap in gaps[1:]) >= ALIKE * float(gaps[0].norm()):
+            elif not _differ_alike([first, *close]):
                 return False
-        return not still or (len(still) == len(FACTORS) and all(torch.equal(still[0], other) for other in still))
+        return not still or (len(still) == len(FACTORS) and _differ_alike(still))
 
     def _influenced(self, batch: Batch, k: int, count: int, off: float) -> str:
         return (
@@ -328,6 +328,23 @@ class Judge:
             f"the model answered {_name(batch, k)} in two ways: the answers differ by {off:.2g} of their size, of which "
             f"rounding explains {self.limit(batch.x):.1g}. It {reason}: {ADVICE}"
         )
+
+
+def _differ_alike(pairs: Sequence[Tensor]) -> bool:
+    """Whether two answers `[2, ...]` differ by much the same in all pairs, or by much the same multiple of the first."""
+    gaps = [(among - alone).double() for alone, among in pairs]
+    size = float(gaps[0].norm())
+    if max(float((gap - gaps[0]).norm()) for gap in gaps) < ALIKE * size:
+        return True
+    factors = []
+    for gap, (alone, _) in zip(gaps, pairs, strict=True):
+        answer = alone.double()
+        if int((answer.abs() > 0.1 * answer.abs().amax()).sum()) < ENTRIES:
+            return False
+        factors.append(float((gap * answer).sum() / answer.square().sum()))
+        if float((gap - factors[-1] * answer).norm()) >= ALIKE * float(gap.norm()):
+            return False
+    return max(abs(factor - factors[0]) for factor in factors) < ALIKE * abs(factors[0])
 
 
 def taken(batch: Batch, rows: list[int], x: Tensor | None = None) -> Batch:
