@@ -3,11 +3,12 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: help demo test test-oldest lint bench docs notebooks clean
+.PHONY: help demo test test-all test-oldest lint bench docs notebooks clean
 
 help:
 	@echo "make demo         digits and a picture that follows a text, in parallel and step by step, into demo/"
-	@echo "make test         format, lint, types and tests"
+	@echo "make test         format, lint, types and tests, with each value of their parameters"
+	@echo "make test-all     the same with all combinations of values"
 	@echo "make test-oldest  a part of the tests with the oldest versions that are allowed (Python 3.10, a download of 3 GB)"
 	@echo "make lint         format, lint and types alone"
 	@echo "make bench        the benchmarks' figures in benchmarks/results, afresh; hours"
@@ -50,8 +51,15 @@ lint: .venv/.ready
 # A worker for each core, up to eight, with one thread each; bytecode is kept, since many tests start processes. Each worker begins
 # with a stretch of the tests in their order, so that a file's fixtures and kept results are made once, and one that has finished
 # takes over a part of another's stretch.
+PYTEST := pytest -n auto --maxprocesses 8 --dist worksteal
+test test-all test-oldest: export OMP_NUM_THREADS = 1
+test test-all test-oldest: export PYTHONDONTWRITEBYTECODE =
+
 test: lint
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/$(PYTEST) --each-value
+
+test-all: lint
+	$(BIN)/$(PYTEST)
 
 # The oldest versions that pyproject.toml allows. Of their wheels of torch there is only the one for CUDA: 3 GB to download.
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
@@ -60,10 +68,10 @@ test: lint
 		accelerate jsonschema peft pytest pytest-xdist scikit-learn scipy torchsde
 	touch $@
 
-# The tests that call torch, numpy and diffusers, each with every value of its parameters (pipelines, schedulers, tables, methods)
-# but not with all combinations of them, which `test` runs with the newest versions alone.
+# The tests that call torch, numpy and diffusers, as `test` has them: each with every value of its parameters (pipelines,
+# schedulers, tables, methods), but not with all combinations of them.
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/pytest -n auto --maxprocesses 8 --dist worksteal --each-value tests/test_rooms.py tests/test_face.py \
+	.venv-oldest/bin/$(PYTEST) --each-value tests/test_rooms.py tests/test_face.py \
 		tests/test_values.py tests/test_errors.py tests/test_extending.py $(addprefix tests/app/test_,$(addsuffix .py,cli cli_pipeline cli_refusals media plots)) \
 		tests/chain tests/samplers tests/solver tests/methods/test_digest.py tests/models/test_hub.py \
 		$(addprefix tests/pipelines/test_,$(addsuffix .py,boundary callback explain hosts pipelines same_image scheduler_proxy windowed))

@@ -14,7 +14,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from each_value import with_each_value
+from each_value import given, with_each_value
 from packaging.version import Version
 from pipelines import Cli, make_cli, save_pipeline
 
@@ -57,15 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     item.add_marker(pytest.mark.skip(reason=f"{value} is there from diffusers {first} on"))
     if config.getoption("each_value"):
         cases = [item for item in items if isinstance(item, pytest.Function) and not any(item.iter_markers("skip"))]
-        kept = with_each_value((item.nodeid.partition("[")[0], places(item)) for item in cases)
+        kept = with_each_value((item.nodeid.partition("[")[0], given(item)) for item in cases)
         left_out = {item for item, stays in zip(cases, kept, strict=True) if not stays}
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
-
-
-def places(item: pytest.Function) -> dict[str, int]:
-    """The place of each parameter's value in a test's case."""
-    return dict(item.callspec.indices) if hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(autouse=True)

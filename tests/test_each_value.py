@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from each_value import with_each_value
+from each_value import given, with_each_value
 
 
 @pytest.mark.parametrize("sizes", [(3, 4), (4, 3), (2, 5, 3), (6,)])
@@ -26,3 +26,18 @@ def test_values_of_another_test_and_tests_without_parameters_do_not_count() -> N
         *[True] * 4,
         False,
     ]
+
+
+@pytest.fixture(params=["one", "other"])
+def fixed(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("kind", [int, float])
+def test_values_are_known_by_what_they_are_and_those_given_together_are_one(
+    low: int, high: int, kind: type, fixed: str, request: pytest.FixtureRequest
+) -> None:
+    assert given(request.node) == {"low,high": (id(low), id(high)), "kind": (id(kind),), "fixed": (id(fixed),)}
+    same = [item for item in request.session.items if getattr(item, "originalname", "") == request.node.originalname]
+    assert len({tuple(given(item).items()) for item in same}) == len(same)
