@@ -81,7 +81,7 @@ def test_an_estimate_is_told_larger_up_to_the_tolerance() -> None:
     plain = replace(ORDER_ZERO, error=replace(ORDER_ZERO.error, told=1.0))
     usual, bare = (sample(network, table, noise, collocation(control=c)).error_estimates for c in (ORDER_ZERO, plain))
     for one, other in zip(usual, bare, strict=True):
-        factor = told(other.estimated_error, 4e-3, 1.3) / other.estimated_error
+        factor = told(other.estimated_error, 4e-3, ORDER_ZERO.error.told) / other.estimated_error
         assert (one.estimated_error, one.interpolation_error, one.iteration_error) == pytest.approx(
             (factor * other.estimated_error, factor * other.interpolation_error, factor * other.iteration_error)
         )
