@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,20 @@ def test_numbers_of_numpy_are_numbers() -> None:
     given = np.float32(0.25), np.float32(0.0625)
     assert torch.equal(samplers.log_snr_grid(*given, 1, 3).u, samplers.log_snr_grid(*map(float, given), 1, 3).u)
     assert torch.equal(karras_ratios(*given[::-1], np.int64(3)), karras_ratios(*map(float, given[::-1]), 3))
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_fractions_are_numbers_or_refused(name: str) -> None:
+    face = FACES[name]
+
+    @settings(max_examples=4, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(fitting(face))
+    def call(chosen: dict[str, Any]) -> None:
+        for argument, value in chosen.items():
+            if isinstance(value, float) and math.isfinite(value):
+                check(face, chosen | {argument: Fraction(value)})
+
+    call()
 
 
 def test_the_check_sees_what_is_wrong() -> None:

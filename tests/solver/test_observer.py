@@ -364,6 +364,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "the method is a Half, which has no dense_output, solves_chain, follows_edits",
     ),
     "the noise's class": ({"noise": Keyed}, "the noise is the class Keyed; give a Noise"),
+    "start as a long text": (
+        {"start": "x" * 5000},
+        r"the trajectory .*\.\.\. cannot be read \(File name too long\); give its file",
+    ),
     "start as a text": ({"start": "zeros"}, "the trajectory 'zeros' is not there; give its file"),
     "complex start": ({"start": torch.zeros(1, 2, 3) * 1j}, "start is a Tensor of shape \\(1, 2, 3\\) and torch.complex64"),
     "observer as a number": ({"observer": 5}, "the observer is 5; give a function of a round"),

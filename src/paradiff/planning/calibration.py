@@ -72,8 +72,8 @@ def require_enough(seeds: int, coverage: float, what: str = "seeds were given") 
     """
     if seeds < fewest(coverage):
         raise ValueError(
-            f"{seeds} {what}, and a bound that {100 * coverage:g} of 100 samples keep needs at least {fewest(coverage)}; give "
-            "more seeds, or a smaller coverage"
+            f"{seeds} {what}, and a bound that {100 * float(coverage):g} of 100 samples keep needs at least {fewest(coverage)}"
+            "; give more seeds, or a smaller coverage"
         )
 
 
@@ -106,6 +106,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         require_coverage(self.coverage)
+        object.__setattr__(self, "coverage", float(self.coverage))
         if len(self.errors) != len(self.estimates):
             raise ValueError(
                 f"there are {len(self.errors)} errors and {len(self.estimates)} estimates; give one of each a seed"

@@ -126,7 +126,7 @@ def uniform_grid(start: float, stop: float, blocks: int, steps: int, *, clean: b
         ValueError: If eta is not in (0, T), or a count is below 1.
     """
     _check_range(start, stop, clean, blocks=blocks, steps=steps)
-    u = torch.linspace(start, stop, blocks * steps + 1, dtype=torch.float64)
+    u = torch.linspace(float(start), float(stop), blocks * steps + 1, dtype=torch.float64)
     return _ended(u, list(range(0, blocks * steps + 1, steps)), clean)
 
 
@@ -166,7 +166,7 @@ def paper_grid(blocks: int, step: float, stop: float, *, length: float = 1.0, cl
         raise ValueError(f"the early stop eta is {stop}; it must lie below the length h = {length} of the last block")
     _check_size(blocks * length / step + math.log(length / stop) / math.log1p(step))
     count = math.ceil(length / step - 1e-9)
-    u = torch.linspace(blocks * length, length, (blocks - 1) * count + 1, dtype=torch.float64)
+    u = torch.linspace(float(blocks * length), float(length), (blocks - 1) * count + 1, dtype=torch.float64)
     levels = [length]
     while levels[-1] > stop:
         r = levels[-1]

@@ -68,7 +68,7 @@ def ddim(
         landed = torch.where(target >= 0, schedule.alpha_bar[target.clamp(min=0)], final)
     alpha_bar = schedule.alpha_bar[times]
     alpha, sigma, alpha_to, sigma_to = (v.sqrt() for v in (alpha_bar, 1 - alpha_bar, landed, 1 - landed))
-    c = eta * sigma_to / sigma * (1 - alpha_bar / landed).sqrt()
+    c = float(eta) * sigma_to / sigma * (1 - alpha_bar / landed).sqrt()
     direction = (sigma_to**2 - c**2).clamp(min=0).sqrt()
     state, clean = direction / sigma, alpha_to - alpha * direction / sigma
     weight = None

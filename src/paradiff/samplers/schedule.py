@@ -51,7 +51,7 @@ def _check_betas(train_steps: object, **betas: object) -> None:
 def linear_betas(train_steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tensor:
     """`[T]` betas that grow linearly from `start` to `end` (Ho et al., arXiv 2006.11239, section 4)."""
     _check_betas(train_steps, start=start, end=end)
-    return torch.linspace(start, end, train_steps, dtype=torch.float64)
+    return torch.linspace(float(start), float(end), train_steps, dtype=torch.float64)
 
 
 @made_at_home

@@ -27,5 +27,5 @@ def with_noise_scale(table: Table, noise_scale: float) -> Table:
     require_real("noise_scale", noise_scale)
     if noise_scale == 1:
         return table
-    name = f"{table.name}, noise times {noise_scale:g}"
+    name = f"{table.name}, noise times {float(noise_scale):g}"
     return dataclasses.replace(table, name=name, c=float(noise_scale) * table.c, exact_variance=False)

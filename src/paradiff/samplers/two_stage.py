@@ -55,7 +55,7 @@ def dpmpp_2s(
     require_real("s_noise", s_noise)
     levels = descending_to_zero(karras_ratios(sigma_min, sigma_max, steps, rho) if ratios is None else ratios, steps)
     before, after = levels[:-2], levels[1:-1]
-    up = eta * after * (1 - (after / before) ** 2).sqrt()
+    up = float(eta) * after * (1 - (after / before) ** 2).sqrt()
     down = (after**2 - up**2).clamp(min=0).sqrt()
     between = (before * down).sqrt()
     calls = 2 * steps - 1

@@ -188,8 +188,12 @@ class Trajectory:
         with naming_the_extra("Trajectory.load"):
             from safetensors import SafetensorError, safe_open
         path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"the trajectory {str(path)!r} is {'no file' if path.exists() else 'not there'}; give its file")
+        try:
+            missing = None if path.is_file() else "no file" if path.exists() else "not there"
+        except OSError as error:  # such as a name that is too long
+            raise ValueError(f"the trajectory {shown(str(path))} cannot be read ({error.strerror}); give its file") from error
+        if missing is not None:
+            raise ValueError(f"the trajectory {str(path)!r} is {missing}; give its file")
         try:
             with safe_open(path, "pt") as file:
                 about = (file.metadata() or {}).get(KEY)
