@@ -23,10 +23,12 @@ import linecache
 import sys
 import threading
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import greenlet
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,17 @@ from paradiff.pipelines.loop.timesteps import RoundTimesteps, plain
 Scope = dict[str, Any]
 """The global names of a module."""
 TRANSPARENT = ("paradiff.", "tqdm")
+LISTED = (
+    dict,
+    set,
+    frozenset,
+    deque,
+    str,
+    bytes,
+    torch.Size,
+    *(type(view({})) for view in (dict.keys, dict.values, dict.items)),
+)
+"""Containers whose items are listed to be taken by their index."""
 LOCK = threading.Lock()
 
 
@@ -196,7 +209,9 @@ def _beside(walker: Walker, times: RoundTimesteps, iterables: Sequence[Any], str
     columns = [values if values is times else _column(values) for values in iterables]
     lengths = {len(column) for column in columns}
     if strict and len(lengths) > 1:
-        raise ValueError("zip() arguments have different lengths")
+        raise Unsupported(
+            "the loop walks over its times beside another number of values, which a strict zip refuses at its end"
+        )
     for position, time in builtins.enumerate(times[: min(lengths)]):
         place = walker.place_of(position, time)
         yield builtins.tuple([time if column is times else column[place] for column in columns])
@@ -206,7 +221,12 @@ def _column(values: Any) -> Any:
     """Values that are taken by their index."""
     if isinstance(values, Tensor):
         return plain(values).unbind()
-    if isinstance(values, torch.Size | str | bytes) or not hasattr(values, "__getitem__") or not hasattr(values, "__len__"):
+    if isinstance(values, LISTED):
+        return builtins.list(values)
+    if isinstance(values, builtins.list | builtins.tuple | builtins.range | Nodes | np.ndarray):
+        return values
+    walked = getattr(type(values), "__iter__", Sequence.__iter__)  # by its indices, where it has no way of its own
+    if walked is not Sequence.__iter__ or not hasattr(values, "__getitem__") or not hasattr(values, "__len__"):
         raise Unsupported(
             f"the loop walks over its times beside a {type(values).__name__}, whose values come in the order of its passes"
         )
@@ -233,6 +253,13 @@ def _heads(filename: str) -> frozenset[tuple[int, str]]:
     found = set[tuple[int, str]]()
     for loop in ast.walk(tree):
         if isinstance(loop, ast.For):
-            calls = (node for node in ast.walk(loop.iter) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
-            found |= {(node.lineno, node.func.id) for node in calls if isinstance(node.func, ast.Name)}
+            found |= {(node.lineno, node.func.id) for node in _calls(loop.iter) if isinstance(node.func, ast.Name)}
     return frozenset(found)
+
+
+def _calls(node: ast.expr) -> Iterator[ast.Call]:
+    """A call, and those among its arguments: not those in a sum of lists, or in a part of one."""
+    if isinstance(node, ast.Call):
+        yield node
+        for part in node.args:
+            yield from _calls(part)
