@@ -44,6 +44,7 @@ from paradiff.pipelines.loop.scheduler_proxy import (
 )
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
+from paradiff.pipelines.loop.waiting import refuse_held
 from paradiff.pipelines.network.call_log import Player
 
 OTHER_START = "the call comes to its loop with another state when it is made again"
@@ -322,6 +323,8 @@ class Lane(greenlet.greenlet):
         if not self._inside and self.number:
             entry = self._player.forward(forward, args, kwargs)
             return self._alone(forward, args, kwargs) if entry.anew else entry.play(args, kwargs)
+        if not self._inside and not shared.solver.started and shared.batching.looping:
+            refuse_held()
         if not self._inside or (self.dry and call.signature not in shared.known):
             output = self._alone(self._shared.batching.ordinary, (forward, args, kwargs), {})
             shared.learn(call, output)
