@@ -41,7 +41,7 @@ STEPS = 30
 
 HISTORY = (
     "keeps something from one pass to the next|which the states of a window share|leave .* to the next one|counts its passes"
-    "|collects"
+    "|collects|which outlives the call"
 )
 UNBOUND = "|UnboundLocalError|NameError|AttributeError|KeyError|IndexError|TypeError|ValueError|StopIteration"
 

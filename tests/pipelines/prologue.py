@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import functools
-import io
+import tempfile
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
@@ -27,7 +27,7 @@ def outside(pipe: Any, call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
     """
     kind = type(pipe.scheduler)
     step = kind.step
-    log = io.StringIO()  # nothing that the library puts back
+    log = _file()
 
     @functools.wraps(step)  # pipelines look at its signature
     def logged(*args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ def outside(pipe: Any, call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
         result = _logged(modules(pipe), log, call)
     finally:
         kind.step = step
-    names = log.getvalue().split()
+    names = _read(log).split()
     places = [place for place, name in enumerate(names) if name == STEP]
     loop = set(names[places[0] : places[-1]])
     return result, Counter(name for name in names if name not in loop)
@@ -47,13 +47,25 @@ def outside(pipe: Any, call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
 
 def computed(pipe: Any, counted: Counter[str], call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
     """What a call returns, and how often it computed these modules."""
-    log = io.StringIO()
+    log = _file()
     found = modules(pipe)
     result = _logged({name: found[name] for name in counted}, log, call)
-    return result, Counter(log.getvalue().split())
+    return result, Counter(_read(log).split())
 
 
-def _logged(listed: dict[str, nn.Module], log: io.StringIO, call: Callable[[], Any]) -> Any:
+def _file() -> IO[str]:
+    """A file for a log: nothing that the library puts back."""
+    return tempfile.TemporaryFile("w+")
+
+
+def _read(log: IO[str]) -> str:
+    """What was written, after which the file is closed."""
+    with log:
+        log.seek(0)
+        return log.read()
+
+
+def _logged(listed: dict[str, nn.Module], log: IO[str], call: Callable[[], Any]) -> Any:
     """What a call returns; each time that one of the modules is computed, its name is written."""
 
     def counting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:

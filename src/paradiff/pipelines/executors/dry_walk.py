@@ -11,6 +11,8 @@ with m[0] and x[0] those of the first pass. All nodes are passed in order. Then 
 before it with other outputs. What the loop gives to its networks and to the step at a node must be the same both times, up to
 rounding.
 
+What passes leave in places that outlive the call must be what the last one alone would leave (left_behind.py).
+
 The networks that precede the loop are not called either: their outputs, and those of their other methods such as an
 autoencoder's `encode`, come from a log (network/call_log.py). A walk costs the loop's own arithmetic. A walk that cannot be
 made, such as that of a loop that ends early for its states, shows nothing.
@@ -31,6 +33,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from paradiff.errors import Carried, Unsupported
+from paradiff.pipelines.executors.left_behind import LeftBehind
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.audit import KEEPS, granted, relative_difference
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, LoopSolver
@@ -141,6 +144,8 @@ class DryWalk(greenlet.greenlet):
         self._entries: list[tuple[str, Any]] = []
         self._broken: str | None = None
         self._ledgers: dict[tuple[int, str], Ledger] = {}
+        self._arguments: dict[str, Any] = {}
+        self._left: LeftBehind | None = None
 
     def judge(self, eps: float) -> None:
         """Compares the two visits of each node. Waits once for each device.
@@ -164,6 +169,11 @@ class DryWalk(greenlet.greenlet):
                 raise Carried(
                     f"{KEEPS}: with its networks' outputs held fixed, {what} at step {node} depends on the passes before{told}"
                 )
+        if self._left is not None and self._left.found is not None:
+            raise Carried(
+                f"its passes leave {self._left.found}, which outlives the call, as the last one alone would not, and a "
+                "parallel run makes other passes, and more of them"
+            )
 
     def _used_up(self) -> str | None:
         """The first path whose number or length shrinks from one of the first visits to the next; None if there is none."""
@@ -179,7 +189,8 @@ class DryWalk(greenlet.greenlet):
         host = self._start.host
         self.owner = host.copied(self.scheduler)
         try:
-            host.call(self.owner, **self._start.keywords())
+            self._arguments = self._start.keywords()
+            host.call(self.owner, **self._arguments)
             self._broken = "it ends"
         except (_Ended, Unsupported):
             pass
@@ -194,8 +205,7 @@ class DryWalk(greenlet.greenlet):
     def _passes(self) -> Iterator[Tensor]:
         times = self._solver.first.timesteps
         seal(self.scheduler, self._solver.first.running)
-        second = [turn for node in self._chosen for turn in ((node - 1, "before"), (node, "again"))]
-        for node, visit in [*((node, "first") for node in range(1, self._steps)), *second]:
+        for node, visit in self._turns():
             self._node, self._visit = node, visit
             self._stepped, self._turn, self._entries = False, 0, []
             if self._index is not None:
@@ -205,6 +215,19 @@ class DryWalk(greenlet.greenlet):
             if not self._stepped:
                 raise _Ended
         raise _Ended
+
+    def _turns(self) -> Iterator[tuple[int, str]]:
+        """The nodes in the order in which they are passed, each with the kind of its visit."""
+        self._left = LeftBehind(self._start.host, self.owner, self._arguments, self.scheduler)
+        yield from ((node, "first") for node in range(1, self._steps))
+        leaves = self._left.note()
+        for node in self._chosen:
+            yield from ((node - 1, "before"), (node, "again"))
+        if leaves:
+            yield self._steps - 2, "before"
+            self._left.restore()
+            yield self._steps - 1, "alone"
+            self._left.compare()
 
     def place_of(self, position: int, value: Any) -> int:
         """The number of a time in its iteration: that of its node where it is the time of the pass, else its position."""

@@ -73,6 +73,10 @@ class Memory:
                 return change
         return None
 
+    def change(self) -> Change | None:
+        """The first change since, whether or not anything depends on it; None if there is none. Waits once for each device."""
+        return next(self._changes(), None)
+
     @property
     def functions(self) -> list[types.FunctionType]:
         """The users' functions within reach of the objects, without the methods of networks."""

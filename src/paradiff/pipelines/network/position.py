@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The states of random generators and the positions of iterators: read, recorded, compared and put back."""
+"""The states of random generators, positions of iterators, and texts in memory: read, recorded, compared and put back."""
 
 from __future__ import annotations
 
+import io
 import random
 import types
 import warnings
@@ -27,6 +28,8 @@ def state_of(thing: Any) -> Any:
             return thing.bit_generator.state
         case np.random.RandomState():
             return thing.get_state(legacy=False)
+        case io.StringIO() | io.BytesIO():
+            return None if thing.closed else (thing.getvalue(), thing.tell())
         case types.GeneratorType():
             frame = thing.gi_frame
             return None if frame is None else (frame.f_lasti, {k: v for k, v in frame.f_locals.items() if isinstance(v, PLAIN)})
@@ -48,7 +51,7 @@ def _flat(parts: Any) -> list[Any]:
 
 def record(thing: Any) -> Any:
     """The state of a random generator; of an iterator a copy, and where there is none, its position."""
-    if not isinstance(thing, Iterator):
+    if not isinstance(thing, Iterator) or isinstance(thing, io.IOBase):
         return state_of(thing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,6 +82,12 @@ def put_back(thing: Any, state: Any, anew: dict[int, Any]) -> None:
             thing.bit_generator.state = state
         case np.random.RandomState():
             thing.set_state(state)
+        case io.StringIO() | io.BytesIO():
+            if state is not None and not thing.closed:
+                thing.seek(0)
+                thing.truncate()
+                thing.write(state[0])
+                thing.seek(state[1])
         case _:
             if isinstance(state, Iterator):
                 anew[id(thing)] = record(state)

@@ -37,6 +37,8 @@ class Saved:
             return
         if isinstance(value, np.ndarray):
             value[...] = values
+        elif not isinstance(value, Tensor):
+            value[:] = values
         elif value.dtype != values.dtype:
             value.data = values.to(value.device)
         elif value.shape == values.shape:

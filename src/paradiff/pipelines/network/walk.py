@@ -9,6 +9,7 @@ so that an object that does other work beside is left alone.
 
 from __future__ import annotations
 
+import array
 import functools
 import io
 import random
@@ -115,6 +116,8 @@ class Walk:
             case types.MethodType():
                 self._visit(value.__func__, path, name)
                 self._visit(value.__self__, path, name)
+            case types.BuiltinMethodType() if not isinstance(value.__self__, types.ModuleType | type):
+                self._visit(value.__self__, path, name)
             case functools.partial():
                 for part in (value.func, *value.args, *value.keywords.values()):
                     self._visit(part, path, name)
@@ -132,8 +135,14 @@ class Walk:
                 self.states.append((path, value, record(value)))
             case Iterator() if type(value).__module__ in ("builtins", "itertools"):
                 self.states.append((path, value, record(value)))
+            case io.StringIO() | io.BytesIO() if not value.closed:
+                self.states.append((path, value, record(value)))
             case io.IOBase():
                 pass
+            case array.array() | bytearray():
+                self.saved[id(value)] = Saved(path, value, value[:])
+            case _ if hasattr(value, "__wrapped__") and type(value).__module__ == "functools":
+                self._visit(value.__wrapped__, path, name)
             case _:
                 self._visit_object(value, path, name)
 
@@ -190,12 +199,20 @@ class Walk:
             return
         self.functions.append(function)
         self._names |= names(code)
-        shared = {name for name in names(code) if name in scope and not isinstance(scope[name], types.ModuleType | type)}
-        if shared:
-            self.holders.append(Holder(scope, "", named=True, names=shared))
-            for name in shared:
-                self._visit(scope[name], name, name)
+        self._visit_scope(names(code), scope, "")
         for name in names(code):
+            held = scope.get(name)
+            if isinstance(held, types.ModuleType) and is_users(held.__name__):
+                self._visit_scope(names(code), vars(held), f"{name}.")
+
+    def _visit_scope(self, named: set[str], scope: dict[str, Any], path: str) -> None:
+        """Visits those of some names that are global variables of a module."""
+        shared = {name for name in named if name in scope and not isinstance(scope[name], types.ModuleType | type)}
+        if shared:
+            self.holders.append(Holder(scope, path.rstrip("."), named=True, names=shared))
+            for name in shared:
+                self._visit(scope[name], f"{path}{name}", name)
+        for name in named:
             if isinstance(scope.get(name), type):
                 self._visit(scope[name], name, name)
 
