@@ -11,6 +11,7 @@ that the solver wants, a row of the pass before.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -391,6 +392,17 @@ class LoopSolver:
             if int(nodes[place]) == self.table.steps - 1:
                 real = self.first.real_step(self.table.steps - 1, outputs[place], states[place])
         return step_result(self._template, sample, real)
+
+    @property
+    def rounding(self) -> float:
+        """How far the plain call's sample may be from a chain's whose states are not rounded, RMS; 0 for states of 32 bits and
+        more. Each step rounds a state by at most half the spacing eps of its dtype, relative to its size; N of them, in
+        quadrature, come to eps N^(1/2)/2, and a network answers to them. Tiny Stable Diffusion, DDIM, 20 steps: errors of
+        0.54 times eps N^(1/2) and the sample's size in bfloat16, 0.50 times in float16; twice as much is told."""
+        if self.final.dtype not in HALF:
+            return 0.0
+        size = float(self.final.float().square().mean().sqrt())
+        return torch.finfo(self.final.dtype).eps * size * math.sqrt(self.ended)
 
     def _fitted(self, dtypes: list[torch.dtype]) -> Method:
         """The method for this call, with a tolerance that outputs and states of these dtypes resolve."""
