@@ -418,6 +418,8 @@ class CollocationSolver:
         near = progress.converged or self._within
         if near and not self._settled_shift:
             self._settled_shift, far = True, self.setup.variance_margin
+            if unusual(size) > self.control.most_square and self._bounds.may_hand_over:
+                return HandOver("they are far above the size of data for which its estimates were measured")
             if unusual(size) < 1:
                 if self._bounds.may_hand_over:
                     return HandOver("they are far below the size of data for which its estimates were measured")
