@@ -16,8 +16,8 @@ method over all nodes, from its first round on, where
 - the coefficients would multiply the network's rounding by more than the control's `most_gain`: neither sample nor estimate
   could be trusted.
 
-A mesh that the caller gave, or bounded, is judged by all but the third. A sample whose data are seen to be far smaller or larger
-(chain/data_scale.py, the control's `most_square`) than those that its estimates were measured on is taken over later.
+A mesh that the caller gave, or bounded, is judged by all but the third. A sample whose data are seen to be far smaller or
+larger (chain/data_scale.py, the control's `most_square`) than those that its estimates were measured on is taken over later.
 """
 
 from __future__ import annotations
