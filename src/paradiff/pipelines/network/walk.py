@@ -141,7 +141,7 @@ class Walk:
                 pass
             case array.array() | bytearray():
                 self.saved[id(value)] = Saved(path, value, value[:])
-            case _ if hasattr(value, "__wrapped__") and type(value).__module__ == "functools":
+            case _ if type(value).__module__ == "functools" and hasattr(value, "__wrapped__"):
                 self._visit(value.__wrapped__, path, name)
             case _:
                 self._visit_object(value, path, name)
@@ -202,7 +202,7 @@ class Walk:
         self._visit_scope(names(code), scope, "")
         for name in names(code):
             held = scope.get(name)
-            if isinstance(held, types.ModuleType) and is_users(held.__name__):
+            if isinstance(held, types.ModuleType) and is_users(held.__name__) and not _installed(held):
                 self._visit_scope(names(code), vars(held), f"{name}.")
 
     def _visit_scope(self, named: set[str], scope: dict[str, Any], path: str) -> None:
@@ -256,6 +256,11 @@ class Walk:
                         self._reached.add((id(owner), name))
                         self._walk(function_of(part), f"{path}.{name}", name)
         return len(self._reached) > before
+
+
+def _installed(module: types.ModuleType) -> bool:
+    """Whether a module is one of the installed packages, whose variables are no loop's own."""
+    return "site-packages" in str(getattr(module, "__file__", ""))
 
 
 def _short(value: Any) -> bool:
