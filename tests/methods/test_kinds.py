@@ -87,6 +87,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "answers": WHOLE,
     "history": WHOLE,
     "neighbours": WHOLE,
+    "neighbour_damping": NUMBER,
     "noise_tolerance": NUMBER,
     "ridge": NUMBER,
     "shift": ("own", True, math.nan, [0.1], np.ones(3), torch.ones(3)),

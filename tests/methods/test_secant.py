@@ -26,6 +26,7 @@ from paradiff.solver import drive
 from paradiff.solver.solution import Status
 
 FINE = 2.0**-52
+NEAR = 0.4  # damping of the pairs of nodes before
 SLOPE = shifted(0.25)  # the one that quasi_newton corrects by default
 
 
@@ -55,18 +56,21 @@ def test_pairs_of_neighbours_are_those_of_the_nodes_before() -> None:
         assert not kept[0, 2].any()
 
 
-def modelled(dx: list[Tensor], dm: list[Tensor], d: Tensor) -> tuple[Tensor, Tensor]:
-    """DX y and DM y of methods/secant.py at one node, flat states `[d]`, from its pairs that are not zero."""
-    pairs = [(x, m) for x, m in zip(dx, dm, strict=True) if bool(x.any())]
+def modelled(dx: list[Tensor], dm: list[Tensor], d: Tensor, near: int = 0) -> tuple[Tensor, Tensor]:
+    """DX y and DM y of methods/secant.py at one node, flat states `[d]`, from its pairs that are not zero, the last `near` of
+    which are those of nodes before."""
+    own = len(dx) - near
+    pairs = [(k, x, m) for k, (x, m) in enumerate(zip(dx, dm, strict=True)) if bool(x.any())]
     if not pairs:
         return torch.zeros_like(d), torch.zeros_like(d)
-    columns, answers = (torch.stack(v, dim=1) for v in zip(*pairs, strict=True))
+    columns, answers = (torch.stack([pair[place] for pair in pairs], dim=1) for place in (1, 2))
+    damping = torch.tensor([DAMPING if k < own else NEAR for k, _, _ in pairs], dtype=d.dtype)
     gram = columns.T @ columns
-    y = torch.linalg.solve(gram + DAMPING * torch.diag(torch.diag(gram)), columns.T @ d)
+    y = torch.linalg.solve(gram + torch.diag(damping * torch.diag(gram)), columns.T @ d)
     return columns @ y, answers @ y
 
 
-def looped(r: Tensor, a: Tensor, b: Tensor, s: Tensor, dx: Tensor, dm: Tensor) -> Tensor:
+def looped(r: Tensor, a: Tensor, b: Tensor, s: Tensor, dx: Tensor, dm: Tensor, near: int = 0) -> Tensor:
     """Changes `[W, d]` of the nodes after the first, one by one: a step with outputs that change by equation (1).
 
     Args:
@@ -76,10 +80,11 @@ def looped(r: Tensor, a: Tensor, b: Tensor, s: Tensor, dx: Tensor, dm: Tensor) -
         s: `[W]` slopes of the outputs.
         dx: `[W, k, d]` pairs.
         dm: `[W, k, d]` pairs.
+        near: How many of the k, the last ones, are those of nodes before.
     """
     d, m = [torch.zeros_like(r[0])], []
     for n in range(len(r)):
-        along, answer = modelled(list(dx[n]), list(dm[n]), d[n])
+        along, answer = modelled(list(dx[n]), list(dm[n]), d[n], near)
         m.append(s[n] * d[n] + answer - s[n] * along)
         d.append(r[n] + sum(a[n, j] * d[n - j] + b[n, j] * m[n - j] for j in range(min(a.shape[1], n + 1))))
     return torch.stack(d[1:])
@@ -89,7 +94,10 @@ def looped(r: Tensor, a: Tensor, b: Tensor, s: Tensor, dx: Tensor, dm: Tensor) -
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("none", [False, True], ids=["all pairs", "some pairs zero"])
-def test_the_correction_is_that_of_a_plain_loop_over_nodes(band: int, k: int, members: int, none: bool) -> None:
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_the_correction_is_that_of_a_plain_loop_over_nodes(
+    band: int, k: int, members: int, none: bool, neighbours: int
+) -> None:
     width, size = 7, 5
     a, b = 0.5 * random(width, band, seed=1), 0.5 * random(width, band, seed=2)
     s, r = random(width, seed=3), random(width, members, size, seed=4)
@@ -98,7 +106,7 @@ def test_the_correction_is_that_of_a_plain_loop_over_nodes(band: int, k: int, me
         states[1:, 2] = states[0, 2]  # a node that never moves
         states[1:, 4] = torch.where(torch.arange(members)[:, None] == 0, states[:1, 4], states[1:, 4])  # one member's
         states[2:, 5] = states[1, 5]  # and one that moves once
-    secants = Secants(k, FINE, members > 1)
+    secants = Secants(k, FINE, members > 1, neighbours=neighbours, damping=NEAR)
     for x, m in zip(states, outputs, strict=True):
         secants.observe(*((x, m) if members > 1 else (x[:, 0], m[:, 0])))
 
@@ -116,8 +124,10 @@ def test_the_correction_is_that_of_a_plain_loop_over_nodes(band: int, k: int, me
     ].view_as(change)
 
     dx, dm = (v.diff(dim=0).flip(0) for v in (states, outputs))  # the newest first, [k, W, b, d]
+    back = range(1, neighbours + 1)
+    dx, dm = (torch.cat([v, *(torch.cat([0 * v[:, :j], v[:, : width - j]], 1) for j in back)]) for v in (dx, dm))
     for i in range(members):
-        expected = looped(r[:, i], a, b, s, dx[:, :, i].transpose(0, 1), dm[:, :, i].transpose(0, 1))
+        expected = looped(r[:, i], a, b, s, dx[:, :, i].transpose(0, 1), dm[:, :, i].transpose(0, 1), neighbours * k)
         # Triangular systems of 21 unknowns in float64; changes reach 1e3 or so, and the difference is beside the largest.
         assert gap(found[:, i], expected) < 1e-10
     assert gap(found, change) > 0.1  # the pairs matter
@@ -337,10 +347,16 @@ def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.
 
     class Spy(Secants):
         def __init__(
-            self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None, neighbours: int
+            self,
+            pairs: int,
+            resolution: float,
+            shared_window: bool,
+            symmetry: Symmetry | None,
+            neighbours: int,
+            damping: float,
         ) -> None:
             told.append(resolution)
-            super().__init__(pairs, resolution, shared_window, symmetry, neighbours)
+            super().__init__(pairs, resolution, shared_window, symmetry, neighbours, damping)
 
     monkeypatch.setattr(paradiff.methods.window.update, "Secants", Spy)
     sample(network, table, noise, quasi_newton())

@@ -27,7 +27,8 @@ their own. Memory: 2 k + 2 states a node of the window.
 Of a network that answers alike under a known group of transformations, as one of molecules does that are turned, the derivative
 is known in the group's directions without another sweep: with generators E, J E x = E m. These make further pairs of each node,
 dx = E x and dm = E m (`Symmetry`), which cost as much memory as others. They need not hold exactly, as no pair has to. Nor do
-those of the nodes before, which a node may use as if they were its own (`neighbours`): near each other, outputs answer alike.
+those of the nodes before, which a node may use beside its own (`neighbours`): near each other, outputs answer alike. As
+they are of other noise levels, lambda may be larger for these (`damping`), so that a node trusts its own more.
 """
 
 from __future__ import annotations
@@ -69,12 +70,19 @@ class Secants:
         shared_window: Whether a state is a batch `[b, ...]` of members with pairs of their own.
         symmetry: A group under which the network answers alike; None for none.
         neighbours: From how many nodes before it a node has the pairs, too.
+        damping: Lambda of those.
     """
 
     def __init__(
-        self, pairs: int, resolution: float, shared_window: bool, symmetry: Symmetry | None = None, neighbours: int = 0
+        self,
+        pairs: int,
+        resolution: float,
+        shared_window: bool,
+        symmetry: Symmetry | None = None,
+        neighbours: int = 0,
+        damping: float = DAMPING,
     ) -> None:
-        self._symmetry, self._neighbours = symmetry, neighbours
+        self._symmetry, self._neighbours, self._damping = symmetry, neighbours, damping
         self._pairs, self._least, self._shared = pairs, 64 * resolution, shared_window
         self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
         self._dx = self._dm = torch.empty(0)  # [n, k, b, d] differences of states and of outputs, the newest first
@@ -117,6 +125,10 @@ class Secants:
         dx, dm = (torch.cat([values[part] for values in kind], 1) for kind in zip(*found, strict=True))
         return dx, dm
 
+    def _jacobian(self, dx: Tensor, dm: Tensor, reach: Sequence[Reach]) -> SecantJacobian:
+        """That of all pairs of some nodes, of which the last ones are those of the nodes before."""
+        return SecantJacobian(dx, _terms(reach, dx, dm), self._neighbours * self._pairs, self._damping)
+
     def _keep(self, seen: tuple[Tensor, Tensor], dx: Tensor, dm: Tensor) -> None:
         """Replaces what is kept."""
         self._seen, self._dx, self._dm = seen, dx, dm
@@ -136,7 +148,7 @@ class Secants:
         d, (dx, dm) = self._split(change), self._pairs_of(begin, len(change))
         known = torch.zeros_like(d[:1]) if first is None else self._split(first[None])
         before = torch.cat([known, d[:-1]])  # [W, b, d] changes of the nodes from the first
-        y = SecantJacobian(dx, _terms(reach, dx, dm))(before)
+        y = self._jacobian(dx, dm, reach)(before)
         of_states, of_outputs = ((v * y).sum(1).flatten(1) for v in (dx, dm))  # [W, b d]
         added = _added(reach, of_states, of_outputs)
         return added.view_as(change), of_states.view_as(change), of_outputs.view_as(change)
@@ -148,7 +160,7 @@ class Secants:
         count = len(change)
         d = self._ways(change)
         dx, dm = self._pairs_of(begin, count)
-        y = SecantJacobian(dx, _terms(reach, dx, dm))(torch.cat([self._ways(first[None]), d[:-1]]))
+        y = self._jacobian(dx, dm, reach)(torch.cat([self._ways(first[None]), d[:-1]]))
         of_states, of_outputs = (v.permute(0, 2, 3, 1) @ y.transpose(1, 2) for v in (dx, dm))  # [W, b, d, w]
         ways = change.shape[1]
         added = _added(reach, of_states.flatten(1), of_outputs.flatten(1), ways)
@@ -238,14 +250,20 @@ class SecantJacobian:
         dx: `[n, k, b, d]` differences of states, k pairs at each of n nodes; zeros where there is none.
         terms: Reach `[n, n]`, strictly lower triangular, and values `[n, k, b, d]`: node i's state changes by
             sum_j reach[i,j] sum_k values[j,k] y[j,k], y[j,k] being the coefficient of pair k in the change of state j.
+        near: How many of the k pairs, the last ones, are those of nodes before.
+        near_damping: Lambda of those.
     """
 
-    def __init__(self, dx: Tensor, terms: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, dx: Tensor, terms: Sequence[tuple[Tensor, Tensor]], near: int = 0, near_damping: float = DAMPING
+    ) -> None:
         n, k, b, size = dx.shape
         self._x = dx.permute(2, 0, 1, 3)  # [b, n, k, d]
         own = self._x @ self._x.mT
         diagonal = own.diagonal(dim1=2, dim2=3)
-        damped = own + torch.diag_embed(DAMPING * diagonal + (~(diagonal > 0)).to(diagonal.dtype))
+        damping = DAMPING * diagonal
+        damping[..., k - near :] = near_damping * diagonal[..., k - near :]
+        damped = own + torch.diag_embed(damping + (~(diagonal > 0)).to(diagonal.dtype))
         self._inverse = torch.linalg.inv_ex(damped).inverse  # unlike `inv`, without a look at it from the host
         flat, system = self._x.reshape(b, n * k, size), dx.new_zeros(b, n, k, n, k)
         for reach, values in terms:

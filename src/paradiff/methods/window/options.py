@@ -12,7 +12,7 @@ from paradiff.chain.slope import Slope, identity, refuse_no_slope
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.face import Face, settle
-from paradiff.methods.secant import MOST_PAIRS
+from paradiff.methods.secant import DAMPING, MOST_PAIRS
 from paradiff.methods.tolerance import DEFAULT_TOLERANCE
 from paradiff.methods.window.blocks import Blocks
 from paradiff.methods.window.control import WindowControl
@@ -54,6 +54,7 @@ class WindowOptions(Face):
         secants: Pairs of earlier sweeps that correct the slope at each node (methods/secant.py); 0 for the slope alone, 1000
             at most.
         neighbours: From how many nodes before it a node takes the pairs, too; 64 at most.
+        neighbour_damping: Lambda of those (methods/secant.py), 0 or more; that of a node's own pairs is 0.01.
         anderson: Triangular Anderson acceleration (anderson.py), or None.
         noise_tolerance: The second tolerance of the rule `residual`.
         control: The tuned numbers of the error budget.
@@ -76,6 +77,7 @@ class WindowOptions(Face):
     chains: Chains = "any"
     secants: int = 0
     neighbours: int = 0
+    neighbour_damping: float = DAMPING
     anderson: Anderson | None = None
     noise_tolerance: float = 0.0
     control: WindowControl = field(default=WindowControl(), kw_only=True)
@@ -165,11 +167,21 @@ class WindowOptions(Face):
             require_whole("sweeps", self.sweeps, 1)
         require_whole("secants", self.secants, 0, most=MOST_PAIRS)
         require_whole("neighbours", self.neighbours, 0, most=MOST_NEIGHBOURS)
+        require_real("neighbour_damping", self.neighbour_damping)
         for name, kind in (("blocks", Blocks), ("corrector", Corrector), ("anderson", Anderson)):
             if getattr(self, name) is not None:
                 require_kind(name, getattr(self, name), kind, ", or None")
         require_kind("control", self.control, WindowControl)
-        settle(self, "window", "stride", "warmup", "sweeps", "secants", "neighbours", numbers=["tolerance", "noise_tolerance"])
+        settle(
+            self,
+            "window",
+            "stride",
+            "warmup",
+            "sweeps",
+            "secants",
+            "neighbours",
+            numbers=["tolerance", "noise_tolerance", "neighbour_damping"],
+        )
 
     @property
     def learns(self) -> bool:

@@ -133,9 +133,8 @@ class SecantUpdate:
 
     def _begin(self) -> Secants:
         setup = self._setup
-        return Secants(
-            setup.method.secants, setup.resolution, setup.step.shared_window, setup.symmetry, setup.method.neighbours
-        )
+        method, shared = setup.method, setup.step.shared_window
+        return Secants(method.secants, setup.resolution, shared, setup.symmetry, method.neighbours, method.neighbour_damping)
 
     def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
         """Equation (2) of methods/secant.py, stretch by stretch; a single node takes its step."""
