@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Molecules: AlphaFold 3's sampler and EDM's on the bundled denoiser of chains, in rounds and errors.
 
-- alphafold3-64, -128: 200 steps at window 16 on as many atoms, the whole augmentation on. Neighbours and slope were chosen on
-  seeds 300 to 303, 20 to 64 atoms; the network was trained on chains of up to 64.
+- alphafold3-64, -128, -256: 200 steps at window 16 on as many atoms, the whole augmentation on. Neighbours, their damping and
+  the slope were chosen on seeds 300 to 303, 20 to 64 atoms; the network was trained on chains of up to 64.
 - alphafold3-parts: the same on 64 atoms without the known turns, or without the pairs of neighbours.
 - churn: two-stage steps, 18 and 40 of them, with churn and ancestral, on chains of 32 atoms.
 - churn-mixture: the same on a closed-form mixture of eight Gaussians in 64 dimensions.
@@ -43,7 +43,8 @@ from paradiff.samplers import alphafold3, dpmpp_2s, edm, with_noise_scale
 DEVIATION = 16.0
 SEEDS = {
     "alphafold3-64": range(400, 404),
-    "alphafold3-128": range(400, 401),
+    "alphafold3-128": range(400, 404),
+    "alphafold3-256": range(400, 402),
     "alphafold3-parts": range(400, 402),
     "churn": range(400, 412),
     "churn-mixture": range(400, 448),
@@ -68,7 +69,7 @@ COLUMNS = (
 
 def chain(seed: int, atoms: int) -> str:
     """A chain of helices and strands, another for each seed."""
-    bits = [(seed >> k) & 1 for k in range(12)] * 2
+    bits = [(seed >> k) & 1 for k in range(12)] * 4
     return "".join((HELIX if (bit + k) % 2 else STRAND) for k, bit in enumerate(bits))[:atoms]
 
 
@@ -106,14 +107,14 @@ def turned(results: Results, part: str, seeds: list[int]) -> None:
     def solved(method: Method, turns: bool = True) -> Solution:
         model = frames.model(network)
         model.symmetry = model.symmetry if turns else None
-        return sample(Evaluator(model, conditioning={"kinds": kinds}), table, frames.moving(), method, check="off")
+        return sample(Evaluator(model, conditioning={"kinds": kinds}, max_rows=8), table, frames.moving(), method, check="off")
 
     plain = solved(sequential())
-    whole = ("quasi_newton, turns, neighbours", True, 4, slopes.shifted(DEVIATION))
+    whole = ("quasi_newton, turns, neighbours", True, 8, slopes.shifted(DEVIATION))
     for name, turns, neighbours, slope in (
         (whole,) if known else (("quasi_newton", False, 0, None), ("quasi_newton, turns", True, 0, None))
     ):
-        method = quasi_newton(window=16, tolerance=1e-2 * DEVIATION, neighbours=neighbours, slope=slope)
+        method = quasi_newton(window=16, tolerance=1e-2 * DEVIATION, neighbours=neighbours, neighbour_damping=0.4, slope=slope)
         results.add(row(part, table, f"{name}, {atoms} atoms", method, solved(method, turns), plain))
 
 
