@@ -16,6 +16,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ LONGEST_PATH = 200
 """Characters of the longest path that a sentence shows in full."""
 LONGEST_KEY = 60
 """Characters of the longest key that a sentence shows."""
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders of installed packages, of Python and of Debian."""
 KEEPERS = {"queue", "collections", "_thread", "types"}
 """Python's own modules whose objects are looked into: they hold values for others."""
 MAKERS = ("__init__", "__new__", "__init_subclass__")
@@ -260,7 +263,7 @@ class Walk:
 
 def _installed(module: types.ModuleType) -> bool:
     """Whether a module is one of the installed packages, whose variables are no loop's own."""
-    return "site-packages" in str(getattr(module, "__file__", ""))
+    return not INSTALLED.isdisjoint(Path(getattr(module, "__file__", None) or "").parts)
 
 
 def _short(value: Any) -> bool:
