@@ -119,7 +119,8 @@ class Engine:
         curve: Seconds of a network call by its rows; None to measure them.
         probe: A request whose chain the measurement and the check of the model take; None for the model's own.
         sink: Keeps what has ended elsewhere; called by a thread of its own.
-        check: Whether it is looked, before anything is served, that the model's rows do not depend on one another.
+        check: Whether it is looked that the model's rows do not depend on one another: before anything is served, and of each
+            request once its sample is found (stepwise.py).
 
     Attributes:
         stepwise: The contract that it calls.
@@ -147,10 +148,10 @@ class Engine:
         require_whole("the requests that wait", queue, 0)
         require_whole("the requests that are kept", keep, 1)
         require_whole("the bytes that are kept", keep_bytes, 1)
-        self.stepwise = Stepwise(model, active)
+        self.stepwise = Stepwise(model, active, check=check)
         table = self.stepwise.chains.of(SampleRequest() if probe is None else probe).table
         if check and table.steps > 1:
-            model.check(table, min(CHECKED, table.steps))
+            model.check(table, min(CHECKED, table.steps), active)
         if curve is None:
             curve = measure_latency(self.stepwise.evaluator, table, Keyed(model.shape, [0]))
         self.widths, self.metrics = Widths(curve), Metrics()

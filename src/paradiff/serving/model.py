@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paradiff.chain.home import at_home
 from paradiff.chain.noise import Keyed, Noise, Recorded, noise_along
+from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.errors import refuse_unknown, shown
 from paradiff.methods.presets import parasolver
@@ -18,7 +22,12 @@ from paradiff.serving.request import SampleRequest
 from paradiff.solver.arguments import require_callable
 from paradiff.solver.by_row import ByRow
 from paradiff.solver.evaluator import Denoiser, Evaluator
+from paradiff.solver.judge import Judge
 from paradiff.solver.loop import sample
+from paradiff.solver.protocol import Batch
+
+SECONDS = 1.0
+"""Seconds after which no more numbers of rows are looked at."""
 
 TEXTS = ("prompt", "negative_prompt", "guidance")
 """Fields of requests to models that follow a text."""
@@ -121,17 +130,39 @@ class ServedModel:
             noise = Recorded(self.shape, [generator], dtype=self.dtype or torch.float32)
         return noise if table is None else noise_along(noise, table.draws, table.first)
 
-    def check(self, table: Table, rows: int) -> None:
-        """Looks, on one chain, whether the model's output for a row depends on that row alone (solver/row_check.py).
+    def check(self, table: Table, rows: int, most: int) -> None:
+        """Looks, on one chain, whether the model's output for a row depends on that row alone (solver/row_check.py), and in
+        calls of more and more rows, as far as some seconds and the memory take it.
 
         Args:
             table: The chain, of which a few steps are walked.
             rows: How many steps, and rows of a sample at most.
+            most: Rows of the widest call.
 
         Raises:
             ValueError: If not, or if the model fails.
         """
         sample(self.evaluator(2), table[:rows], Keyed(self.shape, [0, 1]), parasolver(rows))
+        evaluator, end = self.evaluator(most), time.monotonic() + SECONDS
+        step, judge = Step(table, evaluator.device, torch.float32), Judge(evaluator.evaluate_again, self.dtype)
+        counts = itertools.takewhile(lambda count: count <= min(most, self.max_rows or most), _counts())
+        try:
+            for count in counts:
+                with at_home():
+                    noise, nodes = Keyed(self.shape, range(count)), torch.arange(count) % table.steps
+                    x = step.move(torch.stack([noise.start(k) for k in range(count)]))
+                    batch = Batch(x, step.t[nodes], nodes, torch.arange(count))
+                    judge.alone(batch, judge.evaluated(batch), count // 2)
+                if time.monotonic() > end:
+                    break
+        except torch.OutOfMemoryError:
+            pass  # rounds have as many rows as the memory takes
+
+
+def _counts() -> Iterator[int]:
+    """Powers of 2, and the numbers that follow them."""
+    for power in itertools.count(1):
+        yield from (2**power, 2**power + 1)
 
 
 def _like(name: str, value: Any, row: Tensor) -> Tensor:

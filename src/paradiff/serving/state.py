@@ -12,6 +12,7 @@ from torch import Tensor
 from paradiff.chain.noise import Noise
 from paradiff.serving.chains import Chain
 from paradiff.serving.request import SampleRequest
+from paradiff.serving.witness import Witness
 from paradiff.solver.protocol import Place, Resizes, Run, Solver
 from paradiff.solver.solution import ErrorEstimate, Status
 
@@ -52,6 +53,8 @@ class RequestState:
         rounds: Rounds in which the request took part.
         evaluations: Its rows in these.
         widest: The most rows of one of them.
+        witness: A row of its first round, which is evaluated once more when its sample is found; None before.
+        confirmed: Whether that was done, or is not wanted.
         error: Why it ended without a sample; None where it did not.
         kind: What decides on its rows beside the load: the chain, the method, the tolerance and most rows.
     """
@@ -72,6 +75,8 @@ class RequestState:
     rounds: int = 0
     evaluations: int = 0
     widest: int = 0
+    witness: Witness | None = None
+    confirmed: bool = False
     error: str | None = None
     kind: Hashable = None
     _drawn: tuple[int, Sequence[Tensor]] = field(default=(0, ()), repr=False)
@@ -85,7 +90,12 @@ class RequestState:
 
     @property
     def done(self) -> bool:
-        """Whether the request is at its end: its sample is found, or cannot be."""
+        """Whether the request is at its end: its sample is found and confirmed, or cannot be."""
+        return self.error is not None or (self.confirmed and self.found)
+
+    @property
+    def found(self) -> bool:
+        """Whether its sample is found, or cannot be."""
         if self.error is not None:
             return True
         node = self.node
@@ -111,7 +121,7 @@ class RequestState:
             rows: The bound, one at least.
         """
         rows = max(1, min(rows, self.most))
-        if rows == self.rows or self.done:
+        if rows == self.rows or self.found:
             return
         self.rows = rows
         if rows > 1 and self.place is not None and self.make is not None:
@@ -149,7 +159,7 @@ class RequestState:
 
     @property
     def sample(self) -> Tensor:
-        """`[...]` the sample of a request that is done."""
+        """`[...]` the sample of a request, once it is found."""
         place = self.stand()
         if place is not None:
             return place.states[0]

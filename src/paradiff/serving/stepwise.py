@@ -13,6 +13,9 @@ A request is no thread and no greenlet: the solvers' protocol (solver/protocol.p
 request is an object that is asked for its rows and told their outputs. The numbers by which all of them advance are moved to
 the host in one transfer a round. Requests that take single steps are stepped together (walkers.py).
 
+A request whose sample is found is in one more round, by one row: of its first round, with the same output, or the model is none
+that rows of many requests may be merged for (witness.py). Then every request of the round ends with an error.
+
 The names are those of engines that execute diffusion step by step; there a request has one row a step, here a window of them.
 """
 
@@ -32,7 +35,9 @@ from paradiff.serving.model import ServedModel
 from paradiff.serving.request import AUTO, SampleRequest
 from paradiff.serving.state import RequestState
 from paradiff.serving.walkers import Walkers
+from paradiff.serving.witness import Witness
 from paradiff.solver.arguments import norms_of, query_of, record_of
+from paradiff.solver.judge import STOPPED, Judge
 from paradiff.solver.protocol import Batch, Place, Query, Run, Solver
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorEstimate, Status
@@ -49,11 +54,13 @@ class Part:
         states: One request with a solver, or all that walk one chain.
         count: How many rows.
         query: What the solver asked for; None of those that walk.
+        again: Whether they are rows of first rounds, of requests whose samples are found.
     """
 
     states: Sequence[RequestState]
     count: int
     query: Query | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +110,7 @@ class Stepwise:
     Args:
         model: The model.
         slots: Requests at once, at most.
+        check: Whether a row of each request is evaluated once more.
 
     Attributes:
         model: As given.
@@ -110,13 +118,16 @@ class Stepwise:
         chains: The chains of requests so far.
         beside: Seconds that solvers took beside the network in the last round; `asked` how many of them there were.
         records: What the solvers of the last round did, by request.
+        fault: What the model was found to do; None as long as it was not. Nothing is prepared from then on.
     """
 
-    def __init__(self, model: ServedModel, slots: int = 64) -> None:
+    def __init__(self, model: ServedModel, slots: int = 64, *, check: bool = True) -> None:
         self.model, self.evaluator = model, model.evaluator(slots)
         self.chains = Chains(model, self.evaluator.device)
         self._free = [*range(slots)][::-1]
         self._walkers: dict[Chain, Walkers] = {}
+        self._check, self._judge = check, Judge(self.evaluator.evaluate_again, model.dtype)
+        self.fault: str | None = None
         self.beside, self.asked = 0.0, 0
         self.records: list[tuple[RequestState, Record]] = []
 
@@ -156,9 +167,11 @@ class Stepwise:
             family: The name of the method that `auto` stands for.
 
         Raises:
-            ValueError: If the request does not fit the model.
+            ValueError: If the request does not fit the model, or the model is at fault.
             RuntimeError: If no slot is free.
         """
+        if self.fault is not None:
+            raise ValueError(self.fault)
         chain, name = self.method(request, family)
         if not self._free:
             raise RuntimeError("all slots are taken; release a request first")
@@ -203,10 +216,14 @@ class Stepwise:
         """
         walking: dict[Chain, list[RequestState]] = {}
         asking: list[RequestState] = []
+        again: list[tuple[RequestState, Witness]] = []
         for state in states:
             if state.done:
                 continue
-            if state.place is not None:
+            if state.found:
+                assert state.witness is not None
+                again.append((state, state.witness))
+            elif state.place is not None:
                 walking.setdefault(state.chain, []).append(state)
             else:
                 asking.append(state)
@@ -232,6 +249,9 @@ class Stepwise:
                 times = run.t[query.nodes]
                 slots = torch.full((len(query.nodes),), state.slot)
                 found.setdefault(times.dtype, []).append((Part([state], len(slots), query), query.rows, times, slots))
+            for state, witness in again:
+                row = witness.row
+                found.setdefault(row.t.dtype, []).append((Part([state], 1, again=True), row.x, row.t, row.samples))
             batches = [self._merged([rows[1:] for rows in of]) for of in found.values()]
         self.asked = len(asking)
         self.beside = time.perf_counter() - asked if asking else 0.0
@@ -256,9 +276,13 @@ class Stepwise:
 
         Raises:
             ValueError: As the evaluator does, and whatever the model raises.
+            RuntimeError: If the model raises StopIteration.
         """
-        with at_home():
-            return [self.evaluator(batch) for batch in rows.batches]
+        try:
+            with at_home():
+                return [self.evaluator(batch) for batch in rows.batches]
+        except StopIteration as error:
+            raise RuntimeError(STOPPED) from error
 
     @torch.inference_mode()
     def scheduler_step(self, rows: MergedRows, outputs: Sequence[Tensor]) -> list[RequestState]:
@@ -274,14 +298,21 @@ class Stepwise:
             The requests that are done by it: those whose sample is found, and those with an `error`.
         """
         told: list[tuple[RequestState, Tensor]] = []
-        seen, done, self.records = [*rows.failed], list[RequestState](), []
+        seen, self.records = [*rows.failed], []
         begin, walked = time.perf_counter(), 0.0
         with at_home():
-            for parts, values in zip(rows.parts, outputs, strict=True):
+            for batch, parts, values in zip(rows.batches, rows.parts, outputs, strict=True):
+                first = 0
                 for part, m in zip(parts, values.split([part.count for part in parts]), strict=True):
+                    place, first = first, first + part.count
+                    if part.again:
+                        self._seen_again(part.states[0], (batch, values, place))
+                        seen += part.states
+                        continue
+                    self._keep(part, batch, place, values)
                     if part.query is None:
                         since = time.perf_counter()
-                        done += self._walkers[part.states[0].chain].step(m)
+                        seen += self._walkers[part.states[0].chain].step(m)
                         for state in part.states:
                             state.rounds, state.evaluations = state.rounds + 1, state.evaluations + 1
                             state.widest = max(state.widest, 1)
@@ -298,12 +329,34 @@ class Stepwise:
             for state, norms in told:
                 self._advanced(state, numbers[: len(norms)])
                 numbers = numbers[len(norms) :]
-            done += [state for state in seen if state.done]
-            for state in done:
-                if state.error is None and not bool(torch.isfinite(state.sample).all()):
+            for state in (one for one in seen if one.found):
+                if state.error is None and not state.confirmed and not bool(torch.isfinite(state.sample).all()):
                     state.error = "the sample is not finite: the model returned NaN or infinity"
+                state.confirmed = state.confirmed or state.witness is None
+            if self.fault is not None:
+                seen = [one for parts in rows.parts for part in parts for one in part.states]
+                for state in seen:
+                    state.error = state.error or self.fault
+            done = [state for state in seen if state.done]
         self.beside += time.perf_counter() - begin - walked if self.asked else 0.0
         return done
+
+    def _keep(self, part: Part, batch: Batch, first: int, outputs: Tensor) -> None:
+        """Keeps a row of each request whose first round this is: of a window the middle one."""
+        if self._check:
+            for k, state in enumerate(part.states):
+                if state.rounds == 0:
+                    place = first + (k if part.query is None else part.count // 2)
+                    state.witness = Witness.of(batch, place, outputs)
+
+    def _seen_again(self, state: RequestState, call: tuple[Batch, Tensor, int]) -> None:
+        """Compares a request's row with what it was at first."""
+        assert state.witness is not None
+        try:
+            state.witness.compare(self._judge, call)
+        except (ValueError, RuntimeError) as error:
+            self.fault = str(error)
+        state.confirmed = True
 
     @staticmethod
     def _told(state: RequestState, query: Query, outputs: Tensor) -> Tensor | None:
