@@ -163,7 +163,8 @@ def test_a_sample_can_be_used_outside() -> None:
         ),
         (lambda x, t: x.double(), "the model returned dtype torch.float64 for rows of dtype torch.float32"),
         (lambda x, t: x.to("meta"), "the model returned a tensor on the meta device, which holds no numbers; load the model's"),
-        (lambda x, t: x.long(), "the model returned dtype torch.int64 for rows of dtype torch.float32"),
+        (lambda x, t: x.long(), "dtype torch.int64 for rows of dtype torch.float32; have the model return real numbers of its"),
+        (lambda x, t: torch.complex(x, x), "dtype torch.complex64 for rows of dtype torch.float32; have the model return real"),
     ],
 )
 def test_outputs_that_do_not_fit_are_refused(denoiser: object, message: str) -> None:

@@ -522,10 +522,9 @@ class Evaluator:
                 "of the shape of its input (a network that also predicts a variance needs those channels removed)"
             )
         if m.dtype != x.dtype:
-            raise ValueError(
-                f"the model returned dtype {m.dtype} for rows of dtype {x.dtype}; give the evaluator the network's own "
-                f"dtype, dtype={m.dtype}, or have the model return its input's"
-            )
+            own = f"give the evaluator the network's own dtype, dtype={m.dtype}, or have the model return its input's"
+            advice = own if m.is_floating_point() else "have the model return real numbers of its input's dtype"
+            raise ValueError(f"the model returned dtype {m.dtype} for rows of dtype {x.dtype}; {advice}")
         return m[:count].detach().to(batch.x.device, batch.x.dtype, copy=True)
 
     def _held(self) -> Held:
