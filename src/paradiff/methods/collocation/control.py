@@ -360,7 +360,8 @@ class CollocationControl:
         most_square: Largest mean square of the data, positive and by powers of 2, of a sample that is interpolated; the window
             method takes larger ones over. Large data decide at high noise levels, where a mesh has few nodes. Two points in the
             plane, DDPM 200, seeds 300 to 331: at 32 and 64 none of 32 samples erred by more than twice its estimate, at 512 5
-            ended on the other point without a window and 6 at window 16, at 4096 8 and 8. Raising it interpolates larger data.
+            ended on the other point without a window and 6 at window 16, at 4096 8 and 8. DDIM 100: none of 128 up to 4096,
+            one of 32 at 2^20 (seeds 300 to 331, 900 to 931). Raising it interpolates larger data.
         unseen_amplification: Amplification of early errors, 1 or more, that is assumed of a sample on a stochastic chain which
             the window method solves from its first round. With 1, one of 8 samples of the digits network, DDPM 100, erred by
             0.06 at tolerance 4e-3. Raising it sweeps more.
@@ -425,7 +426,7 @@ class CollocationControl:
     most_volatility: float = 4.0
     most_shortfall: float = 0.41
     most_other_shortfall: float = 0.03
-    most_square: float = 128.0
+    most_square: float = 2.0**17
     unseen_amplification: float = 8.0
     handover_secants: int = 1
     all_nodes: int = 128
@@ -497,6 +498,7 @@ ORDER_ZERO = CollocationControl(
     resolved_share=0.75,
     most_parts=16,
     store=StoreControl(target=0.6),
+    most_square=128.0,
     error=ErrorControl(safety=1.0, told=1.6),
 )
 HIGHER_ORDER = CollocationControl(
