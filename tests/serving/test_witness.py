@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from served import FLAT, alone, chain, model, network, rms
 from torch import Tensor
 
 from paradiff.serving import Engine, SampleRequest, Stepwise
+from paradiff.serving.witness import Witness
 
 ROUNDING = 2e-5  # of float32 states along a chain
 
@@ -100,4 +102,32 @@ def test_a_model_that_raises_stop_iteration_is_named() -> None:
     job = engine.submit(SampleRequest(seed=0, method="sequential"))
     assert engine.wait(job, 60)
     assert job.message == "RuntimeError: the model raised StopIteration; catch it in the model"
+    engine.close()
+
+
+def test_a_fault_ends_requests_without_rows_too() -> None:
+    network = Tired(10**9)
+    stepwise = Stepwise(model(denoiser=network), 2)
+    short, long = (stepwise.prepare(SampleRequest(seed=n, steps=n, method="sequential")) for n in (4, 9))
+    for _ in range(4):
+        rows = stepwise.gather([short, long])
+        assert not stepwise.scheduler_step(rows, stepwise.denoise_step(rows))
+    network.left = 0
+    rows = dataclasses.replace(stepwise.gather([short]), failed=[long])
+    done = stepwise.scheduler_step(rows, stepwise.denoise_step(rows))
+    assert sorted(state.request.seed for state in done) == [4, 9]
+    assert short.error == long.error == stepwise.fault
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Witness, "compare", full)
+    engine = served(Tired(10**9))
+    states, _, messages = asked(engine, 1)
+    assert (states, messages) == (["failed"], {"OutOfMemoryError: no memory"})
+    assert engine.stepwise.fault is None
+    monkeypatch.undo()
+    assert asked(engine, 1)[0] == ["done"]
     engine.close()

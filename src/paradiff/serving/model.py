@@ -27,7 +27,7 @@ from paradiff.solver.loop import sample
 from paradiff.solver.protocol import Batch
 
 SECONDS = 1.0
-"""Seconds after which no more numbers of rows are looked at."""
+"""Seconds after which no more numbers of rows are looked at: a server is to be there soon."""
 
 TEXTS = ("prompt", "negative_prompt", "guidance")
 """Fields of requests to models that follow a text."""
@@ -132,7 +132,7 @@ class ServedModel:
 
     def check(self, table: Table, rows: int, most: int) -> None:
         """Looks, on one chain, whether the model's output for a row depends on that row alone (solver/row_check.py), and in
-        calls of more and more rows, as far as some seconds and the memory take it.
+        calls of more and more rows, as far as a second and the memory take it.
 
         Args:
             table: The chain, of which a few steps are walked.

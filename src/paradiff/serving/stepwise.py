@@ -334,7 +334,7 @@ class Stepwise:
                     state.error = "the sample is not finite: the model returned NaN or infinity"
                 state.confirmed = state.confirmed or state.witness is None
             if self.fault is not None:
-                seen = [one for parts in rows.parts for part in parts for one in part.states]
+                seen = [*rows.failed, *(one for parts in rows.parts for part in parts for one in part.states)]
                 for state in seen:
                     state.error = state.error or self.fault
             done = [state for state in seen if state.done]
@@ -354,7 +354,7 @@ class Stepwise:
         assert state.witness is not None
         try:
             state.witness.compare(self._judge, call)
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             self.fault = str(error)
         state.confirmed = True
 
