@@ -181,6 +181,14 @@ class Secants:
         if self._known is not None:
             self._known = self._known[0][passed:], self._known[1][passed:]
 
+    def keep(self, count: int) -> None:
+        """Drops the pairs of all nodes but the first `count`."""
+        if self._seen is not None:
+            self._seen = self._seen[0][:count], self._seen[1][:count]
+            self._dx, self._dm = self._dx[:count], self._dm[:count]
+        if self._known is not None:
+            self._known = self._known[0][:count], self._known[1][:count]
+
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""
         return values.flatten(2) if self._shared and values.ndim > 2 else values.flatten(1)[:, None]

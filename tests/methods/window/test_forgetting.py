@@ -73,7 +73,7 @@ class Path:
 
 
 def forgetting_of(dtype: torch.dtype = torch.float64) -> Forgetting:
-    return Forgetting(Step(TABLE, CPU, dtype), WindowControl())
+    return Forgetting(Step(TABLE, CPU, dtype), WindowControl(), ELEMENTS)
 
 
 @pytest.mark.parametrize("lo", [20, 100, 130])
@@ -90,27 +90,44 @@ def test_the_path_shows_the_covariance_of_gaussian_data(lo: int) -> None:
 def test_an_error_is_kept_by_the_product_of_the_steps() -> None:
     lo, forgetting = 100, forgetting_of()
     frozen = resolve(freeze_clean_data, TABLE)[:, 0].abs()
-    calm = forgetting.kept(lo, [0.0] * WIDTH)
+    calm = forgetting.kept(lo, [0.0] * WIDTH, WIDTH, 0.0)
     assert calm.steps == pytest.approx(frozen[lo + 1 : lo + WIDTH + 1].tolist(), rel=1e-12)
     wanted = [float(frozen[n:].prod()) for n in range(lo + 1, lo + WIDTH + 1)]
     assert calm.share == pytest.approx(wanted, rel=1e-9)
     assert calm.most == pytest.approx((0.05 * TABLE.sigma[lo + 1 : lo + WIDTH + 1]).tolist())
     spreads = [0.0] * 5 + [float(TABLE.sigma[105]) ** 2 / 2] + [0.0] * (WIDTH - 6)  # the data are half decided at node 105
     answered = frozen[105] + 0.5 * (TABLE.b[105, 0] / TABLE.q[105]).abs()
-    seen = forgetting.kept(lo, spreads)
+    seen = forgetting.kept(lo, spreads, WIDTH, 0.0)
     assert seen.steps[4] == pytest.approx(float(answered))
     assert seen.share[4] / calm.share[4] == pytest.approx(seen.steps[4] / calm.steps[4])
     assert seen.share[5:] == calm.share[5:]
-    assert forgetting.kept(lo, [math.nan] * WIDTH).share == [1.0] * WIDTH
-    assert forgetting.kept(TABLE.steps - 3, [0.0] * 3).share[-1] == 1.0  # the chain's last node is the sample
+    assert forgetting.kept(lo, [math.nan] * WIDTH, WIDTH, math.nan).share == [1.0] * WIDTH
+    assert forgetting.kept(TABLE.steps - 3, [0.0] * 3, 3, 0.0).share[-1] == 1.0  # the chain's last node is the sample
 
 
-def test_beyond_the_window_data_are_as_undecided_as_at_its_end() -> None:
-    lo, forgetting = 60, forgetting_of()
-    early, late = (forgetting.kept(lo, [0.0] * (WIDTH - 1) + [spread]) for spread in (1e3, 1e4))
+def test_nodes_that_are_not_known_are_as_undecided_as_any_was() -> None:
+    lo, forgetting, decided = 60, forgetting_of(), [0.0] * WIDTH
+    early, late = (forgetting.kept(lo, decided, WIDTH, largest) for largest in (1e3, 1e4))
     assert 1.0 > late.share[0] > early.share[0] > 0.0
-    assert early.steps[:-2] == late.steps[:-2]
-    assert early.steps[-1] < late.steps[-1]
+    assert early.steps[:-1] == late.steps[:-1]
+    assert early.steps[-1] < late.steps[-1]  # the last one's step leads beyond the window
+    half = forgetting.kept(lo, decided, 8, 1e4)
+    assert half.steps[:7] == late.steps[:7]
+    assert half.steps[7] > late.steps[7]
+    assert half.share[0] > late.share[0]
+
+
+def test_a_node_is_known_up_to_the_first_that_moved_too_far() -> None:
+    lo, forgetting, control = 100, forgetting_of(), WindowControl()
+    small = (control.wrong * TABLE.sigma[lo + 1 : lo + WIDTH + 1]).tolist()
+    assert forgetting.known(lo, small, [0.0] * WIDTH) == WIDTH
+    assert forgetting.known(lo, [*small[:5], 1.01 * small[5], *small[6:]], [0.0] * WIDTH) == 6
+    assert forgetting.known(lo, [math.nan, *small[1:]], [0.0] * WIDTH) == 1
+    spread = 40 * ELEMENTS * SCALE**2
+    deciding = control.deciding * float(TABLE.sigma[lo + 1]) ** 2 / (ELEMENTS * spread) ** 0.5
+    assert forgetting.small(lo + 1, spread) == pytest.approx(deciding)
+    assert forgetting.known(lo, [1.01 * deciding, *small[1:]], [spread, *[0.0] * (WIDTH - 1)]) == 1
+    assert forgetting.known(lo, [0.99 * deciding, *small[1:]], [spread, *[0.0] * (WIDTH - 1)]) == WIDTH
 
 
 @pytest.mark.parametrize("kind", ["several", "two"])
@@ -124,7 +141,8 @@ def test_no_error_reaches_the_sample_by_more_than_is_said(kind: str, seed: int) 
         kept = kept @ (TABLE.a[n, 0] * torch.eye(ELEMENTS, dtype=torch.float64) + TABLE.b[n, 0] * path.derivatives[n])
         most.insert(0, float(torch.linalg.matrix_norm(kept, 2)))
     for lo in range(0, TABLE.steps - WIDTH, 4):
-        shares = forgetting.kept(lo, path.seen(forgetting, lo)).share
+        spreads = path.seen(forgetting, lo)
+        shares = forgetting.kept(lo, spreads, WIDTH, max(spreads)).share
         for node, share in enumerate(shares, lo + 1):
             assert most[node] <= 1.001 * share, (node, most[node], share)
             forgot += share < 0.1

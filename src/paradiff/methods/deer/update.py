@@ -88,6 +88,9 @@ class DiagonalUpdate:
     def advance(self, passed: int) -> None:
         """Nothing is kept."""
 
+    def keep(self, count: int) -> None:
+        """Nothing is kept."""
+
     def forget(self) -> None:
         """A state overflowed: sweeps with the plain slope go on."""
         self._trusted = torch.zeros_like(self._trusted)

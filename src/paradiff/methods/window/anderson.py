@@ -86,6 +86,10 @@ class AndersonUpdate:
             self._last = self._last[0][passed:], self._last[1][passed:]
             self._dx, self._dr = self._dx[passed:], self._dr[passed:]
 
+    def keep(self, count: int) -> None:
+        """Its history is of all nodes of the window."""
+        self.forget()
+
     def forget(self) -> None:
         """A state overflowed: plain sweeps go on."""
         self._last = None

@@ -164,6 +164,10 @@ class ErrorBudget:
         if math.isfinite(size):
             self._tell(self._control.carried_caution * size, decides * size, tolerance)
 
+    def keep(self, count: int) -> None:
+        """Only the first nodes of the window stay, so many sub-intervals; what was predicted of others is not used."""
+        self._predicted = self._predicted[:count]
+
     def forget(self) -> None:
         """A sweep overflowed: its one node that became final is exact, and nothing was observed."""
         self._predicted = []

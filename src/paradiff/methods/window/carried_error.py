@@ -66,6 +66,11 @@ class CarriedError:
         if self._own is not None:
             self._own.forget()
 
+    def keep(self, count: int) -> None:
+        """The window keeps its first `count` nodes; the others are filled afresh."""
+        if self._own is not None:
+            self._own.keep(count)
+
     def look(self, lo: int, hi: int) -> Tensor | None:
         """Carries the errors to the nodes after `lo`, up to `hi`, for `advance`.
 

@@ -14,12 +14,18 @@ D[k+1] - D[k] = C w[k] about, which shows its Frobenius norm, and this bounds it
 
     |C|_F^2 = mean of d |D[k+1] - D[k]|^2/|w[k]|^2 for d numbers,      J[k] = alpha[k]/sigma[k]^2 |C|_F,                (2)
 
-the mean is over a few nodes about k. Beyond the window C is taken to be as large as at its last nodes:
-the more of the noise is gone, the less data are left that a state may come from. Where a sample begins to decide g is 1, and
-from there on errors count in full.
+the mean is over a few nodes about k. Where a sample begins to decide g is 1, and from there on errors count in full.
 
-The first order says nothing of a node whose state is wrong by more than a small part of its noise: f is 1 there. With g an
-error of the window's nodes is carried along it, too: it stands before the sum of equation (1) of budget.py.
+The first order says nothing of a node whose state is wrong by so much that the data look otherwise from it. An error e (root
+mean square of d numbers) moves the logarithm of how likely one datum is beside another by alpha/sigma^2 times its product with
+their difference, so that f is 1 where
+
+    e > w sigma,      or      e > v sigma^2/(alpha (d |C|_F)^1/2),                                                 (3)
+
+with the control's `wrong` for w and `deciding` for v. Nor do nodes say anything of C whose own changes are as large: they were
+evaluated elsewhere, perhaps on the way to another outcome (astray.py), from which all looks decided. From the first of them on,
+and beyond the window, C is taken to be as large as it was ever seen to be. With g an error of the window's nodes is carried
+along it, too: it stands before the sum of equation (1) of budget.py.
 
 It is looked at in windows that are not narrow, on one-step chains of more than `volatile` volatility.
 """
@@ -61,9 +67,10 @@ class Forgetting:
     Args:
         step: The table on a device; it reads one step back.
         control: The tuned numbers.
+        elements: Elements of a sample, or of a member.
     """
 
-    def __init__(self, step: Step, control: WindowControl) -> None:
+    def __init__(self, step: Step, control: WindowControl, elements: int) -> None:
         table = step.table
         self._table, self._members, self._control = table, step.members, control
         frozen, clean = freeze_clean_data(table)[:, 0].abs(), (table.b[:, 0] / table.q).abs()
@@ -71,6 +78,8 @@ class Forgetting:
         self._frozen, self._answered = frozen, clean * evidence  # g is the one and |C| times the other
         passed = torch.cat([snr.diff(), snr.new_ones(1)])
         self._columns = step.move(torch.stack([evidence, table.p, table.q, passed]))
+        deciding = control.deciding * table.sigma[:-1] ** 2 / (table.alpha[:-1].clamp(min=1e-12) * math.sqrt(elements))
+        self._wrong, self._deciding = (control.wrong * table.sigma).tolist(), [*deciding.tolist(), math.inf]
 
     def __call__(self, lo: int, states: Tensor, outputs: Tensor) -> Tensor:
         """`[W, b]` |C|_F of equation (2) about each node, for each member; infinite for a single node.
@@ -91,19 +100,38 @@ class Forgetting:
         about = torch.nn.functional.avg_pool1d(squares.T[None], 2 * ABOUT + 1, 1, ABOUT, count_include_pad=False)[0].T
         return torch.cat([about, about[-1:]]).sqrt()
 
-    def kept(self, lo: int, spreads: Sequence[float]) -> Kept:
+    def small(self, node: int, spread: float) -> float:
+        """The largest root mean square error of a node that counts as small, equation (3), where |C|_F is `spread`."""
+        return min(self._wrong[node], self._deciding[node] / math.sqrt(max(spread, 1e-300)))
+
+    def known(self, lo: int, changes: Sequence[float], spreads: Sequence[float]) -> int:
+        """How many of a window's leading nodes have been evaluated near their states, of which alone |C|_F tells.
+
+        Args:
+            lo: The window's first node.
+            changes: `[W]` root mean square changes of the nodes after it, for one member.
+            spreads: `[W]` |C|_F about the nodes from it on.
+        """
+        for k, change in enumerate(changes[:-1]):
+            if not change <= self.small(lo + 1 + k, spreads[k]):
+                return 1 + k
+        return len(changes)
+
+    def kept(self, lo: int, spreads: Sequence[float], known: int, largest: float) -> Kept:
         """What is left of errors.
 
         Args:
             lo: The window's first node.
             spreads: `[W]` |C|_F about its nodes, for one member; one that is not finite says nothing.
+            known: Of how many leading nodes they tell.
+            largest: The largest of them that was ever known, which is taken for all other nodes.
         """
-        begin, end, steps = lo + 1, lo + len(spreads), self._table.steps
-        spread = torch.tensor([*spreads[1:], *[spreads[-1]] * (steps - end + 1)], dtype=torch.float64)[: steps - begin]
+        begin, end, steps = lo + 1, lo + known, self._table.steps
+        spread = torch.tensor([*spreads[1:known], *[largest] * (steps - end + 1)], dtype=torch.float64)[: steps - begin]
         spread = spread.nan_to_num(nan=math.inf)
         carried = (self._frozen[begin:] + self._answered[begin:] * spread).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
         share = carried.flip(0).cumprod(0).flip(0)
         whole = torch.ones(len(spreads), dtype=torch.float64)  # of the chain's end nothing is forgotten
         left, through = (torch.cat([v, whole])[: len(spreads)].tolist() for v in (share, carried))
-        most = self._control.wrong * self._table.sigma[begin : end + 1]
-        return Kept(left, through, most.tolist())
+        seen = [*spreads[1:known], *[largest] * (len(spreads) - known + 1)]
+        return Kept(left, through, [self.small(node, v) for node, v in enumerate(seen, begin)])

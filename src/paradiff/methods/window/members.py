@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from paradiff.chain.data_scale import seen, unusual
 from paradiff.methods.window.budget import ErrorBudget
+from paradiff.methods.window.forgetting import Forgetting, Kept
 from paradiff.methods.window.setup import WindowSetup
 
 
@@ -30,6 +31,7 @@ class Member:
         self._setup = setup
         self.size = 1.0
         self._seen = 1.0  # the same by the last sweep alone
+        self._largest = 0.0  # the most that data were seen to be undecided
         factor, self.passes = setup.scaled(self.size)
         self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
 
@@ -48,6 +50,19 @@ class Member:
             self.size = size
             factor, self.passes = self._setup.scaled(size)
             self.budget.weigh(factor, self.passes.allowed(first))
+
+    def kept(self, forgetting: Forgetting, first: int, change: Sequence[float], spreads: Sequence[float]) -> Kept:
+        """What is left of errors.
+
+        Args:
+            forgetting: What the chain forgets.
+            first: The window's first node.
+            change: `[W]` root mean square change of each node after it.
+            spreads: `[W]` |C|_F about the nodes from it on (forgetting.py).
+        """
+        known = forgetting.known(first, change, spreads)
+        self._largest = max([self._largest, *(v for v in spreads[:known] if math.isfinite(v))])
+        return forgetting.kept(first, spreads, known, self._largest)
 
     def recount(self, square: float) -> None:
         """Counts the budget for the mean square of the member's own sample."""
@@ -111,7 +126,7 @@ class Members:
             if forgetting is None:
                 member.budget.observe(first, list(change), answer)
             else:
-                member.budget.observe(first, list(change), kept=forgetting.kept(first, answer))
+                member.budget.observe(first, list(change), kept=member.kept(forgetting, first, change, answer))
             passed = min(passed, member.passes(first, of_rule, ages, member.budget))
         for member in self._each:
             member.budget.accept(passed, member.passes.allowed(first + passed))
@@ -132,6 +147,11 @@ class Members:
         """Counts the budgets for the mean squares of the members' own samples."""
         for member, square in zip(self._each, squares, strict=True):
             member.recount(square)
+
+    def keep(self, count: int) -> None:
+        """Only the first nodes of the window stay, so many sub-intervals."""
+        for member in self._each:
+            member.budget.keep(count)
 
     def forget(self) -> None:
         """A sweep overflowed: its nodes that became final are exact, and nothing was observed."""

@@ -118,7 +118,7 @@ class WindowSetup:
         looks = self.by_error and self.single and on_a_path(table)
         self.path = PathAnswer(self.step, method.control.answer_bound) if looks and narrow else None
         forgets = looks and not narrow and self.history == 0 and volatility(table) > method.control.volatile
-        self.forgetting = Forgetting(self.step, method.control) if forgets else None
+        self.forgetting = Forgetting(self.step, method.control, elements) if forgets else None
 
     @cached_property
     def remembered(self) -> RememberedRecurrence:

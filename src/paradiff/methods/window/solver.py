@@ -34,6 +34,7 @@ from paradiff.chain.noise import Noise
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.methods.remembered import remembered
 from paradiff.methods.window.anderson import AndersonUpdate
+from paradiff.methods.window.astray import Astray
 from paradiff.methods.window.carried_error import CarriedError
 from paradiff.methods.window.corrector import Correction
 from paradiff.methods.window.edits import Edits
@@ -119,6 +120,8 @@ class WindowSolver:
         self._rounds: Rounds = SingleSteps(setup) if setup.single else Substeps(setup)
         self._fill = fill_of(setup, x0, guide, begin)
         self._keeper = Keeper(setup.table, x0, KEPT) if keep else None
+        looks = setup.forgetting is not None and guide is None and setup.method.predictor == "clean"
+        self._astray = Astray(setup.table.sigma.tolist(), setup.method.control) if looks else None
         self._held = setup.method.predictor == "held" and begin is None  # whether the window's end is no known state
         self._on_final = _unheard if on_final is None else on_final
         self._block = 1  # the window may reach to this block edge
@@ -211,6 +214,8 @@ class WindowSolver:
         self.update.observe(asked, m)
         if self._carried is not None:
             self._carried.observe(asked, m)
+        if self._astray is not None:
+            self._astray.observe(asked, m)
         read = [asked, *(self.x[place] for place in places[1:])]
         outputs_read = [m, *(self.m[place] for place in places[1:])]
         z = self.z[query.noise_place] if table.stochastic else None
@@ -243,6 +248,8 @@ class WindowSolver:
                 self._fill.follow(self.hi - 1, new[-2] - old[-2])
         if self._carried is not None:
             self._changes = distance
+        if self._astray is not None:
+            self._astray.follow(new - old)
         if self.setup.past_outputs is not None:
             self._moved = self.edits.spare(new - old, 0.0)
         self.x[ends] = new
@@ -295,6 +302,8 @@ class WindowSolver:
             setup.past_outputs.follow(first + 1, outputs, self._moved[: len(outputs)])
             self._moved = self._moved[:0]
         self._slide(passed)
+        if self._astray is not None:
+            self._drop_astray(first, rms)
         if setup.method.corrector is not None and self.lo in setup.blocks and setup.table.sigma[self.lo] > 0:
             place = setup.blocks.index(self.lo) - 1
             state = (self.noise, self.sample, self.final)
@@ -330,6 +339,26 @@ class WindowSolver:
         self.lo += passed
         self.ages = self.ages[passed:]
 
+    def _drop_astray(self, first: int, rms: list[float]) -> None:
+        """Drops the nodes that went astray, so that they are filled afresh.
+
+        Args:
+            first: The window's first node in the last sweep.
+            rms: `[W]` root mean square change of each node after it.
+        """
+        assert self._astray is not None
+        row = self._astray.row(first, rms) if math.isfinite(sum(rms)) else None
+        if row is None or row.node + 2 >= self.hi:
+            return
+        self._fill.observe(row.node, row.state, row.output)
+        self._fill.follow(row.node, row.change)
+        count = max(row.node + 1 - self.lo, 0)
+        self.update.keep(count)
+        if self._carried is not None:
+            self._carried.keep(count)
+        self.members.keep(count)
+        self._shorten(count)
+
     def _salvage(self) -> int:
         """Keeps the finite head of a window in which some state overflowed or some output was not finite; how many nodes that
         is. The rest is filled afresh, from nothing that was observed, as the newest output may have overflowed."""
@@ -346,10 +375,14 @@ class WindowSolver:
         Args:
             width: Nodes that stay, one at least.
         """
-        setup = self.setup
         self.update.forget()
         if self._carried is not None:
             self._carried.forget()
+        self._shorten(width)
+
+    def _shorten(self, width: int) -> None:
+        """Drops the nodes of the window beyond its first ones."""
+        setup = self.setup
         self.hi = min(self.hi, self.lo + width)
         self.ages = self.ages[: self.hi - self.lo]
         keep = setup.edges[self.hi] - setup.edges[self.lo]

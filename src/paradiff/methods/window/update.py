@@ -41,6 +41,10 @@ class Update(Protocol):
         """The window slides by `passed` nodes."""
         ...
 
+    def keep(self, count: int) -> None:
+        """The window keeps its first `count` nodes; the others are filled afresh."""
+        ...
+
     def forget(self) -> None:
         """A state overflowed: what was observed is not used."""
         ...
@@ -67,6 +71,9 @@ class NewtonUpdate:
         return new - old if self._setup.sloped else (phi - old).flatten(1).cumsum(0).view_as(phi)
 
     def advance(self, passed: int) -> None:
+        """Nothing was learnt."""
+
+    def keep(self, count: int) -> None:
         """Nothing was learnt."""
 
     def forget(self) -> None:
@@ -218,6 +225,11 @@ class SecantUpdate:
         """Drops the pairs of the nodes that passed."""
         if self.secants is not None:
             self.secants.advance(passed)
+
+    def keep(self, count: int) -> None:
+        """Drops the pairs of the nodes that are filled afresh."""
+        if self.secants is not None:
+            self.secants.keep(count)
 
     def forget(self) -> None:
         """Drops all pairs."""
