@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from adversary import Adversary
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from paradiff import parallelize, parasolver
@@ -143,36 +145,90 @@ def test_weights_that_are_left_alone_are_not_copied() -> None:
     assert float((found - plain).square().mean().sqrt()) < 1e-4
 
 
-def test_a_callback_that_changes_weights_is_refused() -> None:
-    class Pipe(diffusers.DiffusionPipeline):
-        _callback_tensor_inputs = ("latents",)
+class Pipe(diffusers.DiffusionPipeline):
+    """A pipeline that calls a callback after each step."""
 
-        def __init__(self, net: Wide, scheduler: Any) -> None:
-            super().__init__()
-            self.register_modules(net=net, scheduler=scheduler)
+    _callback_tensor_inputs = ("latents",)
 
-        @torch.no_grad()
-        def __call__(self, generator: torch.Generator, callback_on_step_end: Any = None) -> Tensor:
-            self.scheduler.set_timesteps(20)
-            latents = torch.randn(2, 8, generator=generator)
-            for i, t in enumerate(self.scheduler.timesteps):
-                latents = self.scheduler.step(self.net(latents, t), t, latents)[0]
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, i, t, {"latents": latents})
-            return latents
+    def __init__(self, net: Wide, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(net=net, scheduler=scheduler)
 
-    def callback(pipe: Any, step: int, time: Any, tensors: Any) -> Any:
-        if step == 7:
-            pipe.net.b.weight.mul_(0.8)
-        return tensors
+    @torch.no_grad()
+    def __call__(self, generator: torch.Generator, callback_on_step_end: Any = None) -> Tensor:
+        self.scheduler.set_timesteps(20)
+        latents = torch.randn(2, 8, generator=generator)
+        for i, t in enumerate(self.scheduler.timesteps):
+            latents = self.scheduler.step(self.net(latents, t), t, latents)[0]
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, i, t, {"latents": latents})
+        return latents
 
+
+def scaled(pipe: Any, step: int, time: Any, tensors: Any, by: float = 0.8) -> Any:
+    """Writes to weights after a step, of which torch counts a version."""
+    if step == 7:
+        pipe.net.b.weight.mul_(by)
+    return tensors
+
+
+def through_data(by: float, pipe: Any, step: int, time: Any, tensors: Any) -> Any:
+    """The same, of which it counts none."""
+    if step == 7:
+        pipe.net.b.weight.data.mul_(by)
+    return tensors
+
+
+class Object:
+    """What is called is an object, or a method of one."""
+
+    def __call__(self, *given: Any) -> Any:
+        return self.scaled(*given)
+
+    def scaled(self, *given: Any) -> Any:
+        return through_data(0.8, *given)
+
+
+class Derived(PipelineCallback):
+    """What is called is a method of diffusers, which calls one of the user's."""
+
+    tensor_inputs = ("latents",)
+
+    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: Any) -> Any:
+        return through_data(0.8, pipeline, step_index, timestep, callback_kwargs)
+
+
+class Holding:
+    """An object that has the function from its maker."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *given: Any) -> Any:
+        return self.function(*given)
+
+
+CALLBACKS: dict[str, Any] = {
+    "a function": lambda: scaled,
+    "a function, through data": lambda: lambda *given: through_data(0.8, *given),
+    "a partial": lambda: functools.partial(through_data, 0.8),
+    "an object": Object,
+    "a method": lambda: Object().scaled,
+    "an object that holds a function": lambda: Holding(functools.partial(through_data, 0.8)),
+    "one of diffusers": lambda: Derived(cutoff_step_ratio=None, cutoff_step_index=7),
+    "several of diffusers": lambda: MultiPipelineCallbacks([Derived(cutoff_step_ratio=None, cutoff_step_index=7)]),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_that_changes_weights_is_refused(name: str) -> None:
     samples, weights, told = [], [], []
     for parallel in (False, True):
         pipe: Any = Pipe(network := Wide(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
         call = parallelize(pipe, parasolver(tolerance=1e-3)) if parallel else pipe
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            samples.append(call(generator=torch.Generator().manual_seed(3), callback_on_step_end=callback))
+            samples.append(call(generator=torch.Generator().manual_seed(3), callback_on_step_end=CALLBACKS[name]()))
         weights.append(network.b.weight.detach().clone())
         told = call.report.warnings if parallel else told
     assert torch.equal(*samples)

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.random_state import Snapshot
@@ -44,7 +46,7 @@ class Beginning:
         self._random = Snapshot(arguments)
         classes = [(one.__name__, one) for one in (kind, type(owner))]
         methods = [*classes, *((method.__name__, method) for method in users_methods(kind))]
-        given = [value for value in arguments.values() if isinstance(value, types.FunctionType)]
+        given = functions_within({name: value for name, value in arguments.items() if callable(value)}, networks)
         self._memory = Memory([*networks.items(), *data.items(), *methods], owners=[owner])
         self.weights = Weights(networks, [*users_methods(kind), *given, *self._memory.functions])
         self._surroundings = Surroundings()
@@ -106,6 +108,16 @@ class PlainBeginning:
         self._memory.restore()
         self._random.restore()
         self._surroundings.restore()
+
+
+def functions_within(given: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> list[types.FunctionType]:
+    """The users' functions that a call of some functions, methods, partials or objects may reach, without those of networks.
+
+    Args:
+        given: What is called, each with its name.
+        networks: The networks.
+    """
+    return Memory(given.items(), leave=[part for network in networks.values() for part in network.modules()]).functions
 
 
 def hooks_memory(host: Host, readers: list[types.FunctionType]) -> Memory | None:

@@ -254,11 +254,17 @@ class Walk:
                 if isinstance(owner, type):
                     self._walk(owner, path, "")
                 for name, part in Holder(owner, path).read().items():
-                    named = (name in self._names and name not in MAKERS) or name == "__call__"
+                    named = (name in self._names and name not in MAKERS) or name == "__call__" or overrides(value, name)
                     if named and (id(owner), name) not in self._reached:
                         self._reached.add((id(owner), name))
                         self._walk(function_of(part), f"{path}.{name}", name)
         return len(self._reached) > before
+
+
+def overrides(value: Any, name: str) -> bool:
+    """Whether a method of a user's object stands for one of a models' library, whose own methods may call it."""
+    bases = [base for base in type(value).__mro__ if base.__module__.partition(".")[0] in MODELS]
+    return name not in MAKERS and any(callable(vars(base).get(name)) for base in bases)
 
 
 def _installed(module: types.ModuleType) -> bool:
