@@ -22,6 +22,7 @@ from paradiff import parallelize, quasi_newton
 
 if Version(D.__version__) < Version("0.42"):
     pytest.skip("these blocks are those of the newest diffusers", allow_module_level=True)
+from diffusers.modular_pipelines.z_image.denoise import ZImageDenoiseStep  # noqa: E402
 
 STEPS = 14
 SIZE = {"height": 32, "width": 32, "num_inference_steps": STEPS}
@@ -251,3 +252,61 @@ def test_a_block_that_counts_within_a_parallel_block_is_called_in_order() -> Non
         found = family.call(pipe)
     assert torch.equal(plain, found)
     assert block.calls == STEPS
+
+
+class Averaging(ZImageDenoiseStep):
+    """A loop whose sample is the mean of all its states; its step is in a block within a loop over blocks."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> Any:
+        own, total = self.get_block_state(state), 0.0
+        for i, t in enumerate(own.timesteps):
+            components, own = self.loop_step(components, own, i=i, t=t)
+            total = total + own.latents
+        own.latents = total / len(own.timesteps)
+        self.set_block_state(state, own)
+        return components, state
+
+
+class Between(ZImageDenoiseStep):
+    """A loop whose sample is the mean of its last two states."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any) -> Any:
+        own = self.get_block_state(state)
+        for i, t in enumerate(own.timesteps):
+            before = own.latents
+            components, own = self.loop_step(components, own, i=i, t=t)
+        own.latents = (before + own.latents) / 2
+        self.set_block_state(state, own)
+        return components, state
+
+
+def with_loop(loop: Any) -> Any:
+    """The z_image pipeline with another loop."""
+    pipe = FAMILIES["z_image"].make()
+    for block in blocks_of(pipe._blocks):
+        for name, part in list(block.sub_blocks.items()):
+            if hasattr(part, "loop_step"):
+                block.sub_blocks[name] = loop()
+    return pipe
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("loop", "method", "said"),
+    [
+        (Averaging, METHODS["coarse"], "its passes leave total to the next one"),
+        (Between, paradiff.collocation(window=4), "its last pass leaves before to what follows the loop, and collocation"),
+    ],
+)
+def test_a_loop_of_ones_own_that_keeps_more_than_its_last_state_is_found(loop: Any, method: Any, said: str, whole: bool) -> None:
+    family = FAMILIES["z_image"]
+    plain, pipe = family.call(with_loop(loop)), with_loop(loop)
+    if whole:
+        call = parallelize(pipe, method)
+    else:
+        paradiff.pipelines.parallel_blocks(pipe._blocks, method)
+        call = pipe
+    with pytest.warns(RuntimeWarning, match=said):
+        assert torch.equal(family.call(call), plain)

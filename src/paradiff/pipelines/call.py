@@ -134,7 +134,11 @@ class Call:
                         self._known.keep_plain(settings.method, str(error))
                     return self._plainly(str(error))
                 own = users_error(callback, observer)
-                if (own is error and not isinstance(own, Unsupported)) or is_refusal(error):
+                if own is error and not isinstance(own, Unsupported):
+                    raise
+                if is_refusal(error):
+                    assert beginning is not None
+                    beginning.restore()
                     raise
                 if own is not None and not isinstance(own, Unsupported):
                     raise own from None  # Python put another error around it

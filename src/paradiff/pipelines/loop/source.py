@@ -66,8 +66,12 @@ def refuse_what_is_handed_on(pipeline: type, method: Method, pulls: Sequence[Pul
             raise Unsupported(f"its passes hand their states on, one by one, to what keeps them: {line}")
         _refuse(loop, method)
     unread = ""
-    known = {loop.line for loop in read_loops(pipeline)}
+    # The loop of a modular pipeline's block steps in a function of another block, so that it was not read before.
+    known = set[str]() if hasattr(pipeline, "loop_step") else {loop.line for loop in read_loops(pipeline)}
+    asked = {id(pull.frame) for pull in pulls}
+    within = any(id(frame) in asked for frame in frames())  # a pass may have loops of its own, as over the parts of its network
     for frame in frames():
+        within &= id(frame) not in asked
         loop = loop_at(pipeline, frame.f_code, frame.f_lineno)
         if loop is None:
             unread = unread or ("" if has_source(frame.f_code) else frame.f_code.co_name)
@@ -81,7 +85,8 @@ def refuse_what_is_handed_on(pipeline: type, method: Method, pulls: Sequence[Pul
         if loop.line in known:
             return
         _refuse(loop, method)
-        return
+        if not within:
+            return
     if unread:
         raise Unsupported(
             f"the source of {unread}, where its loop may be, cannot be read, so that what passes leave in variables is not "
