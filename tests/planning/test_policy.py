@@ -145,6 +145,21 @@ def test_held_noise_stays_and_every_draw_is_another() -> None:
     assert torch.equal(policy.noise.draw(0, range(4)), before)
 
 
+@pytest.mark.parametrize("noise", ["held", "shifted"])
+@pytest.mark.parametrize("steps", [10, 20, 30])
+def test_plans_on_a_chain_that_ends_amid_the_noise_keep_to_their_estimates(steps: int, noise: Any) -> None:
+    table = TABLE[:steps]
+    for seed in range(4):
+        policy = Policy(network, table, SHAPE, seed=seed, noise=noise, executed=2)
+        seen = torch.tensor([[0.0, -0.5], [0.3, 0.2], [-0.2, 0.0]])
+        for _ in range(3):
+            off = (policy.act(seen) - plain(policy, seen, table)).square().mean((1, 2)).sqrt()
+            assert policy.report is not None
+            told = torch.tensor(policy.report.estimated_errors)
+            assert (off <= 2 * told + 1e-6).all()  # the last is rounding
+            seen = moved(seen)
+
+
 def acted(*observations: Any, **options: Any) -> Policy:
     policy = Policy(network, TABLE, SHAPE, **options)
     for observation in observations:

@@ -13,6 +13,7 @@ method over all nodes, from its first round on, where
 - states hold less noise than their levels say, by more than the control's `most_shortfall`, or `most_other_shortfall` where
   steps are not those of ancestral sampling (chain/shortfall.py) or states are not averaged;
 - the model's outputs vary from node to node (`Problem.smooth`);
+- a sample begins from an earlier run's, and the chain ends while more than the control's `most_undecided` is noise;
 - the coefficients would multiply the network's rounding by more than the control's `most_gain`: neither sample nor estimate
   could be trusted.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paradiff.chain.sensitivity import log_snr, undecided
 from paradiff.chain.shortfall import shortfall, steps_of_ancestral
 from paradiff.chain.table import Table
 from paradiff.chain.volatility import volatility
@@ -91,6 +93,20 @@ def too_few_steps(table: Table, nodes: int, share: float) -> str | None:
     if nodes <= share * table.steps:
         return None
     return f"a chain of {table.steps} step{'s' * (table.steps > 1)} leaves little to interpolate between {nodes} nodes"
+
+
+def ends_early(table: Table, most: float) -> str | None:
+    """Why the samples of a chain that begin from an earlier run's are not interpolated: the chain ends while much is undecided.
+    None where it does not.
+
+    Args:
+        table: The chain.
+        most: The largest share of the noise in a sample's variance, for data of mean square 1.
+    """
+    found = float(undecided(log_snr(table)[-1]))
+    if found <= most:
+        return None
+    return f"the chain ends with {100 * found:.0f} % of noise, where a few evaluations tell little of what early changes become"
 
 
 def unfit_coefficients(recurrence: Recurrence, system: CollocationSystem, most_gain: float) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from paradiff.chain.table import Table
-from paradiff.methods.collocation.conditions import NOT_SMOOTH, unfit_coefficients
+from paradiff.methods.collocation.conditions import NOT_SMOOTH, ends_early, unfit_coefficients
 from paradiff.methods.collocation.handover import Handover, WindowLoop
 from paradiff.methods.collocation.options import CollocationOptions
 from paradiff.methods.collocation.setup import CollocationSetup
@@ -40,6 +40,8 @@ class Way:
     def __init__(self, options: CollocationOptions, problem: Problem) -> None:
         table = _target(options, problem.table)
         self.unfit = options.unfit(table, options.stored(table)) if problem.smooth else NOT_SMOOTH
+        if self.unfit is None and problem.trajectory is not None:
+            self.unfit = ends_early(table, options.control_on(table).most_undecided)
         self.setup: CollocationSetup | None = None
         arithmetic = {
             "device": problem.device,
