@@ -102,9 +102,16 @@ def test_files_that_are_none_are_refused(trajectory: Trajectory, tmp_path: Path)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"is no stored trajectory"):
         Trajectory.load(path)
-    save_file(tensors, path, metadata={"paradiff": "{"})
-    with pytest.raises(ValueError, match=r"is no stored trajectory"):
-        Trajectory.load(path)
+    told = json.loads(about["paradiff"])
+    texts = ["{", "[" * 100_000, *(json.dumps(told | {name: 1e400}) for name in ("steps", "samples"))]
+    for text in texts:
+        save_file(tensors, path, metadata={"paradiff": text})
+        with pytest.raises(ValueError, match=r"is no stored trajectory"):
+            Trajectory.load(path)
+    for points in ([0, 5, 5, 24], [0, 9, 5, 24], [1, 24], [0, 25], [[0, 5], [9, 24]], [0.0, 24.0], []):
+        save_file(tensors | {"0/points": torch.tensor(points)}, path, metadata=about)
+        with pytest.raises(ValueError, match=r"mesh points are not in order from node 0 to the end, node 24"):
+            Trajectory.load(path)
 
 
 def test_a_trajectory_outlives_its_file(trajectory: Trajectory, tmp_path: Path) -> None:

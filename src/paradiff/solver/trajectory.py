@@ -237,8 +237,8 @@ def _parsed(path: Path, about: Any, tensors: Mapping[str, Tensor]) -> Trajectory
         if not parts:
             raise KeyError("0/nodes")
         return Trajectory(str(told["table"]), str(told["digest"]), steps, shape, parts, str(told["model"]))
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else _line(error)
         raise ValueError(f"{str(path)!r} is no stored trajectory ({why}); give a file that Trajectory.save wrote") from error
 
 
@@ -258,6 +258,10 @@ def _part(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], step
         if change is not None and (change.shape[:1] + change.shape[2:] != states.shape or change.dtype != states.dtype):
             raise ValueError(f"its changes have shape {tuple(change.shape)} and {change.dtype}")
     points = tensors.get(f"{name}/points")
+    if points is not None:
+        whole = points.dtype == torch.int64 and points.ndim == 1 and len(points) > 1
+        if not whole or bool((points.diff() <= 0).any()) or int(points[0]) != 0 or int(points[-1]) != steps:
+            raise ValueError(f"its mesh points are not in order from node 0 to the end, node {steps}")
     base = _part(f"{name}/base", tensors, shape, steps) if f"{name}/base/nodes" in tensors else None
     return Part(nodes, states, clean, None if points is None else tuple(points.tolist()), base, *changes)
 
