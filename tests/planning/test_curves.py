@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,38 @@ def test_a_folder_that_cannot_be_made_costs_a_sentence_alone(tmp_path: Path) -> 
     _, notes, calls = found(Network(), tmp_path / "file" / "below")
     assert calls > 0
     assert "was not kept" in notes[0]
+
+
+def damped(x: Tensor, t: Tensor) -> Tensor:
+    """A network that answers to each row by itself."""
+    return torch.sin(x) / 2
+
+
+def test_an_entry_that_is_no_file_is_left_out_and_not_waited_for(tmp_path: Path) -> None:
+    store = Store("curve", tmp_path)
+    path = store.path("a")
+    assert path is not None
+    os.mkfifo(path)
+    content, said = store.read("a", {})
+    assert content is None
+    assert said is not None
+    assert "it is no regular file" in said
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 5000])
+def test_a_folder_whose_name_is_too_long_costs_a_sentence_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, name)
+    table = paradiff.samplers.ddim(paradiff.Schedule.linear(), 10)
+    method, noise = paradiff.quasi_newton(), paradiff.Keyed((2,), 0)
+    assert paradiff.sample(damped, table, noise, method).sample.shape == (1, 2)
+    said = paradiff.calibrate(damped, table, method, range(20), shape=(2,)).notes
+    assert "File name too long" in said[0]
+
+
+def test_the_folder_of_an_unknown_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, "~nobody-is-called-so/x")
+    with pytest.raises(ValueError, match="PARADIFF_CACHE is '~nobody-is-called-so/x', and the home of that user is not known"):
+        cache_folder()
 
 
 def test_files_are_whole_whatever_is_written_at_once(tmp_path: Path) -> None:

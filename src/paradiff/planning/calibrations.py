@@ -8,6 +8,7 @@ tolerance and window among them, the dtypes, and the versions. A run of any othe
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def stored_calibration(subject: Subject, folder: Path | None = None) -> tuple[Ca
     """
     kept = store(folder)
     path = kept.path(subject.key)
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):  # which no name is too long for
         return None, []
     content, notice = kept.read(subject.key, subject.facts)
     if content is None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from paradiff.errors import shown
 from paradiff.lock import locked
 
 FOLDER = "PARADIFF_CACHE"
@@ -28,10 +30,19 @@ PATIENCE = 2.0
 
 
 def cache_folder() -> Path | None:
-    """Where entries lie; None where the user wants none."""
+    """Where entries lie; None where the user wants none.
+
+    Raises:
+        ValueError: If the folder is that of a user whom this machine does not know.
+    """
     named = os.environ.get(FOLDER)
     if named is not None:
-        return Path(named).expanduser() if named.strip() else None
+        try:
+            return Path(named).expanduser() if named.strip() else None
+        except RuntimeError as error:
+            raise ValueError(
+                f"{FOLDER} is {shown(named)}, and the home of that user is not known; name another folder, or none, as ''"
+            ) from error
     from platformdirs import user_cache_path
 
     return user_cache_path("paradiff", appauthor=False)
@@ -62,7 +73,10 @@ class Store:
     @property
     def empty(self) -> bool:
         """Whether there is no entry of this kind."""
-        return self._folder is None or next(self._folder.glob(f"{self._kind}-*.json"), None) is None
+        try:
+            return self._folder is None or next(self._folder.glob(f"{self._kind}-*.json"), None) is None
+        except OSError:  # such as a name that is too long
+            return True
 
     def read(self, key: str, facts: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
         """An entry, and a sentence where a file was there and was left out.
@@ -75,7 +89,10 @@ class Store:
         if path is None:
             return None, None
         try:
-            if path.stat().st_size > MOST_BYTES:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                return None, self._ignored(path, "it is no regular file")
+            if found.st_size > MOST_BYTES:
                 return None, self._ignored(path, "it is too large to be one of ours")
             found = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
