@@ -225,6 +225,7 @@ def test_a_callback_that_scales_an_adapter_is_refused_with_the_name_of_the_setti
     pipe = CASES["sd"].make()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     name, layer = next((name, part) for name, part in pipe.unet.named_modules() if hasattr(part, "scaling"))
+    before = dict(layer.scaling)
 
     def scale(*_: Any) -> dict[str, Any]:
         layer.scaling["default"] = 0.5
@@ -235,6 +236,25 @@ def test_a_callback_that_scales_an_adapter_is_refused_with_the_name_of_the_setti
         pytest.raises(ValueError, match=re.escape(f"changed {type(pipe.unet).__name__}.{name}.scaling after step")),
     ):
         CASES["sd"].run(pipe, callback_on_step_end=scale)
+    assert layer.scaling == before  # as the sentence asks for a call outside of the block, on the network as it was
+
+
+def test_an_adapter_that_a_refused_callback_fuses_is_as_it_was() -> None:
+    from peft import LoraConfig
+
+    pipe = CASES["sd"].make()
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+
+    def fuse(own: Any, *_: Any) -> dict[str, Any]:
+        own.fuse_lora()
+        return {}
+
+    with parallelize(pipe, parasolver(window=4)), pytest.raises(ValueError, match="callback_on_step_end changed"):
+        CASES["sd"].run(pipe, callback_on_step_end=fuse)
+    after = pipe.unet.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(getattr(part, "merged", False) for part in pipe.unet.modules())
 
 
 def test_a_flag_that_is_asked_for_by_its_name_interrupts() -> None:

@@ -22,7 +22,7 @@ from paradiff import parallelize, quasi_newton
 
 if Version(D.__version__) < Version("0.42"):
     pytest.skip("these blocks are those of the newest diffusers", allow_module_level=True)
-from diffusers.modular_pipelines.z_image.denoise import ZImageDenoiseStep  # noqa: E402
+from diffusers.modular_pipelines.z_image.denoise import ZImageDenoiseStep
 
 STEPS = 14
 SIZE = {"height": 32, "width": 32, "num_inference_steps": STEPS}
@@ -300,7 +300,9 @@ def with_loop(loop: Any) -> Any:
         (Between, paradiff.collocation(window=4), "its last pass leaves before to what follows the loop, and collocation"),
     ],
 )
-def test_a_loop_of_ones_own_that_keeps_more_than_its_last_state_is_found(loop: Any, method: Any, said: str, whole: bool) -> None:
+def test_a_loop_of_ones_own_that_keeps_more_than_its_last_state_is_found(
+    loop: Any, method: Any, said: str, whole: bool
+) -> None:
     family = FAMILIES["z_image"]
     plain, pipe = family.call(with_loop(loop)), with_loop(loop)
     if whole:

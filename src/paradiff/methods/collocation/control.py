@@ -357,11 +357,11 @@ class CollocationControl:
             chains.
         most_other_shortfall: The same of other chains, whose states do not move as the averaged state takes them to
             (interval.py, equation (5)), and at states that are not averaged. Raising it interpolates such chains.
-        most_undecided: Largest share of the noise in the variance of a sample, 0 to 1, for data of mean square 1, on a chain whose
-            samples begin from an earlier run's and are interpolated; where a chain ends earlier, the window method solves all
-            nodes. What early changes become is contracted by the steps at little noise, and the staleness counts on it. Plans
-            by one of two ways (tests/planning/test_policy.py) on the first 10, 20, 30 and 36 of 40 steps, shares of 0.02 to
-            0.83, seeds 0 to 3: 21 of 192 that began from the last plan erred by more than twice their estimate with 1, none with
+        most_undecided: Largest share of the noise in the variance of a sample, 0 to 1, for data of mean square 1, on a chain
+            whose samples begin from an earlier run's and are interpolated; where a chain ends earlier, the window method
+            solves all nodes. Steps at little noise contract what early changes become, and the staleness counts on it. Plans by
+            one of two ways (tests/planning/test_policy.py) on the first 10, 20, 30 and 36 of 40 steps, shares of 0.02 to 0.83,
+            seeds 0 to 3: 21 of 192 that began from the last plan erred by more than twice their estimate with 1, none with
             0.01. Raising it interpolates samples of such chains.
         most_square: Largest mean square of the data, positive and by powers of 2, of a sample that is interpolated; the window
             method takes larger ones over. Large data decide at high noise levels, where a mesh has few nodes. Two points in the
