@@ -3,7 +3,7 @@
 
 - latency: one request at a time. How many times as fast a request by `auto` is as one by single steps, beside the factor that
   `paradiff.plan` foretells for the model and the chain; also for calls that take as long on many rows as on one.
-- throughput: many requests at once, beside the same samples in batches of the sequential chain.
+- throughput: many requests at once, beside the same samples by a plain loop over full batches of the sequential chain, in turn.
 - requests: 200 of mixed chains, seeds and methods over HTTP, each compared with its own sequential sample.
 - kills: a server that is killed amid its work, and the next one on its folder; another that is terminated.
 
@@ -40,6 +40,8 @@ from paradiff.app.request import Request
 from paradiff.app.serve import served
 from paradiff.app.web import Server
 from paradiff.chain.noise import Keyed
+from paradiff.chain.step import Step
+from paradiff.chain.table import Table
 from paradiff.models.pixel import Model
 from paradiff.models.pixel import load as load_model
 from paradiff.serving import Engine, SampleRequest, ServedModel
@@ -138,25 +140,46 @@ def latency(kind: str, sampler: str, steps: int, seeds: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def in_batches(model: Model, table: Table, seeds: range) -> torch.Tensor:
+    """Samples `[B, ...]` of the sequential chain in full batches, by a plain loop: one call of the network a step, and the
+    noises of each sample drawn by a generator of its own, as diffusers draws them."""
+    step, found = Step(table, torch.device("cpu"), torch.float32), []
+    for first in seeds[::ACTIVE]:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(first, min(first + ACTIVE, seeds.stop))]
+
+        def drawn(generators: list[torch.Generator] = generators) -> torch.Tensor:
+            return torch.stack([torch.randn(model.shape, generator=generator) for generator in generators])
+
+        x = table.start_scale * drawn()
+        for i in range(table.steps):
+            at = slice(i, i + 1)
+            m = model(step.seen(at, x), step.t[i].expand(len(x)))
+            x = step(at, [x], [table.convert(at, x, m)], drawn() if table.stochastic else None)
+        found.append(x)
+    return torch.cat(found)
+
+
 def throughput(sampler: str, steps: int, count: int, turns: int) -> dict[str, Any]:
     """Many requests at once, and the same samples in batches, in turn."""
     model, given = model_of("own")
     table = given.chain(SampleRequest(sampler=sampler, steps=steps))
-    evaluator, engine = Evaluator(model), Engine(given, active=ACTIVE, queue=count)
+    assert table.band == 1
+    engine, apart = Engine(given, active=ACTIVE, queue=count), 0.0
     seconds: dict[str, list[float]] = {"batches": [], "server": [], "batches_wall": [], "server_wall": []}
+    shares: list[float] = []
     for turn in range(turns + 1):
         begin, on_wall = clock(), wall()
-        for first in range(0, count, ACTIVE):
-            generators = [torch.Generator().manual_seed(seed) for seed in range(first, first + ACTIVE)]
-            noise = paradiff.Recorded(given.shape, generators)
-            sample(evaluator, table, noise, paradiff.sequential(), check="off")
+        expected = in_batches(model, table, range(count))
         batches = clock() - begin, wall() - on_wall
         requests = [SampleRequest(seed=seed, sampler=sampler, steps=steps) for seed in range(count)]
-        by_server = solved(engine, requests)[:2]
-        if turn:
+        *by_server, jobs = solved(engine, requests)
+        if turn:  # the first sets things up
             for name, pair in (("batches", batches), ("server", by_server)):
                 seconds[name].append(pair[0])
                 seconds[f"{name}_wall"].append(pair[1])
+            shares.append(batches[0] / by_server[0])
+        apart = max(apart, float((torch.stack([job.finished.sample for job in jobs]) - expected).abs().max()))
     rows = engine.metrics.value("rows_total") / engine.metrics.value("rounds_total")
     engine.close()
     found = {name: statistics.median(values) for name, values in seconds.items()}
@@ -168,8 +191,10 @@ def throughput(sampler: str, steps: int, count: int, turns: int) -> dict[str, An
         "turns": turns,
         "rows_a_round": rows,
         "seconds": found,
-        "share_of_batches": found["batches"] / found["server"],
+        "share_of_batches": statistics.median(shares),
+        "shares": shares,
         "share_of_batches_wall": found["batches_wall"] / found["server_wall"],
+        "largest_difference": apart,
     }
 
 

@@ -63,6 +63,34 @@ def test_single_steps_of_mixed_chains_give_each_its_own_sequential_sample() -> N
         assert (finished.status.code, finished.estimate.estimated_error, finished.widest) == ("exact", 0.0, 1)
 
 
+@pytest.mark.parametrize(("sampler", "noise"), [("ddpm", "recorded"), ("ddpm", "keyed"), ("dpmpp_2m", "recorded")])
+def test_single_steps_of_one_chain_keep_their_own_noises_though_others_come_and_go(sampler: str, noise: str) -> None:
+    choice, stepwise, states = random.Random(2), Stepwise(model(), 12), list[RequestState]()
+    found = dict[RequestState, Finished | str]()
+    for round in range(120):
+        if round % 3 == 0 and round < 36:
+            request = SampleRequest(seed=round, sampler=sampler, steps=20, noise=noise, conditioning={"y": round % 4})
+            states.append(stepwise.prepare(request))
+        if round in (10, 23):  # one that is cancelled
+            stepwise.release(states.pop(1))
+        if round == 15:  # one that is asked where it is, and one whose window opens and closes
+            assert states[0].stand() is not None
+            states[2].resize(4)
+        if round == 17:
+            states[2].resize(1)
+        choice.shuffle(states)
+        merged = stepwise.gather(states)
+        for state in stepwise.scheduler_step(merged, stepwise.denoise_step(merged)):
+            found[state] = stepwise.decode(state)
+            states.remove(state)
+    assert not states
+    assert len(found) == 10
+    for state, finished in found.items():
+        assert isinstance(finished, Finished)
+        assert rms(finished.sample, alone(state.request)) < max(2 * finished.estimate.estimated_error, ROUNDING)
+    assert sum(finished.widest == 1 for finished in found.values() if isinstance(finished, Finished)) == 9
+
+
 @pytest.mark.parametrize("method", ["auto", "quasi_newton", "jacobi", "collocation"])
 def test_windows_that_shrink_and_grow_at_random_give_the_sequential_sample(method: str) -> None:
     choice = random.Random(1)

@@ -11,6 +11,7 @@ What was accepted has an end: `done`, `failed`, `cancelled`, `late`, or, where t
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
 import secrets
 import threading
@@ -35,9 +36,6 @@ State = Literal["queued", "running", "done", "failed", "cancelled", "late", "los
 
 ENDS: tuple[State, ...] = ("done", "failed", "cancelled", "late", "lost")
 """How a request may end."""
-
-LOOKS = 0.02
-"""Seconds between looks for requests that were cancelled, or are late."""
 
 CHECKED = 4
 """Steps of the chain on which the model is checked, and rows of a sample there."""
@@ -76,10 +74,15 @@ class Job:
     running: RequestState | None = field(default=None, repr=False)
 
     @property
+    def due(self) -> float:
+        """When its deadline passes, in seconds of the monotonic clock; infinite where it has none."""
+        limit = self.request.deadline
+        return math.inf if limit is None else self.accepted + limit
+
+    @property
     def late(self) -> bool:
         """Whether its deadline has passed."""
-        limit = self.request.deadline
-        return limit is not None and time.monotonic() - self.accepted >= limit
+        return time.monotonic() >= self.due
 
     def to_json(self) -> dict[str, Any]:
         """What is told of it."""
@@ -163,7 +166,8 @@ class Engine:
         self._ended: deque[Job] = deque()
         self._bytes = self._open = 0  # bytes of samples that are kept, and requests that have not ended
         self._closed = self._stop = False
-        self._window, self._looked = 0.0, 0.0
+        self._window, self._look = 0.0, False
+        self._due: list[float] = []  # when requests will be late, a heap
         self._fault: str | None = None
         self._ends: SimpleQueue[Ended | None] = SimpleQueue()
         self._threads = [
@@ -196,6 +200,8 @@ class Engine:
             self._queue.append(job)
             self._jobs[job.id] = job
             self._open += 1
+            if request.deadline is not None:
+                heapq.heappush(self._due, job.due)
             self.metrics.count("accepted_total")
             self._changed.notify_all()
         return job
@@ -222,7 +228,7 @@ class Engine:
             job = self._jobs.get(id)
             if job is None or job.ended is not None:
                 return False
-            job.cancelled, self._looked = True, 0.0
+            job.cancelled = self._look = True
             self._changed.notify_all()
             return True
 
@@ -316,10 +322,12 @@ class Engine:
 
     def _sifted(self) -> list[Job]:
         """Takes those out that were cancelled or are late."""
-        now = time.monotonic()
-        if now - self._looked < LOOKS:
+        now, look, self._look = time.monotonic(), self._look, False
+        while self._due and self._due[0] <= now:
+            heapq.heappop(self._due)
+            look = True
+        if not look:
             return []
-        self._looked = now
         gone = [job for job in (*self._running, *self._queue) if job.cancelled or job.late]
         if gone:
             self._running = [job for job in self._running if job not in gone]

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,9 +15,6 @@ from paradiff.serving.request import SampleRequest
 from paradiff.serving.witness import Witness
 from paradiff.solver.protocol import Place, Resizes, Run, Solver
 from paradiff.solver.solution import ErrorEstimate, Status
-
-AHEAD = 16
-"""Steps whose noises are drawn together."""
 
 
 class Walk(Protocol):
@@ -53,7 +50,8 @@ class RequestState:
         rounds: Rounds in which the request took part.
         evaluations: Its rows in these.
         widest: The most rows of one of them.
-        witness: A row of its first round, which is evaluated once more when its sample is found; None before.
+        witness: Rows of its first round, one of which is evaluated once more when its sample is found; None before.
+        witnessed: Which of them.
         confirmed: Whether that was done, or is not wanted.
         error: Why it ended without a sample; None where it did not.
         kind: What decides on its rows beside the load: the chain, the method, the tolerance and most rows.
@@ -76,10 +74,10 @@ class RequestState:
     evaluations: int = 0
     widest: int = 0
     witness: Witness | None = None
+    witnessed: int = 0
     confirmed: bool = False
     error: str | None = None
     kind: Hashable = None
-    _drawn: tuple[int, Sequence[Tensor]] = field(default=(0, ()), repr=False)
 
     @property
     def node(self) -> int | None:
@@ -148,14 +146,6 @@ class RequestState:
         solver.resize(1)
         solver.resume(place)
         solver.resize(self.rows)
-
-    def noise_at(self, node: int) -> Tensor:
-        """z of a node, `[...]` on the device."""
-        first, drawn = self._drawn
-        if not first <= node < first + len(drawn):
-            ahead = range(node, min(node + AHEAD, self.chain.table.steps))
-            first, drawn = self._drawn = node, self.chain.step.move(self.noise.draw(0, ahead)).unbind()
-        return drawn[node - first]
 
     @property
     def sample(self) -> Tensor:

@@ -37,7 +37,7 @@ from paradiff.serving.state import RequestState
 from paradiff.serving.walkers import Walkers
 from paradiff.serving.witness import Witness
 from paradiff.solver.arguments import norms_of, query_of, record_of
-from paradiff.solver.judge import STOPPED, Judge
+from paradiff.solver.judge import STOPPED, Judge, taken
 from paradiff.solver.protocol import Batch, Place, Query, Run, Solver
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorEstimate, Status
@@ -51,10 +51,10 @@ class Part:
     """Whose some rows of a round are.
 
     Attributes:
-        states: One request with a solver, or all that walk one chain.
+        states: One request with a solver, all that walk one chain, or those that are in one more round.
         count: How many rows.
         query: What the solver asked for; None of those that walk.
-        again: Whether they are rows of first rounds, of requests whose samples are found.
+        again: Whether they are rows of a first round, one of each request, whose samples are found.
     """
 
     states: Sequence[RequestState]
@@ -216,13 +216,13 @@ class Stepwise:
         """
         walking: dict[Chain, list[RequestState]] = {}
         asking: list[RequestState] = []
-        again: list[tuple[RequestState, Witness]] = []
+        again: dict[Witness, list[RequestState]] = {}
         for state in states:
             if state.done:
                 continue
             if state.found:
                 assert state.witness is not None
-                again.append((state, state.witness))
+                again.setdefault(state.witness, []).append(state)
             elif state.place is not None:
                 walking.setdefault(state.chain, []).append(state)
             else:
@@ -249,9 +249,10 @@ class Stepwise:
                 times = run.t[query.nodes]
                 slots = torch.full((len(query.nodes),), state.slot)
                 found.setdefault(times.dtype, []).append((Part([state], len(slots), query), query.rows, times, slots))
-            for state, witness in again:
-                row = witness.row
-                found.setdefault(row.t.dtype, []).append((Part([state], 1, again=True), row.x, row.t, row.samples))
+            for witness, members in again.items():
+                rows = taken(witness.rows, [state.witnessed for state in members])
+                part = Part(members, len(members), again=True)
+                found.setdefault(rows.t.dtype, []).append((part, rows.x, rows.t, rows.samples))
             batches = [self._merged([rows[1:] for rows in of]) for of in found.values()]
         self.asked = len(asking)
         self.beside = time.perf_counter() - asked if asking else 0.0
@@ -306,7 +307,7 @@ class Stepwise:
                 for part, m in zip(parts, values.split([part.count for part in parts]), strict=True):
                     place, first = first, first + part.count
                     if part.again:
-                        self._seen_again(part.states[0], (batch, values, place))
+                        self._seen_again(part.states, (batch, values, range(place, first)))
                         seen += part.states
                         continue
                     self._keep(part, batch, place, values)
@@ -329,10 +330,7 @@ class Stepwise:
             for state, norms in told:
                 self._advanced(state, numbers[: len(norms)])
                 numbers = numbers[len(norms) :]
-            for state in (one for one in seen if one.found):
-                if state.error is None and not state.confirmed and not bool(torch.isfinite(state.sample).all()):
-                    state.error = "the sample is not finite: the model returned NaN or infinity"
-                state.confirmed = state.confirmed or state.witness is None
+            self._found([state for state in seen if state.error is None and not state.confirmed and state.found])
             if self.fault is not None:
                 seen = [*rows.failed, *(one for parts in rows.parts for part in parts for one in part.states)]
                 for state in seen:
@@ -341,22 +339,36 @@ class Stepwise:
         self.beside += time.perf_counter() - begin - walked if self.asked else 0.0
         return done
 
+    @staticmethod
+    def _found(states: Sequence[RequestState]) -> None:
+        """Looks whether samples that were found are finite. Waits for the device once."""
+        if not states:
+            return
+        finite = torch.stack([state.sample for state in states]).isfinite().flatten(1).all(1).tolist()
+        for state, fine in zip(states, finite, strict=True):
+            if not fine:
+                state.error = "the sample is not finite: the model returned NaN or infinity"
+            state.confirmed = state.witness is None
+
     def _keep(self, part: Part, batch: Batch, first: int, outputs: Tensor) -> None:
         """Keeps a row of each request whose first round this is: of a window the middle one."""
-        if self._check:
-            for k, state in enumerate(part.states):
-                if state.rounds == 0:
-                    place = first + (k if part.query is None else part.count // 2)
-                    state.witness = Witness.of(batch, place, outputs)
+        new = [k for k, state in enumerate(part.states) if state.rounds == 0] if self._check else []
+        if new:
+            places = [first + (k if part.query is None else part.count // 2) for k in new]
+            witness = Witness.of(batch, places, outputs)
+            for row, k in enumerate(new):
+                part.states[k].witness, part.states[k].witnessed = witness, row
 
-    def _seen_again(self, state: RequestState, call: tuple[Batch, Tensor, int]) -> None:
-        """Compares a request's row with what it was at first."""
-        assert state.witness is not None
+    def _seen_again(self, states: Sequence[RequestState], call: tuple[Batch, Tensor, Sequence[int]]) -> None:
+        """Compares rows of requests with what they were at first."""
+        witness = states[0].witness
+        assert witness is not None
         try:
-            state.witness.compare(self._judge, call)
+            witness.compare(self._judge, [state.witnessed for state in states], call)
         except ValueError as error:
             self.fault = str(error)
-        state.confirmed = True
+        for state in states:
+            state.confirmed = True
 
     @staticmethod
     def _told(state: RequestState, query: Query, outputs: Tensor) -> Tensor | None:

@@ -22,9 +22,14 @@ def limit_of(dtype: torch.dtype, device: torch.device) -> float:
 
 def difference(one: Tensor, other: Tensor) -> float:
     """Relative difference of two outputs `[...]` in the root mean square; infinite where one alone is not finite."""
-    one, other = one.double(), other.double()
+    return differences(one[None], other[None])[0]
+
+
+def differences(one: Tensor, other: Tensor) -> list[float]:
+    """The same of each of the outputs `[R, ...]` for R rows. Waits for the device once."""
+    one, other = (of.double().reshape(len(of), -1) for of in (one, other))
     same = (one == other) | (one.isnan() & other.isnan())
     gap = torch.where(same, 0.0, one - other)
     size = torch.where(one.isfinite() & other.isfinite(), torch.maximum(one.abs(), other.abs()), 0.0)
-    found = float(gap.norm() / size.norm().clamp(min=1e-300))
-    return found if found == found else float("inf")
+    found = gap.norm(dim=1) / size.norm(dim=1).clamp(min=1e-300)
+    return found.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
