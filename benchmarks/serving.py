@@ -325,7 +325,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PARADIFF_CACHE"] = folder
         runs: list[tuple[str, Any]] = [
-            *(("throughput", partial(throughput, *chain, 128 if given.quick else 256, 2)) for chain in CHAINS[:2]),
+            *(("throughput", partial(throughput, *chain, 128, 2 if given.quick else 5)) for chain in CHAINS[:2]),
             *(("latency", partial(latency, kind, *chain, seeds)) for chain in CHAINS for kind in ("own", "resting")),
             ("requests", partial(requests, 200)),
             ("kills", partial(kills, 40)),

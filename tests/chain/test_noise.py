@@ -98,12 +98,13 @@ def test_recorded_draws_are_those_of_a_sequential_run(kind: str, dtype: torch.dt
         assert backwards[0].dtype == dtype
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (8,), (2, 2), (3,), (9,), (17,), (5, 5)])
 @pytest.mark.parametrize("seed", [4, 11])
-def test_large_latents_are_drawn_as_a_run_draws_them(seed: int) -> None:
-    # From 16 numbers on, torch fills by another routine.
+def test_large_latents_are_drawn_as_a_run_draws_them(seed: int, shape: tuple[int, ...]) -> None:
+    # From 16 numbers on, torch fills by another routine, 16 at a time.
     generator = torch.Generator().manual_seed(seed)
-    noise = Recorded((3, 8, 8), generator, samples=2)
-    wanted = [randn_tensor((2, 3, 8, 8), generator=generator) for _ in range(40)]
+    noise = Recorded(shape, generator, samples=2)
+    wanted = [randn_tensor((2, *shape), generator=generator) for _ in range(40)]
     for node in (38, 0, 17, 16, 15):
         assert torch.equal(noise.draw(1, range(node, node + 1))[0], wanted[node + 1][1])
 

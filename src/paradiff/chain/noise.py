@@ -12,6 +12,7 @@ for. Two sources:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -148,6 +149,18 @@ class Keyed:
         return self._blocks(sample, range(nodes.start + 1, nodes.stop + 1))
 
 
+@functools.cache
+def draws_together(count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether so many draws of a shape are, bit for bit, those of one call for all, which takes less than half the time: so it
+    is on a CPU where the entries of one fill its vectors. It is tried there."""
+    if device.type != "cpu":
+        return False
+    one, other = (torch.Generator(device).manual_seed(0) for _ in range(2))
+    apart = torch.stack([torch.randn(shape, generator=one, device=device, dtype=dtype) for _ in range(count)])
+    together = torch.randn((count, *shape), generator=other, device=device, dtype=dtype)
+    return torch.equal(apart, together) and torch.equal(one.get_state(), other.get_state())
+
+
 class Recorded:
     """The draws of a sequential diffusers run: `randn_tensor` once for the latents and once in every step.
 
@@ -202,7 +215,7 @@ class Recorded:
         self._states: list[list[Tensor]] = []
         for own, given in zip(self._generators, generators, strict=True):
             own.set_state(given.get_state())
-            self._starts.append(self._randn(own))
+            self._starts.append(self._randn(own)[0])
             self._states.append([own.get_state()])
         self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._next: dict[int, int] = {}  # the stretch that each generator draws next, as its state is
@@ -254,8 +267,12 @@ class Recorded:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _generators=[torch.Generator(device=d) for d in state["_generators"]])
 
-    def _randn(self, generator: torch.Generator) -> Tensor:
-        return torch.randn((self._group, *self.shape), generator=generator, device=generator.device, dtype=self._dtype)
+    def _randn(self, generator: torch.Generator, count: int = 1) -> Tensor:
+        """Consecutive draws, `[count, group, *shape]`."""
+        shape, device, dtype = (self._group, *self.shape), generator.device, self._dtype
+        if count == 1 or draws_together(count, shape, device, dtype):
+            return torch.randn((count, *shape), generator=generator, device=device, dtype=dtype)
+        return torch.stack([torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(count)])
 
     def _stretch(self, source: int, index: int) -> Tensor:
         """Draws of nodes `index * SPACING` and on, `[SPACING, group, *shape]`."""
@@ -267,10 +284,9 @@ class Recorded:
         if self._next.get(source) != index:
             generator.set_state(states[min(index, len(states) - 1)])
         for _ in range(len(states) - 1, index):  # stretches that nobody has asked for yet
-            for _ in range(self.SPACING):
-                self._randn(generator)
+            self._randn(generator, self.SPACING)
             states.append(generator.get_state())
-        drawn = torch.stack([self._randn(generator) for _ in range(self.SPACING)])
+        drawn = self._randn(generator, self.SPACING)
         if len(states) == index + 1:
             states.append(generator.get_state())
         self._next[source] = index + 1
@@ -426,9 +442,10 @@ def noise_along(noise: Noise, draws: Draws | None, first: int) -> Noise:
         return noise.along(draws)
     if isinstance(noise, Seen | RecordedAlong):
         return noise  # made for these steps
-    if isinstance(noise, Mapped):
-        return noise.over(noise_along(noise.source, draws, first))
-    noise = noise if isinstance(noise, Keyed | Recorded) else Copies(noise)
+    if not isinstance(noise, Keyed | Recorded):
+        if isinstance(noise, Mapped):
+            return noise.over(noise_along(noise.source, draws, first))
+        noise = Copies(noise)
     return Later(noise, first) if first else noise
 
 

@@ -368,7 +368,8 @@ class Engine:
         states = {job.running: job for job in self._running if job.running is not None}
         try:
             for state in states:
-                state.resize(self.widths.rows(state, load))
+                if (count := self.widths.rows(state, load)) != state.rows:
+                    state.resize(count)
             rows = stepwise.gather([*states])
             outputs = stepwise.denoise_step(rows)
             done = stepwise.scheduler_step(rows, outputs)

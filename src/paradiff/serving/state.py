@@ -45,6 +45,7 @@ class RequestState:
         walks: Whether single steps may be taken in the solver's place.
         place: Where the single steps began, or were left; None while the solver is at work.
         walk: Who takes them, and knows where they have come to; None between.
+        arrived: Whether they have come to the chain's end.
         run: The run, once it was needed; `solver` its solver.
         rows: Rows of a round, at most, as the load has it now.
         rounds: Rounds in which the request took part.
@@ -52,7 +53,7 @@ class RequestState:
         widest: The most rows of one of them.
         witness: Rows of its first round, one of which is evaluated once more when its sample is found; None before.
         witnessed: Which of them.
-        confirmed: Whether that was done, or is not wanted.
+        confirmed: Whether its sample is found, and that was done, or is not wanted.
         error: Why it ended without a sample; None where it did not.
         kind: What decides on its rows beside the load: the chain, the method, the tolerance and most rows.
     """
@@ -67,6 +68,7 @@ class RequestState:
     walks: bool
     place: Place | None = None
     walk: Walk | None = None
+    arrived: bool = False
     run: Run | None = None
     solver: Solver[Any] | None = None
     rows: int = 1
@@ -89,16 +91,17 @@ class RequestState:
     @property
     def done(self) -> bool:
         """Whether the request is at its end: its sample is found and confirmed, or cannot be."""
-        return self.error is not None or (self.confirmed and self.found)
+        return self.error is not None or self.confirmed
 
     @property
     def found(self) -> bool:
         """Whether its sample is found, or cannot be."""
-        if self.error is not None:
+        if self.arrived or self.error is not None:
             return True
-        node = self.node
-        if node is not None:
-            return node == self.chain.table.steps
+        if self.walk is not None:
+            return False
+        if self.place is not None:
+            return self.place.node == self.chain.table.steps
         assert self.solver is not None
         return self.solver.done
 

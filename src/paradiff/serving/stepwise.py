@@ -220,7 +220,9 @@ class Stepwise:
         for state in states:
             if state.done:
                 continue
-            if state.found:
+            if state.walk is not None and not state.arrived:
+                walking.setdefault(state.chain, []).append(state)
+            elif state.found:
                 assert state.witness is not None
                 again.setdefault(state.witness, []).append(state)
             elif state.place is not None:
@@ -316,7 +318,7 @@ class Stepwise:
                         seen += self._walkers[part.states[0].chain].step(m)
                         for state in part.states:
                             state.rounds, state.evaluations = state.rounds + 1, state.evaluations + 1
-                            state.widest = max(state.widest, 1)
+                            state.widest = state.widest or 1
                         walked += time.perf_counter() - since
                         continue
                     state = part.states[0]

@@ -46,8 +46,6 @@ class Walkers:
         if len(members) != len(self._members) or any(one.walk is not self for one in members):
             self._join(members)
         step = self._chain.step
-        self._at = torch.tensor(self._nodes)
-        self._here = uploaded(self._nodes, step.device)
         return step.seen(self._here if step.scaled else slice(0, 0), self._states[0]), step.t[self._at], self._slots
 
     @property
@@ -95,6 +93,7 @@ class Walkers:
             drawn += [self._drawn(one, place.node, ahead)[:, None] for one, place in zip(came, places, strict=True)]
             self._noise = torch.cat(drawn, dim=1)
         self._members, self._nodes = [*kept, *came], nodes
+        self._at, self._here = torch.tensor(nodes), uploaded(nodes, self._chain.step.device)
         self._rows = {one: k for k, one in enumerate(self._members)}
         self._slots = torch.tensor([one.slot for one in self._members])
         for one in came:
@@ -124,6 +123,10 @@ class Walkers:
         new = step(self._here, self._states, read, noise)
         self._states, self._outputs = [new, *self._states][: past + 1], read[:past]
         self._nodes, last = [node + 1 for node in self._nodes], table.steps
+        self._at, self._here = self._at + 1, self._here + 1
         if last not in self._nodes:
             return []
-        return [one for one, node in zip(self._members, self._nodes, strict=True) if node == last]
+        arrived = [one for one, node in zip(self._members, self._nodes, strict=True) if node == last]
+        for one in arrived:
+            one.arrived = True
+        return arrived

@@ -477,7 +477,7 @@ class Evaluator:
         if t.is_floating_point():
             t = t.to(x.dtype if x.dtype == torch.float64 else torch.float32)
         samples = _filled(batch.samples[part], filling)
-        single = {} if self._copies else self._single(samples, held.conditioning)
+        single = self._single(samples, held.conditioning) if held.conditioning and not self._copies else {}
         rows = {
             name: single[name].expand(len(x), *value.shape[1:])
             if name in single
