@@ -19,16 +19,23 @@ from torch import Tensor
 
 from paradiff.models import load_pipeline
 from paradiff.serving import Engine, SampleRequest, ServedModel, Stepwise, served_pipeline
-from paradiff.serving.model import unchanged
-from paradiff.serving.pipeline import CLASSES
+from paradiff.serving.text_pipeline import CLASSES, TextPipeline
+
+# Of the scheduler of PixArt and Sana, in diffusers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 ROUNDING = 2e-5  # of float32 states, relative to their size, which a chain of 50 steps amplifies
 PROMPTS = ["a red circle", "blue square", "a dog", ""]
 
 
+def kind_of(pipeline: Any) -> TextPipeline:
+    return CLASSES[type(pipeline).__name__]
+
+
 def plain(pipeline: Any, request: SampleRequest, output: str = "latent") -> Tensor:
     """What the pipeline's own call gives for a request."""
-    given: dict[str, Any] = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    given: dict[str, Any] = {"prompt": request.prompt, **kind_of(pipeline).given(pipeline)}
+    given |= {} if request.negative_prompt is None else {"negative_prompt": request.negative_prompt}
     given |= {} if request.guidance is None else {"guidance_scale": request.guidance}
     given |= {} if request.eta is None else {"eta": request.eta}
     given |= {} if request.steps is None else {"num_inference_steps": request.steps}
@@ -42,19 +49,19 @@ def apart(one: Tensor, other: Tensor) -> float:
     return rms(one, other) / max(1.0, float(other.square().mean().sqrt()))
 
 
-def latents(model: ServedModel) -> ServedModel:
-    """The same model without its decoder."""
-    return dataclasses.replace(model, decode=unchanged)
+def latents(pipeline: Any) -> ServedModel:
+    """A pipeline as it is served, without its decoder."""
+    return dataclasses.replace(served_pipeline(pipeline), decode=lambda x: kind_of(pipeline).latents(x[None])[0])
 
 
-def mixed(count: int, methods: list[str]) -> list[SampleRequest]:
+def mixed(pipeline: Any, count: int, methods: list[str]) -> list[SampleRequest]:
     """Requests of mixed texts, guidances, steps, seeds and methods."""
-    choice = random.Random(7)
+    choice, negative = random.Random(7), [None] if kind_of(pipeline).embeds else [None, "a red circle", "a cat"]
     return [
         SampleRequest(
             seed=100 + k,
             prompt=choice.choice(PROMPTS),
-            negative_prompt=choice.choice([None, "a red circle", "a cat"]),
+            negative_prompt=choice.choice(negative),
             guidance=choice.choice([None, 0.5, 1.0, 1.5, 4.0]),
             steps=50 if k % 20 == 9 else choice.choice([10, 10, 11, 13]),
             method=choice.choice(methods),
@@ -63,21 +70,32 @@ def mixed(count: int, methods: list[str]) -> list[SampleRequest]:
     ]
 
 
-@pytest.fixture(scope="module", params=["sd", "sd3"])
+KINDS = ["sd", "sd3", "sdxl", "lcm", "flux", "pixart", "sana"]
+
+
+def made(case: str) -> Any:
+    """A tiny pipeline; of Flux one for small pictures."""
+    found = CASES[case].make()
+    if case == "flux":
+        found.default_sample_size = 8
+    return found
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def pipeline(request: pytest.FixtureRequest) -> Any:
-    return CASES[request.param].make()
+    return made(request.param)
 
 
 def test_mixed_requests_share_calls_and_each_has_the_sample_of_its_own_call(pipeline: Any) -> None:
     calls: list[tuple[int, int]] = []
-    model = latents(served_pipeline(pipeline))
+    model = latents(pipeline)
 
     def counted(x: Tensor, t: Tensor, **rows: Tensor) -> Tensor:
         calls.append((len(x), len(rows["guidance"].unique())))
         return model.denoiser(x, t, **rows)
 
     engine = Engine(dataclasses.replace(model, denoiser=counted), active=16, curve=STEEP, check=False)
-    jobs = [engine.submit(request) for request in mixed(40, ["auto", "sequential"])]
+    jobs = [engine.submit(request) for request in mixed(pipeline, 40, ["auto", "sequential"])]
     assert engine.close(drain=120) == []
     assert max(guidances for _, guidances in calls) >= 4
     assert max(rows for rows, _ in calls) == 16
@@ -88,8 +106,8 @@ def test_mixed_requests_share_calls_and_each_has_the_sample_of_its_own_call(pipe
 
 
 def test_windows_keep_to_their_tolerance_of_the_pipelines_own_call(pipeline: Any) -> None:
-    engine = Engine(latents(served_pipeline(pipeline)), active=4, curve=FLAT)
-    jobs = [engine.submit(request) for request in mixed(12, ["parasolver", "quasi_newton", "collocation"])]
+    engine = Engine(latents(pipeline), active=4, curve=FLAT)
+    jobs = [engine.submit(request) for request in mixed(pipeline, 12, ["parasolver", "quasi_newton", "collocation"])]
     assert engine.close(drain=120) == []
     assert max(job.finished.widest for job in jobs if job.finished is not None) > 2
     for job in jobs:
@@ -102,7 +120,7 @@ def test_windows_keep_to_their_tolerance_of_the_pipelines_own_call(pipeline: Any
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", None), ("ddim", 0.7), ("euler_ancestral", None), ("dpmpp_2m", None)])
 def test_other_samplers_draw_as_the_pipeline_does_with_them(sampler: str, eta: float | None) -> None:
     pipeline = CASES["sd"].make()
-    stepwise = Stepwise(latents(served_pipeline(pipeline)), 1)
+    stepwise = Stepwise(latents(pipeline), 1)
     request = SampleRequest(seed=3, prompt="a dog", guidance=3.0, steps=20, sampler=sampler, eta=eta)
     with deprecations():
         state = stepwise.prepare(request)
@@ -155,8 +173,9 @@ def test_a_pipeline_is_as_it_was_after_it_is_served() -> None:
     assert torch.equal(plain(pipeline, SampleRequest(prompt="a dog", steps=5)), before)
 
 
+@pytest.mark.parametrize("pipeline", ["sd", "sd3"], indirect=True)
 def test_a_cancelled_and_a_late_request_leave_the_others_their_samples(pipeline: Any) -> None:
-    engine = Engine(latents(served_pipeline(pipeline)), active=4, curve=STEEP, check=False)
+    engine = Engine(latents(pipeline), active=4, curve=STEEP, check=False)
     long = SampleRequest(prompt="a dog", steps=900, method="sequential")
     late = engine.submit(dataclasses.replace(long, deadline=1e-3))
     cancelled = engine.submit(long)
@@ -196,24 +215,37 @@ def test_a_text_for_a_model_without_one_is_refused() -> None:
 
 
 def test_a_class_whose_call_does_more_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a FluxPipeline is not served.*StableDiffusionPipeline and StableDiffusion3Pipeline"):
-        served_pipeline(CASES["flux"].make())
+    with pytest.raises(ValueError, match=r"a QwenImagePipeline is not served.*StableDiffusionPipeline, .*SanaPipeline"):
+        served_pipeline(CASES["qwen"].make())
 
 
-@pytest.mark.parametrize("case", ["sd", "sd3"])
+@pytest.mark.parametrize("case", KINDS)
 def test_a_pipeline_whose_call_does_something_else_is_refused(case: str) -> None:
-    made = CASES[case].make()
+    own = made(case)
 
-    kind = type(made)
+    kind = type(own)
 
     @functools.wraps(kind.__call__)
     def call(self: Any, **given: Any) -> Any:
         return kind.__call__(self, **{**given, "guidance_scale": 1.1 * given["guidance_scale"]})
 
     name = kind.__name__
-    made.__class__ = type(name, (kind,), {"__call__": call})
+    own.__class__ = type(name, (kind,), {"__call__": call})
     with pytest.raises(ValueError, match=f"the {name} is not served: its own call makes another sample than its rows do"):
-        served_pipeline(made)
+        served_pipeline(own)
+
+
+@pytest.mark.parametrize(
+    ("case", "given", "sentence"),
+    [
+        ("lcm", {"negative_prompt": "b"}, "the negative_prompt was given, but the model has no use for it; leave it out"),
+        ("flux", {"negative_prompt": "b"}, "the negative_prompt was given, but the model has no use for it; leave it out"),
+        ("lcm", {"sampler": "ddim"}, "sampler 'ddim' does not fit the LCMScheduler of the LatentConsistencyModelPipeline"),
+    ],
+)
+def test_what_a_class_has_no_use_for_is_refused(case: str, given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Stepwise(served_pipeline(made(case)), 1).method(SampleRequest(prompt="a", **given))
 
 
 def test_the_classes_that_are_served_are_those_of_diffusers() -> None:

@@ -51,6 +51,7 @@ class ServedModel:
             has.
         encode: What the text of a request becomes, rows of the conditioning by name, once a request; None where the model
             follows no text.
+        texts: Fields of a request's text that the model heeds, where it follows one.
         drawn_on: Where recorded noises are drawn; None for where the network lives.
         max_rows: Most rows of one network call; None for no bound.
         device: Where the network lives; None for where its weights are.
@@ -63,6 +64,7 @@ class ServedModel:
     decode: Callable[[Tensor], Tensor] = unchanged
     conditioning: Mapping[str, Tensor] = field(default_factory=dict)
     encode: Callable[[SampleRequest], Mapping[str, Tensor]] | None = None
+    texts: Sequence[str] = TEXTS
     drawn_on: torch.device | str | None = None
     max_rows: int | None = None
     device: torch.device | str | None = None
@@ -88,11 +90,12 @@ class ServedModel:
         Raises:
             ValueError: If a name is unknown, a value is not of its shape, or there is a text too many or too few.
         """
-        if self.encode is None:
-            given = next((name for name in TEXTS if getattr(request, name) is not None), None)
-            if given is not None:
-                raise ValueError(f"the {given} was given, but the model follows no text; leave it out")
-        elif request.prompt is None:
+        texts = () if self.encode is None else self.texts
+        given = next((name for name in TEXTS if name not in texts and getattr(request, name) is not None), None)
+        if given is not None:
+            why = "the model follows no text" if self.encode is None else "the model has no use for it"
+            raise ValueError(f"the {given} was given, but {why}; leave it out")
+        if self.encode is not None and request.prompt is None:
             raise ValueError('the request has no prompt; give one, such as {"prompt": "a red circle"}')
         taken = {} if self.encode is not None else dict(self.conditioning)
         if not taken and request.conditioning:

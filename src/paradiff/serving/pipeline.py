@@ -8,8 +8,9 @@ A pipeline's own call does for one request
     picture = decode(x)                                                          once
 
 with the guidance g. `served_pipeline` gives every request rows of e, e' and g (`ServedModel.encode`), so that one call of n
-takes the rows of requests with other texts, guidances, seeds and steps: 2 for a state with g > 1, and 1 otherwise. What
-encodes, what n is given, and what decodes are the pipeline's own functions; the chain is read off its scheduler.
+takes the rows of requests with other texts, guidances, seeds and steps: 2 for a state with g > 1, and 1 otherwise. Networks
+that are given g itself, m = n(x, t, e, g), have one row. What encodes, what n is given, and what decodes are the
+pipeline's own functions; the chain is read off its scheduler.
 
 Classes whose calls do more than that are not served. Of those that are, a short call of the pipeline itself is compared at the
 start with the same request by rows.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,9 @@ from paradiff.chain.table import Table
 from paradiff.methods.presets import sequential
 from paradiff.models.pipeline import scheduler_named
 from paradiff.samplers.scheduler.probe import from_scheduler
-from paradiff.serving.model import ServedModel
+from paradiff.serving.model import TEXTS, ServedModel
 from paradiff.serving.request import SampleRequest
+from paradiff.serving.text_pipeline import CLASSES, TextPipeline, default_of
 from paradiff.solver.arguments import require_rows
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample
@@ -43,61 +45,6 @@ CHECKED = SampleRequest(prompt="a", negative_prompt="b", steps=2)
 ROUNDINGS = 4.0
 """Most that the two may differ by, beside what rounding explains of one network call (solver/rounding.py)."""
 
-Rows = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TextPipeline:
-    """What one class of pipelines does.
-
-    Attributes:
-        network: The name of its network n.
-        encode: e and e' of a prompt and a negative prompt, `[1, ...]` by name; the second empty where there is no guidance.
-        call: n of states and times `[R, ...]` and rows of e.
-    """
-
-    network: str
-    encode: Callable[[Any, str, str | None, bool], tuple[Rows, Rows]]
-    call: Callable[[Any, Tensor, Tensor, Rows], Tensor]
-
-
-def _encode_one(pipeline: Any, prompt: str, negative: str | None, guided: bool) -> tuple[Rows, Rows]:
-    text, other = pipeline.encode_prompt(prompt, pipeline.device, 1, guided, negative)
-    return {"text": text}, {"text": other} if guided else {}
-
-
-def _encode_pooled(pipeline: Any, prompt: str, negative: str | None, guided: bool) -> tuple[Rows, Rows]:
-    text, other, pooled, other_pooled = pipeline.encode_prompt(
-        prompt=prompt,
-        prompt_2=None,
-        prompt_3=None,
-        negative_prompt=negative,
-        do_classifier_free_guidance=guided,
-        device=pipeline.device,
-    )
-    return {"text": text, "pooled": pooled}, {"text": other, "pooled": other_pooled} if guided else {}
-
-
-def _unet(network: Any, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
-    return network(x, t, encoder_hidden_states=rows["text"], return_dict=False)[0]
-
-
-def _transformer(network: Any, x: Tensor, t: Tensor, rows: Rows) -> Tensor:
-    return network(
-        hidden_states=x,
-        timestep=t,
-        encoder_hidden_states=rows["text"],
-        pooled_projections=rows["pooled"],
-        return_dict=False,
-    )[0]
-
-
-CLASSES = {
-    "StableDiffusionPipeline": TextPipeline("unet", _encode_one, _unet),
-    "StableDiffusion3Pipeline": TextPipeline("transformer", _encode_pooled, _transformer),
-}
-"""The classes that are served, by name; classes derived from them have calls of their own, and are not."""
-
 
 def refuse_class(name: str) -> None:
     """Refuses a class of pipelines that is not served.
@@ -108,7 +55,7 @@ def refuse_class(name: str) -> None:
     if name not in CLASSES:
         raise ValueError(
             f"a {name} is not served, whose call may do more than encode a text, walk and decode; served are unconditional "
-            f"pixel models, {' and '.join(CLASSES)}: call this one by paradiff sample, or from Python"
+            f"pixel models, {', '.join(CLASSES)}: call this one by paradiff sample, or from Python"
         )
 
 
@@ -127,7 +74,7 @@ def served_pipeline(
     decoded.
 
     Args:
-        pipeline: The pipeline, a StableDiffusionPipeline or StableDiffusion3Pipeline. It is not changed.
+        pipeline: The pipeline, of one of `CLASSES`. It is not changed.
         sampler: The sampler of requests that name none, `ddim` say, or a scheduler class of diffusers; None for the pipeline's
             own.
         steps: Steps of requests that name none; None for the pipeline's own number.
@@ -144,19 +91,19 @@ def served_pipeline(
     require_rows(max_rows)
     refuse_class(type(pipeline).__name__)
     kind = CLASSES[type(pipeline).__name__]
-    network, defaults = getattr(pipeline, kind.network), inspect.signature(pipeline.__call__).parameters
-    if getattr(network.config, "time_cond_proj_dim", None) is not None:
+    network = getattr(pipeline, kind.network)
+    if not kind.embeds and getattr(network.config, "time_cond_proj_dim", None) is not None:
         raise ValueError(
             f"the network of this {type(pipeline).__name__} is given the guidance itself, which is not served; call it by "
             "paradiff sample"
         )
     own = SampleRequest(
         sampler=sampler,
-        steps=defaults["num_inference_steps"].default if steps is None else steps,
+        steps=default_of(pipeline, "num_inference_steps") if steps is None else steps,
         eta=eta,
-        guidance=defaults["guidance_scale"].default,
+        guidance=default_of(pipeline, "guidance_scale"),
     )
-    chains = _Chains(pipeline, own)
+    chains = _Chains(pipeline, kind, own)
 
     def encode(request: SampleRequest) -> dict[str, Tensor]:
         assert request.prompt is not None
@@ -164,41 +111,50 @@ def served_pipeline(
         assert guidance is not None
         guided = guidance > 1
         with torch.no_grad():
-            text, other = kind.encode(pipeline, request.prompt, request.negative_prompt if guided else None, guided)
-        found = {"guidance": torch.tensor(float(guidance) if guided else 1.0, device=pipeline.device)}
-        for name, row in text.items():
-            found |= {name: row[0], f"negative_{name}": other[name][0] if guided else torch.zeros_like(row[0])}
+            text, other = kind.encode(pipeline, request.prompt, request.negative_prompt if guided else None, guidance)
+        found = {name: row[0] for name, row in text.items()}
+        if not kind.embeds:
+            found |= {f"negative_{name}": other[name][0] if guided else torch.zeros_like(row) for name, row in found.items()}
+            found["guidance"] = torch.tensor(float(guidance) if guided else 1.0, device=pipeline.device)
         return found
 
-    def denoiser(x: Tensor, t: Tensor, guidance: Tensor, **given: Tensor) -> Tensor:
+    def evaluate(x: Tensor, t: Tensor, **given: Tensor) -> Tensor:
+        """m of states `[R, C, h, w]`, of a network that is given the guidance."""
+        return kind.call(network, x, t, given)
+
+    def evaluate_guided(x: Tensor, t: Tensor, guidance: Tensor, **given: Tensor) -> Tensor:
         """m of states `[R, C, h, w]`. It waits for the device once, for which rows have a guidance."""
         rows = {name: row for name, row in given.items() if not name.startswith("negative_")}
-        guided = (guidance > 1).nonzero()[:, 0]
-        if not len(guided):
+        at = (guidance > 1).nonzero()[:, 0]
+        if not len(at):
             return kind.call(network, x, t, rows)
-        both = {name: torch.cat([row, given[f"negative_{name}"][guided]]) for name, row in rows.items()}
-        m = kind.call(network, torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), both)
+        both = {name: torch.cat([row, given[f"negative_{name}"][at]]) for name, row in rows.items()}
+        m = kind.call(network, torch.cat([x, x[at]]), torch.cat([t, t[at]]), both)
         m, other = m[: len(x)], m[len(x) :]
-        scale = guidance[guided].view(-1, *[1] * (x.ndim - 1)).to(m.dtype)
-        return m.index_copy(0, guided, other + scale * (m[guided] - other))
+        scale = guidance[at].view(-1, *[1] * (x.ndim - 1)).to(m.dtype)
+        return m.index_copy(0, at, other + scale * (m[at] - other))
 
-    size = pipeline.default_sample_size if kind.network == "transformer" else network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
     model = ServedModel(
-        denoiser=denoiser,
-        shape=(network.config.in_channels, height, width),
+        denoiser=evaluate if kind.embeds else evaluate_guided,
+        shape=kind.size(pipeline, network),
         chain=chains.of,
         decode=lambda x: _decoded(pipeline, x),
         conditioning=encode(SampleRequest(prompt="")),
         encode=encode,
+        texts=TEXTS if not kind.embeds else _heeded(network),
         drawn_on="cpu",
-        max_rows=None if max_rows is None else max(1, max_rows // 2),
+        max_rows=max_rows if max_rows is None or kind.embeds else max(1, max_rows // 2),
         device=pipeline.device,
         dtype=network.dtype,
     )
-    for guided in (True, False):
-        _check(pipeline, chains, model, guided=guided)
+    for decoded in (False, True):
+        _check(pipeline, chains, model, decoded=decoded)
     return model
+
+
+def _heeded(network: Any) -> Sequence[str]:
+    """Fields of a request's text that a network heeds which is given the guidance, if it is."""
+    return ("prompt", "guidance") if getattr(network.config, "guidance_embeds", True) else ("prompt",)
 
 
 @dataclass(frozen=True)
@@ -207,10 +163,12 @@ class _Chains:
 
     Attributes:
         pipeline: The pipeline.
+        kind: What its class does.
         own: What requests have that name nothing else.
     """
 
     pipeline: Any
+    kind: TextPipeline
     own: SampleRequest
 
     def scheduler(self, request: SampleRequest) -> Any:
@@ -240,7 +198,7 @@ class _Chains:
         if most is not None and steps > most:
             raise ValueError(f"{steps} steps were asked for, but the {kind} has {most} times; give at most so many")
         try:
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(**self.kind.times(self.pipeline, steps))
         except (ValueError, TypeError) as error:
             raise ValueError(f"the {kind} has no chain of {steps} steps: {' '.join(str(error).split())}") from error
         options: dict[str, Any] = {"eta": eta or 0.0} if takes_eta else {}
@@ -250,9 +208,21 @@ class _Chains:
 @torch.no_grad()
 def _decoded(pipeline: Any, x: Tensor) -> Tensor:
     """The picture of a state `[C, h, w]`, as the pipeline's own decoder and checker give it, `[C, H, W]` from -1 to 1."""
-    vae = pipeline.vae
-    latents = x[None].to(vae.device, vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    vae, config = pipeline.vae, pipeline.vae.config
+    raised = hasattr(pipeline, "upcast_vae") and vae.dtype == torch.float16 and config.force_upcast
+    if raised:
+        pipeline.upcast_vae()
+    latents = x[None].to(vae.device, vae.dtype) / config.scaling_factor
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if hasattr(pipeline, "upcast_vae") and mean is not None and std is not None:
+        latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
+    else:
+        latents = latents + (getattr(config, "shift_factor", None) or 0.0)
     picture, plain = vae.decode(latents, return_dict=False)[0], [True]
+    if raised:
+        vae.to(torch.float16)
+    if getattr(pipeline, "watermark", None) is not None:
+        picture = pipeline.watermark.apply_watermark(picture)
     if getattr(pipeline, "safety_checker", None) is not None:
         picture, flagged = pipeline.run_safety_checker(picture, pipeline.device, picture.dtype)
         plain = [not one for one in flagged]
@@ -260,13 +230,14 @@ def _decoded(pipeline: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check(pipeline: Any, chains: _Chains, model: ServedModel, *, guided: bool) -> None:
+def _check(pipeline: Any, chains: _Chains, model: ServedModel, *, decoded: bool) -> None:
     """Compares a short call of the pipeline with the same request by rows: its state with guidance, its picture without.
 
     Raises:
         ValueError: If they differ by more than rounding, or the call fails.
     """
-    asked = SampleRequest(**{**CHECKED.to_json(), "guidance": max(2.0, chains.own.guidance or 0.0) if guided else 1.0})
+    given = {**CHECKED.to_json(), "guidance": 1.0 if decoded else max(2.0, chains.own.guidance or 0.0)}
+    asked = SampleRequest(**{name: value for name, value in given.items() if name not in {*TEXTS} - {*model.texts}})
     rows = {name: row[None] for name, row in model.rows_of(asked).items()}
     evaluator, table = Evaluator(model.denoiser, conditioning=rows, device=model.device, dtype=model.dtype), model.chain(asked)
     noise = model.noise(asked, evaluator.device, table)
@@ -274,16 +245,16 @@ def _check(pipeline: Any, chains: _Chains, model: ServedModel, *, guided: bool) 
     plain = copy.copy(pipeline)
     plain.scheduler = chains.scheduler(asked)
     plain.set_progress_bar_config(disable=True)
+    texts = {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt, "guidance_scale": asked.guidance}
     found = plain(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
+        **{name: value for name, value in texts.items() if value is not None},
         num_inference_steps=asked.steps,
-        guidance_scale=asked.guidance,
         generator=torch.Generator().manual_seed(asked.seed),
-        output_type="latent" if guided else "pt",
+        output_type="pt" if decoded else "latent",
+        **chains.kind.given(plain),
         **{"eta": chains.own.eta} if chains.own.eta else {},
     ).images[0]
-    apart = difference(own if guided else (model.decode(own) + 1) / 2, found)
+    apart = difference((model.decode(own) + 1) / 2 if decoded else chains.kind.latents(own[None])[0], found)
     if not apart <= ROUNDINGS * limit_of(model.dtype or torch.float32, evaluator.device):
         raise ValueError(
             f"the {type(pipeline).__name__} is not served: its own call makes another sample than its rows do (relative "
