@@ -4,6 +4,8 @@
 - alphafold3-64, -128, -256: 200 steps at window 16 on as many atoms, the whole augmentation on. Neighbours, their damping and
   the slope were chosen on seeds 300 to 303, 20 to 64 atoms; the network was trained on chains of up to 64.
 - alphafold3-parts: the same on 64 atoms without the known turns, or without the pairs of neighbours.
+- conformations-64, -128, -256: the same on clouds of a known denoiser (conformations.py), one of four random walks that are
+  turned in any way, deviations of 1 angstrom. The control's numbers for chains with churn were chosen on seeds below 400.
 - churn: two-stage steps, 18 and 40 of them, with churn and ancestral, on chains of 32 atoms.
 - churn-mixture: the same on a closed-form mixture of eight Gaussians in 64 dimensions.
 - cold: 1000 steps of DDPM with less noise, as Genie samples, at window 32, on the digits network.
@@ -21,6 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from conformations import Conformations, walks
 from harness import Results, options, show
 from torch import Tensor
 
@@ -46,6 +49,9 @@ SEEDS = {
     "alphafold3-128": range(400, 404),
     "alphafold3-256": range(400, 402),
     "alphafold3-parts": range(400, 402),
+    "conformations-64": range(400, 416),
+    "conformations-128": range(400, 412),
+    "conformations-256": range(400, 408),
     "churn": range(400, 412),
     "churn-mixture": range(400, 448),
     "cold": range(7024, 7036),
@@ -118,6 +124,23 @@ def turned(results: Results, part: str, seeds: list[int]) -> None:
         results.add(row(part, table, f"{name}, {atoms} atoms", method, solved(method, turns), plain))
 
 
+def conformed(results: Results, part: str, seeds: list[int]) -> None:
+    """AlphaFold 3's sampler on clouds whose denoiser is known."""
+    atoms = int(part.partition("-")[2])
+    table, noise = alphafold3(200), Keyed((atoms, 3), seed=seeds)
+    frames, folds = Frames.drawn(table, noise), torch.stack([walks(4, atoms, DEVIATION, seed) for seed in seeds])
+    evaluator = Evaluator(frames.model(Conformations(1.0)), conditioning={"conformations": folds.float()}, max_rows=16)
+
+    def solved(method: Method) -> Solution:
+        return sample(evaluator, table, frames.moving(), method, check="off")
+
+    method = quasi_newton(
+        window=16, tolerance=1e-2 * DEVIATION, neighbours=8, neighbour_damping=0.4, slope=slopes.shifted(DEVIATION)
+    )
+    name = f"quasi_newton, turns, neighbours, {atoms} atoms, known"
+    results.add(row(part, table, name, method, solved(method), solved(sequential())))
+
+
 def two_stage() -> list[Table]:
     """Chains with churn, and ancestral ones."""
     tables = [edm(steps, s_churn=steps / 2, solver=solver, **LEVELS) for steps in (18, 40) for solver in ("heun", "midpoint")]
@@ -188,6 +211,7 @@ def main() -> None:
 
 
 PARTS = {part: turned for part in SEEDS if part.startswith("alphafold3")} | {
+    **{part: conformed for part in SEEDS if part.startswith("conformations")},
     "churn": churned,
     "churn-mixture": churned_mixture,
     "cold": cold,
