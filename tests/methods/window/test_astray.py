@@ -62,11 +62,16 @@ def test_the_node_before_the_first_that_moved_far_says_how_to_go_on() -> None:
     astray, nodes = Astray([4.0] * 20, WindowControl(astray=0.5)), torch.arange(8.0)[:, None]
     astray.observe(nodes, 10 + nodes)
     astray.follow(20 + nodes)
+    assert astray.row(3, [2.1] * 8) is None  # they have not been seen before
     assert astray.row(3, [2.0] * 8) is None
     found = astray.row(3, [0.0, 0.0, 2.1, 9.0])
     assert found is not None
     assert (found.node, float(found.state), float(found.output), float(found.change)) == (5, 2.0, 12.0, 21.0)
-    front = astray.row(3, [2.1])
+    assert astray.row(5, [2.0, 2.0, 2.0]) is None
+    assert astray.row(5, [1.0, 1.9, 1.0]) is None
+    assert astray.row(5, [2.1, 1.9, 2.2]) is not None
+    assert astray.row(5, [0.0, 9.0, 9.0]) is None  # all after the first were filled afresh
+    front = astray.row(5, [2.1])
     assert front is not None
-    assert (front.node, float(front.change)) == (3, 0.0)
+    assert (front.node, float(front.change)) == (5, 0.0)
     assert astray.row(3, [0.0] * LEADING + [9.0]) is None  # farther ahead nodes may still come to the right point
