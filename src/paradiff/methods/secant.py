@@ -175,19 +175,19 @@ class Secants:
 
     def advance(self, passed: int) -> None:
         """Drops the pairs of `passed` nodes, which left the window."""
-        if self._seen is not None:
-            self._seen = self._seen[0][passed:], self._seen[1][passed:]
-            self._dx, self._dm = self._dx[passed:], self._dm[passed:]
-        if self._known is not None:
-            self._known = self._known[0][passed:], self._known[1][passed:]
+        self._leave(slice(passed, None))
 
     def keep(self, count: int) -> None:
         """Drops the pairs of all nodes but the first `count`."""
+        self._leave(slice(count))
+
+    def _leave(self, part: slice) -> None:
+        """Leaves the pairs of a part of the nodes."""
         if self._seen is not None:
-            self._seen = self._seen[0][:count], self._seen[1][:count]
-            self._dx, self._dm = self._dx[:count], self._dm[:count]
+            self._seen = self._seen[0][part], self._seen[1][part]
+            self._dx, self._dm = self._dx[part], self._dm[part]
         if self._known is not None:
-            self._known = self._known[0][:count], self._known[1][:count]
+            self._known = self._known[0][part], self._known[1][part]
 
     def _split(self, values: Tensor) -> Tensor:
         """`[W, b, d]`."""

@@ -18,6 +18,7 @@ from paradiff.methods.presets import quasi_newton
 from paradiff.methods.window.budget import ErrorBudget
 from paradiff.methods.window.control import WindowControl
 from paradiff.methods.window.forgetting import Forgetting, Kept
+from paradiff.methods.window.members import Member
 from paradiff.methods.window.passing import PassByError
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.models import Mixture
@@ -212,3 +213,13 @@ def test_fewer_rounds_whose_samples_err_by_less_than_is_told(kind: str) -> None:
         assert all(float(e) <= one.estimated_error <= tolerance for e, one in zip(errors, found.error_estimates, strict=True))
         rounds.append(sum(one.rounds for one in found.error_estimates))
     assert rounds[1] < 0.95 * rounds[0]
+
+
+def test_before_any_node_is_known_nothing_is_forgotten() -> None:
+    forgetting, control = forgetting_of(), WindowControl()
+    member = Member(WindowSetup(TABLE, quasi_newton(window=WIDTH), CPU, torch.float64, elements=ELEMENTS))
+    assert member.kept(forgetting, 60, [0.0], [math.inf]).share == [1.0]
+    assert member.kept(forgetting, 61, [0.0] * 2, [9.0, 9.0]).share[0] < 1e-3  # the strongest answer that was seen is 9
+    moved = [0.0, 2 * control.wrong * float(TABLE.sigma[64])]
+    seen = member.kept(forgetting, 62, moved, [1.0, 1.0])
+    assert seen.share == forgetting.kept(62, [1.0, 1.0], 2, 9.0).share

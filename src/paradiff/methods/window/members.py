@@ -31,7 +31,7 @@ class Member:
         self._setup = setup
         self.size = 1.0
         self._seen = 1.0  # the same by the last sweep alone
-        self._largest = 0.0  # the most that data were seen to be undecided
+        self._largest = 0.0  # the most that data were seen to be undecided; 0 before
         factor, self.passes = setup.scaled(self.size)
         self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
 
@@ -62,7 +62,7 @@ class Member:
         """
         known = forgetting.known(first, change, spreads)
         self._largest = max([self._largest, *(v for v in spreads[:known] if math.isfinite(v))])
-        return forgetting.kept(first, spreads, known, self._largest)
+        return forgetting.kept(first, spreads, known, self._largest or math.inf)
 
     def recount(self, square: float) -> None:
         """Counts the budget for the mean square of the member's own sample."""
