@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import random
 import re
+import warnings
 from typing import Any
 
 import diffusers
@@ -246,6 +247,22 @@ def test_a_pipeline_whose_call_does_something_else_is_refused(case: str) -> None
 def test_what_a_class_has_no_use_for_is_refused(case: str, given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Stepwise(served_pipeline(made(case)), 1).method(SampleRequest(prompt="a", **given))
+
+
+@pytest.mark.parametrize("kind", ["upcast", "mean"])
+def test_pictures_of_sdxl_are_decoded_as_its_call_decodes_them(kind: str) -> None:
+    """At the start they are compared with a picture of its own call."""
+    own = made("sdxl")
+    count = own.vae.config.latent_channels
+    if kind == "upcast":
+        own.to(dtype=torch.float16)
+        own.vae.register_to_config(force_upcast=True)
+    else:
+        own.vae.register_to_config(latents_mean=[0.5] * count, latents_std=[0.7] * count)
+    with deprecations(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)  # which its own call calls
+        assert isinstance(served_pipeline(own), ServedModel)
+    assert own.vae.dtype == (torch.float16 if kind == "upcast" else torch.float32)
 
 
 def test_the_classes_that_are_served_are_those_of_diffusers() -> None:

@@ -211,16 +211,18 @@ def _decoded(pipeline: Any, x: Tensor) -> Tensor:
     vae, config = pipeline.vae, pipeline.vae.config
     raised = hasattr(pipeline, "upcast_vae") and vae.dtype == torch.float16 and config.force_upcast
     if raised:
-        pipeline.upcast_vae()
+        vae.to(torch.float32)
     latents = x[None].to(vae.device, vae.dtype) / config.scaling_factor
     mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if hasattr(pipeline, "upcast_vae") and mean is not None and std is not None:
         latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
     else:
         latents = latents + (getattr(config, "shift_factor", None) or 0.0)
-    picture, plain = vae.decode(latents, return_dict=False)[0], [True]
-    if raised:
-        vae.to(torch.float16)
+    try:
+        picture, plain = vae.decode(latents, return_dict=False)[0], [True]
+    finally:
+        if raised:
+            vae.to(torch.float16)
     if getattr(pipeline, "watermark", None) is not None:
         picture = pipeline.watermark.apply_watermark(picture)
     if getattr(pipeline, "safety_checker", None) is not None:
