@@ -14,6 +14,7 @@ from paradiff.methods.collocation import control
 from paradiff.methods.collocation.control import (
     DIFFERENCES,
     HIGHER_ORDER,
+    NARROW,
     ORDER_ZERO,
     SHORT,
     SHORT_WIDE,
@@ -25,7 +26,7 @@ from paradiff.methods.collocation.control import (
     StoreControl,
 )
 
-OBJECTS: list[Any] = [ORDER_ZERO, HIGHER_ORDER, SHORT, SHORT_WIDE, DIFFERENCES]
+OBJECTS: list[Any] = [ORDER_ZERO, HIGHER_ORDER, NARROW, SHORT, SHORT_WIDE, DIFFERENCES]
 PARTS: list[Any] = [
     part for whole in OBJECTS for part in (whole, whole.mesh, whole.mesh.noise_side, whole.store, whole.defect, whole.error)
 ]
@@ -70,4 +71,6 @@ def test_no_module_of_the_room_has_a_number_of_its_own() -> None:
             if isinstance(node, ast.Assign) and any(isinstance(value, int | float) for value in constants):
                 found += [target.id for target in node.targets if isinstance(target, ast.Name)]
     of_the_store = ["MOST_BYTES", "PATIENCE"]
-    assert sorted(found) == sorted(["DIFFERENCES", "HIGHER_ORDER", "ORDER_ZERO", "SHORT", "SHORT_WIDE", *of_the_store])
+    assert sorted(found) == sorted(
+        ["DIFFERENCES", "HIGHER_ORDER", "NARROW", "ORDER_ZERO", "SHORT", "SHORT_WIDE", *of_the_store]
+    )

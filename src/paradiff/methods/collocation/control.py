@@ -3,7 +3,8 @@
 
 `ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for
 interpolation of order 1 and above, which deterministic chains use; `SHORT` is for those of them that are too short for its
-first mesh, and for narrow windows on chains up to 256 steps; from windows of 8 rows on `SHORT_WIDE` takes its place. Every
+first mesh, `NARROW` for narrow windows on longer ones of up to 256 steps; from windows of 8 rows on `SHORT_WIDE` takes their
+place. Every
 field says what it means, its unit and range, what raising it does, and how it was measured. "The digits network" is the bundled
 network of 0.7 million parameters, on chains of 1000 steps. One network is the evidence for most numbers: see
 docs/methods/collocation.md for the others that were tried afterwards.
@@ -194,7 +195,8 @@ class ErrorControl:
         told: Factor, 1 or more, by which an estimate below the tolerance is told larger, up to the tolerance (error.py).
             Raising it tells more caution and changes no sample. Order 0, the digits network, seeds 2000 on: of 40 samples of
             DDPM 1000 at window 32 and 32 of DDPM 200 at window 16, 5 and 5 erred by more than was told with 1.3, 3 and 4 with
-            1.6, and no fewer with 3; of seeds 3000 on, 1 of 32 and 6 of 48 with 1.6. Of higher orders not scanned on its own.
+            1.6, and no fewer with 3; of seeds 3000 on, 1 of 32 and 6 of 48 with 1.6. Of higher orders: on short chains, Euler
+            25 at window 8, seeds 20300 to 20347, 7 of 48 erred by more with 1.3, and one with 3.
         refined_told: Further factor, 1 or more, where the mesh of the sample was refined: finer ones show fewer directions in
             which errors grow. Digits network, DDIM 100 at window 3, seeds 6000 to 6047: 2 of 48 samples, of refined meshes,
             erred by more than twice what they told with 1, none with 2.3.
@@ -266,6 +268,10 @@ class CollocationControl:
             The digits network, DDIM 100 at window 3, 12 seeds: 19.5 rounds with 0, 17.9 with 1, 17.0 with 2, 16.9 with 4.
         reference_tolerance: Root mean square error, in the data's units, to which `nodes` belongs. Raising it gives all
             tolerances more nodes.
+        reference_steps: Steps of a chain, 1 or more, to which `nodes` belongs. Raising it gives all chains fewer nodes.
+        steps_exponent: The first mesh has (steps / `reference_steps`)^`steps_exponent` times as many nodes, 0 or more: with
+            1/4, 21 nodes for 50 steps are 18 for 25 and 25 for 100. The digits network, DDIM 50, seeds 20000 to 20095: at
+            windows 3 and 4, 6 and 2 of 96 samples erred by more than their estimates with 22 nodes, none with 21.
         node_exponent: The first mesh has (`reference_tolerance` / tolerance)^`node_exponent` times as many nodes. The exponents
             2/3 and 1/3 are those of errors that fall as n^-1.5 and n^-3.
         least_nodes: Fraction of `nodes` that the first mesh has at any tolerance: a smaller one would have to be refined. Not
@@ -311,8 +317,9 @@ class CollocationControl:
             found; farther off, it misleads. Raising it starts from worse samples.
         most_parts: Most parts into which an interval is subdivided at once. Raising it needs fewer refinements; estimates from
             few nodes of high order are coarse, hence 4 there.
-        most_sweeps: Multiple of the rounds that one sweep takes, after which a sample that has not converged is given up.
-            Raising it waits longer.
+        most_sweeps: Multiple of the rounds that one sweep takes, after which a sample that has not converged is given up. With
+            20, one of 64 samples of a mixture of sharp Gaussians, 512 numbers, DPM++(2M) 50 at window 4, took 145 rounds, with
+            6 it takes 61. Raising it waits longer.
         lipschitz_cap: Multiple of the Lipschitz constant of the clean-data estimate for Gaussian data up to which a node's is
             taken for granted before it was observed. Raising it evaluates nodes again sooner.
         rounding_share: State changes below this fraction of the network's relative precision are treated as rounding. Raising
@@ -326,17 +333,20 @@ class CollocationControl:
         spread: Places, 0 or more, up to which the newest secant pairs of neighbours count for a node where the interpolation
             error is estimated (estimator.py). In a small window nodes are evaluated too rarely for their own pairs to show what
             grows. The digits network, DDIM 50, 128 samples at each of windows 3 and 4: 7 of 256 erred by more than twice their
-            estimate with 0, 3 with 1, 1 with 2 and 1 with 3; window 3 took 14.7, 15.9, 17.5 and 21.0 rounds. Raising it costs
-            memory for 4 states a node and place.
+            estimate with 0, 3 with 1, 1 with 2 and 1 with 3; window 3 took 14.7, 15.9, 17.5 and 21.0 rounds. Since single steps
+            are left out of the mesh's shares (mesh.py), seeds 20100 to 20195: of 96 samples at each of windows 2, 3 and 4, 7, 3
+            and 3 erred by more than their estimates with 0, and 3, 0 and 1 with 1; DDIM 100 at windows 3 and 4: 12 and 12 with
+            0, 7 and 7 with 1, 3 and 4 with 2, in 17.3, 19.5 and 22.0 rounds at window 3. So it is 1 on short chains (`SHORT`),
+            and 2 on longer ones (`NARROW`). Raising it costs memory for 4 states a node and place.
         enough_pairs: Secant pairs from which on a node takes none of its neighbours', 0 or more; 0 lets neighbours count
             always. The digits network, 96 samples of DDIM 50 at windows 8 and 16 and of DDIM 100 at window 8: of these 288 six
             erred by more than their estimate with 2, none by more than twice. Of 144 of DDIM 100 at windows 3 and 4 three did,
             after their meshes had been refined. Raising it refines more samples.
-        wide: Window, in rows, 1 or more, from which on the numbers of `SHORT_WIDE` take the place of `SHORT`'s. Raising it
-            keeps more windows careful.
+        wide: Window, in rows, 1 or more, from which on the numbers of `SHORT_WIDE` take the place of `SHORT`'s and `NARROW`'s.
+            Raising it keeps more windows careful.
         narrow: Windows below are narrow, in rows, 1 or more. On chains of up to `narrow_steps` the numbers are then those of
-            `SHORT`: by `HIGHER_ORDER`'s, digits network, 48 samples of DDIM 100, 10, 8, 5 and 3 erred by more than their
-            estimates at windows 3, 4, 8 and 16, 5 of them by more than twice; by `SHORT`'s 1, 3, 1 and 3, one by more than
+            `NARROW`: by `HIGHER_ORDER`'s, digits network, 48 samples of DDIM 100, 10, 8, 5 and 3 erred by more than their
+            estimates at windows 3, 4, 8 and 16, 5 of them by more than twice; by `NARROW`'s 1, 3, 1 and 3, one by more than
             twice. It costs rounds: 21.4, 20.2 and 15.0 become 29.0, 23.7 and 15.8. Raising it makes wider windows careful.
         narrow_steps: See `narrow`; steps of a chain, 1 or more. Of 12 samples of DDIM 1000 one erred by more than twice its
             estimate at window 4 by either.
@@ -368,9 +378,10 @@ class CollocationControl:
             plane, DDPM 200, seeds 300 to 331: at 32 and 64 none of 32 samples erred by more than twice its estimate, at 512 5
             ended on the other point without a window and 6 at window 16, at 4096 8 and 8. DDIM 100: none of 128 up to 4096,
             one of 32 at 2^20 (seeds 300 to 331, 900 to 931). Raising it interpolates larger data.
-        unseen_amplification: Amplification of early errors, 1 or more, that is assumed of a sample on a stochastic chain which
-            the window method solves from its first round. With 1, one of 8 samples of the digits network, DDPM 100, erred by
-            0.06 at tolerance 4e-3. Raising it sweeps more.
+        unseen_amplification: Amplification of early errors, 1 or more, that is assumed of a sample which the window method
+            solves from its first round on a stochastic chain, or whose sweeps did not converge. With 1, one of 8 samples of the
+            digits network, DDPM 100, erred by 0.06 at tolerance 4e-3, and one of 64 of a mixture of sharp Gaussians, 512
+            numbers, DDIM 100 at window 4, ended at another of them. Raising it sweeps more.
         handover_secants: Secant pairs a node of the window method that takes over. Raising it costs memory.
         all_nodes: Nodes of a chain up to which all are evaluated where the forcings' difference to an earlier run is sought,
             and one round holds them, or the chain is stochastic.
@@ -396,6 +407,8 @@ class CollocationControl:
     order: int
     nodes: int
     reference_tolerance: float = DEFAULT_TOLERANCE
+    reference_steps: int = 1000
+    steps_exponent: float = 0.0
     extrapolation: float = 0.0
     node_exponent: float
     least_nodes: float = 0.75
@@ -451,7 +464,7 @@ class CollocationControl:
         wholes = {"order": 0, "nodes": 2, "most_parts": 2, "most_sweeps": 1, "most_pairs": 0}
         wholes |= {"most_heads": 0, "spread": 0, "enough_pairs": 0, "handover_secants": 0, "handover_window": 1}
         wholes |= {"all_nodes": 1, "few_nodes": 1, "round_nodes": 2}
-        wholes |= {"narrow": 1, "wide": 1, "narrow_steps": 1, "handover_least": 0}
+        wholes |= {"reference_steps": 1, "narrow": 1, "wide": 1, "narrow_steps": 1, "handover_least": 0}
         for name, least in wholes.items():
             require_whole(name, getattr(self, name), least)
         for name in (
@@ -468,7 +481,15 @@ class CollocationControl:
             "most_square",
         ):
             require_real(name, getattr(self, name), positive=True)
-        for name in ("node_exponent", "least_nodes", "early_factor", "node_share", "refined_exponent", "handover_error"):
+        for name in (
+            "node_exponent",
+            "steps_exponent",
+            "least_nodes",
+            "early_factor",
+            "node_share",
+            "refined_exponent",
+            "handover_error",
+        ):
             require_real(name, getattr(self, name))
         for name in ("rounding_share", "pair_rounding", "trusted_move", "extrapolation", "head_share"):
             require_real(name, getattr(self, name))
@@ -522,21 +543,27 @@ HIGHER_ORDER = CollocationControl(
     handover_least=256,
     resolved_share=0.5,
     most_parts=4,
+    most_sweeps=6,
     store=StoreControl(target=0.4),
     error=ErrorControl(safety=1.5),
 )
-SHORT = replace(
+NARROW = replace(
     HIGHER_ORDER,
-    nodes=24,
+    nodes=21,
+    reference_steps=50,
+    steps_exponent=0.25,
+    least_nodes=1.0,
     refined_share=0.8,
     resolved_share=2 / 3,
+    first_share=0.75,
     handover_share=1.0,
     head_share=0.5,
     lost=1.0,
     spread=2,
     error=ErrorControl(safety=1.5, refined_told=2.3),
 )
-SHORT_WIDE = replace(SHORT, enough_pairs=2, lost=1e6, error=HIGHER_ORDER.error)
+SHORT = replace(NARROW, spread=1, error=ErrorControl(safety=1.5, told=3.0))
+SHORT_WIDE = replace(SHORT, spread=2, enough_pairs=2, lost=1e6)
 
 DIFFERENCES = CollocationControl(
     order=3,

@@ -13,7 +13,15 @@ from paradiff.chain.home import made_at_home
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.collocation.conditions import too_cold, too_few_steps, too_rough, unfit_levels
-from paradiff.methods.collocation.control import DIFFERENCES, HIGHER_ORDER, ORDER_ZERO, SHORT, SHORT_WIDE, CollocationControl
+from paradiff.methods.collocation.control import (
+    DIFFERENCES,
+    HIGHER_ORDER,
+    NARROW,
+    ORDER_ZERO,
+    SHORT,
+    SHORT_WIDE,
+    CollocationControl,
+)
 from paradiff.methods.collocation.mesh import Mesh
 from paradiff.methods.collocation.mesh_store import MeshStore, StoredMesh
 from paradiff.methods.face import Face, settle
@@ -43,8 +51,8 @@ class CollocationOptions(Face):
         target: `chain`, the sample of the sequential chain, or that of the `ode` or `sde` which the chain discretizes.
         warm_start: File of a mesh store (mesh_store.py): where samples of this model needed their nodes, for later ones to
             start from; None for no file.
-        control: The tuned numbers; None for `ORDER_ZERO`, `HIGHER_ORDER`, `SHORT` or `SHORT_WIDE`, by the interpolation's
-            order, the chain's length and the window.
+        control: The tuned numbers; None for one of the sets of control.py, by the interpolation's order, the chain's length and
+            the window.
 
     Raises:
         ValueError: If a value is of the wrong kind or out of its range, or two of them contradict each other.
@@ -146,30 +154,32 @@ class CollocationOptions(Face):
             return ORDER_ZERO
         if not self._is_short(table):
             return HIGHER_ORDER
-        return SHORT if self.window is not None and self.window < SHORT.wide else SHORT_WIDE
+        if self.window is None or self.window >= NARROW.wide:
+            return SHORT_WIDE
+        return NARROW if self._fits(HIGHER_ORDER, table) else SHORT
 
     def control_at_any_window(self, table: Table) -> CollocationControl:
         """The tuned numbers of narrow windows, which hold at wide ones too: for runs whose rows change from round to round."""
         return replace(self, window=1).control_on(table)
 
     def _is_short(self, table: Table) -> bool:
-        """Whether a chain is too short for the first mesh of `HIGHER_ORDER`, and not for that of `SHORT`; or so short that the
+        """Whether a chain is too short for the first mesh of `HIGHER_ORDER`, and not for that of `NARROW`; or so short that the
         estimates of `HIGHER_ORDER` do not hold at a narrow window. At a first node of pure noise there is no level to begin
         from (interval.py), which counts on a short chain."""
         given = not isinstance(self.nodes, str) or self.max_nodes is not None or self.target != "chain" or self.exact
         if given or table.stochastic or float(table.alpha[0]) <= 0:
             return False
-        fits = [self._fewest(control) <= control.first_share * table.steps for control in (HIGHER_ORDER, SHORT)]
-        narrow = self.window is not None and self.window < SHORT.narrow and table.steps <= SHORT.narrow_steps
-        return fits[1] and (narrow or not fits[0])
+        narrow = self.window is not None and self.window < NARROW.narrow and table.steps <= NARROW.narrow_steps
+        return self._fits(NARROW, table) and (narrow or not self._fits(HIGHER_ORDER, table))
+
+    def _fits(self, control: CollocationControl, table: Table) -> bool:
+        """Whether the first mesh by some tuned numbers is small enough a part of a chain."""
+        share = max(self._relative(control), control.least_nodes)
+        return round(nodes_on(table, control) * share) <= control.first_share * table.steps
 
     def _relative(self, control: CollocationControl) -> float:
         """Ratio of node counts: at this tolerance over at the reference tolerance."""
         return (control.reference_tolerance / self.tolerance) ** control.node_exponent
-
-    def _fewest(self, control: CollocationControl) -> int:
-        """Nodes of the first mesh by some tuned numbers."""
-        return round(control.nodes * max(self._relative(control), control.least_nodes))
 
     def relative(self, table: Table) -> float:
         """Ratio of node counts: at this tolerance over at the reference tolerance."""
@@ -177,7 +187,7 @@ class CollocationOptions(Face):
 
     def usual(self, table: Table) -> int:
         """Nodes of the default mesh at the reference tolerance."""
-        return self.control_on(table).nodes
+        return nodes_on(table, self.control_on(table))
 
     def store(self, table: Table) -> MeshStore | None:
         """The mesh store's entry of a table; None without a file.
@@ -287,6 +297,11 @@ class CollocationOptions(Face):
                 "more nodes, or a lower order"
             )
         return points
+
+
+def nodes_on(table: Table, control: CollocationControl) -> int:
+    """Nodes of the default mesh of a chain at the reference tolerance."""
+    return round(control.nodes * (table.steps / control.reference_steps) ** control.steps_exponent)
 
 
 def levels_of(table: Table) -> str | None:

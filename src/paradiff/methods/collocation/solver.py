@@ -534,7 +534,8 @@ class CollocationSolver:
         if error <= self.control.handover_error * self._bounds.tolerance:
             guide = self._at.dense_output(setup, self._nodes.forcings, self.shape, self.noise, self.sample)
         x0 = self._x0.view(self.shape).to(setup.dtype)
-        unseen = self.control.unseen_amplification if setup.table.stochastic and not self.estimator.seen else 1.0
+        sensitive = setup.table.stochastic or math.isinf(self.iteration_error)
+        unseen = self.control.unseen_amplification if sensitive and not self.estimator.seen else 1.0
         self._handover = setup.window_loop.take_over(
             self.noise,
             self.sample,
