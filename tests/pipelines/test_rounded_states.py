@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loops whose states have 16 bits: how far the plain call's sample may be, whose states are rounded in each step, is told."""
+"""Loops whose states are rounded: how far the plain call's sample may be is told, of states of 16 bits and of huge levels."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from tiny import CASES
 
-from paradiff import parallelize, parasolver
+from paradiff import Method, collocation, paradigms, parallelize, parasolver, quasi_newton, sequential, srds
+from paradiff.solver import Status
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' own
 CALL: dict[str, Any] = {"num_inference_steps": 20}
 TOLD = re.compile(r"rounds its states to (b?float16) in each step, .* may differ by ([\d.e+-]+) more than is told")
 
@@ -35,3 +38,29 @@ def test_nothing_is_told_of_states_of_32_bits() -> None:
     with parallelize(pipe := CASES["sd"].make(), parasolver(window=6)) as run:
         CASES["sd"].run(pipe, 3, **CALL)
     assert not [note for note in run.report.warnings if TOLD.search(note)]
+
+
+EXTREME = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", [quasi_newton(), srds(), collocation(), sequential(), paradigms(tolerance=0.0)])
+def test_chains_of_huge_levels_tell_what_rounding_leaves(method: Method, dtype: torch.dtype) -> None:
+    """A state of noise level 20,000 becomes one of 2 in one step, whose rounding the next one multiplies by 4,000."""
+    case, steps = CASES["sd"], {"num_inference_steps": 4}
+    pipes = [case.make().to(dtype) for _ in range(2)]
+    for pipe in pipes:
+        pipe.scheduler = diffusers.HeunDiscreteScheduler(**EXTREME)
+    plain = case.run(pipes[0], 3, **steps)
+    with parallelize(pipes[1], method, dtype=dtype) as run:
+        found = case.run(pipes[1], 3, **steps)
+    report, error = run.report, float((found - plain).square().mean().sqrt())
+    told = report.error_estimate.estimated_error
+    if dtype == torch.float64:
+        assert error < 1e-6
+        assert told < 0.01
+        assert "rounding" not in report.message
+    else:
+        assert 1 < error <= told < 10 * error
+        assert report.status is not Status.EXACT
+        assert "rounding in float32" in report.message

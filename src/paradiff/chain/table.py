@@ -20,7 +20,7 @@ slopes, fills and error estimates, and no state of a finished chain depends on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -65,6 +65,8 @@ class Table:
         exact_levels: False for coefficients that are exact while the levels are a guide: excused from both conditions, by
             `mismatch`.
         draws: The random draws that a sequential run makes the noises of (draws.py), for `Recorded`; None for one a step.
+        rounding: `[N]` what rounding leaves of the state that each step returns where a scheduler computes it, root mean
+            square, in units of its spacing at 1; None where the table is the step itself (roundoff.py). Not compared.
         first: The node of the whole chain that is this table's node 0: the noises are those of the steps from there on. Above 0
             in a slice, `table[70:]`, whose states at node 0 the caller gives.
 
@@ -89,14 +91,15 @@ class Table:
     clean: Tensor | None = None
     exact_levels: bool = True
     draws: Draws | None = None
+    rounding: Tensor | None = field(default=None, compare=False)
     first: int = 0
 
     @made_at_home
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (of.name for of in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, Tensor) and not value.is_cpu:
-                object.__setattr__(self, field.name, value.cpu())
+                object.__setattr__(self, name, value.cpu())
         self._check_shapes(self.steps)
         if self.scale is None:
             object.__setattr__(self, "scale", torch.ones(self.steps + 1, dtype=torch.float64))
@@ -119,10 +122,11 @@ class Table:
         )
 
     def __eq__(self, other: object) -> bool:
-        """Whether all fields have equal values."""
+        """Whether all fields have equal values but `rounding`, which other machines may see otherwise."""
         if not isinstance(other, Table):
             return NotImplemented
-        return self is other or all(equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        compared = [f.name for f in fields(self) if f.compare]
+        return self is other or all(equal(getattr(self, name), getattr(other, name)) for name in compared)
 
     def __hash__(self) -> int:
         return hash((self.name, self.prediction, self.steps, self.band, float(self.alpha[0]), float(self.sigma[0])))
@@ -172,7 +176,7 @@ class Table:
     def _part(self, begin: int, end: int) -> Table:
         """The steps from a node to another, at the first of which the chain starts afresh."""
         inside, nodes = slice(begin, end), slice(begin, end + 1)
-        of_steps = ("a", "b", "c", "reached", "clip_weight", "clean")
+        of_steps = ("a", "b", "c", "reached", "clip_weight", "clean", "rounding")
         found = {name: getattr(self, name)[nodes] for name in ("t", "alpha", "sigma", "scale")}
         found |= {name: None if (v := getattr(self, name)) is None else v[inside] for name in of_steps}
         size = 1.0 if begin else self.start_scale
@@ -198,19 +202,20 @@ class Table:
             "reached": (steps, 2),
             "clip_weight": (steps,),
             "clean": (steps, 2),
+            "rounding": (steps,),
         }
-        expected = {field: shape for field, shape in expected.items() if getattr(self, field) is not None}
-        for field, shape in expected.items():
-            value = getattr(self, field)
+        expected = {name: shape for name, shape in expected.items() if getattr(self, name) is not None}
+        for name, shape in expected.items():
+            value = getattr(self, name)
             if tuple(value.shape) != shape or value.dtype != torch.float64:
                 raise ValueError(
-                    f"table {self.name!r}: {field} has shape {tuple(value.shape)} and dtype {value.dtype}; with {steps} "
+                    f"table {self.name!r}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; with {steps} "
                     f"steps it must be {shape}, float64"
                 )
             if not torch.isfinite(value).all():
                 node = int((~torch.isfinite(value).reshape(len(value), -1).all(1)).nonzero()[0])
                 raise ValueError(
-                    f"table {self.name!r}: {field} is not finite at node {node} (alpha = {self.alpha[node]:.3g}, sigma = "
+                    f"table {self.name!r}: {name} is not finite at node {node} (alpha = {self.alpha[node]:.3g}, sigma = "
                     f"{self.sigma[node]:.3g}, {self.prediction} prediction); a schedule that starts from pure noise "
                     "needs sample, v or flow prediction"
                 )

@@ -128,6 +128,7 @@ def described(value: Any, depth: int = DEPTH) -> str:
         return f"{type(value).__name__} {getattr(value, 'shape', getattr(value, 'size', ''))} {zlib.crc32(data()):x}"
     if not type(value).__module__.startswith("paradiff."):
         return type(value).__name__
-    parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else None
+    compared = [f.name for f in dataclasses.fields(value) if f.compare] if dataclasses.is_dataclass(value) else None
+    parts = None if compared is None else {name: getattr(value, name) for name in compared}
     parts = vars(value) if parts is None and hasattr(value, "__dict__") else parts
     return f"{type(value).__name__}({described(parts, depth - 1) if parts is not None else ''})"

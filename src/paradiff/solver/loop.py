@@ -65,6 +65,7 @@ from paradiff.solver.records import Record
 from paradiff.solver.row_check import Check, RowCheck
 from paradiff.solver.seen import Look
 from paradiff.solver.solution import Solution, Status
+from paradiff.solver.told_rounding import rounds_apart, with_roundoff
 from paradiff.solver.trajectory import Trajectory, require_trajectory, trajectory_of
 
 UNCHECKED = "not checked: that the model's output for a row depends on that row alone"
@@ -194,7 +195,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
     run = method.prepare(problem)
     march = run.march() if observer is None and not problem.keep and isinstance(run, Marches) else None
     if march is not None:
-        return (yield from _in_step(run, march, begin))
+        return (yield from _in_step(run, march, begin, problem, method))
     solvers = [run.solver(k) for k in range(problem.noise.samples)]
     widest = method.width(problem.table) * problem.noise.samples
     history: list[Record] = []
@@ -252,6 +253,8 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         run.close()
         status, message = run.status(estimates)
     sample = torch.stack([s.final if s.done else s.newest for s in solvers])
+    if rounds_apart(method, problem):
+        estimates, status, message = with_roundoff(run, problem, method.tolerance, sample, estimates, status, message)
     return Solution(
         sample=sample,
         status=status,
@@ -274,7 +277,7 @@ def _kept(problem: Problem, solvers: Sequence[Solver[Any]]) -> Trajectory:
     return trajectory_of(problem.table, shape, parts)
 
 
-def _in_step(run: Run, march: March, begin: float) -> Rounds:
+def _in_step(run: Run, march: March, begin: float, problem: Problem, method: Method) -> Rounds:
     """All samples in step; the whole of a run without an observer."""
     batch, rounds, evaluations = next(march), 0, 0
     while True:
@@ -287,7 +290,10 @@ def _in_step(run: Run, march: March, begin: float) -> Rounds:
             marched: Marched = end.value
             break
     run.close()
-    status, message = run.status(marched.estimates)
+    estimates = marched.estimates
+    status, message = run.status(estimates)
+    if rounds_apart(method, problem):
+        estimates, status, message = with_roundoff(run, problem, method.tolerance, marched.sample, estimates, status, message)
     return Solution(
         sample=marched.sample,
         status=status,
@@ -295,7 +301,7 @@ def _in_step(run: Run, march: March, begin: float) -> Rounds:
         rounds=rounds,
         evaluations=evaluations,
         seconds=time.perf_counter() - begin,
-        error_estimates=marched.estimates,
+        error_estimates=estimates,
         history=list(marched.history),
     )
 

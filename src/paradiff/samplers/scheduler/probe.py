@@ -9,14 +9,15 @@ whatever it keeps between steps. One walk over all steps, with a fresh basis vec
 step, shows every A[i,k] and B[i,k]: they are the channels of what the step returns. Random draws are set to zero in that walk;
 a second one, with inputs zero and basis vectors as draws, shows the standard deviation of the noise n[i]. A third and a fourth,
 with random inputs, with none, and with equal real draws, must differ by what (1) says: this superposition test decides
-whether the step is linear.
+whether the step is linear. A last one in float32 shows what the step's own arithmetic rounds.
 
 A limit on the clean-data estimate (`clip_sample`, `thresholding`) is the one nonlinearity that is known. The scheduler is then
 probed with the limit switched off, the weights of the limit are fitted to one walk with it (chain/clipping.py), and the
 superposition test is made with it. Everything else is refused.
 
-All walks are made on copies, in float64 on the CPU. Some schedulers round states to float32, and most keep float32 schedules,
-so that coefficients agree with the formulas of the papers to about 1e-7, and with the scheduler's own chain better than that.
+All others are made in float64, and all on copies on the CPU. Some schedulers round states to float32, and most keep float32
+schedules, so that coefficients agree with the formulas of the papers to about 1e-7, and with the scheduler's own chain better
+than that.
 """
 
 from __future__ import annotations
@@ -204,7 +205,9 @@ def _probe(request: Request) -> Probed:
         )
     _refuse_mixing(request, table, factors, own[:, 0])
     clip = None if table.clip is None else Merged(table.clip)
-    return Probed(table, dataclasses.replace(table, start_scale=1.0, clip=clip), main.draws, mixing, error)
+    rounding = _rounding(request, table, factors, own[:, 0], off)
+    looped = dataclasses.replace(table, start_scale=1.0, clip=clip, rounding=rounding)
+    return Probed(table, looped, main.draws, mixing, error)
 
 
 def _cancelled(values: Tensor, size: Tensor) -> Tensor:
@@ -336,6 +339,27 @@ def _refuse_mixing(request: Request, table: Table, factors: Tensor, own: Tensor)
             f"{table.name}.step mixes the samples of a batch, or the elements of a sample: beside another one, a state is off "
             f"by {error:.1g} of what the sample alone leads to, and a table has a step for each by itself"
         )
+
+
+def _rounding(request: Request, table: Table, factors: Tensor, own: Tensor, off: Mapping[str, bool]) -> Tensor:
+    """`[N]` the root mean square by which steps in float32, at states and outputs of data of mean square 1, miss what equation
+    (1) says of them, in units of float32's spacing.
+
+    Args:
+        request: The question.
+        table: The table.
+        factors: `[N, 2 N]` those of states and outputs.
+        own: `[N]` what each step adds by itself.
+        off: The options of the limits, switched off.
+    """
+    clean, noise = torch.randn(2, CHANNELS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    alpha, sigma, p, q = (v[: table.steps, None] for v in (table.alpha, table.sigma, table.p, table.q))
+    exact = alpha * clean + sigma * noise
+    x, m = exact.float(), ((clean - p * exact) / q).float()
+    found = walk(request, lambda i: (x[i], m[i]), 0, **off).states
+    missed = found - own[:, None] - factors @ torch.cat([x, m]).double()
+    seen = missed.square().mean(1).sqrt() / torch.finfo(torch.float32).eps
+    return seen.nan_to_num(0.0, posinf=0.0)  # of levels that say nothing of its outputs
 
 
 def _limit_size(request: Request) -> float:
