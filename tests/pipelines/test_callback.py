@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import types
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -76,6 +78,77 @@ def test_answers_that_change_nothing_are_welcome(answer: Any) -> None:
     callback, pipeline = given(look)
     callback.on_final(1, torch.rand(4, 2))
     assert (pipeline.seen, pipeline.parts) == (3, [0, 1, 2, 3])
+
+
+class Counted(dict[str, Any]):
+    """A dict that is no plain one."""
+
+
+KEPT: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda tensors: None,
+        lambda tensors: [1],
+        lambda tensors: SimpleNamespace(latents=tensors["latents"]),
+        lambda tensors: types.MappingProxyType(tensors),
+        lambda tensors: Counted(tensors),
+        lambda tensors: KEPT,
+    ],
+    ids=["None", "a list", "an object", "a proxy", "another dict", "the same dict"],
+)
+def test_what_a_callback_returns_does_what_it_does_in_the_plain_call(answer: Any) -> None:
+    """The loop takes its latents from it by `pop`."""
+
+    def outcome(parallel: bool) -> tuple[Any, list[int]]:
+        seen: list[int] = []
+
+        def callback(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:
+            seen.append(step)
+            return answer(tensors)
+
+        pipe = CASES["sd"].make()
+        with parallelize(pipe, parasolver(window=4)) if parallel else contextlib.nullcontext():
+            try:
+                found = CASES["sd"].run(pipe, 3, num_inference_steps=6, callback_on_step_end=callback)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}", seen
+        return found, seen
+
+    (plain, once), (found, again) = outcome(False), outcome(True)
+    assert again == once
+    if isinstance(plain, str):
+        assert found == plain
+    else:
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-2)
+
+
+class Own:
+    """A loop of the user's own, which takes latents from what a callback returns where there is something."""
+
+    def __init__(self) -> None:
+        self.scheduler, self.net = diffusers.DDIMScheduler(clip_sample=False), Net()
+
+    def walk(self, x: Tensor, callback_on_step_end: Any = None) -> Tensor:
+        self.scheduler.set_timesteps(12)
+        for i, t in enumerate(self.scheduler.timesteps):
+            x = self.scheduler.step(self.net(x, t), t, x)[0]
+            if callback_on_step_end is not None:
+                outputs = callback_on_step_end(self, i, t, {"latents": x})
+                x = x if outputs is None else outputs.pop("latents", x)
+        return x
+
+
+@torch.no_grad()
+def test_a_loop_that_may_take_latents_from_what_a_callback_returns_is_walked_plainly() -> None:
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    plain = Own().walk(x, lambda *_: None)
+    run = parallelize(Own(), parasolver(window=4))
+    with pytest.warns(RuntimeWarning, match="callback_on_step_end returned None, from which the loop takes its latents"):
+        found = run(x, callback_on_step_end=lambda *_: None)
+    assert torch.equal(found, plain)
 
 
 def replaces(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> Any:

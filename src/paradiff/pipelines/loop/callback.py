@@ -3,24 +3,30 @@
 
 A callback that only reads (previews, logging, progress) gets the states of the plain call, several steps at a time. A callback
 that changes the loop's course is refused by name, since later steps have been swept before it is called. It may interrupt the
-call (interrupt.py).
+call (interrupt.py). What it returns is what the loop takes its latents from: where diffusers' own loops do, `pop` of it fails
+here as it fails there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from paradiff.errors import NeedsOrder, shown
 from paradiff.pipelines.loop.interrupt import NAMES, flag
 from paradiff.pipelines.loop.scheduler_proxy import first_index, is_proxy, other_setting, place, settings
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.methods import called_names
+from paradiff.pipelines.network.origin import function_of
 from paradiff.pipelines.network.outside import Outside
+from paradiff.pipelines.network.reads import names
 from paradiff.solver.accelerator import random_states
 
 CALLBACK, INPUTS, LEGACY = "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback"
@@ -52,6 +58,7 @@ class Callback:
         self._left = NAMES - (self._read if flag(kind) is None else set())  # flags that are followed, or that no function asks
         self.scheduler: Any = None
         self.error: BaseException | None = None
+        self._pops = _pops(kind)
         networks = {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
         self._networks, self._outside = Attributes(networks.values()), Outside(networks)
         self._own: frozenset[str] | None = None  # the pipeline's attributes before the callback could add any
@@ -96,6 +103,8 @@ class Callback:
         Raises:
             ValueError: If the callback changes the latents, the pipeline, its scheduler or a setting of its networks, or draws
                 from one of the generators.
+            NeedsOrder: If it returns what a loop of the user's own may not take latents from.
+            Exception: What the callback raises, or the loop for what it returns.
         """
         if self._own is None:
             self._own = frozenset(vars(self._pipeline))
@@ -109,6 +118,9 @@ class Callback:
                 levels = {} if scheduler is None else settings(scheduler)
                 try:
                     returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
+                    back = self._taken(returned, latents)
+                except NeedsOrder:
+                    raise
                 except BaseException as error:
                     self.error = error
                     raise
@@ -118,7 +130,6 @@ class Callback:
                     "a parallel run has drawn those already: give the callback a generator of its own, or call the pipeline "
                     "outside of parallelize"
                 )
-            back = returned.get("latents", latents) if isinstance(returned, Mapping) else latents
             extra = [k for k in returned if k != "latents"] if isinstance(returned, Mapping) else []
             after = self._settings()
             changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
@@ -131,6 +142,14 @@ class Callback:
                     f"{CALLBACK} changed {what} after step {step}; a parallel run has swept later steps already and cannot "
                     "follow that: leave the change out, or call the pipeline outside of parallelize"
                 )
+
+    def _taken(self, returned: Any, latents: Tensor) -> Any:
+        """What the loop takes of what the callback returned as its latents."""
+        if self._pops == "diffusers" or (self._pops == "own" and isinstance(returned, MutableMapping)):
+            return returned.pop("latents", latents)
+        if self._pops == "own":
+            raise NeedsOrder(f"{CALLBACK} returned {shown(returned)}, from which the loop takes its latents by `pop`")
+        return returned.get("latents", latents) if isinstance(returned, Mapping) else latents
 
     @contextlib.contextmanager
     def _shown(self, step: int) -> Iterator[Any]:
@@ -163,6 +182,16 @@ class Callback:
             for name, value in vars(self._pipeline).items()
             if name not in self._left and (name in self._read or (name in own and isinstance(value, SIMPLE)))
         }
+
+
+@functools.lru_cache(maxsize=64)
+def _pops(kind: type) -> Literal["diffusers", "own"] | None:
+    """Whose loop takes its latents by `pop` of what a callback returns; None if none does."""
+    for part in (part for owner in kind.__mro__ for part in vars(owner).values()):
+        function = inspect.unwrap(found) if (found := function_of(part)) is not None else None
+        if isinstance(function, types.FunctionType) and {CALLBACK, "pop"} <= names(function.__code__):
+            return "diffusers" if function.__module__.partition(".")[0] == "diffusers" else "own"
+    return None
 
 
 def _states(generators: Sequence[torch.Generator | None]) -> list[Tensor]:
