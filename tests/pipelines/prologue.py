@@ -7,6 +7,7 @@ import functools
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 from torch import nn
@@ -54,15 +55,15 @@ def computed(pipe: Any, counted: Counter[str], call: Callable[[], Any]) -> tuple
 
 
 def _file() -> IO[str]:
-    """A file for a log: nothing that the library puts back."""
-    return tempfile.TemporaryFile("w+")
+    """A file for a log, which nobody reads while it is written: nothing that the library puts back."""
+    return tempfile.NamedTemporaryFile("w")
 
 
 def _read(log: IO[str]) -> str:
     """What was written, after which the file is closed."""
     with log:
-        log.seek(0)
-        return log.read()
+        log.flush()
+        return Path(log.name).read_text()
 
 
 def _logged(listed: dict[str, nn.Module], log: IO[str], call: Callable[[], Any]) -> Any:

@@ -111,7 +111,7 @@ class Call:
         callback = Callback.of(self._host.owner, self._arguments, self._kind)
         beginning = Beginning(self._host, self._arguments) if executors else None
         if beginning is not None and beginning.lasting is not None:
-            account.notes.append(f"{beginning.lasting} is a Python generator, whose position could not be put back after a try")
+            account.notes.append(f"{beginning.lasting} could not be put back after a try")
             executors = []
         interrupt: Interrupt | None = None
         met = False  # whether a try met an error of which nothing is known

@@ -36,7 +36,8 @@ class Beginning:
         arguments: The call's arguments by name. Those that are functions are left alone.
 
     Attributes:
-        lasting: Where there is something that cannot be put back, a Python generator; None if there is nothing.
+        lasting: Where there is something that cannot be put back, such as a Python generator, and what of it; None if there is
+            nothing.
         weights: The networks' weights.
     """
 
@@ -46,9 +47,10 @@ class Beginning:
         self._random = Snapshot(arguments)
         classes = [(one.__name__, one) for one in (kind, type(owner))]
         methods = [*classes, *((method.__name__, method) for method in users_methods(kind))]
-        given = functions_within({name: value for name, value in arguments.items() if callable(value)}, networks)
+        given = called_memory({name: value for name, value in arguments.items() if callable(value)}, networks)
         self._memory = Memory([*networks.items(), *data.items(), *methods], owners=[owner])
-        self.weights = Weights(networks, [*users_methods(kind), *given, *self._memory.functions])
+        functions = [*users_methods(kind), *given.functions, *self._memory.functions]
+        self.weights = Weights(networks, functions, given.operators | self._memory.operators)
         self._surroundings = Surroundings()
         self.lasting = self._memory.lasting
 
@@ -110,14 +112,14 @@ class PlainBeginning:
         self._surroundings.restore()
 
 
-def functions_within(given: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> list[types.FunctionType]:
-    """The users' functions that a call of some functions, methods, partials or objects may reach, without those of networks.
+def called_memory(given: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> Memory:
+    """The memory of some functions, methods, partials or objects, without that of networks.
 
     Args:
         given: What is called, each with its name.
         networks: The networks.
     """
-    return Memory(given.items(), leave=[part for network in networks.values() for part in network.modules()]).functions
+    return Memory(given.items(), leave=[part for network in networks.values() for part in network.modules()])
 
 
 def hooks_memory(host: Host, readers: list[types.FunctionType]) -> Memory | None:

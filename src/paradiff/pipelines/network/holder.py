@@ -92,7 +92,7 @@ class Holder:
 
     def reached(self, key: Any) -> str:
         """The name under which functions reach a value; empty if there is none."""
-        return str(key) if self.named else self.name
+        return self.name or str(key) if self.named else self.name
 
 
 def holds_tensors(value: Any, deep: int = DEEP) -> bool:

@@ -7,6 +7,7 @@ variables that its functions and hooks share, and generators (walk.py).
 
 from __future__ import annotations
 
+import sqlite3
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -84,8 +85,18 @@ class Memory:
 
     @property
     def lasting(self) -> str | None:
-        """Where there is a Python generator, whose position cannot be put back; None if there is none."""
-        return next((path for path, thing, _ in self._walk.states if isinstance(thing, types.GeneratorType)), None)
+        """Where there is what cannot be put back, and what it is; None if there is nothing."""
+        for path, thing, _ in self._walk.states:
+            if isinstance(thing, types.GeneratorType):
+                return f"{path} is a Python generator, whose position"
+            if isinstance(thing, sqlite3.Connection):
+                return f"{path} is a connection to a database, whose rows"
+        return None
+
+    @property
+    def operators(self) -> set[str]:
+        """The names by which operators within reach, such as `operator.attrgetter`, get or call something."""
+        return self._walk.operators
 
     @torch.no_grad()
     def restore(self) -> None:

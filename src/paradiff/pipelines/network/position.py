@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The states of random generators, positions of iterators, and texts in memory: read, recorded, compared and put back."""
+"""The states of random generators, positions of iterators, texts in memory, files, queues and other objects that show their
+values by calls alone: read, recorded, compared and put back."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import decimal
 import io
+import queue
 import random
+import sqlite3
 import types
 import warnings
 from collections.abc import Iterator
@@ -15,6 +21,12 @@ import torch
 
 from paradiff.pipelines.network.plain import PLAIN
 from paradiff.pipelines.network.saved import equal
+
+LONGEST = 2**22
+"""Characters of the longest file that is put back."""
+
+PRECISION = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")
+"""Attributes of a context of decimal numbers."""
 
 
 def state_of(thing: Any) -> Any:
@@ -30,6 +42,16 @@ def state_of(thing: Any) -> Any:
             return thing.get_state(legacy=False)
         case io.StringIO() | io.BytesIO():
             return None if thing.closed else (thing.getvalue(), thing.tell())
+        case io.IOBase():
+            return _read_again(thing)
+        case queue.SimpleQueue():
+            return _waiting(thing)
+        case contextvars.ContextVar():
+            return _set(thing)
+        case decimal.Context():
+            return [getattr(thing, name) for name in PRECISION]
+        case sqlite3.Connection():
+            return _changes(thing)
         case types.GeneratorType():
             frame = thing.gi_frame
             return None if frame is None else (frame.f_lasti, {k: v for k, v in frame.f_locals.items() if isinstance(v, PLAIN)})
@@ -40,6 +62,61 @@ def state_of(thing: Any) -> Any:
                     return _flat(thing.__reduce__()[1:])
                 except TypeError:
                     return None
+
+
+def reread(file: Any) -> bool:
+    """Whether a file is written to and read: what a loop writes to others is for nobody in it."""
+    try:
+        return not file.closed and file.readable() and file.writable() and file.seekable()
+    except (OSError, ValueError):
+        return False
+
+
+def _read_again(file: Any) -> Any:
+    """What a file holds, and the position in it; where it is long, its length and the position."""
+    if not reread(file):
+        return None
+    place = file.tell()
+    if (length := file.seek(0, io.SEEK_END)) <= LONGEST:
+        file.seek(0)
+        found = file.read()
+    else:
+        found = length
+    file.seek(place)
+    return found, place
+
+
+def _taken(things: queue.SimpleQueue[Any]) -> list[Any]:
+    """What waited in a queue, which is empty then."""
+    found = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.append(things.get_nowait())
+    return found
+
+
+def _waiting(things: queue.SimpleQueue[Any]) -> list[Any]:
+    """What waits in a queue."""
+    found = _taken(things)
+    for thing in found:
+        things.put(thing)
+    return found
+
+
+def _set(variable: contextvars.ContextVar[Any]) -> list[Any]:
+    """The value of a variable of the context, or its default; none where it has neither."""
+    try:
+        return [variable.get()]
+    except LookupError:
+        return []
+
+
+def _changes(connection: sqlite3.Connection) -> int | None:
+    """The rows that were changed by a connection; None where that is not to be had."""
+    try:
+        return connection.total_changes
+    except sqlite3.Error:  # It is closed, or another thread's.
+        return None
 
 
 def _flat(parts: Any) -> list[Any]:
@@ -88,6 +165,22 @@ def put_back(thing: Any, state: Any, anew: dict[int, Any]) -> None:
                 thing.truncate()
                 thing.write(state[0])
                 thing.seek(state[1])
+        case io.IOBase():
+            if state is not None and not isinstance(state[0], int) and reread(thing):
+                thing.seek(0)
+                thing.truncate()
+                thing.write(state[0])
+                thing.seek(state[1])
+        case queue.SimpleQueue():
+            _taken(thing)
+            for value in state:
+                thing.put(value)
+        case contextvars.ContextVar():
+            for value in state:
+                thing.set(value)
+        case decimal.Context():
+            for name, value in zip(PRECISION, state, strict=True):
+                setattr(thing, name, value)
         case _:
             if isinstance(state, Iterator):
                 anew[id(thing)] = record(state)

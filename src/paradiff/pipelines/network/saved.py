@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from paradiff.solver.accelerator import read
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """A tensor or an array, and a copy of its values; the copy is None for a large tensor."""
+    """A tensor, an array or other memory, and a copy of its values; the copy is None for a large tensor."""
 
     path: str
     value: Any
@@ -27,6 +29,8 @@ class Saved:
         """Whether it has its values still: a truth value, or one `[]` on the tensor's device."""
         if self.copy is None:
             return self.value.is_inference() or self.value._version == self.version
+        if is_memory(self.value):
+            return memory_of(self.value).tobytes() == self.copy
         plain = all(isinstance(one, Tensor) and not isinstance(one, Windowed) for one in (self.copy, self.value))
         return _same_numbers(self.copy, self.value) if plain else equal(self.copy, self.value)
 
@@ -37,6 +41,9 @@ class Saved:
             return
         if isinstance(value, np.ndarray):
             value[...] = values
+        elif is_memory(value):
+            with memory_of(value) as memory:
+                memory[:] = values
         elif not isinstance(value, Tensor):
             value[:] = values
         elif value.dtype != values.dtype:
@@ -48,6 +55,22 @@ class Saved:
             value.copy_(values)
         else:
             value.set_(values.to(value.device))
+
+
+def is_memory(value: Any) -> bool:
+    """Whether a value is memory that can be written to, of none of the kinds that show numbers: mapped files, ctypes, views."""
+    if not isinstance(value, mmap.mmap | memoryview | ctypes.Array | ctypes.Structure | ctypes.Union | ctypes._SimpleCData):
+        return False
+    try:
+        memory = memoryview(value)
+    except (BufferError, TypeError, ValueError):  # of a file that was closed, a view that was released
+        return False
+    return memory.contiguous and not memory.readonly
+
+
+def memory_of(value: Any) -> memoryview:
+    """The bytes of such memory."""
+    return memoryview(value).cast("B", shape=[memoryview(value).nbytes]) if memoryview(value).nbytes else memoryview(b"")
 
 
 def changed(saved: Sequence[Saved]) -> list[Saved]:

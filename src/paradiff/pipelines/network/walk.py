@@ -9,11 +9,20 @@ so that an object that does other work beside is left alone.
 
 from __future__ import annotations
 
+import _csv
 import array
+import contextvars
+import decimal
 import functools
+import gc
 import io
+import logging
+import operator
+import queue
 import random
+import sqlite3
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,9 +38,9 @@ from paradiff.pipelines.network.holder import STRUCTURE, Holder, contents
 from paradiff.pipelines.network.offloaded import in_files
 from paradiff.pipelines.network.origin import MODELS, function_of, is_users
 from paradiff.pipelines.network.plain import PLAIN
-from paradiff.pipelines.network.position import record
+from paradiff.pipelines.network.position import record, reread
 from paradiff.pipelines.network.reads import names
-from paradiff.pipelines.network.saved import Saved
+from paradiff.pipelines.network.saved import Saved, is_memory, memory_of
 
 SMALL = 2**12
 """Numbers of the largest parameter that is recorded."""
@@ -45,8 +54,24 @@ LONGEST_KEY = 60
 """Characters of the longest key that a sentence shows."""
 INSTALLED = {"site-packages", "dist-packages"}
 """Folders of installed packages, of Python and of Debian."""
-KEEPERS = {"queue", "collections", "_thread", "types"}
+KEEPERS = {
+    "_thread",
+    "_weakrefset",
+    "collections",
+    "csv",
+    "multiprocessing",
+    "queue",
+    "tempfile",
+    "threading",
+    "types",
+    "weakref",
+}
 """Python's own modules whose objects are looked into: they hold values for others."""
+LOGS = {"logging", "logging.handlers"}
+"""Its modules whose handlers are, for records that they keep; where they write to is not."""
+TRAINERS = ("torch.amp.", "torch.optim.", "torch.utils.data.")
+"""Modules of torch whose objects are, too."""
+VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 MAKERS = ("__init__", "__new__", "__init_subclass__")
 """Methods that make an object; no call of a network is one of them."""
 
@@ -65,6 +90,7 @@ class Walk:
         states: The random generators and iterators, each with its path and its record.
         functions: The users' functions.
         networks_own: Those among them that are methods of networks, by identity.
+        operators: The names by which operators within reach, such as `operator.attrgetter`, get or call something.
     """
 
     def __init__(self, roots: Iterable[tuple[str, Any]], owners: Iterable[Any], leave: Iterable[Any]) -> None:
@@ -74,6 +100,7 @@ class Walk:
         self.states: list[tuple[str, Any, Any]] = []
         self.functions: list[types.FunctionType] = []
         self.networks_own: set[int] = set()
+        self.operators: set[str] = set()
         self._names: set[str] = set()
         self._objects: list[tuple[Any, str]] = []
         self._reached: set[tuple[int, str]] = set()
@@ -110,8 +137,13 @@ class Walk:
             case Tensor():
                 self._visit_tensor(value, path)
             case np.ndarray():
-                if value.size <= LARGE and value.dtype.kind != "O":
+                if value.size <= LARGE:
                     self.saved[id(value)] = Saved(path, value, value.copy())
+                for item in value.flat if value.dtype.kind == "O" and value.size <= LONG else ():
+                    self._visit(item, path, name)
+            case torch.UntypedStorage() | torch.TypedStorage():
+                memory = value if isinstance(value, torch.UntypedStorage) else value.untyped()
+                self._visit_tensor(torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory), path)
             case nn.Module():
                 self._visit_module(value, path)
             case types.FunctionType():
@@ -124,6 +156,8 @@ class Walk:
             case functools.partial():
                 for part in (value.func, *value.args, *value.keywords.values()):
                     self._visit(part, path, name)
+            case operator.attrgetter() | operator.itemgetter() | operator.methodcaller():
+                self._visit_operator(value, path, name)
             case type():
                 self._visit_class(value)
             case dict() | list() | deque() | set():
@@ -134,20 +168,46 @@ class Walk:
             case tuple() | frozenset():
                 for item in value if _short(value) else ():
                     self._visit(item, path, name)
+            case types.MappingProxyType() | _csv.Writer():
+                for part in gc.get_referents(value):
+                    self._visit(part, path, name)
+            case weakref.ref():
+                self._visit(value(), path, name)
+            case _ if isinstance(value, VIEWS):
+                self._visit(value.mapping, path, name)
             case torch.Generator() | random.Random() | np.random.Generator() | np.random.RandomState():
+                self.states.append((path, value, record(value)))
+            case queue.SimpleQueue() | contextvars.ContextVar() | decimal.Context() | sqlite3.Connection():
                 self.states.append((path, value, record(value)))
             case Iterator() if type(value).__module__ in ("builtins", "itertools"):
                 self.states.append((path, value, record(value)))
             case io.StringIO() | io.BytesIO() if not value.closed:
                 self.states.append((path, value, record(value)))
+            case io.IOBase() if reread(value):
+                self.states.append((path, value, record(value)))
             case io.IOBase():
                 pass
             case array.array() | bytearray():
                 self.saved[id(value)] = Saved(path, value, value[:])
+            case _ if is_memory(value):
+                if 0 < memory_of(value).nbytes <= LARGE:
+                    self.saved[id(value)] = Saved(path, value, memory_of(value).tobytes())
+                for part in getattr(value, "_objects", None) or ():
+                    self._visit(part, path, name)
             case _ if type(value).__module__ == "functools" and hasattr(value, "__wrapped__"):
                 self._visit(value.__wrapped__, path, name)
             case _:
                 self._visit_object(value, path, name)
+
+    def _visit_operator(self, value: Any, path: str, name: str) -> None:
+        parts = value.__reduce__()[1:]
+        for given in parts:
+            for part in given.values() if isinstance(given, dict) else given:
+                if isinstance(part, str):
+                    self.operators.update(part.split("."))
+                else:
+                    self._visit(part, path, name)
+        self._names |= self.operators
 
     def _visit_tensor(self, tensor: Tensor, path: str) -> None:
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -238,10 +298,16 @@ class Walk:
             self.holders.append(holder)
             for name, part in holder.read().items():
                 self._visit(part, f"{path}.{name}", name)
-        elif origin in KEEPERS:
+        elif isinstance(value, logging.Logger):
+            for handler in handlers_of(value):
+                self._visit(handler, path, name)
+        elif origin.partition(".")[0] in KEEPERS or origin in LOGS or f"{origin}.".startswith(TRAINERS):
             self.holders.append(Holder(value, path, name, named=True))
             for key, part in self.holders[-1].read().items():
-                self._visit(part, f"{path}.{key}", key)
+                self._visit(part, f"{path}.{key}", name or key)
+            if isinstance(value, torch.optim.Optimizer):  # which writes to its parameters, however large
+                for part in (part for group in value.param_groups for part in group["params"]):
+                    self._visit_tensor(part.detach(), path)
         elif is_users(origin):
             self.holders.append(Holder(value, path, named=True, names=self._names))
             self._objects.append((value, path))
@@ -262,9 +328,17 @@ class Walk:
 
 
 def overrides(value: Any, name: str) -> bool:
-    """Whether a method of a user's object stands for one of a models' library, whose own methods may call it."""
-    bases = [base for base in type(value).__mro__ if base.__module__.partition(".")[0] in MODELS]
+    """Whether a method of a user's object stands for one of a library, or of Python's own, whose methods may call it."""
+    bases = [base for base in type(value).__mro__ if base is not object and not is_users(base.__module__)]
     return name not in MAKERS and any(callable(vars(base).get(name)) for base in bases)
+
+
+def handlers_of(logger: logging.Logger) -> Iterator[logging.Handler]:
+    """The handlers that the records of a logger come to."""
+    found: logging.Logger | None = logger
+    while found is not None:
+        yield from found.handlers
+        found = found.parent if found.propagate else None
 
 
 def _installed(module: types.ModuleType) -> bool:

@@ -102,10 +102,15 @@ class Weights:
     Args:
         networks: The networks by name.
         functions: The functions that may write to them: the pipeline's own, callbacks, and those of objects within reach.
+        operators: The names by which operators within their reach, such as `operator.methodcaller`, get or call something.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], functions: Iterable[types.FunctionType]) -> None:
-        self._copies = any(may_write(names(function.__code__)) for function in with_helpers(functions))
+    def __init__(
+        self, networks: Mapping[str, nn.Module], functions: Iterable[types.FunctionType], operators: Iterable[str] = ()
+    ) -> None:
+        found = with_helpers(functions)
+        apart, together = set(operators), [names(function.__code__) for function in found]
+        self._copies = any(may_write(one | apart) for one in together) or may_write(apart)
         self._parts: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self._weights: list[Weight] = []
         self._seen: set[int] = set()
