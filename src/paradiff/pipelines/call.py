@@ -289,7 +289,8 @@ class Call:
         finally:
             self.trying = False
             self._before = batching.log.before
-            batching.log = CallLog()  # The batching is in a cycle, which would keep the log's outputs until it is collected.
+            batching.leave()
+            batching.log = CallLog()
 
     def _run(self, executor: str, arguments: dict[str, Any], solver: LoopSolver, batching: Batching) -> Any:
         host, interrupt, rounds = self._host, solver.interrupt, list[weakref.ref[Any]]()

@@ -10,7 +10,6 @@ here as it fails there.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import types
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from paradiff.errors import NeedsOrder, shown
+from paradiff.pipelines.by_class import by_class
 from paradiff.pipelines.loop.interrupt import NAMES, flag
 from paradiff.pipelines.loop.scheduler_proxy import first_index, is_proxy, other_setting, place, settings
 from paradiff.pipelines.network.attributes import Attributes
@@ -184,7 +184,7 @@ class Callback:
         }
 
 
-@functools.lru_cache(maxsize=64)
+@by_class
 def _pops(kind: type) -> Literal["diffusers", "own"] | None:
     """Whose loop takes its latents by `pop` of what a callback returns; None if none does."""
     for part in (part for owner in kind.__mro__ for part in vars(owner).values()):

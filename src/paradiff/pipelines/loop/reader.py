@@ -10,10 +10,12 @@ import inspect
 import textwrap
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from paradiff.pipelines.by_class import by_class
 from paradiff.pipelines.loop import syntax
 
 GRADIENTS = {"enable_grad", "autograd", "backward"}
@@ -155,8 +157,15 @@ class MethodSource:
     """The source of one method and the loops in it."""
 
     def __init__(self, pipeline: type, tree: ast.FunctionDef, lines: list[str]) -> None:
-        self.pipeline, self.tree, self.lines = pipeline, tree, lines
+        self._pipeline, self.tree, self.lines = weakref.ref(pipeline), tree, lines
         self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+    @property
+    def pipeline(self) -> type:
+        """The class, which is not kept by what is known of it."""
+        found = self._pipeline()
+        assert found is not None, "nobody reads the sources of a class that is gone"
+        return found
 
     @classmethod
     def of(cls, pipeline: type, name: str) -> MethodSource | None:
@@ -164,15 +173,15 @@ class MethodSource:
         method: Any = inspect.getattr_static(pipeline, name, None)
         try:
             function = inspect.unwrap(getattr(method, "__func__", method))
-            return _read(pipeline, function, getattr(function, "__code__", None))
-        except (TypeError, OSError, SyntaxError, IndexError, ValueError):
+            return _read(pipeline, function.__code__)
+        except (AttributeError, TypeError, OSError, SyntaxError, IndexError, ValueError):
             return None
 
     @classmethod
     def at(cls, pipeline: type, code: types.CodeType) -> MethodSource | None:
         """The source of a running function; None if there is none to read."""
         try:
-            return _read(pipeline, code, None)
+            return _read(pipeline, code)
         except (TypeError, OSError, SyntaxError, IndexError, ValueError):
             return None
 
@@ -526,10 +535,18 @@ class _AsFor(ast.NodeTransformer):
         return ast.copy_location(ast.For(target=target, iter=node.test, body=node.body, orelse=node.orelse), node)
 
 
-@functools.lru_cache(maxsize=READ)
-def _read(pipeline: type, function: Any, code: Any) -> MethodSource | None:
-    """The source of a function; `code` makes it anew where the function was given other code."""
-    text = textwrap.dedent(inspect.getsource(function))
-    with _PARSER:
-        tree = ast.parse(text).body[0]
-    return MethodSource(pipeline, tree, text.splitlines()) if isinstance(tree, ast.FunctionDef) else None
+@by_class
+def _sources(pipeline: type) -> dict[types.CodeType, MethodSource | None]:
+    """The sources of a class's functions that were read, by their code: a function may be given other code."""
+    return {}
+
+
+def _read(pipeline: type, code: types.CodeType) -> MethodSource | None:
+    """The source of a function, read once."""
+    known = _sources(pipeline)
+    if code not in known:
+        text = textwrap.dedent(inspect.getsource(code))
+        with _PARSER:
+            tree = ast.parse(text).body[0]
+        known[code] = MethodSource(pipeline, tree, text.splitlines()) if isinstance(tree, ast.FunctionDef) else None
+    return known[code]

@@ -101,8 +101,8 @@ class Batching:
         self.seconds = self.eps = 0.0
         self.looping = self.over = False
         self.alone = {id(module): module for module in alone}
-        self.replaced: Callable[[], str | None] = lambda: None
-        self.met: Callable[[nn.Module], None] = lambda module: None
+        self.replaced: Callable[[], str | None] = _none_replaced
+        self.met: Callable[[nn.Module], None] = _met_by_nobody
         self.noted: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.lost: str | None = None
         self.refused: Exception | None = None
@@ -124,6 +124,14 @@ class Batching:
     def end_loop(self) -> None:
         """The loop's last pass is made; what follows are the pipeline's own calls."""
         self.looping, self.over, self.lost = False, True, self.replaced()
+
+    def leave(self) -> None:
+        """Lets go of the networks, whose boundaries were removed: what is in a cycle with greenlets is never collected."""
+        self.replaced, self.met, self.hooks, self.readers = _none_replaced, _met_by_nobody, None, []
+        self._checked.clear()
+        self._networks.clear()
+        self._kept.clear()
+        self.layouts.clear()
 
     def count(self, rows: int, *, filled: int = 0, check: bool = False) -> None:
         """Counts a network call with so many rows, of which `filled` are padding."""
@@ -298,6 +306,14 @@ class Batching:
         if known:
             kept[name] = reference, leaf._version, key, result
         return result
+
+
+def _none_replaced() -> str | None:
+    """What nothing is asked of when no boundary is installed."""
+
+
+def _met_by_nobody(module: nn.Module) -> None:
+    """What nobody is told when no boundary is installed."""
 
 
 def _called(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

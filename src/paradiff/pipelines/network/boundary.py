@@ -96,6 +96,7 @@ class Installed:
     def __exit__(self, *error: object) -> None:
         if self._token is not None:
             _BATCHING.reset(self._token)
+            self._token = None
         self.remove()
 
 

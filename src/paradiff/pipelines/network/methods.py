@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from paradiff.pipelines.by_class import by_class
 from paradiff.pipelines.network.origin import function_of
 from paradiff.pipelines.network.reads import names
 
@@ -24,7 +24,7 @@ tensors, such as a cache that it writes into, is made on every rank.
 """
 
 
-@functools.lru_cache(maxsize=64)
+@by_class
 def called_names(pipeline: type) -> frozenset[str]:
     """The names in the methods of a pipeline class, and in the functions of their modules that they name, and SHARED."""
     owners = [owner for owner in pipeline.__mro__ if owner not in DiffusionPipeline.__mro__]
