@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from faulty_networks import MEMORY, ROWS, SHAPE, Model, answer, column, drawn, dropout
+from faulty_networks import MAKERS, MEMORY, ROWS, SHAPE, Model, answer, column, drawn, dropout, product
 from problems import TABLES, chain, gap, network
 from row_adversary import SETTINGS, judged
 from torch import Tensor, nn
@@ -522,3 +523,29 @@ def test_without_the_check_the_sample_is_another(monkeypatch: pytest.MonkeyPatch
         solved(ROWS["the first time for all"](), method, "one sample, float32").sample for method in ("srds", "sequential")
     )
     assert gap(found, wanted) > 1e-2
+
+
+REASONS = {
+    "order": "influence",
+    "branch": "influence",
+    "mix": "influence",
+    "time": "influence",
+    "share": "influence",
+    "count": "number of rows",
+    "memory": "remembers earlier calls",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_the_reason_is_the_models_own(kind: str) -> None:
+    """A memory that acts in every call from the first on, or from some on, is no influence of rows; and the other way round."""
+    every = [given for given in product()[kind] if kind != "memory" or not given[1].startswith("every")]
+    told = []
+    for number, given in enumerate(random.Random(3).sample(every, min(len(every), 24))):
+        method = [*METHODS][number % len(METHODS)]
+        try:
+            sample(MAKERS[kind](*given), METHODS[method][0], Keyed(SHAPE, number, 3), METHODS[method][1])
+        except ValueError as refusal:
+            told.append(str(refusal))
+    assert told
+    assert all(REASONS[kind] in text or (kind == "mix" and "number of rows" in text) for text in told)

@@ -194,7 +194,9 @@ class Judge:
             if torch.equal(found, outputs) and not torch.equal(outputs, outputs[k].expand_as(outputs)):
                 raise ValueError(self._twice(batch, k, off))  # the answer of an earlier call
             if difference(found[k], outputs[k]) > limit:
-                raise ValueError(self._influenced(batch, k, len(batch.x), off))
+                anew = difference(self.evaluated(batch)[k], outputs[k])  # all rows once more: a memory shows
+                reason = self._twice(batch, k, anew) if anew > limit else self._influenced(batch, k, len(batch.x), off)
+                raise ValueError(reason)
         if (again := difference(self.evaluated(taken(batch, [k]))[0], alone)) > limit:
             raise ValueError(self._twice(batch, k, again))  # by itself, after a call of several rows
         self._settle_count(taken(batch, [k]), k, len(batch.x), off)
@@ -225,7 +227,7 @@ class Judge:
             if max(difference(one, again[0]) for one in again[1:]) > limit:
                 raise ValueError(self._influenced(row, 0, count, off))
             if difference(again[0], output) > limit:
-                raise ValueError(self._twice(row, 0, off))
+                raise ValueError(self._twice(row, 0, off, ", or its rows influenced each other in a round before"))
             self._settle_count(row, place, count, off)
         elif len(found) > 1 and (off := difference(alone, found[at])) > limit:
             self.settle(rows, found, alone, at, off)
@@ -322,11 +324,11 @@ class Judge:
             f"(batch statistics), or it uses one row's time or conditioning for all: {ADVICE}"
         )
 
-    def _twice(self, batch: Batch, k: int, off: float) -> str:
+    def _twice(self, batch: Batch, k: int, off: float, beside: str = "") -> str:
         reason = "draws random numbers (dropout)" if self.draws else "remembers earlier calls (self-conditioning, a cache)"
         return (
             f"the model answered {_name(batch, k)} in two ways: the answers differ by {off:.2g} of their size, of which "
-            f"rounding explains {self.limit(batch.x):.1g}. It {reason}: {ADVICE}"
+            f"rounding explains {self.limit(batch.x):.1g}. It {reason}{beside}: {ADVICE}"
         )
 
 
