@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from paradiff.planning import LatencyCurve, curves
 from paradiff.samplers.preserving import ddim, ddpm
 from paradiff.samplers.schedule import Schedule
 from paradiff.solver.evaluator import Evaluator
+from paradiff.solver.trajectory import Part
 
 TABLE = ddpm(Schedule.linear(), 24)
 NOISE = Keyed((2, 3), 5, samples=2)
@@ -146,6 +150,78 @@ def test_a_trajectory_of_something_else_is_refused(trajectory: Trajectory) -> No
         paradiff.sample(network, TABLE, NOISE, quasi_newton(), trajectory=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"keep_trajectory is 1; give True or False"):
         paradiff.sample(network, TABLE, NOISE, quasi_newton(), keep_trajectory=1)  # pyright: ignore[reportArgumentType]
+
+
+def foreign(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    found = tensor.clone()
+    found.view(-1)[5] = value
+    return found
+
+
+CHANGED: dict[str, tuple[Callable[[Part], dict[str, Any]], str]] = {
+    # name: (what is put in place of a part's own, what is said of it)
+    "nan states": (lambda part: {"states": foreign(part.states, math.nan)}, "it holds NaN or infinity"),
+    "infinite estimates": (lambda part: {"clean": foreign(part.clean, math.inf)}, "it holds NaN or infinity"),
+    "states of another dtype": (lambda part: {"states": part.states.double()}, "its states are torch.float64 and its"),
+    "whole numbers": (lambda part: {"states": part.states.int(), "clean": part.clean.int()}, "its states are torch.int32"),
+    "meta": (lambda part: {"states": part.states.to("meta"), "clean": part.clean.to("meta")}, "it lies on the meta device"),
+    "no tensor": (lambda part: {"states": [1.0]}, r"its states are \[1.0\], no tensor"),
+    "fewer states": (lambda part: {"states": part.states[:-1]}, "its nodes and states have the shapes"),
+    "wider states": (lambda part: {"states": part.states.repeat(1, 1, 2)}, "its nodes and states have the shapes"),
+    "fewer estimates": (lambda part: {"clean": part.clean[:-1]}, "its estimates not one a node"),
+    "no nodes": (lambda part: {"nodes": part.nodes[:0]}, "its nodes and states have the shapes"),
+    "nodes in real numbers": (lambda part: {"nodes": part.nodes.double()}, "its nodes and states have the shapes"),
+    "nodes backwards": (lambda part: {"nodes": part.nodes.flip(0)}, "its nodes are not in order among the 24 of the chain"),
+    "nodes before the chain": (lambda part: {"nodes": part.nodes - 3}, "its nodes are not in order"),
+    "nodes after it": (lambda part: {"nodes": part.nodes + 5}, "its nodes are not in order"),
+    "mesh points": (lambda part: {"points": (3, 1, 99)}, "its mesh points are not in order from node 0 to the end, node 24"),
+    "changes of states alone": (lambda part: {"dx": part.states[:, None]}, "its changes of states and of estimates"),
+    "changes of another shape": (lambda part: {"dx": part.states, "dclean": part.states}, "its changes have shape"),
+    "a base of a base": (
+        lambda part: {"base": dataclasses.replace(part, base=part)},
+        "its base has a base of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [quasi_newton(), collocation(), paradiff.auto()], ids=repr)
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_no_run_keeps_is_refused(name: str, method: Method, trajectory: Trajectory) -> None:
+    change, said = CHANGED[name]
+    parts = trajectory.parts
+    start = dataclasses.replace(trajectory, parts=(parts[0], dataclasses.replace(parts[1], **change(parts[1]))))
+    with pytest.raises(
+        ValueError, match=f"start is a trajectory whose sample 1 is none: .*{said}.*; give one as a run kept it"
+    ):
+        paradiff.sample(network, TABLE, NOISE, method, start=start)
+
+
+FOREIGN: dict[str, Callable[[Trajectory], Trajectory]] = {
+    "the batch in another order": lambda own: dataclasses.replace(own, parts=own.parts[::-1]),
+    "of another noise": lambda own: own.map(lambda x: x.flip(0)),
+    "nothing": lambda own: own.map(torch.zeros_like),
+    "of another sign": lambda own: own.map(torch.neg),
+    "far too large": lambda own: own.map(lambda x: 1000 * x),
+    "of every third node": lambda own: dataclasses.replace(
+        own,
+        parts=tuple(
+            dataclasses.replace(
+                part, nodes=part.nodes[::3], states=part.states[::3], clean=part.clean[::3], dx=None, dclean=None
+            )
+            for part in own.parts
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [quasi_newton(), quasi_newton(window=6), collocation(), paradiff.auto()], ids=repr)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_trajectory_that_fits_leads_to_the_chains_own_sample(name: str, method: Method, trajectory: Trajectory) -> None:
+    """Whatever it is of: it is a first guess."""
+    found = paradiff.sample(network, TABLE, NOISE, method, start=FOREIGN[name](trajectory))
+    off = (found.sample - paradiff.sample(network, TABLE, NOISE, sequential()).sample).square().mean((1, 2)).sqrt()
+    told = torch.tensor([estimate.estimated_error for estimate in found.error_estimates])
+    assert (off <= 2 * told + 2e-6).all()  # the last is rounding
 
 
 @pytest.mark.parametrize(

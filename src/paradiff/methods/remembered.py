@@ -58,7 +58,7 @@ def remembered(part: Part, table: Table, variance: float, move: Move) -> Tensor:
 def _lines(nodes: Tensor, table: Table) -> Tensor:
     """`[N, K]` weights of straight lines in log(alpha^2/sigma^2) through K nodes, level beyond the outer ones."""
     place = 2 * (table.alpha[:-1].clamp(min=1e-12).log() - table.sigma[:-1].clamp(min=1e-12).log())
-    every = torch.arange(table.steps)
+    every, nodes = torch.arange(table.steps), nodes.contiguous()
     after = torch.searchsorted(nodes, every).clamp(max=len(nodes) - 1)
     before = (torch.searchsorted(nodes, every, right=True) - 1).clamp(min=0)
     length = place[nodes[after]] - place[nodes[before]]

@@ -221,6 +221,9 @@ def _tensors(name: str, part: Part) -> dict[str, Tensor]:
     return found | ({} if part.base is None else _tensors(f"{name}/base", part.base))
 
 
+UNORDERED = "its mesh points are not in order from node 0 to the end, node {}"
+
+
 def _parsed(path: Path, about: Any, tensors: Mapping[str, Tensor]) -> Trajectory:
     """The trajectory of a file.
 
@@ -244,26 +247,51 @@ def _parsed(path: Path, about: Any, tensors: Mapping[str, Tensor]) -> Trajectory
 
 def _part(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], steps: int) -> Part:
     nodes, states, clean = (tensors[f"{name}/{one}"] for one in PARTS)
-    wanted = (len(nodes), *shape)
+    changes = [tensors.get(f"{name}/{one}") for one in CHANGES]
+    points = tensors.get(f"{name}/points")
+    if points is not None and (points.dtype != torch.int64 or points.ndim != 1):
+        raise ValueError(UNORDERED.format(steps))
+    base = _part(f"{name}/base", tensors, shape, steps) if f"{name}/base/nodes" in tensors else None
+    found = Part(nodes, states, clean, None if points is None else tuple(points.tolist()), base, *changes)
+    _require_part(found, shape, steps)
+    return found
+
+
+def _require_part(part: Part, shape: tuple[int, ...], steps: int) -> None:
+    """Refuses what no run keeps of a sample. Waits for the device.
+
+    Raises:
+        ValueError: With a clause that begins with `it` or `its`.
+    """
+    given = {name: getattr(part, name, None) for name in (*PARTS, *CHANGES)}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and (name in PARTS or value is not None):
+            raise ValueError(f"its {name} are {shown(value)}, no tensor")
+    nodes, states, clean = part.nodes, part.states, part.clean
+    wanted = (len(nodes) if nodes.ndim else 0, *shape)
     if states.dtype not in DTYPES or clean.dtype != states.dtype:
         raise ValueError(f"its states are {states.dtype} and its estimates {clean.dtype}, not real numbers of one dtype")
     if nodes.dtype != torch.int64 or nodes.ndim != 1 or not len(nodes) or tuple(states.shape) != wanted != ():
         raise ValueError(f"its nodes and states have the shapes {tuple(nodes.shape)} and {tuple(states.shape)}")
+    if any(value.is_meta for value in (nodes, states, clean)):
+        raise ValueError("it lies on the meta device, which holds no numbers")
     if states.shape != clean.shape or bool((nodes.diff() <= 0).any()) or not 0 <= int(nodes[0]) <= int(nodes[-1]) < steps:
         raise ValueError(f"its nodes are not in order among the {steps} of the chain, or its estimates not one a node")
-    if not (torch.isfinite(states).all() and torch.isfinite(clean).all()):
-        raise ValueError("it holds NaN or infinity")
-    changes = [tensors.get(f"{name}/{one}") for one in CHANGES]
+    changes = [value for value in (part.dx, part.dclean) if value is not None]
     for change in changes:
-        if change is not None and (change.shape[:1] + change.shape[2:] != states.shape or change.dtype != states.dtype):
+        if change.shape[:1] + change.shape[2:] != states.shape or change.dtype != states.dtype:
             raise ValueError(f"its changes have shape {tuple(change.shape)} and {change.dtype}")
-    points = tensors.get(f"{name}/points")
-    if points is not None:
-        whole = points.dtype == torch.int64 and points.ndim == 1 and len(points) > 1
-        if not whole or bool((points.diff() <= 0).any()) or int(points[0]) != 0 or int(points[-1]) != steps:
-            raise ValueError(f"its mesh points are not in order from node 0 to the end, node {steps}")
-    base = _part(f"{name}/base", tensors, shape, steps) if f"{name}/base/nodes" in tensors else None
-    return Part(nodes, states, clean, None if points is None else tuple(points.tolist()), base, *changes)
+    if len(changes) == 1 or (changes and changes[0].shape != changes[1].shape):
+        raise ValueError("its changes of states and of estimates are not as many")
+    if not all(bool(torch.isfinite(value).all()) for value in (states, clean, *changes)):
+        raise ValueError("it holds NaN or infinity")
+    points = None if part.points is None else [*part.points]
+    if points is not None and ([points[:1], points[-1:]] != [[0], [steps]] or sorted(set(points)) != points):
+        raise ValueError(UNORDERED.format(steps))
+    if part.base is not None:
+        if part.base.base is not None:
+            raise ValueError("its base has a base of its own, which no run keeps")
+        _require_part(part.base, shape, steps)
 
 
 def joined(several: Sequence[Trajectory]) -> Trajectory:
@@ -294,7 +322,7 @@ def require_trajectory(found: Trajectory, table: Table, samples: int, shape: Seq
         shape: Shape of one.
 
     Raises:
-        ValueError: If it is of another table, shape or number of samples.
+        ValueError: If it is of another table, shape or number of samples, or of nodes, states or estimates that no run keeps.
     """
     if (found.steps, found.digest) != (table.steps, digest_of(table)):
         raise ValueError(
@@ -306,6 +334,11 @@ def require_trajectory(found: Trajectory, table: Table, samples: int, shape: Seq
             f"start is a trajectory of {found.samples} samples of shape {found.shape}, and {samples} of shape {tuple(shape)} "
             "are sought; begin from a trajectory of the same shape"
         )
+    for k, part in enumerate(found.parts):
+        try:
+            _require_part(part, tuple(shape), table.steps)
+        except ValueError as error:
+            raise ValueError(f"start is a trajectory whose sample {k} is none: {error}; give one as a run kept it") from error
 
 
 def require_model(found: Trajectory, model: str) -> None:
