@@ -274,6 +274,16 @@ def test_stores_that_are_saved_at_once_lose_nothing(tmp_path: Path, monkeypatch:
     assert [file.name for file in tmp_path.iterdir()] == ["nodes.json"]
 
 
+def test_runs_of_one_chain_that_are_made_at_once_all_count(tmp_path: Path) -> None:
+    path, table = tmp_path / "nodes.json", ddim(LINEAR, 100)
+    stores = [MeshStore(path, table, HIGHER_ORDER, 3) for _ in range(6)]  # none of which knows of another
+    for k, store in enumerate(stores):
+        store.record([1.0 + k] * BINS, 0.25)
+    with ThreadPoolExecutor(len(stores)) as threads:
+        list(threads.map(lambda store: store.save([1.0] * BINS), stores))
+    assert [entry["samples"] for entry in entries(path).values()] == [6]
+
+
 def test_a_file_that_became_another_is_left_alone_with_a_warning(tmp_path: Path) -> None:
     path, table = tmp_path / "nodes.json", ddim(LINEAR, 100)
     store = MeshStore(path, table, HIGHER_ORDER, 3)

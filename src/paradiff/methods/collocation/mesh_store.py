@@ -83,15 +83,34 @@ class MeshStore:
         self._recorded.append(([*nodes], variance))
 
     def save(self, prior: Sequence[float]) -> None:
-        """Writes what was recorded. It warns where the file cannot be written, since the samples are found all the same.
+        """Writes what was recorded, beside what other runs have written meanwhile. It warns where the file cannot be written,
+        since the samples are found all the same.
 
         Args:
             prior: `[bins]` node counts of the default mesh.
         """
-        before, control = self.stored, self._control
-        if not self._recorded or (before is not None and before.samples >= control.most_samples):
+        before, most = self.stored, self._control.most_samples
+        if not self._recorded or (before is not None and before.samples >= most):
             return
-        old = 0 if before is None else before.samples
+        try:
+            with locked(self._path.with_name(f".{self._path.name}.lock"), PATIENCE):
+                entries = read_entries(self._path)
+                entry = entries.get(self._key)
+                before = None if entry is None else self._parsed(entry)
+                if before is None or before.samples < most:
+                    entries[self._key] = self._about | self._after(before, prior)
+                    _write(self._path, {"format": FORMAT, "tables": entries})
+        except (OSError, ValueError) as error:  # ValueError: somebody else has put another file there meanwhile
+            warnings.warn(f"where samples needed nodes was not saved to {self._path}: {error}", stacklevel=2)
+
+    def _after(self, before: StoredMesh | None, prior: Sequence[float]) -> dict[str, Any]:
+        """What an entry is after the samples that were recorded.
+
+        Args:
+            before: What it was.
+            prior: As of `save`.
+        """
+        control, old = self._control, 0 if before is None else before.samples
         nodes, samples = (prior if before is None else before.nodes), old + len(self._recorded)
         share = [n / sum(nodes) * (old + control.prior_weight) for n in nodes]
         total = math.log(sum(nodes)) * (old + 1)
@@ -99,17 +118,8 @@ class MeshStore:
             share = [s + n / sum(found) for s, n in zip(share, found, strict=True)]
             total += math.log(min(max(sum(found), control.least_share * sum(prior)), control.outlier * sum(nodes)))
         count = math.exp(total / (samples + 1)) / (samples + control.prior_weight)
-        new = StoredMesh(tuple(max(s * count, control.fewest) for s in share), self._recorded[-1][1], samples)
-        entry = self._about | {
-            "samples": new.samples,
-            "variance": new.variance,
-            "nodes": [float(f"{n:.4g}") for n in new.nodes],
-        }
-        try:
-            with locked(self._path.with_name(f".{self._path.name}.lock"), PATIENCE):
-                _write(self._path, {"format": FORMAT, "tables": read_entries(self._path) | {self._key: entry}})
-        except (OSError, ValueError) as error:  # ValueError: somebody else has put another file there meanwhile
-            warnings.warn(f"where samples needed nodes was not saved to {self._path}: {error}", stacklevel=2)
+        found = [float(f"{max(s * count, control.fewest):.4g}") for s in share]
+        return {"samples": samples, "variance": self._recorded[-1][1], "nodes": found}
 
     def _parsed(self, entry: Any) -> StoredMesh:
         found = _parsed(self._path, self._key, entry)
