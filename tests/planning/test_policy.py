@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import Keyed, Policy, Schedule, Table, sample, samplers, sequential, srds
+from paradiff import Keyed, Policy, Schedule, Table, quasi_newton, sample, samplers, sequential, srds
 from paradiff.chain import Clip
+from paradiff.chain.slope import shifted
 from paradiff.models import Plane, load_policy
 from paradiff.planning.plan_noise import PlanNoise
+from paradiff.planning.policy import VARIANCE
 from paradiff.solver.evaluator import Evaluator
 
 SHAPE = (8, 2)
@@ -147,10 +149,11 @@ def test_held_noise_stays_and_every_draw_is_another() -> None:
 
 @pytest.mark.parametrize("noise", ["held", "shifted"])
 @pytest.mark.parametrize("steps", [10, 20, 30])
-def test_plans_on_a_chain_that_ends_amid_the_noise_keep_to_their_estimates(steps: int, noise: Any) -> None:
+@pytest.mark.parametrize("method", [None, quasi_newton(tolerance=2e-2, slope=shifted(VARIANCE))], ids=["default", "own"])
+def test_plans_on_a_chain_that_ends_amid_the_noise_keep_to_their_estimates(method: Any, steps: int, noise: Any) -> None:
     table = TABLE[:steps]
     for seed in range(4):
-        policy = Policy(network, table, SHAPE, seed=seed, noise=noise, executed=2)
+        policy = Policy(network, table, SHAPE, seed=seed, noise=noise, executed=2, method=method)
         seen = torch.tensor([[0.0, -0.5], [0.3, 0.2], [-0.2, 0.0]])
         for _ in range(3):
             off = (policy.act(seen) - plain(policy, seen, table)).square().mean((1, 2)).sqrt()
