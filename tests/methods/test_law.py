@@ -90,9 +90,10 @@ class Problem:
             means = self.means.to(x.dtype)
             rows = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
             share = self.weights.log() - (alpha**2 / variance / 2)[:, None] * self.means.square().sum(1)
-            logits = (rows @ means.T).mul_(lifted(alpha / variance, x)).add_(share.to(x.dtype)[:, None])
-            pull = logits.softmax(2).mul_(lifted(-alpha * sigma / variance, x))
-            return (pull @ means).addcmul_(rows, lifted(sigma / variance, x)).view_as(x)
+            # [R, K, n]: a softmax over a last dimension of a few modes takes several times as long.
+            logits = (means @ rows.mT).mul_(lifted(alpha / variance, x)).add_(share.to(x.dtype)[..., None])
+            pull = logits.softmax(1).mul_(lifted(-alpha * sigma / variance, x))
+            return (pull.mT @ means).addcmul_(rows, lifted(sigma / variance, x)).view_as(x)
 
         return network
 
@@ -207,14 +208,20 @@ def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
 def energy(a: Tensor, b: Tensor) -> float:
     """p-value of the energy distance among exchanges of the two sets."""
     both = torch.cat([a, b]).float()
-    distance = torch.cdist(both, both)
-    generator = torch.Generator().manual_seed(2)
-    sign = torch.ones(len(both), PERMUTATIONS + 1)
-    sign[len(a) :] = -1
-    for k in range(1, PERMUTATIONS + 1):
-        sign[:, k] = sign[torch.randperm(len(both), generator=generator), 0]
+    distance, sign = torch.cdist(both, both), exchanges(len(a), len(b))
     statistic = -(sign * (distance @ sign)).sum(0)
     return float((statistic >= statistic[0]).float().mean())
+
+
+@cache
+def exchanges(first: int, second: int) -> Tensor:
+    """To which of two sets each draw belongs, as 1 and -1: as it is, and after each permutation."""
+    generator = torch.Generator().manual_seed(2)
+    sign = torch.ones(first + second, PERMUTATIONS + 1)
+    sign[first:] = -1
+    for k in range(1, PERMUTATIONS + 1):
+        sign[:, k] = sign[torch.randperm(len(sign), generator=generator), 0]
+    return sign
 
 
 def moments_and_weights(problem: Problem, x: Tensor) -> None:
