@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from paradiff.app.calls import Call
 from paradiff.planning.effectivity import Effectivity
 from paradiff.solver.records import Record
 from paradiff.solver.solution import ErrorBound, Solution
+
+if TYPE_CHECKING:
+    from paradiff.app.calls import Call  # which imports all that pipelines need, also where a pixel model is sampled
 
 SCHEMA_VERSION = 1
 

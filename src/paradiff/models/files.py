@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError
@@ -67,6 +67,12 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, bool]:
     return model, False
 
 
+class _Index(ConfigMixin):
+    """What reads an index as pipelines do, whose own class takes a second to import."""
+
+    config_name = INDEX
+
+
 def read_index(model: str | os.PathLike[str]) -> dict[str, Any]:
     """What a model's `model_index.json` says: the pipeline's class, and library and class of every component.
 
@@ -75,7 +81,7 @@ def read_index(model: str | os.PathLike[str]) -> dict[str, Any]:
     """
     source = _here(model)
     with loading(os.fspath(model)):
-        index = DiffusionPipeline.load_config(source)
+        index = _Index.load_config(source)
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ValueError(f"{model!r} could not be loaded: its {INDEX} names no pipeline class; save the pipeline again")
     return index
@@ -90,6 +96,8 @@ def folder_of(model: str | os.PathLike[str], *, trust_remote_code: bool = False)
     source = _here(model)
     if Path(source).is_dir():
         return Path(source)
+    from diffusers import DiffusionPipeline
+
     with loading(os.fspath(model)):
         return Path(DiffusionPipeline.download(source, use_safetensors=True, trust_remote_code=trust_remote_code))
 
