@@ -4,8 +4,11 @@
 // CPU's kernels never see it by accident. Every operation goes through `run`: it refuses what CUDA refuses, reports what would
 // make the host wait, and then calls the CPU's kernel on tensors that alias the same memory.
 
-#include <torch/extension.h>
+// Not torch/extension.h, of whose headers most are of no use here and take a third of the time of the compiler.
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
+#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
