@@ -62,7 +62,7 @@ def on_ranks(size: int, job: Job, *arguments: Any, axes: Mapping[str, int] | Non
 def processes(size: int, job: Job, *arguments: Any) -> list[Ended]:
     """Runs `job(*arguments)` in processes with torchrun's environment; how each ended."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.device_mesh", "diffusers", "paradiff.pipelines.run"])
+    context.set_forkserver_preload(["torch.distributed.device_mesh", "diffusers", "paradiff.pipelines.run", "pytest"])
     port, started = free_port(), []
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
