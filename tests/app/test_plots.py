@@ -92,9 +92,10 @@ def test_the_trace_of_any_run_is_a_picture(method: str, tmp_path: Path) -> None:
     save_history(found.history, 1, len(METHODS[method].edges(table)) - 1, path, "a title")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-        pixels = np.array(picture.convert("RGB"))
-    assert pixels.shape[0] > 300
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # Not a blank sheet.
+        colours = picture.convert("RGB").getcolors(picture.width * picture.height)
+    assert picture.height > 300
+    assert colours is not None
+    assert len(colours) > 50  # Not a blank sheet.
 
 
 @pytest.mark.parametrize("change", [[0.0, 0.0], [torch.inf, torch.inf], [1e-30, 1e30], [1.0, 1.0], [0.5, torch.inf]])
