@@ -9,6 +9,7 @@ files of python. `<!-- not run: REASON -->` directly above a block leaves it out
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import itertools
@@ -196,6 +197,7 @@ def test_the_index_and_the_readme_lead_to_every_page() -> None:
 # -- the API reference, which is made of docstrings --------------------------------------------------------------------
 
 
+@functools.cache
 def described() -> set[str]:
     """Names that are given a value in some file of the package, with a docstring below."""
     found: set[str] = set()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def imported(tree: ast.AST, module: str, package: bool) -> Iterator[str]:
                     yield base
 
 
+@functools.cache
 def arrows() -> dict[str, set[str]]:
     """For each file the files that it imports; the root, which only hands on names, is left out."""
     found = {}
