@@ -60,6 +60,24 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+FORKS = """
+import os, sys, torch
+for code in {codes!r}:
+    process = os.fork()
+    if not process:
+        exec(code)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+def run_each(codes: list[str]) -> tuple[list[int], list[str]]:
+    """The exit code and the one line of each of some codes, run one after the other, in forks of a fresh interpreter that has
+    imported torch."""
+    found = run(FORKS.format(codes=codes))
+    return [int(code) for code in found.stdout.splitlines()], found.stderr.splitlines()
+
+
 def test_the_root_shows_these_names_and_no_others() -> None:
     assert set(dir(paradiff)) == set(paradiff.__all__) == ROOT
     for name in ROOT:
@@ -142,33 +160,42 @@ def test_an_import_alone_loads_no_room_and_not_torch() -> None:
     assert found.stdout.strip() == "['paradiff.errors', 'paradiff.lazy']", found.stderr
 
 
-@pytest.mark.parametrize(
-    ("use", "missing"),
-    [
+def test_a_missing_package_is_named_with_its_extra() -> None:
+    uses = [
         ("paradiff.parallelize", "diffusers"),
         ("paradiff.parallelize", "greenlet"),
         ("paradiff.explain", "diffusers"),
         ("paradiff.models.load", "diffusers"),
         ("paradiff.models.load_pipeline", "diffusers"),
         ("paradiff.pipelines.Run", "diffusers"),
-    ],
-)
-def test_a_missing_package_is_named_with_its_extra(use: str, missing: str) -> None:
-    found = run(
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        f"import paradiff\ntry:\n    {use}\nexcept ImportError as error:\n    print(error)"
+    ]
+    codes, said = run_each(
+        [
+            f"sys.modules[{missing!r}] = None\n"
+            f"import paradiff\ntry:\n    {use}\nexcept ImportError as error:\n    sys.exit(str(error))"
+            for use, missing in uses
+        ]
     )
-    assert found.stdout.strip() == f"{use} needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
+    assert said == [
+        f"{use} needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'" for use, missing in uses
+    ]
+    assert codes == [1] * len(uses)
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib", "PIL", "diffusers"])
-def test_the_command_names_the_extra_of_a_missing_package(missing: str) -> None:
-    found = run(
-        f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['paradiff', 'sample', 'digits', '--steps', '2']\n"
-        "from paradiff.app import main; main()"
+def test_the_command_names_the_extra_of_a_missing_package() -> None:
+    packages = ["typer", "rich", "matplotlib", "PIL", "diffusers"]
+    codes, said = run_each(
+        [
+            f"sys.modules[{missing!r}] = None; sys.argv = ['paradiff', 'sample', 'digits', '--steps', '2']\n"
+            "from paradiff.app import main; main()"
+            for missing in packages
+        ]
     )
-    sentence = f"the command paradiff needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
-    assert (found.returncode, found.stderr.strip()) == (1, f"error: {sentence}")
+    assert said == [
+        f"error: the command paradiff needs {missing}, which is not installed; pip install 'paradiff[{EXTRAS[missing]}]'"
+        for missing in packages
+    ]
+    assert codes == [1] * len(packages)
 
 
 def test_a_sentence_names_an_extra_that_brings_the_package() -> None:
