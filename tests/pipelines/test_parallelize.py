@@ -58,6 +58,12 @@ def both(
     return run.report
 
 
+@functools.cache
+def ordinary(name: str) -> Report:
+    """The report of a call with nothing further asked for, which is made once for all tests."""
+    return both(name)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -186,7 +192,7 @@ def count_rows(network: Any) -> list[int]:
 
 @pytest.mark.parametrize("name", ["sd", "sd_controlnet"])
 def test_row_bounds_and_padding_change_no_result(name: str) -> None:
-    free = both(name)
+    free = ordinary(name)
     bound = both(name, options={"max_rows": 8, "pad": True})
     assert bound.passes == free.passes
     pipe = CASES[name].make()
@@ -201,7 +207,7 @@ def test_row_bounds_and_padding_change_no_result(name: str) -> None:
 
 
 def test_lanes_can_be_asked_for() -> None:
-    vector, lanes = both("sd"), both("sd", options={"executor": "lanes"})
+    vector, lanes = ordinary("sd"), both("sd", options={"executor": "lanes"})
     assert (vector.executor, lanes.executor) == ("vector", "lanes")
     assert 0 <= lanes.passes - vector.passes <= 1  # lane 0 makes its second pass before the others start
     plain = both("sd", options={"executor": "sequential"})
