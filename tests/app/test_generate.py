@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -438,14 +436,3 @@ def test_a_parallel_call_that_does_not_fit_is_a_plain_one(
         )
         assert torch.equal(sample[0], plain[k])
         assert not torch.equal(sample, parallel)
-
-
-# -- kills -------------------------------------------------------------------------------------------------------------
-
-
-def test_runs_that_are_killed_lose_nothing_and_double_nothing() -> None:
-    script = Path(__file__).parent / "storm.py"
-    command = [sys.executable, str(script), "generate", "--kills", "3", "--seed", "3"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert found.returncode == 0, found.stderr
-    assert "3 kills in " in found.stdout
