@@ -179,7 +179,7 @@ def _scheduler_of(owner: Any, entry: str) -> Any:
     found = {name: part for name, part in vars(owner).items() if _is_scheduler(part)}
     source = MethodSource.of(type(owner), entry)
     if len(found) > 1 and source is not None:
-        named = {node.attr for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)}
+        named = {node.attr for node in source.nodes if isinstance(node, ast.Attribute)}
         found = {name: part for name, part in found.items() if name in named}
     if len({id(part) for part in found.values()}) != 1:
         raise ValueError(

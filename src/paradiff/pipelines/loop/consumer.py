@@ -100,7 +100,7 @@ def _name(frame: types.FrameType, instruction: int) -> str:
 def _innermost(source: MethodSource | None, frame: types.FrameType, *kinds: type[ast.stmt]) -> ast.stmt | None:
     """The innermost statement of some kinds around the line that a frame is at."""
     place = frame.f_lineno - frame.f_code.co_firstlineno + 1
-    nodes = () if source is None else ast.walk(source.tree)
+    nodes = () if source is None else source.nodes
     held = [n for n in nodes if isinstance(n, kinds) and n.lineno <= place <= (n.end_lineno or n.lineno)]
     return max(held, key=lambda node: (node.lineno, node.col_offset)) if held else None
 

@@ -86,7 +86,7 @@ def loop_at(pipeline: type, code: types.CodeType, line: int) -> LoopSource | Non
     if source is None:
         return None
     place = line - code.co_firstlineno + 1
-    around = [node for node in ast.walk(source.tree) if isinstance(node, ast.For) and _holds(node, place)]
+    around = [node for node in source.nodes if isinstance(node, ast.For) and _holds(node, place)]
     if not around:
         return None
     loop = max(around, key=lambda node: node.lineno)
@@ -158,7 +158,12 @@ class MethodSource:
 
     def __init__(self, pipeline: type, tree: ast.FunctionDef, lines: list[str]) -> None:
         self._pipeline, self.tree, self.lines = weakref.ref(pipeline), tree, lines
-        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self.nodes: list[ast.AST] = [tree]  # as ast.walk goes through them, which takes most of the time of a reading
+        self.parents: dict[ast.AST, ast.AST] = {}
+        for node in self.nodes:
+            children = list(ast.iter_child_nodes(node))
+            self.parents.update(dict.fromkeys(children, node))
+            self.nodes += children
 
     @property
     def pipeline(self) -> type:
@@ -221,14 +226,14 @@ class MethodSource:
         """The methods of the pipeline that are called, in order."""
         return [
             node.func.attr
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and syntax.is_self(node.func.value)
         ]
 
     @functools.lru_cache(maxsize=READ)  # noqa: B019
     def loops(self) -> list[LoopSource]:
         """The loops over timesteps in which a scheduler steps; if there are none, those that call a method in each pass."""
-        every = [node for node in ast.walk(self.tree) if isinstance(node, ast.For)]
+        every = [node for node in self.nodes if isinstance(node, ast.For)]
         fors = [node for node in every if syntax.over_timesteps(node)]
         stepping = [node for node in fors if any(syntax.steps(node))]
         stepping = stepping or [node for node in every if any(syntax.steps(node, inner=False))]
@@ -243,11 +248,11 @@ class MethodSource:
         """Clauses against its loops that hand on what each pass makes; `name` is the method's."""
         found = [
             f"its loop is a comprehension, which keeps the states of all passes: {self.line(node)}"
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if isinstance(node, COMPREHENSIONS) and any(syntax.steps(node))
         ]
         functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-        yields = (node for node in ast.walk(self.tree) if isinstance(node, ast.Yield | ast.YieldFrom))
+        yields = (node for node in self.nodes if isinstance(node, ast.Yield | ast.YieldFrom))
         own = (next(above for above in self.around(node) if isinstance(above, functions)) for node in yields)
         if self.loops() and any(function is self.tree for function in own):
             found.append(f"its loop yields the states of its passes to another function: {name}")
@@ -353,7 +358,7 @@ class MethodSource:
         last = loop.end_lineno or loop.lineno
         later = [
             node
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if isinstance(node, ast.Name) and node.id in sometimes and node.lineno > last and not self._put_away(node)
         ]
         first: dict[str, ast.Name] = {}
@@ -364,7 +369,7 @@ class MethodSource:
     def _after(self, loop: ast.For, names: set[str]) -> list[ast.Name]:
         """For each of some names its first occurrence after the loop, if it is read there."""
         last = loop.end_lineno or loop.lineno
-        nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.Name) and node.id in names and node.lineno > last]
+        nodes = [node for node in self.nodes if isinstance(node, ast.Name) and node.id in names and node.lineno > last]
         first: dict[str, ast.Name] = {}
         for node in sorted(nodes, key=lambda node: (node.lineno, isinstance(node.ctx, ast.Store), node.col_offset)):
             if not self._put_away(node) and not self._told(node):
@@ -444,7 +449,7 @@ class MethodSource:
         set_there = {ast.unparse(n) for n in syntax.body(loop) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
         attributes = [
             ast.unparse(node)
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.lineno > last
         ]
         return [*(node.id for node in self._after(loop, stores)), *dict.fromkeys(a for a in attributes if a in set_there)]
@@ -521,7 +526,7 @@ class MethodSource:
                 found.append(node)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and syntax.is_self(node.func.value):
                 source = MethodSource.of(self.pipeline, node.func.attr)
-                if source is not None and any(wanted(part) for part in ast.walk(source.tree)):
+                if source is not None and any(wanted(part) for part in source.nodes):
                     found.append(node)
         return found
 
