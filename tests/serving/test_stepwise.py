@@ -12,7 +12,7 @@ import pytest
 import torch
 from served import alone, chain, model, network, rms
 
-from paradiff.methods.collocation.control import SHORT
+from paradiff.methods.collocation.control import NARROW
 from paradiff.methods.collocation.method import CollocationMethod
 from paradiff.methods.collocation.solver import CollocationSolver
 from paradiff.methods.presets import collocation, quasi_newton
@@ -233,7 +233,7 @@ def test_collocation_takes_the_numbers_of_the_narrowest_window_that_it_may_be_gi
     chain = Stepwise(model(), 1).chains.of(SampleRequest(steps=100))
     method, _ = chain.method("collocation", None, None)
     assert isinstance(method, CollocationMethod)
-    assert method.control_on(chain.table) == collocation(window=3).control_on(chain.table) == SHORT
+    assert method.control_on(chain.table) == collocation(window=3).control_on(chain.table) == NARROW
 
 
 def test_a_request_is_its_json() -> None:
