@@ -408,6 +408,17 @@ def test_a_network_of_low_precision_comes_to_rest() -> None:
     assert found.rounds < 60  # and does not chase its own rounding
 
 
+def test_samples_whose_sweeps_do_not_converge_are_solved_with_more_caution() -> None:
+    table, data = TABLES["ddim"](100), Mixture(torch.full((8,), 1 / 8), 0.6 * random(8, 64, seed=1), torch.full((8,), 0.01))
+    noise, found = Keyed((64,), 4, 6), []
+    for amplification in (1.0, 8.0):
+        control = replace(NARROW, most_sweeps=1, unseen_amplification=amplification)
+        found.append(sample(data.denoiser(table), table, noise, collocation(window=4, control=control)))
+        assert found[-1].message.endswith("6 of 6 samples over, since their sweeps did not converge")
+    trusting, cautious = ([e.rounds for e in one.error_estimates] for one in found)
+    assert sum(cautious) > 1.1 * sum(trusting)
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_sample_that_would_need_most_nodes_is_handed_over_to_the_window_method(name: str) -> None:
     table, noise = TABLES[name](60), Keyed((2,), 0, 4)

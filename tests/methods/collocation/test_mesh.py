@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_stochastic_points_are_denser_where_the_sample_is_decided() -> None:
     late = intervals[(middle > 2) & (middle < 5)]
     assert float(decided.mean()) < 0.7 * float(late.mean())
     assert monitor(torch.tensor([-1.2]), True, MeshControl()) > 2 * monitor(torch.tensor([4.0]), True, MeshControl())
+
+
+@pytest.mark.parametrize("count", [4, 6, 7, 9])
+def test_deterministic_intervals_of_several_steps_hold_as_little_as_can_be(count: int) -> None:
+    table, control = ddim(Schedule.linear(), 10), MeshControl()
+    mesh, place = Mesh(table, control), finite_log_snr(table)
+    held = (monitor((place[1:] + place[:-1]) / 2, False, control) * place.diff()).tolist()
+
+    def most(points: Sequence[int]) -> float:
+        return max((sum(held[a:b]) for a, b in itertools.pairwise(points) if b - a > 1), default=0.0)
+
+    found = mesh.points(count)
+    others = itertools.combinations(range(1, table.steps - 1), count - 2)
+    assert len(found) - 1 <= count
+    assert most(found) == pytest.approx(min(most([0, *inner, table.steps - 1, table.steps]) for inner in others), rel=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
