@@ -76,7 +76,7 @@ class CollocationSetup:
         stored = None if self.store is None else self.store.stored
         self.mesh = mesh_on(table, self.control, stored)
         self.most_nodes = min(method.max_nodes or table.steps, table.steps)
-        fewest = math.ceil(min(self.control.resolved_share * self.control.nodes, method.count(table, stored)))
+        fewest = math.ceil(min(self.control.resolved_share * method.usual(table), method.count(table, stored)))
         self.resolving = self.mesh.points(fewest) if self.control.error.safety > 0 else []
         self.recurrence = self.recurrence_of(method.variance_on(table))
         given = method.shift != "auto" or stored is not None

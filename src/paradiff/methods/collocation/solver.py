@@ -534,7 +534,7 @@ class CollocationSolver:
         if error <= self.control.handover_error * self._bounds.tolerance:
             guide = self._at.dense_output(setup, self._nodes.forcings, self.shape, self.noise, self.sample)
         x0 = self._x0.view(self.shape).to(setup.dtype)
-        sensitive = setup.table.stochastic or math.isinf(self.iteration_error)
+        sensitive = setup.table.stochastic or math.isinf(self.iteration_error)  # whose sweeps did not converge
         unseen = self.control.unseen_amplification if sensitive and not self.estimator.seen else 1.0
         self._handover = setup.window_loop.take_over(
             self.noise,
