@@ -4,9 +4,8 @@
 `ORDER_ZERO` is for interpolation of order 0, constants at averaged states, which stochastic chains use; `HIGHER_ORDER` is for
 interpolation of order 1 and above, which deterministic chains use; `SHORT` is for those of them that are too short for its
 first mesh, `NARROW` for narrow windows on longer ones of up to 256 steps; from windows of 8 rows on `SHORT_WIDE` takes their
-place. Every
-field says what it means, its unit and range, what raising it does, and how it was measured. "The digits network" is the bundled
-network of 0.7 million parameters, on chains of 1000 steps. One network is the evidence for most numbers: see
+place. Every field says what it means, its unit and range, what raising it does, and how it was measured. "The digits network"
+is the bundled network of 0.7 million parameters, on chains of 1000 steps. One network is the evidence for most numbers: see
 docs/methods/collocation.md for the others that were tried afterwards.
 """
 
@@ -320,7 +319,7 @@ class CollocationControl:
             few nodes of high order are coarse, hence 4 there.
         most_sweeps: Multiple of the rounds that one sweep takes, after which a sample that has not converged is given up. With
             20, one of 64 samples of a mixture of sharp Gaussians, 512 numbers, DPM++(2M) 50 at window 4, took 145 rounds, with
-            6 it takes 61. Raising it waits longer.
+            6 it takes 63. Raising it waits longer.
         lipschitz_cap: Multiple of the Lipschitz constant of the clean-data estimate for Gaussian data up to which a node's is
             taken for granted before it was observed. Raising it evaluates nodes again sooner.
         rounding_share: State changes below this fraction of the network's relative precision are treated as rounding. Raising

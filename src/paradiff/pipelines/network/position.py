@@ -159,12 +159,6 @@ def put_back(thing: Any, state: Any, anew: dict[int, Any]) -> None:
             thing.bit_generator.state = state
         case np.random.RandomState():
             thing.set_state(state)
-        case io.StringIO() | io.BytesIO():
-            if state is not None and not thing.closed:
-                thing.seek(0)
-                thing.truncate()
-                thing.write(state[0])
-                thing.seek(state[1])
         case io.IOBase():
             if state is not None and not isinstance(state[0], int) and reread(thing):
                 thing.seek(0)
