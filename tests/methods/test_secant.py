@@ -17,7 +17,7 @@ import paradiff.methods.window.update
 from paradiff import Evaluator, Keyed, Schedule, Table, parasolver, quasi_newton, sample, solve
 from paradiff.chain.slope import resolve, shifted
 from paradiff.methods import WindowMethod
-from paradiff.methods.secant import DAMPING, Reach, Secants, Symmetry
+from paradiff.methods.secant import DAMPING, LastPair, Reach, Secants, Symmetry
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.solver import WindowSolver
 from paradiff.methods.window.update import SecantUpdate
@@ -313,6 +313,31 @@ def test_a_network_that_does_not_answer_to_its_state_is_solved_without_nan(dtype
         assert all(math.isfinite(c) for s in found.history for c in s.change)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.parametrize("kind", ["all", "last"])
+def test_a_node_without_pairs_is_lent_those_of_the_last_node_that_has_some(kind: str) -> None:
+    way, other = random(2, 1, 3, seed=1)
+    answers = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0], dtype=torch.float64)  # of each node of the chain
+    lower = torch.tril(torch.ones(3, 3, dtype=torch.float64))
+    change = torch.zeros(3, 1, 3, dtype=torch.float64)
+
+    def answered(lends: bool, first: Tensor) -> Tensor:
+        """What is known of how nodes 2, 3 and 4 answer to a change of node 2: of the nodes before, only node 1 moved."""
+        secants = LastPair(FINE, False, lends) if kind == "last" else Secants(2, FINE, False, lends=lends)
+        states = random(5, 3, seed=4)
+        for moved in (0.0, 1.0):
+            now = states.clone()
+            now[1] += moved * way[0]
+            secants.observe(now[:3], answers[:3, None] * now[:3])
+        secants.advance(2)
+        secants.observe(states[2:], answers[2:, None] * states[2:])
+        return secants.corrections(change + first, [Reach(0 * lower, 0 * lower)], begin=0, first=first[0])[2][:, 0]
+
+    assert not answered(False, way[None]).any()
+    assert gap(answered(True, way[None])[0], 3.0 * way[0]) < 0.05 * gap(3.0 * way[0], torch.zeros(3))
+    across = other - way * (other @ way.T) / way.square().sum()
+    assert answered(True, across[None]).abs().max() < EXACT
+
+
 def test_a_change_below_the_resolution_is_no_pair() -> None:
     states, change = random(4, 3, seed=1), random(4, 3, seed=3)
     lower = torch.tril(torch.ones(4, 4, dtype=torch.float64))
@@ -354,9 +379,10 @@ def test_the_resolution_of_the_networks_outputs_is_honoured(monkeypatch: pytest.
             symmetry: Symmetry | None,
             neighbours: int,
             damping: float,
+            lends: bool,
         ) -> None:
             told.append(resolution)
-            super().__init__(pairs, resolution, shared_window, symmetry, neighbours, damping)
+            super().__init__(pairs, resolution, shared_window, symmetry, neighbours, damping, lends)
 
     monkeypatch.setattr(paradiff.methods.window.update, "Secants", Spy)
     sample(network, table, noise, quasi_newton())

@@ -71,6 +71,8 @@ class Secants:
         symmetry: A group under which the network answers alike; None for none.
         neighbours: From how many nodes before it a node has the pairs, too.
         damping: Lambda of those.
+        lends: Whether `corrections` takes the pairs of the last node before that has some for those of a node without, as in
+            narrow windows nodes are that pass after one sweep. It may have left the window in the last sweep.
     """
 
     def __init__(
@@ -81,12 +83,15 @@ class Secants:
         symmetry: Symmetry | None = None,
         neighbours: int = 0,
         damping: float = DAMPING,
+        lends: bool = False,
     ) -> None:
         self._symmetry, self._neighbours, self._damping = symmetry, neighbours, damping
         self._pairs, self._least, self._shared = pairs, 64 * resolution, shared_window
         self._seen: tuple[Tensor, Tensor] | None = None  # states and outputs of the last sweep, [n, b, d]
         self._dx = self._dm = torch.empty(0)  # [n, k, b, d] differences of states and of outputs, the newest first
         self._known: tuple[Tensor, Tensor] | None = None  # [n, g, b, d] those that the symmetry knows of
+        self._lends = lends
+        self._left: tuple[Tensor, Tensor] | None = None  # [1, k, b, d] the last pairs of the nodes that left in the last sweep
 
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
@@ -113,15 +118,15 @@ class Secants:
         found = symmetry(values)
         return self._ways(found).permute(0, 3, 1, 2)
 
-    def _pairs_of(self, begin: int, count: int) -> tuple[Tensor, Tensor]:
-        """All pairs of some nodes of the window, `[count, k, b, d]` each."""
-        part, found = slice(begin, begin + count), [(self._dx, self._dm)]
+    def _pairs_of(self, begin: int, count: int, lent: bool = False) -> tuple[Tensor, Tensor]:
+        """All pairs of some nodes of the window, `[count, k, b, d]` each; with those that are lent, if so."""
+        part, found = slice(begin, begin + count), [self._lent() if lent else (self._dx, self._dm)]
         if self._known is not None:
             found.insert(0, self._known)
         for back in range(1, self._neighbours + 1):
             found.append((_after(self._dx, back), _after(self._dm, back)))
         if len(found) == 1:
-            return self._dx[part], self._dm[part]
+            return found[0][0][part], found[0][1][part]
         dx, dm = (torch.cat([values[part] for values in kind], 1) for kind in zip(*found, strict=True))
         return dx, dm
 
@@ -159,7 +164,7 @@ class Secants:
         """The same for several changes at once, `[W, w, ...]`; `first` is `[w, ...]`."""
         count = len(change)
         d = self._ways(change)
-        dx, dm = self._pairs_of(begin, count)
+        dx, dm = self._pairs_of(begin, count, self._lends)
         y = self._jacobian(dx, dm, reach)(torch.cat([self._ways(first[None]), d[:-1]]))
         of_states, of_outputs = (v.permute(0, 2, 3, 1) @ y.transpose(1, 2) for v in (dx, dm))  # [W, b, d, w]
         ways = change.shape[1]
@@ -173,8 +178,24 @@ class Secants:
         flat = values.flatten(3) if self._shared and values.ndim > 3 else values.flatten(2)[:, :, None]
         return flat.permute(0, 2, 3, 1)
 
+    def _lent(self) -> tuple[Tensor, Tensor]:
+        """`[n, k, b, d]` the pairs of the window's nodes, with those of the last node before for one that has none."""
+        own, none = (self._dx, self._dm), self._dx.new_zeros(1, *self._dx.shape[1:])
+        dx, dm = (torch.cat([a, b]) for a, b in zip(self._left or (none, none), own, strict=True))
+        places = torch.arange(len(dx), device=dx.device)[:, None]
+        last = torch.where(dx[:, 0].square().sum(2) > 0, places, 0).cummax(0).values[1:]  # [n, b]
+        members = torch.arange(dx.shape[2], device=dx.device)
+        return dx[last, :, members].transpose(1, 2), dm[last, :, members].transpose(1, 2)
+
+    def _let_go(self, passed: int) -> None:
+        """Keeps the last pairs of `passed` nodes, which are to leave the window, where pairs are lent."""
+        if self._lends and self._seen is not None:
+            dx, dm = self._lent()
+            self._left = dx[passed - 1 : passed].clone(), dm[passed - 1 : passed].clone()
+
     def advance(self, passed: int) -> None:
         """Drops the pairs of `passed` nodes, which left the window."""
+        self._let_go(passed)
         self._leave(slice(passed, None))
 
     def keep(self, count: int) -> None:
@@ -228,10 +249,11 @@ class LastPair(Secants):
     Args:
         resolution: As of `Secants`.
         shared_window: As of `Secants`.
+        lends: As of `Secants`.
     """
 
-    def __init__(self, resolution: float, shared_window: bool) -> None:
-        super().__init__(1, resolution, shared_window)
+    def __init__(self, resolution: float, shared_window: bool, lends: bool = False) -> None:
+        super().__init__(1, resolution, shared_window, lends=lends)
 
     def observe(self, states: Tensor, outputs: Tensor) -> None:
         """Takes a sweep's states `[W, ...]` and outputs, from the window's first node on."""
@@ -247,6 +269,7 @@ class LastPair(Secants):
     def advance(self, passed: int) -> None:
         """Keeps the last sweep's states and outputs of the nodes that stay."""
         assert self._seen is not None
+        self._let_go(passed)
         nothing = self._dx.new_empty(0)
         self._keep((self._seen[0][passed:], self._seen[1][passed:]), nothing, nothing)
 

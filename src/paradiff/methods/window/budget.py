@@ -164,6 +164,11 @@ class ErrorBudget:
         if math.isfinite(size):
             self._tell(self._control.carried_caution * size, decides * size, tolerance)
 
+    def tell_of(self, apart: float) -> None:
+        """Tells of the sample no less than how far another one is that it may have become (odds.py)."""
+        if math.isfinite(apart):
+            self.used = max(self.used, apart)
+
     def keep(self, count: int) -> None:
         """Only the first nodes of the window stay, so many sub-intervals; what was predicted of others is not used."""
         self._predicted = self._predicted[:count]

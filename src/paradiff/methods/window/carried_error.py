@@ -12,9 +12,11 @@ carried by
 with e of budget.py's equation (1), and with d and c the changes that the new and the old first node saw in the sweeps that
 made them final: an error is taken to lie where the last change lay. r is 1 on deterministic chains, and a little less on
 stochastic ones, whose steps let go of errors in most directions: a larger one would pick the slowest of them again and again.
-Signs are such that nothing cancels. At the chain's end a multiple of |T v| + e is an estimate of the sample's error
-(`WindowControl`), and the larger of the two estimates is told. It holds up no node, so that rounds, evaluations and samples are
-those of the budget alone. Memory: 2 states a node of the window for methods that keep no pairs, and a sweep's changes.
+Signs are such that nothing cancels. In narrow windows, nodes that pass after one sweep have no pairs, and those of the last
+node before that has some are taken. At the chain's end a multiple of |T v| + e is an estimate of the sample's error
+(`WindowControl`), and the larger of the two estimates is told; where errors on the way may have made another sample of it, how
+far away that is (odds.py). It holds up no node, so that rounds, evaluations and samples are those of the budget alone. Memory:
+2 states a node of the window for methods that keep no pairs, and a sweep's changes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from paradiff.methods.window.edits import Edits
+from paradiff.methods.window.odds import Odds
 from paradiff.methods.window.setup import WindowSetup
 from paradiff.methods.window.update import Carried, PairUpdate, SecantUpdate, Update
 
@@ -35,6 +38,10 @@ class CarriedError:
     Args:
         setup: What all samples share.
         update: The sample's update, whose pairs are used where it has some.
+
+    Attributes:
+        apart: `[b]` how far another sample is that each member may have become by errors of nodes that passed, on the device; 0
+            for none.
     """
 
     def __init__(self, setup: WindowSetup, update: Update) -> None:
@@ -48,6 +55,8 @@ class CarriedError:
         self._errors: Carried | None = None  # [n, 1, ...] of up to P nodes, the last one the window's first
         self._last: Tensor | None = None  # [n, ...] their last changes
         self._ways: tuple[Carried, Carried] | None = None  # [n, 2, ...] both v of equation (1), and what T makes of them
+        self._odds = None if setup.table.stochastic else Odds(setup.step, setup.odds)
+        self.apart = torch.zeros((), dtype=setup.dtype, device=setup.device)
 
     @property
     def squares(self) -> list[float] | None:
@@ -75,7 +84,8 @@ class CarriedError:
         """Carries the errors to the nodes after `lo`, up to `hi`, for `advance`.
 
         Returns:
-            `[b]` mean squares of T v at node `hi`, for each member; None before any node passed with an error.
+            `[2, b]` mean squares of T v at node `hi`, for each member, and how far another sample is that it may have become by
+            the errors up to there; None before any node passed with an error.
         """
         if self._errors is None or self._last is None:
             return None
@@ -84,7 +94,15 @@ class CarriedError:
         nothing = torch.zeros_like(states)
         start = Carried(torch.cat([change, turned[:, None]], 1), *(torch.cat([v, nothing], 1) for v in (states, outputs)))
         self._ways = start, self._pairs.tangent(lo, hi, start)
-        return self._step.mean_squares(self._ways[1].change[-1]).amax(0)
+        after = self._ways[1]
+        squares = self._step.mean_squares(after.change[-1]).amax(0)
+        return torch.stack([squares, self._apart(lo, after, hi - lo).expand_as(squares)])
+
+    def _apart(self, lo: int, after: Carried, count: int) -> Tensor:
+        """`apart` with the errors of `count` nodes from `lo` on."""
+        if self._odds is None:
+            return self.apart
+        return torch.maximum(self.apart, self._odds(lo, after.states[:count], after.outputs[:count]))
 
     def advance(self, lo: int, changes: Tensor, errors: Sequence[float], edits: Edits) -> None:
         """Equation (1), before the window slides.
@@ -100,6 +118,7 @@ class CarriedError:
             self.look(lo, lo + passed)
         if self._ways is not None:
             before, after = self._ways
+            self.apart = self._apart(lo, after, passed)
             both = [torch.cat([a, b[:passed]])[-self._band :] for a, b in zip(before, after, strict=True)]
             straight, turned = (self._norm(way) for way in both[0].unbind(1))
             change, *followed = (torch.where(self._beside(straight >= turned, v[:, 0]), v[:, 0], v[:, 1]) for v in both)

@@ -132,16 +132,19 @@ class Members:
             member.budget.accept(passed, member.passes.allowed(first + passed))
         return passed
 
-    def carry(self, squares: Sequence[float], errors: Sequence[float]) -> None:
+    def carry(self, squares: Sequence[float], apart: Sequence[float], errors: Sequence[float]) -> None:
         """Tells of each member no less than of its nodes' errors as they were carried to the chain's end.
 
         Args:
             squares: Mean square of T v there (carried_error.py), for each member; 0 where nothing was carried.
+            apart: How far another sample is that each may have become; 0 for none.
             errors: e there, likewise.
         """
         setup = self._setup
-        for member, square, error in zip(self._each, squares, errors, strict=True):
+        for member, square, other, error in zip(self._each, squares, apart, errors, strict=True):
             member.budget.carry(math.sqrt(square) + error, setup.method.tolerance, setup.decides)
+            if other > setup.method.control.outcome * math.sqrt(member.size):
+                member.budget.tell_of(other)
 
     def recount(self, squares: Sequence[float]) -> None:
         """Counts the budgets for the mean squares of the members' own samples."""

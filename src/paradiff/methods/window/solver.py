@@ -178,7 +178,8 @@ class WindowSolver:
             the estimated error, followed by the mean square of the clean-data estimate at the last node, and in narrow windows
             by how the W nodes answer (path_answer.py), on chains with churn by what forgetting.py sees; where that is the
             chain's end, by that of its state, and of what errors of nodes that passed become there (carried_error.py), once
-            there are some. `[K b]`; the corrector's own, where one runs.
+            there are some, and by how far another sample is that they may have made of it. `[K b]`; the corrector's own, where
+            one runs.
 
         Raises:
             ValueError: If states were changed and the method solves sub-intervals of several steps.
@@ -257,7 +258,7 @@ class WindowSolver:
         mean_squares, ending = self.setup.step.mean_squares, list[Tensor]()
         if self.hi == self.setup.intervals:
             carried = None if self._carried is None else self._carried.look(self.lo, self.hi)
-            ending = [mean_squares(new[-1:]), *([] if carried is None else [carried[None]])]
+            ending = [mean_squares(new[-1:]), *([] if carried is None else [carried])]
         return torch.cat([mean_squares(distance), *judged, self._clean_square, self._answers, *ending]).flatten()
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
@@ -288,7 +289,8 @@ class WindowSolver:
             passed = self.members.judge(first, each, of_rule, _columns(answers, count), self.ages)
             errors = self.members.last_errors
             if ending and first + passed == self.hi:
-                self.members.carry(ending[1] if ending[1:] else [0.0] * count, errors)
+                squares, apart = ending[1:] or ([0.0] * count, [0.0] * count)
+                self.members.carry(squares, apart, errors)
         else:
             self._final_squares = None
             rms, errors = [math.inf] * self._salvage(), list[float]()
@@ -433,7 +435,7 @@ class WindowSolver:
                 self._carried.advance(first, self.x.new_zeros(steps, *self.x.shape[1:]), [], self.edits)
             squares = self._carried.squares
             if place.node == setup.intervals and passed and squares is not None:
-                self.members.carry(squares, [0.0] * self._count)
+                self.members.carry(squares, self._carried.apart.expand(self._count).tolist(), [0.0] * self._count)
         past = setup.history - min(place.node, setup.history)
         zero = torch.zeros_like(place.states[0])
         self.x = torch.stack([*[zero] * past, *reversed(place.states[: setup.history - past + 1])])

@@ -141,7 +141,8 @@ class SecantUpdate:
     def _begin(self) -> Secants:
         setup = self._setup
         method, shared = setup.method, setup.step.shared_window
-        return Secants(method.secants, setup.resolution, shared, setup.symmetry, method.neighbours, method.neighbour_damping)
+        near = method.neighbours, method.neighbour_damping
+        return Secants(method.secants, setup.resolution, shared, setup.symmetry, *near, lends=setup.narrow)
 
     def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
         """Equation (2) of methods/secant.py, stretch by stretch; a single node takes its step."""
@@ -264,4 +265,4 @@ class PairUpdate(SecantUpdate):
         super().__init__(setup.answering)
 
     def _begin(self) -> Secants:
-        return LastPair(self._setup.resolution, self._setup.step.shared_window)
+        return LastPair(self._setup.resolution, self._setup.step.shared_window, self._setup.narrow)
