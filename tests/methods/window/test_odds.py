@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from paradiff import Keyed, Schedule, parasolver, quasi_newton, sample, sequential
+from paradiff import Keyed, Recorded, Schedule, parasolver, quasi_newton, sample, sequential
 from paradiff.chain.step import Step
 from paradiff.chain.table import Table
 from paradiff.methods.window.odds import Odds
+from paradiff.models import load
 from paradiff.models.exact import Mixture
 from paradiff.samplers import ddim
 from paradiff.solver.protocol import Method
@@ -78,3 +79,19 @@ def test_a_sample_that_may_be_another_one_is_told_so(method: Method) -> None:
     assert found.status is Status.STOPPED
     assert sum(estimate > 4e-3 * (1 + 1e-9) for estimate in told) <= 2
     assert all(map(math.isfinite, told))
+
+
+@pytest.mark.parametrize("method", [quasi_newton(window=4), quasi_newton(window=16), parasolver(window=8)])
+def test_a_trained_network_that_draws_another_digit_is_told_so(method: Method) -> None:
+    model = load("digits")
+    table, seeds = model.table("ddim", 100), (8001, 8032, 8003)
+    wanted, found = (
+        sample(model, table, Recorded(model.shape, [torch.Generator().manual_seed(seed) for seed in seeds]), which)
+        for which in (sequential(), method)
+    )
+    errors = (found.sample - wanted.sample).square().flatten(1).mean(1).sqrt().tolist()
+    told = [estimate.estimated_error for estimate in found.error_estimates]
+    for error, estimate in zip(errors, told, strict=True):
+        assert error < 2 * estimate
+    assert told[1] > 0.1  # it passes through the middle between two digits, whichever it comes to
+    assert max(told[0], told[2]) < 4e-3 * (1 + 1e-9)
