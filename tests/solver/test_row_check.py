@@ -549,3 +549,27 @@ def test_the_reason_is_the_models_own(kind: str) -> None:
             told.append(str(refusal))
     assert told
     assert all(REASONS[kind] in text or (kind == "mix" and "number of rows" in text) for text in told)
+
+
+@pytest.mark.parametrize("start", range(3))
+@pytest.mark.parametrize("period", range(2, 8))
+@pytest.mark.parametrize("renewed", [True, False])
+def test_a_memory_of_every_few_calls_is_no_influence_of_rows(renewed: bool, period: int, start: int) -> None:
+    """What is kept is renewed at every few calls, or is the last call's and is used at every few calls."""
+    told = []
+    for method in METHODS:
+        kept: dict[int, Tensor] = {}
+        calls = itertools.count(start)
+
+        def model(x: Tensor, t: Tensor, kept: dict[int, Tensor] = kept, calls: itertools.count[int] = calls) -> Tensor:
+            y, before, now = answer(x, t), kept.get(len(x)), next(calls) % period == 0
+            if not renewed or now or before is None:
+                kept[len(x)] = y
+            return y if before is None or now == renewed else 0.7 * y + 0.3 * before.flip(-1)
+
+        try:
+            sample(model, METHODS[method][0], Keyed(SHAPE, start, 2), METHODS[method][1])
+        except ValueError as refusal:
+            told.append(str(refusal))
+    assert len(told) >= 4
+    assert all("it remembers earlier calls" in text.lower() for text in told)
