@@ -146,6 +146,11 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], 
     ),
     "a precision": (decimal.Context, lambda held: more(held, "prec"), lambda held: held.prec),
     "a semaphore": (lambda: threading.Semaphore(0), lambda held: held.release(), lambda held: vars(held)["_value"]),
+    "a cache's counts": (
+        lambda: functools.lru_cache(str),
+        lambda held: held(held.cache_info().currsize),
+        lambda held: held.cache_info().misses,
+    ),
     "an optimizer": (
         lambda: torch.optim.Adam([nn.Parameter(torch.ones(8192))]),
         lambda held: (held.zero_grad(), held.step(lambda: held.param_groups[0]["params"][0].square().sum().backward())),

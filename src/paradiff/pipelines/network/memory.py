@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paradiff.pipelines.network.holder import Holder
-from paradiff.pipelines.network.position import moved, put_back
+from paradiff.pipelines.network.position import is_cache, moved, put_back
 from paradiff.pipelines.network.reads import is_read
 from paradiff.pipelines.network.saved import changed, equal
 from paradiff.pipelines.network.walk import LONG, Walk
@@ -91,6 +91,8 @@ class Memory:
                 return f"{path} is a Python generator, whose position"
             if isinstance(thing, sqlite3.Connection):
                 return f"{path} is a connection to a database, whose rows"
+            if is_cache(thing):
+                return f"{path} is a function with a cache, whose counts"
         return None
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import decimal
+import functools
 import io
 import queue
 import random
@@ -52,6 +53,8 @@ def state_of(thing: Any) -> Any:
             return [getattr(thing, name) for name in PRECISION]
         case sqlite3.Connection():
             return _changes(thing)
+        case _ if is_cache(thing):
+            return thing.cache_info()
         case types.GeneratorType():
             frame = thing.gi_frame
             return None if frame is None else (frame.f_lasti, {k: v for k, v in frame.f_locals.items() if isinstance(v, PLAIN)})
@@ -62,6 +65,11 @@ def state_of(thing: Any) -> Any:
                     return _flat(thing.__reduce__()[1:])
                 except TypeError:
                     return None
+
+
+def is_cache(thing: Any) -> bool:
+    """Whether a value is a function whose answers are kept, and counted: of `functools.lru_cache`."""
+    return isinstance(thing, functools._lru_cache_wrapper)
 
 
 def reread(file: Any) -> bool:

@@ -38,7 +38,7 @@ from paradiff.pipelines.network.holder import STRUCTURE, Holder, contents
 from paradiff.pipelines.network.offloaded import in_files
 from paradiff.pipelines.network.origin import MODELS, function_of, is_users
 from paradiff.pipelines.network.plain import PLAIN
-from paradiff.pipelines.network.position import record, reread
+from paradiff.pipelines.network.position import is_cache, record, reread
 from paradiff.pipelines.network.reads import names
 from paradiff.pipelines.network.saved import Saved, is_memory, memory_of
 
@@ -72,6 +72,9 @@ LOGS = {"logging", "logging.handlers"}
 TRAINERS = ("torch.amp.", "torch.optim.", "torch.utils.data.")
 """Modules of torch whose objects are, too."""
 VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+COUNTS, CLEAR = "cache_info", "cache_clear"
+"""Methods of a cached function: one tells how often it was called, the other begins anew, by which a call does not depend on
+those before."""
 MAKERS = ("__init__", "__new__", "__init_subclass__")
 """Methods that make an object; no call of a network is one of them."""
 
@@ -105,6 +108,7 @@ class Walk:
         self._objects: list[tuple[Any, str]] = []
         self._reached: set[tuple[int, str]] = set()
         self._parts: list[tuple[Any, str, str]] = []
+        self._caches: list[tuple[str, Any]] = []
         for name, root in roots:
             self._walk(root, name, name)
         for owner in owners:
@@ -114,6 +118,8 @@ class Walk:
                 self._walk(value, f"{holder.path}.{name}", name)
         while self._visit_named():
             pass
+        if COUNTS in self._names and CLEAR not in self._names:
+            self.states += [(path, cache, record(cache)) for path, cache in self._caches]
         for holder in self.holders:
             holder.before = holder.read()
 
@@ -195,6 +201,8 @@ class Walk:
                 for part in getattr(value, "_objects", None) or ():
                     self._visit(part, path, name)
             case _ if type(value).__module__ == "functools" and hasattr(value, "__wrapped__"):
+                if is_cache(value):
+                    self._caches.append((path, value))
                 self._visit(value.__wrapped__, path, name)
             case _:
                 self._visit_object(value, path, name)
