@@ -106,6 +106,25 @@ def viewed() -> Any:
     return types.MappingProxyType(held), held.__setitem__
 
 
+def weight(count: int = 8) -> nn.Parameter:
+    return nn.Parameter(torch.ones(count))
+
+
+@torch.enable_grad()
+def add_up(held: nn.Parameter) -> None:
+    (0.25 * held).square().sum().backward()
+
+
+def gradient(held: Tensor) -> float:
+    return 0.0 if held.grad is None else float(held.grad.sum())
+
+
+def begun() -> Tensor:
+    held = torch.zeros(8)
+    held.grad = torch.zeros(8)
+    return held
+
+
 KEY = Kept()
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
     # name: (what makes it, what a pass does with it, what is in it)
@@ -146,6 +165,14 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], 
     ),
     "a precision": (decimal.Context, lambda held: more(held, "prec"), lambda held: held.prec),
     "a semaphore": (lambda: threading.Semaphore(0), lambda held: held.release(), lambda held: vars(held)["_value"]),
+    "a gradient": (weight, add_up, gradient),
+    "a large gradient": (lambda: weight(9000), add_up, gradient),
+    "a gradient that is there": (begun, lambda held: held.grad.add_(0.25), gradient),
+    "a tensor's own number": (
+        lambda: torch.zeros(2),
+        lambda held: vars(held).update(passes=vars(held).get("passes", 0) + 1),
+        lambda held: vars(held).get("passes", 0),
+    ),
     "a cache's counts": (
         lambda: functools.lru_cache(str),
         lambda held: held(held.cache_info().currsize),

@@ -12,10 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from paradiff.pipelines.network.plain import PLAIN
+from paradiff.pipelines.tensor.windowed import Windowed
 
 CONTAINERS = (list, deque, set, types.CellType)
 STRUCTURE = {"_parameters", "_modules", "_buffers"}
 """Attributes of modules that have holders of their own, or none."""
+GRADIENT = "grad"
+"""The attribute of a tensor that gradients are added up in."""
+COMPILERS = "_dynamo"
+"""What attributes of tensors that torch's compiler sets begin with."""
 DEEP = 4
 """How many objects within each other are looked into for tensors: a network's output within lists of an object of an object."""
 
@@ -51,6 +56,8 @@ class Holder:
             return dict.fromkeys(owner)
         if isinstance(owner, types.CellType):
             return contents(owner)
+        if isinstance(owner, Tensor):
+            return of_tensor(owner)
         values = dict(owner) if isinstance(owner, dict) else _attributes(owner)
         if isinstance(owner, nn.Module):
             values = {key: value for key, value in values.items() if key not in STRUCTURE and not is_boundary(value)}
@@ -75,7 +82,7 @@ class Holder:
     def _put(self, key: str, values: dict[Any, Any], present: bool) -> None:
         owner = self.owner
         held = owner if isinstance(owner, dict) else None
-        if held is None and not isinstance(owner, type) and key not in _slots(owner):
+        if held is None and not isinstance(owner, type) and key not in _slots(owner) and not _is_gradient(owner, key):
             held = vars(owner)
         if key in values:
             _ = setattr(owner, key, values[key]) if held is None else held.__setitem__(key, values[key])
@@ -107,6 +114,18 @@ def holds_tensors(value: Any, deep: int = DEEP) -> bool:
     if isinstance(value, types.FunctionType):
         parts = [part for cell in value.__closure__ or () for part in contents(cell).values()]
     return any(holds_tensors(part, deep - 1) for part in parts)
+
+
+def of_tensor(tensor: Tensor) -> dict[str, Any]:
+    """The attributes of a tensor that users set, and its gradient, or None."""
+    if isinstance(tensor, Windowed):
+        return {}
+    own = {name: value for name, value in vars(tensor).items() if not name.startswith(COMPILERS)}
+    return own | {GRADIENT: tensor.grad if tensor.is_leaf or tensor.retains_grad else None}
+
+
+def _is_gradient(owner: Any, key: str) -> bool:
+    return isinstance(owner, Tensor) and key == GRADIENT
 
 
 def contents(cell: types.CellType) -> dict[str, Any]:

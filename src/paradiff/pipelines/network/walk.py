@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from paradiff.models.absent import Absent
 from paradiff.pipelines.loop.switch import SWITCH
-from paradiff.pipelines.network.holder import STRUCTURE, Holder, contents
+from paradiff.pipelines.network.holder import GRADIENT, STRUCTURE, Holder, contents
 from paradiff.pipelines.network.offloaded import in_files
 from paradiff.pipelines.network.origin import MODELS, function_of, is_users
 from paradiff.pipelines.network.plain import PLAIN
@@ -108,6 +108,7 @@ class Walk:
         self._objects: list[tuple[Any, str]] = []
         self._reached: set[tuple[int, str]] = set()
         self._parts: list[tuple[Any, str, str]] = []
+        self._weights: set[int] = set()  # modules' parameters, by identity
         self._caches: list[tuple[str, Any]] = []
         for name, root in roots:
             self._walk(root, name, name)
@@ -142,6 +143,7 @@ class Walk:
         match value:
             case Tensor():
                 self._visit_tensor(value, path)
+                self._visit_parts_of(value, path)
             case np.ndarray():
                 if value.size <= LARGE:
                     self.saved[id(value)] = Saved(path, value, value.copy())
@@ -229,9 +231,21 @@ class Walk:
         values = tensor.detach().clone() if tensor.numel() <= LARGE else None
         self.saved[id(tensor)] = Saved(path, tensor, values, -1 if tensor.is_inference() else tensor._version)
 
+    def _visit_parts_of(self, tensor: Tensor, path: str) -> None:
+        """Visits the attributes of a tensor and its gradient; a large weight's is not copied."""
+        holder = Holder(tensor, path, named=True)
+        self.holders.append(holder)
+        for name, part in holder.read().items():
+            if name == GRADIENT and isinstance(part, Tensor) and id(tensor) in self._weights and part.numel() > SMALL:
+                self._seen[id(part)] = part
+                self.saved[id(part)] = Saved(f"{path}.{name}", part, None, -1 if part.is_inference() else part._version)
+            else:
+                self._visit(part, f"{path}.{name}", name)
+
     def _visit_module(self, module: nn.Module, path: str) -> None:
         self.holders += [Holder(module, path, named=True), Holder(module._buffers, path, named=True)]
         self._seen.update((id(part), part) for part in in_files(module))
+        self._weights.update(map(id, module._parameters.values()))
         for name, part in [*module._buffers.items(), *module._parameters.items(), *module._modules.items()]:
             self._visit(part, f"{path}.{name}", name)
         for name, part in vars(module).items():
