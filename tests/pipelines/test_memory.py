@@ -17,6 +17,7 @@ from paradiff import parallelize, parasolver
 from paradiff.pipelines import Report
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.reads import is_read
+from paradiff.pipelines.network.saved import equal
 
 METHOD = parasolver(tolerance=1e-3)
 BOUND = 1e-4  # rounding, and what the tolerance leaves on this chain
@@ -55,6 +56,44 @@ def test_a_record_that_nobody_reads_is_harmless(name: str, executor: str) -> Non
     assert report.executor == {"auto": "vector"}.get(executor, executor)
     assert float((found - plain).abs().max()) < BOUND
     assert report.warnings == []
+
+
+class Recorder:
+    """A hook that keeps what it is asked for, and reads nothing of it.
+
+    Args:
+        kind: What it keeps.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.told: list[Any] = []
+
+    def __call__(self, module: Any, given: Any, output: Tensor) -> None:
+        if self.kind == "outputs":
+            self.told.append(output)
+        elif self.kind == "outputs by name":
+            self.told.append(("output", {"mean": output.mean()}))
+        else:
+            self.told.append(output.numpy().copy())
+
+
+RECORDS = ("outputs", "outputs by name", "arrays")
+
+
+@pytest.mark.parametrize("executor", ["auto", "lanes"])
+@pytest.mark.parametrize("name", RECORDS)
+def test_outputs_that_a_hook_collects_are_the_plain_calls(name: str, executor: str) -> None:
+    held, pipes = [Recorder(name), Recorder(name)], [Pipe.of(HARMLESS["plain"]()) for _ in range(2)]
+    for pipe, record in zip(pipes, held, strict=True):
+        pipe.net.register_forward_hook(record)
+    begin_anew()
+    plain = pipes[0](seeded())
+    begin_anew()
+    with pytest.warns(RuntimeWarning, match="called sequentially"):
+        found = parallelize(pipes[1], METHOD, executor=executor)(seeded())
+    assert torch.equal(found, plain)
+    assert equal(held[1].told, held[0].told)
 
 
 def test_without_checks_the_faults_would_be_seen_in_the_result() -> None:

@@ -53,7 +53,7 @@ class Holder:
         if isinstance(owner, list | deque):
             return dict(enumerate(owner))
         if isinstance(owner, set):
-            return dict.fromkeys(owner)
+            return {item: item for item in owner}
         if isinstance(owner, types.CellType):
             return contents(owner)
         if isinstance(owner, Tensor):
@@ -120,8 +120,10 @@ def of_tensor(tensor: Tensor) -> dict[str, Any]:
     """The attributes of a tensor that users set, and its gradient, or None."""
     if isinstance(tensor, Windowed):
         return {}
-    own = {name: value for name, value in vars(tensor).items() if not name.startswith(COMPILERS)}
-    return own | {GRADIENT: tensor.grad if tensor.is_leaf or tensor.retains_grad else None}
+    found = {GRADIENT: tensor.grad if tensor.is_leaf or tensor.retains_grad else None}
+    if own := vars(tensor):
+        found |= {name: value for name, value in own.items() if not name.startswith(COMPILERS)}
+    return found
 
 
 def _is_gradient(owner: Any, key: str) -> bool:

@@ -31,12 +31,19 @@ class Change:
     Attributes:
         path: Where it is, such as `unet.mid_block.count`.
         name: The name under which functions reach it; empty if there is none.
-        silent: Whether it is a number, a text or a list, which is harmless where no function reads it.
+        silent: Whether it is a number, a text or a list of such, which is harmless where no function reads it.
     """
 
     path: str
     name: str
     silent: bool
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text or a shape, or holds such values alone."""
+    if isinstance(value, tuple | list | deque | set | frozenset):
+        return all(map(is_plain, value))
+    return isinstance(value, bool | int | float | str | torch.dtype | torch.device | type(None))
 
 
 class Memory:
@@ -63,7 +70,8 @@ class Memory:
     def influence(self) -> Change | None:
         """The first change since that a later call may depend on; None if there is none. Waits once for each device.
 
-        A number, a text or a list that no function reads is harmless. A tensor that is kept is not, since the loop may read it.
+        A number, a text or a list of these that no function reads is harmless. A tensor that is kept, by itself or in a list,
+        is not, since the loop, or whoever keeps it, may read it.
         """
         for change in self._changes():
             if (
@@ -129,9 +137,7 @@ class Memory:
             now = holder.read()
             for key in self._changed(holder, now):
                 values = [held[key] for held in (holder.before, now) if key in held]
-                counts = all(isinstance(value, bool | int | float | str | type(None)) for value in values)
-                grows = isinstance(holder.owner, list | deque | set)
-                yield Change(holder.label(key), holder.reached(key), silent=counts or grows)
+                yield Change(holder.label(key), holder.reached(key), silent=all(map(is_plain, values)))
 
     def _changed(self, holder: Holder, now: dict[Any, Any]) -> Iterator[Any]:
         """The keys of a holder whose values are others."""
