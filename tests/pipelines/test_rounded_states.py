@@ -43,6 +43,21 @@ def test_nothing_is_told_of_states_of_32_bits() -> None:
 EXTREME = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_chains_of_huge_levels_make_of_states_of_16_bits_is_told(dtype: torch.dtype) -> None:
+    """A first step from a signal level of 1/10,000: the sample is its rounding, and a step's own is far less."""
+    case, steps = CASES["sd"], {"num_inference_steps": 8}
+    pipes = [case.make().to(dtype) for _ in range(2)]
+    for pipe in pipes:
+        pipe.scheduler = diffusers.PNDMScheduler(**EXTREME, timestep_spacing="trailing")
+    plain = case.run(pipes[0], 3, **steps).double()
+    with parallelize(pipes[1], parasolver(window=6)) as run:
+        found = case.run(pipes[1], 3, **steps).double()
+    said = [float(match[2]) for match in map(TOLD.search, run.report.warnings) if match is not None]
+    error = float((found - plain).square().mean().sqrt())
+    assert 50 * torch.finfo(dtype).eps * float(plain.square().mean().sqrt()) < error < said[0] < 10 * error
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", [quasi_newton(), srds(), collocation(), sequential(), paradigms(tolerance=0.0)])
 def test_chains_of_huge_levels_tell_what_rounding_leaves(method: Method, dtype: torch.dtype) -> None:

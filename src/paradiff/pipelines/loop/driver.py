@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiff.chain.data_scale import unusual
+from paradiff.chain.roundoff import roundoff
 from paradiff.chain.table import Table
 from paradiff.errors import ChosenPlain, Edited, Unsupported, is_whole
 from paradiff.methods.adaptive.method import AdaptiveMethod
@@ -398,11 +400,13 @@ class LoopSolver:
         """How far the plain call's sample may be from a chain's whose states are not rounded, RMS; 0 for states of 32 bits and
         more. Each step rounds a state by at most half the spacing eps of its dtype, relative to its size; N of them, in
         quadrature, come to eps N^(1/2)/2, and a network answers to them. Tiny Stable Diffusion, DDIM, 20 steps: errors of
-        0.54 times eps N^(1/2) and the sample's size in bfloat16, 0.50 times in float16; twice as much is told."""
+        0.54 times eps N^(1/2) and the sample's size in bfloat16, 0.50 times in float16; twice as much is told, or what the
+        chain's steps make of roundings (chain/roundoff.py) where that is more."""
         if self.final.dtype not in HALF:
             return 0.0
-        size = float(self.final.float().square().mean().sqrt())
-        return torch.finfo(self.final.dtype).eps * size * math.sqrt(self.ended)
+        eps, square = torch.finfo(self.final.dtype).eps, float(self.final.double().square().mean())
+        simple = eps * math.sqrt(square * self.ended)
+        return max(simple, roundoff(self.table, eps, unusual(square)))
 
     def _fitted(self, dtypes: list[torch.dtype]) -> Method:
         """The method for this call, with a tolerance that outputs and states of these dtypes resolve."""
