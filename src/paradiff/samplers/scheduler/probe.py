@@ -462,7 +462,8 @@ class Increments:
         found = _probed(scheduler, timesteps, self._kwargs)
         self._mixing = found.mixing
         self._timesteps = scheduler.timesteps if timesteps is None else timesteps
-        self._last = max((i + 1 for i, count in enumerate(found.draws) if count), default=0)
+        noisy = (table.c > 0).tolist()  # a step may add noise that was drawn before (a Brownian tree)
+        self._last = max((i + 1 for i, count in enumerate(found.draws) if count or noisy[i]), default=0)
         self._host = start.device.type != "cpu" and _of_cpu(generator, self._kwargs)
         if self._host:  # so that neither a draw nor a scheduler's look-up of its time waits for the device
             self._timesteps = self._timesteps.cpu()
