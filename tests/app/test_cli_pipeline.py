@@ -150,7 +150,7 @@ def test_what_took_effect_in_a_pipelines_calls_is_written(dtype: str, cli: Cli, 
         assert (
             raised == f"the tolerance was raised to {effective['tolerance']:g}, which the dtypes of networks and states resolve"
         )
-        assert rounded.startswith("the plain call rounds its states to bfloat16 in each step, and the solver does not")
+        assert rounded.startswith("the plain call rounds its states to bfloat16 in each step, and the solver rounds otherwise")
 
 
 def test_a_deadline_ends_each_call_and_says_so(cli: Cli, saved: Saved, tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ def test_nothing_is_told_of_states_of_32_bits() -> None:
 EXTREME = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 
 
+@pytest.mark.parametrize("method", [parasolver(window=6), quasi_newton()])
+@pytest.mark.parametrize("name", ["cogvideox", "cogvideox_dynamic_cfg"])
+def test_what_a_loop_rounds_by_itself_is_told(name: str, method: Method) -> None:
+    """Its scheduler's results are float32, and it casts them to the network's dtype."""
+    case, options = CASES[name], {"output_type": "latent"}
+    plain = case.run(case.make().to(torch.bfloat16), 5, **options).double()
+    with parallelize(pipe := case.make().to(torch.bfloat16), method) as run:
+        found = case.run(pipe, 5, **options).double()
+    said = [match for match in map(TOLD.search, run.report.warnings) if match is not None]
+    assert [match[1] for match in said] == ["bfloat16"]
+    error = float((found - plain).square().mean().sqrt())
+    assert 2 * run.report.error_estimate.estimated_error < error < float(said[0][2]) < 10 * error
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_chains_of_huge_levels_make_of_states_of_16_bits_is_told(dtype: torch.dtype) -> None:
     """A first step from a signal level of 1/10,000: the sample is its rounding, and a step's own is far less."""

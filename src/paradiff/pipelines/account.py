@@ -56,11 +56,11 @@ class Account:
                 f"the tolerance was raised to {solver.raised_tolerance:g}, which the dtypes of networks and states resolve",
             ]
         if solver.rounding > 0:
-            dtype = str(solver.final.dtype).removeprefix("torch.")
+            dtype = str(solver.rounded_to).removeprefix("torch.")
             notes = [
                 *notes,
-                f"the plain call rounds its states to {dtype} in each step, and the solver does not: the samples of both may "
-                f"differ by {solver.rounding:.2g} more than is told",
+                f"the plain call rounds its states to {dtype} in each step, and the solver rounds otherwise: the samples of "
+                f"both may differ by {solver.rounding:.2g} more than is told",
             ]
         status, message = solution.status, solution.message
         if isinstance(solver.method, Chooses):
