@@ -259,12 +259,13 @@ def test_visits_add_up_to_what_was_evaluated(name: str) -> None:
         seen.append(len(x))
         return denoiser(x, t)
 
-    found = sample(counted, table, Keyed((2,), 4, 3), collocation(window=16), dtype=torch.float64, check="off")
+    method = collocation(window=16)
+    found = sample(counted, table, Keyed((2,), 4, 3), method, dtype=torch.float64, check="off")
     visits = [v for v in found.history if isinstance(v, CollocationRecord)]
     assert len(visits) == len(found.history)
     assert sum(len(v.nodes) for v in visits) == found.evaluations == sum(seen)
     assert found.rounds == len(seen) == max(v.round for v in visits)
-    control = ORDER_ZERO if table.stochastic else HIGHER_ORDER
+    control = method.control_on(table)
     for k, error_estimate in enumerate(found.error_estimates):
         own = [v for v in visits if v.sample == k]
         assert sum(len(v.nodes) for v in own) == error_estimate.evaluations
