@@ -56,7 +56,9 @@ def left_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Recorded, "_randn", lambda self, g: torch.randn((self._group, *self.shape), generator=g, dtype=self._dtype)
+        Recorded,
+        "_randn",
+        lambda self, g, count, dtype: torch.randn((count, self._group, *self.shape), generator=g, dtype=dtype),
     )
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from scheduler_loops import network
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from paradiff import Keyed, Recorded, Table, from_scheduler, parasolver, sample, sequential, srds
 from paradiff.chain.draws import Draws
+from paradiff.chain.noise import RecordedAlong
 
 pytestmark = [  # what diffusers 0.42 and torchsde say of themselves
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn.t accept:DeprecationWarning"),
@@ -107,7 +109,7 @@ def test_the_draws_are_those_of_the_schedulers_own_loop(case: str, kind: str) ->
     methods = (sequential(), parasolver(3, tolerance=0)) if kind == "one" else (srds(3, iterations=3),)
     for method in methods:
         assert far(sample(network, table, noise, method).sample, wanted) < SAME
-    assert (table.draws is None) == CASES[case][4]
+    assert (table.draws is None or table.draws.one_a_step) == CASES[case][4]
     if table.draws is not None:
         mine = source()
         for generator in [mine] if kind == "one" else mine:
@@ -115,6 +117,38 @@ def test_the_draws_are_those_of_the_schedulers_own_loop(case: str, kind: str) ->
                 torch.randn(2 if kind == "one" else 1, *SHAPE, 1, generator=generator)
         for one, other in zip([mine] if kind == "one" else mine, [theirs] if kind == "one" else theirs, strict=True):
             assert torch.equal(one.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_steps_draw_in_the_dtype_of_the_schedulers_own_loop(case: str, dtype: torch.dtype) -> None:
+    scheduler, options = ready(case)
+    table = from_scheduler(scheduler, **options)
+    known = table.draws is None or table.draws.source == "given"
+    if not known or "generator" not in inspect.signature(scheduler.step).parameters:
+        pytest.skip("its draws are not made with the generator that it is given")
+    shape = (4, 6, 1)  # vectors of a processor hold as many numbers of one dtype as they do not of another
+    theirs, drawn = torch.Generator().manual_seed(4), list[Tensor]()
+    x = torch.randn((1, *shape), generator=theirs, dtype=dtype)
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **kwargs or {})
+            if func in (torch.randn, torch.randn_like):
+                drawn.append(found)
+            return found
+
+    with Watched():
+        for t in copy.deepcopy(scheduler.timesteps):
+            x = scheduler.step(0 * x, t, x, return_dict=False, generator=theirs, **options)[0].to(dtype)
+    plain = Recorded(shape, torch.Generator().manual_seed(4), dtype=dtype)
+    noise = plain.along(table.draws)
+    mine = noise._recorded if isinstance(noise, RecordedAlong) else plain  # pyright: ignore[reportPrivateUsage]
+    for k, wanted in enumerate(drawn):
+        own = mine.draw(0, range(k, k + 1))
+        assert own.dtype == wanted.dtype
+        assert torch.equal(own, wanted)
+    assert torch.equal(noise.start(0), plain.start(0))
 
 
 @pytest.mark.parametrize("fault", ["one a step", "the draw before", "the other sign"])

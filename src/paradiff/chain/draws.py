@@ -23,6 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 Source = Literal["given", "torch", "own"]
 
 
@@ -38,6 +40,7 @@ class Draws:
             with generators that the scheduler makes, such as those of a Brownian tree.
         before: Draws that the chain makes before these steps, of which they are a part.
         start: The weight w and the pairs of k and w[k] of equation (2); None where the chain begins at the run's own start.
+        dtypes: Dtypes of a run whose steps draw in another one, each with that.
         given: `[N+1]` for each node the signal and the pairs of k and w of equation (3); None where no loop says.
     """
 
@@ -48,6 +51,7 @@ class Draws:
     before: int = 0
     start: tuple[float, tuple[tuple[int, float], ...]] | None = None
     given: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None = None
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] = ()
 
     def part(self, begin: int, end: int) -> Draws:
         """Those of the steps from one node to another."""

@@ -12,6 +12,7 @@ for. Two sources:
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import OrderedDict
@@ -175,7 +176,8 @@ class Recorded:
         generator: One generator for the whole batch, or a sequence of one generator for each sample, as diffusers takes
             them.
         samples: Number of samples that one generator draws together.
-        dtype: Dtype in which the run draws (the pipeline's); it matters, since half-precision draws use other bits.
+        dtype: Dtype in which the run draws (the pipeline's); it matters, since draws of another precision use other bits. Steps
+            that draw in one of their own (`Draws.dtypes`) are followed.
 
     Raises:
         ValueError: If the shape is none, there is no generator, `samples` is given beside a sequence, is below 1 or above a
@@ -207,7 +209,7 @@ class Recorded:
         self.samples = (1 if samples is None else samples) if shared else len(generators)
         if self.samples < 1:
             raise ValueError("no sample was asked for; give at least one generator and a count of at least 1")
-        self._dtype = dtype
+        self._dtype = self._step_dtype = dtype
         self._of_torch = shared and generator is torch.default_generator
         self._group = self.samples if shared else 1
         self._generators = [torch.Generator(device=g.device) for g in generators]
@@ -215,7 +217,7 @@ class Recorded:
         self._states: list[list[Tensor]] = []
         for own, given in zip(self._generators, generators, strict=True):
             own.set_state(given.get_state())
-            self._starts.append(self._randn(own)[0])
+            self._starts.append(self._randn(own, 1, dtype)[0])
             self._states.append([own.get_state()])
         self._kept: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._next: dict[int, int] = {}  # the stretch that each generator draws next, as its state is
@@ -238,7 +240,7 @@ class Recorded:
     def _origin(self) -> tuple[object, ...]:
         """What determines the draws."""
         states = tuple((g.device.type, bytes(s[0].tolist())) for g, s in zip(self._generators, self._states, strict=True))
-        return self.shape, self.samples, self._dtype, states
+        return self.shape, self.samples, self._dtype, self._step_dtype, states
 
     def along(self, draws: Draws | None) -> Noise:
         """The noises of a chain that makes such draws.
@@ -258,7 +260,16 @@ class Recorded:
                 f"{draws.scheduler} draws its noise with torch's own generator, whichever it is given; give "
                 "Recorded(shape, torch.default_generator), or Keyed noise"
             )
-        return RecordedAlong(self, draws)
+        own = dict(draws.dtypes).get(self._dtype)
+        return RecordedAlong(self if own is None else self._drawing_in(own), draws)
+
+    def _drawing_in(self, dtype: torch.dtype) -> Recorded:
+        """The same with steps that draw in a dtype of their own."""
+        found = copy.copy(self)
+        found._step_dtype, found._states = dtype, [states[:1] for states in self._states]
+        found._generators = [torch.Generator(device=g.device) for g in self._generators]
+        found._kept, found._next = OrderedDict(), {}
+        return found
 
     def __getstate__(self) -> dict[str, object]:
         """The generators by their devices: their states are saved beside them. Drawn stretches are drawn again."""
@@ -267,9 +278,9 @@ class Recorded:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _generators=[torch.Generator(device=d) for d in state["_generators"]])
 
-    def _randn(self, generator: torch.Generator, count: int = 1) -> Tensor:
+    def _randn(self, generator: torch.Generator, count: int, dtype: torch.dtype) -> Tensor:
         """Consecutive draws, `[count, group, *shape]`."""
-        shape, device, dtype = (self._group, *self.shape), generator.device, self._dtype
+        shape, device = (self._group, *self.shape), generator.device
         if count == 1 or draws_together(count, shape, device, dtype):
             return torch.randn((count, *shape), generator=generator, device=device, dtype=dtype)
         return torch.stack([torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(count)])
@@ -284,9 +295,9 @@ class Recorded:
         if self._next.get(source) != index:
             generator.set_state(states[min(index, len(states) - 1)])
         for _ in range(len(states) - 1, index):  # stretches that nobody has asked for yet
-            self._randn(generator, self.SPACING)
+            self._randn(generator, self.SPACING, self._step_dtype)
             states.append(generator.get_state())
-        drawn = self._randn(generator, self.SPACING)
+        drawn = self._randn(generator, self.SPACING, self._step_dtype)
         if len(states) == index + 1:
             states.append(generator.get_state())
         self._next[source] = index + 1

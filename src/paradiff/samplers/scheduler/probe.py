@@ -22,6 +22,7 @@ than that.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -95,6 +96,9 @@ def from_scheduler(scheduler: Any, timesteps: Tensor | None = None, **step_kwarg
         return _probed(scheduler, timesteps, step_kwargs).table
     except Unsupported as refusal:
         raise ValueError(str(refusal)) from refusal
+
+
+Dtypes = tuple[tuple[torch.dtype, torch.dtype], ...]
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _probe(request: Request) -> Probed:
         start_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)) if begins else 1.0,
         clean=levels.clean,
         exact_levels=False,
-        draws=_draws_of(name, main, noise if mixing is None else mixing @ noise, c),
+        draws=_draws_of(name, main, noise if mixing is None else mixing @ noise, c, _drawn_in(request, main, off)),
     )
     ray, spread = table.mismatches.amax(0).tolist()
     table = dataclasses.replace(table, exact_variance=ray > ROUNDING or spread <= ROUNDING)
@@ -215,7 +219,21 @@ def _cancelled(values: Tensor, size: Tensor) -> Tensor:
     return torch.where(values.abs() <= FLOAT32 * size, 0.0, values)
 
 
-def _draws_of(name: str, main: Walk, noise: Tensor, c: Tensor) -> Draws | None:
+def _drawn_in(request: Request, main: Walk, off: Mapping[str, bool]) -> Dtypes:
+    """Dtypes of states whose steps draw in another one, each with that: many schedulers step in float32, whatever they are
+    given, and some draw there. Seen at the first step that draws."""
+    until, found = next((i + 1 for i, count in enumerate(main.draws) if count), 0), list[tuple[torch.dtype, torch.dtype]]()
+    if until:
+        part = dataclasses.replace(request, timesteps=request.timesteps[:until])
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            nothing = torch.zeros(CHANNELS, dtype=dtype)
+            with contextlib.suppress(Unsupported):  # a step that a CPU cannot make in half precision
+                drawn = walk(part, lambda i, nothing=nothing: (nothing, nothing), 0, **off).dtypes
+                found += [(dtype, own) for own in drawn if len(drawn) == 1 and own != dtype]
+    return tuple(found)
+
+
+def _draws_of(name: str, main: Walk, noise: Tensor, c: Tensor, dtypes: Dtypes) -> Draws | None:
     """How the steps' independent noises are made of draws; None for one a step.
 
     Args:
@@ -223,6 +241,7 @@ def _draws_of(name: str, main: Walk, noise: Tensor, c: Tensor) -> Draws | None:
         main: A walk.
         noise: `[N, K]` coefficients of the K draws in c[i] z[i].
         c: `[N]` deviations.
+        dtypes: In which dtypes they are made (`Draws`).
     """
     if not c.any():
         return None
@@ -231,8 +250,8 @@ def _draws_of(name: str, main: Walk, noise: Tensor, c: Tensor) -> Draws | None:
     whole = weights.round()
     weights = torch.where((weights - whole).abs() <= FLOAT32, whole, weights)
     terms = tuple(tuple((k, float(row[k])) for k in row.nonzero()[:, 0].tolist()) for row in weights)
-    found = Draws(name, tuple(main.draws), terms if source != "own" else ((),) * len(noise), source)
-    return None if found.one_a_step else found
+    found = Draws(name, tuple(main.draws), terms if source != "own" else ((),) * len(noise), source, dtypes=dtypes)
+    return None if found.one_a_step and not found.dtypes else found
 
 
 def _banded(factors: Tensor) -> Tensor:

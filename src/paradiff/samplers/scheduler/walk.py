@@ -157,12 +157,13 @@ class _Draws(TorchFunctionMode):
         calls: Draws asked for.
         known: The draws seen, by the state of their generator.
         sources: Whose generators they were made with.
+        dtypes: In which dtypes they were made.
     """
 
     def __init__(self, channels: int, given: torch.Generator, size: int) -> None:
         super().__init__()
         self.calls, self.known, self._channels = 0, dict[bytes, int](), channels
-        self.sources = set[Source]()
+        self.sources, self.dtypes = set[Source](), set[torch.dtype]()
         self._given, self._size = given, size
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,6 +174,7 @@ class _Draws(TorchFunctionMode):
         channel = self.known.setdefault(generator.get_state().numpy().tobytes(), len(self.known))
         self.calls += 1
         found = func(*args, **kwargs).zero_()
+        self.dtypes.add(found.dtype)
         plain: dict[int, Source] = {id(self._given): "given", id(torch.default_generator): "torch"}
         self.sources.add(plain.get(id(generator), "own") if found.numel() == self._size else "own")
         if channel < self._channels:
@@ -183,7 +185,7 @@ class _Draws(TorchFunctionMode):
 @dataclass(frozen=True)
 class Walk:
     """One walk: `[N, L]` states returned, `[N]` input scales, the scheduler's step indices, the number of draws asked for by
-    each step, that of different ones in all, and whose generators made them."""
+    each step, that of different ones in all, whose generators made them, and in which dtypes."""
 
     states: Tensor
     scale: Tensor
@@ -191,6 +193,7 @@ class Walk:
     draws: list[int]
     different: int
     sources: set[Source]
+    dtypes: set[torch.dtype]
 
 
 Inputs = Callable[[int], tuple[Tensor, Tensor]]
@@ -238,7 +241,8 @@ def walk(request: Request, inputs: Inputs, draws: int | None = None, **config: A
             places.append(getattr(scheduler, "step_index", None))
     known = None if None in places else [int(p) - 1 for p in places]
     per_step = [after - before for before, after in itertools.pairwise(counts)]
-    return Walk(torch.stack(states), torch.tensor(scales, dtype=torch.float64), known, per_step, len(mode.known), mode.sources)
+    scale = torch.tensor(scales, dtype=torch.float64)
+    return Walk(torch.stack(states), scale, known, per_step, len(mode.known), mode.sources, mode.dtypes)
 
 
 def _scale(scheduler: Any, t: Tensor) -> float:
