@@ -7,6 +7,7 @@ variables that its functions and hooks share, and generators (walk.py).
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import types
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,10 +42,12 @@ class Change:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text or a shape, or holds such values alone."""
+    """Whether a value is a number, a text, a shape or a class, or holds such values alone."""
+    if isinstance(value, dict):
+        return all(map(is_plain, itertools.chain(value, value.values())))
     if isinstance(value, tuple | list | deque | set | frozenset):
         return all(map(is_plain, value))
-    return isinstance(value, bool | int | float | str | torch.dtype | torch.device | type(None))
+    return isinstance(value, bool | int | float | str | np.generic | torch.dtype | torch.device | type | type(None))
 
 
 class Memory:
