@@ -80,11 +80,16 @@ def test_flat_calls_are_solved_in_parallel_and_calls_in_proportion_are_walked() 
 
 
 def test_a_rough_curve_is_not_followed_far_beyond_its_widest_call() -> None:
-    table = DDIM(SCHEDULE, 50)
+    table = DDPM(SCHEDULE, 100)
     rough = LatencyCurve({1: 1.0, 2: 1.01})
     method = auto_with(table, rough).chosen(table)
     assert 1 < method.width(table) <= 8
     assert auto_with(table, FLAT).chosen(table).width(table) > 8
+
+
+def test_a_short_chain_of_a_model_that_was_never_run_is_solved_over_all_its_nodes() -> None:
+    names = [auto_with(table := DDIM(SCHEDULE, steps), FLAT).pick(table).call.split("(")[0] for steps in (25, 50)]
+    assert names == ["quasi_newton", "collocation"]
 
 
 def test_a_long_chain_is_solved_by_few_evaluations_though_nothing_is_known() -> None:

@@ -55,6 +55,10 @@ SHORTEST = 12
 SHORT = "since the chain is short: what is beside its steps would cost more than any method gains"
 """Why it is."""
 
+UNSEEN = 48
+"""Steps of a deterministic chain from which on collocation is taken though it was never run on the model. On shorter ones a
+first mesh that fails costs more than it gains: an untrained network took 36 rounds for 25 steps."""
+
 WARM = 0.8
 """The share of a cold run's seconds that one from a trajectory is taken to need; changes that were measured left 0.3 to 0.9."""
 
@@ -166,6 +170,8 @@ def pick(wish: Wish, known: Known | None, table: Table, samples: int) -> Picked:
             found = [
                 one for one in found if one.sequential or one.cost.source == "trace" or isinstance(one.method, WindowMethod)
             ]
+    if not table.stochastic and table.steps < UNSEEN:
+        found = [one for one in found if one.family != "collocation" or one.cost.source == "trace"]
     others = [one for one in found if not one.sequential]
     share, begins = (WARM, " and a trajectory to begin from") if wish.begins else (1.0, "")
     for best in others:
