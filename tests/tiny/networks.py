@@ -314,7 +314,23 @@ def looked_at() -> Net:
     return net
 
 
-HARMLESS: dict[str, Callable[[], Net]] = {"plain": Net, "record": Watching, "list": watched, "hook": looked_at}
+def logged() -> Net:
+    """A torch hook that keeps named numbers, a class and a list that holds itself, which nobody reads: harmless."""
+    net, told = Net(), list[Any]()
+    own = told[:]
+    own.append(own)
+
+    def log(module: nn.Module, args: Any, output: Tensor) -> None:
+        told.extend([{"rows": float(len(output)), "shape": output.shape}, type(output)])
+
+    net.register_forward_hook(log)
+    net.told = own  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    return net
+
+
+HARMLESS: dict[str, Callable[[], Net]] = {
+    **{"plain": Net, "record": Watching, "list": watched, "hook": looked_at, "log": logged}
+}
 
 WITH_MEMORY: dict[str, Callable[[], Net]] = {
     **{

@@ -40,8 +40,8 @@ class Draws:
             with generators that the scheduler makes, such as those of a Brownian tree.
         before: Draws that the chain makes before these steps, of which they are a part.
         start: The weight w and the pairs of k and w[k] of equation (2); None where the chain begins at the run's own start.
-        dtypes: Dtypes of a run whose steps draw in another one, each with that.
         given: `[N+1]` for each node the signal and the pairs of k and w of equation (3); None where no loop says.
+        dtypes: Dtypes of a run whose steps draw in another one, each with that.
     """
 
     scheduler: str

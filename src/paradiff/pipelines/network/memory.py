@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paradiff.pipelines.network.holder import Holder
+from paradiff.pipelines.network.holder import DEEP, Holder
 from paradiff.pipelines.network.position import is_cache, moved, put_back
 from paradiff.pipelines.network.reads import is_read
 from paradiff.pipelines.network.saved import changed, equal
@@ -41,12 +41,11 @@ class Change:
     silent: bool
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, a shape or a class, or holds such values alone."""
-    if isinstance(value, dict):
-        return all(map(is_plain, itertools.chain(value, value.values())))
-    if isinstance(value, tuple | list | deque | set | frozenset):
-        return all(map(is_plain, value))
+def is_plain(value: Any, deep: int = DEEP) -> bool:
+    """Whether a value is a number, a text, a shape or a class, or holds such values alone, as far as so many levels show."""
+    if isinstance(value, dict | tuple | list | deque | set | frozenset):
+        parts = itertools.chain(value, value.values()) if isinstance(value, dict) else value
+        return deep > 0 and all(is_plain(part, deep - 1) for part in parts)
     return isinstance(value, bool | int | float | str | np.generic | torch.dtype | torch.device | type | type(None))
 
 
