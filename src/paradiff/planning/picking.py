@@ -170,8 +170,6 @@ def pick(wish: Wish, known: Known | None, table: Table, samples: int) -> Picked:
             found = [
                 one for one in found if one.sequential or one.cost.source == "trace" or isinstance(one.method, WindowMethod)
             ]
-    if not table.stochastic and table.steps < UNSEEN:
-        found = [one for one in found if one.family != "collocation" or one.cost.source == "trace"]
     others = [one for one in found if not one.sequential]
     share, begins = (WARM, " and a trajectory to begin from") if wish.begins else (1.0, "")
     for best in others:
@@ -190,6 +188,8 @@ def _found(wish: Wish, tolerance: float, known: Known | None, curve: LatencyCurv
     """The choices that can do what is asked, fastest first, and the plain chain."""
     of = {} if known is None else {"known": known.traces.of}
     found = choices(table, samples, tolerance, curve, devices=wish.devices, most=wish.window, **of)
+    if not table.stochastic and table.steps < UNSEEN:
+        found = [one for one in found if one.family != "collocation" or one.cost.source == "trace"]
     return [one for one in found if one.sequential or wish.allows(one.method)]
 
 
