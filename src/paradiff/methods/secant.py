@@ -91,6 +91,7 @@ class Secants:
         self._dx = self._dm = torch.empty(0)  # [n, k, b, d] differences of states and of outputs, the newest first
         self._known: tuple[Tensor, Tensor] | None = None  # [n, g, b, d] those that the symmetry knows of
         self._lends = lends
+        self._beside: tuple[Tensor, Tensor] | None = None  # those of the window with the lent ones, where they were asked for
         self._left: tuple[Tensor, Tensor] | None = None  # [1, k, b, d] the last pairs of the nodes that left in the last sweep
 
     def observe(self, states: Tensor, outputs: Tensor) -> None:
@@ -137,6 +138,7 @@ class Secants:
     def _keep(self, seen: tuple[Tensor, Tensor], dx: Tensor, dm: Tensor) -> None:
         """Replaces what is kept."""
         self._seen, self._dx, self._dm = seen, dx, dm
+        self._beside = None
 
     def correction(
         self, change: Tensor, reach: Sequence[Reach], *, begin: int = 0, first: Tensor | None = None
@@ -180,12 +182,15 @@ class Secants:
 
     def _lent(self) -> tuple[Tensor, Tensor]:
         """`[n, k, b, d]` the pairs of the window's nodes, with those of the last node before for one that has none."""
+        if self._beside is not None:
+            return self._beside
         own, none = (self._dx, self._dm), self._dx.new_zeros(1, *self._dx.shape[1:])
         dx, dm = (torch.cat([a, b]) for a, b in zip(self._left or (none, none), own, strict=True))
         places = torch.arange(len(dx), device=dx.device)[:, None]
         last = torch.where(dx[:, 0].square().sum(2) > 0, places, 0).cummax(0).values[1:]  # [n, b]
         members = torch.arange(dx.shape[2], device=dx.device)
-        return dx[last, :, members].transpose(1, 2), dm[last, :, members].transpose(1, 2)
+        self._beside = dx[last, :, members].transpose(1, 2), dm[last, :, members].transpose(1, 2)
+        return self._beside
 
     def _let_go(self, passed: int) -> None:
         """Keeps the last pairs of `passed` nodes, which are to leave the window, where pairs are lent."""
@@ -205,8 +210,7 @@ class Secants:
     def _leave(self, part: slice) -> None:
         """Leaves the pairs of a part of the nodes."""
         if self._seen is not None:
-            self._seen = self._seen[0][part], self._seen[1][part]
-            self._dx, self._dm = self._dx[part], self._dm[part]
+            self._keep((self._seen[0][part], self._seen[1][part]), self._dx[part], self._dm[part])
         if self._known is not None:
             self._known = self._known[0][part], self._known[1][part]
 

@@ -12,11 +12,11 @@ carried by
 with e of budget.py's equation (1), and with d and c the changes that the new and the old first node saw in the sweeps that
 made them final: an error is taken to lie where the last change lay. r is 1 on deterministic chains, and a little less on
 stochastic ones, whose steps let go of errors in most directions: a larger one would pick the slowest of them again and again.
-Signs are such that nothing cancels. In narrow windows, nodes that pass after one sweep have no pairs, and those of the last
-node before that has some are taken. At the chain's end a multiple of |T v| + e is an estimate of the sample's error
-(`WindowControl`), and the larger of the two estimates is told; where errors on the way may have made another sample of it, how
-far away that is (odds.py). It holds up no node, so that rounds, evaluations and samples are those of the budget alone. Memory:
-2 states a node of the window for methods that keep no pairs, and a sweep's changes.
+Signs are such that nothing cancels. In narrow windows of deterministic chains, nodes that pass after one sweep have no pairs,
+and those of the last node before that has some are taken. At the chain's end a multiple of |T v| + e is an estimate of the
+sample's error (`WindowControl`), and the larger of the two estimates is told; where errors on the way may have made another
+sample of it, how far away that is (odds.py). It holds up no node, so that rounds, evaluations and samples are those of the
+budget alone. Memory: 2 states a node of the window for methods that keep no pairs, and a sweep's changes.
 """
 
 from __future__ import annotations

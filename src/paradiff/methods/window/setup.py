@@ -45,7 +45,6 @@ class WindowSetup:
         edges: `[M+1]` fine nodes between sub-intervals.
         intervals: M.
         width: Sub-intervals of a full window.
-        narrow: Whether that is few, so that most nodes pass after one sweep.
         single: Whether every sub-interval is one step.
         history: States before the window that a step reads, P - 1.
         blocks: Edges of the blocks, as numbers of sub-intervals.
@@ -58,6 +57,8 @@ class WindowSetup:
         decides: Factor on carried errors where it is judged whether they keep to the tolerance (budget.py).
         recounts: The same on errors counted anew, of which the caution k is a part; 1 in narrow windows, whose nodes pass
             before the network was seen to answer.
+        lends: Whether errors are carried with pairs of nodes before: in narrow windows of deterministic chains, most of whose
+            nodes pass after one sweep.
         odds: Shift of the logarithm of two outcomes' odds from which on a sample may be another one (odds.py).
         past_outputs: How outputs of nodes that passed follow their states; None where no step reads them.
         recurrence: The predictor's coefficients.
@@ -107,8 +108,9 @@ class WindowSetup:
         if self.by_residual or method.anderson is not None:
             noise = method.noise_tolerance * noise_units(table, self.edges)
             self.residual_bound = noise.clamp(min=method.tolerance).tolist()
-        self.narrow = self.width <= min(method.control.narrow, self.intervals - 1)
-        few = scatter(elements) if table.stochastic and not self.narrow else 1.0
+        narrow = self.width <= min(method.control.narrow, self.intervals - 1)
+        self.lends = narrow and not table.stochastic
+        few = scatter(elements) if table.stochastic and not narrow else 1.0
         self._caution = few * method.control.caution(table, method.learns)
         self.decides = min(method.control.carried_decides, self._caution)
         self._scaled: dict[float, tuple[list[float], PassingRule]] = {}
@@ -116,11 +118,11 @@ class WindowSetup:
         self.t, self.move = self.step.t, self.step.move
         self.past_outputs = PastOutputs(self.step) if self.single and self.history else None
         self.recurrence = Recurrence(self.step, method.predictor, self.width, self.renewed)
-        self.recounts = 1.0 if self.narrow else self.decides / self._caution
-        self.odds = method.control.odds / (self._caution if self.narrow else 1.0)
+        self.recounts = 1.0 if narrow else self.decides / self._caution
+        self.odds = method.control.odds / (self._caution if narrow else 1.0)
         looks = self.by_error and self.single and on_a_path(table)
-        self.path = PathAnswer(self.step, method.control.answer_bound) if looks and self.narrow else None
-        forgets = looks and not self.narrow and self.history == 0 and volatility(table) > method.control.volatile
+        self.path = PathAnswer(self.step, method.control.answer_bound) if looks and narrow else None
+        forgets = looks and not narrow and self.history == 0 and volatility(table) > method.control.volatile
         self.forgetting = Forgetting(self.step, method.control, elements) if forgets else None
 
     @cached_property

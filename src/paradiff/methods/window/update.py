@@ -142,7 +142,7 @@ class SecantUpdate:
         setup = self._setup
         method, shared = setup.method, setup.step.shared_window
         near = method.neighbours, method.neighbour_damping
-        return Secants(method.secants, setup.resolution, shared, setup.symmetry, *near, lends=setup.narrow)
+        return Secants(method.secants, setup.resolution, shared, setup.symmetry, *near, lends=setup.lends)
 
     def __call__(self, lo: int, hi: int, phi: Tensor, old: Tensor) -> Tensor:
         """Equation (2) of methods/secant.py, stretch by stretch; a single node takes its step."""
@@ -265,4 +265,4 @@ class PairUpdate(SecantUpdate):
         super().__init__(setup.answering)
 
     def _begin(self) -> Secants:
-        return LastPair(self._setup.resolution, self._setup.step.shared_window, self._setup.narrow)
+        return LastPair(self._setup.resolution, self._setup.step.shared_window, self._setup.lends)
