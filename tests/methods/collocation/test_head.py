@@ -55,6 +55,24 @@ def test_a_mesh_is_not_refined_for_what_only_neighbours_saw_of_nodes_with_pairs_
     assert all(error < e.estimated_error <= 4e-3 for error, e in zip(errors.tolist(), few.error_estimates, strict=True))
 
 
+def test_after_a_refinement_new_nodes_come_first() -> None:
+    model = load("digits")
+    table = model.table("ddim", 100)
+
+    def noise() -> Recorded:
+        return Recorded(model.shape, [torch.Generator().manual_seed(302)])
+
+    found = sample(model, table, noise(), collocation(window=3))
+    records = [r for r in found.history if isinstance(r, CollocationRecord)]
+    grown = (n for n in range(1, len(records)) if records[n].of > records[n - 1].of)
+    first = next(n for n in grown if records[n - 1].interpolation_error < 1)  # after an estimate: no head
+    old, new = {node for r in records[:first] for node in r.nodes}, records[first].of - records[first - 1].of
+    assert new >= 12
+    assert not any(old & set(r.nodes) for r in records[first : first + new // 3])
+    error = (found.sample - sample(model, table, noise(), sequential()).sample).square().mean().sqrt()
+    assert error < found.error_estimates[0].estimated_error <= 4e-3
+
+
 def bent(x: Tensor, t: Tensor) -> Tensor:
     """A network whose answer turns fast in time while all is noise."""
     return 0.2 * x + (t[:, None] / 1000) ** 4 * torch.sin(t[:, None] / 15) * torch.ones_like(x) * 4
