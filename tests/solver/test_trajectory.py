@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,3 +298,16 @@ def test_what_does_not_go_on_is_refused(trajectory: Trajectory) -> None:
     )
     with pytest.raises(ValueError, match="23 nodes before and at 24 others"):
         trajectory.extrapolated(fewer)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_regular_file_is_not_replaced(linked: bool, trajectory: Trajectory, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    path = tmp_path / "link" if linked else pipe
+    if linked:
+        path.symlink_to(pipe)
+    with pytest.raises(ValueError, match=r"cannot be written to '.*pipe', which is no regular file; name another one"):
+        trajectory.save(path)
+    assert pipe.is_fifo()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "pipe"][1 - linked :]

@@ -156,7 +156,7 @@ class Trajectory:
         """Writes a safetensors file, whole or not at all.
 
         Raises:
-            ValueError: If it cannot be written.
+            ValueError: If it cannot be written, or is there and no regular file, which it would replace.
         """
         with naming_the_extra("Trajectory.save"):
             from safetensors.torch import save
@@ -165,7 +165,9 @@ class Trajectory:
             tensors |= _tensors(f"{k}", part)
         about = {"format": FORMAT} | {f: getattr(self, f) for f in ("table", "digest", "steps", "shape", "samples", "model")}
         content = save(tensors, metadata={KEY: json.dumps(about)})
-        path = Path(path)
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():
+            raise ValueError(f"the trajectory cannot be written to {str(path)!r}, which is no regular file; name another one")
         scratch = None
         try:
             handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
