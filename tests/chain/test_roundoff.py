@@ -111,3 +111,12 @@ def test_the_sequential_run_of_the_same_arithmetic_is_exact() -> None:
     found = sample(GAUSSIAN.denoiser(table), table, Keyed((64,), range(2)), sequential())
     assert found.status is Status.EXACT
     assert found.estimated_error == 0
+
+
+def test_magnified_outputs_and_other_slopes_count() -> None:
+    table = probe(_ordinary())
+    plain = roundoff(table, SINGLE)
+    assert roundoff(table, SINGLE, output=0.5) == plain  # data's own outputs are more
+    assert roundoff(table, SINGLE, output=64.0) > 4 * plain
+    assert roundoff(table, SINGLE, apart=8.0) > 1.1 * plain
+    assert roundoff(table, SINGLE, output=64.0, apart=8.0) > roundoff(table, SINGLE, output=64.0)

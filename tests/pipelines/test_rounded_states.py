@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from tiny import CASES
+from torch import nn
 
 from paradiff import Method, collocation, paradigms, parallelize, parasolver, quasi_newton, sequential, srds
 from paradiff.solver import Status
@@ -93,3 +94,48 @@ def test_chains_of_huge_levels_tell_what_rounding_leaves(method: Method, dtype: 
         assert 1 < error <= told < 10 * error
         assert report.status is not Status.EXACT
         assert "rounding in float32" in report.message
+
+
+STRONG = {"guidance_scale": 7.5, "num_inference_steps": 6}
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_what_guidance_makes_of_networks_of_16_bits_is_told(name: str) -> None:
+    """A step's output has 7.5 times the difference of two that are rounded each, and the chain takes differences of it."""
+    case = CASES[name]
+    pipes = [case.make().to(torch.bfloat16) for _ in range(2)]
+    for pipe in pipes:
+        pipe.scheduler = diffusers.DPMSolverSinglestepScheduler.from_config(pipe.scheduler.config, use_beta_sigmas=True)
+    plain = case.run(pipes[0], 503, **STRONG).double()
+    with parallelize(pipes[1], parasolver(window=6)) as run:
+        found = case.run(pipes[1], 503, **STRONG).double()
+    said = [float(match[2]) for match in map(TOLD.search, run.report.warnings) if match is not None]
+    error = float((found - plain).square().mean().sqrt())
+    assert error < said[0] < 10 * error
+
+
+@pytest.mark.parametrize("method", [srds(tolerance=1e-3), quasi_newton(tolerance=1e-3)])
+def test_a_schedulers_own_rounding_of_samples_that_stay_huge_is_told(method: Method) -> None:
+    """The network takes no noise out, so that states of 20,000 enter a last step that divides by a level of 0.006."""
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())
+    with torch.no_grad():
+        network[0].weight.copy_(torch.linspace(-0.4, 0.4, 16).view(4, 4, 1, 1))
+        network[0].bias.copy_(torch.linspace(-0.2, 0.3, 4))
+
+    @torch.no_grad()
+    def loop(x: torch.Tensor, scheduler: diffusers.HeunDiscreteScheduler) -> torch.Tensor:
+        scheduler.set_timesteps(15)
+        x = x * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(scheduler.scale_model_input(x, t)), t, x).prev_sample
+        return x
+
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    made = [diffusers.HeunDiscreteScheduler(beta_schedule="squaredcos_cap_v2", use_beta_sigmas=True) for _ in range(2)]
+    plain = loop(x, made[0])
+    run = parallelize(loop, method)
+    found, report = run(x, made[1]), run.report
+    error, told = float((found - plain).square().mean().sqrt()), report.error_estimate.estimated_error
+    assert report.executor == "vector"
+    assert 0.5 < error <= told < 200 * error
+    assert "rounding in float32" in report.message

@@ -302,6 +302,7 @@ class Lane(greenlet.greenlet):
         if shared.batching.check != "off":
             refuse_memory(shared.start, shared.solver, shared.batching)
             shared.mark()
+        shared.solver.see(shared.batching.log.made_first)
         shared.batching.log.close(keep=True)
         self._turn(0, False)
 

@@ -236,6 +236,7 @@ class Vector:
             seal(self.scheduler, first.running)
             self._settings = settings(self.scheduler)
             self._batching.log.divide(timesteps)
+            solver.see(self._batching.log.made_first)
             if self._start is not None and check != "off":
                 refuse_memory(self._start, solver, self._batching)
             self._batching.log.close(keep=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.consumer import Pull
 from paradiff.pipelines.loop.first_step import FirstStep, new_state, step_result
 from paradiff.pipelines.loop.interrupt import Interrupt
+from paradiff.pipelines.loop.magnified import Magnified, magnified
 from paradiff.pipelines.loop.source import refuse_what_is_handed_on
 from paradiff.pipelines.network.weights import Weights
 from paradiff.samplers.scheduler.probe import Increments, probe
@@ -169,6 +170,7 @@ class LoopSolver:
         self.solution: Solution | None = None
         self.times: list[tuple[int, float]] = []
         self._told: float | None = None
+        self._magnified = Magnified()  # known where states or outputs have 16 bits
         self.shortened: list[str] = []
         self.raised_tolerance: float | None = None
 
@@ -375,6 +377,12 @@ class LoopSolver:
         rows = slice(None) if self._repeat >= count else slice(place, place + 1)
         self._repeats = Repeats(nodes[rows], handed[rows].clone(), outputs[rows].clone(), states[rows].clone())
 
+    def see(self, outputs: Iterable[Tensor]) -> None:
+        """Takes what the networks returned in the first pass, by which their rounding is told. Waits for the device where the
+        loop's states have 16 bits."""
+        if self._state_dtype in HALF or self.first.output.dtype in HALF:
+            self._magnified = magnified(outputs, self.first.output)
+
     @property
     def widest(self) -> int:
         """The most states of a pass, those that are repeated included."""
@@ -408,12 +416,13 @@ class LoopSolver:
         more. Each step rounds a state by at most half the spacing eps of its dtype, relative to its size; N of them, in
         quadrature, come to eps N^(1/2)/2, and a network answers to them. Tiny Stable Diffusion, DDIM, 20 steps: errors of
         0.54 times eps N^(1/2) and the sample's size in bfloat16, 0.50 times in float16; twice as much is told, or what the
-        chain's steps make of roundings (chain/roundoff.py) where that is more."""
+        chain's steps make of roundings (chain/roundoff.py), those of outputs that guidance magnifies (magnified.py) among
+        them, where that is more."""
         if self.rounded_to not in HALF:
             return 0.0
         eps, square = torch.finfo(self.rounded_to).eps, float(self.final.double().square().mean())
         simple = eps * math.sqrt(square * self.ended)
-        return max(simple, roundoff(self.table, eps, unusual(square)))
+        return max(simple, roundoff(self.table, eps, unusual(square), self._magnified.size, self._magnified.apart))
 
     def _fitted(self, dtypes: list[torch.dtype]) -> Method:
         """The method for this call, with a tolerance that outputs and states of these dtypes resolve."""

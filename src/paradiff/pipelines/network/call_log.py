@@ -129,6 +129,13 @@ class CallLog:
         _, place = self._marks[id(timesteps)]
         self.before, self.first = self._entries[:place], self._entries[place:]
 
+    @property
+    def made_first(self) -> list[Tensor]:
+        """The tensors that the networks returned in the loop's first pass."""
+        found: list[Tensor] = []
+        _find([entry.output for entry in self.first], found, set())
+        return found
+
     def close(self, *, keep: bool = False) -> None:
         """Ends the record and lets its tensors go.
 
