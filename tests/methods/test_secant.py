@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from problems import EXACT, SHAPE, SLOPES, TABLES, Stacked, arbitrary, chain, gap, network, run, sweep, window_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import paradiff.methods.window.solver
 import paradiff.methods.window.update
@@ -336,6 +338,31 @@ def test_a_node_without_pairs_is_lent_those_of_the_last_node_that_has_some(kind:
     assert gap(answered(True, way[None])[0], 3.0 * way[0]) < 0.05 * gap(3.0 * way[0], torch.zeros(3))
     across = other - way * (other @ way.T) / way.square().sum()
     assert answered(True, across[None]).abs().max() < EXACT
+
+
+class Lendings(TorchDispatchMode):
+    """Counts how often a window looks for the nodes whose pairs others are lent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.cummax.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [quasi_newton(window=6, tolerance=1e-4), parasolver(window=6, tolerance=1e-4)])
+def test_pairs_are_lent_once_a_sweep(method: WindowMethod) -> None:
+    """Carried errors and what leaves the window both ask for them. In the window of a whole chain none are lent."""
+    table, noise = ddim(Schedule.linear(), 40), Keyed(SHAPE, seed=1)
+    with Lendings() as lendings:
+        found = sample(network, table, noise, method, check="off")
+    # The first sweep has no pairs yet, and the last one's need not be kept for another.
+    assert found.rounds - 2 <= lendings.count <= found.rounds
+    with Lendings() as lendings:
+        sample(network, table, noise, dataclasses.replace(method, window=40), check="off")
+    assert lendings.count == 0
 
 
 def test_a_change_below_the_resolution_is_no_pair() -> None:
