@@ -326,12 +326,20 @@ def drive(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], *
     return _driven(rounds, evaluate, check, None)
 
 
-def _driven(rounds: Rounds, evaluate: Callable[[Batch], Tensor | EditedOutputs], check: Check, look: Look | None) -> Solution:
-    """As `drive`, with what is known of the model."""
+def _driven(
+    rounds: Rounds,
+    evaluate: Callable[[Batch], Tensor | EditedOutputs],
+    check: Check,
+    look: Look | None,
+    *,
+    plain: bool = False,
+) -> Solution:
+    """As `drive`, with what is known of the model, and of whether the rounds are the plain chain's steps."""
     if not hasattr(rounds, "send"):
         raise ValueError(f"drive was given {shown(rounds)}; give what paradiff.solve returns")
     again, dealt, apart = (getattr(evaluate, f"evaluate_{name}", None) for name in ("again", "dealt", "apart"))
-    checked = RowCheck(evaluate, check, again=again, dealt=dealt, apart=apart, look=look, owned=type(evaluate) is Evaluator)
+    owned = type(evaluate) is Evaluator
+    checked = RowCheck(evaluate, check, again=again, dealt=dealt, apart=apart, look=look, owned=owned, plain=plain)
     batch = next(rounds)
     while True:
         try:
@@ -420,12 +428,11 @@ def sample(
         trajectory=trajectory,
         keep_trajectory=keep_trajectory,
     )
-    look = None
+    look, chosen = None, method.chosen(table, noise.samples) if isinstance(method, Chooses) else method
     if check == "first" and type(evaluate) is Evaluator:
-        chosen = method.chosen(table, noise.samples) if isinstance(method, Chooses) else method
         run = described({"": [table, chosen, dtype, noise.samples, noise.shape, states is None]})
         look = evaluate.look(f"{run} {chosen!r}")  # which names what is no preset's plain value by its place in memory
-    found = _driven(rounds, evaluate, check, look)
+    found = _driven(rounds, evaluate, check, look, plain=chosen.name == chosen.reference().name)
     if check == "every" and not found.cut and method.name != method.reference().name:
         return _beside_the_plain_loop(found, evaluate, table, noise, method, states, dtype, resolution)
     return found

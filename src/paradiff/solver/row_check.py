@@ -12,6 +12,10 @@ A narrow window shows times that are alike, and a first guess states that are: a
 the rows' mean, and be right. So where the round's calls do not hold the whole chain's times, or hold equal states, the first
 row is also evaluated between two that are made up, of times of the middle and of the end of the chain.
 
+Evaluations of the check are calls that a model with a memory may see. So where the rounds are the plain chain's own steps, and
+the model is another one after its first call, or cannot be read (identity.py), all rows are evaluated again at the end of the
+run. Of such a model more rows are kept.
+
 A row of each round is kept, until there are many, and evaluated once more at the end of the run (witnesses.py). As long as a
 model draws random numbers, all rows of each round are evaluated again. Whether two outputs differ by more than rounding is
 settled in judge.py. Of a model that was seen to be right in a whole run of the same kind (seen.py), two rows are evaluated
@@ -57,6 +61,7 @@ class RowCheck:
         apart: The same, for sequences of batches (judge.py).
         look: What is known of the model, for `first`; None if nothing is.
         owned: Whether the answers are copies already.
+        plain: Whether the rounds are the steps of the plain chain, one after the other.
 
     Raises:
         ValueError: If `check` is none of these.
@@ -72,6 +77,7 @@ class RowCheck:
         apart: Callable[[Sequence[Sequence[Batch]]], list[Tensor] | None] | None = None,
         look: Look | None = None,
         owned: bool = False,
+        plain: bool = False,
     ) -> None:
         require_one_of("check", check, CHECKS)
         self._evaluate, self._check, self._owned = evaluate, check, owned
@@ -81,6 +87,9 @@ class RowCheck:
         self._witnesses = Witnesses(0 if look is None else look.runs)
         self._seen: set[str] = set()  # `_variety` of the rounds that were checked
         self._part = 0  # the part of the chain that they came to
+        self._plain = plain
+        self._constant: bool | None = None  # whether the model consists of the same after its first call; None before
+        self._later: list[tuple[Batch, Tensor, bool]] = []  # rounds with their outputs that are checked at the end
         self._among_others = False  # whether a row was evaluated among others that are made up
 
     @property
@@ -113,9 +122,19 @@ class RowCheck:
         self._witnesses.told(witness, outputs)
         if self._judge.draws:
             self._judge.all(given, outputs)
-        if wanted:
+        if wanted and not self._is_constant() and self._plain:
+            self._later.append((given, outputs, known))
+        elif wanted:
             self._compare(given, outputs, known)
         return answer
+
+    def _is_constant(self) -> bool:
+        """Whether the model consists of the same after its first call, and can be read."""
+        if self._constant is None:
+            self._constant = self._look is not None and self._look.still()
+            if not self._constant:
+                self._witnesses.keep_many()
+        return self._constant
 
     def _answer(self, batch: Batch) -> Answer:
         answer = self._evaluate(batch)
@@ -127,6 +146,8 @@ class RowCheck:
         Raises:
             ValueError: If a row's output depends on more than that row.
         """
+        for batch, outputs, known in self._later:
+            self._compare(batch, outputs, known)
         same = self._look is not None and self._look.unchanged() and not self._judge.draws
         if self._few and same:
             self._witnesses.compare_few(self._judge)

@@ -114,6 +114,12 @@ class Look:
     known: Identity | None
     runs: int
 
+    def still(self) -> bool:
+        """Whether the model consists of the same still, on all ranks, but for values on other devices than the CPU. Waits for
+        none."""
+        now = None if self.identity is None else identity_of((self.model, *self.copies))
+        return self.least(int(now is not None and self.identity is not None and self.identity.same(now))) == 1
+
     def unchanged(self) -> bool:
         """Whether the model consists of the same still, on all ranks; of values too. Waits for the devices."""
         return self.least(int(self._unchanged())) == 1

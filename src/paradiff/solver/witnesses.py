@@ -3,14 +3,16 @@
 
 What goes wrong in some rounds only, or at some places of a call, shows in a row of such a round. So a row of each round is
 kept, until there are more than `FEW` and `SHARE` of all rows; then one of each two neighbours is dropped at random, and from
-there on a row of every second round is kept. The last round's is always among them. Places near the ends of a call are taken
+there on a row of every second round is kept. Of a model that changes with its calls, `MANY` are kept before any is dropped. The
+last round's is always among them. Places near the ends of a call are taken
 more often than those within.
 
-The rows are evaluated in two calls at most: those that came from a call of an odd number in one of an even number, the others
-in one of an odd number, in the reverse of the order of their places. In the one, a state that is made up is large and at the
-chain's last time, in the other small and at its first, since a model may branch on a number that is taken over all rows. In the
-one, too, a state is evaluated at a time that the chain leaves out, in the other another state at that time and two close ones:
-what is kept for a time leaves the line between its neighbours. Several devices share the rows of a call, as they do a round's.
+The rows are evaluated in two calls at most, unless they are many: those that came from a call of an odd number in one of an
+even number, the others in one of an odd number, in the reverse of the order of their places. In the one, a state that is made
+up is large and at the chain's last time, in the other small and at its first, since a model may branch on a number that is
+taken over all rows. In the one, too, a state is evaluated at a time that the chain leaves out, in the other another state at
+that time and two close ones: what is kept for a time leaves the line between its neighbours. Several devices share the rows of
+a call, as they do a round's.
 
 Of a model that was seen to be right (seen.py) two rows are evaluated, other ones in every run.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +42,9 @@ model uses one row's time for all does no harm there."""
 
 MOST = 16
 """Rows that are kept of the longest run: what they hold in memory."""
+
+MANY = 48
+"""The same of a model that changes with its calls, or cannot be read: what it remembers may act in a few rounds."""
 
 LOUD, QUIET = -8.0, 0.02
 """Factors on a row's state that make up a large and a small one."""
@@ -97,6 +102,7 @@ class Witnesses:
         self._rounds = self._rows = 0
         self._every, self._widest = 1, 1
         self._times = False  # whether a call held several times
+        self._many = False  # whether a row of each round is kept
 
     @property
     def kept(self) -> list[Witness]:
@@ -126,6 +132,19 @@ class Witnesses:
         for memory, given in zip(_tensors(self._memory[0]), _tensors(batch), strict=True):
             memory[slot] = given[k]
         return Witness(*self._memory, slot, k - begin, min(size, rows - begin)), k
+
+    def keep_many(self) -> None:
+        """Keeps a row of each round from here on, until they are many."""
+        self._many = True
+        if self._memory is None:
+            return
+        rows, outputs = self._memory
+        x, t, nodes, samples = (_longer(given, MANY - MOST) for given in _tensors(rows))
+        self._memory = Batch(x, t, nodes, samples), _longer(outputs, MANY - MOST)
+        self._free += range(MOST + 2, MANY + 2)
+        moved = {id(one): replace(one, rows=self._memory[0], outputs=self._memory[1]) for one in self.kept}
+        self._kept = [moved[id(one)] for one in self._kept]
+        self._last = None if self._last is None else moved[id(self._last)]
 
     def told(self, taken: tuple[Witness, int], outputs: Tensor) -> None:
         """Keeps a row with its output, or none.
@@ -209,7 +228,9 @@ class Witnesses:
 
     def _most(self) -> int:
         """Rows that may be kept."""
-        return min(FEW + int(SHARE * self._rows), MOST, 2 * self._widest) if self._times else ALIKE
+        if not self._times:
+            return FEW if self._many else ALIKE
+        return MANY if self._many else min(FEW + int(SHARE * self._rows), MOST, 2 * self._widest)
 
     def _place(self, rows: int) -> int:
         """A row's place in a round, one near an end more often."""
@@ -255,6 +276,11 @@ class Witnesses:
             seen += zip(group, places, strict=False)
             close = places[-3:] if three is not None else []
         return seen, close
+
+
+def _longer(values: Tensor, count: int) -> Tensor:
+    """Memory with room for `count` more."""
+    return torch.cat([values, values.new_empty(count, *values.shape[1:])])
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
