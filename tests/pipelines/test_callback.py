@@ -457,3 +457,33 @@ def test_a_callback_that_changes_the_scheduler_is_refused(change: str, executor:
     call = parallelize(pipe, parasolver(tolerance=1e-5), executor=executor)
     with pytest.raises(ValueError, match=rf"changed pipe\.scheduler\.{change} after step 18; a parallel run"):
         call(generator=torch.Generator().manual_seed(3), callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd_controlnet", "flux"])
+def test_it_is_called_in_the_modes_of_the_loop(name: str) -> None:
+    """So that it may take gradients, and what it makes is no inference tensor, which could not be trained."""
+    case = CASES[name]
+    steps = {"num_inference_steps": 6, "output_type": "latent"}
+
+    def called(pipe: Any) -> list[tuple[bool, ...]]:
+        seen: list[tuple[bool, ...]] = []
+
+        def callback(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+            latents = tensors["latents"]
+            with torch.enable_grad():
+                known = latents.detach().requires_grad_()
+                gradient = torch.autograd.grad(known.square().sum(), known)[0]
+            seen.append((*modes, latents.is_inference(), torch.zeros(1).is_inference(), torch.equal(gradient, 2 * latents)))
+            return tensors
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "sd"):
+            case.run(pipe, 3, callback_on_step_end=callback, **steps)
+        return seen
+
+    plain = called(case.make())
+    with parallelize(pipe := case.make(), parasolver(window=4)) as run:
+        found = called(pipe)
+    assert run.report.executor != "sequential"
+    assert found == plain
+    assert len(found) == 6

@@ -22,6 +22,7 @@ from paradiff.errors import NeedsOrder, shown
 from paradiff.pipelines.by_class import by_class
 from paradiff.pipelines.loop.interrupt import NAMES, flag
 from paradiff.pipelines.loop.scheduler_proxy import first_index, is_proxy, other_setting, place, settings
+from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.network.attributes import Attributes
 from paradiff.pipelines.network.methods import called_names
 from paradiff.pipelines.network.origin import function_of
@@ -45,6 +46,7 @@ class Callback:
     Attributes:
         timesteps: `[N]` the loop's times; set at the loop's first step.
         dtype: Dtype of the loop's states; set at the loop's first step.
+        modes: Torch's modes in the loop, in which it is called: not those of the solver, in which tensors know no gradients.
         scheduler: The scheduler that the callback is shown as the pipeline's; None for that which the pipeline has.
         error: What the function raised, or None.
     """
@@ -57,6 +59,7 @@ class Callback:
         self._read = called_names(kind)
         self._left = NAMES - (self._read if flag(kind) is None else set())  # flags that are followed, or that no function asks
         self.scheduler: Any = None
+        self.modes = Modes.now()
         self.error: BaseException | None = None
         self._pops = _pops(kind)
         networks = {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
@@ -109,7 +112,8 @@ class Callback:
         if self._own is None:
             self._own = frozenset(vars(self._pipeline))
         for k, state in enumerate(states):
-            latents = state.to(self.dtype, copy=True)
+            with self.modes.entered():
+                latents = state.to(self.dtype, copy=True)
             given, before, drawn = latents.clone(), self._settings(), _states(drawn_from)
             self._networks.mark()
             self._outside.mark()
@@ -117,7 +121,8 @@ class Callback:
             with self._shown(step) as scheduler:
                 levels = {} if scheduler is None else settings(scheduler)
                 try:
-                    returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
+                    with self.modes.entered():
+                        returned = self._function(self._pipeline, step, self.timesteps[step], {"latents": latents})
                     back = self._taken(returned, latents)
                 except NeedsOrder:
                     raise

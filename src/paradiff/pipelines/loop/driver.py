@@ -217,6 +217,7 @@ class LoopSolver:
         self._first_output = output.to(self._dtype)
         if self._callback is not None:
             self._callback.timesteps, self._callback.dtype = first.timesteps, self._state_dtype
+            self._callback.modes = first.modes
         self.fitted = self._fitted([output.dtype, self._state_dtype])
         plain = dataclasses.replace(self.table, scale=torch.ones_like(self.table.scale))
         if isinstance(self.fitted, WindowMethod) and self.fitted.warmup and self.fitted.stride == 1:

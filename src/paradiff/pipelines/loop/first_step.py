@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils import _pytree
 
 from paradiff.errors import Unsupported
 from paradiff.pipelines.loop.random_state import clone
+from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.samplers.scheduler.walk import NextTime, resolved, time_of
 from paradiff.solver.accelerator import forked_random_state
 
@@ -38,6 +39,7 @@ class FirstStep:
         sample: `[B, ...]` the state x[0]; like the output, a copy, which later passes do not change.
         timestep: The time that the step was given.
         kwargs: The further arguments of the step, by name.
+        modes: Torch's modes in the loop.
 
     Raises:
         Unsupported: If the output and the sample are no tensors of floats of one shape, or have derivatives, the time is not
@@ -51,6 +53,7 @@ class FirstStep:
     sample: Tensor
     timestep: Any
     kwargs: Mapping[str, Any]
+    modes: Modes = field(default_factory=Modes.now)
 
     def __post_init__(self) -> None:
         output, sample = self.output, self.sample
