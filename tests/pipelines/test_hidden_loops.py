@@ -36,6 +36,9 @@ LEFT = {
     "a mean": ("m = 0 * x", "m = m + x", "+ m / 30", "leave m to the next one"),
     "a half": ("m = x", "m = 0.5 * (m + x)", "+ m", "leave m to the next one"),
     "a sum in place": ("m = 0 * x", "m += x", "+ m / 30", "leave m to the next one|add to m, which is read after"),
+    "a count": ("k = 0", "k += 1\n        if k == 30: x = 0.5 * x", "", "leave k to the next one"),
+    "a count of steps": ("k = -1", "k += 2\n        x = x if k < 59 else x.clamp(-0.1, 0.1)", "", "leave k to the next one"),
+    "a count for a log": ("k = 0", "k += 1\n        if k % 10 == 0: print(k)", "", None),
     "one state": ("m = x", "if i == 12: m = x", "+ m", "leaves m to what follows the loop"),
 }
 
@@ -44,6 +47,8 @@ LEFT = {
 @pytest.mark.parametrize("where", WHERE)
 def test_what_passes_leave_in_variables_is_seen(where: str, left: str) -> None:
     setup, after, result, reason = LEFT[left]
+    margin = next(line for line in WHERE[where].splitlines() if "AFTER" in line).removesuffix("AFTER")
+    after = after.replace("\n        ", f"\n{margin}")
     text = WHERE[where].replace("SETUP", setup).replace("AFTER", after).replace(" RESULT", result)
     plain, found, report = both(text, "lanes", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     if reason is None:

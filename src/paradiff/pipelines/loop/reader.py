@@ -338,6 +338,8 @@ class MethodSource:
         for name in dict.fromkeys(node.id for node in stores if node.id not in state):
             first = min(order[self._statement(node)] for node in stores if node.id == name)
             loads = [node for node in syntax.names(loop, ast.Load) if node.id == name]
+            if any(not self._uncounted(node, loop) for node in loads):  # `k += 1` reads k, of which nothing else may depend
+                loads += [node for node in stores if node.id == name and self._counts(node)]
             if any(order[self._statement(node)] <= first and not self._local(node, loop) for node in loads):
                 carried.append(name)
         if len(carried) == 1 and not any(syntax.steps(loop)) and self._advanced(carried[0], stores):
