@@ -74,7 +74,7 @@ def test_members_that_are_alike_are_told_what_one_alone_is(method: WindowMethod,
 
 def swept(members: Members, rows: list[list[float]], lo: int) -> int:
     """How many nodes pass after changes of each member, none of which was seen to answer."""
-    return members.judge(lo, rows, rows, [[] for _ in rows], [1] * len(rows[0]))
+    return members.judge(lo, rows, rows, [[] for _ in rows], [1] * len(rows[0]), [[] for _ in rows])
 
 
 def test_a_node_passes_once_all_budgets_let_it_and_the_worst_is_told() -> None:

@@ -4,10 +4,11 @@
 After a sweep that changed the window's states by delta, the update with slope G in place of the true derivative J leaves
 about (J - G) delta at the next node, and these errors add up along the window:
 
-    e[n+1] = theta[n+1] sum_{k<=n} h[k] |delta[k]|                                                               (1)
+    e[n+1] = theta[n+1] sum_{k<=n} ( h[k] + rho[k] |G[k]| ) |delta[k]|                                            (1)
 
-with h of chain/sensitivity.py, equation (3). theta is observed: a node that stays in the window is swept again, and the change
-it then sees is the error it had. With a the predicted errors e/theta of the last sweep and d the changes of this one,
+with h of chain/sensitivity.py, equation (3), and rho of edits.py, 0 where states are not edited. theta is observed: a node that
+stays in the window is swept again, and the change it then sees is the error it had. With a the predicted errors e/theta of the
+last sweep and d the changes of this one,
 
     theta[n] = max( |d[<=n]|/|a[<=n]|, theta ),        theta = max( |d|/|a|, f theta before, the least theta ),  (2)
 
@@ -44,6 +45,7 @@ class ErrorBudget:
         control: The tuned numbers.
         sloped: Whether changes are carried by a slope; without one, sweeps leave all errors in place but the first, and theta
             is 1 at least.
+        carried: `[M]` |G| of each step, what it makes of changes; for chains that are edited.
 
     Attributes:
         theta: The observed contraction of all nodes that stayed in the window.
@@ -54,7 +56,16 @@ class ErrorBudget:
         residual: The largest root mean square change of a node that was accepted before it stopped changing.
     """
 
-    def __init__(self, error: list[float], factor: Sequence[float], control: WindowControl, *, sloped: bool = True) -> None:
+    def __init__(
+        self,
+        error: list[float],
+        factor: Sequence[float],
+        control: WindowControl,
+        *,
+        sloped: bool = True,
+        carried: Sequence[float] = (),
+    ) -> None:
+        self._carried = carried
         self._error, self._factor, self._control = error, factor, control
         self._least_theta = control.least_theta if sloped else 1.0
         self._accepted: list[tuple[int, float, float]] = []  # nodes at which the window came to begin, e there, f of it
@@ -69,9 +80,17 @@ class ErrorBudget:
         self.used = self.excess = self.forgone = 0.0
         self.residual = 0.0
 
-    def observe(self, first: int, change: list[float], answers: Sequence[float] = (), kept: Kept | None = None) -> None:
+    def observe(
+        self,
+        first: int,
+        change: list[float],
+        answers: Sequence[float] = (),
+        kept: Kept | None = None,
+        edited: Sequence[float] = (),
+    ) -> None:
         """Takes the root mean square changes of the nodes after `first`, and the factors by which the leading ones were seen to
-        answer, or what is left of their errors; updates theta from those predicted before."""
+        answer, or what is left of their errors, and the shares of changes that edits let go of, of the nodes from `first` on;
+        updates theta from those predicted before."""
         seen = list(zip(self._predicted, change, strict=False))
         predicted = list(itertools.accumulate(e * e for e, _ in seen))
         changed = itertools.accumulate(d * d for _, d in seen)
@@ -80,7 +99,10 @@ class ErrorBudget:
             self.theta = max(self._contractions[-1], self._control.forgetting * self.theta, self._least_theta)
         self._errors, total = [0.0], 0.0
         for k, d in enumerate(change[:-1]):
-            total = (1.0 if kept is None else kept.steps[k]) * total + self._error[first + 1 + k] * d
+            error = self._error[first + 1 + k]
+            if k + 1 < len(edited) and edited[k + 1] > 0:
+                error += edited[k + 1] * self._carried[first + 1 + k]
+            total = (1.0 if kept is None else kept.steps[k]) * total + error * d
             self._errors.append(total)
         self._first, self._change, self._answers, self._kept = first, change, answers, kept
 

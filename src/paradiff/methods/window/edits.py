@@ -10,9 +10,19 @@ Elements that an edit overwrites do not carry on the change of the node before: 
 update and of the size of changes. An element counts as overwritten if (a) it was edited at every node of the window, (b) its
 edited value never changed, and (c) at one node at least it did not change although the iterate did. Anything else that an
 edit does (blending, adding) is corrected sweep by sweep.
+
+The update takes a change of y for one of x. What an edit lets go of it, as limits do, is the share
+
+    rho = |dx - dy|/|dy|                                                                                         (2)
+
+of a node's changes from one sweep to the next, without overwritten elements. Where a node has seen no change yet, it is that of
+the node with the largest one, and 1 before any.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,11 +31,17 @@ from torch import Tensor
 class Edits:
     """The edits seen in one sample's window.
 
+    Args:
+        mean_squares: Of `[W, ...]`, those of each node, `[W, members]`.
+
     Attributes:
+        shares: `[W, members]` rho^2 of equation (2) for the nodes from the window's first on; empty before any edit.
         overwritten: `[...]` which elements are overwritten at every node, or None before any was shown twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mean_squares: Callable[[Tensor], Tensor]) -> None:
+        self._mean_squares = mean_squares
+        self.shares = torch.empty(0)
         self._before: tuple[Tensor, Tensor] | None = None  # handed and shown at the last sweep, from the first node on
         self._handed: Tensor | None = None  # [W, ...] what was handed out at the nodes after the first
         self.overwritten: Tensor | None = None
@@ -53,7 +69,25 @@ class Edits:
             stayed = shown[: len(shown_before)] == shown_before
             moved = handed[: len(handed_before)] != handed_before
             self.overwritten = (stayed & moved)[begin:].any(0) & stayed[begin:].all(0) & edited[begin:].all(0)
+        self.shares = self._shares(handed, shown, edited)
         self._before = handed.clone(), shown
+
+    def _shares(self, handed: Tensor, shown: Tensor, edited: Tensor) -> Tensor:
+        """`[W, members]` rho^2 of each node. Waits for nothing."""
+        of_edits = self._mean_squares(self.spare(edited.to(handed.dtype), 0.0))  # 0 where a node is not edited
+        found = torch.full_like(of_edits, math.nan)
+        if len(self.shares):
+            found[: len(self.shares)] = self.shares[: len(found)]
+        if self._before is not None:
+            handed_before, shown_before = (v[: len(shown)] for v in self._before)
+            moved = handed[: len(handed_before)] - handed_before
+            lost = self.spare(shown[: len(shown_before)] - shown_before - moved, 0.0)
+            squares, of_lost = self._mean_squares(moved), self._mean_squares(lost)
+            known = found[: len(squares)]
+            found[: len(squares)] = torch.where(squares > 0, of_lost / squares, known)
+        largest = found.nan_to_num(-1.0).amax(0)
+        guess = torch.where(largest < 0, 1.0, largest) * (of_edits > 0)
+        return torch.where(found.isnan(), guess, found)
 
     def handed_out(self, states: Tensor) -> Tensor:
         """`[W, ...]` what was handed out at the nodes after the first, whose states are now `states`."""
@@ -78,3 +112,4 @@ class Edits:
             for n in range(1, min(passed, len(shown))):
                 states[n] = self.spare(shown[n] + (states[n] - handed[n]), shown[n])
             self._before = handed[passed:], shown[passed:]
+            self.shares = self.shares[passed:]

@@ -33,7 +33,8 @@ class Member:
         self._seen = 1.0  # the same by the last sweep alone
         self._largest = 0.0  # the most that data were seen to be undecided; 0 before
         factor, self.passes = setup.scaled(self.size)
-        self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped)
+        carried = setup.slope.abs().sum(1).tolist()
+        self.budget = ErrorBudget(setup.slope_error, factor, setup.method.control, sloped=setup.sloped, carried=carried)
 
     def see(self, square: float, node: int, first: int) -> None:
         """Takes the mean square of the clean-data estimate at a node; the data are what two sweeps in turn show.
@@ -110,6 +111,7 @@ class Members:
         judged: Sequence[Sequence[float]],
         answers: Sequence[Sequence[float]],
         ages: Sequence[int],
+        edited: Sequence[Sequence[float]],
     ) -> int:
         """Accepts the leading nodes that pass for all members; how many.
 
@@ -120,13 +122,12 @@ class Members:
             answers: `[W]` factors by which the nodes were seen to answer, for each, or what forgetting.py sees; none where
                 neither is looked at.
             ages: `[W]` sweeps that the nodes have seen.
+            edited: `[W]` rho of the nodes from the first on (edits.py), for each; none where there are no edits.
         """
         passed, forgetting = len(ages), self._setup.forgetting
-        for member, change, answer, of_rule in zip(self._each, changes, answers, judged, strict=True):
-            if forgetting is None:
-                member.budget.observe(first, list(change), answer)
-            else:
-                member.budget.observe(first, list(change), kept=member.kept(forgetting, first, change, answer))
+        for member, change, answer, of_rule, shares in zip(self._each, changes, answers, judged, edited, strict=True):
+            kept = None if forgetting is None else member.kept(forgetting, first, change, answer)
+            member.budget.observe(first, list(change), answer if kept is None else (), kept=kept, edited=shares)
             passed = min(passed, member.passes(first, of_rule, ages, member.budget))
         for member in self._each:
             member.budget.accept(passed, member.passes.allowed(first + passed))

@@ -112,7 +112,7 @@ class WindowSolver:
         self._carried = CarriedError(setup, self.update) if setup.by_error and setup.single else None
         self._changes = x0.new_empty(0)  # [W, ...] those that nodes saw in the last sweep, where errors are carried
         self._moved = x0.new_empty(0)  # [W, ...] changes of their states, where later steps read outputs of nodes that passed
-        self.edits = Edits()
+        self.edits = Edits(setup.step.mean_squares)
         self.correction: Correction | None = None
         self.rounds = self.evaluations = 0
         self._final_squares: list[float] | None = None  # those of the sample, where the last sweep made it
@@ -259,7 +259,8 @@ class WindowSolver:
         if self.hi == self.setup.intervals:
             carried = None if self._carried is None else self._carried.look(self.lo, self.hi)
             ending = [mean_squares(new[-1:]), *([] if carried is None else [carried])]
-        return torch.cat([mean_squares(distance), *judged, self._clean_square, self._answers, *ending]).flatten()
+        edited = [self.edits.shares] if self.edits.seen else []
+        return torch.cat([mean_squares(distance), *judged, *edited, self._clean_square, self._answers, *ending]).flatten()
 
     def advance(self, norms: list[float], round: int) -> WindowRecord:
         """Accepts the leading nodes (at least one) and slides the window: new nodes get an initial guess, or, at a block's
@@ -279,14 +280,17 @@ class WindowSolver:
         rows = [norms[begin : begin + count] for begin in range(0, len(norms), count)]
         changes, rest = rows[:width], rows[width:]
         judged, rest = (rest[:width], rest[width:]) if setup.by_residual else (changes, rest)
+        edited, rest = (rest[:width], rest[width:]) if self.edits.seen else ([], rest)
         if setup.by_error:
             self.members.see(rest.pop(0), self._furthest, first)
         answers, ending = rest[: len(self._answers)], rest[len(self._answers) :]
         if all(map(math.isfinite, norms[: width * count])):
             self._final_squares = ending[0] if ending else None
             rms = [math.sqrt(max(row)) for row in changes]
-            each, of_rule = (_columns([[math.sqrt(v) for v in row] for row in part], count) for part in (changes, judged))
-            passed = self.members.judge(first, each, of_rule, _columns(answers, count), self.ages)
+            each, of_rule, shares = (
+                _columns([[math.sqrt(v) for v in row] for row in part], count) for part in (changes, judged, edited)
+            )
+            passed = self.members.judge(first, each, of_rule, _columns(answers, count), self.ages, shares)
             errors = self.members.last_errors
             if ending and first + passed == self.hi:
                 squares, apart = ending[1:] or ([0.0] * count, [0.0] * count)
