@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -30,6 +31,7 @@ from paradiff import (
     srds,
 )
 from paradiff.chain import Clip, Correlated
+from paradiff.chain.draws import Draws
 from paradiff.models import Masked, load
 from paradiff.samplers import alphafold3, ddim, ddpm, dpmpp_2m, edm, euler_ancestral, repaint, with_jumps
 
@@ -240,6 +242,21 @@ def test_half_a_digit_is_inpainted_within_its_estimates() -> None:
         errors = (masked.placed(found.sample) - plain)[:, hidden].square().mean(1).sqrt().tolist()
         assert found.rounds < 0.75 * table.steps
         assert all(e <= told.estimated_error for e, told in zip(errors, found.error_estimates, strict=True)), method.name
+
+
+def test_a_chain_with_jumps_draws_in_the_dtype_of_its_table() -> None:
+    """A scheduler that draws in single precision whatever its states are of, as recorded."""
+    table = ddpm(Schedule.linear(), 20, clip=None)
+    shape = (4, 6)  # as many numbers of one dtype have other bits than those of the other
+    counts, terms = (1,) * 20, tuple(((k, 1.0),) if c > 0 else () for k, c in enumerate(table.c.tolist()))
+    own = Draws("SingleScheduler", counts, terms, dtypes=((torch.float64, torch.float32),))
+    for base, dtype in ((table, torch.float64), (dataclasses.replace(table, draws=own), torch.float32)):
+        jumps = with_jumps(base, jump_length=3, jump_n_sample=2)
+        noise = Recorded(shape, generator(), dtype=torch.float64).along(jumps.draws)
+        loop = generator()
+        torch.randn((1, *shape), generator=loop, dtype=torch.float64)  # the start's own
+        wanted = torch.randn((1, *shape), generator=loop, dtype=dtype)
+        torch.testing.assert_close(noise.draw(0, range(1)).double(), wanted.double())
 
 
 def test_jumps_that_are_none_are_refused() -> None:

@@ -10,9 +10,9 @@ once for each level. It follows a step, so that both are one step of the table: 
     x[i+1] = F a x[i] + F b m[i] + F c z + sum_k F[k] s[k] z[k],                                                   (2)
 
 and every node is one at which the network is called. `Recorded` noise draws as the published loops do: once in each step,
-whether or not it adds noise, and once in each (1). An element whose datum v is known is shown at node i + 1 as the loop puts it
-there, with the step's own draw for its noise as diffusers has it, and carried up by the same jump (`Draws.given`,
-models/masked.py):
+whether or not it adds noise, and once in each (1), in the dtype in which the table's own steps draw. An element whose datum v
+is known is shown at node i + 1 as the loop puts it there, with the step's own draw for its noise as diffusers has it, and
+carried up by the same jump (`Draws.given`, models/masked.py):
 
     F (alpha v + sigma z) + sum_k F[k] s[k] z[k].                                                                  (3)
 
@@ -167,6 +167,7 @@ def _jumping(name: str, base: Table, visits: list[tuple[int, int]], climb: Climb
         terms.append(tuple((k, w / size) for k, w in own if w > 0))
         given.append((factor * alpha, tuple((k, w) for k, w in [(drawn, factor * sigma), *noises] if w > 0)))
         drawn += 1 + len(ups)
+    dtypes = () if base.draws is None else base.draws.dtypes
     at = torch.tensor([node for node, _ in visits])
     nodes = torch.cat([at, torch.tensor([base.steps])])
     factor = torch.tensor(factors, dtype=torch.float64)
@@ -180,5 +181,5 @@ def _jumping(name: str, base: Table, visits: list[tuple[int, int]], climb: Climb
         b=factor[:, None] * base.b[at],
         c=torch.tensor(deviations, dtype=torch.float64),
         reached=torch.tensor(reached, dtype=torch.float64),
-        draws=Draws(published, tuple(counts), tuple(terms), given=tuple(given)),
+        draws=Draws(published, tuple(counts), tuple(terms), given=tuple(given), dtypes=dtypes),
     )
