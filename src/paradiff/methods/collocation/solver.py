@@ -3,11 +3,9 @@
 
 A round evaluates the network at some of the nodes, the **active** ones: those that were not evaluated yet, and those whose
 staleness (staleness.py) exceeds their part of the tolerance; the first of them along the chain if there are more than the
-window allows. On a refined mesh of a deterministic chain those not evaluated yet come first, then those whose staleness moves
-the sample most. Digits network, 96 samples of DDIM 100 at windows 3, 4, 8 and 16: 22.6, 19.1, 12.2 and 10.2 rounds along the
-chain, at most 94; 20.2, 17.0, 10.9 and 9.5 so, at most 66. Averaged states are followed along the chain: DDPM 1000 takes 20.5
-rounds at window 32, and would take 22.9. Rows that the window leaves idle go to probes (probes.py). The forcings u[k], and
-secant pairs of earlier evaluations, give all states anew by a quasi-Newton step on equation (1) of system.py,
+window allows. On a refined mesh those not evaluated yet may come first, then those whose staleness moves the sample most
+(`by_effect`). Rows that the window leaves idle go to probes (probes.py). The forcings u[k], and secant pairs of earlier
+evaluations, give all states anew by a quasi-Newton step on equation (1) of system.py,
 
     y = f x[0] + R (u + du) + n,      du[k] = DU[k] K[k] DX[k]^T (y[k] - y[k] evaluated),                        (1)
 
@@ -402,7 +400,8 @@ class CollocationSolver:
             self.active = moved
         elif self.iteration_error <= self._bounds.tolerance:
             self.active = sorted({*self.active, *moved})
-        if self.estimator.seen and not self.system.averaged:
+        passed = self._sweeps / (1 + count // (window or count))
+        if self.estimator.seen and passed <= self.control.by_effect:
             self.active.sort(key=lambda n: -each[n] if self._nodes.evaluated[n] else -math.inf)
         return Progress(
             converged=settled and not moved,
