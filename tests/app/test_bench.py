@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,25 @@ def test_a_file_of_other_settings_is_left_alone(cli: Cli, tmp_path: Path) -> Non
         path.write_text(text)
         assert sentence in cli("bench", "--out", str(tmp_path), *SMALL).sentence
         assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ["3", '{"a": 1}', '["x"]', "[{}]", '[{"problem": "mixture-2", "method": "srds"}]', "[" * 100_000, '[], "version": 99', "[]}"],
+)
+def test_a_file_of_other_rows_is_left_alone(cli: Cli, tmp_path: Path, rows: str) -> None:
+    path, text = tmp_path / "bench.json", f'{{"settings": {{"seeds": 1, "curve": {{"1": 1.0, "2": 1.0}}}}, "rows": {rows}}}'
+    path.write_text(text)
+    assert "is no file of paradiff bench" in cli("bench", "--out", str(tmp_path), *SMALL).sentence
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_refused_before_anything_is_measured(cli: Cli, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "bench.json")
+    before = (tmp_path / "bench.json").lstat()
+    assert "is no file of paradiff bench" in cli("bench", "--out", str(tmp_path), *SMALL).sentence
+    assert (tmp_path / "bench.json").lstat().st_ino == before.st_ino
 
 
 def test_windows_and_cells() -> None:

@@ -51,6 +51,9 @@ JACOBI = 50
 VERSION = 1
 """Of the file's form."""
 
+CELL = ("problem", "chain", "steps", "window")
+"""What names a row's cell."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -134,19 +137,17 @@ class BenchFile:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
         self.rows: list[dict[str, Any]] = []
-        if path.is_file():
+        if path.exists() or path.is_symlink():
             try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-                self.rows, own = known["rows"], known["settings"]
-            except (ValueError, KeyError, TypeError) as error:
+                self.rows, own = _known(path)
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is no file of paradiff bench; give another folder, or remove it") from error
             if own != self.settings:
                 raise ValueError(f"{path} was measured with {own}, and this run has {self.settings}; give another folder")
 
     def has(self, cell: Sequence[Any], method: str) -> bool:
         """Whether a method was measured on a cell."""
-        keys = ("problem", "chain", "steps", "window")
-        return any([row[key] for key in keys] == [*cell] and row["method"] == method for row in self.rows)
+        return any([row[key] for key in CELL] == [*cell] and row["method"] == method for row in self.rows)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows, and writes the file whole."""
@@ -158,6 +159,25 @@ class BenchFile:
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(text + "\n", encoding="utf-8")
         os.replace(scratch, self.path)
+
+
+def _known(path: Path) -> tuple[list[dict[str, Any]], Any]:
+    """The rows and the settings of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is none of this command's.
+        RecursionError: If it is nested too deep.
+    """
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(known, dict) or known.get("version", VERSION) != VERSION or not isinstance(known.get("rows"), list):
+        raise ValueError("it has no rows of this version")
+    rows = known["rows"]
+    if not all(isinstance(row, dict) and {*CELL, "method"} <= row.keys() for row in rows):
+        raise ValueError("a row names no cell or no method")
+    return rows, known.get("settings")
 
 
 def bench(wanted: Wanted, folder: Path, console: Console) -> list[dict[str, Any]]:
@@ -246,8 +266,7 @@ def _reference(problem: str, kind: str, steps: int, seeds: int) -> tuple[Table, 
 
 def rows_of(cell: Sequence[Any], comparison: Comparison, tolerances: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     """The rows of a cell as the file has them."""
-    problem, kind, steps, window = cell
-    head = {"problem": problem, "chain": kind, "steps": steps, "window": window}
+    head = dict(zip(CELL, cell, strict=True))
     for row in comparison.rows[1:]:
         yield {**head, "method": row.label, "tolerance": tolerances.get(row.label), **_numbers(row, comparison)}
     for label, reason in comparison.refused.items():
