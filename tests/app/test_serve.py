@@ -6,13 +6,14 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,48 @@ def test_a_request_that_cannot_be_written_down_is_not_accepted(tmp_path: Path) -
         code, answer = told(found, "POST", "/samples", {})
         assert code == 400
         assert "cannot be written" in answer["error"]
+
+
+ODD_FILES: list[Callable[[Path], Any]] = [
+    os.mkfifo,
+    os.mkdir,
+    lambda file: file.symlink_to(file),
+    lambda file: file.symlink_to("/dev/zero"),
+    lambda file: file.write_text("[" * 100_000),
+    lambda file: file.write_bytes(b"x" * 50),
+]
+
+
+@pytest.mark.parametrize("make", ODD_FILES)
+def test_what_lies_in_a_folder_and_is_no_file_of_a_server_is_told_in_a_sentence(
+    tmp_path: Path, make: Callable[[Path], Any]
+) -> None:
+    shelf = Shelf(tmp_path)
+    with shelf.claimed():
+        make(tmp_path / "requests" / f"{UNKNOWN}.json")
+        with pytest.raises(ValueError, match=r"is no request \(.*\); remove it"):
+            shelf.left()
+    make(tmp_path / f"{UNKNOWN}.json")
+    make(tmp_path / f"{UNKNOWN}.safetensors")
+    assert shelf.report(UNKNOWN) is None
+    assert shelf.sample(UNKNOWN) is None
+
+
+def test_a_sample_that_was_spoilt_is_gone(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    (tmp_path / f"{UNKNOWN}.json").write_text('{"state": "done", "message": "converged"}')
+    (tmp_path / f"{UNKNOWN}.safetensors").write_bytes(b"x" * 50)
+    with shelf.claimed(), running(engine(), shelf) as found:
+        code, answer = told(found, "GET", f"/samples/{UNKNOWN}?format=npy")
+    assert (code, answer["error"]) == (410, f"request {UNKNOWN} has no sample: its file is gone, or is none of a sample")
+
+
+def test_requests_that_another_model_left_are_named(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "requests").mkdir()
+    (tmp_path / "requests" / f"{UNKNOWN}.json").write_text('{"sampler": "nothing"}')
+    sentence = cli("serve", "digits", "--steps", "5", "--port", "0", "--out", str(tmp_path)).sentence
+    assert f"has request {UNKNOWN} left, which does not fit 'digits' (sampler is 'nothing'" in sentence
+    assert (tmp_path / "requests" / f"{UNKNOWN}.json").exists()
 
 
 KILLED = """

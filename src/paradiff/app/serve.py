@@ -18,7 +18,7 @@ from paradiff.app.outcome import CutShort
 from paradiff.app.pipeline import refuse_pixel_options
 from paradiff.app.pixels import make_table, with_defaults
 from paradiff.app.request import Request
-from paradiff.app.shelf import Shelf
+from paradiff.app.shelf import REQUESTS, Shelf
 from paradiff.app.signals import noting
 from paradiff.app.stream import Stream
 from paradiff.app.web import Server
@@ -110,10 +110,25 @@ def serve(request: Request, *, host: str, port: int, active: int, queue: int, ke
             )
             server.engine = engine
             for id, asked in left:
-                engine.submit(asked, id, anew=True)
+                _submit_left(engine, id, asked, request)
             if left:
                 say(f"{len(left)} requests that were accepted before are solved first")
             _run(server, engine, shelf, drain, say, request.model)
+
+
+def _submit_left(engine: Engine, id: str, asked: SampleRequest, request: Request) -> None:
+    """Gives the engine a request that was accepted before.
+
+    Raises:
+        ValueError: If it does not fit the model, as those of another one.
+    """
+    try:
+        engine.submit(asked, id, anew=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{request.out!r} has request {id} left, which does not fit {request.model!r} ({error}); serve the model that it "
+            f"was accepted for, give another folder, or remove {REQUESTS}/{id}.json there"
+        ) from error
 
 
 def _run(server: Server, engine: Engine, shelf: Shelf | None, drain: float, say: Any, model: str) -> None:

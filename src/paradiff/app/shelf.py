@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from paradiff.serving import Job, SampleRequest
 REQUESTS, SCRATCH = "requests", ".paradiff"
 ID = re.compile(r"[0-9a-f]{16}")
 """Names of requests."""
+
+MOST_BYTES = 2**20
+"""Bytes of a request's file, or of a report."""
 
 
 class Shelf:
@@ -94,28 +98,30 @@ class Shelf:
         """
         files = [file for file in (self.path / REQUESTS).glob("*.json") if ID.fullmatch(file.stem)]
         found = []
-        for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
+        for file in sorted(files, key=lambda file: (file.lstat().st_mtime_ns, file.name)):
             if (self.path / file.name).exists():  # killed between the two
                 self.forget(file.stem)
                 continue
             try:
-                found.append((file.stem, SampleRequest.of_json(json.loads(file.read_bytes()))))
-            except ValueError as error:
+                found.append((file.stem, SampleRequest.of_json(_read(file))))
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{str(file)!r} is no request ({error}); remove it") from error
         return found
 
     def report(self, id: str) -> dict[str, Any] | None:
         """What is told of a request that has ended; None where there is none."""
         try:
-            return json.loads((self.path / f"{id}.json").read_bytes())
-        except (OSError, ValueError):
+            found = _read(self.path / f"{id}.json")
+        except (OSError, ValueError, RecursionError):
             return None
+        return found if isinstance(found, dict) and "state" in found else None
 
     def sample(self, id: str) -> Tensor | None:
         """The sample of a request; None where there is none."""
+        file = self.path / f"{id}.safetensors"
         try:
-            return load_file(self.path / f"{id}.safetensors")["sample"]
-        except OSError:
+            return load_file(file)["sample"] if file.is_file() else None
+        except (OSError, SafetensorError, KeyError):
             return None
 
     def _put(self, name: str, data: bytes) -> None:
@@ -132,3 +138,19 @@ class Shelf:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
             raise ValueError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _read(file: Path) -> Any:
+    """The JSON of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no regular file, too large to be one of ours, or no JSON.
+        RecursionError: If it is nested too deep.
+    """
+    if not file.is_file():
+        file.stat()  # which says why, where it is nothing at all
+        raise ValueError("it is no regular file")
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError("it is too large to be one of ours")
+    return json.loads(file.read_bytes())

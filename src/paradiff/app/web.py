@@ -247,7 +247,8 @@ class Handler(BaseHTTPRequestHandler):
         if state == "done":
             sample = job.finished.sample if job is not None and job.finished is not None else self._kept(id)
         if sample is None:
-            raise Refused(HTTPStatus.GONE, f"request {id} has no sample: {report.get('message', state)}")
+            why = "its file is gone, or is none of a sample" if state == "done" else report.get("message", state)
+            raise Refused(HTTPStatus.GONE, f"request {id} has no sample: {why}")
         self._send(HTTPStatus.OK, _packed(kind, sample), KINDS[kind])
 
     def _kept(self, id: str) -> Tensor | None:
