@@ -86,7 +86,7 @@ def test_a_file_of_other_settings_is_left_alone(cli: Cli, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "rows",
-    ["3", '{"a": 1}', '["x"]', "[{}]", '[{"problem": "mixture-2", "method": "srds"}]', "[" * 100_000, '[], "version": 99', "[]}"],
+    ["3", '{"a": 1}', '["x"]', "[{}]", '[{"problem": "plane", "method": "srds"}]', "[" * 100_000, '[], "version": 99', "[]}"],
 )
 def test_a_file_of_other_rows_is_left_alone(cli: Cli, tmp_path: Path, rows: str) -> None:
     path, text = tmp_path / "bench.json", f'{{"settings": {{"seeds": 1, "curve": {{"1": 1.0, "2": 1.0}}}}, "rows": {rows}}}'

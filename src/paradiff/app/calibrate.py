@@ -22,6 +22,7 @@ from paradiff.pipelines.calibrate import calibrate as calibrate_it
 from paradiff.planning.calibration import Calibration
 from paradiff.planning.calibrations import require_calibrated
 from paradiff.planning.store import cache_folder
+from paradiff.planning.whole_file import require_place, write_whole
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.protocol import Method
 
@@ -39,12 +40,12 @@ def calibrate(request: Request, method: Method, *, coverage: float, file: Path |
         ValueError: If an option does not fit the model, or is out of its range.
     """
     require_calibrated(method, parse_seeds(request.seeds), coverage)
-    if file is not None and not file.parent.is_dir():
-        raise ValueError(f"{str(file)!r} is in a folder that does not exist; make it, or give another path")
+    if file is not None:
+        require_place(file)
     use_threads(request.threads)
     found = _calibrated(request, method, coverage)
     if file is not None:
-        file.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_whole(file, f"{json.dumps(found.to_json(), indent=1)}\n".encode())
     console = Console(highlight=False)
     console.print(str(found), soft_wrap=True, markup=False)
     folder = cache_folder()

@@ -21,6 +21,7 @@ from paradiff.models.pixel import load
 from paradiff.pipelines.plan import plan as plan_it
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.plan import Plan
+from paradiff.planning.whole_file import require_place
 from paradiff.solver.evaluator import Evaluator
 
 
@@ -57,8 +58,8 @@ def plan(
         "deadline": request.deadline,
     }
     for path in (plot, json):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{str(path)!r} is in a folder that does not exist; make it, or give another path")
+        if path is not None:
+            require_place(path)
     found = _planned(request, device, dtype, batch, options)
     if plot is not None:
         found.plot(plot)

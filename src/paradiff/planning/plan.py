@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from paradiff.planning.choice import Choice
 from paradiff.planning.cost import ONE, Devices
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.library import Alternative
+from paradiff.planning.whole_file import write_whole
 from paradiff.solver.protocol import Method
 
 PAYS = 1.05
@@ -253,14 +255,19 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_json` into a file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Writes `to_json` into a file, whole or not at all.
+
+        Raises:
+            ValueError: If it cannot be written.
+        """
+        write_whole(Path(path), f"{json.dumps(self.to_json(), indent=1)}\n".encode())
 
     def plot(self, path: str | Path) -> None:
-        """Draws seconds against the window, a line for each method, into a PNG file.
+        """Draws seconds against the window, a line for each method, into a PNG file, whole or not at all.
 
         Raises:
             MissingPackage: If matplotlib is not installed.
+            ValueError: If it cannot be written.
         """
         with naming_the_extra("Plan.plot"):
             from paradiff.planning.plan_plot import draw
@@ -270,8 +277,10 @@ class Plan:
                 window = self.steps if one.window is None else one.window
                 add = self.beside
                 points.setdefault(one.family, []).append((window, one.seconds + add, one.fastest + add, one.slowest + add))
+        picture = io.BytesIO()
         draw(
             f"{self.chain}, {self.steps} steps, {self.samples} sample{'s' * (self.samples > 1)}",
             {family: sorted(of) for family, of in points.items()},
             self.sequential.seconds + self.beside,
-        ).savefig(path, dpi=150, format="png")
+        ).savefig(picture, dpi=150, format="png")
+        write_whole(Path(path), picture.getvalue())

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that is written whole or not at all, and is refused before anything is spent on it where it cannot be written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from paradiff.errors import shown
+
+
+def require_place(path: Path) -> None:
+    """Refuses what cannot be written later.
+
+    Raises:
+        ValueError: If the path is a folder, lies in none, or the file system refuses it.
+    """
+    name = shown(str(path))
+    try:
+        if not path.parent.is_dir():
+            raise ValueError(f"{name} is in a folder that does not exist; make it, or give another path")
+        if path.is_dir():
+            raise ValueError(f"{name} is a folder; give the path of a file")
+        if path.is_symlink():
+            with suppress(FileNotFoundError):  # a link to what is not there yet
+                path.stat()
+            path = Path(os.path.realpath(path))
+        if path.exists():
+            if not os.access(path, os.W_OK):
+                raise ValueError(f"{name} may not be written; give another path")
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be written: {error.strerror or error}; give another path") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file in place of an older one, whole or not at all; a device or a pipe is written to.
+
+    Raises:
+        ValueError: If the file system refuses it.
+    """
+    scratch = None
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        path = Path(os.path.realpath(path))
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".paradiff-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(scratch).chmod(0o644)
+        os.replace(scratch, path)
+    except OSError as error:
+        if scratch is not None:
+            Path(scratch).unlink(missing_ok=True)
+        raise ValueError(f"{shown(str(path))} cannot be written: {error.strerror or error}") from error
