@@ -75,6 +75,16 @@ def test_a_file_holds_a_trajectory(method: Method, tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [tmp_path / "a.safetensors"]  # and no scratch file
 
 
+def test_parts_that_share_memory_are_kept_each(trajectory: Trajectory, tmp_path: Path) -> None:
+    part = trajectory.parts[0]
+    half = dataclasses.replace(part, states=part.states.repeat_interleave(2, -1)[..., ::2])
+    twice = dataclasses.replace(trajectory, parts=(part, half, part))
+    twice.save(tmp_path / "twice.safetensors")
+    found = Trajectory.load(tmp_path / "twice.safetensors")
+    assert len(found.parts) == 3
+    assert all(torch.equal(one.states, part.states) for one in found.parts)
+
+
 def test_files_that_are_none_are_refused(trajectory: Trajectory, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     trajectory.save(path)

@@ -215,9 +215,9 @@ def _line(error: Exception) -> str:
 
 
 def _tensors(name: str, part: Part) -> dict[str, Tensor]:
-    """A part's tensors by name."""
+    """A part's tensors by name, each with memory of its own: files of shared ones are refused by safetensors."""
     names = [one for one in (*PARTS, *CHANGES) if getattr(part, one) is not None]
-    found = {f"{name}/{one}": getattr(part, one).detach().cpu().contiguous() for one in names}
+    found = {f"{name}/{one}": getattr(part, one).detach().cpu().clone(memory_format=torch.contiguous_format) for one in names}
     if part.points is not None:
         found[f"{name}/points"] = torch.tensor(part.points)
     return found | ({} if part.base is None else _tensors(f"{name}/base", part.base))
