@@ -70,3 +70,13 @@ def test_a_device_is_written_to() -> None:
     assert not Path("/dev/null").is_file()
     with pytest.raises(ValueError, match="cannot be written: No space left on device"):
         write_whole(Path("/dev/full"), b"x")
+
+
+def test_a_pipe_is_written_to_where_somebody_reads(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="cannot be written: No such device or address"):
+        write_whole(tmp_path / "pipe", b"x")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", b"read")
+    assert os.read(reader, 10) == b"read"
+    os.close(reader)

@@ -45,7 +45,10 @@ def write_whole(path: Path, data: bytes) -> None:
     scratch = None
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(data)
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # refused where nobody reads a pipe
+            os.set_blocking(handle, True)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             return
         path = Path(os.path.realpath(path))
         handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".paradiff-")
