@@ -128,7 +128,41 @@ def test_a_node_is_known_up_to_the_first_that_moved_too_far() -> None:
     deciding = control.deciding * float(TABLE.sigma[lo + 1]) ** 2 / (ELEMENTS * spread) ** 0.5
     assert forgetting.small(lo + 1, spread) == pytest.approx(deciding)
     assert forgetting.known(lo, [1.01 * deciding, *small[1:]], [spread, *[0.0] * (WIDTH - 1)]) == 1
-    assert forgetting.known(lo, [0.99 * deciding, *small[1:]], [spread, *[0.0] * (WIDTH - 1)]) == WIDTH
+    assert forgetting.known(lo, [0.99 * deciding, *[0.0] * (WIDTH - 1)], [spread, *[0.0] * (WIDTH - 1)]) == WIDTH
+
+
+def test_data_lie_as_far_apart_where_a_sample_has_nearly_decided() -> None:
+    """How far an error may reach is told by the largest spread that was seen, at an earlier node or in an earlier window."""
+    lo, forgetting, spread = 100, forgetting_of(), 40 * ELEMENTS * SCALE**2
+    small = [forgetting.small(node, spread) for node in range(lo + 1, lo + WIDTH + 1)]
+    calm = [0.0] * WIDTH
+    for spreads, largest in (([spread, *calm[1:]], 0.0), (calm, spread)):
+        assert forgetting.known(lo, [0.99 * v for v in small], spreads, largest) == WIDTH
+        assert forgetting.known(lo, [*calm[:5], 1.01 * small[5], *calm[6:]], spreads, largest) == 6
+    assert forgetting.known(lo, calm, [math.inf, *calm[1:]]) == WIDTH  # what does not move is near its state
+    assert forgetting.known(lo, small, [math.inf, *calm[1:]]) == 1
+    assert forgetting.kept(lo, calm, WIDTH, spread).most == pytest.approx(small)
+
+
+def test_a_member_remembers_how_far_data_lie_apart() -> None:
+    lo, forgetting, spread, calm = 100, forgetting_of(), 40 * ELEMENTS * SCALE**2, [0.0] * WIDTH
+    member = Member(WindowSetup(TABLE, quasi_newton(window=WIDTH), CPU, torch.float64, elements=ELEMENTS))
+    member.kept(forgetting, lo - 1, calm, [spread, *calm[1:]])
+    moved = [*calm[:5], 1.01 * forgetting.small(lo + 6, spread), *calm[6:]]
+    assert member.kept(forgetting, lo, moved, calm).share == forgetting.kept(lo, calm, 6, spread).share
+
+
+def test_a_sample_that_decides_against_all_odds_ends_where_the_chain_does() -> None:
+    """At a logarithm of the odds of 7 for the one point, two nodes before it crosses to the other for good: seen from there, a
+    change that moves it by 2 looks small. Errors that may move it so far counted for nothing, and it ended at the first."""
+    size, tolerance = 192, 0.04 * SCALE
+    means = torch.zeros(2, size)
+    means[:, 0] = SCALE * size**0.5 * torch.tensor([1.0, -1.0])
+    data, noise = Mixture(torch.full((2,), 0.5), means, torch.full((2,), (0.2 * SCALE) ** 2)), Keyed((size,), seed=[1736])
+    plain = sample(data.denoiser(TABLE), TABLE, noise, sequential(), check="off").sample
+    found = sample(data.denoiser(TABLE), TABLE, noise, quasi_newton(window=16, tolerance=tolerance), check="off")
+    error = float((found.sample - plain).square().mean().sqrt())
+    assert error <= found.error_estimates[0].estimated_error <= tolerance
 
 
 @pytest.mark.parametrize("kind", ["several", "two"])

@@ -22,10 +22,12 @@ their difference, so that f is 1 where
 
     e > w sigma,      or      e > v sigma^2/(alpha (d |C|_F)^1/2),                                                 (3)
 
-with the control's `wrong` for w and `deciding` for v. Nor do nodes say anything of C whose own changes are as large: they were
-evaluated elsewhere, perhaps on the way to another outcome (astray.py), from which all looks decided. From the first of them on,
-and beyond the window, C is taken to be as large as it was ever seen to be. With g an error of the window's nodes is carried
-along it, too: it stands before the sum of equation (1) of budget.py.
+with the control's `wrong` for w and `deciding` for v, and with the largest C that was ever seen: how far data lie apart shows
+where a sample is undecided between them. Where it has nearly decided C is small, yet not their difference, and an error that
+moves the logarithm by l makes C up to exp(l) times as large. Nor do nodes say anything of C whose own changes are as large:
+they were evaluated elsewhere, perhaps on the way to another outcome (astray.py), from which all looks decided. From the first
+of them on, and beyond the window, C is taken to be as large as it was ever seen to be. With g an error of the window's nodes is
+carried along it, too: it stands before the sum of equation (1) of budget.py.
 
 It is looked at in windows that are not narrow, on one-step chains of more than `volatile` volatility.
 """
@@ -104,16 +106,18 @@ class Forgetting:
         """The largest root mean square error of a node that counts as small, equation (3), where |C|_F is `spread`."""
         return min(self._wrong[node], self._deciding[node] / math.sqrt(max(spread, 1e-300)))
 
-    def known(self, lo: int, changes: Sequence[float], spreads: Sequence[float]) -> int:
+    def known(self, lo: int, changes: Sequence[float], spreads: Sequence[float], largest: float = 0.0) -> int:
         """How many of a window's leading nodes have been evaluated near their states, of which alone |C|_F tells.
 
         Args:
             lo: The window's first node.
             changes: `[W]` root mean square changes of the nodes after it, for one member.
             spreads: `[W]` |C|_F about the nodes from it on.
+            largest: The largest that was known before; 0 for none.
         """
         for k, change in enumerate(changes[:-1]):
-            if not change <= self.small(lo + 1 + k, spreads[k]):
+            largest = max(largest, spreads[k]) if math.isfinite(spreads[k]) else math.inf
+            if not change <= self.small(lo + 1 + k, largest):
                 return 1 + k
         return len(changes)
 
@@ -133,5 +137,4 @@ class Forgetting:
         share = carried.flip(0).cumprod(0).flip(0)
         whole = torch.ones(len(spreads), dtype=torch.float64)  # of the chain's end nothing is forgotten
         left, through = (torch.cat([v, whole])[: len(spreads)].tolist() for v in (share, carried))
-        seen = [*spreads[1:known], *[largest] * (len(spreads) - known + 1)]
-        return Kept(left, through, [self.small(node, v) for node, v in enumerate(seen, begin)])
+        return Kept(left, through, [self.small(begin + k, largest) for k in range(len(spreads))])

@@ -61,7 +61,7 @@ class Member:
             change: `[W]` root mean square change of each node after it.
             spreads: `[W]` |C|_F about the nodes from it on (forgetting.py).
         """
-        known = forgetting.known(first, change, spreads)
+        known = forgetting.known(first, change, spreads, self._largest)
         self._largest = max([self._largest, *(v for v in spreads[:known] if math.isfinite(v))])
         return forgetting.kept(first, spreads, known, self._largest or math.inf)
 
