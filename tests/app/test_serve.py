@@ -358,6 +358,7 @@ def test_a_pipeline_is_served_whose_pictures_are_those_of_its_own_calls() -> Non
         (["digits", "--drain", "-1"], "--drain, in seconds, is -1"),
         (["digits", "--sampler", "eular"], "did you mean 'euler'"),
         (["digits", "--host", "256.1.1.1", "--port", "0"], "cannot be listened on"),
+        *((["digits", "--host", host, "--port", "0"], "is no address; give one") for host in ("[::", "::]", "[]", "[[::1]]")),
         (["digits", "--out", __file__, "--port", "0"], "cannot be written"),
         (["digits", "--prompt", "a cat"], "No such option"),
     ],

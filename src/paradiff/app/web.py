@@ -67,10 +67,15 @@ class Refused(Exception):
         self.code = code
 
 
+def _bare(host: str) -> str:
+    """An address without the brackets that stand around one with colons."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own, where nobody else can come in."""
     try:
-        return ip_address(host.strip("[]")).is_loopback
+        return ip_address(_bare(host)).is_loopback
     except ValueError:
         return host in NAMES
 
@@ -103,8 +108,10 @@ class Server(ThreadingHTTPServer):
         self._room = threading.BoundedSemaphore(MOST_CONNECTIONS)
         if ":" in host:
             self.address_family = socket.AF_INET6
+        if not (bare := _bare(host)) or "[" in bare or "]" in bare:  # an empty one would be every address
+            raise ValueError(f"--host {host!r} is no address; give one, such as 127.0.0.1 or [::1]")
         try:
-            super().__init__((host.strip("[]"), port), Handler)
+            super().__init__((bare, port), Handler)
         except (OSError, OverflowError) as error:
             said = getattr(error, "strerror", None) or error
             raise ValueError(f"{host}:{port} cannot be listened on ({said}); give another --host or --port") from error
