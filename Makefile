@@ -39,7 +39,7 @@ demo: .venv/.demo
 		--compare --trace --overwrite --out demo/sixteen
 	$(BIN)/paradiff sample digits --sampler ddpm --steps 1000 --seeds 0 \
 		--compare --trace --overwrite --out demo/one
-	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 500 --seeds 0 \
+	$(BIN)/paradiff sample shapes-flow --prompt "a red circle left of a blue square" --guidance 4 --steps 1000 --seeds 0 \
 		--compare --trace --overwrite --out demo/text
 	@echo "Look at demo/sixteen/samples.png, demo/one/trace.png and demo/text/samples.png"
 

@@ -44,7 +44,7 @@ PROMPTS = (
 FIRST_SEED = 20
 """Seeds 0 to 19 served to choose the windows."""
 
-CASES = {"500 steps": ("shapes-flow", 500, 4), "50 steps": ("shapes-flow", 50, 4)}
+CASES = {"1000 steps": ("shapes-flow", 1000, 4), "50 steps": ("shapes-flow", 50, 4)}
 """Model, steps and window."""
 
 STATES = (1, 2, 4, 8, 16)

@@ -98,6 +98,7 @@ def test_a_request_is_accepted_solved_and_given_in_each_format(server: Server) -
         ("POST", "/samples", [1], 400, "the request is [1]; give a JSON object"),
         ("POST", "/samples", b"{", 400, "the body is no JSON"),
         ("POST", "/samples", b'{"tolerance": NaN}', 400, "NaN is no number of JSON"),
+        ("POST", "/samples", b'{"seed": 1, "seed": 2}', 400, '"seed" is given twice'),
         ("POST", "/samples", b"[" * 50_000, 400, "the body is no JSON"),
         ("POST", "/samples", b"\xff\xfe\x00", 400, "the body is no JSON"),
         ("POST", "/samples", b" " * (MOST_BODY + 1), 413, f"it may have {MOST_BODY}"),

@@ -281,6 +281,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tolerance": 0}, "the tolerance is 0"),
     ({"tolerance": "x"}, "the tolerance is 'x'"),
     ({"pilots": -1}, "pilots is -1"),
+    ({"pilots": 10**9}, "at most 1000"),
     ({"devices": 0}, "devices is 0"),
     ({"most": 0}, "the most rows of a sample is 0"),
     ({"curve": {1: 1.0}}, "give a LatencyCurve"),

@@ -337,8 +337,15 @@ def _parsed(body: bytes) -> Any:
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is no number of JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+        return found
+
     try:
-        return json.loads(body, parse_constant=refuse)
+        return json.loads(body, parse_constant=refuse, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"the body is no JSON ({str(error)[:100]}); send an object, such as {{'seed': 0}}".replace("'", '"')

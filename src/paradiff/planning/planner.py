@@ -32,6 +32,10 @@ PATIENCE = 1.25
 """Times as long as the plain chain that a pilot may take on the curve before it is cut."""
 
 
+MOST_PILOTS = 1000
+"""Most runs of each choice that a plan is asked to try."""
+
+
 def devices_asked(tolerance: Any, pilots: Any, most: Any, devices: Any, curve: Any) -> Devices:
     """The devices of a plan, if what it was asked with is of the right kinds.
 
@@ -39,7 +43,7 @@ def devices_asked(tolerance: Any, pilots: Any, most: Any, devices: Any, curve: A
         ValueError: If not.
     """
     require_real("the tolerance", tolerance, positive=True)
-    require_whole("pilots", pilots, 0)
+    require_whole("pilots", pilots, 0, most=MOST_PILOTS)
     if most is not None:
         require_whole("the most rows of a sample", most, 1, ", or None for no bound")
     if curve is not None and not isinstance(curve, LatencyCurve):
@@ -72,7 +76,7 @@ def plan_of(
         most: Most rows of a sample in a round; None for no bound.
         devices: Devices that share the rows of a round, simulated where they are several.
         curve: A latency curve, of another device say; None for that of this machine.
-        pilots: Runs of each choice that is tried; 0 for none, where all is foreseen from traces and like chains.
+        pilots: Runs of each choice that is tried, at most 1000; 0 for none, where all is foreseen from traces and like chains.
         objective: What is made least, as `auto` has it; None for the seconds.
         deadline: Seconds within which the best sample is wanted; None for no bound.
         seconds: How long the curve's measurement takes, about.
