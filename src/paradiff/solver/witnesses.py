@@ -43,7 +43,7 @@ model uses one row's time for all does no harm there."""
 MOST = 16
 """Rows that are kept of the longest run: what they hold in memory."""
 
-MANY = 48
+MANY = 24
 """The same of a model that changes with its calls, or cannot be read: what it remembers may act in a few rounds."""
 
 LOUD, QUIET = -8.0, 0.02
