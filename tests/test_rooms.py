@@ -16,7 +16,7 @@ SOURCE = Path(paradiff.__file__).parent
 
 ORDER = [
     {"errors", "lock", "version"},
-    {"lazy"},
+    {"lazy", "whole_file"},
     {"chain"},
     {"samplers", "solver"},
     {"methods", "models"},

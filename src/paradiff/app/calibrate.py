@@ -22,9 +22,9 @@ from paradiff.pipelines.calibrate import calibrate as calibrate_it
 from paradiff.planning.calibration import Calibration
 from paradiff.planning.calibrations import require_calibrated
 from paradiff.planning.store import cache_folder
-from paradiff.planning.whole_file import require_place, write_whole
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.protocol import Method
+from paradiff.whole_file import require_place, write_whole
 
 
 def calibrate(request: Request, method: Method, *, coverage: float, file: Path | None) -> None:

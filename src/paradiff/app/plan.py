@@ -21,8 +21,8 @@ from paradiff.models.pixel import load
 from paradiff.pipelines.plan import plan as plan_it
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.plan import Plan
-from paradiff.planning.whole_file import require_place
 from paradiff.solver.evaluator import Evaluator
+from paradiff.whole_file import require_place
 
 
 def plan(

@@ -15,8 +15,8 @@ from paradiff.planning.choice import Choice
 from paradiff.planning.cost import ONE, Devices
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.library import Alternative
-from paradiff.planning.whole_file import write_whole
 from paradiff.solver.protocol import Method
+from paradiff.whole_file import write_whole
 
 PAYS = 1.05
 """The least predicted gain at which the plan leaves the sequential chain."""

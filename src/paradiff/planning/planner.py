@@ -31,7 +31,6 @@ from paradiff.solver.evaluator import Evaluator
 PATIENCE = 1.25
 """Times as long as the plain chain that a pilot may take on the curve before it is cut."""
 
-
 MOST_PILOTS = 1000
 """Most runs of each choice that a plan is asked to try."""
 

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from paradiff.chain.table import Table
 from paradiff.errors import require_real, shown
 from paradiff.lazy import naming_the_extra
+from paradiff.whole_file import put_whole
 
 FORMAT = "paradiff trajectory 1"
 KEY = "paradiff"
@@ -168,16 +168,9 @@ class Trajectory:
         path = Path(os.path.realpath(path))
         if path.exists() and not path.is_file():
             raise ValueError(f"the trajectory cannot be written to {str(path)!r}, which is no regular file; name another one")
-        scratch = None
         try:
-            handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(scratch).chmod(0o644)
-            os.replace(scratch, path)
+            put_whole(path, content)
         except OSError as error:
-            if scratch is not None:
-                Path(scratch).unlink(missing_ok=True)
             raise ValueError(f"the trajectory cannot be written to {str(path)!r}: {error.strerror or error}") from error
 
     @staticmethod

@@ -15,7 +15,8 @@ apart from the output m[k] that is closest to it,
 
     G = min_k |v - m[k]|/|m[k]|,                                                                                 (3)
 
-is the share by which its slope may be another one than a network's.
+is the share by which its slope may be another one than a network's; or `SLOPE` |c|, if that is more, since each network's own
+may be another one than that of Gaussian data by the share `SLOPE`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 SLOPE = 0.3
-"""Share by which the slope of each of them may be another one than that of Gaussian data."""
+"""Share by which a network's slope may be another one than that of Gaussian data."""
 
 PARTS = 8
 """Outputs of networks at most that a step's output is taken to be made of."""
@@ -44,7 +45,7 @@ class Magnified:
     Attributes:
         size: Root mean square of an output that its own rounding leaves as uncertain as a step's is: equation (2), or that of
             the step's if that is more.
-        apart: G of equation (3); 0 where a network's output is the step's.
+        apart: G of equation (3), or what is more; 0 where nothing is known of the networks' outputs.
     """
 
     size: float = 0.0

@@ -42,7 +42,6 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         ValueError: If the file system refuses it.
     """
-    scratch = None
     try:
         if path.exists() and not path.is_file():
             handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # refused where nobody reads a pipe
@@ -50,13 +49,23 @@ def write_whole(path: Path, data: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
             return
-        path = Path(os.path.realpath(path))
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".paradiff-")
+        put_whole(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise ValueError(f"{shown(str(path))} cannot be written: {error.strerror or error}") from error
+
+
+def put_whole(path: Path, data: bytes) -> None:
+    """Writes a scratch file and moves it to a path that is no link.
+
+    Raises:
+        OSError: If the file system refuses it.
+    """
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=".paradiff-")
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         Path(scratch).chmod(0o644)
         os.replace(scratch, path)
-    except OSError as error:
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)
-        raise ValueError(f"{shown(str(path))} cannot be written: {error.strerror or error}") from error
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise

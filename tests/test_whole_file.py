@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pipelines import Cli
 
-from paradiff.planning.whole_file import require_place, write_whole
+from paradiff.whole_file import require_place, write_whole
 
 PLACES = {
     "folder": "is a folder; give the path of a file",
