@@ -238,6 +238,14 @@ def test_what_lies_in_a_folder_and_is_no_file_of_a_server_is_told_in_a_sentence(
     assert shelf.sample(UNKNOWN) is None
 
 
+def test_a_file_of_many_bytes_is_no_request(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    with shelf.claimed():
+        (tmp_path / "requests" / f"{UNKNOWN}.json").write_text('{"seed": 0' + " " * 2**20 + "}")
+        with pytest.raises(ValueError, match="it is too large to be one of ours"):
+            shelf.left()
+
+
 def test_a_sample_that_was_spoilt_is_gone(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     (tmp_path / f"{UNKNOWN}.json").write_text('{"state": "done", "message": "converged"}')
