@@ -432,9 +432,9 @@ def sample(
     if check == "first":
         chosen = method.chosen(table, noise.samples) if isinstance(method, Chooses) else method
         plain = chosen.name == chosen.reference().name
-    if check == "first" and type(evaluate) is Evaluator:
-        run = described({"": [table, chosen, dtype, noise.samples, noise.shape, states is None]})
-        look = evaluate.look(f"{run} {chosen!r}")  # which names what is no preset's plain value by its place in memory
+        if type(evaluate) is Evaluator:
+            run = described({"": [table, chosen, dtype, noise.samples, noise.shape, states is None]})
+            look = evaluate.look(f"{run} {chosen!r}")  # which names what is no preset's plain value by its place in memory
     found = _driven(rounds, evaluate, check, look, plain=plain)
     if check == "every" and not found.cut and method.name != method.reference().name:
         return _beside_the_plain_loop(found, evaluate, table, noise, method, states, dtype, resolution)

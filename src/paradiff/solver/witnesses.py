@@ -3,9 +3,9 @@
 
 What goes wrong in some rounds only, or at some places of a call, shows in a row of such a round. So a row of each round is
 kept, until there are more than `FEW` and `SHARE` of all rows; then one of each two neighbours is dropped at random, and from
-there on a row of every second round is kept. Of a model that changes with its calls, `MANY` are kept before any is dropped. The
-last round's is always among them. Places near the ends of a call are taken
-more often than those within.
+there on a row of every second round is kept. Of a model that changes with its calls, `MANY` are kept before any is dropped, or
+as many as two calls hold. The last round's is always among them. Places near the ends of a call are taken more often than those
+within.
 
 The rows are evaluated in two calls at most, unless they are many: those that came from a call of an odd number in one of an
 even number, the others in one of an odd number, in the reverse of the order of their places. In the one, a state that is made
@@ -43,8 +43,9 @@ model uses one row's time for all does no harm there."""
 MOST = 16
 """Rows that are kept of the longest run: what they hold in memory."""
 
-MANY = 24
-"""The same of a model that changes with its calls, or cannot be read: what it remembers may act in a few rounds."""
+MANY, CALLS = 24, 2
+"""The same of a model that changes with its calls, or cannot be read, since what it remembers may act in a few rounds; and the
+calls that they may take where these hold more, of up to twice as many rows."""
 
 LOUD, QUIET = -8.0, 0.02
 """Factors on a row's state that make up a large and a small one."""
@@ -139,9 +140,9 @@ class Witnesses:
         if self._memory is None:
             return
         rows, outputs = self._memory
-        x, t, nodes, samples = (_longer(given, MANY - MOST) for given in _tensors(rows))
-        self._memory = Batch(x, t, nodes, samples), _longer(outputs, MANY - MOST)
-        self._free += range(MOST + 2, MANY + 2)
+        x, t, nodes, samples = (_longer(given, 2 * MANY - MOST) for given in _tensors(rows))
+        self._memory = Batch(x, t, nodes, samples), _longer(outputs, 2 * MANY - MOST)
+        self._free += range(MOST + 2, 2 * MANY + 2)
         moved = {id(one): replace(one, rows=self._memory[0], outputs=self._memory[1]) for one in self.kept}
         self._kept = [moved[id(one)] for one in self._kept]
         self._last = None if self._last is None else moved[id(self._last)]
@@ -230,7 +231,9 @@ class Witnesses:
         """Rows that may be kept."""
         if not self._times:
             return FEW if self._many else ALIKE
-        return MANY if self._many else min(FEW + int(SHARE * self._rows), MOST, 2 * self._widest)
+        if self._many:
+            return min(max(MANY, CALLS * self._widest), 2 * MANY)
+        return min(FEW + int(SHARE * self._rows), MOST, 2 * self._widest)
 
     def _place(self, rows: int) -> int:
         """A row's place in a round, one near an end more often."""
