@@ -52,7 +52,7 @@ def test_a_trajectory_that_cannot_be_written_leaves_the_run_whole(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("paradiff.solver.trajectory.tempfile.mkstemp", full)
+    monkeypatch.setattr("paradiff.whole_file.tempfile.mkstemp", full)
     out = tmp_path / "out"
     refused = cli(*DIGITS, "--method", "quasi_newton", "--out", out, "--save-trajectory", tmp_path / "a")
     assert refused.code == 2
