@@ -20,9 +20,11 @@ from paradiff.planning import LatencyCurve, Plan
 from paradiff.planning.candidates import FAMILIES, windows_of
 from paradiff.planning.cost import Devices, Trace
 from paradiff.planning.library import _at_tolerance, _library, alternative, beyond, known
+from paradiff.planning.pilots import pilot
 from paradiff.planning.store import FOLDER
 from paradiff.planning.trials import Trials
 from paradiff.planning.wish import Wish
+from paradiff.solver.evaluator import Evaluator
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers call numpy
 SCHEDULE = paradiff.Schedule.linear()
@@ -90,6 +92,36 @@ def test_a_pilot_replaces_the_library_and_is_not_given_to_be_another() -> None:
     run = paradiff.sample(MODEL.denoiser(table), table, paradiff.Keyed((3,), 2**40, 1), method)
     assert (found.best.cost.rounds, found.best.cost.rows) == (run.rounds, run.evaluations)
     assert "pilot runs of" in "".join(found.notes)
+
+
+def test_a_pilot_is_made_where_none_looks_like_paying_so_that_the_refusal_is_of_this_model() -> None:
+    found = planned(10, STEEP, pilots=1)
+    assert not found.pays
+    parallel = found.parallel
+    assert parallel is not None
+    assert parallel.cost.source == "trace"
+    assert planned(10, STEEP, pilots=0).parallel.cost.source == "library"  # type: ignore[union-attr]
+
+
+def test_a_pilot_of_a_short_run_is_of_a_model_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the rows which check a model for the first time are not taken for a part of every run."""
+    checks: list[int] = []
+    again = Evaluator.evaluate_again
+
+    def counted(self: Evaluator, batch: Any) -> Tensor:
+        checks.append(len(batch.x))
+        return again(self, batch)
+
+    monkeypatch.setattr(Evaluator, "evaluate_again", counted)
+    table = DDIM(SCHEDULE, 25)
+    evaluator = Evaluator(MODEL.denoiser(table))
+    rows: list[int] = []
+    for _ in range(2):
+        pilot(evaluator, table, paradiff.Keyed((3,)), paradiff.parasolver(8), FLAT, 1e9, own=False)
+        rows.append(sum(checks))
+        checks.clear()
+    assert rows[0] > 8
+    assert rows[1] == 2 * 2  # both of its runs
 
 
 def test_a_tolerance_between_measured_ones_costs_between_them() -> None:

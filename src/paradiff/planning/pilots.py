@@ -27,8 +27,11 @@ SEED = 2**40
 WALKED = 2.0
 """Seconds after which a sequential pilot ends, and the rest of its steps are taken to be like those that it made."""
 
+SHORT = 1.0
+"""Seconds below which a pilot is made twice, and the second run counts."""
 
-class Kept(Evaluator):
+
+class Kept(Evaluator, alike=True):
     """An evaluator that keeps the rows of its rounds, and the seconds of its calls.
 
     Args:
@@ -74,6 +77,16 @@ def pilot(
     Raises:
         ValueError: As `sample` does.
     """
+    trace, seconds = _run(evaluator, table, noise, method, curve, limit, own)
+    if seconds < SHORT:  # the first run sets up what later ones find
+        trace, _ = _run(evaluator, table, noise, method, curve, limit, own)
+    return trace
+
+
+def _run(
+    evaluator: Evaluator, table: Table, noise: Noise, method: Method, curve: LatencyCurve, limit: float, own: bool
+) -> tuple[Trace, float]:
+    """The trace of a run as `pilot` has it, and its seconds."""
     kept = Kept(evaluator)
     spent = 0.0
 
@@ -86,7 +99,7 @@ def pilot(
     found = sample(kept, table, noise, method, observer=watch)
     found.sample.flatten()[-1:].tolist()  # waits for the device
     seconds = time.perf_counter() - begin
-    return Trace.of_widths(kept.widths, noise.samples, seconds - (spent if own else kept.called))
+    return Trace.of_widths(kept.widths, noise.samples, seconds - (spent if own else kept.called)), seconds
 
 
 @torch.inference_mode()
@@ -95,7 +108,7 @@ def sequential_pilot(evaluator: Evaluator, table: Table, noise: Noise, curve: La
     kept = Kept(evaluator)
     samples = noise.samples
     if curve.within(samples) * table.steps < WALKED:
-        if curve.within(samples) * table.steps < WALKED / 4:  # the first run sets up what later ones find
+        if curve.within(samples) * table.steps < SHORT:  # the first run sets up what later ones find
             sample(kept, table, noise, sequential())
             kept.called = 0.0
         begin = time.perf_counter()

@@ -28,8 +28,9 @@ from paradiff.planning.wish import Objective, Wish
 from paradiff.solver.arguments import require_model, require_problem
 from paradiff.solver.evaluator import Evaluator
 
-PATIENCE = 1.25
-"""Times as long as the plain chain that a pilot may take on the curve before it is cut."""
+PATIENCE, GRACE = 1.25, 2.0
+"""Times as long as the plain chain that a pilot may take on the curve before it is cut, and seconds more, since a short one is
+better made to its end than foreseen from its beginning."""
 
 MOST_PILOTS = 1000
 """Most runs of each choice that a plan is asked to try."""
@@ -103,7 +104,7 @@ def plan_of(
             pilots,
             lambda: sequential_pilot(evaluator, table, pilot_noise(evaluator, noise, 0), curve, own=own),
             lambda one, number, plain: _pilot(
-                evaluator, table, pilot_noise(evaluator, noise, number), one, curve, PATIENCE * plain, own
+                evaluator, table, pilot_noise(evaluator, noise, number), one, curve, PATIENCE * plain + GRACE, own
             ),
         )
         if trials.tried:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which pilots are made for a plan, and what they say of the choices that were not tried.
 
-Pilots are made of the choice that looks fastest, until that was tried. One that takes longer than the plain chain is cut.
+Pilots are made of the choice that looks fastest, until that was tried; of one in any case, so that what is said of a model was
+seen on it. One that takes longer than the plain chain is cut.
 """
 
 from __future__ import annotations
@@ -167,11 +168,12 @@ class Trials:
             self._try(one, pilots, pilot)
 
     def _next(self) -> Choice | None:
-        """The choice that looks fastest, if it was not tried; None where it was, or where none could pay."""
+        """The choice that looks fastest, if it was not tried; None where it was, or where no other than one tried could pay."""
         found = self.choices()
         bound = min(one.seconds for one in found if one.cost.source == "trace")
+        none_tried = all(one.sequential for one in found if one.cost.source == "trace")
         for one in found:
-            if one.cost.source == "library" and not one.sequential and one.fastest * PAYS < bound:
+            if one.cost.source == "library" and not one.sequential and (none_tried or one.fastest * PAYS < bound):
                 return one
         if any(one.cost.source == "library" and not one.sequential for one in found):
             return None

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -211,10 +211,19 @@ class Evaluator:
         filled: Rows so far that calls were filled with, those of checks included.
         seconds: Time spent in network calls, those of checks included, as seen from the host: on an asynchronous device only
             their launch.
+        alike: Whether its outputs are the model's alone; of kinds of evaluators whether they say so.
 
     Raises:
         ValueError: If an argument is of another kind, `max_rows` is below 1, or the device is not to be had.
     """
+
+    alike: ClassVar[bool] = True
+
+    def __init_subclass__(cls, *, alike: bool = False) -> None:
+        """A kind of evaluator; `alike` if its outputs are those of the model alone, too, so that what was seen of the model in
+        earlier runs (seen.py) counts in its own."""
+        super().__init_subclass__()
+        cls.alike = alike
 
     def __init__(
         self,

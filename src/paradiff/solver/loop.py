@@ -338,7 +338,7 @@ def _driven(
     if not hasattr(rounds, "send"):
         raise ValueError(f"drive was given {shown(rounds)}; give what paradiff.solve returns")
     again, dealt, apart = (getattr(evaluate, f"evaluate_{name}", None) for name in ("again", "dealt", "apart"))
-    owned = type(evaluate) is Evaluator
+    owned = isinstance(evaluate, Evaluator) and evaluate.alike
     checked = RowCheck(evaluate, check, again=again, dealt=dealt, apart=apart, look=look, owned=owned, plain=plain)
     batch = next(rounds)
     while True:
@@ -432,7 +432,7 @@ def sample(
     if check == "first":
         chosen = method.chosen(table, noise.samples) if isinstance(method, Chooses) else method
         plain = chosen.name == chosen.reference().name
-        if type(evaluate) is Evaluator:
+        if isinstance(evaluate, Evaluator) and evaluate.alike:
             run = described({"": [table, chosen, dtype, noise.samples, noise.shape, states is None]})
             look = evaluate.look(f"{run} {chosen!r}")  # which names what is no preset's plain value by its place in memory
     found = _driven(rounds, evaluate, check, look, plain=plain)
