@@ -22,11 +22,12 @@ import functools
 import hashlib
 import inspect
 import logging
+import marshal
 import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -37,15 +38,14 @@ from torch import Tensor, nn
 LIBRARIES = {"torch", "torchvision", "numpy", "diffusers", "transformers", "accelerate", "peft", "safetensors", "paradiff"}
 """Whose classes and functions are told by their names; what they hold is read all the same."""
 
-QUICK = {bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device}
-QUICK |= {torch.layout, torch.memory_format}
+QUICK = {bool, int, float, complex, str, bytes, type(None), type(...)}
 """Kinds of plain values."""
 
-PLAIN = (PurePath, np.generic, np.dtype, range, slice)
+PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, PurePath, np.generic, np.dtype, range, slice)
 """Kinds of further ones, whose text tells them."""
 
-CONTAINERS = {dict, list, tuple, set, OrderedDict}
-"""Of which most are empty."""
+CONTAINERS = {kind: [kind.__name__] for kind in (dict, list, tuple, set, OrderedDict)}
+"""Of which most are empty, and what tells those."""
 
 MOST = 300_000
 """Things that are read of a model at most."""
@@ -53,8 +53,14 @@ MOST = 300_000
 SPREAD = 3
 """Places along each dimension of a tensor at which its values are read."""
 
+NUMPYS = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool}
+"""Kinds of numbers that numpy has, too, which reads a few of them in less time."""
+
 SMALL = 1 << 20
 """Bytes of an array, or of a tensor whose changes torch does not count, that are read."""
+
+WITHOUT_REFERENCES = 2
+"""The version of `marshal` that writes what is met twice twice."""
 
 WORD = 8
 """Bytes of a pointer."""
@@ -99,18 +105,32 @@ class Identity:
         return all(one is not None and one is two for one, two in pairs)
 
 
+Parts = Iterable[Any]
+"""What a thing holds, to be read after it."""
+
+
 class _Reader:
-    """Reads a model, each thing once."""
+    """Reads a model, each thing once.
+
+    Facts are plain values, `[n]` for the n-th thing that was read, `{n}` for the n-th kind of things, and `frozenset({n})` for
+    the n-th list of names.
+    """
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
         self._facts: list[Any] = []
+        self._values: list[bytes] = []  # of arrays and tensors, whose sizes are facts
         self._samples: dict[torch.device, list[Tensor]] = {}
-        self._seen: dict[int, tuple[int, Any]] = {}  # what was read is kept alive, so that no number is used twice
+        self._seen: dict[int, tuple[list[int], Any]] = {}  # what was read is kept alive, so that no number is used twice
+        self._kinds: dict[type, tuple[set[int], Callable[[Any], Parts]]] = {}
+        self._slots: dict[type, tuple[str, ...]] = {}
+        self._names: dict[tuple[str, ...], frozenset[int]] = {}
 
     def digest(self) -> bytes:
         """Of the plain values."""
-        return hashlib.blake2b(repr(self._facts).encode(), digest_size=16).digest()
+        found = hashlib.blake2b(marshal.dumps(self._facts, WITHOUT_REFERENCES), digest_size=16)
+        found.update(b"".join(self._values))
+        return found.digest()
 
     def sampled(self) -> list[Tensor]:
         """`[n]` bytes of the tensors on each device other than the CPU."""
@@ -124,123 +144,171 @@ class _Reader:
         """
         if any(vars(nn.modules.module)[name] for name in GLOBAL_HOOKS):
             raise Unreadable("hooks of all modules")
-        left: list[Any] = [model]
+        left, facts, seen = [model], self._facts, self._seen
         while left:
             value = left.pop()
-            if len(self._facts) + len(left) > MOST:
+            if len(facts) + len(left) > MOST:
                 _raise(f"more than {MOST} parts")
-            if type(value) in QUICK or isinstance(value, PLAIN):
-                large = isinstance(value, str | bytes) and len(value) > SMALL
-                self._facts.append(_raise("a large text") if large else value)
+            kind = type(value)
+            if kind in QUICK:
+                facts.append(_raise("a large text") if kind in (str, bytes) and len(value) > SMALL else value)
                 continue
-            if (known := self._seen.get(id(value))) is not None:
-                self._facts.append(known[0])
+            if isinstance(value, PLAIN):
+                facts.append([kind.__name__, repr(value)])
                 continue
-            self._seen[id(value)] = len(self._seen), value
-            left += reversed([*self._parts(value)])
+            if (known := seen.get(id(value))) is not None:
+                facts.append(known[0])
+                continue
+            seen[id(value)] = [len(seen)], value
+            if kind not in self._kinds:
+                self._kinds[kind] = {len(self._kinds)}, self._reads(kind)
+                facts.append((kind.__module__, kind.__qualname__))
+            number, parts = self._kinds[kind]
+            facts.append(number)
+            left += reversed([*parts(value)])
 
-    def _parts(self, value: Any) -> Iterator[Any]:
-        """What a value holds; its plain facts are told."""
-        kind = type(value)
-        self._facts.append((kind.__module__, kind.__qualname__))
-        if isinstance(value, Tensor):
-            self._tensor(value)
-        elif isinstance(value, type):
-            yield from self._class(value)
-        elif isinstance(value, enum.Enum):
-            self._facts.append(value.name)
-        elif isinstance(value, np.ndarray) and value.nbytes <= SMALL and value.dtype != object:
-            self._facts.append((value.shape, value.dtype.str, value.tobytes()))
-        elif isinstance(value, torch.Generator):
-            self._facts.append(value.get_state().numpy().tobytes())
-        elif isinstance(value, types.ModuleType):
-            self._facts.append(value.__name__)
-        elif isinstance(value, logging.Logger) or _is_compilers(value):
-            self._facts.append("by name")
-        elif isinstance(value, types.FunctionType):
-            compiled = vars(value).get("_torchdynamo_orig_callable")
-            yield from self._function(value) if compiled is None else (value.__code__, compiled)
-        elif isinstance(value, types.CodeType):
-            self.objects.append(value)
-        elif isinstance(value, types.MethodType):
-            yield from (value.__func__, value.__self__)
-        elif isinstance(value, types.BuiltinFunctionType | types.WrapperDescriptorType | types.MethodDescriptorType):
-            self._facts.append(value.__qualname__)
-            owner = getattr(value, "__self__", None)
-            if not isinstance(owner, types.ModuleType | type | None):
-                yield owner
-        elif isinstance(value, functools.partial):
-            yield from (value.func, value.args, value.keywords, vars(value))
-        elif isinstance(value, staticmethod | classmethod):
-            yield value.__func__
-        elif isinstance(value, property):
-            yield from (value.fget, value.fset)
-        elif isinstance(value, set | frozenset):
-            yield from self._set(value)
-        else:
-            yield from self._contents(value, kind)
+    def _reads(self, kind: type) -> Callable[[Any], Parts]:
+        """What tells the plain facts of a thing of a kind, and returns what it holds."""
+        for kinds, parts in (
+            (Tensor, self._tensor),
+            (type, self._class),
+            (enum.Enum, lambda value: (value.name,)),
+            (np.ndarray, self._array),
+            (torch.Generator, self._generator),
+            (types.ModuleType, lambda value: (value.__name__,)),
+        ):
+            if issubclass(kind, kinds):
+                return parts
+        if issubclass(kind, logging.Logger) or _is_compilers(kind):
+            return lambda value: ("by name",)
+        for kinds, parts in (
+            (types.FunctionType, self._function),
+            (types.CodeType, self._code),
+            (types.MethodType, lambda value: (value.__func__, value.__self__)),
+            ((types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType), self._builtin),
+            (functools.partial, lambda value: (value.func, value.args, value.keywords, vars(value))),
+            ((staticmethod, classmethod), lambda value: (value.__func__,)),
+            (property, lambda value: (value.fget, value.fset)),
+            ((set, frozenset), self._set),
+            (nn.Module, self._module),
+        ):
+            if issubclass(kind, kinds):
+                return parts
+        own = (lambda value: ()) if kind in CONTAINERS else self._object
+        if issubclass(kind, dict | types.MappingProxyType):
+            return lambda value: (*self._mapping(value), *own(value))
+        if issubclass(kind, list | tuple | deque):
+            return lambda value: (*self._sequence(value), *own(value))
+        return self._object if _is_pure(kind) else _raise(f"an object of {kind.__module__}.{kind.__qualname__}")
 
-    def _tensor(self, value: Tensor) -> None:
+    def _tensor(self, value: Tensor) -> Parts:
         self.objects.append(value)
         place = value.data_ptr() if value.layout is torch.strided else _raise("a sparse tensor")
-        version = _bytes(value) if value.is_inference() else value._version
-        self._facts.append((place, version, tuple(value.shape), value.stride(), value.dtype, value.device))
-        if value.is_inference() or value.device.type == "meta" or not value.numel():
-            return
-        sample = value.detach()[tuple(slice(None, None, -(-size // SPREAD)) for size in value.shape)].resolve_neg()
-        sample = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
-        found = sample.reshape(-1).contiguous().view(torch.uint8)
-        if value.device.type == "cpu":
-            self._facts.append(found.numpy().tobytes())
-        else:
-            self._samples.setdefault(value.device, []).append(found)
+        shape, dtype, device, counted = value.shape, value.dtype, value.device, not value.is_inference()
+        self._facts.append((place, value._version if counted else None, *shape, *value.stride(), str(dtype), str(device)))
+        if not counted:
+            self._values.append(_bytes(value))
+        elif device.type == "cpu" and dtype in NUMPYS and not (value.is_conj() or value.is_neg()):
+            self._values.append(value.detach().numpy()[_places(shape)].tobytes())
+        elif device.type != "meta" and value.numel():
+            sample = value.detach()[_places(shape)].resolve_neg()
+            sample = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
+            found = sample.reshape(-1).contiguous().view(torch.uint8)
+            if device.type == "cpu":
+                self._values.append(found.numpy().tobytes())
+            else:
+                self._samples.setdefault(device, []).append(found)
+        return ()
 
-    def _set(self, value: Iterable[Any]) -> Iterator[Any]:
+    def _array(self, value: np.ndarray) -> Parts:
+        if value.nbytes > SMALL or value.dtype == object:
+            _raise("a large array, or one of objects")
+        self._facts.append((value.shape, value.dtype.str))
+        self._values.append(value.tobytes())
+        return ()
+
+    def _generator(self, value: torch.Generator) -> Parts:
+        state = value.get_state().numpy().tobytes()
+        self._facts.append(len(state))
+        self._values.append(state)
+        return ()
+
+    def _code(self, value: types.CodeType) -> Parts:
+        self.objects.append(value)
+        return ()
+
+    def _builtin(self, value: Any) -> Parts:
+        owner = getattr(value, "__self__", None)
+        self._facts.append(value.__qualname__)
+        return () if isinstance(owner, types.ModuleType | type | None) else (owner,)
+
+    def _set(self, value: Iterable[Any]) -> Parts:
         if not all(type(one) in QUICK for one in value):
             _raise("a set of objects")
         self._facts.append(sorted(map(repr, value)))
-        yield from ()
+        return ()
 
-    def _contents(self, value: Any, kind: type) -> Iterator[Any]:
-        """Of containers, modules and objects."""
-        if isinstance(value, dict | types.MappingProxyType | list | tuple | deque):
-            self._facts.append(len(value) if len(value) <= MOST else _raise("a large container"))
-        if isinstance(value, dict | types.MappingProxyType):
-            for key, part in value.items():
-                if type(key) in QUICK:
-                    self._facts.append(key)
-                else:
-                    yield key
-                if type(part) in QUICK or (type(part) in CONTAINERS and not part):
-                    self._facts.append(part)
-                else:
-                    yield part
-        elif isinstance(value, list | tuple | deque):
-            yield from value
-        elif isinstance(value, nn.Module):
-            if isinstance(value, torch.jit.ScriptModule):
-                _raise("a scripted module")
-            if (compiled := vars(value).get("_modules", {}).get("_orig_mod")) is not None and "dynamo_ctx" in vars(value):
-                yield from (compiled, {k: v for k, v in vars(value).items() if k.endswith("_hooks")}, value.training)
-                return
-        elif not _is_pure(kind):
-            _raise(f"an object of {kind.__module__}.{kind.__qualname__}")
-        if kind in CONTAINERS:
-            return
-        yield kind
-        slots = sorted(_slots(kind))
-        self._facts.append(slots)
-        yield from (getattr(value, name) for name in slots if hasattr(value, name))
-        yield getattr(value, "__dict__", None)
+    def _sequence(self, value: Sequence[Any]) -> Parts:
+        self._facts.append(len(value) if len(value) <= MOST else _raise("a large container"))
+        return value
 
-    def _class(self, value: type) -> Iterator[Any]:
+    def _mapping(self, value: Mapping[Any, Any]) -> list[Any]:
+        facts, parts, names = self._facts, list[Any](), tuple(value)
+        if len(names) > MOST:
+            _raise("a large container")
+        if (known := self._names.get(names)) is not None:
+            facts.append(known)
+        elif all(type(name) is str for name in names):
+            self._names[names] = frozenset({len(self._names)})
+            facts.append(names)
+        else:
+            facts.append(len(names))
+            parts += names
+        for part in value.values():
+            kind = type(part)
+            if kind in QUICK:
+                facts.append(part)
+            elif kind in CONTAINERS and not part:
+                facts.append(CONTAINERS[kind])
+            elif kind is tuple and all(type(one) in QUICK for one in part):
+                facts.append(part)
+            else:
+                parts.append(part)
+        return parts
+
+    def _module(self, value: nn.Module) -> Parts:
+        if isinstance(value, torch.jit.ScriptModule):
+            _raise("a scripted module")
+        held = vars(value)
+        if (compiled := held.get("_modules", {}).get("_orig_mod")) is not None and "dynamo_ctx" in held:
+            return compiled, {k: v for k, v in held.items() if k.endswith("_hooks")}, value.training
+        return self._object(value)
+
+    def _object(self, value: Any) -> Parts:
+        """Its class, where it is the first of it, its slots and its attributes."""
+        kind, parts = type(value), list[Any]()
+        if (slots := self._slots.get(kind)) is None:
+            slots = self._slots[kind] = tuple(sorted(_slots(kind)))
+            parts.append(kind)
+        if slots:
+            held = [name for name in slots if hasattr(value, name)]
+            self._facts.append(tuple(held))
+            parts += [getattr(value, name) for name in held]
+        attributes = getattr(value, "__dict__", None)
+        parts += self._mapping(attributes) if type(attributes) is dict else [attributes]
+        return parts
+
+    def _class(self, value: type) -> Parts:
         self.objects.append(value)
         for owner in value.__mro__:
             if _is_users(owner.__module__):
                 self._facts.append(owner.__qualname__)
                 yield from (part for name, part in vars(owner).items() if _is_part(name, part))
 
-    def _function(self, value: types.FunctionType) -> Iterator[Any]:
+    def _function(self, value: types.FunctionType) -> Parts:
+        if (compiled := vars(value).get("_torchdynamo_orig_callable")) is not None:
+            yield from (value.__code__, compiled)
+            return
         self._facts.append(value.__qualname__)
         yield from (value.__code__, value.__defaults__, value.__kwdefaults__, vars(value))
         for cell in value.__closure__ or ():
@@ -277,9 +345,15 @@ def _is_users(module: str | None) -> bool:
     return top not in LIBRARIES and (top == "__main__" or top not in sys.stdlib_module_names)
 
 
-def _is_compilers(value: Any) -> bool:
-    """Whether an object is of torch's compiler, and no module."""
-    return type(value).__module__.startswith("torch._dynamo") and not isinstance(value, nn.Module)
+def _is_compilers(kind: type) -> bool:
+    """Whether a class is of torch's compiler, and of no module."""
+    return kind.__module__.startswith("torch._dynamo") and not issubclass(kind, nn.Module)
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The places of a tensor at which its values are read."""
+    return tuple(slice(None, None, -(-size // SPREAD) or 1) for size in shape)
 
 
 def _is_part(name: str, part: Any) -> bool:
