@@ -239,7 +239,7 @@ class Policy:
         rows = {name: (value if every else value[list(chosen)]).to(device) for name, value in given.items()}
         lasts = [last for last in (self._begun(k, moved) for k in chosen) if last is not None]
         return loop.sample(
-            Evaluator(self._model, conditioning=rows),
+            Evaluator(self._model, conditioning=rows, device=device),
             self._table,
             noise if every else noise.only(chosen),
             self._method if lasts else self._first,

@@ -21,8 +21,15 @@ ELSEWHERE = ("on the same device", "weight type", "same device type")
 
 def location_of(model: Callable[..., Any]) -> torch.device:
     """The device on which all weights and buffers of a model's modules are; the CPU where there is none, or several."""
-    modules = _modules(model)
-    found = {tensor.device for module in modules for tensor in (*module.parameters(), *module.buffers())}
+    left, seen, found = [*_modules(model)], set[int](), set[torch.device]()
+    while left:  # torch's own walk makes the name of each weight
+        module = left.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.update(
+                tensor.device for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None
+            )
+            left += [part for part in module._modules.values() if part is not None]
     device = found.pop() if len(found) == 1 else torch.device("cpu")
     return torch.device("cpu") if device.type == "meta" else device
 
