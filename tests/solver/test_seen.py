@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import gc
 import itertools
@@ -298,3 +299,90 @@ def test_models_are_held_weakly() -> None:
 def test_the_plain_loop_is_checked_by_two_rows_too() -> None:
     model = made()
     assert [rows(model, seed, method=sequential(), samples=2) for seed in range(2)][1] == SEEN
+
+
+class Bare:
+    """What holds one value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return answer(x, t)
+
+
+class Other(Bare):
+    """The same by another name."""
+
+
+NOTHING = Bare(0)
+ALIKE: list[Any] = [
+    *(0, 1, 2, False, True, 0.0, -0.0, 1.0, 1 + 0j, "", "0", b"", b"0", None, ...),
+    *((), (0,), (1,), (True,), (1.0,), ("1",), ((1,),), [], [0], [1], [True], [[]], [()], {}, {"a": 1}, {"a": True}, {"b": 1}),
+    *({1: "a"}, {True: "a"}, {"1": "a"}, {"a": 1, "b": 2}, {"b": 2, "a": 1}, set(), {0}, {1}, {"1"}, frozenset({1}), range(1)),
+    *(torch.float32, "torch.float32", torch.device("cpu"), "cpu", np.float32(1), np.float64(1), np.int64(1), np.zeros(1), Bare),
+    *(np.zeros((1, 2)), np.zeros((2, 1)), np.zeros(1, np.float32), Other, Bare(0), Bare(1), Other(0), (Bare(0),), [Bare(0)]),
+    *([NOTHING, NOTHING], [NOTHING, Bare(0)], [NOTHING, [2]], *([NOTHING, n] for n in range(12))),
+    *([Bare(0), Other(0), Bare(0)], [Bare(0), Other(0), Other(0)], torch.contiguous_format, len, nn.ReLU(), nn.SiLU()),
+    *([1, 2], [2, 1], [[1], 2], [[1, 2]], ("a", "b"), (("a",), "b"), "dict", ["dict"], ["torch.float32"], slice(0), slice(1)),
+]
+
+
+def test_values_that_look_alike_are_told_apart() -> None:
+    model = Bare(None)
+
+    def read(value: Any) -> Any:
+        model.value = value
+        found = identity_of(model)
+        assert found is not None, value
+        return found
+
+    found = [read(value) for value in ALIKE]
+    for k, one in enumerate(found):
+        assert one.same(read(ALIKE[k])), ALIKE[k]
+        same = [ALIKE[j] for j, other in enumerate(found) if j != k and one.same(other)]
+        assert not same, (ALIKE[k], same)
+
+
+class Pretending:
+    """An object that says that it is of another class."""
+
+    def __init__(self, held: Any) -> None:
+        self.held, self.name = held, "one"
+
+    @property
+    def __class__(self) -> Any:
+        return type(self.held)
+
+
+def test_an_object_that_says_it_is_of_another_class_is_read_as_what_it_is() -> None:
+    class Colour(enum.Enum):
+        RED = 1
+
+    for held in (Colour.RED, torch.zeros(2), len, 1):
+        model = Bare(Pretending(held))
+        before = identity_of(model)
+        model.value.more = 1
+        after = identity_of(model)
+        assert before is None or after is None or not before.same(after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("view", ["plain", "strided", "transposed", "conjugated", "negative"])
+def test_values_written_past_torchs_count_are_seen_where_they_are_read(dtype: torch.dtype, view: str) -> None:
+    whole = torch.ones(6, 4).to(dtype)
+    part = {"plain": whole, "strided": whole[::2], "transposed": whole.T}.get(view)
+    if part is None:
+        if view == "negative" or not dtype.is_complex:
+            part = torch._neg_view(whole) if dtype not in (torch.bool, torch.int64) else whole
+        else:
+            part = whole.conj()
+    model = Bare(part)
+    before, again = identity_of(model), identity_of(model)
+    whole.data[0, 0] = 0
+    after = identity_of(model)
+    assert before is not None
+    assert again is not None
+    assert after is not None
+    assert before.same(again)
+    assert not before.same(after)
