@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 from pipelines import Cli
 
-from paradiff.whole_file import require_place, write_whole
+from paradiff.whole_file import held_places, require_place, write_whole
 
 PLACES = {
     "folder": "is a folder; give the path of a file",
     "no/where": "is in a folder that does not exist; make it, or give another path",
     "loop": "cannot be written: Too many levels of symbolic links; give another path",
     "n" * 300: "cannot be written: File name too long; give another path",
+    "pipe": "is a pipe that nobody reads; begin to read it first, or give another path",
+    "nul\0": "holds a NUL character, which no name, number or prompt has; leave it out",
 }
 
 
 def _made(folder: Path) -> Path:
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
     return folder
 
 
@@ -48,6 +51,25 @@ def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
         assert sorted(os.listdir(tmp_path)) == ["dangling", "old"]
         assert (tmp_path / "old").read_text() == "old"
         (tmp_path / "dangling").unlink()
+
+
+def test_who_reads_a_pipe_waits_for_what_is_written_later(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with held_places(None, tmp_path / "pipe"):
+        with pytest.raises(BlockingIOError):  # it has not ended
+            os.read(reader, 10)
+        write_whole(tmp_path / "pipe", b"read")
+    assert (os.read(reader, 10), os.read(reader, 10)) == (b"read", b"")
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    "write", [require_place, lambda path: write_whole(path, b"x"), lambda path: held_places(path).__enter__()]
+)
+def test_a_path_that_no_file_has_is_refused_in_words(tmp_path: Path, write: Any) -> None:
+    with pytest.raises(ValueError, match="holds a NUL character, which no file's name has; give another path"):
+        write(tmp_path / "a\0b")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipelines import Cli
@@ -101,6 +102,28 @@ def test_what_is_no_file_is_refused_before_anything_is_measured(cli: Cli, tmp_pa
     before = (tmp_path / "bench.json").lstat()
     assert "is no file of paradiff bench" in cli("bench", "--out", str(tmp_path), *SMALL).sentence
     assert (tmp_path / "bench.json").lstat().st_ino == before.st_ino
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("file", "Not a directory"),
+        ("file/below", "Not a directory"),
+        ("/proc/bench", "No such file or directory"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, why: str
+) -> None:
+    (tmp_path / "file").touch()
+
+    def measured(*_: Any) -> Any:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("paradiff.app.bench.measured", measured)
+    refused = cli("bench", "--out", str(tmp_path / place), *SMALL)
+    assert (refused.code, why in refused.sentence) == (2, True), refused.sentence
 
 
 def test_windows_and_cells() -> None:

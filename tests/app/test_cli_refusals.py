@@ -336,6 +336,13 @@ def test_an_empty_value_is_refused_by_name(command: str, parameter: Any, text: s
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_nul_character_is_refused_by_the_name_of_its_option(cli: Cli, tmp_path: Path) -> None:
+    for name in ("--out", "--prompt", "--seeds", "--previews"):
+        found = cli("sample", "digits", "--out", tmp_path / "out", name, "a\0b").sentence
+        assert found == f"{name} holds a NUL character, which no name, number or prompt has; leave it out"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_value_after_an_equals_sign_is_refused_too(cli: Cli) -> None:
     assert cli("sample", "--window=").sentence == "--window is empty; give it a value, or leave it out"
     found = cli("sample", "--argument", "guidance_scale=").sentence

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from paradiff.app.environment import environment
+from paradiff.app.folder import made_folder
 from paradiff.chain.table import Table
 from paradiff.errors import is_whole, shown
 from paradiff.methods.presets import sequential
@@ -32,6 +32,7 @@ from paradiff.planning.side_by_side import compare
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.loop import sample
 from paradiff.solver.protocol import Method
+from paradiff.whole_file import write_whole
 
 LADDER = (1.2e-2, 4e-3, 1.2e-3, 4e-4)
 """Tolerances, the largest first."""
@@ -152,13 +153,10 @@ class BenchFile:
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows, and writes the file whole."""
         self.rows += [dict(row) for row in rows]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(
             {"version": VERSION, "environment": environment(), "settings": self.settings, "rows": self.rows}, indent=1
         )
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+        write_whole(self.path, f"{text}\n".encode())
 
 
 def _known(path: Path) -> tuple[list[dict[str, Any]], Any]:
@@ -192,11 +190,22 @@ def bench(wanted: Wanted, folder: Path, console: Console) -> list[dict[str, Any]
         All rows of the file.
 
     Raises:
-        ValueError: If an option is of another kind, or no problem, chain or method fits.
+        ValueError: If an option is of another kind, no problem, chain or method fits, or the folder cannot be written.
     """
     curve = LatencyCurve({1: 1.0, 2: 1.0}) if wanted.curve is None else LatencyCurve.of_text(wanted.curve)
     settings = {"seeds": wanted.seeds, "curve": {str(rows): seconds for rows, seconds in curve.points.items()}}
     file = BenchFile(folder / "bench.json", settings)
+    with made_folder(folder, "the output folder"):
+        _fill(file, wanted, curve, console)
+    return file.rows
+
+
+def _fill(file: BenchFile, wanted: Wanted, curve: LatencyCurve, console: Console) -> None:
+    """Measures what is not yet in the file.
+
+    Raises:
+        ValueError: If no problem, chain or method fits, or the file cannot be written.
+    """
     cells = wanted.cells()
     for cell in cells:
         found = measured(cell, wanted, curve, file)
@@ -210,7 +219,6 @@ def bench(wanted: Wanted, folder: Path, console: Console) -> list[dict[str, Any]
         raise ValueError(
             f"no method fits {', '.join(map(shown, wanted.methods))}; methods are {', '.join(contestants(table, None))}"
         )
-    return file.rows
 
 
 def measured(

@@ -24,7 +24,7 @@ from paradiff.planning.calibrations import require_calibrated
 from paradiff.planning.store import cache_folder
 from paradiff.solver.evaluator import Evaluator
 from paradiff.solver.protocol import Method
-from paradiff.whole_file import require_place, write_whole
+from paradiff.whole_file import held_places, write_whole
 
 
 def calibrate(request: Request, method: Method, *, coverage: float, file: Path | None) -> None:
@@ -40,12 +40,11 @@ def calibrate(request: Request, method: Method, *, coverage: float, file: Path |
         ValueError: If an option does not fit the model, or is out of its range.
     """
     require_calibrated(method, parse_seeds(request.seeds), coverage)
-    if file is not None:
-        require_place(file)
-    use_threads(request.threads)
-    found = _calibrated(request, method, coverage)
-    if file is not None:
-        write_whole(file, f"{json.dumps(found.to_json(), indent=1)}\n".encode())
+    with held_places(file):
+        use_threads(request.threads)
+        found = _calibrated(request, method, coverage)
+        if file is not None:
+            write_whole(file, f"{json.dumps(found.to_json(), indent=1)}\n".encode())
     console = Console(highlight=False)
     console.print(str(found), soft_wrap=True, markup=False)
     folder = cache_folder()

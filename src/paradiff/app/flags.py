@@ -53,15 +53,18 @@ class Command(TyperCommand):
         """Parses the command's arguments.
 
         Raises:
-            ValueError: If the value of an option or argument is empty.
+            ValueError: If the value of an option or argument is empty, or holds a NUL character.
         """
         given, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter in order:
             value = given.get(parameter.name)
             texts = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(text, str) and not text.strip() for text in texts):
-                name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.name.upper()
+            texts = [text for text in texts if isinstance(text, str)]
+            name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else parameter.name.upper()
+            if not all(text.strip() for text in texts):
                 raise ValueError(f"{name} is empty; give it a value, or leave it out")
+            if any("\0" in text for text in texts):
+                raise ValueError(f"{name} holds a NUL character, which no name, number or prompt has; leave it out")
         return super().parse_args(ctx, args)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from paradiff.app.outcome import Writer
 from paradiff.app.signals import held
 from paradiff.lock import locked
+from paradiff.whole_file import require_named
 
 SCRATCH = ".paradiff"
 LAST = "run.json"
@@ -156,6 +157,35 @@ def _claimed(path: Path, real: Path, made: list[Path]) -> Iterator[None]:
         raise Taken(
             f"the output folder {str(path)!r} is in use by another run; wait until it ends, or give another folder"
         ) from busy
+
+
+@contextmanager
+def made_folder(folder: Path, what: str) -> Iterator[None]:
+    """A folder that is there for as long as the block lasts. Those that were made for it go again where the block leaves them
+    empty.
+
+    Args:
+        folder: The folder.
+        what: What it is, the subject of a sentence.
+
+    Raises:
+        ValueError: If it cannot be made, or no file can be written into it.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            require_named(folder)
+            make_folders(folder, made)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(
+                f"{what} {str(folder)!r} cannot be written: {error.strerror or error}; give another one"
+            ) from error
+        yield
+    finally:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
 
 
 def make_folders(folder: Path, made: list[Path]) -> None:

@@ -22,7 +22,7 @@ from paradiff.pipelines.plan import plan as plan_it
 from paradiff.planning.latency import LatencyCurve
 from paradiff.planning.plan import Plan
 from paradiff.solver.evaluator import Evaluator
-from paradiff.whole_file import require_place
+from paradiff.whole_file import held_places
 
 
 def plan(
@@ -57,14 +57,12 @@ def plan(
         "objective": request.objective,
         "deadline": request.deadline,
     }
-    for path in (plot, json):
-        if path is not None:
-            require_place(path)
-    found = _planned(request, device, dtype, batch, options)
-    if plot is not None:
-        found.plot(plot)
-    if json is not None:
-        found.save(json)
+    with held_places(plot, json):
+        found = _planned(request, device, dtype, batch, options)
+        if plot is not None:
+            found.plot(plot)
+        if json is not None:
+            found.save(json)
     print(found)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paradiff.app import plots
-from paradiff.app.folder import make_folders
+from paradiff.app.folder import made_folder
 from paradiff.app.launched import rank
 from paradiff.solver.previews import Preview, Previews
 
@@ -26,23 +26,15 @@ def preview_folder(folder: str | None) -> Iterator[None]:
         folder: Its path; None for no previews.
 
     Raises:
-        ValueError: If it is not empty, or cannot be made.
+        ValueError: If it is not empty, or cannot be written.
     """
-    made: list[Path] = []
-    try:
-        if folder is not None and rank() == 0:
-            try:
-                make_folders(Path(folder), made)
-                full = any(Path(folder).iterdir())
-            except OSError as error:
-                raise ValueError(f"the folder of previews {folder!r} cannot be made: {error.strerror}") from error
-            if full:
-                raise ValueError(f"the folder of previews {folder!r} is not empty; give another one")
+    if folder is None or rank() > 0:
         yield
-    finally:
-        for one in made:
-            with suppress(OSError):
-                one.rmdir()
+        return
+    with made_folder(Path(folder), "the folder of previews"):
+        if any(Path(folder).iterdir()):
+            raise ValueError(f"the folder of previews {folder!r} is not empty; give another one")
+        yield
 
 
 def previews_into(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,6 +31,7 @@ from paradiff.solver.arguments import require_warm
 from paradiff.solver.deadline import Deadline
 from paradiff.solver.solution import Status
 from paradiff.solver.trajectory import Trajectory
+from paradiff.whole_file import require_place
 
 
 def run(request: Request, solver: Any, called: dict[str, Any]) -> None:
@@ -103,13 +105,16 @@ def refuse_unfit(trajectory: str) -> None:
     """Refuses the path of a file that could not be written.
 
     Raises:
-        ValueError: If it is a folder, or its folder does not exist.
+        ValueError: If it is a folder, a pipe or a device, its folder does not exist, or the file system refuses it.
     """
     path = Path(trajectory).absolute()
-    if path.is_dir():
+    if os.path.isdir(path):  # which is False of a name that is too long
         raise ValueError(f"--save-trajectory is {trajectory!r}, which is a folder; give the path of a file")
     if not path.parent.is_dir():
         raise ValueError(f"--save-trajectory is {trajectory!r}, whose folder does not exist; make it first")
+    require_place(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--save-trajectory is {trajectory!r}, which is no regular file; give another path")
 
 
 def claimed(request: Request) -> AbstractContextManager[Folder | None]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import statistics
@@ -16,6 +17,7 @@ from paradiff.lazy import naming_the_extra
 from paradiff.planning.effectivity import Effectivity, index_of
 from paradiff.planning.latency import LatencyCurve
 from paradiff.solver.solution import ROUNDING
+from paradiff.whole_file import write_whole
 
 EQUAL = 4e-3
 """Root mean square error below which a sample counts as the sequential one: half a grey level of data in -1 ... 1."""
@@ -222,14 +224,19 @@ class Comparison:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_json` into a file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Writes `to_json` into a file, whole or not at all.
+
+        Raises:
+            ValueError: If the file system refuses it.
+        """
+        write_whole(Path(path), f"{json.dumps(self.to_json(), indent=1)}\n".encode())
 
     def plot(self, path: str | Path) -> None:
         """Draws errors against rounds, evaluations and gain into a PNG file.
 
         Raises:
             MissingPackage: If matplotlib is not installed.
+            ValueError: If the file system refuses it.
         """
         with naming_the_extra("Comparison.plot"):
             from paradiff.planning.comparison_plot import draw
@@ -244,7 +251,9 @@ class Comparison:
                 f"times faster than sequential, by {self._clock}": [self.gain(row) for row in self.rows],
             },
         )
-        figure.savefig(path, dpi=150, format="png")
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=150, format="png")
+        write_whole(Path(path), picture.getvalue())
 
     def __str__(self) -> str:
         head = ("", "rounds", "most", "evaluations", "error, worst", "dB", "held", "estimate/error", "1 to 10", "gain")
