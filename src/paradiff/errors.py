@@ -54,6 +54,10 @@ class NotHere(ValueError):
     """A network's weights are needed on a rank that does not hold them. The text is a sentence for the user."""
 
 
+class NotFinite(ValueError):
+    """A state of a chain, or an output of its network, holds NaN or infinity. The text is a sentence for the user."""
+
+
 class NotWalked(Unsupported):
     """The loop does not iterate its scheduler's times."""
 

@@ -33,10 +33,13 @@ from paradiff import (
     Schedule,
     Table,
     auto,
+    chords,
     collocation,
     jacobi,
     paradigms,
     parasolver,
+    parataa,
+    quasi_deer,
     quasi_newton,
     sample,
     sequential,
@@ -107,6 +110,45 @@ def test_a_start_that_is_not_finite_is_named_and_not_the_model(method: Method, v
         sample(network, table, noise, method, start=states, check="off")
     with pytest.raises(ValueError, match=f"{sentence}noise that begins at a finite state"):
         sample(network, table, From(states), method, check="off")
+
+
+FOLLOWING = [
+    sequential(),
+    parasolver(4),
+    quasi_newton(),
+    collocation(),
+    chords(cores=3),
+    quasi_deer(),
+    parataa(),
+    paradigms(),
+    quasi_newton(tolerance=0.0),
+]
+
+
+@pytest.mark.parametrize("method", FOLLOWING, ids=str)
+def test_a_start_that_overflows_is_named_and_not_the_model(method: Method) -> None:
+    noise, table = Keyed(SHAPE, 0, 2), ddim(Schedule.scaled_linear(), 20)
+    states = torch.stack([noise.start(k) for k in range(2)])
+    states[1] *= 1e20
+    size = f"{float(states[1].double().square().mean().sqrt()):.2g}"
+    for part in (table, table[2:] if method == quasi_newton() else table):
+        with pytest.raises(ValueError, match="the chain's first level is 1 for data of mean square 1") as met:
+            sample(network, part, noise, method, start=states, check="off")
+        told = f"sample 1 begins at a state of root mean square {size}, and its square overflows torch.float32 after"
+        assert told in str(met.value)
+        assert str(met.value).endswith(": give a start of about that size")
+
+
+def test_a_model_that_returns_nan_is_named_where_another_sample_begins_far_out() -> None:
+    noise, table = Keyed(SHAPE, 0, 2), TABLES["ddim"]
+    states = torch.stack([noise.start(k) for k in range(2)])
+    states[1] *= 1e6
+
+    def faulty(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where((x.abs() < 100).flatten(1).all(1).view(-1, *[1] * (x.ndim - 1)), torch.nan, network(x, t))
+
+    with pytest.raises(ValueError, match=r"sample 0 is not finite after node 0 .*: the model returned NaN or infinity"):
+        sample(faulty, table, noise, quasi_newton(), start=states, check="off")
 
 
 def test_a_sub_interval_that_splits_a_two_stage_step_still_waits_for_the_state_before_it() -> None:

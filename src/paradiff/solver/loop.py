@@ -21,7 +21,7 @@ from torch import Tensor
 from paradiff.chain.home import at_home
 from paradiff.chain.noise import Noise, noise_along
 from paradiff.chain.table import Table
-from paradiff.errors import shown
+from paradiff.errors import NotFinite, shown
 from paradiff.solver.agreement import described
 from paradiff.solver.arguments import (
     Start,
@@ -70,6 +70,7 @@ from paradiff.solver.trajectory import Trajectory, require_trajectory, trajector
 
 UNCHECKED = "not checked: that the model's output for a row depends on that row alone"
 IDLE = 100_000  # rounds beyond the chain's steps without the end of a sweep: no stride and no corrector in use has so many
+HUGE = 1e4  # times a chain's first level: no data are as large, and networks answer to none
 Rounds = Generator[Batch, Tensor | EditedOutputs, Solution]
 
 
@@ -160,7 +161,7 @@ def solve(
 
 def _undisturbed(rounds: Rounds, problem: Problem) -> Rounds:
     """The rounds of a solver that is resumed with the CPU as torch's default device, and without autocast, which would make its
-    products in half precision. What fails since a sample begins at NaN or infinity is told so."""
+    products in half precision. What fails since a sample begins at NaN or infinity, or far above its level, is told so."""
     answer: Tensor | EditedOutputs | None = None
     while True:
         try:
@@ -174,6 +175,8 @@ def _undisturbed(rounds: Rounds, problem: Problem) -> Rounds:
             return end.value
         except ValueError as error:
             _require_finite_start(problem, error)
+            if isinstance(error, NotFinite):
+                _require_start_of_its_level(problem, error)
             raise
         answer = yield batch
 
@@ -186,6 +189,21 @@ def _require_finite_start(problem: Problem, met: ValueError) -> None:
             raise ValueError(
                 f"sample {k} begins at a state that holds NaN or infinity, which no method follows: give "
                 f"{'noise that begins at a finite state' if problem.start is None else 'a finite start'}"
+            ) from met
+
+
+def _require_start_of_its_level(problem: Problem, met: NotFinite) -> None:
+    """Raises ValueError if the sample that met NaN or infinity begins far above the chain's first level."""
+    level = math.hypot(float(problem.table.alpha[0]), float(problem.table.sigma[0]))
+    for k in range(problem.noise.samples):
+        _, named, where = str(met).partition(":")[0].partition(f"sample {k} is not finite")
+        start = problem.noise.start(k) if problem.start is None else problem.start[k]
+        size = float(start.double().square().mean().sqrt())
+        if named and size > HUGE * level:
+            raise ValueError(
+                f"sample {k} begins at a state of root mean square {size:.2g}, and its square overflows "
+                f"{problem.dtype}{where}; the chain's first level is {level:.2g} for data of mean square 1: give a start of "
+                "about that size"
             ) from met
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import held_to, unusual
 from paradiff.chain.noise import Noise
+from paradiff.errors import NotFinite
 from paradiff.methods.chords.setup import ChordsSetup
 from paradiff.solver.protocol import Query
 from paradiff.solver.records import ChordsRecord
@@ -198,7 +199,7 @@ class ChordsSolver:
         setup, method = self.setup, self.setup.method
         if not math.isfinite(norms[0]):
             node = self._asked[0]
-            raise ValueError(
+            raise NotFinite(
                 f"sample {self.sample} is not finite after node {node} (time {float(setup.table.t[node]):g}), whose own state "
                 "is that of the sequential chain: the model returned NaN or infinity, or overflowed its dtype; check its "
                 "weights, its dtype and the times it was trained on"

@@ -32,6 +32,7 @@ from torch import Tensor
 from paradiff.chain.data_scale import held_to, unusual
 from paradiff.chain.noise import Noise
 from paradiff.chain.step import uploaded
+from paradiff.errors import NotFinite
 from paradiff.methods.collocation.error import told
 from paradiff.methods.collocation.estimator import Estimator
 from paradiff.methods.collocation.evaluations import Evaluations
@@ -358,7 +359,7 @@ class CollocationSolver:
         *nodes, together, moved, since, size, finite = norms
         visited, count = self._visited, len(nodes) // 2
         if not all(map(math.isfinite, (finite, *nodes))):
-            raise ValueError(
+            raise NotFinite(
                 f"sample {self.sample} is not finite after round {round} (times {float(self.setup.table.t[visited[0]]):g} "
                 f"to {float(self.setup.table.t[visited[-1]]):g}): the model returned NaN or infinity, or overflowed its "
                 "dtype; check its weights, its dtype and the times it was trained on, or use quasi_newton, which takes the "

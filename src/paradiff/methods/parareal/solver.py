@@ -27,6 +27,7 @@ from torch import Tensor
 
 from paradiff.chain.data_scale import unusual
 from paradiff.chain.noise import Noise
+from paradiff.errors import NotFinite
 from paradiff.methods.parareal.pool import BlockRuns
 from paradiff.methods.parareal.queue import BatchedQueue, PararealQuery, PipelinedQueue, Queue, Row
 from paradiff.methods.parareal.setup import PararealSetup
@@ -244,7 +245,7 @@ class PararealSolver:
         if self.done:
             self._final_square = float(self.setup.step.mean_square(self.final[None]))
         if self.done and not math.isfinite(self._final_square) and not torch.isfinite(self.final).all():
-            raise ValueError(
+            raise NotFinite(
                 f"sample {self.sample} is not finite after {self.result.level} iterations: the model returned NaN or infinity, "
                 "or overflowed its dtype, on the chain itself or in a coarse step; method sequential tells which"
             )

@@ -35,6 +35,7 @@ from paradiff.chain.data_scale import held_to
 from paradiff.chain.sensitivity import FITTED, decision, log_snr, noise_units, scatter, sensitivity
 from paradiff.chain.slope import DATA_VARIANCE
 from paradiff.chain.table import Table
+from paradiff.errors import NotFinite
 from paradiff.methods.parareal.coarse import Coarse, propagator_mismatch
 from paradiff.methods.parareal.options import PararealOptions
 
@@ -156,7 +157,7 @@ class StoppingRule:
         if update.kind == "exact":
             if not math.isfinite(value):
                 node = self._edges[i]
-                raise ValueError(
+                raise NotFinite(
                     f"sample {sample} is not finite after the block from node {node} (time {float(self._table.t[node]):g}), "
                     "which was walked by the chain's own steps: the model returned NaN or infinity, or overflowed its dtype; "
                     "check its weights, its dtype and the times it was trained on"

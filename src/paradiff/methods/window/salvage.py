@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paradiff.errors import NotFinite
 from paradiff.methods.window.setup import WindowSetup
 
 
@@ -26,7 +27,7 @@ def finite_nodes(setup: WindowSetup, phi: Tensor, sample: int, first: int, sweep
     count = finite.index(False) if False in finite else len(finite)
     if count == 0:
         node = setup.edges[first]
-        raise ValueError(
+        raise NotFinite(
             f"sample {sample} is not finite after node {node} (time {float(setup.table.t[node]):g}), whose own state "
             "is that of the sequential chain: the model returned NaN or infinity, or overflowed its dtype; check its "
             "weights, its dtype and the times it was trained on"

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from paradiff.chain.noise import Noise
 from paradiff.chain.slope import DATA_VARIANCE
+from paradiff.errors import NotFinite
 from paradiff.methods.remembered import remembered
 from paradiff.methods.window.anderson import AndersonUpdate
 from paradiff.methods.window.astray import Astray
@@ -322,7 +323,7 @@ class WindowSolver:
         """Takes over the corrected state of a block's end."""
         assert self.correction is not None
         if not all(map(math.isfinite, change)):
-            raise ValueError(
+            raise NotFinite(
                 f"sample {self.sample} is not finite after the correction at node {self.lo} (time "
                 f"{float(self.setup.table.t[self.lo]):g}): the model returned NaN or infinity, or the corrector's step is too "
                 "long for it; give its Lipschitz constant, or no corrector"
