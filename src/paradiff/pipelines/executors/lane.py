@@ -30,6 +30,7 @@ from paradiff.pipelines.loop import interrupt
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, SECOND_LOOP
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
+from paradiff.pipelines.loop.given import WRITTEN, Given
 from paradiff.pipelines.loop.ledger import Ledger, differing, ledger, variables
 from paradiff.pipelines.loop.random_watch import RandomWatch
 from paradiff.pipelines.loop.scheduler_proxy import (
@@ -151,6 +152,7 @@ class Lane(greenlet.greenlet):
         self._player = Player(shared.batching.log)
         self._known: dict[Key, Known] = {}
         self._real: Any = None
+        self._given = Given(False)
 
     @property
     def circumstance(self) -> str:
@@ -257,6 +259,8 @@ class Lane(greenlet.greenlet):
         if self._handed is None:
             reason = OTHER_START_OR_EDIT if self.node else OTHER_START
             shared.flags.append((_near(sample, shared.solver.first.sample), reason))
+        if not self.number and not self.dry:
+            self._look_again(output, sample)
         if not self.dry:
             self.output, self.sample = output, sample
             self.ledger = ledger(tensors=self._variables) if self.audited else {}
@@ -269,6 +273,13 @@ class Lane(greenlet.greenlet):
         with torch.inference_mode(False), torch.no_grad():
             self._handed = self.state.clone()
         return shared.solver.result(self._handed)
+
+    def _look_again(self, output: Tensor, sample: Tensor) -> None:
+        """Compares what earlier steps of the lane were given with what it holds now, where the scheduler keeps it."""
+        unchanged = self._given.unchanged()
+        if unchanged is not None:
+            self._shared.flags.append((unchanged, WRITTEN))
+        self._given.note(lambda: output, lambda: sample)
 
     def _begin(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> None:
         """Starts the solver, at lane 0's first step."""
@@ -296,7 +307,7 @@ class Lane(greenlet.greenlet):
         finally:
             self.owner, self._iterations.pulls = owner, []
         shared.index = first_index(self.scheduler, timesteps[0])
-        shared.running = first.running
+        shared.running, self._given = first.running, Given(first.keeps)
         seal(self.scheduler, shared.running)
         self._settings = settings(self.scheduler)
         if shared.batching.check != "off":

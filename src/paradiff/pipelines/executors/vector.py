@@ -29,6 +29,7 @@ from paradiff.pipelines.executors.dry_walk import Start, refuse_memory
 from paradiff.pipelines.loop.audit import KEEPS
 from paradiff.pipelines.loop.driver import AFTER_THE_STEP, SECOND_LOOP, LoopSolver
 from paradiff.pipelines.loop.first_step import FirstStep, refuse_other_generator, refuse_other_time
+from paradiff.pipelines.loop.given import BACK, WRITTEN, Given
 from paradiff.pipelines.loop.ledger import Ledger, grown, ledger
 from paradiff.pipelines.loop.random_watch import RandomWatch
 from paradiff.pipelines.loop.scheduler_proxy import (
@@ -110,6 +111,7 @@ class Vector:
         self._ledgers = deque[Ledger](maxlen=3)
         self._iterations = Iterations()
         self._index: int | None = None
+        self._given = Given(False)
         self.scheduler = make_proxy(scheduler, self)
 
     def rounds(self, timesteps: Tensor) -> Iterator[Tensor]:
@@ -198,6 +200,19 @@ class Vector:
         scaled = window * column(factor, window.to(torch.promote_types(window.dtype, torch.float32)))
         return Windowed.wrap(scaled.to(window.dtype), self._round)
 
+    def _look_again(self, output: Windowed, sample: Windowed) -> None:
+        """Compares what the first steps were given with what it holds now, where the scheduler keeps it. Waits for the device
+        then.
+
+        Raises:
+            Unsupported: If it is not the same.
+        """
+        if self._solver.passes <= BACK:
+            unchanged = self._given.unchanged()
+            if unchanged is not None and not bool(unchanged):
+                raise Unsupported(WRITTEN)
+            self._given.note(lambda: output.window, lambda: sample.window)
+
     def _aside(self) -> contextlib.AbstractContextManager[None]:
         """Lets the scheduler itself answer, where somebody else than the loop has it."""
         switch = None if self._start is None else self._start.host.switch
@@ -233,6 +248,8 @@ class Vector:
                 solver.begin(first, repeat=repeat, pulls=pulls)
             self._batching.widest = solver.widest
             self._index = first_index(self.scheduler, first.timesteps[0])
+            self._given = Given(first.keeps)
+            self._given.note(lambda: output, lambda: sample)
             seal(self.scheduler, first.running)
             self._settings = settings(self.scheduler)
             self._batching.log.divide(timesteps)
@@ -248,6 +265,7 @@ class Vector:
             if timestep is not self._times:
                 given = timestep.window if isinstance(timestep, Windowed) else timestep
                 refuse_other_time(given, self._times.window)
+            self._look_again(output, sample)
             solver.first.check_options(kwargs)
             refuse_other_generator(kwargs.get("generator"), solver.first.generator)
             with Modes.exact().entered(), self._aside():

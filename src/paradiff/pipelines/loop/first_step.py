@@ -111,20 +111,32 @@ class FirstStep:
             if name != "generator" and now is not first and (isinstance(now, Tensor) or now != first):
                 raise Unsupported(f"the loop changes the {name} of its scheduler's step")
 
-    @functools.cached_property
+    @property
     def running(self) -> set[str]:
         """The attributes that the scheduler's own step changes, besides its step index."""
+        return self._two_steps[0]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the scheduler keeps the very state or output that its step is given, in one of its first two steps."""
+        return self._two_steps[1]
+
+    @functools.cached_property
+    def _two_steps(self) -> tuple[set[str], bool]:
         scheduler = copy.deepcopy(self.scheduler)
-        before = copy.deepcopy(vars(scheduler))
+        before, keeps = copy.deepcopy(vars(scheduler)), False
         with forked_random_state(self.sample.device):
             for time in self.timesteps[:2]:
                 kwargs = {name: value for name, value in self.kwargs.items() if name != "generator"}
                 if hasattr(scheduler, "scale_model_input"):
                     scheduler.scale_model_input(self.sample.clone(), time)
                 options = resolved(kwargs, time)
-                scheduler.step(self.output.clone(), time_of(scheduler, time, self.sample), self.sample.clone(), **options)
+                output, sample = self.output.clone(), self.sample.clone()
+                scheduler.step(output, time_of(scheduler, time, self.sample), sample, **options)
+                keeps |= any(_same_memory(leaf, output, sample) for leaf in _pytree.tree_leaves(vars(scheduler)))
         after = vars(scheduler)
-        return {name for name in {*before, *after} - {"_step_index"} if not _alike(before.get(name), after.get(name))}
+        changed = {name for name in {*before, *after} - {"_step_index"} if not _alike(before.get(name), after.get(name))}
+        return changed, keeps
 
     def real_step(self, index: int, output: Tensor, sample: Tensor) -> Any:
         """What the scheduler's own `step` number `index` returns, made on copies of the scheduler and the generators."""
@@ -220,6 +232,12 @@ def _alike(a: Any, b: Any) -> bool:
         return type(a) is type(b) and (bool(a == b) or hasattr(a, "set_timesteps"))
     except (ValueError, RuntimeError):  # Values that have no one answer.
         return False
+
+
+def _same_memory(leaf: Any, *others: Tensor) -> bool:
+    """Whether a value is a tensor in the memory of another one."""
+    places = {other.untyped_storage().data_ptr() for other in others if other.numel()}
+    return type(leaf) is Tensor and leaf.untyped_storage().data_ptr() in places
 
 
 class _Unread:
