@@ -77,3 +77,29 @@ def test_a_loop_without_derivatives_is_parallel_where_gradients_are_on() -> None
     found = denoise(X)
     assert denoise.run.report.executor != "sequential"
     torch.testing.assert_close(found, plain(X), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("executor", ["auto", "vector", "lanes"])
+@pytest.mark.parametrize("begin", [0, 6])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_a_network_within_a_transform_in_the_loop_is_named_as_the_reason(transform: str, begin: int, executor: Any) -> None:
+    net, scheduler = Net(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    calls: dict[str, Any] = {
+        "grad": lambda x, t: torch.func.grad(lambda y: net(y, t).square().sum())(x),
+        "vmap": lambda x, t: torch.vmap(lambda row: net(row[None], t)[0])(x),
+        "jvp": lambda x, t: torch.func.jvp(lambda y: net(y, t), (x,), (torch.ones_like(x),))[1],
+    }
+
+    def denoise(x: Tensor) -> Tensor:
+        scheduler.set_timesteps(20)
+        for i, t in enumerate(scheduler.timesteps):
+            v = net(x, t) if i < begin else calls[transform](x, t)
+            x = scheduler.step(v, t, x)[0]
+        return x
+
+    run = parallel(parasolver(tolerance=1e-4), executor=executor)(denoise)
+    told = r"within a transform of torch\.func" if executor != "vector" else r"transform of torch\.func|reads its step number"
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match=told):
+        found = run(X)
+    with torch.no_grad():
+        assert torch.equal(found, denoise(X))

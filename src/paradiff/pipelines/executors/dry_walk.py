@@ -43,7 +43,7 @@ from paradiff.pipelines.loop.scheduler_proxy import first_index, make_proxy, pla
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.loop.waiting import refuse_waiting
-from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.batching import Batching, refuse_transforms
 from paradiff.pipelines.network.call_log import Player, signature
 from paradiff.pipelines.tensor.windowed import first_line
 from paradiff.solver.accelerator import read
@@ -271,6 +271,7 @@ class DryWalk(greenlet.greenlet):
             return self._real(forward, args, kwargs) if entry.anew else entry.play(args, kwargs)
         if self._stepped:
             raise Unsupported(AFTER_THE_STEP)
+        refuse_transforms()
         self._note_arguments(args, kwargs)
         known = [entry.output for entry in self._batching.log.first if entry.signature == called and entry.output is not None]
         if not known and called not in self._learned:

@@ -46,6 +46,7 @@ from paradiff.pipelines.loop.scheduler_proxy import (
 from paradiff.pipelines.loop.timesteps import Iterations
 from paradiff.pipelines.loop.torch_modes import Modes
 from paradiff.pipelines.loop.waiting import refuse_held
+from paradiff.pipelines.network.batching import refuse_transforms
 from paradiff.pipelines.network.call_log import Player
 
 OTHER_START = "the call comes to its loop with another state when it is made again"
@@ -327,6 +328,7 @@ class Lane(greenlet.greenlet):
         if self._inside and self._stepped:
             raise Unsupported(AFTER_THE_STEP)
         if self._inside:
+            refuse_transforms()
             shared.refuse_settings()
         call = NetworkCall.of(module, forward, args, kwargs, len(self._calls), self._known, users=self.number == 0)
         for earlier in self._calls:

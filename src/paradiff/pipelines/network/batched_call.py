@@ -33,7 +33,7 @@ from torch.utils import _pytree
 
 from paradiff.errors import NeedsOrder, RanksFailed, Unsupported
 from paradiff.pipelines.loop.random_state import Snapshot, drawn_by
-from paradiff.pipelines.network.batching import Batching
+from paradiff.pipelines.network.batching import Batching, refuse_transforms
 from paradiff.pipelines.network.holder import holds_tensors
 from paradiff.pipelines.network.memory import Memory
 from paradiff.pipelines.network.tree import each, windowed_inputs
@@ -66,6 +66,7 @@ def batched_call(
         Unsupported: If the network fails or returns something without the rows it was given, or a check fails.
         torch.OutOfMemoryError: If one state alone does not fit.
     """
+    refuse_transforms()
     batching.home(forward, args, kwargs)
     try:
         with batching.timed():

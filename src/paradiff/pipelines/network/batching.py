@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils import _pytree
 
 from paradiff.errors import Unsupported, shown
@@ -34,6 +35,19 @@ calls; `off`, none. Where calls are checked, so is what a network keeps from one
 
 PLAIN = (int, float, str, bytes, complex, torch.dtype, torch.device, torch.Generator, type(None))
 """Kinds of arguments that a call does not write into, or that tell all ranks' states alike."""
+
+
+def refuse_transforms() -> None:
+    """Refuses a network's call within a transform of torch.func, whose tensors hold what cannot be taken out of it.
+
+    Raises:
+        Unsupported: If there is one.
+    """
+    if peek_interpreter_stack() is not None:
+        raise Unsupported(
+            "its loop calls a network within a transform of torch.func (vmap, grad, jvp, ...), out of which no states of a "
+            "window can be taken"
+        )
 
 
 class Rest(Exception):
@@ -150,6 +164,7 @@ class Batching:
         if not (self.looping or self.log.open):
             return self.for_all(forward, args, kwargs)
         if self.looping:
+            refuse_transforms()
             sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
             self.count(sizes[0] if sizes else 1)
         with self.timed():
