@@ -7,6 +7,7 @@ call, with a warning, where there is no parallel form. What a try changed is put
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import json
@@ -42,6 +43,7 @@ from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.known import CallKnown
 from paradiff.pipelines.loop.callback import Callback
 from paradiff.pipelines.loop.driver import ENDED_EARLY, LoopSolver
+from paradiff.pipelines.loop.first_step import READS_MORE, Unread
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.reader import other_form
 from paradiff.pipelines.loop.source import handed_on
@@ -323,7 +325,10 @@ class Call:
                 raise NeedsOrder(f"the forward of {lost} is replaced in the call")
         if not solver.started and interrupt:
             return result  # The loop passed over all its steps, as that of the plain call does.
-        if _holds_windows(result):
+        kept = getattr(host.owner, "__dict__", {}).values()
+        if _holds(Unread, result) or any(_holds(Unread, value, 1) for value in kept):
+            raise Unsupported(READS_MORE)
+        if _holds(Windowed, result):
             raise NeedsLanes("the loop edits its last state, or returns tensors, with the states of a window")
         if _lives(rounds):
             raise NeedsLanes("the loop leaves tensors of the states of a window in an object that outlives the call")
@@ -412,8 +417,14 @@ def _lives(rounds: list[weakref.ref[Any]]) -> bool:
     return any(found() is not None for found in rounds)
 
 
-def _holds_windows(result: Any) -> bool:
-    """Whether there are windowed tensors in nested dicts, lists and tuples."""
+def _holds(kind: type, result: Any, depth: int = 8) -> bool:
+    """Whether there are objects of a kind in dicts, lists, tuples and dataclasses, nested to some depth."""
+    if isinstance(result, kind):
+        return True
+    if not depth:
+        return False
     if isinstance(result, dict):
-        return any(map(_holds_windows, result.values()))
-    return isinstance(result, Windowed) or (isinstance(result, list | tuple) and any(map(_holds_windows, result)))
+        return any(_holds(kind, value, depth - 1) for value in result.values())
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return any(_holds(kind, getattr(result, field.name, None), depth - 1) for field in dataclasses.fields(result))
+    return isinstance(result, list | tuple) and any(_holds(kind, value, depth - 1) for value in result)

@@ -26,6 +26,8 @@ from paradiff.solver.accelerator import forked_random_state
 
 GIVEN_NOISE = "variance_noise"
 NEXT_TIME = "prev_timestep"  # closer to the data
+READS_MORE = "the loop reads more of a step's result than the new state"
+"""The reason against a loop that uses what a parallel step does not give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,10 +214,10 @@ def step_result(template: Any, sample: Tensor, real: Any = None) -> Any:
             reading them raises `Unsupported`.
     """
     if isinstance(template, tuple):
-        rest = [_Unread()] * (len(template) - 1) if real is None else list(real[1:])
+        rest = [Unread()] * (len(template) - 1) if real is None else list(real[1:])
         return (sample, *rest)
     known = template if real is None else real
-    fields = {k: v if real is not None or v is None else _Unread() for k, v in vars(known).items() if k != "prev_sample"}
+    fields = {k: v if real is not None or v is None else Unread() for k, v in vars(known).items() if k != "prev_sample"}
     return type(template)(prev_sample=sample, **fields)
 
 
@@ -240,18 +242,18 @@ def _same_memory(leaf: Any, *others: Tensor) -> bool:
     return type(leaf) is Tensor and leaf.untyped_storage().data_ptr() in places
 
 
-class _Unread:
+class Unread:
     """A field of a step's result that does not exist in a parallel run."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise Unsupported("the loop reads more of a step's result than the new state")
+        raise Unsupported(READS_MORE)
 
     def __getattr__(self, name: str) -> Any:
         return self._refuse()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise Unsupported("the loop reads more of a step's result than the new state")
+        raise Unsupported(READS_MORE)
 
     __getitem__ = __iter__ = __len__ = __bool__ = __float__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
