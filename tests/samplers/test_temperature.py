@@ -125,6 +125,27 @@ def test_estimates_of_cold_chains_are_larger_by_their_shortfall() -> None:
     assert first / second == pytest.approx(1 + 0.4 * ORDER_ZERO.error.cold_safety, rel=0.02)
 
 
+def test_what_is_told_of_cold_chains_is_larger_by_their_shortfall() -> None:
+    table, noise = with_noise_scale(ddpm(Schedule.linear(), 400), 0.6), Keyed((16,), seed=0)
+    told = []
+    for cold in (0.5, 0.0):
+        control = dataclasses.replace(ORDER_ZERO, error=dataclasses.replace(ORDER_ZERO.error, cold_told=cold))
+        method = collocation(nodes=60, max_nodes=60, tolerance=0.1, control=control)
+        told += sample(lumps(8).denoiser(table), table, noise, method).error_estimates
+    first, second = (e.estimated_error for e in told)
+    assert first / second == pytest.approx(1 + 0.4 * 0.5, rel=1e-3)
+
+
+def test_the_first_mesh_of_a_cold_chain_has_more_nodes_while_the_chain_has_room_for_them() -> None:
+    usual, cold = ((lambda steps, scale=scale: with_noise_scale(ddpm(Schedule.linear(), steps), scale)) for scale in (1.0, 0.6))
+    assert collocation().count(usual(1000)) == ORDER_ZERO.nodes
+    assert collocation().count(cold(1000)) == round(ORDER_ZERO.nodes * (1 + 0.4 * ORDER_ZERO.cold_nodes))
+    assert collocation().count(cold(360)) == 62 < collocation().count(cold(1000))  # half of 35 % of its nodes
+    assert collocation().count(cold(200)) == ORDER_ZERO.nodes
+    finer = collocation(tolerance=1e-3)
+    assert finer.count(cold(500)) == finer.count(usual(500))
+
+
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_chains_with_all_their_noise_are_not_cold(variance: Literal["fixed_small", "fixed_large"]) -> None:
     table = ddpm(Schedule.linear(), 100, variance=variance)

@@ -202,6 +202,9 @@ class ErrorControl:
         refined_told: Further factor, 1 or more, where the mesh of the sample was refined: finer ones show fewer directions in
             which errors grow. Digits network, DDIM 100 at window 3, seeds 6000 to 6047: 2 of 48 samples, of refined meshes,
             erred by more than twice what they told with 1, none with 2.3.
+        cold_told: Relative increase of `told`, 0 or more, times the shortfall of the chain's noise. Digits network, DDPM 200
+            with noise times 0.7 from 64 nodes, window 16, seeds 1000 to 1031: 4 of 32 samples erred by more than was told with
+            0, and 2 with 2. Raising it tells more caution and changes no sample.
         decided_error: Largest estimated error of a state while the sample decides what it becomes, positive, root mean square
             in units of the node's noise level divided by the decision (error.py); above, the mesh is refined. Digits as
             point masses, DDPM: 3 of 80 samples that ended as another digit without it end right with 0.01, where most states
@@ -232,6 +235,7 @@ class ErrorControl:
     least_relaxation: float = 0.4
     told: float = 1.3
     refined_told: float = 1.0
+    cold_told: float = 2.0
     decided_error: float = 0.01
     few_exponent: float = 0.25
     free_growth: float = 4.0
@@ -245,6 +249,7 @@ class ErrorControl:
         require_real("tail_safety", self.tail_safety)
         require_real("chance_safety", self.chance_safety)
         require_real("cold_safety", self.cold_safety)
+        require_real("cold_told", self.cold_told)
         require_whole("many_numbers", self.many_numbers, 1)
         for name in ("tail_exponent", "decided_error", "growth_bound"):
             require_real(name, getattr(self, name), positive=True)
@@ -265,6 +270,13 @@ class CollocationControl:
         order: Degree of the interpolation where the caller gives none.
         nodes: Number of nodes of the first mesh at the tolerance `reference_tolerance`. Raising it costs evaluations and spares
             refinements.
+        cold_nodes: Relative increase of the first mesh, 0 or more, times the shortfall of the chain's noise
+            (chain/shortfall.py), up to half of `first_share`. Since `cold_safety` asks more of such chains, nearly every first
+            mesh had to be refined by a few nodes. Digits network, DDPM 1000 with noise times 0.6, window 32, rounds (most) and
+            samples that err by more than they tell: seeds 1000 to 1047 27.7 (110) and 2 of 48 with 0, 29.2 (108) and none with
+            0.5; 1100 to 1147 24.9 (109) and 21.6 (47), none by either. On DDPM 200 with
+            noise times 0.7, window 16, seeds 2000 to 2047, none of 48 samples errs by more than it tells from 56 nodes and 6 do
+            from 64, hence the half. Raising it costs evaluations and spares refinements.
         extrapolation: How far the forcing of a node that was not evaluated is extrapolated along log(alpha^2/sigma^2) from the
             last two before it that were, as a multiple of their distance; beyond, and with 0 from the start, it is constant.
             The digits network, DDIM 100 at window 3, 12 seeds: 19.5 rounds with 0, 17.9 with 1, 17.0 with 2, 16.9 with 4.
@@ -419,6 +431,7 @@ class CollocationControl:
 
     order: int
     nodes: int
+    cold_nodes: float = 0.0
     reference_tolerance: float = DEFAULT_TOLERANCE
     reference_steps: int = 1000
     steps_exponent: float = 0.0
@@ -497,6 +510,7 @@ class CollocationControl:
             require_real(name, getattr(self, name), positive=True)
         for name in (
             "node_exponent",
+            "cold_nodes",
             "steps_exponent",
             "least_nodes",
             "early_factor",
@@ -532,6 +546,7 @@ class CollocationControl:
 ORDER_ZERO = CollocationControl(
     order=0,
     nodes=56,
+    cold_nodes=0.5,
     node_exponent=2 / 3,
     iteration_share=0.25,
     refined_share=0.75,

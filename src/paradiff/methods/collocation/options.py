@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from paradiff.chain.home import made_at_home
+from paradiff.chain.shortfall import coldness
 from paradiff.chain.table import Table
 from paradiff.errors import are_whole, is_whole, require_kind, require_one_of, require_real, require_whole, shown
 from paradiff.methods.collocation.conditions import too_cold, too_few_steps, too_rough, unfit_levels
@@ -203,9 +205,13 @@ class CollocationOptions(Face):
 
     def count(self, table: Table, stored: StoredMesh | None = None) -> int:
         """Nodes of the first mesh at this tolerance, where the caller gave none; more, maybe, than the chain has."""
-        share = max(self.relative(table), self.control_on(table).least_nodes)
-        usual = self.usual(table) if stored is None else sum(stored.nodes)
-        return max(round(usual * share), self.degree(table) + 1)
+        control = self.control_on(table)
+        share, least = max(self.relative(table), control.least_nodes), self.degree(table) + 1
+        if stored is not None:
+            return max(round(sum(stored.nodes) * share), least)
+        usual, most = round(self.usual(table) * share), math.floor(control.first_share * table.steps / 2)
+        cold = round(usual * (1 + control.cold_nodes * coldness(table)))
+        return max(usual, min(cold, most), least)
 
     def of_differences(self, table: Table) -> CollocationOptions:
         """The method for samples that begin from an earlier run's states at all nodes, and whose forcings' difference to it is

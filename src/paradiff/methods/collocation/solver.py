@@ -245,7 +245,9 @@ class CollocationSolver:
         interpolation_error = self.estimator.interpolation_error
         total = math.hypot(interpolation_error, self.iteration_error)
         error = self.control.error
-        cautious = told(total, self._bounds.tolerance, error.told * (error.refined_told if self.estimator.compared else 1.0))
+        factor = error.told * (error.refined_told if self.estimator.compared else 1.0)
+        factor *= 1 + error.cold_told * self._recurrence.coldness
+        cautious = told(total, self._bounds.tolerance, factor)
         share = interpolation_error / total if 0 < total < math.inf else 1.0
         return ErrorEstimate(self.residual, cautious, self.rounds, self.evaluations, share * cautious)
 
