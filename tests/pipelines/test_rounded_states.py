@@ -139,3 +139,56 @@ def test_a_schedulers_own_rounding_of_samples_that_stay_huge_is_told(method: Met
     assert report.executor == "vector"
     assert 0.5 < error <= told < 200 * error
     assert "rounding in float32" in report.message
+
+
+class Small(nn.Module):
+    """A network whose layers autocast rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 48), nn.Linear(48, 16)
+        generator = torch.Generator().manual_seed(0)
+        for weight in self.parameters():
+            with torch.no_grad():
+                weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.tanh(self.inner(x) + torch.cos(torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1) / 300)))
+
+
+OUTPUTS = re.compile(r"rounds what its outputs become to bfloat16 in each step, .* may differ by ([\d.e+-]+) more than is told")
+SCHEDULERS = ["PNDMScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("casts", [True, False])
+@torch.no_grad()
+def test_what_a_step_makes_of_outputs_of_16_bits_is_told(name: str, seed: int, casts: bool) -> None:
+    """As autocast makes them of a loop whose states have 32: that its rounds came to rest says nothing of it."""
+
+    def made() -> tuple[Any, Small, Any]:
+        scheduler, network = getattr(diffusers, name)(), Small()
+        scheduler.set_timesteps(20)
+
+        def loop(x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                for t in scheduler.timesteps:
+                    v = network(scheduler.scale_model_input(x, t), t)
+                    x = scheduler.step(v.float() if casts else v, t, x.float())[0]
+            return x.float()
+
+        return scheduler, network, loop
+
+    scheduler, network, loop = made()
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed)) * scheduler.init_noise_sigma
+    plain = loop(x.clone())
+    scheduler, network, loop = made()
+    run = parallelize(loop, quasi_newton(8), scheduler=scheduler, networks=[network])
+    found = run(x.clone())
+    report, error = run.report, float((found - plain).square().mean(1).sqrt().max())
+    said = [float(match[1]) for match in map(OUTPUTS.search, report.warnings) if match is not None]
+    assert report.executor != "sequential"
+    assert len(said) == (not casts)
+    assert error <= 2 * report.error_estimate.estimated_error + sum(said)
+    assert sum(said) < 0.02 * float(plain.std())

@@ -39,7 +39,9 @@ TOLD = 1e-5
 few times in a step."""
 
 
-def roundoff(table: Table, eps: float, size: float = 1.0, output: float = 0.0, apart: float = 0.0) -> float:
+def roundoff(
+    table: Table, eps: float, size: float = 1.0, output: float = 0.0, apart: float = 0.0, *, states: bool = True
+) -> float:
     """R of equation (3), in the data's units: for data of mean square 1, or of another one if that is more.
 
     Args:
@@ -48,8 +50,9 @@ def roundoff(table: Table, eps: float, size: float = 1.0, output: float = 0.0, a
         size: The data's mean square V.
         output: M where it is seen to be more than that of such data, as where guidance magnifies a network's rounding.
         apart: G of equation (4).
+        states: Whether states are rounded so, too; else outputs alone.
     """
-    seen = _power(output), _power(apart)
+    seen = _power(output), _power(apart), states
     return eps * max(table.cached(("roundoff", v, *seen), lambda v=v: _roundoff(table, v, *seen)) for v in (1.0, size))
 
 
@@ -58,11 +61,11 @@ def _power(value: float) -> float:
     return 2.0 ** math.ceil(math.log2(value)) if 0 < value < math.inf else 0.0
 
 
-def _roundoff(table: Table, size: float, least: float, apart: float) -> float:
+def _roundoff(table: Table, size: float, least: float, apart: float, states: bool) -> float:
     """R of equation (3) at eps = 1."""
     weight = _weights(table, size, apart)
-    seen = [0.0] * table.steps if table.rounding is None else table.rounding.tolist()
-    terms, more = _largest_terms(table, size, least), _more(table, size)
+    seen = [0.0] * table.steps if table.rounding is None or not states else table.rounding.tolist()
+    terms, more = _largest_terms(table, size, least, states), _more(table, size)
     left = [max(term / 2, own * times) for term, own, times in zip(terms, seen, more, strict=True)]
     return CAUTION * math.sqrt(sum((w * r) ** 2 for w, r in zip(weight[1:], left, strict=True)))
 
@@ -83,15 +86,16 @@ def _weights(table: Table, size: float, apart: float) -> list[float]:
     return found
 
 
-def _largest_terms(table: Table, size: float, least: float) -> list[float]:
-    """`[N]` the largest term of each step, twice r of equation (1) at eps = 1, for outputs of `least` or more."""
+def _largest_terms(table: Table, size: float, least: float, states: bool) -> list[float]:
+    """`[N]` the largest term of each step, of outputs alone or of states too, twice r of equation (1) at eps = 1, for outputs
+    of `least` or more."""
     level, output = _levels(table, size), _outputs(table, size)
     a, b = table.a.tolist(), table.b.tolist()
     found: list[float] = []
     for i in range(table.steps):
-        terms = [level[i + 1]]
+        terms = [level[i + 1] * states]
         for j in range(min(table.band, i + 1)):
-            terms += [abs(a[i][j]) * level[i - j], abs(b[i][j]) * max(output[i - j], least)]
+            terms += [abs(a[i][j]) * level[i - j] * states, abs(b[i][j]) * max(output[i - j], least)]
         found.append(max(terms))
     return found
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from paradiff.pipelines.loop.driver import LoopSolver
+from paradiff.pipelines.loop.driver import HALF, LoopSolver
 from paradiff.pipelines.network.batching import Batching
 from paradiff.pipelines.report import Report
 from paradiff.solver.protocol import Chooses
@@ -56,11 +56,13 @@ class Account:
                 f"the tolerance was raised to {solver.raised_tolerance:g}, which the dtypes of networks and states resolve",
             ]
         if solver.rounding > 0:
-            dtype = str(solver.rounded_to).removeprefix("torch.")
+            states = solver.rounded_to in HALF
+            dtype = str(solver.rounded_to if states else solver.first.output.dtype).removeprefix("torch.")
+            what = "its states" if states else "what its outputs become"
             notes = [
                 *notes,
-                f"the plain call rounds its states to {dtype} in each step, and the solver rounds otherwise: the samples of "
-                f"both may differ by {solver.rounding:.2g} more than is told",
+                f"the plain call rounds {what} to {dtype} in each step, and the solver rounds otherwise: the samples of both "
+                f"may differ by {solver.rounding:.2g} more than is told",
             ]
         status, message = solution.status, solution.message
         if isinstance(solver.method, Chooses):

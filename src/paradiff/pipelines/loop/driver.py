@@ -379,8 +379,8 @@ class LoopSolver:
         self._repeats = Repeats(nodes[rows], handed[rows].clone(), outputs[rows].clone(), states[rows].clone())
 
     def see(self, outputs: Iterable[Tensor]) -> None:
-        """Takes what the networks returned in the first pass, by which their rounding is told. Waits for the device where the
-        loop's states have 16 bits."""
+        """Takes what the networks returned in the first pass, by which their rounding is told. Waits for the device where
+        states, or what the loop's step is given, have 16 bits."""
         if self._state_dtype in HALF or self.first.output.dtype in HALF:
             self._magnified = magnified(outputs, self.first.output)
 
@@ -413,17 +413,22 @@ class LoopSolver:
 
     @property
     def rounding(self) -> float:
-        """How far the plain call's sample may be from a chain's whose states are not rounded, RMS; 0 for states of 32 bits and
-        more. Each step rounds a state by at most half the spacing eps of its dtype, relative to its size; N of them, in
-        quadrature, come to eps N^(1/2)/2, and a network answers to them. Tiny Stable Diffusion, DDIM, 20 steps: errors of
-        0.54 times eps N^(1/2) and the sample's size in bfloat16, 0.50 times in float16; twice as much is told, or what the
+        """How far the plain call's sample may be from a chain's whose states and outputs are not rounded, RMS; 0 for those of
+        32 bits and more. Each step rounds a state by at most half the spacing eps of its dtype, relative to its size; N of
+        them, in quadrature, come to eps N^(1/2)/2, and a network answers to them. Tiny Stable Diffusion, DDIM, 20 steps: errors
+        of 0.54 times eps N^(1/2) and the sample's size in bfloat16, 0.50 times in float16; twice as much is told, or what the
         chain's steps make of roundings (chain/roundoff.py), those of outputs that guidance magnifies (magnified.py) among
-        them, where that is more."""
-        if self.rounded_to not in HALF:
+        them, where that is more. Where the step's outputs alone have 16 bits, it is what steps make of their rounding, since
+        schedulers multiply in the outputs' dtype."""
+        states = self.rounded_to in HALF
+        if not states and self.first.output.dtype not in HALF:
             return 0.0
-        eps, square = torch.finfo(self.rounded_to).eps, float(self.final.double().square().mean())
+        eps = torch.finfo(self.rounded_to if states else self.first.output.dtype).eps
+        square, more = float(self.final.double().square().mean()), self._magnified
+        if not states:
+            return roundoff(self.table, eps, unusual(square), more.size, more.apart, states=False)
         simple = eps * math.sqrt(square * self.ended)
-        return max(simple, roundoff(self.table, eps, unusual(square), self._magnified.size, self._magnified.apart))
+        return max(simple, roundoff(self.table, eps, unusual(square), more.size, more.apart))
 
     def _fitted(self, dtypes: list[torch.dtype]) -> Method:
         """The method for this call, with a tolerance that outputs and states of these dtypes resolve."""

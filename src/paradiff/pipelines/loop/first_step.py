@@ -126,7 +126,7 @@ class FirstStep:
     @functools.cached_property
     def _two_steps(self) -> tuple[set[str], bool]:
         scheduler = copy.deepcopy(self.scheduler)
-        before, keeps = copy.deepcopy(vars(scheduler)), False
+        before, keeps, changed = copy.deepcopy(vars(scheduler)), False, set[str]()
         with forked_random_state(self.sample.device):
             for time in self.timesteps[:2]:
                 kwargs = {name: value for name, value in self.kwargs.items() if name != "generator"}
@@ -135,10 +135,11 @@ class FirstStep:
                 options = resolved(kwargs, time)
                 output, sample = self.output.clone(), self.sample.clone()
                 scheduler.step(output, time_of(scheduler, time, self.sample), sample, **options)
-                keeps |= any(_same_memory(leaf, output, sample) for leaf in _pytree.tree_leaves(vars(scheduler)))
-        after = vars(scheduler)
-        changed = {name for name in {*before, *after} - {"_step_index"} if not _alike(before.get(name), after.get(name))}
-        return changed, keeps
+                after = vars(scheduler)
+                keeps |= any(_same_memory(leaf, output, sample) for leaf in _pytree.tree_leaves(after))
+                # After each, since a scheduler of two stages is after the second as it was before the first.
+                changed |= {name for name in {*before, *after} if not _alike(before.get(name), after.get(name))}
+        return changed - {"_step_index"}, keeps
 
     def real_step(self, index: int, output: Tensor, sample: Tensor) -> Any:
         """What the scheduler's own `step` number `index` returns, made on copies of the scheduler and the generators."""

@@ -27,6 +27,7 @@ from paradiff.pipelines.loop.timesteps import LoopHandler, RoundTimesteps, plain
 from paradiff.pipelines.tensor.windowed import Windowed
 
 OWN = "_paradiff_own"  # the proxy's attribute that names those that the user's scheduler does not have
+KIND = "_paradiff_kind"  # the attribute of a sealed proxy's class that is the class of the user's scheduler
 STEP = ("model_output", "timestep", "sample")
 STRAY = ("step_", "undo_step", "batch_step_no_noise")  # prefixes of methods that take a step in another way
 REPLACED = ("step", "set_timesteps", "scale_model_input")
@@ -76,7 +77,7 @@ def is_proxy(scheduler: Any) -> bool:
 
 def real_scheduler(proxy: Any) -> Any:
     """A deep copy of a proxy's scheduler: with the methods of its class, in the proxy's present state."""
-    real = object.__new__(type(proxy))
+    real = object.__new__(_kind(proxy))
     own = {OWN, *vars(proxy)[OWN]}
     state = {name: plain(value) for name, value in vars(proxy).items() if name not in own and type(value) is not _Sealed}
     if isinstance(state.get("_step_index"), Windowed):
@@ -106,8 +107,34 @@ def place(proxy: Any, index: Any) -> None:
 
 
 def seal(proxy: Any, names: set[str]) -> None:
-    """Makes every use of these attributes raise `Unsupported`: a scheduler's own step changes them, a proxy's does not."""
+    """Makes every use of these attributes raise `Unsupported`: a scheduler's own step changes them, a proxy's does not.
+
+    Its class's own methods and properties read them too, where a loop held one of them before the call, or calls it by the
+    class; and some ask no more than whether there is a value. So the class becomes one that derives from it, of the same name.
+    """
     vars(proxy).update({name: _Sealed(name) for name in names})
+    if names:
+        object.__setattr__(proxy, "__class__", _sealing(_kind(proxy)))
+
+
+def _kind(proxy: Any) -> type:
+    """The class of the user's scheduler."""
+    kind = type(proxy)
+    return vars(kind).get(KIND, kind)
+
+
+@functools.lru_cache(maxsize=32)
+def _sealing(kind: type) -> type:
+    """A class of proxies whose sealed attributes cannot be read."""
+    read: Any = kind.__getattribute__
+
+    def get(proxy: Any, name: str) -> Any:
+        value = read(proxy, name)
+        if type(value) is _Sealed:
+            value._refuse()
+        return kind if name == "__class__" else value
+
+    return type(kind)(kind.__name__, (kind,), {"__getattribute__": get, "__module__": kind.__module__, KIND: kind})
 
 
 def passed_over(present: Any, proxy: Any, circumstance: str = "") -> Unsupported:
@@ -242,7 +269,7 @@ class TimesLog:
             vars(proxy).update({name: _own(_cloned(value)) for name, value in self._calls[turn][2].items()})
             return self._calls[turn][1]
         before = settings(proxy)
-        result = type(proxy).set_timesteps(proxy, *args, **kwargs)
+        result = _kind(proxy).set_timesteps(proxy, *args, **kwargs)
         if turn == len(self._calls):
             now = settings(proxy)
             names = {name for name in now if name not in before or not _alike(before[name], now[name])} | {"_step_index"}
