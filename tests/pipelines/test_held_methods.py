@@ -83,6 +83,7 @@ def test_the_sample_is_the_plain_calls(name: str, held: Callable[[Any], tuple[Sc
     found = run(x.clone())
     if run.report.executor == "sequential":
         assert torch.equal(found, plain)
+        assert ("held from before the call" in run.report.warnings[0]) == (held in (held_step, step_of_the_class))
         return
     error = float((found - plain).square().mean().sqrt())
     assert error <= 2 * run.report.error_estimate.estimated_error + 1e-4 * float(plain.std())

@@ -42,7 +42,7 @@ from paradiff.pipelines.executors.vector import Vector
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.known import CallKnown
 from paradiff.pipelines.loop.callback import Callback
-from paradiff.pipelines.loop.driver import ENDED_EARLY, LoopSolver
+from paradiff.pipelines.loop.driver import ENDED_EARLY, NO_STEP, LoopSolver
 from paradiff.pipelines.loop.first_step import READS_MORE, Unread
 from paradiff.pipelines.loop.interrupt import Interrupt
 from paradiff.pipelines.loop.reader import other_form
@@ -333,7 +333,7 @@ class Call:
         if _lives(rounds):
             raise NeedsLanes("the loop leaves tensors of the states of a window in an object that outlives the call")
         if not solver.done:
-            raise Unsupported("its loop took no step" if not solver.started else ENDED_EARLY.format(""))
+            raise Unsupported(NO_STEP if not solver.started else ENDED_EARLY.format(""))
         return result
 
     def _by_first(self, call: Callable[[], Any]) -> Any:

@@ -42,7 +42,7 @@ from paradiff.pipelines.executors.owner import Reads, answering
 from paradiff.pipelines.executors.shared_call import Result, SharedCall
 from paradiff.pipelines.host.host import Host
 from paradiff.pipelines.loop.audit import KEEPS, granted, judge, relative_difference
-from paradiff.pipelines.loop.driver import ENDED_EARLY, Beside, LoopSolver
+from paradiff.pipelines.loop.driver import ENDED_EARLY, NO_STEP, Beside, LoopSolver
 from paradiff.pipelines.loop.ledger import Ledger, differing, unread
 from paradiff.pipelines.loop.random_state import Snapshot, clone
 from paradiff.pipelines.loop.torch_modes import Modes
@@ -152,7 +152,7 @@ class Lockstep:
             self.lanes.append(first)
             self._resume(first)
             if first.dead:
-                raise Unsupported("its loop took no step")
+                raise Unsupported(NO_STEP)
             width, audited = self.solver.width, self.coalescer.batching.check != "off" and self.solver.width > 1
             self.coalescer.batching.widest = width + (max(SECOND, width // SHARE) if audited else 0)
             while not self.solver.done:
