@@ -49,7 +49,10 @@ STOCHASTIC_ROUNDING, DETERMINISTIC_ROUNDING = 3.0, 10.0
 rounding moves them by the precision, and estimates count that with a caution (methods/window/control.py)."""
 AFTER_THE_STEP = "the loop calls a network after its scheduler's step, for which a parallel run has no place"
 """The reason against a loop whose pass goes on after its step."""
-NO_STEP = "its loop took no step, or took its steps by a method of its scheduler that it held from before the call"
+NO_STEP = (
+    "its loop took no step, or took its steps by a method that it held from before the call, or by its scheduler's class: call "
+    "scheduler.step in the loop"
+)
 ENDED_EARLY = (
     "the loop ends before its last time, by a break or a return{}, and a parallel run solves all its times: set as many steps "
     "as it takes"
