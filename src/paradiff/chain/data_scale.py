@@ -54,7 +54,7 @@ def seen(square: float, alpha: float, sigma: float) -> float:
 
 def _gaussian(square: float, noise: float) -> float:
     """Equation (1), of q and sigma^2/alpha^2."""
-    return square / 2 + math.sqrt(square**2 / 4 + square * noise)
+    return square / 2 + math.sqrt(square * square / 4 + square * noise)
 
 
 def held_to(tolerance: float, size: float) -> float:

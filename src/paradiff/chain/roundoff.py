@@ -67,7 +67,7 @@ def _roundoff(table: Table, size: float, least: float, apart: float, states: boo
     seen = [0.0] * table.steps if table.rounding is None or not states else table.rounding.tolist()
     terms, more = _largest_terms(table, size, least, states), _more(table, size)
     left = [max(term / 2, own * times) for term, own, times in zip(terms, seen, more, strict=True)]
-    return CAUTION * math.sqrt(sum((w * r) ** 2 for w, r in zip(weight[1:], left, strict=True)))
+    return CAUTION * math.sqrt(sum((w * r) * (w * r) for w, r in zip(weight[1:], left, strict=True)))
 
 
 def _weights(table: Table, size: float, apart: float) -> list[float]:

@@ -30,14 +30,13 @@ class Step:
         shared_window: Whether a state is a batch `[b, ...]` of members, each of which is to come out right.
 
     Attributes:
-        t: `[N+1]` times for the network, on the CPU; int64 where all are whole numbers.
+        t: `[N+1]` times for the network, on the CPU; int64 where all are whole numbers that it holds.
         scaled: Whether the network sees states at another scale.
     """
 
     def __init__(self, table: Table, device: torch.device, dtype: torch.dtype, shared_window: bool = False) -> None:
         self.table, self.device, self.dtype, self.shared_window = table, device, dtype, shared_window
-        whole = bool((table.t == table.t.round()).all())
-        self.t = table.t.to(torch.int64) if whole else table.t
+        self.t = table.times
         self.scaled = bool((table.scale != 1).any())
         self.a, self.b, self.c, self.scale = (self.move(v) for v in (table.a, table.b, table.c, table.scale))
 

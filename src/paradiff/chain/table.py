@@ -29,11 +29,16 @@ from torch import Tensor
 
 from paradiff.chain.draws import Draws
 from paradiff.chain.home import at_home, made_at_home
+from paradiff.chain.plain import is_plain, plain
 from paradiff.chain.prediction import Prediction, clean_coefficients
-from paradiff.errors import is_whole, shown
+from paradiff.errors import is_whole, require_real, require_whole, shown
 
 CONSISTENT = 1e-6  # relative difference of levels that the two conditions allow
+LARGEST = 2.0**63  # whole numbers below it are int64's
 Cached = TypeVar("Cached")
+TENSORS = dict.fromkeys(("t", "alpha", "sigma", "a", "b", "c"), False)
+TENSORS |= dict.fromkeys(("scale", "reached", "clip_weight", "clean", "rounding"), True)
+"""The fields that are tensors, and whether they may be left out."""
 ROUNDING = 1e-4  # what float32 arithmetic in a scheduler can explain
 
 
@@ -71,7 +76,8 @@ class Table:
             in a slice, `table[70:]`, whose states at node 0 the caller gives.
 
     Raises:
-        ValueError: If shapes disagree, a value is not finite, or a consistency condition fails.
+        ValueError: If a field is of another kind, shapes disagree, a value is not finite, a level is negative, an output tells
+            nothing of the clean data, or a consistency condition fails.
     """
 
     name: str
@@ -96,11 +102,13 @@ class Table:
 
     @made_at_home
     def __post_init__(self) -> None:
-        for name in (of.name for of in fields(self)):
+        self._check_kinds()
+        for name in TENSORS:
             value = getattr(self, name)
-            if isinstance(value, Tensor) and not value.is_cpu:
-                object.__setattr__(self, name, value.cpu())
+            if value is not None:
+                object.__setattr__(self, name, plain(value).cpu())
         self._check_shapes(self.steps)
+        self._check_levels()
         if self.scale is None:
             object.__setattr__(self, "scale", torch.ones(self.steps + 1, dtype=torch.float64))
         if self.reached is None:
@@ -187,6 +195,29 @@ class Table:
         """The fields alone: what is derived from them is made again."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def _check_kinds(self) -> None:
+        for name, absent in TENSORS.items():
+            value = getattr(self, name)
+            if not (value is None and absent) and (not is_plain(value) or value.ndim == 0):
+                raise ValueError(
+                    f"table {self.name!r}: {name} is {shown(value)}; it must be a dense torch tensor of real numbers, float64, "
+                    f"one entry for each node or step{', or None' if absent else ''}"
+                )
+        if isinstance(self.start_scale, Tensor) and self.start_scale.numel() == 1 and is_plain(self.start_scale):
+            object.__setattr__(self, "start_scale", float(self.start_scale))
+        require_real(f"table {self.name!r}: start_scale", self.start_scale)
+        require_whole(f"table {self.name!r}: first", self.first, 0)
+
+    def _check_levels(self) -> None:
+        for name in ("alpha", "sigma"):
+            value = getattr(self, name)
+            if (value < 0).any():
+                node = int((value < 0).nonzero()[0])
+                raise ValueError(
+                    f"table {self.name!r}: {name} is {value[node]:.3g} at node {node}; levels are standard deviations, 0 or "
+                    "more"
+                )
+
     def _check_shapes(self, steps: int) -> None:
         if steps < 1:
             raise ValueError(f"table {self.name!r} has {len(self.t)} times; it needs at least two, for one step")
@@ -230,6 +261,7 @@ class Table:
 
     def _check_consistency(self) -> None:
         if not self.exact_levels:
+            self._check_clean()
             return
         complaints = ["a known clean datum leaves its ray"]
         if self.exact_variance:
@@ -241,6 +273,18 @@ class Table:
                     f"table {self.name!r}: {complaint} at step {worst}: level {found[worst]:.6g} where the schedule has "
                     f"{wanted[worst]:.6g}; check the coefficients a, b, c of that step"
                 )
+
+    def _check_clean(self) -> None:
+        """Refuses levels at which outputs tell nothing of the clean data: no method has a slope, or an estimate, there."""
+        known = torch.isfinite(self.p) & torch.isfinite(self.q) & (self.q != 0)
+        if not known.all():
+            node = int((~known).nonzero()[0])
+            raise ValueError(
+                f"table {self.name!r}: the clean-data estimate p x + q m has p = {self.p[node]:.3g} and q = {self.q[node]:.3g} "
+                f"at node {node} (alpha = {self.alpha[node]:.3g}, sigma = {self.sigma[node]:.3g}, {self.prediction} "
+                "prediction); p and q must be finite, and q not 0, at every node but the last: give levels above 0 there, as a "
+                "guide if no others are known"
+            )
 
     @cached_property
     def _landed(self) -> Tensor:
@@ -271,6 +315,12 @@ class Table:
     def steps(self) -> int:
         """N, the number of steps; nodes are 0 ... N."""
         return self.t.shape[0] - 1  # len() of a tensor takes ten times as long, and this is asked for in every round
+
+    @property
+    def times(self) -> Tensor:
+        """`[N+1]` times as they are handed to the network: int64 where all are whole numbers that it holds, else float64."""
+        whole = bool(((self.t == self.t.round()) & (self.t.abs() < LARGEST)).all())
+        return self.t.to(torch.int64) if whole else self.t
 
     @property
     def band(self) -> int:

@@ -243,9 +243,7 @@ def _batch(table: Table, start: Tensor, count: int) -> Batch:
     samples = torch.arange(count) % len(start)
     x = start[samples.to(start.device)] * table.start_scale
     scale = table.scale[nodes].to(x).view(-1, *[1] * (x.ndim - 1))
-    whole = bool((table.t == table.t.round()).all())
-    t = table.t[nodes]
-    return Batch(x * scale, t.to(torch.int64) if whole else t, nodes, samples)
+    return Batch(x * scale, table.times[nodes], nodes, samples)
 
 
 @torch.inference_mode()

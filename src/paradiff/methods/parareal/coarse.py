@@ -166,7 +166,8 @@ def propagator_mismatch(table: Table, coarse: Coarse, edges: Sequence[int], size
     the same nodes. Zero where the two are the same step.
 
     Stochastic chains are measured by the deterministic one too: for Gaussian data their steps compose exactly, and what real
-    data add to the mismatch is of the same order.
+    data add to the mismatch is of the same order. Where levels are a guide only, a deterministic one-step chain is measured by
+    its own coefficients, too.
     """
     variance = size * torch.logspace(-4, 2, 49, dtype=torch.float64)[:, None]
     extrapolates = bool(coarse.extrapolation.any())
@@ -181,7 +182,10 @@ def propagator_mismatch(table: Table, coarse: Coarse, edges: Sequence[int], size
             other = coarse.slope[coarse.nodes.index(left)]
         else:
             other = _derivative(table, [n for n in coarse.nodes if left <= n <= right], variance)
-        found.append(float((fine - other).abs().max()))
+        apart = (fine - other).abs()
+        if table.band == 1 and not table.stochastic and not table.exact_levels:
+            apart = torch.maximum(apart, (_own_derivative(table, slice(left, right), variance) - other).abs())
+        found.append(float(apart.max()))
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -192,3 +196,10 @@ def _derivative(table: Table, nodes: Sequence[int], variance: Tensor) -> Tensor:
     gain = alpha[1:] - alpha[:-1] * shrink
     slope = alpha[:-1] * variance / (alpha[:-1] ** 2 * variance + sigma[:-1] ** 2)
     return (shrink + gain * slope).prod(1)
+
+
+def _own_derivative(table: Table, steps: slice, variance: Tensor) -> Tensor:
+    """As `_derivative`, of the steps' own coefficients, which levels that are a guide only do not determine."""
+    alpha, sigma, p, q = table.alpha[:-1][steps], table.sigma[:-1][steps], table.p[steps], table.q[steps]
+    slope = (alpha * variance / (alpha**2 * variance + sigma**2) - p) / q
+    return (table.a[steps, 0] + table.b[steps, 0] * slope).prod(1)

@@ -177,8 +177,8 @@ class StoppingRule:
         if previous is not None:
             run.theta = previous.theta
             if 0 < previous.error < math.inf and math.isfinite(run.change):
-                run.seen += run.change**2
-                run.predicted += previous.error**2
+                run.seen += run.change * run.change
+                run.predicted += previous.error * previous.error
                 observed = math.sqrt(run.seen / run.predicted)
                 run.theta = max(observed, control.forgetting * previous.theta, control.least_theta)
 
@@ -189,7 +189,9 @@ class StoppingRule:
         if size != 1 and run.changes:
             factor, mismatch = self._weighted(size)
             total = max(total, sum(factor[i + 1] * mismatch[i] * change for i, change in run.changes))
-        found = self._caution * max(run.theta * total, run.left) if total > 0 else 0.0
+        if total == 0:
+            return 0.0
+        found = self._caution * max(run.theta * total, run.left)
         return found if math.isfinite(found) else math.inf
 
     def passes(self, run: BlockRun, size: float) -> bool:

@@ -60,7 +60,8 @@ class Blocks:
         """The nodes at which blocks of a table begin and end, 0 and N included.
 
         Raises:
-            ValueError: If edges do not end at the table's last node, or there are more blocks than steps.
+            ValueError: If edges do not end at the table's last node, there are more blocks than steps, or no node has both
+                signal and noise.
         """
         if not is_whole(self.count):
             if self.count[-1] != table.steps:
@@ -76,6 +77,11 @@ class Blocks:
             return [0, steps]
         level = torch.where((table.alpha > 0) & (table.sigma > 0), (table.alpha / table.sigma).log(), torch.nan)
         finite = (~level.isnan()).nonzero()[:, 0]
+        if not len(finite):
+            raise ValueError(
+                f"{count} blocks were asked of table {table.name!r}, no node of which has both signal and noise, by whose "
+                "ratio blocks are spread; give the nodes at which they end"
+            )
         first, last = float(level[finite[0]]), float(level[finite[-1]])
         wanted = torch.linspace(first, last, count + 1, dtype=torch.float64, device=level.device)[1:-1]
         nearest = (level.nan_to_num(torch.inf)[None] - wanted[:, None]).abs().argmin(1).tolist()
