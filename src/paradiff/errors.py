@@ -72,10 +72,15 @@ def shown(value: object) -> str:
         return f"the class {value.__name__}"
     if callable(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
+    if getattr(value, "is_nested", False) is True:  # which has no shape
+        return f"a nested {type(value).__name__}"
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and len(shape) > 0:
         kind = {"ndarray": "an array"}.get(type(value).__name__, f"a {type(value).__name__}")
-        return f"{kind} of shape {tuple(shape)} and {getattr(value, 'dtype', 'no dtype')}"
+        layout = str(getattr(value, "layout", "torch.strided")).removeprefix("torch.")
+        place = ", on the meta device" if getattr(value, "is_meta", False) is True else ""
+        left = place if layout == "strided" else f", {layout}"
+        return f"{kind} of shape {tuple(shape)} and {getattr(value, 'dtype', 'no dtype')}{left}"
     if isinstance(value, int) and abs(value) >= 10**LONGEST:
         return f"an int of {value.bit_length()} bits"
     text = repr(value)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from paradiff.chain.draws import Draws
+from paradiff.chain.plain import is_plain, plain
 from paradiff.errors import are_whole, is_whole, require_whole, shown
 
 
@@ -476,12 +477,33 @@ class Copies:
         self.source, self.shape, self.samples = noise, noise.shape, noise.samples
 
     def start(self, sample: int) -> Tensor:
-        """As `Noise.start`."""
-        return self.source.start(sample).clone()
+        """As `Noise.start`.
+
+        Raises:
+            ValueError: If the source returns something else than real numbers of this shape.
+        """
+        return _copied(f"`start` of sample {sample}", self.source.start(sample), tuple(self.shape))
 
     def draw(self, sample: int, nodes: range) -> Tensor:
-        """As `Noise.draw`."""
-        return self.source.draw(sample, nodes).clone()
+        """As `Noise.draw`.
+
+        Raises:
+            ValueError: If the source returns something else than real numbers of this shape for each node.
+        """
+        return _copied(f"`draw` of sample {sample}", self.source.draw(sample, nodes), (len(nodes), *self.shape))
+
+
+def _copied(name: str, drawn: object, shape: tuple[int, ...]) -> Tensor:
+    """A copy of draws, of torch's own class.
+
+    Raises:
+        ValueError: If they are no dense tensor of real numbers, or of another shape.
+    """
+    if not is_plain(drawn) or tuple(drawn.shape) != shape:
+        raise ValueError(
+            f"{name} of the noise returned {shown(drawn)}; it must return a dense torch tensor of real numbers of shape {shape}"
+        )
+    return plain(drawn).clone()
 
 
 def origin(noise: Noise) -> Noise:

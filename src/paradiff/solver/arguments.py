@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
+from paradiff.chain.plain import is_plain
 from paradiff.chain.table import Table
 from paradiff.errors import require_whole, shown
 from paradiff.solver.protocol import EditedOutputs, Evaluate, Method, Query, Remembers
@@ -55,8 +56,8 @@ def require_model(given: Any) -> None:
 
 
 def require_problem(table: Any, noise: Any, method: Any) -> None:
-    """Refuses a table, a noise or a method of another kind, and any of them within a transform of `torch.func`, which would
-    take the samples, made without derivatives, for constants.
+    """Refuses a table, a noise or a method of another kind, any of them within a transform of `torch.func`, which would take
+    the samples, made without derivatives, for constants, and within a mode whose tensors hold no numbers.
 
     Raises:
         ValueError: If there is one.
@@ -66,6 +67,12 @@ def require_problem(table: Any, noise: Any, method: Any) -> None:
             "samples are asked for within a transform of torch.func (grad, vmap, jvp, ...), which no solver follows: they have "
             "no derivatives, and each is stopped by its own values; sample outside of it (noises have samples=), and transform "
             "within the model, if at all"
+        )
+    made = torch.empty(0, device="cpu")
+    if type(made) is not Tensor:
+        raise ValueError(
+            f"samples are asked for within a mode of torch that makes each tensor a {type(made).__name__}, of which no solver "
+            "can read numbers; sample outside of it"
         )
     if not isinstance(table, Table):
         raise ValueError(
@@ -106,13 +113,13 @@ def require_callable(name: str, value: Any, expected: str) -> None:
 
 
 def require_states(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Refuses what is no tensor of real numbers of a shape.
+    """Refuses what is no dense tensor of real numbers of a shape.
 
     Raises:
         ValueError: Then.
     """
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError(f"{name} is {shown(value)}; give a tensor of real numbers of shape {shape}")
+    if not is_plain(value) or not value.is_floating_point():
+        raise ValueError(f"{name} is {shown(value)}; give a dense tensor of real numbers of shape {shape}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; the noise has {shape}: samples, then one sample's shape")
 

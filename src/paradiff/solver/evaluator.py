@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from paradiff.chain.plain import is_plain, plain
 from paradiff.errors import require_whole, shown
 from paradiff.solver.accelerator import empty_cache
 from paradiff.solver.agreement import described, versions, weights_of
@@ -493,6 +494,7 @@ class Evaluator:
             else value[samples.to(value.device, non_blocking=True)]
             for name, value in held.conditioning.items()
         }
+        shape, dtype = x.shape, x.dtype  # of the rows, which the model may change, or resize
         versions = {name: _version(value) for name, value in held.shared.items()}
         failed, m = False, None
         try:
@@ -525,16 +527,22 @@ class Evaluator:
             raise ValueError("the model returned a sparse or nested tensor; it must return one entry for each of its input")
         if m.is_meta:
             raise ValueError("the model returned a tensor on the meta device, which holds no numbers; load the model's weights")
-        if m.shape != x.shape:
+        if m.shape != shape:
             raise ValueError(
-                f"the model returned shape {tuple(m.shape)} for rows of shape {tuple(x.shape)}; it must return one output "
+                f"the model returned shape {tuple(m.shape)} for rows of shape {tuple(shape)}; it must return one output "
                 "of the shape of its input (a network that also predicts a variance needs those channels removed)"
             )
-        if m.dtype != x.dtype:
+        if m.dtype != dtype:
             own = f"give the evaluator the network's own dtype, dtype={m.dtype}, or have the model return its input's"
             advice = own if m.is_floating_point() else "have the model return real numbers of its input's dtype"
-            raise ValueError(f"the model returned dtype {m.dtype} for rows of dtype {x.dtype}; {advice}")
-        return m[:count].detach().to(batch.x.device, batch.x.dtype, copy=True)
+            raise ValueError(f"the model returned dtype {m.dtype} for rows of dtype {dtype}; {advice}")
+        found = m[:count].detach().to(batch.x.device, batch.x.dtype, copy=True)
+        if not is_plain(found):  # known of the copy alone: outputs that a collective is still making are plain then
+            raise ValueError(
+                f"the model returned a {type(m).__name__}, which computes in its own way; it must return a plain torch tensor "
+                "(of a DTensor, its full_tensor(); of a MaskedTensor, its get_data())"
+            )
+        return plain(found)
 
     def _held(self) -> Held:
         """What is held where this thread evaluates."""

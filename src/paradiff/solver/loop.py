@@ -20,6 +20,7 @@ from torch import Tensor
 
 from paradiff.chain.home import at_home
 from paradiff.chain.noise import Noise, noise_along
+from paradiff.chain.plain import plain
 from paradiff.chain.table import Table
 from paradiff.errors import NotFinite, shown
 from paradiff.solver.agreement import described
@@ -144,7 +145,7 @@ def solve(
     problem = Problem(
         table=table,
         noise=noise_along(noise, table.draws, table.first),
-        start=states,
+        start=None if states is None else plain(states),
         device=device_of(device),
         dtype=dtype,
         shared_window=shared_window,
