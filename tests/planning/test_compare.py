@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -193,3 +194,12 @@ def test_what_cannot_be_compared_is_refused_by_name(given: dict[str, Any], sente
 def test_a_model_that_fails_on_the_chain_itself_fails() -> None:
     with pytest.raises(ValueError, match="the model returned"):
         compare(lambda x, t: x.sum(), TABLE, NOISE, METHODS)  # pyright: ignore[reportArgumentType]
+
+
+def test_samples_that_are_all_alike_have_no_unit_of_errors() -> None:
+    table = dataclasses.replace(TABLE, a=0 * TABLE.a, exact_levels=False)
+    with pytest.raises(
+        ValueError, match=r"^the sequential samples have a standard deviation of 0, in .*: give the unit of errors"
+    ):
+        compare(lambda x, t: 0 * x, table, NOISE, METHODS)
+    assert compare(lambda x, t: 0 * x, table, NOISE, METHODS, unit=1.0)["srds"].samples[0].error == 0

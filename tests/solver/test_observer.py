@@ -358,6 +358,19 @@ class Half:
     name, tolerance = "half", 0.1
 
 
+class Sized:
+    """Noise of a number of samples and a shape."""
+
+    def __init__(self, samples: Any, shape: Any) -> None:
+        self.samples, self.shape = samples, shape
+
+    def start(self, sample: int) -> Tensor:
+        return torch.zeros(2, 3)
+
+    def draw(self, sample: int, nodes: range) -> Tensor:
+        return torch.zeros(len(nodes), 2, 3)
+
+
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "half a method": (
         {"method": Half()},
@@ -370,6 +383,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "start as a text": ({"start": "zeros"}, "the trajectory 'zeros' is not there; give its file"),
     "complex start": ({"start": torch.zeros(1, 2, 3) * 1j}, "start is a Tensor of shape \\(1, 2, 3\\) and torch.complex64"),
+    "no samples": ({"noise": Sized(0, (2, 3))}, "the noise's samples is 0; it must be a whole number, at least 1"),
+    "one and no whole number of samples": ({"noise": Sized(1.0, (2, 3))}, "the noise's samples is 1.0; it must be a whole"),
+    "no number of samples": ({"noise": Sized(None, (2, 3))}, "the noise's samples is None; it must be a whole number"),
+    "no shape": ({"noise": Sized(1, None)}, "the noise's shape is None; it must be a sequence of whole numbers"),
+    "a size as shape": ({"noise": Sized(1, 6)}, "the noise's shape is 6; it must be a sequence of whole numbers"),
+    "an axis of nothing": ({"noise": Sized(1, (2, 0))}, r"the noise's shape is \(2, 0\); .* each at least 1"),
     "observer as a number": ({"observer": 5}, "the observer is 5; give a function of a round"),
 }
 SOLVE: dict[str, tuple[dict[str, Any], str]] = {
@@ -403,11 +422,37 @@ def test_an_observer_says_true_or_nothing(wish: Any) -> None:
         run(METHODS["window"](), observer=lambda round: wish)
 
 
+def test_an_observer_may_empty_what_it_is_shown() -> None:
+    def observer(round: Round) -> None:
+        for shown in (round.records, round.solvers):
+            if isinstance(shown, list):
+                shown.clear()
+
+    found, expected = (run(METHODS["window"](), observer=of) for of in (observer, None))
+    assert torch.equal(found.sample, expected.sample)
+
+
+def test_conditioning_without_a_row_for_a_sample_is_refused_in_the_call() -> None:
+    evaluator = Evaluator(lambda x, t, y: network(x, t), conditioning={"y": torch.zeros(2, 4)})
+    with pytest.raises(
+        ValueError, match=r"^the conditioning 'y' has 2 rows, and sample 2 was asked for; each sample needs one row"
+    ):
+        drive(solve(TABLE, Keyed(SHAPE, samples=3), parasolver()), evaluator)
+
+
 EVALUATORS: dict[str, tuple[dict[str, Any], str]] = {
     "rows as a text": ({"max_rows": "a"}, "max_rows is 'a'; it must be a whole number"),
     "half a row": ({"max_rows": 2.5}, "max_rows is 2.5; it must be a whole number"),
     "conditioning as a number": ({"conditioning": 5}, "the conditioning is 5; give tensors by name"),
     "a number as conditioning": ({"conditioning": {"y": 5}}, "the conditioning 'y' is 5; give a tensor with a row for each"),
+    "sparse conditioning": (
+        {"conditioning": {"y": torch.zeros(1, 2).to_sparse()}},
+        r"the conditioning 'y' is a Tensor of shape \(1, 2\) and torch.float32, sparse_coo; give a tensor with a row for each",
+    ),
+    "conditioning on no device": (
+        {"conditioning": {"y": torch.zeros(1, 2, device="meta")}},
+        r"the conditioning 'y' is a Tensor of shape .*, on the meta device; give a tensor with a row for each sample, a dense",
+    ),
     "dtype as a text": ({"dtype": "float32"}, "the network's dtype is 'float32'; give one of torch"),
     "whole numbers": ({"dtype": torch.int64}, "the network's dtype is torch.int64; give one of torch"),
     "a device of another world": ({"device": "abacus"}, "the device is 'abacus', which is not available here"),

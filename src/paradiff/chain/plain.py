@@ -12,12 +12,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+DISPATCH = "__torch_dispatch__"
+
 
 def is_plain(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a dense tensor of real numbers, of torch's own class or of a subclass that computes as that does."""
     return (
         isinstance(value, Tensor)
-        and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and getattr(type(value), DISPATCH, None) is getattr(Tensor, DISPATCH, None)
         and not (value.is_nested or value.is_meta or value.is_quantized or value.is_complex())
         and value.layout is torch.strided
     )

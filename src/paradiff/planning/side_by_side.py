@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ def compare(
         The rows; `print` it for a table, `plot` it, `save` it.
 
     Raises:
-        ValueError: If an argument is of another kind, there is no method, or two have the same label.
+        ValueError: If an argument is of another kind, there is no method, two have the same label, or the sequential samples,
+            whose standard deviation errors are told in, are all alike.
     """
     given = _labelled(methods)
     for method in given.values():
@@ -82,6 +84,11 @@ def compare(
     runs, refused = _runs(noise, chains, alone)
     reference = torch.cat([run.solution.sample for run in runs[CHAIN]])
     spread = float(reference.double().std()) if unit is None else unit
+    if not 0 < spread < math.inf:
+        raise ValueError(
+            f"the sequential samples have a standard deviation of {spread:g}, in which no error can be told: give the unit of "
+            "errors, unit=1.0, say"
+        )
     peak = float(reference.max() - reference.min()) / spread
     rows = [
         _row(label, of.table if label in others else of.method, runs[label], reference, spread, label in others)

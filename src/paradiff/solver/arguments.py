@@ -14,7 +14,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from paradiff.chain.plain import is_plain
 from paradiff.chain.table import Table
-from paradiff.errors import require_whole, shown
+from paradiff.errors import are_whole, require_whole, shown
 from paradiff.solver.protocol import EditedOutputs, Evaluate, Method, Query, Remembers
 from paradiff.solver.records import Record
 from paradiff.solver.solution import Solution
@@ -83,6 +83,11 @@ def require_problem(table: Any, noise: Any, method: Any) -> None:
         raise ValueError(
             f"the noise is {shown(noise)}; give a Noise, such as paradiff.Keyed(shape, seed=0) for states of a shape, or "
             "paradiff.Recorded(shape, generator)"
+        )
+    require_whole("the noise's samples", noise.samples, 1)
+    if not are_whole(noise.shape) or not noise.shape or min(noise.shape) < 1:
+        raise ValueError(
+            f"the noise's shape is {shown(noise.shape)}; it must be a sequence of whole numbers, one at least, each at least 1"
         )
     require_method("method", method)
 

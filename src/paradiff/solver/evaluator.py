@@ -250,8 +250,11 @@ class Evaluator:
                 raise ValueError(
                     f"a part of the conditioning has the name {shown(name)}; give the name of the model's argument"
                 )
-            if not isinstance(value, Tensor) or value.ndim == 0:
-                raise ValueError(f"the conditioning {name!r} is {shown(value)}; give a tensor with a row for each sample")
+            dense = isinstance(value, Tensor) and not (value.is_nested or value.is_meta) and value.layout is torch.strided
+            if not dense or value.ndim == 0:
+                raise ValueError(
+                    f"the conditioning {name!r} is {shown(value)}; give a tensor with a row for each sample, a dense one"
+                )
         if shared is not None and not isinstance(shared, Mapping):
             raise ValueError(f"what rows share is {shown(shared)}; give values by name, such as {{'prefix': prefix}}")
         if twice := sorted({*(conditioning or {})} & {*(shared or {})}):
@@ -487,6 +490,7 @@ class Evaluator:
         if t.is_floating_point():
             t = t.to(x.dtype if x.dtype == torch.float64 else torch.float32)
         samples = _filled(batch.samples[part], filling)
+        _require_rows_of(held.conditioning, samples)
         single = self._single(samples, held.conditioning) if held.conditioning and not self._copies else {}
         rows = {
             name: single[name].expand(len(x), *value.shape[1:])
@@ -562,6 +566,20 @@ class Evaluator:
             return {}
         alike = {name: value for name, value in conditioning.items() if not self.pad or len(value) == 1}
         return {name: value[first : first + 1].clone() for name, value in alike.items()}
+
+
+def _require_rows_of(conditioning: Mapping[str, Tensor], samples: Tensor) -> None:
+    """Refuses conditioning that has no row for one of some samples.
+
+    Raises:
+        ValueError: Then.
+    """
+    most = int(samples.max()) if conditioning else 0
+    for name, value in conditioning.items():
+        if most >= len(value):
+            raise ValueError(
+                f"the conditioning {name!r} has {len(value)} rows, and sample {most} was asked for; each sample needs one row"
+            )
 
 
 def _mark(batch: Batch) -> int:

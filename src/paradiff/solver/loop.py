@@ -252,7 +252,7 @@ def _rounds(problem: Problem, method: Method, observer: Observer | None, begin: 
         if idle > problem.table.steps + IDLE:
             raise RuntimeError(f"the solvers of {method.name} ended no sweep in {idle} rounds; `tell` has to return norms")
         if observer is not None:
-            wish = observer(Round(rounds, records, solvers))
+            wish = observer(Round(rounds, tuple(records), tuple(solvers)))
             if wish is not None and not isinstance(wish, bool):
                 raise ValueError(f"the observer returned {shown(wish)}; return True to stop, None or False to go on")
             stopped = wish is True and not all(s.done for s in solvers)
