@@ -13,6 +13,8 @@ import pytest
 import torch
 from adversary import Adversary
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from tiny import FURTHER
+from tiny.edits import XL_EMBEDDED
 from torch import Tensor, nn
 
 from paradiff import parallelize, parasolver
@@ -80,6 +82,40 @@ def test_a_loop_that_changes_weights_is_refused_and_the_network_is_as_it_was(nam
     with pytest.raises(AssertionError, match=reasons):
         raise AssertionError(told[0])
     torch.testing.assert_close(network.b.weight, Wide().b.weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_weights_that_go_to_another_dtype_and_back_before_the_loop_are_the_same(executor: Any) -> None:
+    text = LOOP.replace("SETUP", "net.double(), net.float()").replace("BEFORE", "pass").replace("END", "pass")
+    plain, _ = called(text, Wide(), None)
+    found, told = called(text, Wide(), executor)
+    assert not any("sequentially" in line for line in told)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("executor", ["vector", "lanes"])
+def test_weights_that_come_back_otherwise_before_the_loop_are_refused(executor: Any) -> None:
+    text = LOOP.replace("SETUP", "net._apply(lambda w: 0.5 * w)").replace("BEFORE", "pass").replace("END", "pass")
+    plain, _ = called(text, Wide(), None)
+    found, told = called(text, network := Wide(), executor)
+    assert torch.equal(found, plain)
+    assert "writes to the weights net.a.weight" in told[0]
+    assert torch.equal(network.b.weight, 0.5 * Wide().b.weight)
+
+
+@pytest.mark.parametrize("name", ["sdxl_img2img", "sdxl_inpaint"])
+def test_an_autoencoder_that_is_upcast_before_the_loop_leaves_it_parallel(name: str) -> None:
+    case = FURTHER[name]
+    pipe = case.make().to(torch.float16)
+    assert pipe.vae.config.force_upcast
+    given = {key: value.half() for key, value in XL_EMBEDDED.items() if isinstance(value, Tensor)}
+    plain = case.run(pipe, **given)
+    with parallelize(pipe, parasolver()) as run:
+        found = case.run(pipe, **given)
+    assert run.report.executor != "sequential"
+    assert not any("writes to the weights" in line for line in run.report.warnings)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0.2)
+    assert pipe.vae.dtype == torch.float16
 
 
 class Scaled:

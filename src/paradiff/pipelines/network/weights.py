@@ -7,9 +7,8 @@ after each round. Writing through `.data` moves no version; where functions with
 to weights (`WRITERS`, or operations in place beside `WALKERS`), a stretch of each parameter is compared by value, too, and all
 values are copied before a try. Without such a copy, values that were overwritten cannot be put back.
 
-Weights that come and go with the calls of their network (offloaded.py) are compared by version where the parameter stays the
-same object, and by value where their memory is another one. Those that a hook takes from a mapping are compared there. Those in
-files are the file's: what a loop writes to their parameters is gone before the next call.
+Parameters whose memory is another one are compared by value with the memory that they had at the loop's first step: SDXL's
+image to image turns its autoencoder to float32 and back before its loop, and a run begins the call more than once.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import operator
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,13 +86,23 @@ class Mark:
         tensor: The parameter.
         place: Where its memory was.
         version: Its version.
+        data: Its memory, shared, so that nothing else comes to be there; None if it may move.
         stretch: Some of its values, on the CPU; None if none are compared.
     """
 
     tensor: Tensor | None
     place: int
     version: int
+    data: Tensor | None
     stretch: Tensor | None
+
+    def is_held_by(self, tensor: Tensor | None) -> bool:
+        """Whether a parameter is this one with the same values in other memory. Waits for the device."""
+        data = self.data
+        if data is None or tensor is None or tensor is not self.tensor or not has_values(tensor):
+            return False
+        alike = (tensor.shape, tensor.dtype, tensor.device) == (data.shape, data.dtype, data.device)
+        return alike and same(data, tensor.detach())
 
 
 class Weights:
@@ -160,13 +169,19 @@ class Weights:
         }
         stretches = dict(zip(compared, stretches_of(list(compared.values())), strict=True))
         self._marks = [
-            Mark(tensor, place_of(tensor), -1 if tensor is None else version_of(tensor), stretches.get(i))
-            for i, tensor in enumerate(now)
+            Mark(
+                tensor=tensor,
+                place=place_of(tensor),
+                version=-1 if tensor is None else version_of(tensor),
+                data=None if tensor is None or weight.moves or not has_values(tensor) else tensor.data,
+                stretch=stretches.get(i),
+            )
+            for i, (weight, tensor) in enumerate(zip(self._weights, now, strict=True))
         ]
 
     def check(self) -> None:
         """Checks that nothing wrote to the weights since `mark`. Waits for the device where values are compared: those of
-        functions that may write, and those whose memory is another one.
+        functions that may write, and those whose memory is another one, which counts from here on.
 
         Raises:
             Unsupported: If something did.
@@ -175,13 +190,15 @@ class Weights:
             if others(held, before):
                 raise Unsupported(f"the call exchanges parts of {path} while its loop runs, so that passes have other networks")
         compared: list[tuple[Weight, Tensor, Tensor]] = []
-        for weight, mark in zip(self._weights, self._marks, strict=True):
+        for i, (weight, mark) in enumerate(zip(self._weights, self._marks, strict=True)):
             tensor = weight.held.get(weight.key)
             if tensor is mark.tensor and (tensor is None or version_of(tensor) != mark.version):
                 raise Unsupported(_written(weight))
             elsewhere = tensor is not mark.tensor or place_of(tensor) != mark.place
             if elsewhere and not weight.moves:
-                raise Unsupported(_written(weight))
+                if tensor is None or not mark.is_held_by(tensor):
+                    raise Unsupported(_written(weight))
+                self._marks[i] = replace(mark, place=place_of(tensor), data=tensor.data)
             if (elsewhere or self._copies) and mark.stretch is not None and tensor is not None and has_values(tensor):
                 compared.append((weight, tensor, mark.stretch))
         now = stretches_of([tensor for _, tensor, _ in compared])
@@ -273,7 +290,7 @@ def _stretch(tensor: Tensor) -> Tensor:
 
 
 def same(before: Tensor, now: Tensor) -> bool:
-    """Whether values on the CPU are the same, NaN included; those of another dtype where that holds them."""
+    """Whether values on one device are the same, NaN included; those of another dtype where that holds them."""
     if before.dtype != now.dtype:
         return torch.equal(before.double(), now.double())
     return torch.equal(*(part.reshape(-1).contiguous().view(torch.uint8) for part in (before, now)))
