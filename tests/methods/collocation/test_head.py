@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paradiff import Keyed, Recorded, Schedule, Solution, collocation, quasi_newton, sample, sequential
-from paradiff.methods.collocation.control import NARROW, SHORT
+from paradiff.methods.collocation.control import HIGHER_ORDER, NARROW, SHORT
 from paradiff.methods.collocation.head import head_error
 from paradiff.methods.collocation.interval import Recurrence
 from paradiff.methods.collocation.options import mesh_on
@@ -20,6 +20,7 @@ from paradiff.samplers import ddim
 from paradiff.solver import CollocationRecord
 
 TABLE = ddim(Schedule.linear(), 50)
+LONG = ddim(Schedule.linear(), 200)
 
 
 def test_a_short_chain_takes_fewer_rounds_and_evaluations_than_the_window_method() -> None:
@@ -89,6 +90,43 @@ def test_the_head_of_a_mesh_is_refined_before_later_nodes_are_evaluated() -> Non
     assert found.rounds < late.rounds
     exact = sample(bent, TABLE, noise, sequential()).sample
     assert (found.sample - exact).abs().max() < 4e-3
+
+
+def test_a_mesh_of_which_all_nodes_are_in_a_round_is_refined_before_its_sweeps_converge() -> None:
+    noise = Keyed((2,), 0, 1)
+
+    def found(**numbers: float | int) -> tuple[Solution, list[int]]:
+        control = replace(HIGHER_ORDER, nodes=16, least_nodes=0.0, **numbers)
+        solution = sample(bent, LONG, noise, collocation(window=None, control=control))
+        return solution, [r.of for r in solution.history if isinstance(r, CollocationRecord)]
+
+    early, sizes = found()
+    late, unrefined = found(whole_share=0.0)
+    assert len(set(sizes[:3])) == 1 < len(set(sizes[:4]))
+    assert len(set(unrefined[:4])) == 1
+    assert early.rounds < late.rounds
+    second, grown = found(whole_sweeps=2)
+    assert grown[1] == grown[0] < grown[2]
+    exact = sample(bent, LONG, noise, sequential()).sample
+    for solution in (early, second):
+        assert (solution.sample - exact).abs().max() < 4e-3
+    fine, same = found(whole_share=1e6)
+    assert same == unrefined
+    assert torch.equal(fine.sample, late.sample)
+
+
+def test_a_window_wider_than_the_mesh_takes_the_rounds_of_one_without_bound() -> None:
+    model = load("digits")
+    table, seeds = model.table("ddim", 100), range(4)
+
+    def found(window: int | None) -> Solution:
+        noise = Recorded(model.shape, [torch.Generator().manual_seed(seed) for seed in seeds])
+        return sample(model, table, noise, collocation(window=window))
+
+    wide, free = found(64), found(None)
+    assert all(isinstance(record, CollocationRecord) for record in wide.history)  # none is handed over
+    assert [e.rounds for e in wide.error_estimates] == [e.rounds for e in free.error_estimates]
+    assert max(e.rounds for e in wide.error_estimates) > 6
 
 
 def test_the_error_of_a_head_is_that_of_its_nodes_alone() -> None:

@@ -5,6 +5,10 @@ In a small window nodes settle in order, and the defects of the first ones (defe
 secant pair tells yet how later nodes amplify them, so they reach the sample by the chain's linear part alone, which is too
 small rather than too large. Where they are large even so, the mesh will have to be refined there, and every node after them
 be evaluated once more. To refine the head at once spares that.
+
+Where every round evaluates all nodes, none settles long before the others. After a few sweeps the forcings are near enough to
+their ends for the defects to tell where the mesh is far too coarse. Then it is refined while the sweeps have not converged
+anyway: a mesh that is refined at their end costs as many further sweeps as were saved.
 """
 
 from __future__ import annotations

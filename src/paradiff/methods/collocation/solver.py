@@ -391,7 +391,8 @@ class CollocationSolver:
             away: Mean square distances of the nodes' states from those of their evaluations.
             together: That of all nodes together.
         """
-        count, window = len(each), self._window
+        count = len(each)
+        rounds = 1 + count // min(self._window or count, count)  # of a sweep, and one more
         rest = self.control.iteration_share * self._bounds.tolerance
         limit = (self.control.node_share * rest / count) ** 2
         self._sweeps += 1
@@ -403,7 +404,7 @@ class CollocationSolver:
             self.active = moved
         elif self.iteration_error <= self._bounds.tolerance:
             self.active = sorted({*self.active, *moved})
-        passed = self._sweeps / (1 + count // (window or count))
+        passed = self._sweeps / rounds
         if self.estimator.seen and passed <= self.control.by_effect:
             self.active.sort(key=lambda n: -each[n] if self._nodes.evaluated[n] else -math.inf)
         return Progress(
@@ -411,7 +412,7 @@ class CollocationSolver:
             moved=bool(moved),
             iteration_error=self.iteration_error,
             sweeps=self._sweeps,
-            most_sweeps=self.control.most_sweeps * (1 + count // (window or count)),
+            most_sweeps=self.control.most_sweeps * rounds,
         )
 
     def _decision(self, progress: Progress, size: float, moved: float) -> Decision:
@@ -466,13 +467,21 @@ class CollocationSolver:
         return decision
 
     def _refined_head(self) -> Refine | None:
-        """A finer mesh between the nodes that have settled while later ones were not evaluated yet (head.py); None where theirs
-        is fine enough. Waits for the device."""
-        control, tolerance = self.control, self._bounds.tolerance
-        if self._bounds.exact or not self._nodes.missing or not control.head_share or self._heads >= control.most_heads:
+        """A finer mesh between the nodes that have settled while later ones were not evaluated yet, or between all after a few
+        sweeps of whole meshes (head.py); None where theirs is fine enough. Waits for the device."""
+        control, tolerance, count = self.control, self._bounds.tolerance, len(self.system.intervals)
+        if self._bounds.exact or self._heads >= control.most_heads:
             return None
-        error = head_error(self.system, self._at.influence, self._nodes.forcings, min(self.active), control)
-        if error is None or error.total <= control.head_share * tolerance:
+        share, settled = control.head_share, min(self.active, default=count)
+        if not self._nodes.missing:
+            whole = self._window is None or self._window >= count
+            share, settled = control.whole_share, count
+            if not whole or self.setup.table.stochastic or self._heads or self._sweeps != control.whole_sweeps:
+                return None
+        if not share:
+            return None
+        error = head_error(self.system, self._at.influence, self._nodes.forcings, settled, control)
+        if error is None or error.total <= share * tolerance:
             return None
         points, mesh = self.system.points, self.setup.mesh
         most = min(self._bounds.most_nodes, control.most_kept(len(mesh.candidates)))
