@@ -15,13 +15,17 @@ from torch import Tensor
 DISPATCH = "__torch_dispatch__"
 
 
+def is_dense(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor with a number in memory for each of its places."""
+    return isinstance(value, Tensor) and not (value.is_nested or value.is_meta) and value.layout is torch.strided
+
+
 def is_plain(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a dense tensor of real numbers, of torch's own class or of a subclass that computes as that does."""
     return (
-        isinstance(value, Tensor)
+        is_dense(value)
         and getattr(type(value), DISPATCH, None) is getattr(Tensor, DISPATCH, None)
-        and not (value.is_nested or value.is_meta or value.is_quantized or value.is_complex())
-        and value.layout is torch.strided
+        and not (value.is_quantized or value.is_complex())
     )
 
 

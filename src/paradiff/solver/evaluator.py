@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from paradiff.chain.plain import is_plain, plain
+from paradiff.chain.plain import is_dense, is_plain, plain
 from paradiff.errors import require_whole, shown
 from paradiff.solver.accelerator import empty_cache
 from paradiff.solver.agreement import described, versions, weights_of
@@ -250,8 +250,7 @@ class Evaluator:
                 raise ValueError(
                     f"a part of the conditioning has the name {shown(name)}; give the name of the model's argument"
                 )
-            dense = isinstance(value, Tensor) and not (value.is_nested or value.is_meta) and value.layout is torch.strided
-            if not dense or value.ndim == 0:
+            if not is_dense(value) or value.ndim == 0:
                 raise ValueError(
                     f"the conditioning {name!r} is {shown(value)}; give a tensor with a row for each sample, a dense one"
                 )
